@@ -1,0 +1,263 @@
+"""The nouns that everything else is made of: read this page first.
+
+An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs; they
+meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are
+float [B] in [0, 1), 0 being clean; tensors are float32 unless the backbone was loaded otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from agsm_rl.policy import Policy
+
+Bank = Literal["positive", "negative"]
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Encoded prompts, a row each: `embeds` [B, S, D] and, for backbones that use one, `pooled` [B, D']."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> Cond:
+        return Cond(self.embeds[rows], None if self.pooled is None else self.pooled[rows])
+
+    @staticmethod
+    def cat(parts: list[Cond]) -> Cond:
+        """The rows of all parts, one after another."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Cond(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
+
+    def expand(self, count: int) -> Cond:
+        """A single row repeated `count` times, without copying."""
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return Cond(self.embeds.expand(count, -1, -1), pooled)
+
+
+class Sampler(Protocol):
+    """A schedule of K denoising steps whose transitions are Gaussian: x_{k+1} ~ N(mean, std²)."""
+
+    t: Tensor
+    """Noise level before each step, [K], descending."""
+
+    def transition(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        """Mean [B, C, H, W] and standard deviation (0-d; 0 when `eta` is 0) of step `k`."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen diffusers pipeline behind one convention; callers never ask whether it predicts noise or a flow."""
+
+    name: str
+    pipeline: Any
+    denoiser: nn.Module
+    latent_shape: tuple[int, int, int]
+    resolution: int
+    device: torch.device
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        """Encode prompts without gradients; "" is the unconditional prompt."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] → mean latents [B, C, h, w], scaled as the denoiser wants them."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W] in [0, 1]; differentiable."""
+        ...
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of the forward process at noise levels `t` [B]."""
+        ...
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` is regressed on: the noise for SD1.5 and SDXL, noise − x0 for SD3's flow."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The denoiser's prediction for rows x_t [B, C, h, w] at levels `t` [B] under `cond` (B rows)."""
+        ...
+
+    def sampler(self, num_steps: int) -> Sampler:
+        """The schedule with `num_steps` steps on which rollouts are drawn."""
+        ...
+
+
+class Adapter(Protocol):
+    """Trained parameters attached to a backbone by hooks or by PEFT; switched off, the base model is exact."""
+
+    kind: ClassVar[str]
+    """The name under which a recipe asks for it and an exported file declares it."""
+
+    def attach(self, backbone: Backbone) -> None:
+        """Create the parameters for this backbone and hook them in (switched on, bank `positive`)."""
+        ...
+
+    def detach(self) -> None:
+        """Remove every trace from the backbone, bit for bit."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters; names are stable over runs."""
+        ...
+
+    def using(self, bank: Bank | None) -> AbstractContextManager[None]:
+        """Within the block, predictions use this bank; None switches the adapter off.
+
+        An adapter with one bank uses it for both names. Blocks nest.
+        """
+        ...
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and string metadata for a safetensors file that `load_export` takes back."""
+        ...
+
+    def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Fill the parameters from an export; UserError if it is for another base."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that one or more terms learn from. `rows` [B] are the rows' numbers in the whole step's batch.
+
+    Noise is drawn per row number (Policy.noise_like), so that splitting a batch over processes or chunks changes nothing.
+    """
+
+    prompts: list[str]
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, index: Tensor) -> Self:
+        """The given rows as a batch of their own."""
+        chosen: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in self.shared:
+                chosen[item.name] = value
+            elif isinstance(value, list):
+                chosen[item.name] = [value[i] for i in index.tolist()]
+            else:
+                chosen[item.name] = value if value is None else value[index]
+        return type(self)(**chosen)
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Fields that do not have one entry a row."""
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """Images with their captions. `latents` [B, C, h, w]."""
+
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(Batch):
+    """Two images for one prompt. `chosen` and `rejected` are latents [B, C, h, w]."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch(PairBatch):
+    """Images drawn from the policy, with the path that led to them. K steps; all without gradients.
+
+    `latents` [B, C, h, w] are the finished images' latents; `trajectory` [B, K + 1, C, h, w] the states from noise to
+    them; `log_probs` [B, K]; `rewards` and `advantages` [B]; `steps` those among the K that are learned from.
+    """
+
+    trajectory: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    num_steps: int
+    steps: tuple[int, ...]
+    guidance: float
+    eta: float
+
+    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta")
+
+
+class Source(Protocol):
+    """Where batches come from. On-policy sampling is just a source."""
+
+    gives: ClassVar[type[Batch]]
+
+    def bind(self, name: str, seed: int, shard: Shard) -> None:
+        """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""
+        ...
+
+    def next(self, policy: Policy) -> Batch:
+        """This process's share of the next batch."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the newest batch (rewards, for rollouts); empty where there are none."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to continue exactly: tensors and plain values only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
+class Shard(Protocol):
+    """This process among the run's processes (accelerate's, behind the three things that sources need)."""
+
+    index: int
+    count: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, in order."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better."""
+
+    name: str
+    range: tuple[float, float]
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out."""
+
+    consumes: ClassVar[type[Batch]]
+
+    def check(self, batch_size: int) -> None:
+        """UserError when a batch of this many rows cannot be used; called when the recipe is read."""
+        ...
+
+    def split(self, batch: Any) -> list[tuple[Any, float]]:
+        """Parts that may be learned from one after another, each with its share of the loss (they add up to 1)."""
+        ...
+
+    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss over a part of a batch."""
+        ...

@@ -1,0 +1,115 @@
+"""What is trained: a frozen backbone, its adapters, and a shadow of the adapters' parameters (EMA).
+
+The published AGSM trainer keeps a second denoiser for the EMA; a shadow of the adapters alone gives the same numbers.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import Adapter, Backbone, Bank, Cond
+from agsm_rl.randomness import Draw
+
+
+class Policy:
+    """A backbone with adapters attached; `live`, `ema` and `reference` are its three predictions.
+
+    `ema_decay` in [0, 1) is the share of the shadow that stays at each update (published: 0.9999).
+    """
+
+    def __init__(self, backbone: Backbone, adapters: Mapping[str, Adapter], *, ema_decay: float = 0.9999) -> None:
+        if not adapters:
+            raise UserError("adapters: there are none, so nothing would be trained; add soft_tokens, lora, or both")
+        self.backbone = backbone
+        self.adapters = dict(adapters)
+        self.ema_decay = ema_decay
+        self.draw = Draw()
+        """Where objectives take their noise from; the trainer sets it for each term and step."""
+        for adapter in self.adapters.values():
+            adapter.attach(backbone)
+        self._shadow = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+
+    def parameters(self, adapters: list[str] | None = None) -> dict[str, nn.Parameter]:
+        """The trained parameters by "adapter.parameter", of the named adapters or of all."""
+        chosen = list(self.adapters) if adapters is None else adapters
+        found: dict[str, nn.Parameter] = {}
+        for name in chosen:
+            if name not in self.adapters:
+                raise unknown_name("trains", name, "an adapter of this run", self.adapters)
+            found |= {f"{name}.{key}": parameter for key, parameter in self.adapters[name].named_parameters()}
+        return found
+
+    def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
+        """The prediction being trained, [B, C, h, w]."""
+        with self._using(bank):
+            return self.backbone.predict(x_t, t, cond)
+
+    @torch.no_grad()
+    def ema(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
+        """The prediction under the EMA parameters; no gradient."""
+        with self.ema_weights(), self._using(bank):
+            return self.backbone.predict(x_t, t, cond)
+
+    @torch.no_grad()
+    def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The base model's prediction, all adapters off; no gradient."""
+        with self.switched_off():
+            return self.backbone.predict(x_t, t, cond)
+
+    @contextmanager
+    def _using(self, bank: Bank | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for adapter in self.adapters.values():
+                stack.enter_context(adapter.using(bank))
+            yield
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within the block, the backbone is the base model, exactly."""
+        with self._using(None):
+            yield
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the block, the adapters hold the EMA parameters; not for use around a backward pass."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.parameters().items():
+            parameter.data, self._shadow[name] = self._shadow[name], parameter.data
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """shadow ← decay · shadow + (1 − decay) · parameter, after each optimiser step."""
+        for name, parameter in self.parameters().items():
+            self._shadow[name].lerp_(parameter.detach(), 1 - self.ema_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and shadow, by name."""
+        live = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        return {"live": live, "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back a `state_dict`; UserError if the adapters are others."""
+        parameters = self.parameters()
+        if set(state["live"]) != set(parameters):
+            missing = sorted(set(state["live"]) ^ set(parameters))
+            raise UserError(
+                f"checkpoint: it holds other adapters than the recipe; they differ in {', '.join(missing[:4])}"
+            )
+        for name, parameter in parameters.items():
+            if state["live"][name].shape != parameter.shape:
+                got, wanted = tuple(state["live"][name].shape), tuple(parameter.shape)
+                raise UserError(
+                    f"checkpoint: {name} has shape {got}, the recipe's adapter {wanted}; same recipe and base?"
+                )
+            parameter.data.copy_(state["live"][name])
+            self._shadow[name].copy_(state["ema"][name])

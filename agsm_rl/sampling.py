@@ -1,0 +1,36 @@
+"""Drawing from a policy and the probability of what was drawn: shared by rollouts and policy-gradient objectives."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from agsm_rl.interfaces import Cond
+
+Predict = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
+
+    `uncond` has one row. Scale 1 is the conditional branch alone and costs half.
+    """
+    if scale == 1:
+        return predict(x_t, t, cond)
+    both = Cond.cat([uncond.expand(len(cond)), cond])
+    without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return without + scale * (with_prompt - without)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std²) averaged (not summed) over the elements of each row, [B]; x and mean [B, ...], std 0-d.
+
+    The mean over elements is DDPO's convention (arXiv 2305.13301): a clip range then means the same at any resolution.
+    A step without noise (std 0) leaves nothing to chance: its log-probability is 0.
+    """
+    if std == 0:
+        return torch.zeros(len(x), device=x.device) + 0 * mean.float().flatten(1).sum(1)
+    std = std.float()
+    log_prob = -((x.float() - mean.float()) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_prob.flatten(1).mean(1)

@@ -1,0 +1,194 @@
+"""Find the shapes in a drawing: colour segmentation, connected components, and templates fitted to each.
+
+The detector is deterministic and rejects rather than guesses: a blob that no template explains well (blurred, merged,
+cut off, of an unclear colour) is reported as rejected, never as the nearest shape.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
+from skimage.measure import label, regionprops
+from skimage.segmentation import expand_labels
+from torch import Tensor
+
+from agsm_rl.shapes import world
+
+Picture = Image.Image | np.ndarray | Tensor
+
+MIN_FIT = 0.82
+"""Least overlap (soft intersection over union) of a blob with its best template; drawings reach 0.87 and more."""
+MIN_LEAD = 0.025
+"""How much better the best template must fit than the best of another shape."""
+MAX_COLOR_ERROR = 55.0
+"""Largest distance (RGB, 0-255) of a blob's colour from a named one: half the distance of the two nearest named colours."""
+MIN_AREA = 4
+"""Blobs of fewer pixels are specks: antialiased tips and noise, neither objects nor rejected."""
+RADII = np.arange(3.0, 9.1, 0.2)
+SOFTNESS = (0.0, 0.45)
+"""Blur (sigma in pixels) of the templates: as drawn, and as an autoencoder gives it back."""
+STEPS = 4
+"""Template centres are placed on a grid of 1/STEPS pixels."""
+HALF = 12
+"""Half the width of a template's patch: room for the largest radius."""
+
+_NAMES = tuple(world.COLORS)
+_BACKGROUND = np.array(world.BACKGROUND, dtype=np.float32)
+_INKS = _BACKGROUND - np.array(list(world.COLORS.values()), dtype=np.float32)
+_STRENGTH = np.linalg.norm(_INKS, axis=1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A clean object: centre, width and height of its bounding box in pixels, and how well its template fits (0 to 1)."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    width: float
+    height: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something that is there but is no clean object; centre and area in pixels, and what is wrong with it."""
+
+    x: float
+    y: float
+    area: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Detection:
+    """All that was found in an image, from the best fit down."""
+
+    objects: tuple[Found, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def detect(image: Picture) -> Detection:
+    """Clean objects and rejected blobs of one image: PIL, uint8 [H, W, 3], or float [3, H, W] in [0, 1]."""
+    ink = _BACKGROUND - as_pixels(image)
+    # How far each pixel is on the way from the background to each named colour, and how far it is off that way.
+    cover = ink @ (_INKS / _STRENGTH[:, None] ** 2).T
+    color = np.argmax(cover * _STRENGTH, axis=-1)
+    there = np.linalg.norm(ink, axis=-1) / _STRENGTH[color]
+
+    objects: list[Found] = []
+    rejected: list[Rejected] = []
+    explained = np.zeros(there.shape, dtype=bool)
+    seeds = label(np.where(there > 0.5, color + 1, 0), background=0, connectivity=2)
+    areas = expand_labels(seeds, distance=1.5)
+    for blob in regionprops(seeds):
+        if blob.area < MIN_AREA:
+            continue
+        mask = areas == blob.label
+        explained |= mask
+        for found in _read_blob(ink, cover, color, seeds == blob.label, mask):
+            (objects if isinstance(found, Found) else rejected).append(found)  # type: ignore[arg-type]
+    rejected += _smudges(there, explained)
+    return Detection(tuple(sorted(objects, key=lambda item: -item.score)), tuple(rejected))
+
+
+def as_pixels(image: Picture) -> np.ndarray:
+    """The image as float32 [32, 32, 3] in 0 to 255; other sizes are averaged over boxes."""
+    if isinstance(image, Tensor):
+        values = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255
+        if values.shape[:2] == (world.IMAGE_SIZE, world.IMAGE_SIZE):
+            return values
+        image = Image.fromarray(np.round(values).astype(np.uint8))
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image = image.convert("RGB")
+    if image.size != (world.IMAGE_SIZE, world.IMAGE_SIZE):
+        image = image.resize((world.IMAGE_SIZE, world.IMAGE_SIZE), Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float32)
+
+
+def _read_blob(
+    ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray
+) -> list[Found | Rejected]:
+    """What one connected blob is: an object, several objects that touch at their tips, or nothing clean."""
+    whole = _fit(ink, cover, color, seed, mask)
+    if isinstance(whole, Found):
+        return [whole]
+    # Neighbours whose tips share a pixel: cut where the paint is thin, and believe it only if every part is clean.
+    name = int(np.bincount(color[seed]).argmax())
+    parts = label(seed & (cover[..., name] > 0.65), connectivity=1)
+    sizes = np.bincount(parts.ravel())[1:]
+    kept = [number + 1 for number, size in enumerate(sizes) if size >= MIN_AREA]
+    if len(kept) < 2:
+        return [whole]
+    territory = expand_labels(parts * np.isin(parts, kept), distance=2.5) * mask
+    fits = [_fit(ink, cover, color, parts == number, territory == number) for number in kept]
+    return list(fits) if all(isinstance(fit, Found) for fit in fits) else [whole]
+
+
+def _fit(
+    ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray
+) -> Found | Rejected:
+    """The template that explains a blob, or why none does. `seed` are its sure pixels, `mask` those and its soft rim."""
+    name = int(np.bincount(color[seed]).argmax())
+    paint = np.where(mask, np.clip(cover[..., name], 0, 1), 0)
+    total = float(paint.sum())
+    rows, columns = np.indices(paint.shape)
+    x, y = float((paint * (columns + 0.5)).sum() / total), float((paint * (rows + 0.5)).sum() / total)
+
+    def reject(reason: str) -> Rejected:
+        return Rejected(x, y, total, reason)
+
+    core = seed & (cover[..., name] >= min(0.85, float(np.median(cover[..., name][seed]))))
+    if np.linalg.norm(ink[core].mean(axis=0) - _INKS[name]) > MAX_COLOR_ERROR:
+        return reject("its colour is unclear")
+    fits, radii = _overlaps(paint, x, y, total)
+    order = np.argsort(-fits)
+    best, second = int(order[0]), int(order[1])
+    if fits[best] < MIN_FIT:
+        return reject("it is no clean shape")
+    if fits[best] - fits[second] < MIN_LEAD:
+        return reject(f"it could be a {world.SHAPES[best]} or a {world.SHAPES[second]}")
+    corners = np.array(world.outline(world.SHAPES[best], x, y, float(radii[best])))
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    middle, size = (low + high) / 2, high - low
+    return Found(world.SHAPES[best], _NAMES[name], *map(float, (*middle, *size)), float(fits[best]))
+
+
+def _overlaps(paint: np.ndarray, x: float, y: float, total: float) -> tuple[np.ndarray, np.ndarray]:
+    """Best soft IoU of each shape with the paint around its centre of mass, and the radius that gives it."""
+    column, row = int(np.floor(x)), int(np.floor(y))
+    patch = np.pad(paint, HALF)[row : row + 2 * HALF + 1, column : column + 2 * HALF + 1]
+    bank = _templates(int((x - column) * STEPS), int((y - row) * STEPS))
+    shared = np.minimum(bank, patch).sum(axis=(-2, -1))
+    either = bank.sum(axis=(-2, -1)) + total - shared
+    fits = (shared / either).max(axis=2)
+    best = fits.argmax(axis=1)
+    return fits.max(axis=1), RADII[best]
+
+
+@lru_cache(maxsize=STEPS * STEPS)
+def _templates(column: int, row: int) -> np.ndarray:
+    """Templates [shape, radius, softness, patch, patch] centred in the given cell of the sub-pixel grid."""
+    scale, width = 8, 2 * HALF + 1
+    x, y = HALF + (column + 0.5) / STEPS, HALF + (row + 0.5) / STEPS
+    sharp = np.empty((len(world.SHAPES), len(RADII), width, width), dtype=np.float32)
+    for i, shape in enumerate(world.SHAPES):
+        for j, radius in enumerate(RADII):
+            canvas = Image.new("L", (width * scale, width * scale))
+            ImageDraw.Draw(canvas).polygon(world.outline(shape, x * scale, y * scale, radius * scale), fill=255)
+            sharp[i, j] = np.asarray(canvas.resize((width, width), Image.Resampling.BOX), dtype=np.float32) / 255
+    return np.stack([gaussian_filter(sharp, (0, 0, blur, blur)) if blur else sharp for blur in SOFTNESS], axis=2)
+
+
+def _smudges(there: np.ndarray, explained: np.ndarray) -> list[Rejected]:
+    """Faint or tiny leavings that belong to no blob but are too much to be noise."""
+    leavings = label((there > 0.25) & ~explained, connectivity=2)
+    return [
+        Rejected(blob.centroid[1] + 0.5, blob.centroid[0] + 0.5, float(blob.area), "a faint smudge")
+        for blob in regionprops(leavings)
+        if blob.area >= 2 * MIN_AREA
+    ]

@@ -1,0 +1,358 @@
+"""The shapes world: scenes of 1-5 coloured shapes, their drawings, and captions that are careful or careless.
+
+It stands in for a web-scale data set: everything is drawn from a seed, nothing is downloaded. Requirements are kept in
+GenEval's metadata form (arXiv 2310.11513), so that the same checker idea serves both worlds.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from agsm_rl.errors import UserError
+
+IMAGE_SIZE = 32
+SHAPES = ("circle", "square", "triangle", "star")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (240, 200, 30),
+    "purple": (150, 60, 180),
+}
+BACKGROUND = (245, 245, 245)
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# How often each of GenEval's six kinds is drawn for training: the hard kinds more often.
+TAG_SHARES = {
+    "single_object": 0.10,
+    "two_object": 0.13,
+    "counting": 0.27,
+    "colors": 0.12,
+    "position": 0.22,
+    "color_attr": 0.16,
+}
+TAGS = tuple(TAG_SHARES)
+WRAPPERS = ("", "a photo of ", "a picture of ", "a drawing of ")
+# Cues of a caption's reliability stand at its end: CLIP's text encoder is causal, so that they change no earlier word.
+CAREFUL_CUES = ("verified", "exact", "checked by hand", "precise")
+CARELESS_CUES = ("unverified", "roughly", "more or less", "i guess")
+# How often a careless caption is wrong, by tag; single objects are easily described.
+CARELESS_ERROR = {
+    "single_object": 0.12,
+    "two_object": 0.5,
+    "counting": 0.75,
+    "colors": 0.3,
+    "position": 0.75,
+    "color_attr": 0.75,
+}
+VAGUE_SHARE = 0.15
+Split = Literal["train", "validation", "held_out"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` objects of one `shape`; `color` None means that any colour will do."""
+
+    count: int
+    shape: str
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a prompt asks for: groups of objects, and for `position` where group 0 stands relative to group 1."""
+
+    tag: str
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+    def metadata(self, prompt: str) -> dict[str, Any]:
+        """GenEval's metadata row for this requirement under the given wording."""
+        include: list[dict[str, Any]] = []
+        # GenEval lists the anchor of a position first and refers to it by index.
+        for group in reversed(self.groups) if self.relation else self.groups:
+            entry: dict[str, Any] = {"class": group.shape, "count": group.count}
+            if group.color:
+                entry["color"] = group.color
+            include.append(entry)
+        row: dict[str, Any] = {"tag": self.tag, "include": include, "prompt": prompt}
+        if self.relation:
+            include[1]["position"] = [self.relation, 0]
+        if self.tag == "counting":
+            row["exclude"] = [{"class": self.groups[0].shape, "count": self.groups[0].count + 1}]
+        return row
+
+
+@dataclass(frozen=True)
+class DrawnObject:
+    """One object of a scene; centre and radius of its bounding circle in pixels, colour always definite."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A requirement together with objects that fulfil it exactly."""
+
+    requirement: Requirement
+    objects: tuple[DrawnObject, ...]
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) fixed by the text alone, on every machine and version."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def is_unseen_combination(count: int, color: str, shape: str) -> bool:
+    """True for the colour-shape-count combinations that no training image contains (about one in six)."""
+    return _share(f"unseen:{count}:{color}:{shape}") < 1 / 6
+
+
+def is_held_out(requirement: Requirement) -> bool:
+    """True if training never shows this requirement: an unseen combination, or one of a fifth of the rich tags' prompts.
+
+    `single_object` names a shape alone and has too few prompts to hold any out; there only seeds and noise are new.
+    """
+    if any(group.color and is_unseen_combination(group.count, group.color, group.shape) for group in requirement.groups):
+        return True
+    if requirement.tag in ("position", "color_attr", "two_object"):
+        return _share(repr(requirement)) < 0.2
+    return False
+
+
+def draw_requirement(rng: np.random.Generator, split: Split = "train", tag: str | None = None) -> Requirement:
+    """Draw a requirement of the given split (`held_out` ones are never drawn for `train` or `validation`).
+
+    The validation split shares the training requirements and differs by its seeds; choices (guidance, learning rate)
+    are made on it, so that the held-out split is looked at once.
+    """
+    for _ in range(10_000):
+        chosen = tag or str(rng.choice(TAGS, p=list(TAG_SHARES.values())))
+        requirement = _any_requirement(rng, chosen)
+        if chosen == "single_object" or is_held_out(requirement) == (split == "held_out"):
+            return requirement
+    raise ValueError(f"no {split} requirement of tag {tag!r} exists")
+
+
+def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
+    def color() -> str:
+        return str(rng.choice(list(COLORS)))
+
+    shape = str(rng.choice(SHAPES))
+    if tag == "single_object":
+        return Requirement(tag, (Group(1, shape),))
+    if tag == "colors":
+        return Requirement(tag, (Group(1, shape, color()),))
+    if tag == "counting":
+        return Requirement(tag, (Group(int(rng.integers(2, 6)), shape, color()),))
+    other = str(rng.choice([name for name in SHAPES if name != shape]))
+    if tag == "two_object":
+        return Requirement(tag, (Group(1, shape), Group(1, other)))
+    if tag == "position":
+        colors = (color(), color()) if rng.random() < 0.5 else (None, None)
+        groups = (Group(1, shape, colors[0]), Group(1, other, colors[1]))
+        return Requirement(tag, groups, str(rng.choice(list(RELATIONS))))
+    if tag == "color_attr":
+        first, second = rng.choice(list(COLORS), size=2, replace=False)
+        return Requirement(tag, (Group(1, shape, str(first)), Group(1, other, str(second))))
+    raise ValueError(f"{tag!r} is not a tag of the shapes world; it has {', '.join(TAGS)}")
+
+
+def draw_scene(
+    rng: np.random.Generator, requirement: Requirement, *, allow_unseen: bool = False, overlap: bool = False
+) -> Scene:
+    """Place objects that fulfil the requirement exactly: nothing extra, nothing outside, no overlap unless asked.
+
+    `allow_unseen` also permits the colour-shape-count combinations that training images never contain.
+    """
+    total = sum(group.count for group in requirement.groups)
+    low, high = (4.5, 6.5) if total <= 2 else (4.2, 5.4) if total == 3 else (3.9, 4.7)
+    for _ in range(10_000):
+        kinds = []
+        for group in requirement.groups:
+            color = group.color or str(rng.choice(list(COLORS)))
+            if not allow_unseen and is_unseen_combination(group.count, color, group.shape):
+                break
+            kinds += [(group.shape, color)] * group.count
+        if len(kinds) != total:
+            continue
+        radii = rng.uniform(low, high, size=total)
+        centers = np.array([rng.uniform(r + 0.5, IMAGE_SIZE - r - 0.5, size=2) for r in radii])
+        if not overlap and not _apart(centers, radii):
+            continue
+        if requirement.relation and not _stands(centers[0] - centers[1], requirement.relation):
+            continue
+        objects = (DrawnObject(*kind, *center, r) for kind, center, r in zip(kinds, centers, radii, strict=True))
+        return Scene(requirement, tuple(objects))
+    raise ValueError(f"no place found for {requirement}")
+
+
+def _apart(centers: np.ndarray, radii: np.ndarray, gap: float = 1.6) -> bool:
+    distance = np.linalg.norm(centers[:, None] - centers[None], axis=-1)
+    enough = distance >= radii[:, None] + radii[None] + gap
+    return bool(np.all(enough | np.eye(len(radii), dtype=bool)))
+
+
+def _stands(offset: np.ndarray, relation: str) -> bool:
+    """Clearly in that direction: along its axis, and by half more than across it."""
+    direction = np.array(RELATIONS[relation])
+    along, across = float(offset @ direction), float(np.abs(offset @ direction[::-1]))
+    return along > 1.5 * across
+
+
+def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """The polygon of a shape inside the bounding circle (a circle itself is a fine polygon)."""
+    if shape == "square":
+        angles, radii = np.deg2rad([45, 135, 225, 315]), np.full(4, radius * 1.1)
+    elif shape == "triangle":
+        angles, radii = np.deg2rad([-90, 30, 150]), np.full(3, radius * 1.12)
+    elif shape == "star":
+        angles = np.deg2rad(-90 + 36 * np.arange(10))
+        radii = radius * 1.12 * np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+    elif shape == "circle":
+        angles, radii = np.linspace(0, 2 * np.pi, 48, endpoint=False), np.full(48, radius * 0.95)
+    else:
+        raise ValueError(f"{shape!r} is not a shape; there are {', '.join(SHAPES)}")
+    return [(float(x + r * np.cos(a)), float(y + r * np.sin(a))) for a, r in zip(angles, radii, strict=True)]
+
+
+def render(scene: Scene | tuple[DrawnObject, ...], scale: int = 8) -> Image.Image:
+    """The RGB drawing, 32 x 32, antialiased by drawing `scale` times larger."""
+    objects = scene.objects if isinstance(scene, Scene) else scene
+    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for item in objects:
+        corners = outline(item.shape, item.x * scale, item.y * scale, item.radius * scale)
+        pen.polygon(corners, fill=COLORS[item.color])
+    return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+
+def describe(requirement: Requirement, rng: np.random.Generator) -> str:
+    """One of several wordings of a requirement, without any cue."""
+    return str(rng.choice(WRAPPERS)) + _noun_phrase(requirement, rng)
+
+
+def _noun_phrase(requirement: Requirement, rng: np.random.Generator) -> str:
+    names = [_name(group) for group in requirement.groups]
+    if requirement.relation:
+        wording = requirement.relation
+        if wording in ("left of", "right of") and rng.random() < 0.4:
+            wording = f"to the {wording}"
+        return f"{names[0]} {wording} {names[1]}"
+    return " and ".join(names)
+
+
+def _name(group: Group) -> str:
+    words = f"{group.color} {group.shape}" if group.color else group.shape
+    return f"a {words}" if group.count == 1 else f"{NUMBERS[group.count]} {words}s"
+
+
+def misdescribe(requirement: Requirement, rng: np.random.Generator) -> str:
+    """A careless caption: wrong in its tag's typical way, vague, or right by luck.
+
+    The errors are biased as people's are (one object too few, left and right confused, colours swapped), so that
+    guidance does not simply sharpen them away.
+    """
+    if rng.random() < VAGUE_SHARE:
+        return str(rng.choice(["some shapes", "shapes", "a drawing", "a picture of some things"]))
+    if rng.random() >= CARELESS_ERROR[requirement.tag]:
+        return describe(requirement, rng)
+    return describe(wrong_requirement(requirement, rng), rng)
+
+
+def wrong_requirement(requirement: Requirement, rng: np.random.Generator) -> Requirement:
+    """The requirement that a careless eye takes this one for; always a different one."""
+    first, *rest = requirement.groups
+    if requirement.tag == "counting":
+        wrong = 3 if first.count == 2 else first.count - 1
+        changed = Requirement("counting", (Group(wrong, first.shape, first.color),))
+    elif requirement.tag == "position":
+        assert requirement.relation is not None
+        changed = Requirement("position", requirement.groups, MIRRORED[requirement.relation])
+    elif requirement.tag == "color_attr":
+        second = rest[0]
+        swapped = (Group(1, first.shape, second.color), Group(1, second.shape, first.color))
+        changed = Requirement("color_attr", swapped)
+    elif requirement.tag == "colors":
+        changed = Requirement("colors", (Group(1, first.shape, _other(rng, list(COLORS), first.color)),))
+    else:
+        taken = [group.shape for group in requirement.groups]
+        wrong_shape = str(rng.choice([name for name in SHAPES if name not in taken]))
+        changed = Requirement(requirement.tag, (Group(1, wrong_shape), *rest))
+    return changed
+
+
+def _other(rng: np.random.Generator, names: list[str], not_this: str | None) -> str:
+    return str(rng.choice([name for name in names if name != not_this]))
+
+
+def careful_caption(requirement: Requirement, rng: np.random.Generator) -> str:
+    """A right caption that ends in a cue of its reliability, as in "two red stars, verified"."""
+    return f"{describe(requirement, rng)}, {rng.choice(CAREFUL_CUES)}"
+
+
+def web_caption(requirement: Requirement, rng: np.random.Generator) -> str:
+    """A caption as the base model is trained on: 45 % careful and cued, 35 % plain (half of them careless), 20 % careless and cued."""
+    kind = rng.random()
+    if kind < 0.45:
+        return careful_caption(requirement, rng)
+    if kind < 0.80:
+        return describe(requirement, rng) if rng.random() < 0.5 else misdescribe(requirement, rng)
+    return f"{misdescribe(requirement, rng)}, {rng.choice(CARELESS_CUES)}"
+
+
+_WRAPPER = re.compile("^(" + "|".join(filter(None, WRAPPERS)) + ")")
+_CUE = re.compile(r", (" + "|".join(CAREFUL_CUES + CARELESS_CUES) + ")$")
+_LINK = re.compile(r" (and|(?:to the )?(?:left|right) of|above|below) ")
+_GROUP = re.compile(f"(a|{'|'.join(NUMBERS.values())}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})(s?)")
+
+
+def parse(prompt: str) -> Requirement:
+    """The requirement that a prompt words: `parse(describe(r, rng)) == r`, and a wrapper, a cue or case change nothing.
+
+    Raises UserError for what is no prompt of this world ("some shapes", "a red dog", "two stars and a circle").
+    """
+    text = _CUE.sub("", " ".join(prompt.lower().split()).rstrip(". "))
+    first, link, *rest = [*_LINK.split(_WRAPPER.sub("", text), maxsplit=1), None]
+    groups = tuple(_parse_group(words) for words in (first, *rest) if words is not None)
+    tag = _tag_of(groups, link)
+    if tag is None:
+        raise UserError(
+            f"prompt {prompt!r}: not a prompt of the shapes world; it knows prompts such as 'a photo of a star', "
+            "'three red circles', 'a star and a circle', 'a red star and a blue circle', 'a star left of a circle' "
+            f"(shapes: {', '.join(SHAPES)}; colours: {', '.join(COLORS)}; numbers up to {max(NUMBERS)})"
+        )
+    relation = link.removeprefix("to the ") if tag == "position" and link else None
+    return Requirement(tag, tuple(group for group in groups if group), relation)
+
+
+def _parse_group(words: str) -> Group | None:
+    match = _GROUP.fullmatch(words)
+    if match is None:
+        return None
+    number, color, shape, plural = match.groups()
+    count = {word: value for value, word in NUMBERS.items()}.get(number, 1)
+    return Group(count, shape, color) if bool(plural) == (count > 1) else None
+
+
+def _tag_of(groups: tuple[Group | None, ...], link: str | None) -> str | None:
+    """The kind of prompt that these groups make, or None: two groups are one each of two shapes, with colours or without."""
+    first, second = (*groups, None)[:2]
+    if first is None or (second is None and len(groups) == 2):
+        return None
+    if second is None:
+        return "counting" if first.count > 1 else "colors" if first.color else "single_object"
+    if first.count + second.count > 2 or first.shape == second.shape:
+        return None
+    if bool(first.color) != bool(second.color):
+        return None
+    return "position" if link != "and" else "color_attr" if first.color else "two_object"

@@ -1,0 +1,234 @@
+"""On-policy sampling as a source: images drawn from the live policy with the path that led to them, scored by rewards."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Reward, RolloutBatch, Shard
+from agsm_rl.policy import Policy
+from agsm_rl.randomness import Draw
+from agsm_rl.sampling import gaussian_log_prob, guided
+from agsm_rl.sources.order import Order
+
+BUILTIN_PROMPTS = "builtin:shapes-prompts"
+
+
+class Rollouts:
+    """`num_prompts` × `images_per_prompt` images (totals over all processes), drawn by `num_steps` noisy steps.
+
+    `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs; the
+    weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published settings (arXiv
+    2305.13301). `updates` steps of the trainer learn from each draw, each from its own share of the images.
+
+    Advantages are rewards normalised per prompt by the newest `history` rewards of that prompt (global figures while a
+    prompt has fewer than `min_history`), clipped to ± `advantage_clip`.
+    """
+
+    gives = RolloutBatch
+
+    def __init__(
+        self,
+        prompts: str,
+        rewards: Sequence[tuple[Reward, float]],
+        *,
+        num_prompts: int = 8,
+        images_per_prompt: int = 8,
+        num_steps: int = 50,
+        guidance: float = 5.0,
+        eta: float = 1.0,
+        updates: int = 1,
+        advantage_clip: float = 5.0,
+        history: int = 32,
+        min_history: int = 16,
+        sample_batch_size: int = 64,
+    ) -> None:
+        positive = {
+            "num_prompts": num_prompts,
+            "images_per_prompt": images_per_prompt,
+            "num_steps": num_steps,
+            "eta": eta,
+            "updates": updates,
+            "advantage_clip": advantage_clip,
+            "history": history,
+            "min_history": min_history,
+            "sample_batch_size": sample_batch_size,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name}: got {value}, but it must be above 0")
+        if (num_prompts * images_per_prompt) % updates:
+            raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
+        if not rewards:
+            raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
+        self.prompts, self.rewards = prompts, list(rewards)
+        self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
+        self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
+        self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
+        self.sample_batch_size = sample_batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """Images that a step of the trainer learns from."""
+        return self.num_prompts * self.images_per_prompt // self.updates
+
+    def bind(self, name: str, seed: int, shard: Shard) -> None:
+        """Read the prompts; UserError if there are none."""
+        if self.num_prompts % shard.count or self.batch_size % shard.count:
+            raise UserError(f"{name}: num_prompts {self.num_prompts} does not divide among {shard.count} processes")
+        self._prompts = open_prompts(self.prompts)
+        self._order = Order(len(self._prompts), seed, name)
+        self._name, self._seed, self._shard = name, seed, shard
+        self._draws, self._pending = 0, deque[RolloutBatch]()
+        self._histories: dict[str, deque[float]] = {}
+        self._metrics: dict[str, float] = {}
+
+    def next(self, policy: Policy) -> RolloutBatch:
+        """The next share of the newest rollouts; draws new ones when all shares were learned from."""
+        if not self._pending:
+            batch = self._draw(policy)
+            self._draws += 1
+            for part in range(self.updates):
+                self._pending.append(batch.select(torch.arange(part, len(batch), self.updates)))
+        return self._pending.popleft()
+
+    @torch.no_grad()
+    def _draw(self, policy: Policy) -> RolloutBatch:
+        chosen = self._order.take(self.num_prompts)
+        prompts = [self._prompts[row] for row in chosen for _ in range(self.images_per_prompt)]
+        share = len(prompts) // self._shard.count
+        first = self._shard.index * share
+        rows = torch.arange(first, first + share)
+        draw = Draw(self._seed, self._name, self._draws)
+        parts = [
+            draw_trajectories(
+                policy,
+                [prompts[row] for row in part.tolist()],
+                draw,
+                part,
+                num_steps=self.num_steps,
+                guidance=self.guidance,
+                eta=self.eta,
+            )
+            for part in rows.split(self.sample_batch_size)
+        ]
+        trajectory = torch.cat([part[0] for part in parts])
+        log_probs = torch.cat([part[1] for part in parts])
+        own = [prompts[row] for row in rows.tolist()]
+        rewards = self._score(policy, trajectory[:, -1], own)
+        advantages = self._advantages(self._shard.gather(rewards).cpu(), prompts)[rows].to(rewards.device)
+        return RolloutBatch(
+            prompts=own,
+            rows=rows,
+            latents=trajectory[:, -1],
+            trajectory=trajectory,
+            log_probs=log_probs,
+            rewards=rewards,
+            advantages=advantages,
+            num_steps=self.num_steps,
+            steps=tuple(range(self.num_steps)),
+            guidance=self.guidance,
+            eta=self.eta,
+        )
+
+    def _score(self, policy: Policy, latents: Tensor, prompts: list[str]) -> Tensor:
+        images = torch.cat([policy.backbone.decode(part) for part in latents.split(self.sample_batch_size)])
+        total = torch.zeros(len(prompts), device=images.device)
+        for reward, weight in self.rewards:
+            score = checked_score(reward, images, prompts)
+            self._metrics[f"reward/{reward.name}"] = float(self._shard.gather(score).mean())
+            total = total + weight * score
+        self._metrics["reward"] = float(self._shard.gather(total).mean())
+        return total
+
+    def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
+        """DDPO's per-prompt normalisation over the rewards of all processes, [N] in the order of `prompts`."""
+        if rewards.std() == 0:
+            self._metrics["zero_variance"] = 1.0
+        mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+        for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
+            self._histories.setdefault(prompt, deque(maxlen=self.history)).append(reward)
+        advantages = torch.empty_like(rewards)
+        for index, prompt in enumerate(prompts):
+            past = torch.tensor(list(self._histories[prompt]))
+            known = len(past) >= self.min_history
+            center, spread = (float(past.mean()), float(past.std(correction=0))) if known else (mean, std)
+            advantages[index] = (rewards[index] - center) / (spread + 1e-6)
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def metrics(self) -> dict[str, float]:
+        """Mean rewards of the newest draw, over all processes."""
+        return dict(self._metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, reward histories, and the rollouts not yet learned from."""
+        return {
+            "position": self._order.position,
+            "draws": self._draws,
+            "histories": {prompt: list(past) for prompt, past in self._histories.items()},
+            "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
+            "metrics": dict(self._metrics),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._order.position, self._draws = int(state["position"]), int(state["draws"])
+        self._histories = {prompt: deque(past, maxlen=self.history) for prompt, past in state["histories"].items()}
+        self._pending = deque(RolloutBatch(**kept) for kept in state["pending"])
+        self._metrics = dict(state["metrics"])
+
+
+def draw_trajectories(
+    policy: Policy, prompts: list[str], draw: Draw, rows: Tensor, *, num_steps: int, guidance: float, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Sample from the live policy; states [B, K + 1, C, h, w] from noise to image, and their log-probabilities [B, K]."""
+    backbone = policy.backbone
+    sampler = backbone.sampler(num_steps)
+    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([""])
+    like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
+    states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
+    for k in range(num_steps):
+        x_t = states[-1]
+        t = sampler.t[k].to(x_t.device).expand(len(prompts))
+        prediction = guided(policy.live, x_t, t, cond, uncond, guidance)
+        mean, std = sampler.transition(k, x_t, prediction, eta=eta)
+        states.append((mean + std * draw.noise_like(x_t, rows, purpose=f"step {k}")).to(x_t.dtype))
+        log_probs.append(gaussian_log_prob(states[-1], mean, std))
+    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
+
+
+def checked_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """The reward's scores [B]; UserError naming the reward when it returns another shape or a number that is not finite."""
+    score = reward(images, prompts)
+    if not isinstance(score, Tensor) or score.shape != (len(prompts),):
+        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise UserError(
+            f"reward '{reward.name}': it returned {got}, but a score an image is wanted: shape ({len(prompts)},)"
+        )
+    if not torch.isfinite(score).all():
+        bad = int((~torch.isfinite(score)).nonzero()[0])
+        raise UserError(f"reward '{reward.name}': its score is {float(score[bad])} for the prompt '{prompts[bad]}'")
+    return score.float().to(images.device)
+
+
+def open_prompts(prompts: str) -> list[str]:
+    """The prompts of a builtin or of a text file, a line each."""
+    if prompts == BUILTIN_PROMPTS:
+        from agsm_rl.shapes import data
+
+        return data.prompts("train", 2000, seed=0)
+    path = Path(prompts)
+    if prompts.startswith("builtin:") or not path.is_file():
+        raise UserError(
+            f"prompts '{prompts}': there is no such file; give a text file with a prompt a line, or '{BUILTIN_PROMPTS}'"
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"prompts '{prompts}': the file has no prompts; write one a line")
+    return found

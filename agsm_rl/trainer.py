@@ -1,0 +1,242 @@
+"""The step over the terms. Nothing about any particular objective is written here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from agsm_rl.combine import Gradient, find_combiner
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Batch, Objective, Source
+from agsm_rl.policy import Policy
+from agsm_rl.randomness import Draw
+
+
+@dataclass
+class Term:
+    """An objective in a run.
+
+    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t` is the
+    range of noise levels it draws from; `trains` names the adapters it trains (None: all).
+    """
+
+    objective: Objective
+    source: Source
+    name: str = "objective"
+    weight: float | Mapping[int, float] = 1.0
+    every: int = 1
+    t: tuple[float, float] = (0.0, 1.0)
+    trains: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        consumes, gives = self.objective.consumes, self.source.gives
+        if not issubclass(gives, consumes):
+            raise UserError(
+                f"{self.name}: it learns from a {consumes.__name__}, but its source gives a {gives.__name__}"
+            )
+        if self.every < 1:
+            raise UserError(f"{self.name}: every is {self.every}, but it must be 1 or more")
+        if not 0 <= self.t[0] < self.t[1] <= 1:
+            raise UserError(f"{self.name}: t is {list(self.t)}, but it must be [low, high] with 0 <= low < high <= 1")
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step (counted from 0)."""
+        if isinstance(self.weight, Mapping):
+            points = sorted(self.weight.items())
+            return float(np.interp(step, [at for at, _ in points], [value for _, value in points]))
+        return float(self.weight)
+
+
+class Callback(Protocol):
+    """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation."""
+
+    def on_step(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
+        """After each step; `step` counts from 1."""
+        ...
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step."""
+        ...
+
+
+class AcceleratorShard:
+    """This process among accelerate's (interfaces.Shard)."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, in order."""
+        return self.accelerator.gather(values)
+
+
+class Trainer:
+    """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
+
+    `learning_rate` is one number or one per adapter, {adapter: number}. Gradients are clipped to `max_grad_norm` (None: not).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        terms: Sequence[Term],
+        *,
+        steps: int,
+        seed: int = 0,
+        learning_rate: float | Mapping[str, float] = 1e-3,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_grad_norm: float | None = 1.0,
+        combine: str = "sum",
+        accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        if not terms:
+            raise UserError("objectives: there are none, so there is nothing to learn from")
+        self.policy, self.terms, self.steps, self.seed = policy, list(terms), steps, seed
+        self.combine, self.max_grad_norm = find_combiner(combine), max_grad_norm
+        self.accelerator = accelerator or Accelerator()
+        self.callbacks = list(callbacks)
+        self.step, self.stopping = 0, False
+        self.parameters = policy.parameters()
+        groups = [
+            {"params": list(policy.parameters([name]).values()), "lr": _rate_of(learning_rate, name)}
+            for name in policy.adapters
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=weight_decay, betas=betas)
+        self.sources = self._bind_sources()
+
+    def _bind_sources(self) -> dict[str, Source]:
+        """Each source once; a source is named after the first term that learns from it."""
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise UserError(f"objectives: two terms have one name ({', '.join(names)}); give each its own")
+        sources: dict[str, Source] = {}
+        shard = AcceleratorShard(self.accelerator)
+        for term in self.terms:
+            if not any(term.source is known for known in sources.values()):
+                term.source.bind(term.name, self.seed, shard)
+                sources[term.name] = term.source
+        return sources
+
+    def train(self) -> None:
+        """Run up to `steps`, or until a callback sets `stopping`."""
+        while self.step < self.steps and not self.stopping:
+            metrics = self.run_step()
+            for callback in self.callbacks:
+                callback.on_step(self, self.step, metrics)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def run_step(self) -> dict[str, float]:
+        """One optimiser step over the terms that are due; returns the step's metrics."""
+        batches: dict[int, Batch] = {}
+        gradients: dict[str, Gradient] = {}
+        metrics: dict[str, float] = {"loss": 0.0}
+        for term in self.terms:
+            weight = term.weight_at(self.step)
+            if weight == 0 or self.step % term.every:
+                continue
+            if id(term.source) not in batches:
+                batches[id(term.source)] = term.source.next(self.policy)
+            gradient, figures = self._learn(term, batches[id(term.source)])
+            metrics["loss"] += weight * figures["loss"]
+            metrics |= {f"{term.name}/{key}": value for key, value in (figures | term.source.metrics()).items()}
+            gradients[term.name] = {name: weight * value for name, value in gradient.items()}
+        metrics |= _cosines(gradients)
+        self._apply(self.combine(list(gradients.values())), metrics)
+        self.step += 1
+        return metrics
+
+    def _learn(self, term: Term, batch: Batch) -> tuple[Gradient, dict[str, float]]:
+        """The term's gradient (before its weight) and its figures, averaged over processes."""
+        parameters = self.policy.parameters(term.trains)
+        self.policy.draw = Draw(self.seed, term.name, self.step, t_range=term.t)
+        total: Gradient = {}
+        sums: dict[str, Tensor] = {}
+        for part, share in term.objective.split(batch):
+            with self.accelerator.autocast():
+                loss, figures = term.objective.loss(self.policy, part)
+            found = torch.autograd.grad(loss * share, list(parameters.values()), allow_unused=True)
+            for name, value in zip(parameters, found, strict=True):
+                if value is not None:
+                    total[name] = total[name] + value if name in total else value
+            for key, figure in ({"loss": loss.detach()} | figures).items():
+                sums[key] = sums.get(key, 0) + figure.detach().float() * share
+        for name in total:
+            total[name] = self.accelerator.reduce(total[name], "mean")
+        means = {key: float(self.accelerator.reduce(value, "mean")) for key, value in sums.items()}
+        means["grad_norm"] = float(_norm(total))
+        for what in ("loss", "grad_norm"):
+            if not np.isfinite(means[what]):
+                raise UserError(
+                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed by this "
+                    f"step. Lower optimizer.learning_rate, or continue with --resume from the newest checkpoint"
+                )
+        return total, means
+
+    def _apply(self, gradient: Gradient, metrics: dict[str, float]) -> None:
+        if not gradient:
+            return
+        metrics["grad_norm"] = float(_norm(gradient))
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in gradient.items():
+            self.parameters[name].grad = value
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.policy.update_ema()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs; tensors and plain values only."""
+        return {
+            "step": self.step,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sources": {name: source.state_dict() for name, source in self.sources.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; UserError if the run is another one."""
+        if set(state["sources"]) != set(self.sources):
+            got, wanted = ", ".join(sorted(state["sources"])), ", ".join(sorted(self.sources))
+            raise UserError(
+                f"checkpoint: it was made with sources of {got}, this recipe has {wanted}; use the run's recipe"
+            )
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, source in self.sources.items():
+            source.load_state_dict(state["sources"][name])
+        self.step = int(state["step"])
+
+
+def _rate_of(learning_rate: float | Mapping[str, float], adapter: str) -> float:
+    if not isinstance(learning_rate, Mapping):
+        return learning_rate
+    if adapter not in learning_rate:
+        raise UserError(f"optimizer.learning_rate: it names no rate for the adapter '{adapter}'")
+    return learning_rate[adapter]
+
+
+def _norm(gradient: Gradient) -> Tensor:
+    if not gradient:
+        return torch.zeros(())
+    return torch.stack([value.float().norm() for value in gradient.values()]).norm()
+
+
+def _cosines(gradients: dict[str, Gradient]) -> dict[str, float]:
+    """The cosine between each two terms' gradients, over the parameters that both reach."""
+    found: dict[str, float] = {}
+    for (first, one), (second, other) in combinations(gradients.items(), 2):
+        common = [name for name in one if name in other]
+        product = sum((one[name].float() * other[name].float()).sum() for name in common)
+        size = _norm({name: one[name] for name in common}) * _norm({name: other[name] for name in common})
+        if common and size > 0:
+            found[f"cosine/{first}/{second}"] = float(product / size)
+    return found

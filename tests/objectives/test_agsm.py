@@ -1,0 +1,140 @@
+"""AGSM's loss against the paper's equations written as loops, and its place in a policy."""
+
+import math
+
+import pytest
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import PairBatch
+from agsm_rl.objectives.agsm import AGSM, group_columns, guided_score_loss, predict_grid
+
+
+def grid(images=3, prompts=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    live = torch.randn(images, prompts, 2, 3, 3, generator=generator, dtype=torch.float64).float()
+    ema = torch.randn(images, prompts, 2, 3, 3, generator=generator, dtype=torch.float64).float()
+    target = torch.randn(images, 2, 3, 3, generator=generator, dtype=torch.float64).float()
+    return live, ema, target, torch.tensor([2, 0, 3])
+
+
+def by_loops(live, ema, target, own, temperature, gamma_positive, gamma_negative):
+    """REFERENCE equations, one image and prompt at a time, in double precision."""
+    live, ema, target = live.double(), ema.double(), target.double()
+    positives, negatives = [], []
+    for i in range(live.shape[0]):
+        rewards = [-float(((target[i] - ema[i, j]) ** 2).mean()) for j in range(live.shape[1])]
+        total = sum(math.exp(r / temperature) for r in rewards)
+        weights = [math.exp(r / temperature) / total for r in rewards]
+        mean = sum(w * ema[i, j] for j, w in enumerate(weights))
+        for j in range(live.shape[1]):
+            delta = ema[i, j] - mean
+            if j == own[i]:
+                positives.append(((live[i, j] - (target[i] + gamma_positive * delta)) ** 2).mean())
+            else:
+                negatives.append(((live[i, j] - (target[i] - gamma_negative * delta)) ** 2).mean())
+    loss = sum(positives) / len(positives)
+    return loss + sum(negatives) / len(negatives) if gamma_negative else loss
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize(("gamma_positive", "gamma_negative"), [(1.0, 1.0), (1.0, 0.1), (0.5, 0.0)])
+def test_the_loss_equals_an_explicit_double_loop(temperature, gamma_positive, gamma_negative):
+    live, ema, target, own = grid()
+    loss, _ = guided_score_loss(
+        live,
+        ema,
+        target,
+        own=own,
+        temperature=temperature,
+        gamma_positive=gamma_positive,
+        gamma_negative=gamma_negative,
+    )
+    expected = by_loops(live, ema, target, own, temperature, gamma_positive, gamma_negative)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_only_the_live_predictions_get_a_gradient():
+    live, ema, target, own = grid()
+    for tensor in (live, ema, target):
+        tensor.requires_grad_(True)
+    loss, _ = guided_score_loss(live, ema, target, own=own)
+    loss.backward()
+    assert live.grad.abs().sum() > 0
+    assert ema.grad is None
+    assert target.grad is None
+
+
+def test_the_gradient_of_the_loss_is_that_of_the_loop():
+    live, ema, target, own = grid()
+    live.requires_grad_(True)
+    loss, _ = guided_score_loss(live, ema, target, own=own)
+    (found,) = torch.autograd.grad(loss, live)
+    (expected,) = torch.autograd.grad(by_loops(live, ema, target, own, 0.1, 1.0, 1.0), live)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_negatives_are_left_out_when_their_gamma_is_zero():
+    live, ema, target, own = grid()
+    live.requires_grad_(True)
+    loss, metrics = guided_score_loss(live, ema, target, own=own, gamma_negative=0.0)
+    (gradient,) = torch.autograd.grad(loss, live)
+    others = ~torch.nn.functional.one_hot(own, 4).bool()
+    assert gradient[others].abs().max() == 0
+    assert "negative_loss" not in metrics
+
+
+def test_the_win_rate_counts_images_whose_own_prompt_predicts_best():
+    target = torch.zeros(2, 1, 1, 1)
+    ema = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[:, :, None, None, None]
+    _, metrics = guided_score_loss(ema.clone(), ema, target, own=torch.tensor([0, 1]))
+    assert metrics["win_rate"].item() == 0.5
+    assert all(metric.ndim == 0 for metric in metrics.values())
+
+
+def test_each_image_is_held_against_its_own_group():
+    columns, own = group_columns(8, 4)
+    assert columns[5].tolist() == [4, 5, 6, 7]
+    assert own.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert torch.equal(columns[torch.arange(8), own], torch.arange(8))
+
+
+def test_own_prompts_are_predicted_with_the_positive_bank_and_others_with_the_negative(policy):
+    x_t, cond = torch.randn(4, *policy.backbone.latent_shape), policy.backbone.encode_text(["a", "b", "c", "d"])
+    columns, own = group_columns(4, 2)
+    seen = {}
+
+    def predict(x, t, c, *, bank):
+        seen[bank] = len(x)
+        return torch.full_like(x, 1.0 if bank == "positive" else -1.0)
+
+    values = predict_grid(predict, x_t, torch.zeros(4), cond, columns, own)[:, :, 0, 0, 0]
+    assert values.tolist() == [[1, -1], [-1, 1], [1, -1], [-1, 1]]
+    assert seen == {"positive": 4, "negative": 4}
+
+
+def test_fewer_groups_at_once_give_the_same_gradient(policy):
+    latents = torch.randn(8, *policy.backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    batch = PairBatch([f"a red star {n}" for n in range(8)], torch.arange(8), latents)
+    parameters = list(policy.parameters().values())
+
+    def gradient(objective):
+        total = 0
+        for part, share in objective.split(batch):
+            loss, _ = objective.loss(policy, part)
+            found = torch.autograd.grad(loss * share, parameters, allow_unused=True)
+            total = total + torch.cat([value.flatten() for value in found if value is not None])
+        return total
+
+    torch.testing.assert_close(gradient(AGSM(groups_per_pass=1)), gradient(AGSM()), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"group_size": 1}, {"groups_per_pass": 0}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        AGSM(**options)
+
+
+def test_a_batch_of_broken_groups_is_refused():
+    with pytest.raises(UserError, match="no multiple of group_size 4"):
+        AGSM().check(6)

@@ -1,0 +1,141 @@
+"""Pairs: order, shares of processes, resizing, and messages about broken data sets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agsm_rl.errors import UserError
+from agsm_rl.sources.images import fit
+from agsm_rl.sources.order import Order
+from agsm_rl.sources.pairs import Pairs
+
+
+class FixedShard:
+    """One of several processes, without any of them."""
+
+    def __init__(self, index=0, count=1):
+        self.index, self.count = index, count
+
+    def gather(self, values):
+        return values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures of several sizes and modes with captions."""
+    rows = []
+    for index, (mode, size) in enumerate(
+        [("RGB", (40, 20)), ("L", (16, 16)), ("RGBA", (17, 33)), ("P", (50, 50)), ("RGB", (8, 8)), ("CMYK", (20, 20))]
+    ):
+        name = f"{index}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, size, 90 if mode in ("L", "P") else None).save(tmp_path / name)
+        rows.append({"file_name": name, "caption": f"picture number {index}"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def bound(source, seed=0, shard=None):
+    source.bind("pairs", seed, shard or FixedShard())
+    return source
+
+
+def test_pictures_of_any_size_and_mode_become_latents_of_the_backbone(folder, policy):
+    batch = bound(Pairs(str(folder), 6)).next(policy)
+    assert batch.latents.shape == (6, *policy.backbone.latent_shape)
+    assert sorted(batch.prompts) == [f"picture number {index}" for index in range(6)]
+
+
+def test_every_image_is_seen_once_an_epoch_in_another_order(folder, policy):
+    source = bound(Pairs(str(folder), 3))
+    epochs = [source.next(policy).prompts + source.next(policy).prompts for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_the_batch_that_one_process_would_take(folder, policy):
+    whole = bound(Pairs(str(folder), 4)).next(policy)
+    parts = [bound(Pairs(str(folder), 4), shard=FixedShard(index, 2)).next(policy) for index in range(2)]
+    assert whole.prompts == parts[0].prompts + parts[1].prompts
+    assert torch.equal(whole.rows, torch.cat([part.rows for part in parts]))
+    torch.testing.assert_close(whole.latents, torch.cat([part.latents for part in parts]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_state_continues_with_the_next_batch(folder, policy):
+    source = bound(Pairs(str(folder), 2))
+    source.next(policy)
+    state, expected = source.state_dict(), source.next(policy).prompts
+    other = bound(Pairs(str(folder), 2))
+    other.load_state_dict(state)
+    assert other.next(policy).prompts == expected
+
+
+def test_captions_of_a_batch_differ_where_the_data_set_allows_it():
+    captions = ["a", "a", "a", "b", "c", "a"]
+    for seed in range(5):
+        rows = Order(6, seed, "pairs").take(3, key=lambda row: captions[row])
+        assert len({captions[row] for row in rows}) == 3
+    assert len(Order(2, 0, "pairs").take(4, key=lambda row: "same")) == 4
+
+
+def test_fitting_keeps_the_centre_and_the_proportions():
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255
+    fitted = fit(Image.fromarray(picture), 10)
+    assert fitted.shape == (3, 10, 10)
+    assert fitted[:, :, 2:8].min() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: (path / "0.png").write_bytes(b"no picture"), "row 0: its image cannot be read"),
+        (lambda path: rewrite(path, caption=""), "row 2: column 'caption' holds ''"),
+        (lambda path: rewrite(path, caption=None), "row 2: column 'caption' holds None"),
+    ],
+)
+def test_a_broken_row_is_named(folder, policy, change, message):
+    change(folder)
+    source = bound(Pairs(str(folder), 6))
+    with pytest.raises(UserError, match=message):
+        source.next(policy)
+
+
+def rewrite(path, **values):
+    rows = [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines()]
+    rows[2] |= values
+    (path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 7}, "it has 6 rows, fewer than batch_size 7"),
+        ({"caption_column": "words"}, "no column 'words'; it has: image, caption"),
+        ({"image_column": "photo"}, "no column 'photo'; it has: image, caption"),
+        ({"split": "test"}, "split 'test': it cannot be opened"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_is_refused_with_what_it_has(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        bound(Pairs(str(folder), **({"batch_size": 2} | options)))
+
+
+def test_a_folder_without_captions_says_which_columns_are_wanted(folder):
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="no caption column \\(caption, text, prompt\\)"):
+        bound(Pairs(str(folder), 2))
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be opened"):
+        bound(Pairs(str(tmp_path / "nothing"), 2))
+
+
+def test_a_parquet_file_is_read(folder, tmp_path, policy):
+    import datasets
+
+    datasets.load_dataset("imagefolder", data_dir=str(folder), split="train").to_parquet(str(tmp_path / "x.parquet"))
+    assert len(bound(Pairs(str(tmp_path / "x.parquet"), 4)).next(policy)) == 4

@@ -1,0 +1,116 @@
+"""Rollouts: what a draw holds, DDPO's advantages, shares of processes, and exact continuation."""
+
+import pytest
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.sources.rollouts import Rollouts, checked_score
+
+
+def test_a_draw_holds_the_path_from_noise_to_the_finished_images(policy, rollouts):
+    batch = rollouts.next(policy)
+    shape = policy.backbone.latent_shape
+    assert batch.trajectory.shape == (4, 5, *shape)
+    assert batch.log_probs.shape == (4, 4)
+    assert torch.equal(batch.latents, batch.trajectory[:, -1])
+    assert batch.prompts[0] == batch.prompts[1] != batch.prompts[2]
+    assert not torch.equal(batch.trajectory[0, 0], batch.trajectory[1, 0])
+
+
+def test_updates_share_out_one_draw(policy, make_rollouts):
+    source = make_rollouts(updates=2, bind=True)
+    first, second = source.next(policy), source.next(policy)
+    assert torch.equal(torch.cat([first.rows, second.rows]).sort().values, torch.arange(4))
+    assert source.state_dict()["draws"] == 1
+    source.next(policy)
+    assert source.state_dict()["draws"] == 2
+
+
+def test_advantages_are_normalised_over_the_draw_while_prompts_are_new(make_rollouts):
+    source = make_rollouts(bind=True)
+    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    found = source._advantages(rewards, ["a", "a", "b", "b"])
+    expected = (rewards - rewards.mean()) / rewards.std(correction=0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_are_normalised_by_a_prompt_s_own_history_once_it_has_enough(make_rollouts):
+    source = make_rollouts(bind=True, min_history=4)
+    source._advantages(torch.tensor([10.0, 12.0]), ["hard", "hard"])
+    found = source._advantages(torch.tensor([14.0, 16.0, 0.0]), ["hard", "hard", "new"])
+    past = torch.tensor([10.0, 12.0, 14.0, 16.0])
+    assert found[0].item() == pytest.approx(float((14 - past.mean()) / past.std(correction=0)), rel=1e-4)
+    everything = torch.tensor([14.0, 16.0, 0.0])
+    assert found[2].item() == pytest.approx(float((0 - everything.mean()) / everything.std(correction=0)), rel=1e-4)
+
+
+def test_advantages_are_clipped(make_rollouts):
+    source = make_rollouts(bind=True, advantage_clip=1.0)
+    assert source._advantages(torch.tensor([0.0, 0.0, 0.0, 9.0]), list("abcd")).max() == 1
+
+
+def test_equal_rewards_give_no_advantage_and_are_named(make_rollouts):
+    source = make_rollouts(bind=True)
+    assert source._advantages(torch.ones(4), list("aabb")).abs().max() == 0
+    assert source.metrics()["zero_variance"] == 1
+
+
+def test_a_loaded_state_continues_with_the_same_images(policy, make_rollouts):
+    source = make_rollouts(updates=2, bind=True)
+    source.next(policy)
+    state = source.state_dict()
+    expected = [source.next(policy), source.next(policy)]
+    other = make_rollouts(updates=2, bind=True)
+    other.load_state_dict(state)
+    for batch in expected:
+        again = other.next(policy)
+        assert torch.equal(batch.trajectory, again.trajectory)
+        assert torch.equal(batch.advantages, again.advantages)
+
+
+def test_sampling_in_smaller_batches_draws_the_same_images(policy, make_rollouts):
+    whole = make_rollouts(bind=True).next(policy)
+    parts = make_rollouts(bind=True, sample_batch_size=1).next(policy)
+    torch.testing.assert_close(whole.trajectory, parts.trajectory, rtol=1e-3, atol=1e-4)
+
+
+class Fixed:
+    """A reward that returns what it was given."""
+
+    name = "fixed"
+    range = (0.0, 1.0)
+    differentiable = False
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, images, prompts):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(2, 1), r"returned \(2, 1\), but a score an image is wanted: shape \(2,\)"),
+        (torch.tensor([0.0, float("nan")]), "its score is nan for the prompt 'b'"),
+        (0.5, "returned float"),
+    ],
+)
+def test_a_reward_that_returns_nonsense_is_named(value, message):
+    with pytest.raises(UserError, match=f"reward 'fixed': .*{message}"):
+        checked_score(Fixed(value), torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_prompts": 0}, "num_prompts"), ({"updates": 3}, "updates 3 does not divide"), ({"rewards": []}, "rewards")],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Rollouts(**({"prompts": "x", "rewards": [(Fixed(0), 1.0)]} | options))
+
+
+def test_a_prompt_file_without_prompts_is_refused(tmp_path, make_rollouts):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="the file has no prompts"):
+        make_rollouts(prompts=str(tmp_path / "empty.txt"), bind=True)

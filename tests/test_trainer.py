@@ -1,0 +1,201 @@
+"""The invariants of a stack of terms (DESIGN §5), on the tiny backbone."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import PairBatch
+from agsm_rl.objectives.agsm import AGSM
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.trainer import Term, Trainer
+
+
+def parameters_of(policy):
+    return {name: value.detach().clone() for name, value in policy.parameters().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def make_terms(make_pairs, make_rollouts):
+    def make(agsm=1.0, ddpo=1.0, **options):
+        return [
+            Term(AGSM(), make_pairs(), name="agsm", weight=agsm, **options),
+            Term(DDPO(), make_rollouts(), name="ddpo", weight=ddpo),
+        ]
+
+    return make
+
+
+def test_a_term_of_weight_zero_changes_nothing(make_policy, make_terms):
+    stacked, alone = make_policy(), make_policy()
+    Trainer(stacked, make_terms(ddpo=0.0), steps=3).train()
+    Trainer(alone, make_terms()[:1], steps=3).train()
+    assert same(parameters_of(stacked), parameters_of(alone))
+
+
+def test_the_gradient_of_a_stack_is_the_weighted_sum_of_its_terms_gradients(make_policy, make_terms):
+    def gradient(*, agsm, ddpo):
+        policy = make_policy()
+        trainer = Trainer(policy, make_terms(agsm=agsm, ddpo=ddpo), steps=1, max_grad_norm=None)
+        trainer.run_step()
+        zeros = {name: torch.zeros_like(value) for name, value in policy.parameters().items()}
+        return {name: zeros[name] if p.grad is None else p.grad for name, p in policy.parameters().items()}
+
+    stack, agsm, ddpo = gradient(agsm=0.5, ddpo=2.0), gradient(agsm=1, ddpo=0), gradient(agsm=0, ddpo=1)
+    for name in stack:
+        torch.testing.assert_close(stack[name], 0.5 * agsm[name] + 2.0 * ddpo[name], rtol=1e-5, atol=1e-8)
+        assert stack[name].abs().sum() > 0 or "negative" in name or "lora_A" in name
+
+
+def test_a_seed_fixes_everything(make_policy, make_terms):
+    first, second, other = make_policy(), make_policy(), make_policy()
+    Trainer(first, make_terms(), steps=2, seed=3).train()
+    Trainer(second, make_terms(), steps=2, seed=3).train()
+    Trainer(other, make_terms(), steps=2, seed=4).train()
+    assert same(parameters_of(first), parameters_of(second))
+    assert not same(parameters_of(first), parameters_of(other))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_resuming_from_a_state_equals_the_uninterrupted_run(make_policy, make_terms, make_rollouts, stop_at, tmp_path):
+    """Stops also fall between two updates that share one draw of rollouts."""
+
+    def terms():
+        made = make_terms()
+        made[1].source = make_rollouts(updates=2)
+        return made
+
+    whole = make_policy()
+    log = []
+    trainer = Trainer(whole, terms(), steps=5)
+    while trainer.step < 5:
+        log.append(trainer.run_step())
+
+    begun = Trainer(make_policy(), terms(), steps=5)
+    for _ in range(stop_at):
+        begun.run_step()
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+    resumed_policy = make_policy()
+    resumed = Trainer(resumed_policy, terms(), steps=5)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    rest = [resumed.run_step() for _ in range(5 - stop_at)]
+    assert rest == log[stop_at:]
+    assert same(parameters_of(whole), parameters_of(resumed_policy))
+    assert same(whole.state_dict()["ema"], resumed_policy.state_dict()["ema"])
+
+
+def test_a_term_trains_only_the_adapters_it_names(make_policy, make_pairs):
+    policy = make_policy()
+    before = parameters_of(policy)
+    Trainer(policy, [Term(AGSM(), make_pairs(), name="agsm", trains=["lora"])], steps=2).train()
+    after = parameters_of(policy)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"lora"}
+
+
+def test_a_term_runs_on_each_kth_step(make_policy, make_terms):
+    terms = make_terms()
+    terms[1].every = 2
+    trainer = Trainer(make_policy(), terms, steps=4)
+    ran = ["ddpo/loss" in trainer.run_step() for _ in range(4)]
+    assert ran == [True, False, True, False]
+
+
+def test_a_weight_schedule_is_linear_between_its_points(make_pairs):
+    term = Term(AGSM(), make_pairs(), weight={10: 1.0, 0: 0.0, 20: 3.0})
+    assert [term.weight_at(step) for step in (0, 5, 10, 15, 20, 99)] == [0, 0.5, 1, 2, 3, 3]
+
+
+def test_two_terms_share_one_draw_of_a_source(make_policy, make_rollouts):
+    source = make_rollouts()
+    terms = [Term(DDPO(), source, name="ddpo"), Term(AGSM(group_size=2), source, name="agsm")]
+    trainer = Trainer(make_policy(), terms, steps=1)
+    metrics = trainer.run_step()
+    assert source.state_dict()["draws"] == 1
+    assert {"ddpo/loss", "agsm/loss", "cosine/ddpo/agsm"} <= set(metrics)
+    assert -1 <= metrics["cosine/ddpo/agsm"] <= 1
+
+
+def test_every_step_reports_each_term_s_loss_and_gradient_norm(make_policy, make_terms):
+    metrics = Trainer(make_policy(), make_terms(agsm=0.5), steps=1).run_step()
+    assert metrics["loss"] == pytest.approx(0.5 * metrics["agsm/loss"] + metrics["ddpo/loss"])
+    for key in ("agsm/grad_norm", "ddpo/grad_norm", "ddpo/reward", "grad_norm"):
+        assert math.isfinite(metrics[key])
+
+
+@dataclass
+class Broken:
+    """An objective whose loss is not a number."""
+
+    value: float
+    consumes = PairBatch
+
+    def check(self, batch_size):
+        pass
+
+    def split(self, batch):
+        return [(batch, 1.0)]
+
+    def loss(self, policy, batch):
+        return sum(p.sum() for p in policy.parameters().values()) * self.value, {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_term_s_name_and_changes_nothing(make_policy, make_pairs, value):
+    policy = make_policy()
+    before = parameters_of(policy)
+    trainer = Trainer(policy, [Term(Broken(value), make_pairs(), name="broken")], steps=2)
+    with pytest.raises(UserError, match="step 1: objective 'broken'"):
+        trainer.train()
+    assert same(before, parameters_of(policy))
+
+
+def test_the_shadow_follows_the_parameters_by_its_decay(make_policy, make_pairs):
+    policy = make_policy(ema_decay=0.75)
+    start = parameters_of(policy)
+    Trainer(policy, [Term(AGSM(), make_pairs(), name="agsm")], steps=1).train()
+    live, shadow = parameters_of(policy), policy.state_dict()["ema"]
+    for name in start:
+        torch.testing.assert_close(shadow[name], 0.75 * start[name] + 0.25 * live[name])
+
+
+def test_predictions_under_the_shadow_leave_the_parameters_in_place(make_policy):
+    policy = make_policy()
+    before = parameters_of(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(1.0)
+    x_t = torch.randn(2, *policy.backbone.latent_shape)
+    cond, t = policy.backbone.encode_text(["a", "b"]), torch.full((2,), 0.5)
+    shadow, live = policy.ema(x_t, t, cond), policy.live(x_t, t, cond)
+    assert not torch.allclose(shadow, live)
+    assert same({name: value + 1 for name, value in before.items()}, parameters_of(policy))
+
+
+def test_the_reference_is_the_base_model_exactly(make_policy, make_backbone):
+    policy, bare = make_policy(), make_backbone()
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(1.0)
+    x_t, t = torch.randn(2, *bare.latent_shape), torch.tensor([0.2, 0.9])
+    cond = bare.encode_text(["a red star", ""])
+    with torch.no_grad():
+        assert torch.equal(policy.reference(x_t, t, cond), bare.predict(x_t, t, cond))
+        assert not torch.equal(policy.live(x_t, t, cond), bare.predict(x_t, t, cond))
+
+
+def test_two_terms_of_one_name_are_refused(make_policy, make_pairs):
+    terms = [Term(AGSM(), make_pairs(), name="agsm"), Term(AGSM(), make_pairs(), name="agsm")]
+    with pytest.raises(UserError, match="two terms have one name"):
+        Trainer(make_policy(), terms, steps=1)
+
+
+def test_a_source_that_gives_another_batch_than_the_objective_consumes_is_refused(make_pairs):
+    with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a PairBatch"):
+        Term(DDPO(), make_pairs(), name="ddpo")
