@@ -18,12 +18,18 @@ from agsm_rl.shapes import world
 
 Picture = Image.Image | np.ndarray | Tensor
 
-MIN_FIT = 0.82
-"""Least overlap (soft intersection over union) of a blob with its best template; drawings reach 0.87 and more."""
+MIN_FIT = {"circle": 0.87, "square": 0.86, "triangle": 0.85, "star": 0.80}
+"""Least soft intersection over union of a blob with its template: a little below the worst autoencoded drawing's.
+
+A circle's is high, since a square that stands on its corner still reaches 0.85 as one; a star's is low, since an
+autoencoder rounds its tips off.
+"""
 MIN_LEAD = 0.025
 """How much better the best template must fit than the best of another shape."""
 MAX_COLOR_ERROR = 55.0
-"""Largest distance (RGB, 0-255) of a blob's colour from a named one: half the distance of the two nearest named colours."""
+"""Largest distance (RGB, 0-255) of a blob's colour from a named one: half that of the two nearest named colours."""
+MAX_AT_BORDER = 3
+"""Pixels that a whole shape may have in the outermost row or column; drawings touch it with a tip or a circle's top."""
 MIN_AREA = 4
 """Blobs of fewer pixels are specks: antialiased tips and noise, neither objects nor rejected."""
 RADII = np.arange(3.0, 9.1, 0.2)
@@ -42,7 +48,7 @@ _STRENGTH = np.linalg.norm(_INKS, axis=1)
 
 @dataclass(frozen=True)
 class Found:
-    """A clean object: centre, width and height of its bounding box in pixels, and how well its template fits (0 to 1)."""
+    """A clean object: centre and size of its bounding box in pixels, and how well its template fits (0 to 1)."""
 
     shape: str
     color: str
@@ -90,14 +96,22 @@ def detect(image: Picture) -> Detection:
         mask = areas == blob.label
         explained |= mask
         for found in _read_blob(ink, cover, color, seeds == blob.label, mask):
-            (objects if isinstance(found, Found) else rejected).append(found)  # type: ignore[arg-type]
+            if isinstance(found, Found):
+                objects.append(found)
+            else:
+                rejected.append(found)
     rejected += _smudges(there, explained)
     return Detection(tuple(sorted(objects, key=lambda item: -item.score)), tuple(rejected))
 
 
 def as_pixels(image: Picture) -> np.ndarray:
-    """The image as float32 [32, 32, 3] in 0 to 255; other sizes are averaged over boxes."""
+    """The image as float32 [32, 32, 3] in 0 to 255; other sizes are averaged over boxes.
+
+    ValueError if it is not finite: a diverged model must not read as a blank drawing.
+    """
     if isinstance(image, Tensor):
+        if not image.isfinite().all():
+            raise ValueError("the image has values that are not finite")
         values = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255
         if values.shape[:2] == (world.IMAGE_SIZE, world.IMAGE_SIZE):
             return values
@@ -132,7 +146,7 @@ def _read_blob(
 def _fit(
     ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray
 ) -> Found | Rejected:
-    """The template that explains a blob, or why none does. `seed` are its sure pixels, `mask` those and its soft rim."""
+    """The template that explains a blob, or why none does; `seed` are its sure pixels, `mask` those and the soft rim."""
     name = int(np.bincount(color[seed]).argmax())
     paint = np.where(mask, np.clip(cover[..., name], 0, 1), 0)
     total = float(paint.sum())
@@ -145,17 +159,19 @@ def _fit(
     core = seed & (cover[..., name] >= min(0.85, float(np.median(cover[..., name][seed]))))
     if np.linalg.norm(ink[core].mean(axis=0) - _INKS[name]) > MAX_COLOR_ERROR:
         return reject("its colour is unclear")
+    sure = seed & (cover[..., name] > 0.5)
+    if max(sure[0].sum(), sure[-1].sum(), sure[:, 0].sum(), sure[:, -1].sum()) > MAX_AT_BORDER:
+        return reject("it is cut off by the border")
     fits, radii = _overlaps(paint, x, y, total)
-    order = np.argsort(-fits)
-    best, second = int(order[0]), int(order[1])
-    if fits[best] < MIN_FIT:
+    best, second = (int(i) for i in np.argsort(-fits)[:2])
+    if fits[best] < MIN_FIT[world.SHAPES[best]]:
         return reject("it is no clean shape")
     if fits[best] - fits[second] < MIN_LEAD:
         return reject(f"it could be a {world.SHAPES[best]} or a {world.SHAPES[second]}")
     corners = np.array(world.outline(world.SHAPES[best], x, y, float(radii[best])))
-    low, high = corners.min(axis=0), corners.max(axis=0)
-    middle, size = (low + high) / 2, high - low
-    return Found(world.SHAPES[best], _NAMES[name], *map(float, (*middle, *size)), float(fits[best]))
+    (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    return Found(world.SHAPES[best], _NAMES[name], *box, score=float(fits[best]))
 
 
 def _overlaps(paint: np.ndarray, x: float, y: float, total: float) -> tuple[np.ndarray, np.ndarray]:

@@ -345,7 +345,7 @@ def _parse_group(words: str) -> Group | None:
 
 
 def _tag_of(groups: tuple[Group | None, ...], link: str | None) -> str | None:
-    """The kind of prompt that these groups make, or None: two groups are one each of two shapes, with colours or without."""
+    """The kind of prompt that these groups make, or None; two groups are one each of two shapes, coloured or not."""
     first, second = (*groups, None)[:2]
     if first is None or (second is None and len(groups) == 2):
         return None

@@ -1,0 +1,206 @@
+"""LoRA on the denoiser's attention through PEFT (arXiv 2106.09685); a bank is a named PEFT adapter.
+
+Banks are switched by each layer's list of active adapters. With none of ours in it a layer returns its base layer's
+output untouched, and adapters of other people's on the same layers stay as they were.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Backbone, Bank
+
+BANKS: tuple[Bank, Bank] = ("positive", "negative")
+# Tensors of the second bank stand under this prefix, which `pipe.load_lora_weights` passes over.
+NEGATIVE_PREFIX = "negative."
+
+
+class LoRA:
+    """Low-rank additions (alpha / rank)·B·A to linear layers; B begins at 0, so training begins at the base model.
+
+    rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts). banks: 1, which serves under
+    both names; 2 gives the negative prompts their own. target_modules: ends of module names; the attention projections,
+    as in diffusers' scripts and in DDPO. seed: of the initial A, N(0, 1 / rank²).
+    """
+
+    kind: ClassVar[str] = "lora"
+
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        banks: int = 1,
+        target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0"),
+        seed: int = 0,
+    ) -> None:
+        if rank < 1:
+            raise UserError(f"lora.rank: {rank}; at least 1 is needed.")
+        if banks not in (1, 2):
+            raise UserError(f"lora.banks: {banks}; allowed: 1, 2.")
+        self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks
+        self.target_modules, self.seed = tuple(target_modules), seed
+        self.bank: Bank | None = None
+        self._backbone: Backbone | None = None
+        self._layers: dict[str, BaseTunerLayer] = {}
+        self._names: list[str] = []
+        self._active: str | None = None
+
+    @classmethod
+    def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
+        """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
+        ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+        try:
+            config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+            options = {name.rpartition(".")[2]: value for name, value in config.items()}
+            alpha, targets = options["lora_alpha"], tuple(options["target_modules"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"LoRA: the file's metadata '{LORA_ADAPTER_METADATA_KEY}' is missing or broken.") from error
+        if len(ranks) != 1:
+            raise UserError(f"LoRA: the file's ranks are {sorted(ranks)}; one rank for all layers is supported.")
+        banks = 2 if any(name.startswith(NEGATIVE_PREFIX) for name in tensors) else 1
+        return cls(rank=ranks.pop(), alpha=alpha, banks=banks, target_modules=targets)
+
+    def attach(self, backbone: Backbone) -> None:
+        """Add a PEFT adapter a bank; UserError if no module's name ends with one of `target_modules`."""
+        if self._backbone is not None:
+            raise RuntimeError("this LoRA is attached already; detach it first")
+        denoiser: Any = backbone.denoiser
+        if not any(_ends_with(name, self.target_modules) for name, _ in denoiser.named_modules()):
+            raise UserError(
+                f"lora.target_modules: no module of the {type(denoiser).__name__} is called "
+                f"{', '.join(self.target_modules)}; its attention projections are to_q, to_k, to_v, to_out.0."
+            )
+        taken = getattr(denoiser, "peft_config", {})
+        self._names = [_free_name(bank, taken) for bank in BANKS[: self.banks]]
+        active = {name: list(layer.active_adapters) for name, layer in _tuner_layers(denoiser)}
+        flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
+        self._add(denoiser)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for name, layer in _tuner_layers(denoiser):  # PEFT has just switched everyone else's off
+            _set_active(layer, active.get(name, []))
+        self._layers = {name: layer for name, layer in _tuner_layers(denoiser) if self._names[0] in layer.lora_A}
+        self._backbone = backbone
+        for _, parameter in self.named_parameters():
+            parameter.data = parameter.data.float()  # trained in float32 on a base of any dtype
+            parameter.requires_grad_(True)
+        self._switch("positive")
+        backbone.adapters.append(self)
+
+    def _add(self, denoiser: Any) -> None:
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            torch.random.default_generator.manual_seed(self.seed)
+            for name in self._names:
+                denoiser.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), adapter_name=name)
+
+    def detach(self) -> None:
+        """Delete our adapters; when no others are left, put the original modules back."""
+        if self._backbone is None:
+            return
+        denoiser: Any = self._backbone.denoiser
+        self._switch(None)
+        denoiser.delete_adapters(self._names)
+        if not getattr(denoiser, "peft_config", None):
+            denoiser.unload_lora()
+        self._backbone.adapters.remove(self)
+        self._backbone, self._layers = None, {}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`<bank>.<module>.lora_A` (rank, in) and `….lora_B` (out, rank) of every layer."""
+        for bank, peft_name in zip(BANKS, self._names, strict=False):
+            for name, layer in self._layers.items():
+                yield f"{bank}.{name}.lora_A", layer.lora_A[peft_name].weight
+                yield f"{bank}.{name}.lora_B", layer.lora_B[peft_name].weight
+
+    @contextmanager
+    def using(self, bank: Bank | None) -> Iterator[None]:
+        """Add this bank's part within the block; None adds nothing."""
+        previous = self.bank
+        self._switch(bank)
+        try:
+            yield
+        finally:
+            self._switch(previous)
+
+    def _switch(self, bank: Bank | None) -> None:
+        wanted = None if bank is None else self._names[BANKS.index(bank) % self.banks]
+        if wanted != self._active:
+            ours = [] if wanted is None else [wanted]
+            for layer in self._layers.values():
+                _set_active(layer, [name for name in layer.active_adapters if name not in self._names] + ours)
+        self._active, self.bank = wanted, bank
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The positive bank as `pipe.load_lora_weights` takes it, with its alpha; a second bank under `negative.`."""
+        if self._backbone is None:
+            raise RuntimeError("only an attached LoRA can be exported")
+        part = _denoiser_name(self._backbone)
+        tensors = {_exported(name, part): tensor.detach().cpu().clone() for name, tensor in self.named_parameters()}
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
+        metadata = {
+            "kind": self.kind,
+            "banks": str(self.banks),
+            "base": self._backbone.name,
+            LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.{name}": value for name, value in config.items()}),
+        }
+        return tensors, metadata
+
+    def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Fill the parameters; UserError if the layers, the rank or the shapes are not the same."""
+        if self._backbone is None:
+            raise RuntimeError("only an attached LoRA can be filled")
+        part = _denoiser_name(self._backbone)
+        places = {_exported(name, part): parameter for name, parameter in self.named_parameters()}
+        if odd := sorted(set(places) ^ set(tensors)):
+            where = "the file" if odd[0] in places else "this base"
+            raise UserError(f"LoRA: {len(odd)} layers do not match; {where} has no '{odd[0]}'. It is for another base.")
+        for name, parameter in places.items():
+            if tensors[name].shape != parameter.shape:
+                got, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise UserError(f"LoRA: '{name}' has shape {got} in the file, {wanted} here (another rank or base).")
+        for name, parameter in places.items():
+            parameter.data.copy_(tensors[name])
+
+
+def _tuner_layers(denoiser: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _set_active(layer: Any, names: list[str]) -> None:
+    """PEFT's switch without its side effect on requires_grad: gradients of all banks are wanted at once."""
+    flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    layer.set_adapter(names)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _ends_with(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _free_name(bank: str, taken: Mapping[str, Any]) -> str:
+    number = 1
+    while (name := bank if number == 1 else f"{bank}_{number}") in taken:
+        number += 1
+    return name
+
+
+def _denoiser_name(backbone: Backbone) -> str:
+    return "unet" if getattr(backbone.pipeline, "unet", None) is backbone.denoiser else "transformer"
+
+
+def _exported(name: str, part: str) -> str:
+    bank, _, rest = name.partition(".")
+    return f"{NEGATIVE_PREFIX if bank == 'negative' else ''}{part}.{rest}.weight"

@@ -1,0 +1,131 @@
+"""Exported adapters on plain diffusers pipelines: `attach(pipeline, path)`, and `save_adapters`, which writes them.
+
+The files are ordinary safetensors whose metadata names the adapter's kind; a LoRA's also goes straight into
+`pipe.load_lora_weights`. Pictures are drawn with the positive bank, as published (arXiv 2605.30038).
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agsm_rl.backbones import backbone_of
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Adapter
+from agsm_rl.registry import load
+
+# The name under which `pipe.load_lora_weights(folder)` looks for it.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass
+class Handle:
+    """What `attach` did to a pipeline. `adapters` by their files' names without ending."""
+
+    adapters: dict[str, Adapter]
+    _frozen: list[tuple[nn.Parameter, bool]]
+    _modes: list[tuple[nn.Module, bool]]
+
+    def detach(self) -> None:
+        """Give the pipeline back as it was, bit for bit; a second call does nothing."""
+        for adapter in reversed(self.adapters.values()):
+            adapter.detach()
+        for parameter, flag in self._frozen:
+            parameter.requires_grad_(flag)
+        for module, training in self._modes:
+            module.training = training
+        self.adapters, self._frozen, self._modes = {}, [], []
+
+
+def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
+    """Put exported adapters on a diffusers pipeline.
+
+    path: a run folder (its `adapter/`), a folder of exported adapters, or one .safetensors file.
+    Raises UserError when a file is missing, broken, not one of ours, or for another base; the pipeline is unchanged then.
+    """
+    exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
+    modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    handle = Handle(
+        {},
+        [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()],
+        [(part, part.training) for module in modules for part in module.modules()],
+    )
+    try:
+        backbone = backbone_of(pipeline)
+        for name, (tensors, metadata) in exports.items():
+            adapter = load("adapters", metadata["kind"], where=f"{name}.safetensors").from_export(tensors, metadata)
+            adapter.attach(backbone)
+            handle.adapters[name] = adapter
+            adapter.load_export(tensors, metadata)
+            for _, parameter in adapter.named_parameters():
+                parameter.requires_grad_(False)
+    except BaseException:
+        handle.detach()
+        raise
+    return handle
+
+
+def find_exports(path: Path) -> list[Path]:
+    """The .safetensors files that a run folder, an adapter folder or a file's own path stands for."""
+    if path.is_file():
+        return [path]
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no such file or folder; give a run folder or an exported adapter.")
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: there is no .safetensors file in it; has the run been trained to an adapter yet?")
+    return files
+
+
+def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of an exported adapter; UserError if it is broken or was not exported by agsm-rl."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 — not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: cannot be read, it is truncated or not safetensors ({error}). Export it again."
+        ) from error
+    if "kind" not in metadata:
+        raise UserError(
+            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
+            "token files through `agsm-rl convert`."
+        )
+    return tensors, metadata
+
+
+def save_adapters(
+    adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write each adapter to `<name>.safetensors` (an only LoRA to `pytorch_lora_weights.safetensors`).
+
+    A file is written aside and renamed, so that a kill leaves the old one or the new one. Returns the files.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    loras = [name for name, adapter in adapters.items() if adapter.kind == "lora"]
+    files = []
+    for name, adapter in adapters.items():
+        file = target / (LORA_FILE if loras == [name] else f"{name}.safetensors")
+        tensors, own = adapter.export()
+        _write(file, tensors, {**metadata, **own, "name": name})
+        files.append(file)
+    return files
+
+
+def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""Gradient checkpointing that remembers which bank of each adapter was in use (arXiv 1604.06174 for the idea).
+
+A checkpointed block runs a second time during the backward pass, after the `using(bank)` block around the prediction has
+long been left. Recomputed under another bank it would give wrong gradients without any error.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from agsm_rl.interfaces import Adapter, Bank
+
+
+def same_banks(adapters: Sequence[Adapter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`'s `context_fn`: the contexts of the forward pass and of its recomputation."""
+    return nullcontext(), _restored([(adapter, adapter.bank) for adapter in adapters])
+
+
+@contextmanager
+def _restored(banks: list[tuple[Adapter, Bank | None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for adapter, bank in banks:
+            stack.enter_context(adapter.using(bank))
+        yield
+
+
+def enable_gradient_checkpointing(denoiser: Any, adapters: Sequence[Adapter]) -> None:
+    """Checkpoint the denoiser's blocks; `adapters` is read at each call, so that later ones are included.
+
+    diffusers checkpoints whenever gradients are on, in evaluation mode too, so the frozen model stays in that mode.
+    """
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        # No dropout is active in evaluation mode, so there is no random state to keep.
+        return checkpoint(
+            block, *args, use_reentrant=False, preserve_rng_state=False
+        )
+
+    denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)

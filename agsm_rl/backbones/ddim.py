@@ -1,0 +1,48 @@
+"""DDIM steps as Gaussian transitions (Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16).
+
+Policy-gradient objectives need the mean and the standard deviation of a step, not a sample of it. Both are read off the
+scheduler's public `step()`, so that they are what diffusers draws with, and not a second copy of its formulas.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+# What Stable Diffusion was trained with; a pipeline whose scheduler's configuration leaves them out (PNDM, Euler, …)
+# would otherwise get DDIM's defaults, which are for images in [-1, 1].
+LATENT_DIFFUSION = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
+def ddim_scheduler(config: dict[str, Any]) -> DDIMScheduler:
+    """A DDIM scheduler on the noise schedule of any pipeline scheduler's `config`; latents are never clipped to [-1, 1]."""
+    # diffusers replaces values listed under `_use_default_values` by DDIM's own defaults, silently.
+    kept = {name: value for name, value in config.items() if name != "_use_default_values"}
+    return DDIMScheduler.from_config({**LATENT_DIFFUSION, **kept, "clip_sample": False})
+
+
+class DDIMSampler:
+    """`num_steps` DDIM steps: `t` [K] descending, and `transition` as in `interfaces.Sampler`."""
+
+    def __init__(self, config: dict[str, Any], num_steps: int, device: torch.device) -> None:
+        self.scheduler = ddim_scheduler(config)
+        self.scheduler.set_timesteps(num_steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+        # The middle of a timestep's interval: no rounding can turn it into its neighbour.
+        middles = [(timestep + 0.5) / self.scheduler.config.num_train_timesteps for timestep in self.timesteps]
+        self.t = torch.tensor(middles, device=device)
+
+    def transition(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
+        """Mean [B, C, H, W] and standard deviation σ (0-d) of step `k`, both on x_t's device and of its dtype.
+
+        σ is 0 when `eta` is 0, and also in a last step that ends on a noiseless image (`set_alpha_to_one`).
+        """
+        # A step is mean + σ · variance_noise: noise 0 gives the mean.
+        step = self.scheduler.step(prediction, self.timesteps[k], x_t, eta=eta, variance_noise=torch.zeros_like(x_t))
+        return step.prev_sample, self._std(k, eta).to(x_t)
+
+    def _std(self, k: int, eta: float) -> Tensor:
+        # From a zero sample and a zero prediction the mean is 0 for every prediction type, and noise 1 leaves σ alone.
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return self.scheduler.step(zero, self.timesteps[k], zero, eta=eta, variance_noise=one).prev_sample[0]

@@ -1,0 +1,91 @@
+"""From a recipe to a trainer that is ready to run: data opened, backbone loaded, adapters attached, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from accelerate import Accelerator
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Backbone
+from agsm_rl.policy import Policy
+from agsm_rl.recipe import Block, Recipe
+from agsm_rl.resolve import Parts, source_of
+from agsm_rl.trainer import Term, Trainer
+
+
+def build_trainer(
+    recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = (), accelerator: Accelerator | None = None
+) -> Trainer:
+    """The recipe's trainer; UserError when data, weights or a combination of them cannot be used."""
+    accelerator = accelerator or Accelerator()
+    parts = Parts(where=where, allow_imports=allow_imports)
+    terms = build_terms(recipe, parts)
+    backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))
+    adapters = {
+        name: parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed)
+        for name, block in recipe.adapters.items()
+    }
+    policy = _located(where, lambda: Policy(backbone, adapters, ema_decay=recipe.ema.decay))
+    optimizer = recipe.optimizer
+    trainer: Trainer = _located(
+        where,
+        lambda: Trainer(
+            policy,
+            terms,
+            steps=recipe.steps,
+            seed=recipe.seed,
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            betas=optimizer.betas,
+            max_grad_norm=optimizer.max_grad_norm,
+            combine=recipe.combine,
+            accelerator=accelerator,
+        ),
+    )
+    return trainer
+
+
+def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
+    """The recipe's terms; those that name one source share one object, so that a batch is drawn once."""
+    shared = {
+        name: parts.construct("sources", block, f"sources.{name}", seed=recipe.seed)
+        for name, block in recipe.sources.items()
+    }
+    terms = []
+    for index, block in enumerate(recipe.objectives):
+        place = f"objectives[{index}]"
+        source = (
+            shared[block.source]
+            if isinstance(block.source, str)
+            else parts.construct("sources", *source_of(recipe, index), seed=recipe.seed)
+        )
+        terms.append(
+            Term(
+                parts.construct("objectives", block, place, seed=recipe.seed),
+                source,
+                name=block.name or block.use,
+                weight=block.weight,
+                every=block.every,
+                t=block.t,
+                trains=block.trains,
+            )
+        )
+    return terms
+
+
+def build_backbone(block: Block, *, parts: Parts, device: str | None = None) -> Backbone:
+    """The backbone of a completed block, on `device` unless the block says another."""
+    if "device" in block.options and block.options["device"] is None:
+        block = Block.model_validate({"use": block.use, **block.options, "device": device})
+    backbone: Backbone = parts.construct("backbones", block, "backbone", seed=0)
+    return backbone
+
+
+def _located(where: str, make: Any) -> Any:
+    """Messages of deeper modules begin with the recipe's file."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

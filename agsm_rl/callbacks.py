@@ -1,0 +1,132 @@
+"""What looks on at a run and keeps its records: metrics.jsonl, trackers, the progress bar, checkpoints, a graceful stop."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agsm_rl import checkpoint
+from agsm_rl.attachment import save_adapters
+from agsm_rl.recipe import Recipe
+from agsm_rl.run_folder import MetricsFile, RunFolder
+from agsm_rl.trainer import Trainer
+
+
+class Metrics:
+    """A line a step into metrics.jsonl, and the same figures to the trackers."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.file = MetricsFile(folder.metrics)
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Write the step's figures."""
+        self.file.add(step, metrics)
+        trainer.accelerator.log(metrics, step=step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing is left to write."""
+
+
+class ProgressBar:
+    """Step, losses, rewards and the time left: a bar on a terminal, some twenty lines in a log."""
+
+    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+        self.console, self.steps = console, steps
+        self._interval = max(1, steps // 20)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=done, figures="")
+        self._bar.start()
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Show the step's figures."""
+        figures = shown(metrics)
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self.console.is_terminal and (step % self._interval == 0 or step == self.steps):
+            self.console.print(f"step {step}/{self.steps}  {figures}", soft_wrap=True, highlight=False)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Leave the last state on the screen."""
+        self._bar.stop()
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """The losses and rewards among a step's metrics, in short."""
+    several = sum(name.endswith("/loss") for name in metrics) > 1
+    chosen = [
+        (name, value)
+        for name, value in metrics.items()
+        if (name == "loss" and several) or name.endswith(("/loss", "/reward")) or name == "reward"
+    ]
+    return "  ".join(f"{name} {value:.4g}" for name, value in chosen)
+
+
+class Checkpoints:
+    """A checkpoint each `checkpoint.every` steps and at the end, and adapter/ as it is in the newest one."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self._saved: int | None = None
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Save when it is time, or when the run is being stopped."""
+        if step % self.recipe.checkpoint.every == 0 or trainer.stopping:
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Save the end of the run."""
+        if self._saved != trainer.step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint of the trainer's step, and the adapters."""
+        checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state_dict(), keep=self.recipe.checkpoint.keep)
+        backbone = self.recipe.backbone
+        metadata = {"checkpoint": str(backbone.options.get("checkpoint", "")), "backbone": backbone.use}
+        save_adapters(trainer.policy.adapters, self.folder.adapter, metadata=metadata | {"step": str(trainer.step)})
+        self._saved = trainer.step
+
+
+class GracefulStop:
+    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Tell the trainer, and the callbacks after this one, that the run ends here."""
+        if self.received is not None:
+            trainer.stopping = True
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing is left to do."""

@@ -1,0 +1,65 @@
+"""Draw pictures with a diffusers pipeline, an own generator each, and lay them out in grids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    guidance: float,
+    num_steps: int,
+    resolution: int | None = None,
+    batch_size: int = 50,
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1], on the CPU. Image i depends on prompts[i] and seeds[i], not on its neighbours."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        images = pipeline(
+            prompt=list(prompts[part]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            num_inference_steps=num_steps,
+            guidance_scale=guidance,
+            height=resolution,
+            width=resolution,
+            output_type="pt",
+        ).images
+        found.append(images.float().cpu())
+    return torch.cat(found)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """An image [3, H, W] in [0, 1] as a PIL picture."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
+    """Images [B, 3, H, W] in rows of `columns`; small ones are enlarged so that they can be looked at."""
+    height, width = images.shape[2:]
+    scale = max(1, 128 // width)
+    rows = -(-len(images) // columns)
+    cell = (width * scale + gap, height * scale + gap)
+    sheet = Image.new("RGB", (columns * cell[0] - gap, rows * cell[1] - gap), "white")
+    for index, image in enumerate(images):
+        picture = to_picture(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(picture, (index % columns * cell[0], index // columns * cell[1]))
+    return sheet
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it, so that nobody sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    picture.save(aside, format="PNG")
+    aside.replace(path)

@@ -1,0 +1,63 @@
+"""95 % intervals for shares of correct images, their paired differences, and means over tags.
+
+Shares: Wilson (statsmodels). Paired differences: Agresti and Min, Statistics in Medicine 2005 (the normal interval after
+half an observation is added to each of the four cells, so that it never collapses to nothing when no verdict changed).
+Means over tags: the tags' intervals combined (Zou and Donner, Statistics in Medicine 2008).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import norm
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True for a difference that the interval tells from none."""
+        return self.low > 0 or self.high < 0
+
+
+def wilson(correct: int, total: int) -> Interval:
+    """A share of correct ones with its Wilson interval; ValueError for an empty or impossible count."""
+    if not 0 <= correct <= total or total == 0:
+        raise ValueError(f"{correct} correct of {total} is no share")
+    low, high = proportion_confint(correct, total, alpha=1 - CONFIDENCE, method="wilson")
+    # At 0 and 1 the formula's rounding may leave the estimate just outside.
+    value = correct / total
+    return Interval(value, min(float(low), value), max(float(high), value))
+
+
+def paired_difference(base: Sequence[bool], trained: Sequence[bool]) -> Interval:
+    """Share correct of `trained` minus that of `base`, both on the same prompts and noise, in [-1, 1]."""
+    if len(base) != len(trained) or not len(base):
+        raise ValueError(f"paired verdicts are wanted, one or more; got {len(base)} and {len(trained)}")
+    changes = np.asarray(trained, dtype=float) - np.asarray(base, dtype=float)
+    # Half an observation in each cell: one more gain and loss by half each, one more pair without a change.
+    values, weights = np.append(changes, [1.0, -1.0, 0.0]), np.append(np.ones(len(changes)), [0.5, 0.5, 1.0])
+    stats = DescrStatsW(values, weights=weights, ddof=0)
+    reach = float(norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(stats.var / stats.sum_weights))
+    center, value = float(stats.mean), float(changes.mean())
+    return Interval(value, max(-1.0, min(center - reach, value)), min(1.0, max(center + reach, value)))
+
+
+def mean_of(parts: Sequence[Interval]) -> Interval:
+    """The mean of independent estimates (a tag each), each with the same weight as GenEval gives it."""
+    if not parts:
+        raise ValueError("a mean of no estimates")
+    value = float(np.mean([part.value for part in parts]))
+    below = float(np.linalg.norm([part.value - part.low for part in parts])) / len(parts)
+    above = float(np.linalg.norm([part.high - part.value for part in parts])) / len(parts)
+    return Interval(value, value - below, value + above)

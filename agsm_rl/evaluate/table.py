@@ -1,0 +1,97 @@
+"""Show an evaluation: a table of base against trained, and a grid of what both drew for the same prompts and noise."""
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.evaluate.shapes import Scores, ShapesResult, compare
+
+SCALE = 3
+GAP, FRAME, LABEL_HEIGHT, LABEL_SIZE = 8, 3, 40, 11
+RIGHT, WRONG = (30, 150, 60), (205, 45, 45)
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+
+
+def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, console: Console | None = None) -> None:
+    """Print the lenient and the strict table, in percent with 95 % intervals."""
+    out = console or Console()
+    for strict in (False, True):
+        out.print(table(base, trained, strict=strict))
+
+
+def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bool) -> Table:
+    """A row a tag and one for their mean: the base, and the trained model with the paired difference if there is one."""
+    title = "strict: what was asked for and nothing else" if strict else "lenient: what was asked for is there"
+    made = Table(title=f"shapes, {len(base.verdicts)} images, {title} (%, 95 % intervals)")
+    for column in ("tag", "images", "base") + (("trained", "difference") if trained else ()):
+        made.add_column(column, justify="left" if column == "tag" else "right")
+    results = [base, trained] if trained else [base]
+    scores = [result.scores(strict=strict) for result in results]
+    changes = compare(base, trained) if trained else None
+    change = (changes.strict if strict else changes.lenient) if changes else None
+    for tag, (_, total) in scores[0].counts.items():
+        cells = [_share(part.tags[tag]) for part in scores] + ([_change(change.tags[tag])] if change else [])
+        made.add_row(tag, str(total), *cells)
+    made.add_section()
+    cells = [_share(part.overall) for part in scores] + ([_change(change.overall)] if change else [])
+    made.add_row("mean over tags", str(_total(scores[0])), *cells, style="bold")
+    return made
+
+
+def picture(
+    prompts: Sequence[str], base_images: Tensor, trained_images: Tensor, verdicts: Sequence[tuple[bool, bool]]
+) -> Image.Image:
+    """Base (left) and trained (right) image of each prompt, framed green where right and red where not.
+
+    Images are [N, 3, H, W] in [0, 1]; `verdicts` are N pairs (base is right, trained is right), the strict ones for choice.
+    """
+    rows = list(zip(prompts, base_images, trained_images, verdicts, strict=True))
+    if not rows:
+        raise ValueError("a picture of no prompts")
+    width, height = base_images.shape[3] * SCALE, base_images.shape[2] * SCALE
+    cell = (2 * width + 4 * FRAME + 3 * GAP, height + 2 * FRAME + LABEL_HEIGHT + GAP)
+    columns = min(len(rows), 4)
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(rows) // columns) * cell[1] + GAP), PAPER)
+    for index, (prompt, before, after, right) in enumerate(rows):
+        left, top = index % columns * cell[0] + GAP, index // columns * cell[1] + GAP
+        for side, (image, is_right) in enumerate(zip((before, after), right, strict=True)):
+            sheet.paste(_framed(image, is_right), (left + side * (width + 2 * FRAME + GAP), top))
+        _write(sheet, prompt, left, top + height + 2 * FRAME + 3, cell[0] - GAP)
+    return sheet
+
+
+def _framed(image: Tensor, is_right: bool) -> Image.Image:
+    values = (image.detach().float().clamp(0, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    drawn = Image.fromarray(values)
+    drawn = drawn.resize((drawn.width * SCALE, drawn.height * SCALE), Image.Resampling.NEAREST)
+    frame = Image.new("RGB", (drawn.width + 2 * FRAME, drawn.height + 2 * FRAME), RIGHT if is_right else WRONG)
+    frame.paste(drawn, (FRAME, FRAME))
+    return frame
+
+
+def _write(sheet: Image.Image, prompt: str, left: int, top: int, width: int) -> None:
+    """The prompt in at most three lines."""
+    font = ImageFont.load_default(LABEL_SIZE)
+    letters = max(1, int(width / font.getlength("n")))
+    lines = textwrap.wrap(prompt, letters, max_lines=3, placeholder=" …")
+    ImageDraw.Draw(sheet).multiline_text((left, top), "\n".join(lines), fill=INK, font=font, spacing=2)
+
+
+def _share(part: Interval) -> str:
+    return f"{100 * part.value:.1f} [{100 * part.low:.1f}, {100 * part.high:.1f}]".replace("[", "\\[")
+
+
+def _change(part: Interval) -> str:
+    text = f"{100 * part.value:+.1f} [{100 * part.low:+.1f}, {100 * part.high:+.1f}]".replace("[", "\\[")
+    if not part.excludes_zero:
+        return text
+    return f"[green]{text}[/green]" if part.value > 0 else f"[red]{text}[/red]"
+
+
+def _total(scores: Scores) -> int:
+    return sum(total for _, total in scores.counts.values())

@@ -1,0 +1,135 @@
+"""Names that recipes may use: kind → name → "module:Class", imported only when asked for.
+
+Built-in names stand in BUILTIN; other packages add theirs by entry points of the group `agsm_rl.<kind>`. A recipe is
+data: it can run registered code only, unless the command line allows one more module by `--allow-import`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from agsm_rl.errors import UserError, unknown_name
+
+HOME = "agsm-rl"
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "objectives": {
+        "agsm": "agsm_rl.objectives.agsm:AGSM",
+        "ddpo": "agsm_rl.objectives.ddpo:DDPO",
+    },
+    "rewards": {
+        "shapes": "agsm_rl_rewards.shapes:ShapesReward",
+    },
+    "adapters": {
+        "soft_tokens": "agsm_rl.adapters.soft_tokens:SoftTokens",
+        "lora": "agsm_rl.adapters.lora:LoRA",
+    },
+    "sources": {
+        "pairs": "agsm_rl.sources.pairs:Pairs",
+        "rollouts": "agsm_rl.sources.rollouts:Rollouts",
+    },
+    "backbones": {
+        "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",
+    },
+}
+
+KINDS = tuple(BUILTIN)
+NOUNS = {
+    "objectives": "an objective",
+    "rewards": "a reward",
+    "adapters": "an adapter",
+    "sources": "a source",
+    "backbones": "a backbone",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered name: where its class is and which installed package it is from."""
+
+    name: str
+    target: str
+    package: str
+
+
+def available(kind: str) -> dict[str, Entry]:
+    """All registered names of a kind, sorted.
+
+    Raises UserError when two packages register one name: which of them runs must not depend on the order of installation.
+    """
+    entries = {name: Entry(name, target, HOME) for name, target in BUILTIN[kind].items()}
+    for point in entry_points(group=f"agsm_rl.{kind}"):
+        entry = Entry(point.name, point.value, _package(point))
+        known = entries.get(entry.name)
+        if known is None:
+            entries[entry.name] = entry
+        elif (known.target, known.package) != (entry.target, entry.package):
+            raise UserError(
+                f"{kind}: the name '{entry.name}' is registered by two packages, {known.package} ({known.target}) and "
+                f"{entry.package} ({entry.target}); uninstall one, or have its author rename the entry point."
+            )
+    return dict(sorted(entries.items()))
+
+
+def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = ()) -> Any:
+    """The class behind a name; `where` is the place in the recipe, for messages.
+
+    `name` may be `module:Class` when `allow_imports` holds the module or a package above it.
+    """
+    if ":" in name:
+        _check_allowed(name, where=where, allow_imports=allow_imports)
+        _see_working_folder()
+        return _import(name, where=where, source=f"--allow-import {name.partition(':')[0]}")
+    entries = available(kind)
+    if name not in entries:
+        raise unknown_name(where, name, NOUNS[kind], entries)
+    entry = entries[name]
+    return _import(entry.target, where=where, source=f"the package {entry.package}")
+
+
+def names_that(kind: str, accept: Any) -> list[str]:
+    """The registered names whose class passes `accept`; classes that cannot be imported are left out."""
+    good = []
+    for name in available(kind):
+        try:
+            if accept(load(kind, name, where=name)):
+                good.append(name)
+        except UserError:
+            continue
+    return good
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown package"
+
+
+def _check_allowed(name: str, *, where: str, allow_imports: Iterable[str]) -> None:
+    module = name.partition(":")[0]
+    if not any(module == allowed or module.startswith(allowed + ".") for allowed in allow_imports):
+        raise UserError(
+            f"{where}: '{name}' names code that is not registered, and a recipe may not run such code by itself. "
+            f"If you trust it, add --allow-import {module} to the command."
+        )
+
+
+def _see_working_folder() -> None:
+    """Let an allowed module be a file of the working folder, as `python -m` does."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _import(target: str, *, where: str, source: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"{where}: {source} names {target}, but importing it failed: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"{where}: {source} names {target}, but {module} has no '{attribute}'.") from error

@@ -1,0 +1,130 @@
+"""A run's folder: who may write it, and the files in it (recipe.yaml, metrics.jsonl, checkpoints/, adapter/, samples/)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Recipe
+
+# What may be changed when a run is continued: nothing that alters the steps already made.
+MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "track"}
+
+
+class RunFolder:
+    """The paths of a run folder and its lock. Constructing it touches nothing; `open` does."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.samples = self.path / "samples"
+        self.eval = self.path / "eval.json"
+        self._lock = FileLock(self.path / ".lock")
+
+    def check(self, recipe: Recipe, *, resume: bool, allow_imports: Collection[str] = ()) -> None:
+        """UserError when the folder cannot take this run. Writes nothing, so that a wrong command leaves no trace."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; give a folder as --run-dir.")
+        if not self.path.is_dir() or not [item for item in self.path.iterdir() if item.name != ".lock"]:
+            return
+        if self.recipe.is_file():
+            self._take()
+        if not resume:
+            raise UserError(
+                f"{self.path}: is not empty. To continue the run in it, add --resume; for a new run, choose another --run-dir."
+            )
+        if not self.recipe.is_file():
+            raise UserError(f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it.")
+        _check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+
+    def open(self, recipe: Recipe) -> None:
+        """Create the folder, take its lock, and write the resolved recipe; UserError when another process has the lock."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        write_text(self.recipe, recipe.to_yaml())
+
+    def _take(self) -> None:
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"{self.path}: is busy, another process trains in it. Wait for it or stop it, or choose another --run-dir."
+            ) from error
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self._lock.release()
+
+
+class MetricsFile:
+    """metrics.jsonl: a line a step, each written whole; numbers that are not finite become null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, step: int) -> None:
+        """Drop the lines after `step` (and a torn last line): they will be written again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the line of a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | finite(metrics)) + "\n")
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: null stands for it."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a kill leaves the old one or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
+    """The recipe must be the run's, but for what does not alter the steps already made."""
+    now, then = recipe.to_data(), kept.to_data()
+    for key in now:
+        if key not in MAY_CHANGE and now[key] != then[key]:
+            place, got, had = _first_difference(key, now[key], then[key])
+            raise UserError(
+                f"{file}: the run was started with {place} = {had!r}, but now it is {got!r}. Resume with the run's own "
+                f"recipe (agsm-rl train {file} --resume), or start a new run in another --run-dir."
+            )
+
+
+def _first_difference(place: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key in [*now, *then]:
+            if now.get(key) != then.get(key):
+                return _first_difference(f"{place}.{key}", now.get(key), then.get(key))
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        for index, (one, other) in enumerate(zip(now, then, strict=True)):
+            if one != other:
+                return _first_difference(f"{place}[{index}]", one, other)
+    return place, now, then

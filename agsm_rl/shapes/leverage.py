@@ -1,0 +1,86 @@
+"""Can soft tokens change what a base draws? `python -m agsm_rl.shapes.leverage BASE` distils a cue's effect into them.
+
+The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave as
+cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain on held-out
+prompts they then carry is the leverage that any objective over them has.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from agsm_rl.interfaces import Metrics, PairBatch
+from agsm_rl.policy import Policy
+from agsm_rl.trainer import Term, Trainer
+
+CUE = ", verified"
+
+
+class CueDistillation:
+    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of the prompts empty on both."""
+
+    consumes = PairBatch
+
+    def check(self, batch_size: int) -> None:
+        """Any batch will do."""
+
+    def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
+        """All at once."""
+        return [(batch, 1.0)]
+
+    def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        """The distance to the cued base; `unlearned` is its share of the distance between plain and cued base."""
+        backbone, draw = policy.backbone, policy.draw
+        noise, t = draw.noise_like(batch.latents, batch.rows), draw.t(batch.rows)
+        x_t = backbone.add_noise(batch.latents, noise, t)
+        dropped = [row % 10 == draw.step % 10 for row in batch.rows.tolist()]
+        plain = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped, strict=True)]
+        cued = [prompt + CUE if prompt else "" for prompt in plain]
+        teacher = policy.reference(x_t, t, backbone.encode_text(cued))
+        cond = backbone.encode_text(plain)
+        loss = ((policy.live(x_t, t, cond) - teacher) ** 2).mean()
+        distance = ((policy.reference(x_t, t, cond) - teacher) ** 2).mean()
+        return loss, {"unlearned": loss.detach() / distance}
+
+
+def main(
+    base: str,
+    adapter: Annotated[str, typer.Option(help="soft_tokens or lora")] = "soft_tokens",
+    steps: int = 1000,
+    learning_rate: float = 1e-2,
+    num_tokens: int = 4,
+    num_images: int = 600,
+    guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
+) -> None:
+    """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter."""
+    from agsm_rl.adapters.lora import LoRA
+    from agsm_rl.adapters.soft_tokens import SoftTokens
+    from agsm_rl.attachment import save_adapters
+    from agsm_rl.backbones.stable_diffusion import StableDiffusion
+    from agsm_rl.sources.pairs import Pairs
+
+    made = SoftTokens(num_tokens=num_tokens, banks=1) if adapter == "soft_tokens" else LoRA(rank=8)
+    policy = Policy(StableDiffusion(base), {adapter: made}, ema_decay=0.99)
+    term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
+    trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)
+    while trainer.step < steps:
+        metrics = trainer.run_step()
+        if trainer.step % 100 == 0:
+            print(trainer.step, {key: round(value, 5) for key, value in metrics.items()}, flush=True)
+    if out:
+        save_adapters(policy.adapters, out, metadata={"base": base})
+    for scale in guidance:
+        report(policy, num_images, scale)
+
+
+def report(policy: Policy, num_images: int, guidance: float) -> None:
+    """Print strict and lenient shares of the held-out suite for plain, cued, and adapted."""
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,62 @@
+"""The judge of the shapes world as a reward: 1 for a drawing that shows its prompt and nothing else."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import unknown_name
+from agsm_rl.shapes.judge import Verdict, judge, matching
+from agsm_rl.shapes.world import Requirement, parse
+
+Kind = Literal["strict", "lenient", "graded"]
+WRONG_COLOR = 0.5
+WRONG_PLACE = 0.5
+
+
+class ShapesReward:
+    """Scores [B] of images [B, 3, H, W] in [0, 1] by the judge's verdict on their prompts.
+
+    `strict`: 1 if there is exactly what was asked for, else 0. `lenient`: 1 if it is there, whatever else is; learned
+    to be served with extras, so keep it for comparison. `graded`: see `graded_score`; denser, 1 exactly where `strict` is.
+    UserError for a prompt that is none of the shapes world.
+    """
+
+    name = "shapes"
+    range = (0.0, 1.0)
+    differentiable = False
+
+    def __init__(self, *, verdict: Kind = "strict") -> None:
+        if verdict not in get_args(Kind):
+            raise unknown_name("reward 'shapes': verdict", verdict, "a verdict", get_args(Kind))
+        self.verdict = verdict
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = [self._score(image, parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _score(self, image: Tensor, requirement: Requirement) -> float:
+        verdict = judge(image, requirement)
+        if self.verdict == "graded":
+            return graded_score(verdict, requirement)
+        return float(verdict.strict if self.verdict == "strict" else verdict.correct)
+
+
+def graded_score(verdict: Verdict, requirement: Requirement) -> float:
+    """Found objects over all objects asked for or present: |asked ∩ there| / |asked ∪ there|, in [0, 1].
+
+    An object of the right shape and the wrong colour counts half; a wrong position halves the whole. Extra objects and
+    unclean blobs enlarge the denominator, so that painting more of everything never pays. 1 if and only if `strict`.
+    """
+    left = list(verdict.objects)
+    found = 0.0
+    for group in requirement.groups:
+        right = matching(group, left)[: group.count]
+        left = [item for item in left if item not in right]
+        wrong = [item for item in left if item.shape == group.shape][: group.count - len(right)]
+        left = [item for item in left if item not in wrong]
+        found += len(right) + WRONG_COLOR * len(wrong)
+    asked = sum(group.count for group in requirement.groups)
+    score = found / (asked + len(left) + len(verdict.rejected))
+    misplaced = requirement.relation is not None and found == asked and not verdict.correct
+    return score * WRONG_PLACE if misplaced else score

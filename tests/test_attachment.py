@@ -1,0 +1,168 @@
+"""Exported adapters on plain pipelines: the same images, and nothing left behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+import agsm_rl
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.attachment import attach, save_adapters
+from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Adapter
+
+
+def draw(pipeline: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    result = pipeline(["a red circle"], num_inference_steps=3, output_type="pt", generator=generator)
+    return torch.as_tensor(result.images)
+
+
+def plain_pipeline(checkpoint: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+
+
+def snapshot(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
+    unet = pipeline.unet
+    return {
+        "modules": [(name, type(module), module.training) for name, module in unet.named_modules()],
+        "weights": {name: (value.data_ptr(), value.requires_grad) for name, value in unet.named_parameters()},
+        "values": {name: value.sum().item() for name, value in unet.state_dict().items()},
+        "hooks": sum(len(module._forward_pre_hooks) for module in unet.modules()),
+    }
+
+
+def trained(backbone: StableDiffusion) -> dict[str, Adapter]:
+    adapters: dict[str, Adapter] = {"tokens": SoftTokens(num_tokens=3), "lora": LoRA(rank=2, banks=2)}
+    generator = torch.Generator().manual_seed(0)
+    for adapter in adapters.values():
+        adapter.attach(backbone)
+        for _, parameter in adapter.named_parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return adapters
+
+
+@pytest.fixture
+def exported(backbone: StableDiffusion, tmp_path: Path) -> Path:
+    """A run folder with both kinds of adapter."""
+    save_adapters(trained(backbone), tmp_path / "run" / "adapter", metadata={"step": "400"})
+    return tmp_path / "run"
+
+
+def test_the_package_s_attach_is_the_function() -> None:
+    assert agsm_rl.attach is attach
+
+
+def test_attached_adapters_draw_what_the_trained_ones_draw(
+    backbone: StableDiffusion, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    adapters = trained(backbone)
+    save_adapters(adapters, tmp_path, metadata={})
+    pipeline = plain_pipeline(tiny_checkpoint)
+    base = draw(pipeline)
+    attach(pipeline, tmp_path)
+    assert torch.equal(draw(pipeline), draw(backbone.pipeline)) and not torch.equal(draw(pipeline), base)
+
+
+def test_detach_gives_the_pipeline_back_bit_for_bit(tiny_checkpoint: Path, exported: Path) -> None:
+    pipeline = plain_pipeline(tiny_checkpoint)
+    pipeline.unet.train()
+    before, image = snapshot(pipeline), draw(pipeline)
+    handle = attach(pipeline, exported)
+    assert set(handle.adapters) == {"pytorch_lora_weights", "tokens"}
+    assert snapshot(pipeline) != before
+    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+    handle.detach()
+    handle.detach()
+    assert snapshot(pipeline) == before
+    assert torch.equal(draw(pipeline), image)
+
+
+def test_one_file_is_attached_alone(tiny_checkpoint: Path, exported: Path) -> None:
+    pipeline, diffusers_own = plain_pipeline(tiny_checkpoint), plain_pipeline(tiny_checkpoint)
+    attach(pipeline, exported / "adapter" / "pytorch_lora_weights.safetensors")
+    diffusers_own.load_lora_weights(exported / "adapter")
+    assert torch.equal(draw(pipeline), draw(diffusers_own))
+
+
+def test_several_loras_are_told_apart_by_their_names(backbone: StableDiffusion, tmp_path: Path) -> None:
+    adapters: dict[str, Adapter] = {"first": LoRA(rank=2), "second": LoRA(rank=3, seed=1)}
+    for adapter in adapters.values():
+        adapter.attach(backbone)
+    files = save_adapters(adapters, tmp_path, metadata={})
+    assert [file.name for file in files] == ["first.safetensors", "second.safetensors"]
+
+
+@pytest.mark.parametrize("path", ["", "adapter", "adapter/tokens.safetensors"])
+def test_a_truncated_file_is_the_users_error_and_changes_nothing(
+    tiny_checkpoint: Path, exported: Path, path: str
+) -> None:
+    file = exported / "adapter" / "tokens.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    pipeline = plain_pipeline(tiny_checkpoint)
+    before = snapshot(pipeline)
+    with pytest.raises(UserError, match="tokens.safetensors: cannot be read"):
+        attach(pipeline, exported / path)
+    assert snapshot(pipeline) == before
+
+
+def test_what_is_not_there_is_the_users_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pipeline = plain_pipeline(tiny_checkpoint)
+    with pytest.raises(UserError, match="no such file or folder"):
+        attach(pipeline, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no .safetensors file"):
+        attach(pipeline, tmp_path)
+
+
+def test_a_file_that_is_not_ours_is_refused_with_what_to_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pipeline = plain_pipeline(tiny_checkpoint)
+    file = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="pipe.load_lora_weights"):
+        attach(pipeline, file)
+    save_file({"x": torch.zeros(1)}, file, {"kind": "soft_token"})
+    with pytest.raises(UserError, match="Did you mean 'soft_tokens'"):
+        attach(pipeline, file)
+    with pytest.raises(UserError, match="supported: StableDiffusionPipeline"):
+        attach(object.__new__(type("FluxPipeline", (), {"components": {}})), _tokens(tmp_path, width=32))
+
+
+def test_adapters_of_another_base_leave_the_pipeline_as_it_was(
+    tiny_checkpoint: Path, exported: Path
+) -> None:
+    _tokens(exported / "adapter", width=768)
+    pipeline = plain_pipeline(tiny_checkpoint)
+    before = snapshot(pipeline)
+    with pytest.raises(UserError, match=r"768 wide \(SD1.5\)"):
+        attach(pipeline, exported)
+    assert snapshot(pipeline) == before
+
+
+def _tokens(folder: Path, *, width: int) -> Path:
+    file = folder / "tokens.safetensors"
+    save_file({"soft_tokens": torch.zeros(2, 4, width)}, file, {"kind": "soft_tokens"})
+    return file
+
+
+def test_a_save_that_fails_keeps_the_file_there_was(
+    backbone: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = trained(backbone)
+    (file, _) = save_adapters(adapters, tmp_path, metadata={})
+    before = file.read_bytes()
+
+    def broken(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("agsm_rl.attachment.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapters(adapters, tmp_path, metadata={})
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]
