@@ -34,7 +34,7 @@ class Metrics:
 class ProgressBar:
     """Step, losses, rewards and the time left: a bar on a terminal, some twenty lines in a log."""
 
-    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+    def __init__(self, console: Console, *, steps: int, done: int, enabled: bool = True) -> None:
         self.console, self.steps = console, steps
         self._interval = max(1, steps // 20)
         self._bar = Progress(
@@ -46,10 +46,18 @@ class ProgressBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (enabled and console.is_terminal),
         )
         self._task = self._bar.add_task("training", total=steps, completed=done, figures="")
+
+    def __enter__(self) -> Self:
         self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Show the step's figures."""
@@ -60,7 +68,6 @@ class ProgressBar:
 
     def on_end(self, trainer: Trainer) -> None:
         """Leave the last state on the screen."""
-        self._bar.stop()
 
 
 def shown(metrics: dict[str, float]) -> str:

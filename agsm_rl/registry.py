@@ -24,6 +24,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "ddpo": "agsm_rl.objectives.ddpo:DDPO",
     },
     "rewards": {
+        "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
+        "jpeg_incompressibility": "agsm_rl_rewards.jpeg:JpegIncompressibility",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
     },
     "adapters": {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from rich.console import Console
 
 from agsm_rl import checkpoint
@@ -16,18 +16,11 @@ from agsm_rl.build import build_trainer
 from agsm_rl.callbacks import Checkpoints, GracefulStop, Metrics, ProgressBar
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
+from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder
+from agsm_rl.stop import Stopped
 from agsm_rl.trainer import Trainer
-from agsm_rl.watching import Comparison, SampleGrids
-
-
-class Stopped(Exception):
-    """The run was stopped by a signal after `step` steps; it can be continued. `exit_code` is the shell's, 128 + signal."""
-
-    def __init__(self, folder: RunFolder, step: int, number: int) -> None:
-        self.exit_code = 128 + number
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}. To continue: agsm-rl train {folder.recipe} --resume")
+from agsm_rl.watching import Evaluation, SampleGrids
 
 
 def train(
@@ -46,7 +39,10 @@ def train(
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
-    accelerator = Accelerator(log_with=recipe.track or None, project_dir=str(folder.path))
+    accelerator = Accelerator(
+        log_with=recipe.track or None,
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.path / "logs")),
+    )
     main = accelerator.is_main_process
     try:
         if main:
@@ -58,7 +54,7 @@ def train(
         if resume:
             _continue(trainer, folder, console if main else None)
         _start_trackers(accelerator, recipe)
-        _run(trainer, recipe, folder, console)
+        _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
         return folder.path
     finally:
         accelerator.end_training()
@@ -66,23 +62,25 @@ def train(
             folder.close()
 
 
-def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, console: Console) -> None:
+    main = trainer.accelerator.is_main_process
+    grids, evaluation = SampleGrids(folder, recipe), Evaluation(folder, recipe, parts, console)
     with GracefulStop() as stop:
         trainer.callbacks = [stop]
-        if trainer.accelerator.is_main_process:
-            comparison = Comparison(folder, recipe, console)
-            trainer.callbacks += [
-                Metrics(folder),
-                Checkpoints(folder, recipe),
-                SampleGrids(folder, recipe),
-                comparison,
-                ProgressBar(console, steps=recipe.steps, done=trainer.step),
-            ]
-        trainer.train()
+        with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
+            if main:
+                # Metrics before the checkpoint: a run continued from it has all its lines.
+                trainer.callbacks += [Metrics(folder), bar, Checkpoints(folder, recipe), grids, evaluation]
+            trainer.train()
     if stop.received is not None and trainer.step < recipe.steps:
-        raise Stopped(folder, trainer.step, stop.received)
-    if trainer.accelerator.is_main_process:
-        comparison.finish(trainer)
+        raise Stopped(folder.recipe, trainer.step, stop.received)
+    try:
+        if main and recipe.evaluate is not None:
+            evaluation.finish(trainer)
+        elif main:
+            grids.write_before_after(trainer)
+    except KeyboardInterrupt as error:
+        raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
     trainer.accelerator.wait_for_everyone()
 
 
@@ -97,7 +95,8 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> N
         except UserError as error:
             raise UserError(f"{folder.checkpoints}: {error}") from error
     if console is not None:
-        MetricsFile(folder.metrics).cut(step)
+        for file in (folder.metrics, folder.evaluations):
+            MetricsFile(file).cut(step)
         console.print(f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting")
 
 

@@ -25,6 +25,7 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.samples = self.path / "samples"
@@ -49,7 +50,10 @@ class RunFolder:
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, take its lock, and write the resolved recipe; UserError when another process has the lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
         write_text(self.recipe, recipe.to_yaml())
 

@@ -36,7 +36,7 @@ def enable_gradient_checkpointing(denoiser: Any, adapters: Sequence[Adapter]) ->
     def run(block: nn.Module, *args: Any) -> Any:
         # No dropout is active in evaluation mode, so there is no random state to keep.
         return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=False
+            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: same_banks(adapters)
         )
 
     denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)

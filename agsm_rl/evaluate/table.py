@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,10 +27,12 @@ def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, cons
 
 def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bool) -> Table:
     """A row a tag and one for their mean: the base, and the trained model with the paired difference if there is one."""
-    title = "strict: what was asked for and nothing else" if strict else "lenient: what was asked for is there"
-    made = Table(title=f"shapes, {len(base.verdicts)} images, {title} (%, 95 % intervals)")
-    for column in ("tag", "images", "base") + (("trained", "difference") if trained else ()):
-        made.add_column(column, justify="left" if column == "tag" else "right")
+    title = "strict (nothing else is there)" if strict else "lenient (what was asked for is there)"
+    # Narrow enough for 80 columns: "n" is the number of images.
+    heading = f"shapes, {title}, %, 95 % intervals"
+    made = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("tag", "n", "base") + (("trained", "difference") if trained else ()):
+        made.add_column(column, justify="left" if column == "tag" else "right", no_wrap=True)
     results = [base, trained] if trained else [base]
     scores = [result.scores(strict=strict) for result in results]
     changes = compare(base, trained) if trained else None
@@ -39,7 +42,7 @@ def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bo
         made.add_row(tag, str(total), *cells)
     made.add_section()
     cells = [_share(part.overall) for part in scores] + ([_change(change.overall)] if change else [])
-    made.add_row("mean over tags", str(_total(scores[0])), *cells, style="bold")
+    made.add_row("mean", str(_total(scores[0])), *cells, style="bold")
     return made
 
 
@@ -83,11 +86,11 @@ def _write(sheet: Image.Image, prompt: str, left: int, top: int, width: int) -> 
 
 
 def _share(part: Interval) -> str:
-    return f"{100 * part.value:.1f} [{100 * part.low:.1f}, {100 * part.high:.1f}]".replace("[", "\\[")
+    return f"{100 * part.value:.1f} \\[{100 * part.low:.1f} {100 * part.high:.1f}]"
 
 
 def _change(part: Interval) -> str:
-    text = f"{100 * part.value:+.1f} [{100 * part.low:+.1f}, {100 * part.high:+.1f}]".replace("[", "\\[")
+    text = f"{100 * part.value:+.1f} \\[{100 * part.low:+.1f} {100 * part.high:+.1f}]"
     if not part.excludes_zero:
         return text
     return f"[green]{text}[/green]" if part.value > 0 else f"[red]{text}[/red]"

@@ -44,27 +44,36 @@ class DDPO:
     """DDPO on rollouts. Guidance is applied in training as it was in sampling (the rollouts say how much).
 
     `clip_range` 1e-4 is published. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly
-    spaced (published: 1).
+    spaced (published: 1). `images_per_pass` bounds memory: fewer images at once, the same gradient.
     """
 
     consumes = RolloutBatch
 
-    def __init__(self, *, clip_range: float = 1e-4, timestep_fraction: float = 1.0) -> None:
+    def __init__(
+        self, *, clip_range: float = 1e-4, timestep_fraction: float = 1.0, images_per_pass: int | None = None
+    ) -> None:
         if clip_range <= 0:
             raise UserError(f"clip_range: got {clip_range}, but it must be above 0 (published: 1e-4)")
         if not 0 < timestep_fraction <= 1:
             raise UserError(f"timestep_fraction: got {timestep_fraction}, but it must lie in (0, 1]")
+        if images_per_pass is not None and images_per_pass < 1:
+            raise UserError(f"images_per_pass: got {images_per_pass}, but it must be 1 or more")
         self.clip_range = clip_range
         self.timestep_fraction = timestep_fraction
+        self.images_per_pass = images_per_pass
 
     def check(self, batch_size: int) -> None:
         """Any number of rollouts will do."""
 
     def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
-        """A part a denoising step, so that one step's activations are held at a time."""
+        """A part a denoising step and `images_per_pass` images, so that no more activations are held at a time."""
         count = max(1, round(self.timestep_fraction * len(batch.steps)))
         chosen = torch.linspace(0, len(batch.steps) - 1, count).round().long().tolist()
-        return [(replace(batch, steps=(batch.steps[index],)), 1 / count) for index in chosen]
+        rows = torch.arange(len(batch)).split(self.images_per_pass or len(batch))
+        parts = [batch.select(index) for index in rows] if len(rows) > 1 else [batch]
+        return [
+            (replace(part, steps=(batch.steps[k],)), len(part) / len(batch) / count) for part in parts for k in chosen
+        ]
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The clipped loss over the batch's steps."""

@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from agsm_rl.evaluate.shapes import ShapesResult
 from agsm_rl.interfaces import Metrics, PairBatch
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
@@ -79,7 +80,30 @@ def main(
 
 
 def report(policy: Policy, num_images: int, guidance: float) -> None:
-    """Print strict and lenient shares of the held-out suite for plain, cued, and adapted."""
+    """Print the shares that are right on the validation suite: plain, cued, and plain with the adapter."""
+    from agsm_rl.drawing import draw
+    from agsm_rl.evaluate.shapes import compare, evaluate, suite_prompts
+
+    prompts = suite_prompts("validation", num_images, seed=1)
+
+    def suite(cue: str) -> ShapesResult:
+        def drawn(texts: list[str], seeds: list[int]) -> Tensor:
+            cued = [text + cue for text in texts]
+            return draw(policy.backbone.pipeline, cued, seeds, guidance=guidance, num_steps=20)
+
+        return evaluate(drawn, prompts)
+
+    with policy.switched_off():
+        plain, cued = suite(""), suite(CUE)
+    adapted = suite("")
+    for name, result in {"plain": plain, "cued": cued, "adapted": adapted}.items():
+        for strict in (True, False):
+            scores = result.scores(strict=strict)
+            tags = {tag: f"{share.value:.3f}" for tag, share in scores.tags.items()}
+            print(guidance, name, "strict" if strict else "lenient", f"{scores.overall.value:.3f}", tags, flush=True)
+    for name, result in {"cued": cued, "adapted": adapted}.items():
+        change = compare(plain, result).strict.overall
+        print(f"{guidance} {name} - plain, strict: {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_the_log_probability_of_a_step_is_that_of_ddim_in_closed_form(policy, ro
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_learning_step_by_step_gives_the_gradient_of_all_steps_at_once(policy, rollouts):
+def test_learning_in_parts_gives_the_gradient_of_all_steps_at_once(policy, rollouts):
     batch = rollouts.next(policy)
     objective, parameters = DDPO(), list(policy.parameters().values())
 
@@ -96,7 +96,9 @@ def test_learning_step_by_step_gives_the_gradient_of_all_steps_at_once(policy, r
             total = total + torch.cat([value.flatten() for value in found if value is not None])
         return total
 
-    torch.testing.assert_close(gradient(objective.split(batch)), gradient([(batch, 1.0)]), rtol=1e-3, atol=1e-7)
+    whole = gradient([(batch, 1.0)])
+    torch.testing.assert_close(gradient(objective.split(batch)), whole, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(gradient(DDPO(images_per_pass=3).split(batch)), whole, rtol=1e-3, atol=1e-7)
 
 
 def test_a_fraction_of_the_steps_is_spread_over_the_path(policy, rollouts):
@@ -122,7 +124,7 @@ def test_guidance_of_one_is_the_conditional_prediction_alone():
     assert calls == [2]
 
 
-@pytest.mark.parametrize("options", [{"clip_range": 0}, {"timestep_fraction": 0}, {"timestep_fraction": 1.5}])
+@pytest.mark.parametrize("options", [{"clip_range": 0}, {"timestep_fraction": 0}, {"timestep_fraction": 1.5}, {"images_per_pass": 0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         DDPO(**options)

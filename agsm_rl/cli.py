@@ -1,0 +1,207 @@
+"""The command line: parse, call, print. Heavy imports stand inside the commands, so that `agsm-rl list` is instant.
+
+A mistake of the user's (UserError) ends with one message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from agsm_rl.errors import UserError, unknown_name
+
+
+class _Commands(TyperGroup):
+    """Commands whose UserErrors are messages, not tracebacks."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from agsm_rl.stop import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"agsm-rl: {error}", err=True)
+            raise typer.Exit(2) from error
+        except Stopped as stopped:
+            typer.echo(f"agsm-rl: {stopped}", err=True)
+            raise typer.Exit(stopped.exit_code) from stopped
+        except KeyboardInterrupt as error:
+            typer.echo("agsm-rl: interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Post-train text-to-image diffusion models with objectives that compose.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or builtin:<name>.")]
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run folder, an exported adapter, or a base (builtin:…, a folder).")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value, e.g. steps=10. Repeatable.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code of this module. Repeatable."),
+]
+BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, help="Sampling steps.")]
+
+
+@app.callback()
+def _quiet() -> None:
+    # Notices of the libraries about themselves are no messages to our users.
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<recipe>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir (or beside RECIPE).")] = False,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+) -> None:
+    """Train a recipe; ends with a table of base against trained."""
+    from agsm_rl.recipe import Recipe
+    from agsm_rl.run import train as train_recipe
+    from agsm_rl.shipped import recipe_path
+
+    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    if resume and run_dir is None:
+        if not (path.parent / "checkpoints").is_dir():
+            raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
+        run_dir = path.parent
+    found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    folder = train_recipe(found, run_dir, resume=resume, where=str(path), allow_imports=allowed)
+    typer.echo(f"run folder: {folder}")
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: SetOption = None, allow_import: AllowOption = None) -> None:
+    """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
+    from agsm_rl.build import build_trainer
+    from agsm_rl.describe import describe
+    from agsm_rl.recipe import Recipe
+    from agsm_rl.shipped import recipe_path
+
+    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
+    typer.echo(f"{path}: ok")
+
+
+@app.command()
+def sample(
+    target: TargetArgument,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    number: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from the noise of seed + i.")] = 0,
+    out: Annotated[Path, typer.Option("-o", help="Folder for the pictures.")] = Path("samples"),
+    guidance: GuidanceOption = None,
+    num_steps: StepsOption = None,
+    base: BaseOption = None,
+) -> None:
+    """Draw pictures."""
+    from agsm_rl.drawing import draw, to_picture, write_picture
+    from agsm_rl.target import open_target
+
+    opened = open_target(target, base=base)
+    images = draw(
+        opened.backbone.pipeline,
+        [prompt] * number,
+        [seed + index for index in range(number)],
+        guidance=opened.guidance if guidance is None else guidance,
+        num_steps=num_steps or opened.num_steps,
+        resolution=opened.backbone.resolution,
+        batch_size=8,
+    )
+    for index, image in enumerate(images):
+        path = out / f"seed-{seed + index}.png"
+        write_picture(to_picture(image), path)
+        typer.echo(str(path))
+
+
+@app.command(name="eval")
+def evaluate(
+    target: TargetArgument,
+    suite: Annotated[str, typer.Option(help="shapes")] = "shapes",
+    num_images: Annotated[int, typer.Option(min=1)] = 600,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or held_out")] = "held_out",
+    guidance: GuidanceOption = None,
+    num_steps: StepsOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also the base, on the same prompts and noise.")] = False,
+    base: BaseOption = None,
+) -> None:
+    """Measure a model on a suite, with 95 % intervals."""
+    from agsm_rl.evaluate_target import evaluate_target
+    from agsm_rl.target import open_target
+
+    if suite != "shapes":
+        raise unknown_name("--suite", suite, "a suite", ["shapes"])
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}.")
+    how = {"num_images": num_images, "split": split, "seed": seed, "guidance": guidance, "num_steps": num_steps}
+    evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
+
+
+@app.command(name="list")
+def list_names(
+    kind: Annotated[str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones or recipes")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What recipes may use, and the recipes that are shipped."""
+    from agsm_rl import registry
+    from agsm_rl.shipped import PREFIX, shipped_recipes
+
+    kinds = [*registry.KINDS, "recipes"]
+    if kind is not None and kind not in kinds:
+        raise unknown_name("list", kind, "a kind", kinds)
+    found: dict[str, list[dict[str, str]]] = {}
+    for one in [kind] if kind else kinds:
+        if one == "recipes":
+            rows = [{"name": PREFIX + name, "target": str(file)} for name, file in shipped_recipes().items()]
+        else:
+            rows = [{"name": e.name, "target": e.target, "package": e.package} for e in registry.available(one).values()]
+        found[one] = rows
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for one, rows in found.items():
+        typer.echo(f"{one}:")
+        for row in rows:
+            typer.echo(f"  {row['name']:<28}{row['target']}")
+
+
+@app.command()
+def world(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    split: Annotated[str, typer.Option(help="train, validation or held_out")] = "train",
+    num_images: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write the shapes world to disk as an image folder that `datasets` reads."""
+    from agsm_rl.shapes.data import write_image_folder
+
+    write_image_folder(folder, split, num_images, seed)
+    typer.echo(f"{folder}: {num_images} images with captions")

@@ -1,0 +1,72 @@
+"""What `sample` and `eval` are asked about: a run folder, an exported adapter, or a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agsm_rl.attachment import Handle, attach, find_exports, read_export
+from agsm_rl.build import build_backbone
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Backbone
+from agsm_rl.recipe import Block
+from agsm_rl.recipe_file import read_yaml
+from agsm_rl.resolve import Parts
+
+BUILTIN_DRAWING = (3.0, 20)
+DRAWING = (7.0, 30)
+"""Guidance and steps where nothing else is said: published for SD1.5 (arXiv 2605.30038), and what suits the small bases."""
+
+
+@dataclass
+class Target:
+    """A backbone, with adapters attached unless the target is a base."""
+
+    backbone: Backbone
+    handle: Handle | None
+    guidance: float
+    num_steps: int
+
+
+def open_target(target: str, *, base: str | None = None) -> Target:
+    """Load a run folder, an adapter file or folder (`base` overrules the base that it names), or a base."""
+    path = Path(target)
+    if (path / "recipe.yaml").is_file():
+        return _open_run(path, base)
+    if path.suffix == ".safetensors" or (path.is_dir() and not (path / "model_index.json").is_file()):
+        return _open_adapter(path, base)
+    if base is not None:
+        raise UserError(f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter.")
+    return _opened({"use": "stable_diffusion", "checkpoint": target}, where=target)
+
+
+def _open_run(path: Path, base: str | None) -> Target:
+    recipe = read_yaml(path / "recipe.yaml")
+    block = dict(recipe.get("backbone") or {}) | ({"checkpoint": base} if base else {})
+    found = _opened(block, where=str(path / "recipe.yaml"), adapter=path)
+    drawing = recipe.get("sample") or {}
+    found.guidance = float(drawing.get("guidance", found.guidance))
+    found.num_steps = int(drawing.get("num_steps", found.num_steps))
+    return found
+
+
+def _open_adapter(path: Path, base: str | None) -> Target:
+    files = find_exports(path)
+    _, metadata = read_export(files[0])
+    checkpoint = base or metadata.get("checkpoint")
+    if not checkpoint:
+        raise UserError(f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder).")
+    block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
+    return _opened(block, where=str(path), adapter=path)
+
+
+def _opened(block: dict[str, Any], *, where: str, adapter: Path | None = None) -> Target:
+    # Exports are looked for before the base is loaded, which takes long for a large one.
+    if adapter is not None:
+        find_exports(adapter)
+    parts = Parts(where=where)
+    backbone = build_backbone(parts.complete("backbones", Block.model_validate(block), "backbone"), parts=parts)
+    handle = attach(backbone.pipeline, adapter) if adapter is not None else None
+    guidance, num_steps = BUILTIN_DRAWING if str(block["checkpoint"]).startswith("builtin:") else DRAWING
+    return Target(backbone, handle, guidance, num_steps)
