@@ -46,7 +46,8 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
     """Put exported adapters on a diffusers pipeline.
 
     path: a run folder (its `adapter/`), a folder of exported adapters, or one .safetensors file.
-    Raises UserError when a file is missing, broken, not one of ours, or for another base; the pipeline is unchanged then.
+    Raises UserError when a file is missing, broken, not one of ours, or for another base; nothing is
+    attached then.
     """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
     modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]

@@ -107,7 +107,7 @@ def test_a_truncated_file_is_the_users_error_and_changes_nothing(
     file.write_bytes(file.read_bytes()[:-50])
     pipeline = plain_pipeline(tiny_checkpoint)
     before = snapshot(pipeline)
-    with pytest.raises(UserError, match="tokens.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"tokens.safetensors: cannot be read"):
         attach(pipeline, exported / path)
     assert snapshot(pipeline) == before
 
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_the_users_error(tiny_checkpoint: Path, tmp_path: P
     pipeline = plain_pipeline(tiny_checkpoint)
     with pytest.raises(UserError, match="no such file or folder"):
         attach(pipeline, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no .safetensors file"):
+    with pytest.raises(UserError, match=r"no .safetensors file"):
         attach(pipeline, tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_is_not_ours_is_refused_with_what_to_do(tiny_checkpoint: Pat
     pipeline = plain_pipeline(tiny_checkpoint)
     file = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="pipe.load_lora_weights"):
+    with pytest.raises(UserError, match=r"pipe.load_lora_weights"):
         attach(pipeline, file)
     save_file({"x": torch.zeros(1)}, file, {"kind": "soft_token"})
     with pytest.raises(UserError, match="Did you mean 'soft_tokens'"):
@@ -133,9 +133,7 @@ def test_a_file_that_is_not_ours_is_refused_with_what_to_do(tiny_checkpoint: Pat
         attach(object.__new__(type("FluxPipeline", (), {"components": {}})), _tokens(tmp_path, width=32))
 
 
-def test_adapters_of_another_base_leave_the_pipeline_as_it_was(
-    tiny_checkpoint: Path, exported: Path
-) -> None:
+def test_adapters_of_another_base_leave_the_pipeline_as_it_was(tiny_checkpoint: Path, exported: Path) -> None:
     _tokens(exported / "adapter", width=768)
     pipeline = plain_pipeline(tiny_checkpoint)
     before = snapshot(pipeline)
@@ -165,4 +163,5 @@ def test_a_save_that_fails_keeps_the_file_there_was(
     with pytest.raises(OSError, match="disk full"):
         save_adapters(adapters, tmp_path, metadata={})
     assert file.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]

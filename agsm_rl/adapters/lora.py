@@ -27,9 +27,10 @@ NEGATIVE_PREFIX = "negative."
 class LoRA:
     """Low-rank additions (alpha / rank)·B·A to linear layers; B begins at 0, so training begins at the base model.
 
-    rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts). banks: 1, which serves under
-    both names; 2 gives the negative prompts their own. target_modules: ends of module names; the attention projections,
-    as in diffusers' scripts and in DDPO. seed: of the initial A, N(0, 1 / rank²).
+    rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts).
+    banks: 1, which serves under both names; 2 gives the negative prompts their own.
+    target_modules: ends of module names; the attention projections, as in diffusers' scripts and in DDPO.
+    seed: of the initial A, N(0, 1 / rank²).
     """
 
     kind: ClassVar[str] = "lora"
@@ -51,7 +52,7 @@ class LoRA:
         self.target_modules, self.seed = tuple(target_modules), seed
         self.bank: Bank | None = None
         self._backbone: Backbone | None = None
-        self._layers: dict[str, BaseTunerLayer] = {}
+        self._layers: dict[str, Any] = {}
         self._names: list[str] = []
         self._active: str | None = None
 
@@ -97,13 +98,15 @@ class LoRA:
         self._switch("positive")
         backbone.adapters.append(self)
 
+    def _config(self) -> dict[str, Any]:
+        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
+
     def _add(self, denoiser: Any) -> None:
-        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
             torch.random.default_generator.manual_seed(self.seed)
             for name in self._names:
-                denoiser.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), adapter_name=name)
+                denoiser.add_adapter(LoraConfig(**self._config(), init_lora_weights="gaussian"), adapter_name=name)
 
     def detach(self) -> None:
         """Delete our adapters; when no others are left, put the original modules back."""
@@ -148,12 +151,11 @@ class LoRA:
             raise RuntimeError("only an attached LoRA can be exported")
         part = _denoiser_name(self._backbone)
         tensors = {_exported(name, part): tensor.detach().cpu().clone() for name, tensor in self.named_parameters()}
-        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
         metadata = {
             "kind": self.kind,
             "banks": str(self.banks),
             "base": self._backbone.name,
-            LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.{name}": value for name, value in config.items()}),
+            LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.{name}": value for name, value in self._config().items()}),
         }
         return tensors, metadata
 

@@ -130,9 +130,11 @@ class SoftTokens:
                     " Tokens work only on the base that they were trained on."
                 )
             if got != wanted:
-                raise UserError(f"soft tokens: '{name}' has shape {got} in the file, {wanted} here (banks, tokens, width).")
+                raise UserError(
+                    f"soft tokens: '{name}' has shape {got} in the file, {wanted} here (banks, tokens, width)."
+                )
         if extra := set(tensors) - set(self._parameters):
-            raise UserError(f"soft tokens: the file also holds {', '.join(sorted(extra))}, for which there is no place.")
+            raise UserError(f"soft tokens: the file also holds {', '.join(sorted(extra))}; there is no place for it.")
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors[name])
 

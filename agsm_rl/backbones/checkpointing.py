@@ -1,7 +1,7 @@
 """Gradient checkpointing that remembers which bank of each adapter was in use (arXiv 1604.06174 for the idea).
 
-A checkpointed block runs a second time during the backward pass, after the `using(bank)` block around the prediction has
-long been left. Recomputed under another bank it would give wrong gradients without any error.
+A checkpointed block runs a second time during the backward pass, after the `using(bank)` block around the prediction
+has long been left. Recomputed under another bank it would give wrong gradients without any error.
 """
 
 from collections.abc import Iterator, Sequence

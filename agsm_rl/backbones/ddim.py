@@ -15,8 +15,8 @@ from torch import Tensor
 LATENT_DIFFUSION = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
-def ddim_scheduler(config: dict[str, Any]) -> DDIMScheduler:
-    """A DDIM scheduler on the noise schedule of any pipeline scheduler's `config`; latents are never clipped to [-1, 1]."""
+def ddim_scheduler(config: dict[str, Any]) -> Any:
+    """A DDIMScheduler on the noise schedule of any pipeline scheduler's `config`; it never clips latents to [-1, 1]."""
     # diffusers replaces values listed under `_use_default_values` by DDIM's own defaults, silently.
     kept = {name: value for name, value in config.items() if name != "_use_default_values"}
     return DDIMScheduler.from_config({**LATENT_DIFFUSION, **kept, "clip_sample": False})
@@ -45,4 +45,6 @@ class DDIMSampler:
     def _std(self, k: int, eta: float) -> Tensor:
         # From a zero sample and a zero prediction the mean is 0 for every prediction type, and noise 1 leaves σ alone.
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        return self.scheduler.step(zero, self.timesteps[k], zero, eta=eta, variance_noise=one).prev_sample[0]
+        step = self.scheduler.step(zero, self.timesteps[k], zero, eta=eta, variance_noise=one)
+        std: Tensor = step.prev_sample[0]
+        return std

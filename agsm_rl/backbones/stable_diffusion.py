@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's layout behind the Backbone convention (arXiv 2112.10752): a U-Net on latents, one CLIP encoder.
+"""Stable Diffusion 1.5's layout behind the Backbone convention (arXiv 2112.10752): a U-Net on latents, one CLIP.
 
 Everything in it is frozen and in evaluation mode. Callers see images in [0, 1] and t in [0, 1); whether the network
 predicts the noise or v (arXiv 2202.00512) is settled here, from the scheduler's configuration.
@@ -49,7 +49,7 @@ class StableDiffusion:
         if dtype not in DTYPES:
             raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
         pipeline = load_pipeline(checkpoint, DTYPES[dtype], local_files_only)
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
 
     @classmethod
@@ -154,8 +154,8 @@ def find_checkpoint(checkpoint: str) -> str:
     return str(BUILTINS / name)
 
 
-def load_pipeline(checkpoint: str, dtype: torch.dtype, local_files_only: bool) -> StableDiffusionPipeline:
-    """The pipeline without its safety checker; UserError if it cannot be had or is of another kind."""
+def load_pipeline(checkpoint: str, dtype: torch.dtype, local_files_only: bool) -> Any:
+    """The StableDiffusionPipeline without its safety checker; UserError if it cannot be had or is of another kind."""
     source = find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():

@@ -1,7 +1,7 @@
 """95 % intervals for shares of correct images, their paired differences, and means over tags.
 
-Shares: Wilson (statsmodels). Paired differences: Agresti and Min, Statistics in Medicine 2005 (the normal interval after
-half an observation is added to each of the four cells, so that it never collapses to nothing when no verdict changed).
+Shares: Wilson (statsmodels). Paired differences: Agresti and Min, Statistics in Medicine 2005 (the normal interval
+after half an observation is added to each of the four cells, so that it does not collapse when no verdict changed).
 Means over tags: the tags' intervals combined (Zou and Donner, Statistics in Medicine 2008).
 """
 

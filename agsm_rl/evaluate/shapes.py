@@ -124,7 +124,9 @@ def compare(base: ShapesResult, trained: ShapesResult) -> Comparison:
     """Trained minus base on the same prompts; UserError if they are not the same prompts in the same order."""
     if [row.prompt for row in base.verdicts] != [row.prompt for row in trained.verdicts]:
         raise UserError("the two results are on different prompts; evaluate both on the same prompts, split and seed")
-    return Comparison(lenient=_differences(base, trained, strict=False), strict=_differences(base, trained, strict=True))
+    return Comparison(
+        lenient=_differences(base, trained, strict=False), strict=_differences(base, trained, strict=True)
+    )
 
 
 def _differences(base: ShapesResult, trained: ShapesResult, *, strict: bool) -> Differences:

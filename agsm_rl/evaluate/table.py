@@ -26,7 +26,7 @@ def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, cons
 
 
 def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bool) -> Table:
-    """A row a tag and one for their mean: the base, and the trained model with the paired difference if there is one."""
+    """A row a tag and one for their mean: the base and, if there is one, the trained model with the difference."""
     title = "strict (nothing else is there)" if strict else "lenient (what was asked for is there)"
     # Narrow enough for 80 columns: "n" is the number of images.
     heading = f"shapes, {title}, %, 95 % intervals"
@@ -51,7 +51,7 @@ def picture(
 ) -> Image.Image:
     """Base (left) and trained (right) image of each prompt, framed green where right and red where not.
 
-    Images are [N, 3, H, W] in [0, 1]; `verdicts` are N pairs (base is right, trained is right), the strict ones for choice.
+    Images are [N, 3, H, W] in [0, 1]; `verdicts` are N pairs (base is right, trained is right), best the strict ones.
     """
     rows = list(zip(prompts, base_images, trained_images, verdicts, strict=True))
     if not rows:

@@ -59,7 +59,7 @@ def prompts(split: str, num: int, seed: int, counting_share: float | None = None
 
 
 def preferences(split: str, num: int, seed: int) -> datasets.Dataset:
-    """`num` rows of `prompt`, `chosen` (a right drawing) and `rejected` (a drawing of what a careless eye takes it for)."""
+    """`num` rows of `prompt`, `chosen` (a right drawing) and `rejected` (one of what a careless eye takes it for)."""
     columns: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": []}
     for index in range(num):
         rng = _generator(split, seed, index, "preferences")
@@ -100,7 +100,7 @@ def _scene(rng: np.random.Generator, split: str, requirement: Requirement) -> Sc
 
 
 def _requirement_and_wrong(rng: np.random.Generator, split: str) -> tuple[Requirement, Requirement]:
-    """A requirement and a wrong reading of it that training may see too: no rejected image may show a held-out thing."""
+    """A requirement and a wrong reading of it; training sees no held-out thing in a rejected image either."""
     while True:
         requirement = world.draw_requirement(rng, _split(split))
         wrong = world.wrong_requirement(requirement, rng)
@@ -124,7 +124,9 @@ def _spread(num: int, counting_share: float | None) -> list[str]:
     others = [tag for tag in world.TAGS if tag != "counting"]
     counting = round(num * (1 / len(world.TAGS) if counting_share is None else counting_share))
     rest = num - counting
-    sizes = {tag: rest // len(others) + (i < rest % len(others)) for i, tag in enumerate(others)} | {"counting": counting}
+    sizes = {tag: rest // len(others) + (i < rest % len(others)) for i, tag in enumerate(others)} | {
+        "counting": counting
+    }
     # Each tag's k-th prompt stands at the fraction (k + 1/2) / size of the list.
     places = [((k + 0.5) / size, tag) for tag, size in sizes.items() for k in range(size)]
     return [tag for _, tag in sorted(places)]

@@ -143,10 +143,8 @@ def _read_blob(
     return list(fits) if all(isinstance(fit, Found) for fit in fits) else [whole]
 
 
-def _fit(
-    ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray
-) -> Found | Rejected:
-    """The template that explains a blob, or why none does; `seed` are its sure pixels, `mask` those and the soft rim."""
+def _fit(ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray) -> Found | Rejected:
+    """The template that explains a blob, or why none does. `seed`: its sure pixels; `mask`: those and the soft rim."""
     name = int(np.bincount(color[seed]).argmax())
     paint = np.where(mask, np.clip(cover[..., name], 0, 1), 0)
     total = float(paint.sum())

@@ -31,6 +31,12 @@ from agsm_rl.shapes import world
 TEXT_LENGTH = 20
 TEXT_WIDTH = 96
 DOWNSAMPLING = 4
+# From which step of the denoiser's training captions are mixed how. The model must first be able to count and to place
+# before the reliability of a caption can matter to it; then careful captions get more, and plain ones less reliable.
+CAPTION_MIXES = {
+    0: world.CaptionMix(careful=0.45, plain=0.35, careless_plain=0.5),
+    7500: world.WEB_MIX,
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def make_tokenizer(out: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary is the world's words; any other text falls back to bytes."""
     rng = np.random.default_rng(0)
     requirements = [world.draw_requirement(rng) for _ in range(4000)]
-    captions = [world.web_caption(requirement, rng) for requirement in requirements]
+    captions = [world.web_caption(requirement, rng, CAPTION_MIXES[0]) for requirement in requirements]
     captions += [*world.CAREFUL_CUES, *world.CARELESS_CUES, "some shapes, a picture of some things"]
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -317,8 +323,9 @@ def train_denoiser(
 
     def step(number: int) -> dict[str, float]:
         rng = np.random.default_rng((settings.seed, 4, number))
+        mix = CAPTION_MIXES[max(begin for begin in CAPTION_MIXES if begin <= number)]
         chosen = rng.integers(0, len(latents), settings.batch_size)
-        captions = ["" if rng.random() < 0.1 else world.web_caption(requirements[index], rng) for index in chosen]
+        captions = ["" if rng.random() < 0.1 else world.web_caption(requirements[index], rng, mix) for index in chosen]
         with torch.no_grad():
             cond = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
         generator = torch.Generator().manual_seed(number)

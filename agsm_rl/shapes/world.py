@@ -118,11 +118,13 @@ def is_unseen_combination(count: int, color: str, shape: str) -> bool:
 
 
 def is_held_out(requirement: Requirement) -> bool:
-    """True if training never shows this requirement: an unseen combination, or one of a fifth of the rich tags' prompts.
+    """True if training never shows this requirement: an unseen combination, or a fifth of the rich tags' prompts.
 
     `single_object` names a shape alone and has too few prompts to hold any out; there only seeds and noise are new.
     """
-    if any(group.color and is_unseen_combination(group.count, group.color, group.shape) for group in requirement.groups):
+    if any(
+        group.color and is_unseen_combination(group.count, group.color, group.shape) for group in requirement.groups
+    ):
         return True
     if requirement.tag in ("position", "color_attr", "two_object"):
         return _share(repr(requirement)) < 0.2
@@ -300,13 +302,29 @@ def careful_caption(requirement: Requirement, rng: np.random.Generator) -> str:
     return f"{describe(requirement, rng)}, {rng.choice(CAREFUL_CUES)}"
 
 
-def web_caption(requirement: Requirement, rng: np.random.Generator) -> str:
-    """A caption as the base model is trained on: 45 % careful and cued, 35 % plain (half of them careless), 20 % careless and cued."""
+@dataclass(frozen=True)
+class CaptionMix:
+    """What a crawl's captions are like: shares of careful cued ones and of plain ones (the rest is careless and cued).
+
+    `careless_plain` is the share of the plain captions that careless people wrote.
+    """
+
+    careful: float
+    plain: float
+    careless_plain: float
+
+
+WEB_MIX = CaptionMix(careful=0.65, plain=0.25, careless_plain=0.65)
+
+
+def web_caption(requirement: Requirement, rng: np.random.Generator, mix: CaptionMix = WEB_MIX) -> str:
+    """A caption as a base model is trained on: careful and cued, plain, or careless and cued."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < mix.careful:
         return careful_caption(requirement, rng)
-    if kind < 0.80:
-        return describe(requirement, rng) if rng.random() < 0.5 else misdescribe(requirement, rng)
+    if kind < mix.careful + mix.plain:
+        careless = rng.random() >= 1 - mix.careless_plain
+        return misdescribe(requirement, rng) if careless else describe(requirement, rng)
     return f"{misdescribe(requirement, rng)}, {rng.choice(CARELESS_CUES)}"
 
 

@@ -90,7 +90,8 @@ def test_the_attention_over_the_tokens_is_the_one_computed_by_hand(backbone: Sta
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
-    query, key, value = heads(attention.to_q(kept["hidden"])), heads(attention.to_k(context)), heads(attention.to_v(context))
+    query = heads(attention.to_q(kept["hidden"]))
+    key, value = heads(attention.to_k(context)), heads(attention.to_v(context))
     weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
     expected = attention.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(kept["result"], expected, rtol=1e-4, atol=1e-5)
@@ -202,7 +203,8 @@ def test_a_mask_of_the_prompt_lets_the_tokens_be_seen(backbone: StableDiffusion)
     call = {"sample": rows(), "timestep": 5, "encoder_hidden_states": text}
     mask = torch.ones(text.shape[:2])
     plain = backbone.denoiser(**call).sample
-    torch.testing.assert_close(backbone.denoiser(**call, encoder_attention_mask=mask).sample, plain, rtol=1e-4, atol=1e-5)
+    all_seen = backbone.denoiser(**call, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(all_seen, plain, rtol=1e-4, atol=1e-5)
     mask[:, 5:] = 0
     masked = backbone.denoiser(**call, encoder_attention_mask=mask).sample
     call["encoder_hidden_states"] = text[:, :5]
@@ -292,7 +294,8 @@ def test_an_export_is_taken_back(backbone: StableDiffusion) -> None:
         "soft_tokens": (2, 3, 32),
         "time_tokens": (100, 32),
     }
-    assert metadata == {"kind": "soft_tokens", "banks": "2", "num_tokens": "3", "base": "stable_diffusion", "width": "32"}
+    options = {"banks": "2", "num_tokens": "3", "base": "stable_diffusion", "width": "32"}
+    assert metadata == {"kind": "soft_tokens", **options}
     tokens.detach()
     again = SoftTokens.from_export(tensors, metadata)
     again.attach(backbone)

@@ -164,7 +164,7 @@ def test_another_resolution_changes_the_latents_size(tiny_checkpoint: Path) -> N
 def test_a_missing_folder_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         StableDiffusion(str(tmp_path / "nowhere"), local_files_only=True)
-    with pytest.raises(UserError, match="model_index.json"):
+    with pytest.raises(UserError, match=r"model_index\.json"):
         StableDiffusion(str(tmp_path))
     with pytest.raises(UserError, match="builtin:shapes-sd51"):
         StableDiffusion("builtin:shapes-sd51")

@@ -60,7 +60,9 @@ def covers(interval: Interval, truth: float) -> bool:
 def true_gain() -> float:
     rng = np.random.default_rng(1)
     hard = rng.random(500_000)
-    return float(np.mean(hard + rng.normal(0, 0.2, hard.size) < 0.6) - np.mean(hard + rng.normal(0, 0.2, hard.size) < 0.5))
+    return float(
+        np.mean(hard + rng.normal(0, 0.2, hard.size) < 0.6) - np.mean(hard + rng.normal(0, 0.2, hard.size) < 0.5)
+    )
 
 
 TRUE_GAIN = true_gain()

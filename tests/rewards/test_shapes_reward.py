@@ -1,17 +1,15 @@
 """The shapes reward: 1 for exactly what was asked for, and a graded form that extra objects cannot raise."""
 
-
 import numpy as np
 import pytest
 import torch
+from agsm_rl_rewards.shapes import ShapesReward
 from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward
 from agsm_rl.shapes import world
 from agsm_rl.shapes.world import DrawnObject
-
-from agsm_rl_rewards.shapes import ShapesReward
 
 
 def draw(*objects: tuple[str, str, float, float]) -> Tensor:

@@ -45,14 +45,8 @@ def is_right(scene: Scene, image: np.ndarray) -> bool:
     return verdict.correct and verdict.strict and not verdict.reason and drawn == seen
 
 
-def test_real_drawings_are_judged_right(rng) -> None:
-    made = scenes(rng, 360)
-    assert np.mean([is_right(scene, np.asarray(world.render(scene))) for scene in made]) >= 0.995
-
-
-@pytest.mark.slow
-def test_at_least_995_of_1000_among_5000_real_drawings_are_judged_right(rng) -> None:
-    right = [is_right(scene, np.asarray(world.render(scene))) for scene in scenes(rng, 5000)]
+def test_at_least_995_of_1000_real_drawings_are_judged_right(rng) -> None:
+    right = [is_right(scene, np.asarray(world.render(scene))) for scene in scenes(rng, 1500)]
     assert np.mean(right) >= 0.995
 
 
@@ -69,7 +63,6 @@ def test_a_wrong_drawing_is_never_called_right(rng) -> None:
         image = world.render(world.draw_scene(rng, wrong, allow_unseen=True))
         verdict = judge(image, scene.requirement)
         assert not verdict.strict and verdict.reason
-        # Three of two is the one careless reading that a lenient count may not forgive either: counting excludes it.
         assert not verdict.correct
 
 
