@@ -16,7 +16,11 @@ from agsm_rl.trainer import Term, Trainer
 
 
 def build_trainer(
-    recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = (), accelerator: Accelerator | None = None
+    recipe: Recipe,
+    *,
+    where: str = "recipe",
+    allow_imports: Collection[str] = (),
+    accelerator: Accelerator | None = None,
 ) -> Trainer:
     """The recipe's trainer; UserError when data, weights or a combination of them cannot be used."""
     accelerator = accelerator or Accelerator()

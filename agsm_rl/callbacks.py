@@ -1,4 +1,4 @@
-"""What looks on at a run and keeps its records: metrics.jsonl, trackers, the progress bar, checkpoints, a graceful stop."""
+"""What looks on at a run and keeps its records: metrics, trackers, the progress bar, checkpoints, a graceful stop."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -20,7 +19,7 @@ from agsm_rl.errors import UserError, unknown_name
 class _Commands(TyperGroup):
     """Commands whose UserErrors are messages, not tracebacks."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         from agsm_rl.stop import Stopped
 
         try:
@@ -167,7 +166,9 @@ def evaluate(
 
 @app.command(name="list")
 def list_names(
-    kind: Annotated[str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones or recipes")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones or recipes")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """What recipes may use, and the recipes that are shipped."""
@@ -182,7 +183,9 @@ def list_names(
         if one == "recipes":
             rows = [{"name": PREFIX + name, "target": str(file)} for name, file in shipped_recipes().items()]
         else:
-            rows = [{"name": e.name, "target": e.target, "package": e.package} for e in registry.available(one).values()]
+            rows = [
+                {"name": e.name, "target": e.target, "package": e.package} for e in registry.available(one).values()
+            ]
         found[one] = rows
     if as_json:
         typer.echo(json.dumps(found, indent=1))

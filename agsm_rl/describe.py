@@ -10,18 +10,17 @@ from agsm_rl.recipe import Block, Recipe
 from agsm_rl.trainer import Trainer
 
 NOT_COUNTED = (
-    "not counted: activations (they grow with batch size and resolution; gradient_checkpointing lowers them), the batch "
-    "itself (rollouts keep their whole path), reward models, and the framework's own working memory"
+    "not counted: activations (they grow with batch size and resolution; gradient_checkpointing lowers them), the "
+    "batch itself (rollouts keep their whole path), reward models, and the framework's own working memory"
 )
 
 
 def describe(recipe: Recipe, trainer: Trainer) -> str:
     """A few lines about a recipe and the trainer built from it."""
     backbone, policy = trainer.policy.backbone, trainer.policy
-    height, width = backbone.resolution, backbone.resolution
-    lines = [
-        f"backbone    {recipe.backbone.use}, {recipe.backbone.options.get('checkpoint')}, {width} x {height} px, {backbone.device}"
-    ]
+    size_in_px = f"{backbone.resolution} x {backbone.resolution} px"
+    checkpoint = recipe.backbone.options.get("checkpoint")
+    lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {backbone.device}"]
     for name, block in recipe.adapters.items():
         found = policy.parameters([name]).values()
         lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters trained in {len(found)} tensors")

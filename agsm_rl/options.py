@@ -1,4 +1,4 @@
-"""A block's options are its constructor's arguments: the signature is the schema. And pydantic's errors in plain words."""
+"""A block's options are its constructor's arguments: the signature is the schema. Pydantic's errors in plain words."""
 
 from __future__ import annotations
 
@@ -38,12 +38,10 @@ class Section(BaseModel):
         if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
             for key in data:
                 if key not in cls.model_fields:
-                    # Braces would be taken for pydantic's own placeholders.
-                    text = unknown_key(str(key), list(cls.model_fields)).replace("{", "(").replace("}", ")")
-                    raise PydanticCustomError("unknown_key", text)  # type: ignore[arg-type]
+                    raise _mistake(unknown_key(str(key), list(cls.model_fields)))
                 if isinstance(data[key], bool) and cls.model_fields[key].annotation in _NUMBERS:
                     # Python would take true for 1.
-                    raise PydanticCustomError("unknown_key", f"'{key}' is {str(data[key]).lower()}, but a number is wanted")  # type: ignore[arg-type]
+                    raise _mistake(f"'{key}' is {str(data[key]).lower()}, but a number is wanted")
         return data
 
 
@@ -53,6 +51,10 @@ class RewardOptions(Section):
     model_config = ConfigDict(extra="allow")
 
     weight: float = 1.0
+
+
+def _mistake(text: str) -> PydanticCustomError:
+    return PydanticCustomError("mistake", "{text}", {"text": text})
 
 
 def unknown_key(key: str, allowed: list[str]) -> str:
@@ -65,8 +67,8 @@ def unknown_key(key: str, allowed: list[str]) -> str:
 def options_model(cls: Any) -> type[Section]:
     """The schema of a class's constructor: an option an argument, with its type and default.
 
-    Two arguments are special: `rewards` is given by name in a recipe ({name: weight}, or {name: {weight, options…}}), and
-    `seed` may be left out (null), which means the recipe's seed.
+    Two arguments are special: `rewards` is given by name in a recipe ({name: weight}, or {name: {weight, options…}}),
+    and `seed` may be left out (null), which means the recipe's seed.
     """
     found: dict[str, Any] = {}
     for parameter in inspect.signature(cls, eval_str=True).parameters.values():
@@ -109,7 +111,7 @@ def explain(error: ValidationError, *, where: str) -> UserError:
     if first["type"] == "missing":
         return UserError(f"{head}: this key is needed and is not there.")
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("unknown_key", "value_error"):
+    if first["type"] in ("mistake", "value_error"):
         return UserError(f"{head}: {message}")
     if first["type"] in ("model_type", "dict_type"):
         message = "it should be a mapping, {key: value}"
@@ -117,5 +119,9 @@ def explain(error: ValidationError, *, where: str) -> UserError:
 
 
 def _short(value: Any) -> str:
-    text = {None: "nothing (null)", True: "true", False: "false"}.get(value, "") if value is None or isinstance(value, bool) else repr(value)
+    text = (
+        {None: "nothing (null)", True: "true", False: "false"}.get(value, "")
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
     return text if len(text) <= 60 else text[:57] + "…"

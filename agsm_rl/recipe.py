@@ -1,4 +1,4 @@
-"""A recipe: the YAML file and its typed form. Every key that a run has stands here; blocks' options are in options.py."""
+"""A recipe: the YAML file and its typed form. A run's keys stand here; the blocks' options are read by options.py."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Recipe(Section):
         if not value:
             missing = {
                 "adapters": "there are none, so nothing would be trained; add one, e.g. {lora: {use: lora, rank: 8}}",
-                "objectives": "there are none, so there is nothing to learn from; add one, e.g. [{use: agsm, source: …}]",
+                "objectives": "there are none, so nothing would be learned; add one, e.g. [{use: agsm, source: …}]",
             }
             raise ValueError(missing[info.field_name])
         return value

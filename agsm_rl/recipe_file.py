@@ -56,7 +56,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
     """Change `data` in place by `key.path=value` texts; values are YAML, list items are `a.0.b` or `a[0].b`."""
     for override in overrides:
         path, equals, text = override.partition("=")
-        keys = [key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+        keys = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
         if not equals or not all(keys):
             raise UserError(f"--set {override}: write it as key.path=value, e.g. --set optimizer.learning_rate=1e-4")
         _set(data, keys, _parse(text, where=f"--set {override}"), where=f"--set {override}")

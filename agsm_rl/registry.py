@@ -63,7 +63,7 @@ class Entry:
 def available(kind: str) -> dict[str, Entry]:
     """All registered names of a kind, sorted.
 
-    Raises UserError when two packages register one name: which of them runs must not depend on the order of installation.
+    Raises UserError when two packages register one name: which one runs must not depend on the order of installation.
     """
     entries = {name: Entry(name, target, HOME) for name, target in BUILTIN[kind].items()}
     for point in entry_points(group=f"agsm_rl.{kind}"):

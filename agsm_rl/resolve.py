@@ -1,7 +1,7 @@
 """Complete a recipe and refuse what cannot work, before anything is loaded: names, options, and what goes with what.
 
-Objectives, sources, rewards and adapters are constructed here, because their constructors check their arguments; none of
-them reads data or weights until it is bound, attached or called.
+Objectives, sources, rewards and adapters are constructed here, because their constructors check their arguments; none
+of them reads data or weights until it is bound, attached or called.
 """
 
 from __future__ import annotations
@@ -110,7 +110,11 @@ def _reward_options(value: Any) -> dict[str, Any]:
 def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
     """The source of a term and the place where it stands in the recipe."""
     source = recipe.objectives[index].source
-    return (recipe.sources[source], f"sources.{source}") if isinstance(source, str) else (source, f"objectives[{index}].source")
+    return (
+        (recipe.sources[source], f"sources.{source}")
+        if isinstance(source, str)
+        else (source, f"objectives[{index}].source")
+    )
 
 
 def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
@@ -131,8 +135,8 @@ def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
             where = f"{parts.where}: {place}.source"
             if not recipe.sources:
                 raise UserError(
-                    f"{where}: '{done.source}' is not a source of this recipe, which names none; write the source here, "
-                    f"e.g. {{use: pairs, …}}, or name it under `sources:`."
+                    f"{where}: '{done.source}' is not a source of this recipe, which names none; write the source "
+                    f"here, e.g. {{use: pairs, …}}, or name it under `sources:`."
                 )
             raise unknown_name(where, done.source, "a source of this recipe", recipe.sources)
         terms.append(done)
@@ -176,8 +180,8 @@ def _check_path(block: Block, parts: Parts, place: str) -> None:
         raise refuse(
             parts.where,
             f"{place}.dataset",
-            f"'{dataset}' does not exist (looked from {Path.cwd()}); give a folder of images with metadata.jsonl, a parquet "
-            "file, a name that `datasets` knows, or builtin:shapes.",
+            f"'{dataset}' does not exist (looked from {Path.cwd()}); give a folder of images with metadata.jsonl, "
+            "a parquet file, a name that `datasets` knows, or builtin:shapes.",
         )
 
 
@@ -200,7 +204,9 @@ def _check_rest(recipe: Recipe, parts: Parts) -> None:
     if isinstance(rates, dict):
         for name in [*rates, *recipe.adapters]:
             if name not in recipe.adapters:
-                raise unknown_name(f"{parts.where}: optimizer.learning_rate", name, "an adapter of this recipe", recipe.adapters)
+                raise unknown_name(
+                    f"{parts.where}: optimizer.learning_rate", name, "an adapter of this recipe", recipe.adapters
+                )
             if name not in rates:
                 raise refuse(parts.where, "optimizer.learning_rate", f"it names no rate for the adapter '{name}'")
     for index, name in enumerate(recipe.evaluate.rewards if recipe.evaluate else []):
@@ -210,4 +216,6 @@ def _check_rest(recipe: Recipe, parts: Parts) -> None:
         if name not in TRACKERS:
             raise unknown_name(place, name, "a tracker", TRACKERS)
         if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise UserError(f"{place}: '{name}' is not installed; run `pip install {TRACKERS[name]}`, or take it out of the list.")
+            raise UserError(
+                f"{place}: '{name}' is not installed; run `pip install {TRACKERS[name]}`, or take it out of the list."
+            )

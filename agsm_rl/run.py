@@ -34,8 +34,8 @@ def train(
 ) -> Path:
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
 
-    `run_dir` None: runs/<recipe's name>-<time>. Raises UserError before anything is written when the recipe or the folder
-    cannot be used, and Stopped after a signal.
+    `run_dir` None: runs/<recipe's name>-<time>. Raises UserError before anything is written when the recipe or the
+    folder cannot be used, and Stopped after a signal.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
@@ -97,7 +97,9 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> N
     if console is not None:
         for file in (folder.metrics, folder.evaluations):
             MetricsFile(file).cut(step)
-        console.print(f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting")
+        console.print(
+            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting"
+        )
 
 
 def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: who may write it, and the files in it (recipe.yaml, metrics.jsonl, checkpoints/, adapter/, samples/)."""
+"""A run's folder: who may write it, and what is in it (recipe, metrics, checkpoints, adapter, samples)."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ class RunFolder:
             self._take()
         if not resume:
             raise UserError(
-                f"{self.path}: is not empty. To continue the run in it, add --resume; for a new run, choose another --run-dir."
+                f"{self.path}: is not empty. To continue the run in it, add --resume; for a new run, choose "
+                "another --run-dir."
             )
         if not self.recipe.is_file():
-            raise UserError(f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it.")
+            raise UserError(
+                f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
+            )
         _check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
 
     def open(self, recipe: Recipe) -> None:
-        """Create the folder, take its lock, and write the resolved recipe; UserError when another process has the lock."""
+        """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -64,7 +67,8 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"{self.path}: is busy, another process trains in it. Wait for it or stop it, or choose another --run-dir."
+                f"{self.path}: is busy, another process trains in it. Wait for it or stop it, or choose another "
+                "--run-dir."
             ) from error
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from agsm_rl.resolve import Parts
 
 BUILTIN_DRAWING = (3.0, 20)
 DRAWING = (7.0, 30)
-"""Guidance and steps where nothing else is said: published for SD1.5 (arXiv 2605.30038), and what suits the small bases."""
+"""Guidance and steps where nothing else is said: what suits the small bases, and SD1.5's (arXiv 2605.30038)."""
 
 
 @dataclass
@@ -37,7 +37,9 @@ def open_target(target: str, *, base: str | None = None) -> Target:
     if path.suffix == ".safetensors" or (path.is_dir() and not (path / "model_index.json").is_file()):
         return _open_adapter(path, base)
     if base is not None:
-        raise UserError(f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter.")
+        raise UserError(
+            f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter."
+        )
     return _opened({"use": "stable_diffusion", "checkpoint": target}, where=target)
 
 
@@ -56,7 +58,9 @@ def _open_adapter(path: Path, base: str | None) -> Target:
     _, metadata = read_export(files[0])
     checkpoint = base or metadata.get("checkpoint")
     if not checkpoint:
-        raise UserError(f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder).")
+        raise UserError(
+            f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder)."
+        )
     block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
     return _opened(block, where=str(path), adapter=path)
 

@@ -1,4 +1,4 @@
-"""What a run shows of its pictures: sample grids at intervals, and base against trained on the same prompts and noise."""
+"""What a run shows of its pictures: sample grids at intervals, base against trained on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -47,9 +47,14 @@ class SampleGrids:
     def draw(self, policy: Policy) -> Tensor:
         """The grid's images [B, 3, H, W]."""
         seeds = [self.options.seed + index for index in range(len(self.prompts))]
-        how = {"guidance": self.options.guidance, "num_steps": self.options.num_steps}
-        backbone = policy.backbone
-        return draw(backbone.pipeline, self.prompts, seeds, resolution=backbone.resolution, **how)
+        return draw(
+            policy.backbone.pipeline,
+            self.prompts,
+            seeds,
+            guidance=self.options.guidance,
+            num_steps=self.options.num_steps,
+            resolution=policy.backbone.resolution,
+        )
 
     def write_before_after(self, trainer: Trainer) -> None:
         """samples/before_after.png for runs without a suite: the base's row above the trained one's."""
@@ -61,12 +66,14 @@ class SampleGrids:
 
 
 class Evaluation:
-    """Base against trained, each `evaluate.every` steps and at the end: eval.json, evaluations.jsonl, tables, a picture."""
+    """Base against trained, each `evaluate.every` steps and at the end: eval.json, evaluations.jsonl, a picture."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, console: Console) -> None:
         self.folder, self.console = folder, console
         self.options = recipe.evaluate
-        self.rewards = {name: parts.reward(name, "evaluate.rewards", {}) for name in (recipe.evaluate or Evaluate()).rewards}
+        self.rewards = {
+            name: parts.reward(name, "evaluate.rewards", {}) for name in (recipe.evaluate or Evaluate()).rewards
+        }
         self.history = MetricsFile(folder.evaluations)
         self._base: dict[float, Measured] = {}
 
@@ -103,7 +110,9 @@ class Evaluation:
             found.append((self._base[guidance], trained))
             figures = trained.figures()
             self.history.add(trainer.step, {"guidance": guidance} | figures)
-            trainer.accelerator.log({f"eval/guidance_{guidance:g}/{key}": value for key, value in figures.items()}, step=trainer.step)
+            trainer.accelerator.log(
+                {f"eval/guidance_{guidance:g}/{key}": value for key, value in figures.items()}, step=trainer.step
+            )
         write_text(self.folder.eval, json.dumps(to_json(found, self.options, step=trainer.step), indent=1) + "\n")
         return found
 
@@ -131,9 +140,17 @@ def measure(backbone: Any, options: Evaluate, guidance: float, rewards: dict[str
     drawn: list[Tensor] = []
 
     def draw_part(part: list[str], seeds: list[int]) -> Tensor:
-        how = {"guidance": guidance, "num_steps": options.num_steps, "batch_size": options.batch_size}
-        drawn.append(draw(backbone.pipeline, part, seeds, resolution=backbone.resolution, **how))
-        return drawn[-1]
+        images = draw(
+            backbone.pipeline,
+            part,
+            seeds,
+            guidance=guidance,
+            num_steps=options.num_steps,
+            resolution=backbone.resolution,
+            batch_size=options.batch_size,
+        )
+        drawn.append(images)
+        return images
 
     result = evaluate(draw_part, prompts, seed=options.seed, batch_size=options.batch_size)
     images = torch.cat(drawn)

@@ -14,7 +14,7 @@ from agsm_rl.evaluate import shapes, table
 from agsm_rl.shapes import world
 
 
-def painter(share: float, extra: bool = False):
+def painter(share: float):
     """A model that draws right with the given probability, else what a careless eye takes the prompt for."""
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -25,8 +25,6 @@ def painter(share: float, extra: bool = False):
             if rng.random() >= share:
                 requirement = world.wrong_requirement(requirement, rng)
             drawn = np.array(world.render(world.draw_scene(rng, requirement, allow_unseen=True)))
-            if extra:
-                drawn[14:18, 14:18] = world.COLORS["red"]
             images.append(torch.from_numpy(drawn).permute(2, 0, 1) / 255)
         return torch.stack(images)
 
@@ -77,10 +75,14 @@ def test_eval_json_has_the_form_of_the_contract_and_is_read_back(half) -> None:
     assert shapes.ShapesResult.from_json(content) == half
 
 
-def test_unclean_extras_cost_the_strict_verdict(prompts) -> None:
-    seen = shapes.evaluate(painter(1.0, extra=True), prompts[:20])
-    assert not any(row.strict for row in seen.verdicts)
-    assert all(row.reason for row in seen.verdicts)
+def test_an_unclean_extra_costs_the_strict_verdict_only() -> None:
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        drawn = np.array(world.render((world.DrawnObject("star", "red", 9.0, 9.0, 5.0),)))
+        drawn[20:24, 20:24] = world.COLORS["red"]
+        return torch.from_numpy(drawn).permute(2, 0, 1)[None] / 255
+
+    (seen,) = shapes.evaluate(draw, ["a red star"]).verdicts
+    assert seen.correct and not seen.strict and "unclean" in seen.reason
 
 
 def test_the_batch_size_changes_no_verdict(prompts, half) -> None:

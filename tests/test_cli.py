@@ -1,0 +1,127 @@
+"""The command line: what each command gives, and that a mistake is one message and exit code 2."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from agsm_rl.cli import app
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run `agsm-rl ...` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint, tmp_path):
+    pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
+    content = {
+        "steps": 2,
+        "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+        "adapters": {"lora": {"use": "lora", "rank": 2, "banks": 2}, "tokens": {"use": "soft_tokens"}},
+        "objectives": [{"use": "agsm", "source": pairs}],
+        "track": [],
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def assert_told(result, *words):
+    """Exit code 2 and one message on stderr that holds the words."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_check_tells_what_would_be_trained_and_the_memory(command, recipe, tmp_path):
+    result = command("check", recipe)
+    assert result.exit_code == 0, result.output
+    for word in ("lora: lora", "tokens: soft_tokens", "agsm: agsm on pairs of builtin:shapes", "memory", "not counted"):
+        assert word in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe, tmp_path):
+    trained = command("train", recipe, "--run-dir", "run")
+    assert trained.exit_code == 0, trained.output
+    drawn = command("sample", "run", "a red star", "-n", 2, "-o", "pictures", "--num-steps", 2)
+    assert drawn.stdout.split() == ["pictures/seed-0.png", "pictures/seed-1.png"]
+    again = command("sample", "run/adapter", "a red star", "-o", "again", "--num-steps", 2, "--guidance", 3)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again/seed-0.png").read_bytes() == (tmp_path / "pictures/seed-0.png").read_bytes()
+    measured = command("eval", "run", "--num-images", 6, "--num-steps", 2, "--compare", "--json", "eval.json")
+    assert measured.exit_code == 0, measured.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["num_images"] == found["base"]["num_images"] == 6
+
+
+def test_a_run_is_continued_from_its_own_recipe(command, recipe):
+    assert command("train", recipe, "--run-dir", "run").exit_code == 0
+    result = command("train", "run/recipe.yaml", "--resume", "--set", "steps=3")
+    assert (result.exit_code, result.stdout.strip()) == (0, "run folder: run")
+
+
+def test_list_gives_every_kind_as_json(command):
+    found = json.loads(command("list", "--json").stdout)
+    assert set(found) == {"objectives", "rewards", "adapters", "sources", "backbones", "recipes"}
+    assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
+    assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
+
+
+def test_world_writes_an_image_folder(command, tmp_path):
+    assert command("world", "out", "--num-images", 3).exit_code == 0
+    assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objectives.0.use=agms", ["mine.yaml", "objectives[0].use", "Did you mean 'agsm'?"]),
+        ("backbone.checkpoint=builtin:shapes-sd99", ["mine.yaml", "builtin:shapes-sd99"]),
+        ("objectives.0.source.dataset=./nowhere", ["objectives[0].source.dataset", "./nowhere"]),
+        ("objectives.0.source.batch_size=5", ["batch_size 5", "group_size 4"]),
+        ("objectives.0.use=os:system", ["--allow-import os"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "'fast'"]),
+    ],
+)
+def test_a_wrong_recipe_ends_with_one_message_and_no_run_folder(command, recipe, tmp_path, override, words):
+    assert_told(command("train", recipe, "--run-dir", "run", "--set", override), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_told(command):
+    assert_told(command("train", "nowhere.yaml"), "nowhere.yaml", "no such recipe")
+    assert_told(command("check", "builtin:nowhere"), "builtin:nowhere", "not a shipped recipe")
+
+
+def test_resume_without_a_run_is_told(command, recipe):
+    assert_told(command("train", recipe, "--resume"), "--run-dir")
+
+
+def test_a_run_folder_in_use_is_told(command, recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert_told(command("train", recipe, "--run-dir", "run"), "run", "not empty")
+    assert_told(command("train", recipe, "--run-dir", "run", "--resume"), "no run folder")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_wrong_targets_suites_and_kinds_are_told(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_told(command("sample", "empty", "a red star"), "empty", ".safetensors")
+    assert_told(command("sample", "nowhere.safetensors", "a red star"), "nowhere.safetensors")
+    assert_told(command("sample", "builtin:nothing", "a red star"), "builtin:nothing")
+    assert_told(command("eval", "empty", "--suite", "shape"), "--suite", "Did you mean 'shapes'?")
+    assert_told(command("list", "objectivs"), "Did you mean 'objectives'?")
+
+
+def test_a_truncated_adapter_is_told(command, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\x00\x00")
+    assert_told(command("sample", "broken.safetensors", "a red star", "--base", "x"), "broken.safetensors", "truncated")
