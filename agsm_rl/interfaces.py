@@ -1,7 +1,7 @@
 """The nouns that everything else is made of: read this page first.
 
-An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs; they
-meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are
+An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
+they meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are
 float [B] in [0, 1), 0 being clean; tensors are float32 unless the backbone was loaded otherwise.
 """
 
@@ -136,7 +136,7 @@ class Adapter(Protocol):
 class Batch:
     """Rows that one or more terms learn from. `rows` [B] are the rows' numbers in the whole step's batch.
 
-    Noise is drawn per row number (Policy.noise_like), so that splitting a batch over processes or chunks changes nothing.
+    Noise is drawn per row number (randomness.Draw), so that splitting a batch over processes or chunks changes nothing.
     """
 
     prompts: list[str]

@@ -21,8 +21,8 @@ from agsm_rl.randomness import Draw
 class Term:
     """An objective in a run.
 
-    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t` is the
-    range of noise levels it draws from; `trains` names the adapters it trains (None: all).
+    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t` is
+    the range of noise levels it draws from; `trains` names the adapters it trains (None: all).
     """
 
     objective: Objective
@@ -79,7 +79,8 @@ class AcceleratorShard:
 class Trainer:
     """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
 
-    `learning_rate` is one number or one per adapter, {adapter: number}. Gradients are clipped to `max_grad_norm` (None: not).
+    `learning_rate` is one number or one per adapter, {adapter: number}. Gradients are clipped to `max_grad_norm`
+    (None: not).
     """
 
     def __init__(
@@ -176,8 +177,8 @@ class Trainer:
         for what in ("loss", "grad_norm"):
             if not np.isfinite(means[what]):
                 raise UserError(
-                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed by this "
-                    f"step. Lower optimizer.learning_rate, or continue with --resume from the newest checkpoint"
+                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed by "
+                    f"this step. Lower optimizer.learning_rate, or continue with --resume from the newest checkpoint"
                 )
         return total, means
 

@@ -1,4 +1,4 @@
-"""DDPO's rewards that need no weights (arXiv 2305.13301, section 5.1): how small, or how large, an image's JPEG file is."""
+"""DDPO's rewards that need no weights (arXiv 2305.13301, section 5.1): how small, or large, an image's JPEG file is."""
 
 import io
 

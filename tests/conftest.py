@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 1.5 pipeline with seeded random weights, so that tests need no hub, no GPU and no training."""
+"""A tiny Stable Diffusion 1.5 pipeline with seeded random weights: tests need no hub, no GPU and no training."""
 
 from pathlib import Path
 

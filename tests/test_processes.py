@@ -80,7 +80,16 @@ def metrics_of_partial(folder):
 
 def test_two_processes_with_half_the_batch_each_equal_one_process_with_all_of_it(recipe, tmp_path):
     subprocess.run(command(recipe, tmp_path / "one"), check=True, capture_output=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     subprocess.run([*launch, *command(recipe, tmp_path / "two")[1:]], check=True, capture_output=True, timeout=600)
     assert_same_run(tmp_path / "one", tmp_path / "two", 2e-4)

@@ -88,7 +88,7 @@ WRONG = {
     "objectives.1.use=dppo": r"objectives\[1\].use: 'dppo' is not an objective.*Did you mean 'ddpo'\?",
     "objectives.0.temperatur=1": r"objectives\[0\]: 'temperatur' is not an option.*Did you mean 'temperature'",
     "objectives.0.temperature=0": r"objectives\[0\]: temperature.*above 0",
-    "objectives.0.source=nowhere": r"objectives\[0\].source: 'nowhere' is not a source of this recipe; allowed: own_images",
+    "objectives.0.source=nowhere": r"objectives\[0\].source: 'nowhere' is not a source of this recipe; allowed: own",
     "objectives.0.source=7": r"objectives\[0\].source: a source is the name of one",
     "objectives.0.source.use=pars": r"source.use: 'pars' is not a source.*'pairs'",
     "objectives.0.source.batch_size=6": r"objectives\[0\].*batch_size 6 is no multiple of group_size 4",
@@ -104,7 +104,7 @@ WRONG = {
     "objectives.0.t=[0.5, 0.5]": r"objectives\[0\].t: .*low < high",
     "objectives.0.t=[0, 2]": r"objectives\[0\].t: .*got \[0.0, 2.0\]",
     "objectives=[]": "objectives: there are none",
-    "objectives.1.name=agsm": r"objectives\[0\].*|objectives\[1\].name: 'agsm' is the name of another term",
+    "objectives.1.name=a b": r"objectives\[1\].name: 'a b' cannot be a name",
     "adapters={}": "adapters: there are none.*lora",
     "adapters.lora.rank=x": "adapters.lora.rank: got 'x'",
     "adapters.lora=7": "adapters.lora: got 7; it should be a mapping",
@@ -131,6 +131,11 @@ WRONG = {
 def test_each_mistake_is_told_with_its_place_and_remedy(write, override):
     with pytest.raises(UserError, match=WRONG[override]):
         Recipe.from_yaml(write(), [override])
+
+
+def test_two_terms_of_one_name_are_refused(write):
+    with pytest.raises(UserError, match=r"objectives\[1\].name: 'first' is the name of another term"):
+        Recipe.from_yaml(write(), ["objectives.0.name=first", "objectives.1.name=first"])
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def guided_score_loss(
 ) -> tuple[Tensor, Metrics]:
     """AGSM's loss over a grid of images and prompts.
 
-    `live` and `ema` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each image's
-    own prompt. Only `live` gets a gradient. `temperature` τ > 0 (published: 0.1). `gamma_positive` 1; `gamma_negative` 1 for
-    SD1.5 and SDXL, 0.1 for SD3; at 0 the negatives' loss is left out.
+    `live` and `ema` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each
+    image's own prompt. Only `live` gets a gradient. Published: `temperature` τ > 0 is 0.1, `gamma_positive` 1,
+    `gamma_negative` 1 for SD1.5 and SDXL and 0.1 for SD3; at 0 the negatives' loss is left out.
 
     Metrics: `positive_loss`, `negative_loss`; `win_rate`, the share of images whose own prompt has the largest weight;
     `margin`, own weight minus the largest other. Win rate rises whether or not the pictures get better.
@@ -67,8 +67,8 @@ def group_columns(batch_size: int, group_size: int, device: torch.device | None 
 class AGSM:
     """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
-    Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise an
-    image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
+    Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise
+    an image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
     """
 
     consumes = PairBatch

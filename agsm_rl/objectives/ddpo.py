@@ -1,6 +1,7 @@
-"""DDPO, denoising diffusion policy optimisation (arXiv 2305.13301): each denoising step is an action, the image its reward.
+"""DDPO, denoising diffusion policy optimisation (arXiv 2305.13301): a denoising step is an action, the image is rewarded.
 
-    L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ),   ρ = exp(log π(x_{k+1} | x_k) - log π_old),
+    L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ),
+    ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),
 with π the Gaussian DDIM step with η = 1, log π averaged over latent elements, and A the clipped, normalised reward.
 """
 

@@ -111,7 +111,7 @@ def _requirement_and_wrong(rng: np.random.Generator, split: str) -> tuple[Requir
 def _split(name: str) -> Split:
     for split in get_args(Split):
         if name == split:
-            return split  # type: ignore[no-any-return]
+            return split
     raise unknown_name("the shapes world", name, "a split", _SPLITS)
 
 

@@ -1,14 +1,13 @@
 """Can soft tokens change what a base draws? `python -m agsm_rl.shapes.leverage BASE` distils a cue's effect into them.
 
-The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave as
-cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain on held-out
+The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave
+as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain on held-out
 prompts they then carry is the leverage that any objective over them has.
 """
 
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import Tensor
 
@@ -21,7 +20,7 @@ CUE = ", verified"
 
 
 class CueDistillation:
-    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of the prompts empty on both."""
+    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of the prompts is empty."""
 
     consumes = PairBatch
 
@@ -56,6 +55,7 @@ def main(
     num_images: int = 600,
     guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
     seed: int = 0,
+    split: Annotated[str, typer.Option(help="whose prompts are judged: validation or held_out")] = "validation",
     out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
 ) -> None:
     """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter."""
@@ -73,18 +73,18 @@ def main(
         metrics = trainer.run_step()
         if trainer.step % 100 == 0:
             print(trainer.step, {key: round(value, 5) for key, value in metrics.items()}, flush=True)
-    if out:
+    if out is not None:
         save_adapters(policy.adapters, out, metadata={"base": base})
     for scale in guidance:
-        report(policy, num_images, scale)
+        report(policy, num_images, scale, split)
 
 
-def report(policy: Policy, num_images: int, guidance: float) -> None:
-    """Print the shares that are right on the validation suite: plain, cued, and plain with the adapter."""
+def report(policy: Policy, num_images: int, guidance: float, split: str) -> None:
+    """Print the shares of the suite that are right: plain, cued, and plain with the adapter."""
     from agsm_rl.drawing import draw
     from agsm_rl.evaluate.shapes import compare, evaluate, suite_prompts
 
-    prompts = suite_prompts("validation", num_images, seed=1)
+    prompts = suite_prompts(split, num_images, seed=0)
 
     def suite(cue: str) -> ShapesResult:
         def drawn(texts: list[str], seeds: list[int]) -> Tensor:
@@ -103,7 +103,10 @@ def report(policy: Policy, num_images: int, guidance: float) -> None:
             print(guidance, name, "strict" if strict else "lenient", f"{scores.overall.value:.3f}", tags, flush=True)
     for name, result in {"cued": cued, "adapted": adapted}.items():
         change = compare(plain, result).strict.overall
-        print(f"{guidance} {name} - plain, strict: {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]", flush=True)
+        print(
+            f"{guidance} {name} - plain, strict: {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train an embedded base model of the shapes world from nothing: `python -m agsm_rl.shapes.train_base WORK_DIR OUT_DIR`.
+"""Train an embedded base of the shapes world from nothing: `python -m agsm_rl.shapes.train_base WORK_DIR OUT_DIR`.
 
 Three stages, as Stable Diffusion was made: an autoencoder; a CLIP text encoder, trained contrastively and then frozen;
 a denoiser, trained on captions that are careful, plain and careless (world.web_caption). Each stage is seeded, writes
@@ -101,7 +101,7 @@ def run_stage(
 
 
 def train_vae(settings: Settings, work: Path, images: Tensor) -> AutoencoderKL:
-    """An autoencoder to 8 x 8 x 4 latents whose channels have mean 0 and variance 1 (folded into its 1 x 1 convolutions)."""
+    """An autoencoder to 8 x 8 x 4 latents; their channels' mean 0 and variance 1 are folded into its 1 x 1 convolutions."""
     torch.manual_seed(settings.seed + 1)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -211,7 +211,7 @@ def contrasting_scenes(settings: Settings, count: int) -> list[world.Scene]:
 
 
 def train_text_encoder(settings: Settings, work: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are drawn at random, so that they mean nothing."""
+    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are drawn at random: they mean nothing."""
     torch.manual_seed(settings.seed + 2)
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(

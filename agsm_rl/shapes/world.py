@@ -193,7 +193,10 @@ def draw_scene(
             continue
         if requirement.relation and not _stands(centers[0] - centers[1], requirement.relation):
             continue
-        objects = (DrawnObject(*kind, *center, r) for kind, center, r in zip(kinds, centers, radii, strict=True))
+        objects = (
+            DrawnObject(shape, color, float(x), float(y), float(r))
+            for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
+        )
         return Scene(requirement, tuple(objects))
     raise ValueError(f"no place found for {requirement}")
 

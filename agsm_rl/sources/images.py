@@ -46,8 +46,8 @@ def open_pairs(dataset: str, *, split: str, num_images: int | None) -> "datasets
     ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
-            f"{where}, split '{split}': it cannot be opened ({reason}); give a folder of images with a metadata.jsonl or "
-            f"metadata.csv (columns file_name and caption), a parquet file, or a name that `datasets.load_dataset` takes"
+            f"{where}, split '{split}': it cannot be opened ({reason}); give a folder of images with a metadata.jsonl "
+            f"or metadata.csv (columns file_name and caption), a parquet file, or a name that `datasets.load_dataset` takes"
         ) from error
     if num_images is not None:
         found = found.select(range(min(num_images, len(found))))
@@ -96,8 +96,8 @@ def read_row(
     caption = row[caption_column]
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(
-            f"dataset '{dataset}', row {index}: column '{caption_column}' holds {caption!r}, but a caption is a text that "
-            f"is not empty; fill it in or remove that row"
+            f"dataset '{dataset}', row {index}: column '{caption_column}' holds {caption!r}, but a caption is a text "
+            f"that is not empty; fill it in or remove that row"
         )
     return picture, caption
 

@@ -1,4 +1,4 @@
-"""On-policy sampling as a source: images drawn from the live policy with the path that led to them, scored by rewards."""
+"""On-policy sampling as a source: images drawn from the live policy, the path that led to them, and their rewards."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -186,7 +186,7 @@ class Rollouts:
 def draw_trajectories(
     policy: Policy, prompts: list[str], draw: Draw, rows: Tensor, *, num_steps: int, guidance: float, eta: float
 ) -> tuple[Tensor, Tensor]:
-    """Sample from the live policy; states [B, K + 1, C, h, w] from noise to image, and their log-probabilities [B, K]."""
+    """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K]."""
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
     cond, uncond = backbone.encode_text(prompts), backbone.encode_text([""])
@@ -203,7 +203,7 @@ def draw_trajectories(
 
 
 def checked_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """The reward's scores [B]; UserError naming the reward when it returns another shape or a number that is not finite."""
+    """The reward's scores [B]; UserError naming the reward when they have another shape or are not finite."""
     score = reward(images, prompts)
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__

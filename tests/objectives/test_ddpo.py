@@ -124,7 +124,9 @@ def test_guidance_of_one_is_the_conditional_prediction_alone():
     assert calls == [2]
 
 
-@pytest.mark.parametrize("options", [{"clip_range": 0}, {"timestep_fraction": 0}, {"timestep_fraction": 1.5}, {"images_per_pass": 0}])
+@pytest.mark.parametrize(
+    "options", [{"clip_range": 0}, {"timestep_fraction": 0}, {"timestep_fraction": 1.5}, {"images_per_pass": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         DDPO(**options)

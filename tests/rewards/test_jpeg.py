@@ -1,7 +1,6 @@
 """DDPO's JPEG rewards."""
 
 import torch
-
 from agsm_rl_rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 
