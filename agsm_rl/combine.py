@@ -1,4 +1,4 @@
-"""How the terms' gradients become one. A gradient maps parameter names to tensors; what a term does not reach is absent."""
+"""How the terms' gradients become one. A gradient maps parameter names to tensors; what it does not reach is absent."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
 """The nouns that everything else is made of: read this page first.
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
-they meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are
-float [B] in [0, 1), 0 being clean; tensors are float32 unless the backbone was loaded otherwise.
+they meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t`
+are float [B] in [0, 1), 0 being clean; tensors are float32 unless the backbone was loaded otherwise.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Backbone(Protocol):
     latent_shape: tuple[int, int, int]
     resolution: int
     device: torch.device
+    adapters: list[Adapter]
+    """Those that are attached; they enter and leave the list themselves."""
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Encode prompts without gradients; "" is the unconditional prompt."""
@@ -103,6 +105,13 @@ class Adapter(Protocol):
 
     kind: ClassVar[str]
     """The name under which a recipe asks for it and an exported file declares it."""
+    bank: Bank | None
+    """What predictions use at this moment; None while switched off or detached."""
+
+    @classmethod
+    def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
+        """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
+        ...
 
     def attach(self, backbone: Backbone) -> None:
         """Create the parameters for this backbone and hook them in (switched on, bank `positive`)."""

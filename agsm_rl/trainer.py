@@ -21,8 +21,8 @@ from agsm_rl.randomness import Draw
 class Term:
     """An objective in a run.
 
-    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t` is
-    the range of noise levels it draws from; `trains` names the adapters it trains (None: all).
+    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t`
+    is the range of noise levels it draws from; `trains` names the adapters it trains (None: all).
     """
 
     objective: Objective
@@ -177,8 +177,8 @@ class Trainer:
         for what in ("loss", "grad_norm"):
             if not np.isfinite(means[what]):
                 raise UserError(
-                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed by "
-                    f"this step. Lower optimizer.learning_rate, or continue with --resume from the newest checkpoint"
+                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed "
+                    f"by this step. Lower optimizer.learning_rate, or go on with --resume from the newest checkpoint"
                 )
         return total, means
 

@@ -1,6 +1,7 @@
 """Write eight captioned photographs as an image folder: `python examples/photographs.py DIR`.
 
-They are shipped with scikit-image. The folder is what recipes/imagefolder.yaml trains from: pictures beside a metadata.jsonl with file_name and caption.
+They are shipped with scikit-image.
+The folder is what recipes/imagefolder.yaml trains from: pictures beside a metadata.jsonl with file_name and caption.
 """
 
 import json

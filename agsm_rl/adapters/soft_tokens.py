@@ -27,6 +27,8 @@ class SoftTokens:
 
     num_tokens: 4, as published for U-Nets. banks: 2, as published; 1 for SoftREPA, whose bank serves under both names.
     time_tokens: add row ⌊timestep / 10⌋ of a (100, D) table to every token, as published.
+    jitter: standard deviation of noise added to the tokens' initial values. Published: 0, so that the n tokens of a bank
+    begin equal, get equal gradients, and stay one token of n times the weight; above 0 they can come to differ.
     layers: for SD3's joint blocks only. seed: of the time rows' initial values, N(0, 0.02²); the tokens begin as the
     text encoder's BOS embedding of the empty prompt.
     """
@@ -39,6 +41,7 @@ class SoftTokens:
         num_tokens: int = 4,
         banks: int = 2,
         time_tokens: bool = True,
+        jitter: float = 0.0,
         layers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -46,7 +49,9 @@ class SoftTokens:
             raise UserError(f"soft_tokens.num_tokens: {num_tokens}; at least 1 is needed.")
         if banks not in (1, 2):
             raise UserError(f"soft_tokens.banks: {banks}; allowed: 1, 2.")
-        self.num_tokens, self.banks, self.time_tokens = num_tokens, banks, time_tokens
+        if not 0 <= jitter < float("inf"):
+            raise UserError(f"soft_tokens.jitter: {jitter}; it must be 0 or more.")
+        self.num_tokens, self.banks, self.time_tokens, self.jitter = num_tokens, banks, time_tokens, jitter
         self.layers, self.seed = layers, seed
         self.bank: Bank | None = None
         self._backbone: Backbone | None = None
@@ -71,9 +76,11 @@ class SoftTokens:
             raise UserError("soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here.")
         begin = backbone.encode_text([""]).embeds[0, 0].float()
         values = {"soft_tokens": begin.expand(self.banks, self.num_tokens, -1).clone()}
+        generator = torch.Generator().manual_seed(self.seed)
         if self.time_tokens:
-            generator = torch.Generator().manual_seed(self.seed)
             values["time_tokens"] = torch.randn(TIME_ROWS, len(begin), generator=generator) * TIME_STD
+        noise = torch.randn(values["soft_tokens"].shape, generator=generator)
+        values["soft_tokens"] += self.jitter * noise.to(begin.device)
         self._parameters = {name: nn.Parameter(value.to(backbone.device)) for name, value in values.items()}
         self._hooks = [backbone.denoiser.register_forward_pre_hook(self._note_timestep, with_kwargs=True)]
         for block in blocks:

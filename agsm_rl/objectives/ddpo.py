@@ -1,4 +1,4 @@
-"""DDPO, denoising diffusion policy optimisation (arXiv 2305.13301): a denoising step is an action, the image is rewarded.
+"""DDPO, denoising diffusion policy optimisation (arXiv 2305.13301): steps are actions, images are rewarded.
 
     L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ),
     ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),

@@ -1,8 +1,8 @@
 """Can soft tokens change what a base draws? `python -m agsm_rl.shapes.leverage BASE` distils a cue's effect into them.
 
 The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave
-as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain on held-out
-prompts they then carry is the leverage that any objective over them has.
+as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain they then
+carry is the leverage that any objective over them has.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ CUE = ", verified"
 
 
 class CueDistillation:
-    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of the prompts is empty."""
+    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty."""
 
     consumes = PairBatch
 

@@ -101,7 +101,7 @@ def run_stage(
 
 
 def train_vae(settings: Settings, work: Path, images: Tensor) -> AutoencoderKL:
-    """An autoencoder to 8 x 8 x 4 latents; their channels' mean 0 and variance 1 are folded into its 1 x 1 convolutions."""
+    """An autoencoder to 8 x 8 x 4 latents; each channel's mean 0 and variance 1 are folded into 1 x 1 convolutions."""
     torch.manual_seed(settings.seed + 1)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -211,7 +211,7 @@ def contrasting_scenes(settings: Settings, count: int) -> list[world.Scene]:
 
 
 def train_text_encoder(settings: Settings, work: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are drawn at random: they mean nothing."""
+    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are random, so they mean nothing."""
     torch.manual_seed(settings.seed + 2)
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(

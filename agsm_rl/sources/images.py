@@ -47,7 +47,7 @@ def open_pairs(dataset: str, *, split: str, num_images: int | None) -> "datasets
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
             f"{where}, split '{split}': it cannot be opened ({reason}); give a folder of images with a metadata.jsonl "
-            f"or metadata.csv (columns file_name and caption), a parquet file, or a name that `datasets.load_dataset` takes"
+            f"or metadata.csv (columns file_name and caption), a parquet file, or a name that `load_dataset` takes"
         ) from error
     if num_images is not None:
         found = found.select(range(min(num_images, len(found))))

@@ -348,3 +348,12 @@ def test_every_option_is_keyword_only() -> None:
     for adapter in (SoftTokens, LoRA):
         options = inspect.signature(adapter).parameters.values()
         assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options)
+
+
+def test_tokens_begin_equal_as_published_and_differ_with_jitter(backbone):
+    for jitter, equal in ((0.0, True), (0.1, False)):
+        tokens = SoftTokens(jitter=jitter)
+        tokens.attach(backbone)
+        bank = dict(tokens.named_parameters())["soft_tokens"][0]
+        assert torch.equal(bank[0], bank[1]) is equal
+        tokens.detach()
