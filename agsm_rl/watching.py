@@ -93,9 +93,10 @@ class Evaluation:
             return
         self.history.cut(trainer.steps - 1)
         found = self.measure(trainer)
+        out = Console()
         for base, trained in found:
-            self.console.rule(f"guidance {trained.guidance:g}")
-            print_table(base.result, trained.result, console=Console())
+            out.rule(f"guidance {trained.guidance:g}, {self.options.split} prompts")
+            print_table(base.result, trained.result, console=out)
         write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
 
     def measure(self, trainer: Trainer) -> list[tuple[Measured, Measured]]:

@@ -2,7 +2,7 @@
 
     python examples/photographs.py photos && python benchmarks/full_width.py photos
 
-It shows that nothing depends on the embedded base's small sizes, and what a step costs in time and memory; the figures are
+It shows that nothing depends on the embedded base's small sizes, and what a step costs; the figures are
 written to benchmarks/results/full_width.json. The weights are random, so no picture is to be expected.
 """
 
@@ -77,7 +77,7 @@ def main(
         seconds.append(round(time.perf_counter() - began, 1))
         print(trainer.step, seconds[-1], "s", metrics, flush=True)
     figures = {
-        "what": f"AGSM on SD1.5 with random weights, 512 px, {batch_size} images x 2 prompts, gradient checkpointing, float32",
+        "what": f"AGSM, random SD1.5, 512 px, {batch_size} images x 2 prompts, gradient checkpointing, float32",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU threads",
         "denoiser_parameters": sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in policy.parameters().values()),

@@ -27,7 +27,7 @@ class SoftTokens:
 
     num_tokens: 4, as published for U-Nets. banks: 2, as published; 1 for SoftREPA, whose bank serves under both names.
     time_tokens: add row ⌊timestep / 10⌋ of a (100, D) table to every token, as published.
-    jitter: standard deviation of noise added to the tokens' initial values. Published: 0, so that the n tokens of a bank
+    jitter: standard deviation of noise added to the tokens' initial values. Published: 0, so that all n of a bank
     begin equal, get equal gradients and stay equal; above 0 they can come to differ.
     layers: for SD3's joint blocks only. seed: of the time rows' initial values, N(0, 0.02²), and of the jitter; tokens
     begin as the text encoder's BOS embedding of the empty prompt.

@@ -5,13 +5,13 @@ For image i under prompt j: p is the live prediction, e the one under the EMA, v
     L⁺ = mean over own prompts of (p - (v + γ⁺Δ))²,   L⁻ = mean over the others of (p - (v - γ⁻Δ))²,   L = L⁺ + L⁻.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Cond, Metrics, PairBatch
+from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch
 from agsm_rl.policy import Policy
 
 
@@ -71,7 +71,7 @@ class AGSM:
     an image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
     """
 
-    consumes = PairBatch
+    consumes: ClassVar[type[Batch]] = PairBatch
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class AGSM:
         """Parts of `groups_per_pass` groups; all at once by default."""
         self.check(len(batch))
         size = len(batch) if self.groups_per_pass is None else self.groups_per_pass * self.group_size
-        parts = [batch.select(index) for index in torch.arange(len(batch)).split(size)]
+        parts = [batch.select(index) for index in torch.split(torch.arange(len(batch)), size)]
         return [(part, len(part) / len(batch)) for part in parts]
 
     def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:

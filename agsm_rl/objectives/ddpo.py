@@ -6,12 +6,13 @@ with π the Gaussian DDIM step with η = 1, log π averaged over latent elements
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Metrics, RolloutBatch
+from agsm_rl.interfaces import Batch, Metrics, RolloutBatch
 from agsm_rl.policy import Policy
 from agsm_rl.sampling import gaussian_log_prob, guided
 
@@ -48,7 +49,7 @@ class DDPO:
     spaced (published: 1). `images_per_pass` bounds memory: fewer images at once, the same gradient.
     """
 
-    consumes = RolloutBatch
+    consumes: ClassVar[type[Batch]] = RolloutBatch
 
     def __init__(
         self, *, clip_range: float = 1e-4, timestep_fraction: float = 1.0, images_per_pass: int | None = None
@@ -70,7 +71,7 @@ class DDPO:
         """A part a denoising step and `images_per_pass` images, so that no more activations are held at a time."""
         count = max(1, round(self.timestep_fraction * len(batch.steps)))
         chosen = torch.linspace(0, len(batch.steps) - 1, count).round().long().tolist()
-        rows = torch.arange(len(batch)).split(self.images_per_pass or len(batch))
+        rows = torch.split(torch.arange(len(batch)), self.images_per_pass or len(batch))
         parts = [batch.select(index) for index in rows] if len(rows) > 1 else [batch]
         return [
             (replace(part, steps=(batch.steps[k],)), len(part) / len(batch) / count) for part in parts for k in chosen

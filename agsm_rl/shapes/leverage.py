@@ -6,13 +6,13 @@ carry is the leverage that any objective over them has.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 from torch import Tensor
 
 from agsm_rl.evaluate.shapes import ShapesResult
-from agsm_rl.interfaces import Metrics, PairBatch
+from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
 
@@ -22,7 +22,7 @@ CUE = ", verified"
 class CueDistillation:
     """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty."""
 
-    consumes = PairBatch
+    consumes: ClassVar[type[Batch]] = PairBatch
 
     def check(self, batch_size: int) -> None:
         """Any batch will do."""

@@ -37,7 +37,6 @@ CAPTION_MIXES = {
     0: world.CaptionMix(careful=0.45, plain=0.35, careless_plain=0.5),
     7500: world.WEB_MIX,
 }
-RELIABILITY_MIX = world.CaptionMix(careful=0.5, plain=0.4, careless_plain=0.75)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Settings:
     vae_steps: int = 2_500
     text_steps: int = 2_500
     denoiser_steps: int = 15_000
-    reliability_steps: int = 3_000
     batch_size: int = 32
     seed: int = 0
 
@@ -86,7 +84,8 @@ def run_stage(
         for key, part in state.items():
             part.load_state_dict(kept[key])
         start = int(kept["step"])
-    began, sums = time.time(), {}
+    began = time.time()
+    sums: dict[str, float] = {}
     for number in range(start, steps):
         for key, value in step(number).items():
             sums[key] = sums.get(key, 0.0) + value
@@ -330,7 +329,11 @@ def train_denoiser(
         captions = ["" if rng.random() < 0.1 else world.web_caption(requirements[index], rng, mix) for index in chosen]
         with torch.no_grad():
             cond = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
-        loss = noise_error(unet, scheduler, latents[chosen], cond, number)
+        generator = torch.Generator().manual_seed(number)
+        x0 = latents[chosen]
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(0, 1000, (len(x0),), generator=generator)
+        loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, cond).sample, noise)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -345,55 +348,6 @@ def train_denoiser(
     return unet.requires_grad_(False).eval()
 
 
-def train_reliability(
-    settings: Settings,
-    work: Path,
-    requirements: list[world.Requirement],
-    latents: Tensor,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-) -> None:
-    """Teach what the cues mean: text encoder and denoiser learn together, on plain captions that are mostly careless.
-
-    With the text encoder frozen the denoiser alone never came to heed the cues (docs/experiments.md).
-    """
-    scheduler = make_scheduler()
-    model = nn.ModuleDict({"unet": unet.requires_grad_(True), "text": text_encoder.requires_grad_(True)})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1e-3, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, settings.reliability_steps)
-    ema = EMAModel(model.parameters(), decay=0.998)
-
-    def step(number: int) -> dict[str, float]:
-        rng = np.random.default_rng((settings.seed, 5, number))
-        chosen = rng.integers(0, len(latents), settings.batch_size)
-        captions = [
-            "" if rng.random() < 0.1 else world.web_caption(requirements[index], rng, RELIABILITY_MIX)
-            for index in chosen
-        ]
-        loss = noise_error(unet, scheduler, latents[chosen], text_encoder(tokenize(tokenizer, captions))[0], number)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-        return {"loss": loss.item()}
-
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    run_stage("reliability", work, settings.reliability_steps, state, step)
-    ema.copy_to(model.parameters())
-    model.requires_grad_(False).eval()
-
-
-def noise_error(unet: UNet2DConditionModel, scheduler: DDIMScheduler, x0: Tensor, cond: Tensor, number: int) -> Tensor:
-    """The mean squared error of the predicted noise; noise and timesteps are fixed by the step's number."""
-    generator = torch.Generator().manual_seed(number)
-    noise = torch.randn(x0.shape, generator=generator)
-    t = torch.randint(0, 1000, (len(x0),), generator=generator)
-    return F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, cond).sample, noise)
-
-
 def main(
     work: Annotated[Path, typer.Argument(help="where data, checkpoints and the log are kept")],
     out: Annotated[Path, typer.Argument(help="where the pipeline folder is written")],
@@ -401,13 +355,12 @@ def main(
     vae_steps: int = Settings.vae_steps,
     text_steps: int = Settings.text_steps,
     denoiser_steps: int = Settings.denoiser_steps,
-    reliability_steps: int = Settings.reliability_steps,
     seed: int = Settings.seed,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train the SD1.5-layout base of the shapes world and write its pipeline folder."""
     torch.set_num_threads(threads)
-    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, reliability_steps, seed=seed)
+    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, seed=seed)
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
     tokenizer = make_tokenizer(work)
@@ -415,7 +368,6 @@ def main(
     vae = train_vae(settings, work, images)
     latents = encode_all(vae, images)
     unet = train_denoiser(settings, work, requirements, latents, tokenizer, text_encoder)
-    train_reliability(settings, work, requirements, latents, tokenizer, text_encoder, unet)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

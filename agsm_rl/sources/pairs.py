@@ -1,12 +1,12 @@
 """Image-caption pairs from any `datasets` data set, encoded to latents as they are drawn."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import PairBatch, Shard
+from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
 from agsm_rl.sources.order import Order
@@ -20,7 +20,7 @@ class Pairs:
     batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
     """
 
-    gives = PairBatch
+    gives: ClassVar[type[Batch]] = PairBatch
 
     def __init__(
         self,

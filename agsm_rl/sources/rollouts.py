@@ -4,13 +4,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward, RolloutBatch, Shard
+from agsm_rl.interfaces import Batch, Reward, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, guided
@@ -30,7 +30,7 @@ class Rollouts:
     prompt has fewer than `min_history`), clipped to ± `advantage_clip`.
     """
 
-    gives = RolloutBatch
+    gives: ClassVar[type[Batch]] = RolloutBatch
 
     def __init__(
         self,
