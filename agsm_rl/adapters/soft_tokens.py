@@ -198,7 +198,7 @@ def _positions(module: nn.Module) -> dict[str, int]:
     return {name: number for number, name in enumerate(inspect.signature(module.forward).parameters)}
 
 
-def _blocks_with_text(denoiser: nn.Module) -> list[nn.Module]:
+def _blocks_with_text(denoiser: Any) -> list[nn.Module]:
     if not hasattr(denoiser, "down_blocks"):
         raise UserError(f"soft_tokens: {type(denoiser).__name__} has no down blocks; supported: U-Nets (SD1.5, SDXL).")
     blocks = [block for block in (*denoiser.down_blocks, denoiser.mid_block) if _sees_text(block)]
