@@ -26,12 +26,12 @@ def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, cons
 
 
 def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bool) -> Table:
-    """A row a tag and one for their mean: the base and, if there is one, the trained model with the difference."""
+    """A row a tag and one for their mean: one model's scores, or base, trained model and their difference."""
     title = "strict (nothing else is there)" if strict else "lenient (what was asked for is there)"
     # Narrow enough for 80 columns: "n" is the number of images.
     heading = f"shapes, {title}, %, 95 % intervals"
     made = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("tag", "n", "base") + (("trained", "difference") if trained else ()):
+    for column in ("tag", "n", *(("base", "trained", "difference") if trained else ("score",))):
         made.add_column(column, justify="left" if column == "tag" else "right", no_wrap=True)
     results = [base, trained] if trained else [base]
     scores = [result.scores(strict=strict) for result in results]
