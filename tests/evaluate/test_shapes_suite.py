@@ -130,7 +130,7 @@ def test_the_table_fits_eighty_columns_and_shows_base_trained_and_difference(hal
 def test_the_table_of_one_model_has_no_difference(half) -> None:
     with Console(width=80) as plain, plain.capture() as shown:
         plain.print(table.table(half, strict=False))
-    assert "base" in shown.get() and "difference" not in shown.get()
+    assert "score" in shown.get() and "difference" not in shown.get()
 
 
 def test_the_picture_frames_right_images_green_and_wrong_ones_red(prompts) -> None:
