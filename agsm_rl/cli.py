@@ -71,6 +71,15 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
+def _without_loading_bars() -> None:
+    """For commands that load models: the libraries' bars would stand between our lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -90,6 +99,7 @@ def train(
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    _without_loading_bars()
     folder = train_recipe(found, run_dir, resume=resume, where=str(path), allow_imports=allowed)
     typer.echo(f"run folder: {folder}")
 
@@ -104,6 +114,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, allow_import: All
 
     path, allowed = recipe_path(recipe), frozenset(allow_import or [])
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    _without_loading_bars()
     typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
     typer.echo(f"{path}: ok")
 
@@ -123,6 +134,7 @@ def sample(
     from agsm_rl.drawing import draw, to_picture, write_picture
     from agsm_rl.target import open_target
 
+    _without_loading_bars()
     opened = open_target(target, base=base)
     images = draw(
         opened.backbone.pipeline,
@@ -160,6 +172,7 @@ def evaluate(
         raise unknown_name("--suite", suite, "a suite", ["shapes"])
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}.")
+    _without_loading_bars()
     how = {"num_images": num_images, "split": split, "seed": seed, "guidance": guidance, "num_steps": num_steps}
     evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
 
