@@ -74,6 +74,7 @@ def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
                 every=block.every,
                 t=block.t,
                 trains=block.trains,
+                source_name=block.source if isinstance(block.source, str) else None,
             )
         )
     return terms

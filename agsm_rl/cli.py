@@ -135,6 +135,8 @@ def sample(
     from agsm_rl.target import open_target
 
     _without_loading_bars()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"-o {out}: there is a file of that name; give a folder.")
     opened = open_target(target, base=base)
     images = draw(
         opened.backbone.pipeline,
@@ -170,6 +172,8 @@ def evaluate(
 
     if suite != "shapes":
         raise unknown_name("--suite", suite, "a suite", ["shapes"])
+    if json_file is not None and json_file.is_dir():
+        raise UserError(f"--json {json_file}: that is a folder; give a file.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}.")
     _without_loading_bars()

@@ -83,6 +83,8 @@ class Policy:
             self._swap()
 
     def _swap(self) -> None:
+        # Autocast keeps low-precision copies by parameter object; they would outlive the swap.
+        torch.clear_autocast_cache()
         for name, parameter in self.parameters().items():
             parameter.data, self._shadow[name] = self._shadow[name], parameter.data
 

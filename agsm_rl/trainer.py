@@ -32,6 +32,8 @@ class Term:
     every: int = 1
     t: tuple[float, float] = (0.0, 1.0)
     trains: list[str] | None = None
+    source_name: str | None = None
+    """A shared source's own name: its random numbers then do not depend on which terms learn from it."""
 
     def __post_init__(self) -> None:
         consumes, gives = self.objective.consumes, self.source.gives
@@ -103,6 +105,8 @@ class Trainer:
         self.policy, self.terms, self.steps, self.seed = policy, list(terms), steps, seed
         self.combine, self.max_grad_norm = find_combiner(combine), max_grad_norm
         self.accelerator = accelerator or Accelerator()
+        if self.accelerator.mixed_precision == "fp16":
+            raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
         self.callbacks = list(callbacks)
         self.step, self.stopping = 0, False
         self.parameters = policy.parameters()
@@ -114,7 +118,7 @@ class Trainer:
         self.sources = self._bind_sources()
 
     def _bind_sources(self) -> dict[str, Source]:
-        """Each source once; a source is named after the first term that learns from it."""
+        """Each source once, under its own name or that of the first term that learns from it."""
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise UserError(f"objectives: two terms have one name ({', '.join(names)}); give each its own")
@@ -122,8 +126,9 @@ class Trainer:
         shard = AcceleratorShard(self.accelerator)
         for term in self.terms:
             if not any(term.source is known for known in sources.values()):
-                term.source.bind(term.name, self.seed, shard)
-                sources[term.name] = term.source
+                name = f"sources.{term.source_name}" if term.source_name else term.name
+                term.source.bind(name, self.seed, shard)
+                sources[name] = term.source
         return sources
 
     def train(self) -> None:
@@ -132,8 +137,15 @@ class Trainer:
             metrics = self.run_step()
             for callback in self.callbacks:
                 callback.on_step(self, self.step, metrics)
+            self._agree_to_stop()
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def _agree_to_stop(self) -> None:
+        """When one process was told to stop, all stop after the same step."""
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor([float(self.stopping)], device=self.accelerator.device)
+            self.stopping = bool(self.accelerator.reduce(told, "sum") > 0)
 
     def run_step(self) -> dict[str, float]:
         """One optimiser step over the terms that are due; returns the step's metrics."""
@@ -145,7 +157,9 @@ class Trainer:
             if weight == 0 or self.step % term.every:
                 continue
             if id(term.source) not in batches:
-                batches[id(term.source)] = term.source.next(self.policy)
+                # As the losses are computed: log-probabilities are compared across the two.
+                with self.accelerator.autocast():
+                    batches[id(term.source)] = term.source.next(self.policy)
             gradient, figures = self._learn(term, batches[id(term.source)])
             metrics["loss"] += weight * figures["loss"]
             metrics |= {f"{term.name}/{key}": value for key, value in (figures | term.source.metrics()).items()}

@@ -199,3 +199,26 @@ def test_two_terms_of_one_name_are_refused(make_policy, make_pairs):
 def test_a_source_that_gives_another_batch_than_the_objective_consumes_is_refused(make_pairs):
     with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a PairBatch"):
         Term(DDPO(), make_pairs(), name="ddpo")
+
+
+def test_a_shared_source_draws_the_same_whichever_terms_learn_from_it(make_policy, make_rollouts):
+    def rewards(*names):
+        source = make_rollouts()
+        terms = [Term(DDPO(), source, name=name, source_name="own") for name in names]
+        return Trainer(make_policy(), terms, steps=1).run_step()[f"{names[-1]}/reward"]
+
+    assert rewards("first", "second") == rewards("second")
+
+
+def test_under_autocast_the_shadow_s_weights_do_not_leak_into_live_predictions(make_policy):
+    policy = make_policy()
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.5)
+    x_t, t = torch.randn(2, *policy.backbone.latent_shape), torch.full((2,), 0.5)
+    cond = policy.backbone.encode_text(["a", "b"])
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = policy.live(x_t, t, cond)
+        policy.ema(x_t, t, cond)
+        after = policy.live(x_t, t, cond)
+    assert torch.equal(alone, after)

@@ -5,6 +5,7 @@ For image i under prompt j: p is the live prediction, e the one under the EMA, v
     L⁺ = mean over own prompts of (p - (v + γ⁺Δ))²,   L⁻ = mean over the others of (p - (v - γ⁻Δ))²,   L = L⁺ + L⁻.
 """
 
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,16 @@ def group_columns(batch_size: int, group_size: int, device: torch.device | None 
     return columns, rows % group_size
 
 
+def apart(prompts: list[str]) -> list[int]:
+    """An order of the rows in which equal prompts stand far from each other: a prompt is no negative of itself."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    for prompt in prompts:
+        rounds.append(seen[prompt])
+        seen[prompt] += 1
+    return sorted(range(len(prompts)), key=lambda row: rounds[row])
+
+
 class AGSM:
     """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
@@ -102,8 +113,10 @@ class AGSM:
             )
 
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
-        """Parts of `groups_per_pass` groups; all at once by default."""
+        """Parts of `groups_per_pass` groups; all at once by default. Images of one prompt go to different groups."""
         self.check(len(batch))
+        order = apart(batch.prompts)
+        batch = batch if order == sorted(order) else batch.select(torch.tensor(order))
         size = len(batch) if self.groups_per_pass is None else self.groups_per_pass * self.group_size
         parts = [batch.select(index) for index in torch.split(torch.arange(len(batch)), size)]
         return [(part, len(part) / len(batch)) for part in parts]

@@ -56,7 +56,7 @@ class Pairs:
 
     def next(self, policy: Policy) -> PairBatch:
         """The next pairs of this process, latents encoded by the policy's backbone."""
-        chosen = self._order.take(self.batch_size, key=lambda row: self._captions[row])
+        chosen = self._order.take(self.batch_size, key=lambda row: str(self._captions[row]))
         share = self.batch_size // self._shard.count
         first = self._shard.index * share
         pairs = [

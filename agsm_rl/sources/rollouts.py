@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,7 +95,7 @@ class Rollouts:
             self._draws += 1
             for part in range(self.updates):
                 self._pending.append(batch.select(torch.arange(part, len(batch), self.updates)))
-        return self._pending.popleft()
+        return _moved(self._pending.popleft(), policy.backbone.device)
 
     @torch.no_grad()
     def _draw(self, policy: Policy) -> RolloutBatch:
@@ -148,9 +148,8 @@ class Rollouts:
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """DDPO's per-prompt normalisation over the rewards of all processes, [N] in the order of `prompts`."""
-        if rewards.std() == 0:
-            self._metrics["zero_variance"] = 1.0
         mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+        self._metrics["zero_variance"] = float(std == 0)
         for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
             self._histories.setdefault(prompt, deque(maxlen=self.history)).append(reward)
         advantages = torch.empty_like(rewards)
@@ -176,11 +175,23 @@ class Rollouts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken; UserError where that would lose other processes' rollouts."""
+        if state["pending"] and self._shard.count > 1:
+            raise UserError(
+                f"{self._name}: the checkpoint holds the first process's share of rollouts still to be learned from; "
+                f"continue on one process, or from a checkpoint at which `updates` ({self.updates}) were complete"
+            )
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
         self._histories = {prompt: deque(past, maxlen=self.history) for prompt, past in state["histories"].items()}
         self._pending = deque(RolloutBatch(**kept) for kept in state["pending"])
         self._metrics = dict(state["metrics"])
+
+
+def _moved(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+    """The batch on the backbone's device (a loaded state is on the CPU); row numbers stay where they are."""
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "rows"}
+    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
 
 
 def draw_trajectories(

@@ -7,7 +7,7 @@ import torch
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
-from agsm_rl.objectives.agsm import AGSM, group_columns, guided_score_loss, predict_grid
+from agsm_rl.objectives.agsm import AGSM, apart, group_columns, guided_score_loss, predict_grid
 
 
 def grid(images=3, prompts=4, seed=0):
@@ -138,3 +138,8 @@ def test_impossible_options_are_refused(options):
 def test_a_batch_of_broken_groups_is_refused():
     with pytest.raises(UserError, match="no multiple of group_size 4"):
         AGSM().check(6)
+
+
+def test_images_of_one_prompt_go_to_different_groups():
+    assert apart(["a", "a", "b", "b"]) == [0, 2, 1, 3]
+    assert apart(["a", "b", "c"]) == [0, 1, 2]
