@@ -190,7 +190,7 @@ class Rollouts:
 def _moved(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
     """The batch on the backbone's device (a loaded state is on the CPU); row numbers stay where they are."""
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "rows"}
-    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
     return replace(batch, **moved)
 
 
