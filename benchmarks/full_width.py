@@ -23,7 +23,7 @@ from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.objectives.agsm import AGSM
-from agsm_rl.shapes.train_base import make_scheduler, make_tokenizer
+from agsm_rl.shapes.train_base import assemble, make_tokenizer
 from agsm_rl.sources.pairs import Pairs
 
 RESULTS = Path(__file__).parent / "results" / "full_width.json"
@@ -48,16 +48,7 @@ def make_pipeline() -> StableDiffusionPipeline:
         sample_size=512,
     )
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble(vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet)
 
 
 def main(

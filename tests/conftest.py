@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.policy import Policy
-from agsm_rl.shapes.train_base import TEXT_LENGTH, make_scheduler, make_tokenizer
+from agsm_rl.shapes.train_base import TEXT_LENGTH, assemble, make_tokenizer
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.rollouts import Rollouts
 
@@ -68,15 +68,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = make_tokenizer(folder)
-        pipeline = StableDiffusionPipeline(
-            vae=tiny_vae(),
-            text_encoder=tiny_text_encoder(tokenizer),
-            tokenizer=tokenizer,
-            unet=tiny_unet(),
-            scheduler=make_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+        pipeline = assemble(
+            vae=tiny_vae(), text_encoder=tiny_text_encoder(tokenizer), tokenizer=tokenizer, unet=tiny_unet()
         )
     pipeline.save_pretrained(folder)
     return folder

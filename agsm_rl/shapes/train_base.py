@@ -348,6 +348,22 @@ def train_denoiser(
     return unet.requires_grad_(False).eval()
 
 
+def assemble(
+    *, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The parts as a pipeline of SD1.5's layout, without a safety checker."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def main(
     work: Annotated[Path, typer.Argument(help="where data, checkpoints and the log are kept")],
     out: Annotated[Path, typer.Argument(help="where the pipeline folder is written")],
@@ -368,16 +384,7 @@ def main(
     vae = train_vae(settings, work, images)
     latents = encode_all(vae, images)
     unet = train_denoiser(settings, work, requirements, latents, tokenizer, text_encoder)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = assemble(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
     pipeline.save_pretrained(out)
 
 

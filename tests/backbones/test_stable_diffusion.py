@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from agsm_rl.backbones import backbone_of, load_backbone
+from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
@@ -185,9 +185,3 @@ def test_an_unsupported_pipeline_is_refused_by_name(tiny_checkpoint: Path, tmp_p
         StableDiffusion(str(tmp_path))
     with pytest.raises(UserError, match="is a dict; supported"):
         backbone_of({})
-
-
-def test_a_backbone_is_loaded_by_its_name(tiny_checkpoint: Path) -> None:
-    assert isinstance(load_backbone(str(tiny_checkpoint), device="cpu"), StableDiffusion)
-    with pytest.raises(UserError, match="Did you mean 'stable_diffusion'"):
-        load_backbone(str(tiny_checkpoint), use="stable_difusion")
