@@ -75,6 +75,7 @@ def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
                 t=block.t,
                 trains=block.trains,
                 source_name=block.source if isinstance(block.source, str) else None,
+                view=block.view and parts.construct("views", block.view, f"{place}.view", seed=recipe.seed),
             )
         )
     return terms

@@ -187,17 +187,23 @@ class PreferenceBatch(Batch):
 
 
 @dataclass(frozen=True)
-class RolloutBatch(PairBatch):
-    """Images drawn from the policy, with the path that led to them. K steps; all without gradients.
+class RewardedBatch(PairBatch):
+    """Images drawn from the policy and what they were worth: `rewards` and `advantages` [B], without gradients."""
+
+    rewards: Tensor
+    advantages: Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch(RewardedBatch):
+    """Images with the path of K noisy steps that led to them; all without gradients.
 
     `latents` [B, C, h, w] are the finished images' latents; `trajectory` [B, K + 1, C, h, w] the states from noise to
-    them; `log_probs` [B, K]; `rewards` and `advantages` [B]; `steps` those among the K that are learned from.
+    them; `log_probs` [B, K]; `steps` those among the K that are learned from.
     """
 
     trajectory: Tensor
     log_probs: Tensor
-    rewards: Tensor
-    advantages: Tensor
     num_steps: int
     steps: tuple[int, ...]
     guidance: float
@@ -229,6 +235,21 @@ class Source(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
+        ...
+
+
+class View(Protocol):
+    """What one term sees of a batch that several share: some of its rows, or other batches made of them."""
+
+    consumes: ClassVar[type[Batch]]
+    gives: ClassVar[type[Batch]]
+
+    def batch_size(self, total: int) -> int | None:
+        """Rows that are left of `total`; None when it depends on the batch."""
+        ...
+
+    def __call__(self, batch: Any) -> Batch:
+        """This process's part, seen through the view; with no rows, the term is passed over in this step."""
         ...
 
 

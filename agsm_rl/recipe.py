@@ -74,6 +74,7 @@ class TermBlock(Block):
 
     name: Name | None = None
     source: Annotated[str | Block, BeforeValidator(_source)]
+    view: Block | None = None
     weight: Weight = 1.0
     every: int = Field(1, ge=1)
     t: Annotated[tuple[float, float], AfterValidator(_range)] = (0.0, 1.0)

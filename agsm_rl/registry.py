@@ -36,6 +36,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "pairs": "agsm_rl.sources.pairs:Pairs",
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
     },
+    "views": {
+        "best_images": "agsm_rl.sources.views:BestImages",
+        "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
+    },
     "backbones": {
         "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",
     },
@@ -47,6 +51,7 @@ NOUNS = {
     "rewards": "a reward",
     "adapters": "an adapter",
     "sources": "a source",
+    "views": "a view",
     "backbones": "a backbone",
 }
 

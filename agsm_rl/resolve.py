@@ -139,6 +139,8 @@ def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
                     f"here, e.g. {{use: pairs, …}}, or name it under `sources:`."
                 )
             raise unknown_name(where, done.source, "a source of this recipe", recipe.sources)
+        if done.view is not None:
+            done.view = parts.complete("views", done.view, f"{place}.view")
         terms.append(done)
     return terms
 
@@ -158,9 +160,14 @@ def _check_terms(recipe: Recipe, parts: Parts) -> None:
         block, source_place = source_of(recipe, index)
         _check_path(block, parts, source_place)
         source = parts.construct("sources", block, source_place, seed=recipe.seed)
-        if not issubclass(source.gives, objective.consumes):
-            raise _mismatch(term, block, objective.consumes, source.gives, parts, f"{place}.source")
-        batch_size = getattr(source, "batch_size", None)
+        gives, batch_size = source.gives, getattr(source, "batch_size", None)
+        if term.view is not None:
+            view = parts.construct("views", term.view, f"{place}.view", seed=recipe.seed)
+            if not issubclass(gives, view.consumes):
+                raise _mismatch(term.view.use, block, view.consumes, gives, parts, f"{place}.view")
+            gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
+        if not issubclass(gives, objective.consumes):
+            raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")
         if batch_size is not None:
             try:
                 objective.check(batch_size)
@@ -185,13 +192,15 @@ def _check_path(block: Block, parts: Parts, place: str) -> None:
         )
 
 
-def _mismatch(term: TermBlock, block: Block, consumes: type, gives: type, parts: Parts, place: str) -> UserError:
+def _mismatch(use: str, block: Block, consumes: type, gives: type, parts: Parts, place: str) -> UserError:
     fitting = registry.names_that("sources", lambda found: issubclass(found.gives, consumes))
     works = f"sources that work: {', '.join(fitting)}" if fitting else "no installed source gives that"
+    views = registry.names_that("views", lambda found: issubclass(found.gives, consumes))
+    works += f"; views of rollouts that work: {', '.join(views)}" if views else ""
     return refuse(
         parts.where,
         place,
-        f"'{term.use}' learns from a {consumes.__name__}, but '{block.use}' gives a {gives.__name__}; {works}.",
+        f"'{use}' learns from a {consumes.__name__}, but '{block.use}' gives a {gives.__name__}; {works}.",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agsm_rl.combine import Gradient, find_combiner
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Objective, Source
+from agsm_rl.interfaces import Batch, Objective, Source, View
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 
@@ -34,12 +34,21 @@ class Term:
     trains: list[str] | None = None
     source_name: str | None = None
     """A shared source's own name: its random numbers then do not depend on which terms learn from it."""
+    view: View | None = None
+    """What the term sees of the source's batch (None: all of it)."""
 
     def __post_init__(self) -> None:
-        consumes, gives = self.objective.consumes, self.source.gives
+        consumes, gives, giver = self.objective.consumes, self.source.gives, "source"
+        if self.view is not None:
+            if not issubclass(gives, self.view.consumes):
+                raise UserError(
+                    f"{self.name}: its view needs a {self.view.consumes.__name__}, but its source gives a "
+                    f"{gives.__name__}"
+                )
+            gives, giver = self.view.gives, "view"
         if not issubclass(gives, consumes):
             raise UserError(
-                f"{self.name}: it learns from a {consumes.__name__}, but its source gives a {gives.__name__}"
+                f"{self.name}: it learns from a {consumes.__name__}, but its {giver} gives a {gives.__name__}"
             )
         if self.every < 1:
             raise UserError(f"{self.name}: every is {self.every}, but it must be 1 or more")
@@ -160,7 +169,13 @@ class Trainer:
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
                     batches[id(term.source)] = term.source.next(self.policy)
-            gradient, figures = self._learn(term, batches[id(term.source)])
+            batch = batches[id(term.source)]
+            if term.view is not None:
+                batch = term.view(batch)
+                metrics[f"{term.name}/rows"] = self._rows(batch)
+            if not metrics.get(f"{term.name}/rows", 1.0):
+                continue
+            gradient, figures = self._learn(term, batch)
             metrics["loss"] += weight * figures["loss"]
             metrics |= {f"{term.name}/{key}": value for key, value in (figures | term.source.metrics()).items()}
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
@@ -168,6 +183,12 @@ class Trainer:
         self._apply(self.combine(list(gradients.values())), metrics)
         self.step += 1
         return metrics
+
+    def _rows(self, batch: Batch) -> float:
+        """Rows that all processes see; 0 as soon as one sees none, so that all pass the term over together."""
+        count = torch.tensor([float(len(batch))], device=self.accelerator.device)
+        counts = self.accelerator.gather(count)
+        return float(counts.sum()) if bool((counts > 0).all()) else 0.0
 
     def _learn(self, term: Term, batch: Batch) -> tuple[Gradient, dict[str, float]]:
         """The term's gradient (before its weight) and its figures, averaged over processes."""

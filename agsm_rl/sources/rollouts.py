@@ -2,15 +2,16 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Reward, RolloutBatch, Shard
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import Batch, Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, guided
@@ -24,13 +25,15 @@ class Rollouts:
 
     `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs; the
     weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published settings (arXiv
-    2305.13301). `updates` steps of the trainer learn from each draw, each from its own share of the images.
+    2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what learns from
+    finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA. `updates` steps
+    of the trainer learn from each draw, each from its own share of the images.
 
     Advantages are rewards normalised per prompt by the newest `history` rewards of that prompt (global figures while a
     prompt has fewer than `min_history`), clipped to ± `advantage_clip`.
     """
 
-    gives: ClassVar[type[Batch]] = RolloutBatch
+    gives: type[Batch] = RolloutBatch
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class Rollouts:
         num_steps: int = 50,
         guidance: float = 5.0,
         eta: float = 1.0,
+        drawn_by: Literal["live", "ema"] = "live",
         updates: int = 1,
         advantage_clip: float = 5.0,
         history: int = 32,
@@ -52,7 +56,6 @@ class Rollouts:
             "num_prompts": num_prompts,
             "images_per_prompt": images_per_prompt,
             "num_steps": num_steps,
-            "eta": eta,
             "updates": updates,
             "advantage_clip": advantage_clip,
             "history": history,
@@ -62,6 +65,10 @@ class Rollouts:
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: got {value}, but it must be above 0")
+        if eta < 0:
+            raise UserError(f"eta: got {eta}, but it must be 0 or more (published: 1)")
+        if drawn_by not in ("live", "ema"):
+            raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         if not rewards:
@@ -70,7 +77,9 @@ class Rollouts:
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
-        self.sample_batch_size = sample_batch_size
+        self.sample_batch_size, self.drawn_by = sample_batch_size, drawn_by
+        if eta == 0:
+            self.gives = RewardedBatch
 
     @property
     def batch_size(self) -> int:
@@ -84,11 +93,11 @@ class Rollouts:
         self._prompts = open_prompts(self.prompts)
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
-        self._draws, self._pending = 0, deque[RolloutBatch]()
+        self._draws, self._pending = 0, deque[RewardedBatch]()
         self._histories: dict[str, deque[float]] = {}
         self._metrics: dict[str, float] = {}
 
-    def next(self, policy: Policy) -> RolloutBatch:
+    def next(self, policy: Policy) -> RewardedBatch:
         """The next share of the newest rollouts; draws new ones when all shares were learned from."""
         if not self._pending:
             batch = self._draw(policy)
@@ -98,38 +107,40 @@ class Rollouts:
         return _moved(self._pending.popleft(), policy.backbone.device)
 
     @torch.no_grad()
-    def _draw(self, policy: Policy) -> RolloutBatch:
+    def _draw(self, policy: Policy) -> RewardedBatch:
         chosen = self._order.take(self.num_prompts)
         prompts = [self._prompts[row] for row in chosen for _ in range(self.images_per_prompt)]
         share = len(prompts) // self._shard.count
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
         draw = Draw(self._seed, self._name, self._draws)
-        parts = [
-            draw_trajectories(
-                policy,
-                [prompts[row] for row in part.tolist()],
-                draw,
-                part,
-                num_steps=self.num_steps,
-                guidance=self.guidance,
-                eta=self.eta,
-            )
-            for part in rows.split(self.sample_batch_size)
-        ]
+        with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
+            parts = [
+                draw_trajectories(
+                    policy,
+                    [prompts[row] for row in part.tolist()],
+                    draw,
+                    part,
+                    num_steps=self.num_steps,
+                    guidance=self.guidance,
+                    eta=self.eta,
+                    keep_path=self.eta > 0,
+                )
+                for part in rows.split(self.sample_batch_size)
+            ]
         trajectory = torch.cat([part[0] for part in parts])
         log_probs = torch.cat([part[1] for part in parts])
         own = [prompts[row] for row in rows.tolist()]
         rewards = self._score(policy, trajectory[:, -1], own)
         advantages = self._advantages(self._shard.gather(rewards).cpu(), prompts)[rows].to(rewards.device)
+        found = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
+        found |= {"rewards": rewards, "advantages": advantages}
+        if self.eta == 0:
+            return RewardedBatch(**found)
         return RolloutBatch(
-            prompts=own,
-            rows=rows,
-            latents=trajectory[:, -1],
+            **found,
             trajectory=trajectory,
             log_probs=log_probs,
-            rewards=rewards,
-            advantages=advantages,
             num_steps=self.num_steps,
             steps=tuple(range(self.num_steps)),
             guidance=self.guidance,
@@ -183,11 +194,11 @@ class Rollouts:
             )
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
         self._histories = {prompt: deque(past, maxlen=self.history) for prompt, past in state["histories"].items()}
-        self._pending = deque(RolloutBatch(**kept) for kept in state["pending"])
+        self._pending = deque(self.gives(**kept) for kept in state["pending"])
         self._metrics = dict(state["metrics"])
 
 
-def _moved(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+def _moved(batch: RewardedBatch, device: torch.device) -> RewardedBatch:
     """The batch on the backbone's device (a loaded state is on the CPU); row numbers stay where they are."""
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "rows"}
     moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -195,9 +206,20 @@ def _moved(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
 
 
 def draw_trajectories(
-    policy: Policy, prompts: list[str], draw: Draw, rows: Tensor, *, num_steps: int, guidance: float, eta: float
+    policy: Policy,
+    prompts: list[str],
+    draw: Draw,
+    rows: Tensor,
+    *,
+    num_steps: int,
+    guidance: float,
+    eta: float,
+    keep_path: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K]."""
+    """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
+
+    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w].
+    """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
     cond, uncond = backbone.encode_text(prompts), backbone.encode_text([""])
@@ -208,8 +230,11 @@ def draw_trajectories(
         t = sampler.t[k].to(x_t.device).expand(len(prompts))
         prediction = guided(policy.live, x_t, t, cond, uncond, guidance)
         mean, std = sampler.transition(k, x_t, prediction, eta=eta)
-        states.append((mean + std * draw.noise_like(x_t, rows, purpose=f"step {k}")).to(x_t.dtype))
+        noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
+        states.append((mean + std * noise).to(x_t.dtype))
         log_probs.append(gaussian_log_prob(states[-1], mean, std))
+        if not keep_path:
+            states = states[-1:]
     return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
 
 

@@ -1,0 +1,84 @@
+"""What a term sees of a shared batch: the best of the own images, or the best of each prompt against the worst.
+
+A batch of rollouts is drawn and scored once; a policy gradient learns from all of it, and through these views AGSM or
+Diffusion-DPO learn from the same images.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch
+
+
+class BestImages:
+    """The `share` of the batch with the largest advantages, as image-prompt pairs; the best of each prompt come first.
+
+    Images of a smaller advantage than `min_advantage` never pass. When fewer than the share are left, the term is
+    passed over in that step: AGSM's groups stay whole.
+    """
+
+    consumes: ClassVar[type[Batch]] = RewardedBatch
+    gives: ClassVar[type[Batch]] = PairBatch
+
+    def __init__(self, *, share: float = 0.25, min_advantage: float = 0.0) -> None:
+        if not 0 < share <= 1:
+            raise UserError(f"share: got {share}, but it must lie in (0, 1]")
+        self.share, self.min_advantage = share, min_advantage
+
+    def batch_size(self, total: int) -> int:
+        """Rows that are left of `total`."""
+        return round(self.share * total)
+
+    def __call__(self, batch: RewardedBatch) -> PairBatch:
+        """The best rows; none when too few are good enough."""
+        place = _place_in_prompt(batch)
+        good = [row for row in range(len(batch)) if batch.advantages[row] >= self.min_advantage]
+        order = sorted(good, key=lambda row: (place[row], -float(batch.advantages[row])))
+        wanted = self.batch_size(len(batch))
+        chosen = order[:wanted] if len(order) >= wanted else []
+        index = torch.tensor(chosen, dtype=torch.long)
+        return PairBatch([batch.prompts[row] for row in chosen], batch.rows[index], batch.latents[index])
+
+
+class BestAgainstWorst:
+    """Of each prompt's images the best as `chosen` and the worst as `rejected`; prompts whose images tie are left out.
+
+    That makes Diffusion-DPO an on-policy objective (online DPO). On several processes, each forms its own pairs.
+    """
+
+    consumes: ClassVar[type[Batch]] = RewardedBatch
+    gives: ClassVar[type[Batch]] = PreferenceBatch
+
+    def batch_size(self, total: int) -> None:
+        """It depends on how many prompts tie."""
+
+    def __call__(self, batch: RewardedBatch) -> PreferenceBatch:
+        """A pair a prompt."""
+        best, worst = [], []
+        for prompt in dict.fromkeys(batch.prompts):
+            rows = [row for row, other in enumerate(batch.prompts) if other == prompt]
+            rewards = batch.rewards[rows]
+            if rewards.max() > rewards.min():
+                best.append(rows[int(rewards.argmax())])
+                worst.append(rows[int(rewards.argmin())])
+        chosen, rejected = torch.tensor(best, dtype=torch.long), torch.tensor(worst, dtype=torch.long)
+        return PreferenceBatch(
+            prompts=[batch.prompts[row] for row in best],
+            rows=batch.rows[chosen],
+            chosen=batch.latents[chosen],
+            rejected=batch.latents[rejected],
+        )
+
+
+def _place_in_prompt(batch: RewardedBatch) -> list[int]:
+    """0 for the best image of its prompt, 1 for the second, …; earlier rows first where advantages tie."""
+    place = [0] * len(batch)
+    seen: dict[str, int] = {}
+    order: Tensor = torch.sort(batch.advantages, descending=True, stable=True).indices
+    for row in order.tolist():
+        place[row] = seen.get(batch.prompts[row], 0)
+        seen[batch.prompts[row]] = place[row] + 1
+    return place

@@ -1,0 +1,139 @@
+"""Views: what one term sees of a batch that several terms share."""
+
+import pytest
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
+from agsm_rl.objectives.agsm import AGSM
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.recipe import Recipe
+from agsm_rl.sources.views import BestAgainstWorst, BestImages
+from agsm_rl.trainer import Term, Trainer
+
+
+def rewarded(rewards: list[float], prompts: list[str], advantages: list[float] | None = None) -> RewardedBatch:
+    count = len(rewards)
+    return RewardedBatch(
+        prompts=prompts,
+        rows=torch.arange(10, 10 + count),
+        latents=torch.arange(count).float()[:, None, None, None].expand(count, 4, 2, 2),
+        rewards=torch.tensor(rewards),
+        advantages=torch.tensor(rewards if advantages is None else advantages),
+    )
+
+
+def test_the_best_image_of_each_prompt_comes_before_any_second_best():
+    batch = rewarded([0.9, 0.8, 0.1, 0.2], ["a", "a", "b", "b"])
+    best = BestImages(share=0.5)(batch)
+    assert best.prompts == ["a", "b"]
+    assert best.latents[:, 0, 0, 0].tolist() == [0, 3]
+    assert best.rows.tolist() == [10, 13]
+
+
+def test_too_few_good_images_leave_no_rows_rather_than_a_broken_group():
+    batch = rewarded([0.0, 0.0, 0.0, 1.0], ["a", "a", "b", "b"], advantages=[-1.0, -1.0, -1.0, 1.0])
+    assert len(BestImages(share=0.5)(batch)) == 0
+    assert len(BestImages(share=0.25)(batch)) == 1
+
+
+def test_the_best_is_set_against_the_worst_of_its_prompt_and_ties_are_left_out():
+    batch = rewarded([0.0, 1.0, 0.5, 1.0, 1.0], ["a", "a", "a", "b", "b"])
+    pairs = BestAgainstWorst()(batch)
+    assert isinstance(pairs, PreferenceBatch)
+    assert pairs.prompts == ["a"]
+    assert (pairs.chosen[0, 0, 0, 0], pairs.rejected[0, 0, 0, 0]) == (1, 0)
+
+
+def test_agsm_learns_from_the_best_of_the_rollouts_that_ddpo_learns_from(make_policy, make_rollouts):
+    policy, source = make_policy(), make_rollouts(images_per_prompt=4)
+    terms = [
+        Term(DDPO(), source, name="ddpo", source_name="own"),
+        Term(AGSM(group_size=2), source, name="agsm", source_name="own", view=BestImages(share=0.25)),
+    ]
+    metrics = Trainer(policy, terms, steps=1).run_step()
+    assert metrics["agsm/rows"] == 2
+    assert metrics["agsm/grad_norm"] > 0
+    assert "cosine/ddpo/agsm" in metrics
+
+
+def test_a_term_whose_view_leaves_no_rows_is_passed_over(make_policy, make_rollouts):
+    policy, source = make_policy(), make_rollouts()
+    view = BestImages(share=0.5, min_advantage=100.0)
+    trainer = Trainer(policy, [Term(AGSM(group_size=2), source, name="agsm", view=view)], steps=1)
+    before = {name: value.clone() for name, value in policy.parameters().items()}
+    metrics = trainer.run_step()
+    assert metrics["agsm/rows"] == 0
+    assert "agsm/loss" not in metrics
+    assert all(torch.equal(before[name], value) for name, value in policy.parameters().items())
+
+
+def test_rollouts_without_noise_keep_no_path_and_ddpo_refuses_them(make_policy, make_rollouts):
+    source = make_rollouts(eta=0.0, bind=True)
+    batch = source.next(make_policy())
+    assert type(batch) is RewardedBatch
+    with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a RewardedBatch"):
+        Term(DDPO(), source, name="ddpo")
+
+
+def test_rollouts_without_noise_end_where_the_path_of_noiseless_steps_ends(make_policy, make_rollouts):
+    from agsm_rl.randomness import Draw
+    from agsm_rl.sources.rollouts import draw_trajectories
+
+    how = {"num_steps": 3, "guidance": 1.0, "eta": 0.0}
+    policy, rows = make_policy(), torch.arange(2)
+    path, _ = draw_trajectories(policy, ["a", "b"], Draw(), rows, **how)
+    end, _ = draw_trajectories(policy, ["a", "b"], Draw(), rows, keep_path=False, **how)
+    assert torch.equal(path[:, -1:], end)
+
+
+def test_rollouts_are_drawn_by_the_ema_when_asked(make_policy, make_rollouts):
+    def drawn(moved: bool, by: str) -> torch.Tensor:
+        policy = make_policy()
+        if moved:
+            for parameter in policy.parameters().values():
+                parameter.data += 0.3
+        return make_rollouts(bind=True, drawn_by=by).next(policy).latents
+
+    assert torch.equal(drawn(True, "ema"), drawn(False, "live"))
+    assert not torch.equal(drawn(True, "live"), drawn(False, "live"))
+
+
+def test_pending_rollouts_without_a_path_survive_a_checkpoint(make_policy, make_rollouts):
+    policy, source = make_policy(), make_rollouts(eta=0.0, updates=2, bind=True)
+    source.next(policy)
+    state = source.state_dict()
+    expected = source.next(policy)
+    again = make_rollouts(eta=0.0, updates=2, bind=True)
+    again.load_state_dict(state)
+    assert torch.equal(again.next(policy).latents, expected.latents)
+
+
+RECIPE = {
+    "steps": 1,
+    "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
+    "adapters": {"lora": {"use": "lora", "rank": 2}},
+    "sources": {"own": {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"shapes": 1.0}}},
+}
+
+
+def test_a_view_in_a_recipe_is_completed_and_its_rows_must_suit_the_objective():
+    term = {"use": "agsm", "source": "own", "view": {"use": "best_images"}}
+    recipe = Recipe.from_data(RECIPE | {"objectives": [term]})
+    assert recipe.objectives[0].view.options == {"share": 0.25, "min_advantage": 0.0}
+    term = {"use": "agsm", "source": "own", "view": {"use": "best_images", "share": 0.04}}
+    with pytest.raises(UserError, match="batch_size 3 is no multiple of group_size 4"):
+        Recipe.from_data(RECIPE | {"objectives": [term]})
+
+
+def test_a_view_of_pairs_is_refused_with_what_would_work():
+    pairs = {"use": "pairs", "dataset": "builtin:shapes"}
+    term = {"use": "agsm", "source": pairs, "view": {"use": "best_images"}}
+    with pytest.raises(UserError, match=r"objectives\[0\]\.view: 'best_images' learns from a RewardedBatch.*rollouts"):
+        Recipe.from_data(RECIPE | {"objectives": [term]})
+
+
+def test_an_unknown_view_is_an_error_with_its_place():
+    term = {"use": "agsm", "source": "own", "view": {"use": "best_image"}}
+    with pytest.raises(UserError, match=r"objectives\[0\]\.view\.use: 'best_image' is not a view.*best_images"):
+        Recipe.from_data(RECIPE | {"objectives": [term]})
