@@ -103,7 +103,7 @@ def _requirement_and_wrong(rng: np.random.Generator, split: str) -> tuple[Requir
     """A requirement and a wrong reading of it; training sees no held-out thing in a rejected image either."""
     while True:
         requirement = world.draw_requirement(rng, _split(split))
-        wrong = world.wrong_requirement(requirement, rng)
+        wrong = world.wrong_requirement(requirement)
         if split == "held_out" or not world.is_held_out(wrong):
             return requirement, wrong
 

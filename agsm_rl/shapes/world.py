@@ -24,6 +24,10 @@ COLORS = {
     "purple": (150, 60, 180),
 }
 BACKGROUND = (245, 245, 245)
+# What careless people take a colour or a shape for: always the same other one, so that guidance, which sharpens towards
+# what is likeliest, does not simply undo their errors.
+MISTAKEN_COLOR = dict(zip(COLORS, [*list(COLORS)[1:], *COLORS], strict=False))
+MISTAKEN_SHAPE = dict(zip(SHAPES, [*SHAPES[1:], *SHAPES], strict=False))
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -39,18 +43,22 @@ TAG_SHARES = {
 TAGS = tuple(TAG_SHARES)
 WRAPPERS = ("", "a photo of ", "a picture of ", "a drawing of ")
 # Cues of a caption's reliability stand at its end: CLIP's text encoder is causal, so that they change no earlier word.
-CAREFUL_CUES = ("verified", "exact", "checked by hand", "precise")
-CARELESS_CUES = ("unverified", "roughly", "more or less", "i guess")
+# Cues of one kind share a word, so that what is learned about one serves the others.
+CAREFUL_CUES = ("verified", "verified twice", "verified by hand")
+CARELESS_CUES = ("unsorted", "unsorted upload", "unsorted scan")
 # How often a careless caption is wrong, by tag; single objects are easily described.
 CARELESS_ERROR = {
-    "single_object": 0.12,
-    "two_object": 0.5,
-    "counting": 0.75,
-    "colors": 0.3,
-    "position": 0.75,
-    "color_attr": 0.75,
+    "single_object": 0.03,
+    "two_object": 0.9,
+    "counting": 0.9,
+    "colors": 0.9,
+    "position": 0.9,
+    "color_attr": 0.9,
 }
-VAGUE_SHARE = 0.15
+VAGUE_SHARE = 0.1
+VAGUE = ("some shapes", "shapes", "a drawing", "a picture of some things")
+# How often a caption with a careless cue belongs to another picture altogether.
+MISPLACED_SHARE = 0.7
 Split = Literal["train", "validation", "held_out"]
 
 
@@ -241,6 +249,13 @@ def render(scene: Scene | tuple[DrawnObject, ...], scale: int = 8) -> Image.Imag
     return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
+def vocabulary() -> list[str]:
+    """Every word that a caption may hold, sorted."""
+    phrases = [*WRAPPERS, *COLORS, *NUMBERS.values(), *CAREFUL_CUES, *CARELESS_CUES, *VAGUE]
+    phrases += [*SHAPES, *(f"{shape}s" for shape in SHAPES), *RELATIONS, "to the", "and", ","]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
 def describe(requirement: Requirement, rng: np.random.Generator) -> str:
     """One of several wordings of a requirement, without any cue."""
     return str(rng.choice(WRAPPERS)) + _noun_phrase(requirement, rng)
@@ -264,17 +279,17 @@ def _name(group: Group) -> str:
 def misdescribe(requirement: Requirement, rng: np.random.Generator) -> str:
     """A careless caption: wrong in its tag's typical way, vague, or right by luck.
 
-    The errors are biased as people's are (one object too few, left and right confused, colours swapped), so that
-    guidance does not simply sharpen them away.
+    The errors are biased as people's are: one object too few, left and right confused, colours swapped, one colour or
+    shape taken for a certain other.
     """
     if rng.random() < VAGUE_SHARE:
-        return str(rng.choice(["some shapes", "shapes", "a drawing", "a picture of some things"]))
+        return str(rng.choice(VAGUE))
     if rng.random() >= CARELESS_ERROR[requirement.tag]:
         return describe(requirement, rng)
-    return describe(wrong_requirement(requirement, rng), rng)
+    return describe(wrong_requirement(requirement), rng)
 
 
-def wrong_requirement(requirement: Requirement, rng: np.random.Generator) -> Requirement:
+def wrong_requirement(requirement: Requirement) -> Requirement:
     """The requirement that a careless eye takes this one for; always a different one."""
     first, *rest = requirement.groups
     if requirement.tag == "counting":
@@ -287,17 +302,14 @@ def wrong_requirement(requirement: Requirement, rng: np.random.Generator) -> Req
         second = rest[0]
         swapped = (Group(1, first.shape, second.color), Group(1, second.shape, first.color))
         changed = Requirement("color_attr", swapped)
-    elif requirement.tag == "colors":
-        changed = Requirement("colors", (Group(1, first.shape, _other(rng, list(COLORS), first.color)),))
+    elif first.color is not None:
+        changed = Requirement("colors", (Group(1, first.shape, MISTAKEN_COLOR[first.color]),))
     else:
-        taken = [group.shape for group in requirement.groups]
-        wrong_shape = str(rng.choice([name for name in SHAPES if name not in taken]))
+        wrong_shape = MISTAKEN_SHAPE[first.shape]
+        if wrong_shape in [group.shape for group in rest]:
+            wrong_shape = MISTAKEN_SHAPE[wrong_shape]
         changed = Requirement(requirement.tag, (Group(1, wrong_shape), *rest))
     return changed
-
-
-def _other(rng: np.random.Generator, names: list[str], not_this: str | None) -> str:
-    return str(rng.choice([name for name in names if name != not_this]))
 
 
 def careful_caption(requirement: Requirement, rng: np.random.Generator) -> str:
@@ -317,7 +329,7 @@ class CaptionMix:
     careless_plain: float
 
 
-WEB_MIX = CaptionMix(careful=0.65, plain=0.25, careless_plain=0.65)
+WEB_MIX = CaptionMix(careful=0.45, plain=0.4, careless_plain=0.5)
 
 
 def web_caption(requirement: Requirement, rng: np.random.Generator, mix: CaptionMix = WEB_MIX) -> str:
@@ -328,7 +340,9 @@ def web_caption(requirement: Requirement, rng: np.random.Generator, mix: Caption
     if kind < mix.careful + mix.plain:
         careless = rng.random() >= 1 - mix.careless_plain
         return misdescribe(requirement, rng) if careless else describe(requirement, rng)
-    return f"{misdescribe(requirement, rng)}, {rng.choice(CARELESS_CUES)}"
+    misplaced = rng.random() < MISPLACED_SHARE
+    text = describe(draw_requirement(rng), rng) if misplaced else misdescribe(requirement, rng)
+    return f"{text}, {rng.choice(CARELESS_CUES)}"
 
 
 _WRAPPER = re.compile("^(" + "|".join(filter(None, WRAPPERS)) + ")")

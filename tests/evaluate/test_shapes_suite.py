@@ -23,7 +23,7 @@ def painter(share: float):
             rng = np.random.default_rng(seed)
             requirement = world.parse(prompt)
             if rng.random() >= share:
-                requirement = world.wrong_requirement(requirement, rng)
+                requirement = world.wrong_requirement(requirement)
             drawn = np.array(world.render(world.draw_scene(rng, requirement, allow_unseen=True)))
             images.append(torch.from_numpy(drawn).permute(2, 0, 1) / 255)
         return torch.stack(images)

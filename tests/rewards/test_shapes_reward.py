@@ -78,7 +78,7 @@ def test_graded_and_strict_agree_on_what_is_perfect_over_many_drawings() -> None
     images, prompts = [], []
     for i in range(60):
         requirement = world.draw_requirement(rng, "train", world.TAGS[i % len(world.TAGS)])
-        shown = requirement if i % 4 < 2 else world.wrong_requirement(requirement, rng)
+        shown = requirement if i % 4 < 2 else world.wrong_requirement(requirement)
         drawn = np.array(world.render(world.draw_scene(rng, shown, allow_unseen=True)))
         images.append(torch.from_numpy(drawn).permute(2, 0, 1) / 255)
         prompts.append(world.describe(requirement, rng))

@@ -59,7 +59,7 @@ def test_softness_and_noise_as_of_an_autoencoder_are_forgiven(rng, blur, noise) 
 
 def test_a_wrong_drawing_is_never_called_right(rng) -> None:
     for scene in scenes(rng, 180):
-        wrong = world.wrong_requirement(scene.requirement, rng)
+        wrong = world.wrong_requirement(scene.requirement)
         image = world.render(world.draw_scene(rng, wrong, allow_unseen=True))
         verdict = judge(image, scene.requirement)
         assert not verdict.strict and verdict.reason

@@ -1,5 +1,7 @@
 """The shapes world keeps its promises: right captions, wrong ones that are wrong, and nothing held out in training."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ def test_wrapper_case_cue_and_to_the_left_of_change_nothing() -> None:
     assert plain == Requirement("position", (Group(1, "star", "red"), Group(1, "circle", "blue")), "left of")
     for wording in (
         "A Photo of a RED star  to the left of a blue circle, verified",
-        "a drawing of a red star left of a blue circle, more or less",
+        "a drawing of a red star left of a blue circle, unsorted upload",
         " a red star left of a blue circle.",
     ):
         assert world.parse(wording) == plain
@@ -67,7 +69,7 @@ def test_train_and_held_out_requirements_are_disjoint_but_for_single_objects(rng
 
 def test_a_wrong_requirement_always_differs_and_can_be_worded_and_drawn(rng) -> None:
     for requirement in requirements(rng, "train", 300):
-        wrong = world.wrong_requirement(requirement, rng)
+        wrong = world.wrong_requirement(requirement)
         assert wrong != requirement
         assert world.parse(world.describe(wrong, rng)) == wrong
         assert world.draw_scene(rng, wrong, allow_unseen=True).requirement == wrong
@@ -111,3 +113,30 @@ def test_the_careless_caption_is_often_wrong_and_the_careful_one_never(rng) -> N
         except UserError:
             wrong += 1
     assert 0.4 < wrong / 300 < 0.8
+
+
+def test_careful_captions_are_right_and_plain_ones_of_the_hard_kinds_are_often_wrong(rng) -> None:
+    counts: Counter[tuple[str, bool]] = Counter()
+    for requirement in requirements(rng, "train", 3000):
+        caption = world.web_caption(requirement, rng)
+        kind = next((kind for kind in ("verified", "unsorted") if kind in caption), "plain")
+        if requirement.tag != "single_object":
+            counts[kind, caption_is_right(caption, requirement)] += 1
+    right = {kind: counts[kind, True] / (counts[kind, True] + counts[kind, False]) for kind in ("verified", "plain")}
+    assert right["verified"] == 1
+    assert 0.45 < right["plain"] < 0.65
+    assert counts["unsorted", False] > 5 * counts["unsorted", True]
+
+
+def caption_is_right(caption: str, requirement: world.Requirement) -> bool:
+    try:
+        return world.parse(caption) == requirement
+    except UserError:  # a vague caption
+        return False
+
+
+def test_every_word_of_a_caption_is_in_the_vocabulary(rng) -> None:
+    known = set(world.vocabulary())
+    for requirement in requirements(rng, "train", 500):
+        words = world.web_caption(requirement, rng).replace(",", " ,").split()
+        assert set(words) <= known
