@@ -22,6 +22,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "objectives": {
         "agsm": "agsm_rl.objectives.agsm:AGSM",
         "ddpo": "agsm_rl.objectives.ddpo:DDPO",
+        "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
+        "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
+        "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
     "rewards": {
         "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
