@@ -37,11 +37,13 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "sources": {
         "pairs": "agsm_rl.sources.pairs:Pairs",
+        "preferences": "agsm_rl.sources.preferences:Preferences",
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
     },
     "views": {
         "best_images": "agsm_rl.sources.views:BestImages",
         "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
+        "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
     "backbones": {
         "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",
