@@ -188,7 +188,7 @@ def _check_path(block: Block, parts: Parts, place: str) -> None:
             parts.where,
             f"{place}.dataset",
             f"'{dataset}' does not exist (looked from {Path.cwd()}); give a folder of images with metadata.jsonl, "
-            "a parquet file, a name that `datasets` knows, or builtin:shapes.",
+            "a parquet file, a name that `datasets` knows, or a builtin such as builtin:shapes.",
         )
 
 
