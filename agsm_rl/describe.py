@@ -26,6 +26,7 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
         lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters trained in {len(found)} tensors")
     for term in recipe.objectives:
         source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
+        source += f" through {term.view.use}" if term.view else ""
         which = "all adapters" if term.trains is None else ", ".join(term.trains)
         weight = term.weight if isinstance(term.weight, dict) else f"{term.weight:g}"
         often = "each step" if term.every == 1 else f"each {term.every}th step"

@@ -38,8 +38,12 @@ class Draw:
 
     def t(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """A noise level a row, uniform in `t_range`; row i depends on its number rows[i] alone."""
-        shares = [float(stream(self.seed, f"{self.name}/t", self.step, row).random()) for row in rows.tolist()]
-        return self._scale(torch.tensor(shares, device=device))
+        return self._scale(self.uniform(rows, purpose="t").to(device))
+
+    def uniform(self, rows: Tensor, *, purpose: str) -> Tensor:
+        """A number in [0, 1) a row, [B] on the CPU; row i depends on its number rows[i] alone."""
+        names = [(self.seed, f"{self.name}/{purpose}", self.step, row) for row in rows.tolist()]
+        return torch.tensor([float(stream(*name).random()) for name in names])
 
     def _scale(self, share: Tensor) -> Tensor:
         low, high = self.t_range

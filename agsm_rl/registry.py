@@ -22,6 +22,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "objectives": {
         "agsm": "agsm_rl.objectives.agsm:AGSM",
         "ddpo": "agsm_rl.objectives.ddpo:DDPO",
+        "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
+        "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
+        "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
     "rewards": {
         "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
@@ -34,11 +37,13 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "sources": {
         "pairs": "agsm_rl.sources.pairs:Pairs",
+        "preferences": "agsm_rl.sources.preferences:Preferences",
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
     },
     "views": {
         "best_images": "agsm_rl.sources.views:BestImages",
         "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
+        "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
     "backbones": {
         "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",

@@ -188,7 +188,7 @@ def _check_path(block: Block, parts: Parts, place: str) -> None:
             parts.where,
             f"{place}.dataset",
             f"'{dataset}' does not exist (looked from {Path.cwd()}); give a folder of images with metadata.jsonl, "
-            "a parquet file, a name that `datasets` knows, or builtin:shapes.",
+            "a parquet file, a name that `datasets` knows, or a builtin such as builtin:shapes.",
         )
 
 
@@ -196,12 +196,19 @@ def _mismatch(use: str, block: Block, consumes: type, gives: type, parts: Parts,
     fitting = registry.names_that("sources", lambda found: issubclass(found.gives, consumes))
     works = f"sources that work: {', '.join(fitting)}" if fitting else "no installed source gives that"
     views = registry.names_that("views", lambda found: issubclass(found.gives, consumes))
-    works += f"; views of rollouts that work: {', '.join(views)}" if views else ""
+    works += f"; views that work: {', '.join(map(_view_of, views))}" if views else ""
     return refuse(
         parts.where,
         place,
         f"'{use}' learns from a {consumes.__name__}, but '{block.use}' gives a {gives.__name__}; {works}.",
     )
+
+
+def _view_of(view: str) -> str:
+    """The view and the sources that it can be set on."""
+    wanted = registry.load("views", view, where=view).consumes
+    sources = registry.names_that("sources", lambda found: issubclass(found.gives, wanted))
+    return f"{view} of {' or '.join(sources)}" if sources else view
 
 
 def _check_rest(recipe: Recipe, parts: Parts) -> None:

@@ -48,6 +48,16 @@ def test_check_tells_what_would_be_trained_and_the_memory(command, recipe, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+def test_check_names_the_view_that_a_term_sees_its_source_through(command, recipe):
+    own = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"shapes": 1.0}}
+    term = {"use": "diffusion_dpo", "source": "own", "view": {"use": "best_against_worst"}}
+    content = yaml.safe_load(recipe.read_text()) | {"sources": {"own": own}, "objectives": [term]}
+    recipe.write_text(yaml.safe_dump(content))
+    result = command("check", recipe)
+    assert result.exit_code == 0, result.output
+    assert "diffusion_dpo on source 'own' through best_against_worst" in result.stdout
+
+
 def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe, tmp_path):
     trained = command("train", recipe, "--run-dir", "run")
     assert trained.exit_code == 0, trained.output
@@ -70,7 +80,7 @@ def test_a_run_is_continued_from_its_own_recipe(command, recipe):
 
 def test_list_gives_every_kind_as_json(command):
     found = json.loads(command("list", "--json").stdout)
-    assert set(found) == {"objectives", "rewards", "adapters", "sources", "backbones", "recipes"}
+    assert set(found) == {"objectives", "rewards", "adapters", "sources", "views", "backbones", "recipes"}
     assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
     assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
 

@@ -15,17 +15,23 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def recipe(tiny_checkpoint, tmp_path):
-    """AGSM and DDPO over tokens and LoRA on the tiny base; a checkpoint each step."""
+    """AGSM, DDPO and DPO on streamed preferences over tokens and LoRA on the tiny base; a checkpoint each step."""
     rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"jpeg_incompressibility": 1.0}}
     rollouts |= {"num_prompts": 2, "images_per_prompt": 4, "num_steps": 3, "guidance": 1.0, "updates": 2}
     pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8, "num_images": 24}
+    preferences = {"use": "preferences", "dataset": "builtin:shapes-preferences", "batch_size": 4, "num_pairs": 14}
+    preferences |= {"streaming": True, "shuffle_buffer": 6}
     content = {
         "steps": 6,
         "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
         "adapters": {"tokens": {"use": "soft_tokens"}, "lora": {"use": "lora", "rank": 2, "banks": 2}},
         "ema": {"decay": 0.9},
         "sources": {"own": rollouts},
-        "objectives": [{"use": "agsm", "source": pairs}, {"use": "ddpo", "source": "own", "weight": {0: 0.5, 4: 1.0}}],
+        "objectives": [
+            {"use": "agsm", "source": pairs},
+            {"use": "ddpo", "source": "own", "weight": {0: 0.5, 4: 1.0}},
+            {"use": "diffusion_dpo", "beta": 10.0, "source": preferences},
+        ],
         "checkpoint": {"every": 1},
         "sample": {"every": 100, "num_images": 1, "num_steps": 2, "prompts": ["a red star"]},
         "track": [],

@@ -1,6 +1,7 @@
 """Recipes: what they mean, and that each mistake is told with its place and its remedy."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -165,3 +166,13 @@ def test_a_tracker_that_is_not_installed_is_told_with_the_command(write, monkeyp
     monkeypatch.setattr("agsm_rl.resolve.TRACKERS", {"wandb": "no_such_package_at_all"})
     with pytest.raises(UserError, match=r"track\[0\]: 'wandb' is not installed; run `pip install"):
         Recipe.from_yaml(write(), ["track=[wandb]"])
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_that_is_shipped_can_be_read(name, tmp_path):
+    """`photos` is a folder that the recipe's header tells the user to make."""
+    overrides = [f"objectives.0.source.dataset={tmp_path}"] if name == "imagefolder.yaml" else []
+    assert Recipe.from_yaml(RECIPES / name, overrides).steps > 0

@@ -1,7 +1,9 @@
 """Open image data sets by name and bring their images to the backbone's size: everything through `datasets`."""
 
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,33 +12,48 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 
-if TYPE_CHECKING:
-    import datasets
-
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-BUILTIN_PAIRS = "builtin:shapes"
+BUILTIN_ROWS = 4000
+
+Builtins = Mapping[str, Callable[[str, int], Any]]
+"""A builtin's name → what draws its rows of a split."""
 
 
-def open_pairs(dataset: str, *, split: str, num_images: int | None) -> "datasets.Dataset":
+def open_dataset(dataset: str, *, split: str, num_rows: int | None, streaming: bool, builtins: Builtins) -> Any:
     """The data set named by a builtin, a folder of images with metadata, a parquet file, or a name `datasets` knows.
 
-    UserError when there is no such thing or it is empty. Data sets that need a loading script are not loaded.
+    A `datasets.Dataset`, or its `IterableDataset` with `streaming`; images are left encoded (`read_picture` decodes
+    them). UserError when there is no such thing or it is empty. Data sets that need a loading script are not loaded.
     """
+    if not dataset.startswith("builtin:"):
+        found = _load(dataset, split, streaming)
+    elif dataset in builtins:
+        found = builtins[dataset](split, num_rows or BUILTIN_ROWS)
+        found = found.to_iterable_dataset() if streaming else found
+    else:
+        raise UserError(f"dataset '{dataset}': the only builtin here is {', '.join(map(repr, builtins))}")
+    if num_rows is not None:
+        found = found.take(num_rows) if streaming else found.select(range(min(num_rows, len(found))))
+    if not streaming and not len(found):
+        raise UserError(
+            f"dataset '{dataset}', split '{split}': it has no rows; give one with at least a batch of images"
+        )
+    return _encoded(found)
+
+
+def _load(dataset: str, split: str, streaming: bool) -> Any:
     import datasets
 
-    if dataset.startswith("builtin:"):
-        return _open_builtin(dataset, split, num_images)
-    where = f"dataset '{dataset}'"
     path = Path(dataset)
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
     try:
         if path.is_dir() and not list(path.rglob("*.parquet")):
-            found = datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        elif path.is_dir():
-            found = datasets.load_dataset("parquet", data_dir=str(path), split=split)
-        elif path.suffix == ".parquet" and path.exists():
-            found = datasets.load_dataset("parquet", data_files=str(path), split=split)
-        else:
-            found = datasets.load_dataset(dataset, split=split)
+            return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+        if path.is_dir():
+            return datasets.load_dataset("parquet", data_dir=str(path), **options)
+        if path.suffix == ".parquet" and path.exists():
+            return datasets.load_dataset("parquet", data_files=str(path), **options)
+        return datasets.load_dataset(dataset, **options)
     except (
         FileNotFoundError,
         ValueError,
@@ -46,60 +63,73 @@ def open_pairs(dataset: str, *, split: str, num_images: int | None) -> "datasets
     ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
-            f"{where}, split '{split}': it cannot be opened ({reason}); give a folder of images with a metadata.jsonl "
-            f"or metadata.csv (columns file_name and caption), a parquet file, or a name that `load_dataset` takes"
+            f"dataset '{dataset}', split '{split}': it cannot be opened ({reason}); give a folder of images with a "
+            f"metadata.jsonl or metadata.csv, a parquet file, or a name that `load_dataset` takes"
         ) from error
-    if num_images is not None:
-        found = found.select(range(min(num_images, len(found))))
-    if not len(found):
-        raise UserError(f"{where}, split '{split}': it has no rows; give one with at least a batch of images")
+
+
+def _encoded(found: Any) -> Any:
+    """The data set with its images as they are stored: a row that cannot be decoded is then ours to name."""
+    import datasets
+
+    for name, feature in (found.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, datasets.Image(decode=False))
     return found
 
 
-def _open_builtin(dataset: str, split: str, num_images: int | None) -> "datasets.Dataset":
-    from agsm_rl.shapes import data
+def column_names(found: Any, dataset: str) -> list[str]:
+    """The data set's columns; a stream that does not declare them is asked for its first row."""
+    if found.column_names:
+        return list(found.column_names)
+    row = next(iter(found), None)
+    if row is None:
+        raise UserError(f"dataset '{dataset}': it has no rows; give another one")
+    return list(row)
 
-    if dataset != BUILTIN_PAIRS:
-        raise UserError(f"dataset '{dataset}': the only builtin pairs are '{BUILTIN_PAIRS}'")
-    return data.pairs(split, num_images or 4000, seed=0)
 
-
-def find_columns(
-    found: "datasets.Dataset", dataset: str, image_column: str, caption_column: str | None
-) -> tuple[str, str]:
+def find_columns(there: list[str], dataset: str, image_column: str, caption_column: str | None) -> tuple[str, str]:
     """The names of the image and the caption column; UserError names the columns that there are."""
-    where, there = f"dataset '{dataset}'", ", ".join(found.column_names)
-    if image_column not in found.column_names:
-        raise UserError(f"{where}: it has no column '{image_column}'; it has: {there}. Set image_column")
+    where, listed = f"dataset '{dataset}'", ", ".join(there)
+    if image_column not in there:
+        raise UserError(f"{where}: it has no column '{image_column}'; it has: {listed}. Set image_column")
     if caption_column is None:
-        known = [name for name in CAPTION_COLUMNS if name in found.column_names]
+        known = [name for name in CAPTION_COLUMNS if name in there]
         if not known:
             allowed = ", ".join(CAPTION_COLUMNS)
-            raise UserError(f"{where}: it has no caption column ({allowed}); it has: {there}. Set caption_column")
+            raise UserError(f"{where}: it has no caption column ({allowed}); it has: {listed}. Set caption_column")
         return image_column, known[0]
-    if caption_column not in found.column_names:
-        raise UserError(f"{where}: it has no column '{caption_column}'; it has: {there}. Set caption_column")
+    if caption_column not in there:
+        raise UserError(f"{where}: it has no column '{caption_column}'; it has: {listed}. Set caption_column")
     return image_column, caption_column
 
 
-def read_row(
-    found: "datasets.Dataset", index: int, image_column: str, caption_column: str, dataset: str
-) -> tuple[Image.Image, str]:
-    """Row `index` as an RGB picture and its caption; UserError with the row's number when either is broken."""
+def read_picture(value: Any, where: str) -> Image.Image:
+    """A column's value (encoded bytes, or what `datasets` keeps of an image) as an RGB picture; UserError if broken."""
+    import datasets
+
     try:
-        row = found[index]
-        picture = row[image_column].convert("RGB")
-    except (OSError, ValueError, AttributeError, Image.DecompressionBombError, SyntaxError) as error:
+        if isinstance(value, bytes):
+            picture: Image.Image = Image.open(BytesIO(value))
+        elif isinstance(value, Mapping):
+            picture = datasets.Image().decode_example(dict(value))
+        elif isinstance(value, Image.Image):
+            picture = value
+        else:
+            raise ValueError(f"it holds {value!r:.60}")
+        return picture.convert("RGB")
+    except (OSError, ValueError, KeyError, Image.DecompressionBombError, SyntaxError) as error:
+        raise UserError(f"{where}: its image cannot be read ({error}); mend or remove that row") from error
+
+
+def read_caption(value: Any, column: str, where: str) -> str:
+    """A column's value as a caption; UserError unless it is a text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
         raise UserError(
-            f"dataset '{dataset}', row {index}: its image cannot be read ({error}); mend or remove that row"
-        ) from error
-    caption = row[caption_column]
-    if not isinstance(caption, str) or not caption.strip():
-        raise UserError(
-            f"dataset '{dataset}', row {index}: column '{caption_column}' holds {caption!r}, but a caption is a text "
-            f"that is not empty; fill it in or remove that row"
+            f"{where}: column '{column}' holds {value!r}, but a caption is a text that is not empty; fill it in or "
+            f"remove that row"
         )
-    return picture, caption
+    return value
 
 
 def fit(picture: Image.Image, resolution: int) -> Tensor:

@@ -9,7 +9,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
-from agsm_rl.sources.order import Order
+from agsm_rl.sources.rows import Rows, ShuffledRows, StreamedRows, own_share
 
 
 class Pairs:
@@ -18,6 +18,9 @@ class Pairs:
     `dataset`: `builtin:shapes`, a folder of images with metadata.jsonl or metadata.csv, a parquet file, or a name that
     `datasets.load_dataset` takes. Images are resized by their shorter side and cropped in the centre. The captions of a
     batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
+
+    `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
+    held (encoded) and shuffled among themselves; 1 keeps the stream's order.
     """
 
     gives: ClassVar[type[Batch]] = PairBatch
@@ -31,41 +34,55 @@ class Pairs:
         image_column: str = "image",
         caption_column: str | None = None,
         num_images: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size: got {batch_size}, but it must be 1 or more")
-        if num_images is not None and num_images < 1:
-            raise UserError(f"num_images: got {num_images}, but it must be 1 or more")
+        for option, value in {
+            "batch_size": batch_size,
+            "num_images": num_images,
+            "shuffle_buffer": shuffle_buffer,
+        }.items():
+            if value is not None and value < 1:
+                raise UserError(f"{option}: got {value}, but it must be 1 or more")
         self.dataset, self.batch_size, self.split, self.num_images = dataset, batch_size, split, num_images
         self.image_column, self.caption_column = image_column, caption_column
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
-        if self.batch_size % shard.count:
-            raise UserError(f"{name}: batch_size {self.batch_size} does not divide among {shard.count} processes")
-        self._rows = images.open_pairs(self.dataset, split=self.split, num_images=self.num_images)
-        self._columns = images.find_columns(self._rows, self.dataset, self.image_column, self.caption_column)
-        if len(self._rows) < self.batch_size:
+        self._own = own_share(self.batch_size, shard, name)
+        found = images.open_dataset(
+            self.dataset,
+            split=self.split,
+            num_rows=self.num_images,
+            streaming=self.streaming,
+            builtins={"builtin:shapes": _shapes},
+        )
+        there = images.column_names(found, self.dataset)
+        self._columns = images.find_columns(there, self.dataset, self.image_column, self.caption_column)
+        where = f"dataset '{self.dataset}'"
+        self._rows: Rows
+        if self.streaming:
+            self._rows = StreamedRows(found, window=self.shuffle_buffer, seed=seed, name=name, where=where)
+            return
+        if len(found) < self.batch_size:
             raise UserError(
-                f"dataset '{self.dataset}': it has {len(self._rows)} rows, fewer than batch_size {self.batch_size}; "
-                f"lower batch_size or add images"
+                f"{where}: it has {len(found)} rows, fewer than batch_size {self.batch_size}; lower batch_size or add "
+                f"images"
             )
-        self._captions = self._rows[self._columns[1]]
-        self._order = Order(len(self._rows), seed, name)
-        self._shard = shard
+        self._rows = ShuffledRows(found, seed=seed, name=name)
 
     def next(self, policy: Policy) -> PairBatch:
         """The next pairs of this process, latents encoded by the policy's backbone."""
-        chosen = self._order.take(self.batch_size, key=lambda row: str(self._captions[row]))
-        share = self.batch_size // self._shard.count
-        first = self._shard.index * share
-        pairs = [
-            images.read_row(self._rows, row, *self._columns, self.dataset) for row in chosen[first : first + share]
-        ]
         backbone = policy.backbone
-        pixels = torch.stack([images.fit(picture, backbone.resolution) for picture, _ in pairs])
-        latents = backbone.encode_images(pixels.to(backbone.device))
-        return PairBatch([caption for _, caption in pairs], torch.arange(first, first + share), latents)
+        image_column, caption_column = self._columns
+        pixels, captions = [], []
+        for number, row in self._rows.take(self.batch_size, self._own, distinct=caption_column):
+            where = f"dataset '{self.dataset}', row {number}"
+            pixels.append(images.fit(images.read_picture(row[image_column], where), backbone.resolution))
+            captions.append(images.read_caption(row[caption_column], caption_column, where))
+        latents = backbone.encode_images(torch.stack(pixels).to(backbone.device))
+        return PairBatch(captions, torch.arange(self._own.start, self._own.stop), latents)
 
     def metrics(self) -> dict[str, float]:
         """Pairs have none."""
@@ -73,8 +90,14 @@ class Pairs:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the data set was read."""
-        return {"position": self._order.position}
+        return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the kept position."""
-        self._order.position = int(state["position"])
+        self._rows.load_state_dict(state)
+
+
+def _shapes(split: str, count: int) -> Any:
+    from agsm_rl.shapes import data
+
+    return data.pairs(split, count, seed=0)

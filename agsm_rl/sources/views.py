@@ -1,7 +1,7 @@
-"""What a term sees of a shared batch: the best of the own images, or the best of each prompt against the worst.
+"""What a term sees of a shared batch: the best of the own images, the best against the worst, the chosen images.
 
 A batch of rollouts is drawn and scored once; a policy gradient learns from all of it, and through these views AGSM or
-Diffusion-DPO learn from the same images.
+Diffusion-DPO learn from the same images. Preferences are unpaired in the same way.
 """
 
 from typing import ClassVar
@@ -71,6 +71,21 @@ class BestAgainstWorst:
             chosen=batch.latents[chosen],
             rejected=batch.latents[rejected],
         )
+
+
+class ChosenImages:
+    """Of preferences, the chosen images alone, as image-prompt pairs: AGSM or score matching learn from them."""
+
+    consumes: ClassVar[type[Batch]] = PreferenceBatch
+    gives: ClassVar[type[Batch]] = PairBatch
+
+    def batch_size(self, total: int) -> int:
+        """A pair a preference."""
+        return total
+
+    def __call__(self, batch: PreferenceBatch) -> PairBatch:
+        """The chosen images under their prompts."""
+        return PairBatch(batch.prompts, batch.rows, batch.chosen)
 
 
 def _place_in_prompt(batch: RewardedBatch) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
-from agsm_rl.objectives.agsm import AGSM, apart, group_columns, guided_score_loss, predict_grid
+from agsm_rl.objectives.agsm import AGSM, guided_score_loss
 
 
 def grid(images=3, prompts=4, seed=0):
@@ -92,27 +92,6 @@ def test_the_win_rate_counts_images_whose_own_prompt_predicts_best():
     assert all(metric.ndim == 0 for metric in metrics.values())
 
 
-def test_each_image_is_held_against_its_own_group():
-    columns, own = group_columns(8, 4)
-    assert columns[5].tolist() == [4, 5, 6, 7]
-    assert own.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert torch.equal(columns[torch.arange(8), own], torch.arange(8))
-
-
-def test_own_prompts_are_predicted_with_the_positive_bank_and_others_with_the_negative(policy):
-    x_t, cond = torch.randn(4, *policy.backbone.latent_shape), policy.backbone.encode_text(["a", "b", "c", "d"])
-    columns, own = group_columns(4, 2)
-    seen = {}
-
-    def predict(x, t, c, *, bank):
-        seen[bank] = len(x)
-        return torch.full_like(x, 1.0 if bank == "positive" else -1.0)
-
-    values = predict_grid(predict, x_t, torch.zeros(4), cond, columns, own)[:, :, 0, 0, 0]
-    assert values.tolist() == [[1, -1], [-1, 1], [1, -1], [-1, 1]]
-    assert seen == {"positive": 4, "negative": 4}
-
-
 def test_fewer_groups_at_once_give_the_same_gradient(policy):
     latents = torch.randn(8, *policy.backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     batch = PairBatch([f"a red star {n}" for n in range(8)], torch.arange(8), latents)
@@ -138,8 +117,3 @@ def test_impossible_options_are_refused(options):
 def test_a_batch_of_broken_groups_is_refused():
     with pytest.raises(UserError, match="no multiple of group_size 4"):
         AGSM().check(6)
-
-
-def test_images_of_one_prompt_go_to_different_groups():
-    assert apart(["a", "a", "b", "b"]) == [0, 2, 1, 3]
-    assert apart(["a", "b", "c"]) == [0, 1, 2]

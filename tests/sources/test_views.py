@@ -7,6 +7,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
+from agsm_rl.randomness import Draw
 from agsm_rl.recipe import Recipe
 from agsm_rl.sources.views import BestAgainstWorst, BestImages
 from agsm_rl.trainer import Term, Trainer
@@ -55,6 +57,49 @@ def test_agsm_learns_from_the_best_of_the_rollouts_that_ddpo_learns_from(make_po
     assert metrics["agsm/rows"] == 2
     assert metrics["agsm/grad_norm"] > 0
     assert "cosine/ddpo/agsm" in metrics
+
+
+def test_dpo_learns_online_from_the_best_of_each_prompt_s_own_images_against_the_worst(make_policy, make_rollouts):
+    policy, source = make_policy(), make_rollouts(images_per_prompt=3, eta=0.0)
+    term = Term(DiffusionDPO(beta=100.0), source, name="dpo", source_name="own", view=BestAgainstWorst())
+    trainer = Trainer(policy, [term], steps=6, learning_rate=1e-4)
+    history = [trainer.run_step() for _ in range(6)]
+    assert all(metrics["dpo/rows"] == 2 for metrics in history)
+    assert all(metrics["dpo/grad_norm"] > 0 for metrics in history)
+
+
+def test_learning_from_one_draw_turns_the_policy_to_its_best_images(make_policy, make_rollouts):
+    """Online DPO in small: the margin of the same preferences, at the same noise, grows step by step."""
+    policy = make_policy()
+    pairs = BestAgainstWorst()(make_rollouts(images_per_prompt=3, eta=0.0, bind=True).next(policy))
+
+    class Kept:
+        """A source that gives the same preferences again and again."""
+
+        gives = PreferenceBatch
+
+        def bind(self, name, seed, shard):
+            pass
+
+        def next(self, policy):
+            return pairs
+
+        def metrics(self):
+            return {}
+
+        def state_dict(self):
+            return {}
+
+    objective = DiffusionDPO(beta=100.0)
+
+    def margin():
+        policy.draw = Draw(7, "look")
+        with torch.no_grad():
+            return objective.loss(policy, pairs)[1]["margin"].item()
+
+    before = margin()
+    Trainer(policy, [Term(objective, Kept(), name="dpo")], steps=20, learning_rate=1e-3).train()
+    assert margin() > before
 
 
 def test_a_term_whose_view_leaves_no_rows_is_passed_over(make_policy, make_rollouts):

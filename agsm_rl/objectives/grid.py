@@ -1,0 +1,103 @@
+"""The grid of images and prompts [B, P] that contrastive objectives (AGSM, SoftREPA) predict: own and others' prompts.
+
+A batch is cut into groups; each image is held against the prompts of its group. One noise an image, shared by all its
+prompts, and one noise level a step, shared by the batch.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Bank, Cond, PairBatch
+from agsm_rl.objectives.passes import check_at_least_one, in_passes
+from agsm_rl.policy import Policy
+
+
+class Groups:
+    """How a batch is cut: groups of `size` images, `per_pass` groups at once (None: all)."""
+
+    def __init__(self, size: int, per_pass: int | None) -> None:
+        if size < 2:
+            raise UserError(f"group_size: got {size}, but a group needs 2 or more images to have negatives")
+        check_at_least_one("groups_per_pass", per_pass)
+        self.size, self.per_pass = size, per_pass
+
+    def check(self, batch_size: int) -> None:
+        """UserError unless the batch is whole groups."""
+        if batch_size % self.size:
+            raise UserError(f"batch_size {batch_size} is no multiple of group_size {self.size}; change one of them")
+
+    def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
+        """Parts of `per_pass` groups with their shares. Images of one prompt go to different groups."""
+        self.check(len(batch))
+        order = apart(batch.prompts)
+        batch = batch if order == sorted(order) else batch.select(torch.tensor(order))
+        return in_passes(batch, None if self.per_pass is None else self.per_pass * self.size)
+
+    def grid(self, policy: Policy, batch: PairBatch) -> "Grid":
+        """The batch's noised latents, their targets, and the prompts that each is held against."""
+        self.check(len(batch))
+        x0 = batch.latents
+        noise = policy.draw.noise_like(x0, batch.rows)
+        t = policy.draw.shared_t(len(batch), x0.device)
+        columns, own = group_columns(len(batch), self.size, x0.device)
+        return Grid(
+            x_t=policy.backbone.add_noise(x0, noise, t),
+            t=t,
+            target=policy.backbone.target(x0, noise, t),
+            cond=policy.backbone.encode_text(batch.prompts),
+            columns=columns,
+            own=own,
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Noised images x_t [B, C, h, w] at levels `t` [B], `target` [B, C, h, w], and the prompts of each: cond[columns].
+
+    `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    cond: Cond
+    columns: Tensor
+    own: Tensor
+
+    def predict(self, predict: Any, *, others: Bank = "negative") -> Tensor:
+        """Predictions [B, P, C, h, w]; `predict` is a Policy's `live` or `ema`.
+
+        Own prompts use the bank `positive`, the others the bank `others`.
+        """
+        image = torch.arange(len(self.x_t), device=self.x_t.device)[:, None].expand_as(self.columns)
+        is_own = torch.nn.functional.one_hot(self.own, self.columns.shape[1]).bool()
+        everything = torch.ones_like(is_own)
+        passes = [("positive", everything)] if others == "positive" else [("positive", is_own), (others, ~is_own)]
+        grid = self.x_t.new_zeros(*self.columns.shape, *self.x_t.shape[1:])
+        for bank, chosen in passes:
+            rows = image[chosen]
+            found = predict(self.x_t[rows], self.t[rows], self.cond[self.columns[chosen]], bank=bank)
+            grid = grid.index_put(chosen.nonzero(as_tuple=True), found)
+        return grid
+
+
+def group_columns(batch_size: int, group_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Which prompts each image is held against: its own group's. Columns [B, P] and `own` [B]."""
+    rows = torch.arange(batch_size, device=device)
+    columns = (rows // group_size * group_size)[:, None] + torch.arange(group_size, device=device)[None]
+    return columns, rows % group_size
+
+
+def apart(prompts: list[str]) -> list[int]:
+    """An order of the rows in which equal prompts stand far from each other: a prompt is no negative of itself."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    for prompt in prompts:
+        rounds.append(seen[prompt])
+        seen[prompt] += 1
+    return sorted(range(len(prompts)), key=lambda row: rounds[row])

@@ -1,0 +1,95 @@
+"""SoftREPA, contrastive alignment with soft text tokens (arXiv 2503.08250): AGSM's predecessor, the baseline beside it.
+
+For image i under prompt j, with p the prediction and v the regression target:
+    s(i,j) = 4·exp(-mean (v(i) - p(i,j))² / 0.07),
+    L = mean over images of  -log softmax(s(i,·)) at the own prompt  +  d · mean over own prompts of (v - p)².
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Batch, Metrics, PairBatch
+from agsm_rl.objectives.grid import Groups
+from agsm_rl.policy import Policy
+
+
+def softrepa_loss(
+    live: Tensor,
+    target: Tensor,
+    *,
+    own: Tensor,
+    temperature: float = 0.07,
+    scale: float = 4.0,
+    positive_weight: float = 10.0,
+) -> tuple[Tensor, Metrics]:
+    """SoftREPA's loss over a grid of images and prompts.
+
+    `live` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each image's own
+    prompt. Published: `temperature` > 0 is 0.07, `scale` 4, `positive_weight` d 10 for SD1.5 and SDXL, 0 for SD3.
+
+    Metrics: `contrastive_loss`, `positive_loss` (own prompts' error); `win_rate`, the share of images whose own prompt
+    predicts best; `margin`, own logit minus the largest other.
+    """
+    errors = ((live.float() - target.detach().float()[:, None]) ** 2).mean(dim=(2, 3, 4))
+    logits = scale * torch.exp(-errors / temperature)
+    contrastive = torch.nn.functional.cross_entropy(logits, own)
+    is_own = torch.nn.functional.one_hot(own, live.shape[1]).bool()
+    positive = errors[is_own].mean()
+    metrics = {"contrastive_loss": contrastive.detach(), "positive_loss": positive.detach()}
+    if live.shape[1] > 1:
+        others = logits.detach().masked_fill(is_own, -1).amax(dim=1)
+        metrics["win_rate"] = (logits.detach()[is_own] > others).float().mean()
+        metrics["margin"] = (logits.detach()[is_own] - others).mean()
+    return contrastive + positive_weight * positive, metrics
+
+
+class SoftREPA:
+    """SoftREPA over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
+
+    One bank, `positive`, is used for all prompts: an adapter needs no second one. `positive_weight` 10 is published for
+    SD1.5 and SDXL, 0 for SD3. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
+    """
+
+    consumes: ClassVar[type[Batch]] = PairBatch
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.07,
+        scale: float = 4.0,
+        positive_weight: float = 10.0,
+        group_size: int = 4,
+        groups_per_pass: int | None = None,
+    ) -> None:
+        for name, value in {"temperature": temperature, "scale": scale}.items():
+            if value <= 0:
+                raise UserError(f"{name}: got {value}, but it must be above 0 (published: 0.07 and 4)")
+        if positive_weight < 0:
+            raise UserError(f"positive_weight: got {positive_weight}, but it must be 0 or more (published: 10, SD3: 0)")
+        self.temperature = temperature
+        self.scale = scale
+        self.positive_weight = positive_weight
+        self.groups = Groups(group_size, groups_per_pass)
+
+    def check(self, batch_size: int) -> None:
+        """The batch must be whole groups."""
+        self.groups.check(batch_size)
+
+    def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
+        """Parts of `groups_per_pass` groups; all at once by default. Images of one prompt go to different groups."""
+        return self.groups.split(batch)
+
+    def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        """The contrastive loss of a batch of whole groups."""
+        grid = self.groups.grid(policy, batch)
+        return softrepa_loss(
+            grid.predict(policy.live, others="positive"),
+            grid.target,
+            own=grid.own,
+            temperature=self.temperature,
+            scale=self.scale,
+            positive_weight=self.positive_weight,
+        )

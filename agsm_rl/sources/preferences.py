@@ -1,0 +1,174 @@
+"""Preferences of a data set: two images for one prompt, the better one known; encoded to latents as they are drawn.
+
+Two conventions are read as they are, told by their columns: TRL's and Pick-a-Pic's (arXiv 2305.01569).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Batch, PreferenceBatch, Shard
+from agsm_rl.policy import Policy
+from agsm_rl.sources import images
+from agsm_rl.sources.rows import Row, ShuffledRows, StreamedRows, own_share
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. Without a `label`, the first image is the better one."""
+
+    prompt: str
+    first: str
+    second: str
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(name for name in (self.prompt, self.first, self.second, self.label) if name)
+
+
+TRL = Columns("prompt", "chosen", "rejected")
+PICK_A_PIC = Columns("caption", "jpg_0", "jpg_1", "label_0")
+
+
+class Preferences:
+    """Batches of `batch_size` preferences (the total over all processes).
+
+    `dataset`: `builtin:shapes-preferences`, a folder of images with metadata, a parquet file, or a name that
+    `datasets.load_dataset` takes. Its columns are TRL's `prompt`, `chosen`, `rejected` (a folder's metadata names the
+    files as `chosen_file_name`, `rejected_file_name`), or Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, where a
+    label of 1 prefers jpg_0, 0 jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them.
+    Images are resized by their shorter side and cropped in the centre. `num_pairs`: the first so many rows alone.
+
+    `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
+    held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled among themselves; 1 keeps the stream's order.
+    """
+
+    gives: ClassVar[type[Batch]] = PreferenceBatch
+
+    def __init__(
+        self,
+        dataset: str,
+        batch_size: int = 16,
+        *,
+        split: str = "train",
+        num_pairs: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        for option, value in {
+            "batch_size": batch_size,
+            "num_pairs": num_pairs,
+            "shuffle_buffer": shuffle_buffer,
+        }.items():
+            if value is not None and value < 1:
+                raise UserError(f"{option}: got {value}, but it must be 1 or more")
+        self.dataset, self.batch_size, self.split, self.num_pairs = dataset, batch_size, split, num_pairs
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+
+    def bind(self, name: str, seed: int, shard: Shard) -> None:
+        """Open the data set; UserError if it cannot be used."""
+        self._own = own_share(self.batch_size, shard, name)
+        found = images.open_dataset(
+            self.dataset,
+            split=self.split,
+            num_rows=self.num_pairs,
+            streaming=self.streaming,
+            builtins={"builtin:shapes-preferences": _shapes},
+        )
+        self._columns = find_preference_columns(images.column_names(found, self.dataset), self.dataset)
+        self._ties = 0
+        self._rows: ShuffledRows | StreamedRows
+        if self.streaming:
+            where = f"dataset '{self.dataset}'"
+            self._rows = StreamedRows(
+                found, window=self.shuffle_buffer, seed=seed, name=name, where=where, keep=self._has_preference
+            )
+            return
+        kept = self._without_ties(found)
+        if len(kept) < self.batch_size:
+            ties = f" that are no ties ({self._ties} are)" if self._ties else ""
+            raise UserError(
+                f"dataset '{self.dataset}': it has {len(kept)} rows{ties}, fewer than batch_size {self.batch_size}; "
+                f"lower batch_size or add preferences"
+            )
+        self._rows = ShuffledRows(found, seed=seed, name=name, kept=kept)
+
+    def _without_ties(self, found: Any) -> list[int]:
+        column = self._columns.label
+        if column is None:
+            return list(range(len(found)))
+        labels = enumerate(found[column][:])
+        kept = [number for number, label in labels if self._has_preference((number, {column: label}))]
+        self._ties = len(found) - len(kept)
+        return kept
+
+    def _has_preference(self, row: Row) -> bool:
+        return self._preferred(row) is not None
+
+    def _preferred(self, row: Row) -> int | None:
+        """0 where the first image is preferred, 1 where the second is, None at a tie; UserError for another label."""
+        number, values = row
+        column = self._columns.label
+        if column is None:
+            return 0
+        label = values[column]
+        if label is None or label == 0.5:
+            return None
+        if label not in (0, 1):
+            raise UserError(
+                f"dataset '{self.dataset}', row {number}: column '{column}' holds {label!r}, but a label is 1 (the "
+                f"first image is preferred), 0 (the second) or 0.5 (a tie); mend or remove that row"
+            )
+        return 0 if label == 1 else 1
+
+    def next(self, policy: Policy) -> PreferenceBatch:
+        """The next preferences of this process, latents encoded by the policy's backbone."""
+        backbone, columns = policy.backbone, self._columns
+        prompts, pixels = [], []
+        for number, row in self._rows.take(self.batch_size, self._own):
+            where = f"dataset '{self.dataset}', row {number}"
+            prompts.append(images.read_caption(row[columns.prompt], columns.prompt, where))
+            pair = [
+                images.fit(images.read_picture(row[name], f"{where}, column '{name}'"), backbone.resolution)
+                for name in (columns.first, columns.second)
+            ]
+            pixels.append(pair if self._preferred((number, row)) == 0 else pair[::-1])
+        chosen, rejected = (
+            backbone.encode_images(torch.stack(side).to(backbone.device)) for side in zip(*pixels, strict=True)
+        )
+        return PreferenceBatch(prompts, torch.arange(self._own.start, self._own.stop), chosen, rejected)
+
+    def metrics(self) -> dict[str, float]:
+        """How many ties were dropped: of the whole data set, or of a stream so far. None where there are no labels."""
+        if self._columns.label is None:
+            return {}
+        streamed = self._rows.passed_over if isinstance(self._rows, StreamedRows) else 0
+        return {"ties_dropped": float(self._ties + streamed)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the data set was read."""
+        return self._rows.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the kept position."""
+        self._rows.load_state_dict(state)
+
+
+def find_preference_columns(there: list[str], dataset: str) -> Columns:
+    """Whose convention the columns follow; UserError names the columns that there are."""
+    for columns in (TRL, PICK_A_PIC):
+        if set(str(columns).split(", ")) <= set(there):
+            return columns
+    raise UserError(
+        f"dataset '{dataset}': it has no preferences' columns; it has: {', '.join(there)}. Name them {TRL} (as TRL "
+        f"does), or {PICK_A_PIC} (as Pick-a-Pic does)"
+    )
+
+
+def _shapes(split: str, count: int) -> Any:
+    from agsm_rl.shapes import data
+
+    return data.preferences(split, count, seed=0)

@@ -1,0 +1,172 @@
+"""Rows of a data set, batch after batch without end: shuffled by number, or in shuffled windows where it is a stream.
+
+Both continue exactly where their state was taken, and give each process its share of what one process would take.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Shard
+from agsm_rl.randomness import stream
+from agsm_rl.sources.order import Order
+
+Row = tuple[int, Mapping[str, Any]]
+"""A row's number in the data set, and its columns."""
+
+PATIENCE = 4
+"""A stream passes over at most this many rows for each row of a batch whose value was already taken."""
+
+
+class Rows(Protocol):
+    """An endless supply of a data set's rows."""
+
+    def take(self, count: int, own: slice, *, distinct: str | None = None) -> list[Row]:
+        """The `own` ones of the next `count` rows. With `distinct`, values of that column differ where possible."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to continue exactly: plain values only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
+def own_share(batch_size: int, shard: Shard, name: str) -> slice:
+    """This process's part of a batch's rows; UserError where processes cannot share it evenly."""
+    if batch_size % shard.count:
+        raise UserError(f"{name}: batch_size {batch_size} does not divide among {shard.count} processes")
+    share = batch_size // shard.count
+    return slice(shard.index * share, (shard.index + 1) * share)
+
+
+class ShuffledRows:
+    """Rows of a data set that has numbers; each epoch a fresh permutation of those `kept` (None: all)."""
+
+    def __init__(self, found: Any, *, seed: int, name: str, kept: list[int] | None = None) -> None:
+        self._found, self._kept = found, kept
+        self._order = Order(len(found) if kept is None else len(kept), seed, name)
+        self._values: dict[str, Any] = {}
+
+    def take(self, count: int, own: slice, *, distinct: str | None = None) -> list[Row]:
+        """The `own` ones of the next `count` rows; only they are read."""
+        key = None if distinct is None else self._column(distinct)
+        numbers = [self._number(index) for index in self._order.take(count, key)[own]]
+        return [(number, self._found[number]) for number in numbers]
+
+    def _number(self, index: int) -> int:
+        return index if self._kept is None else self._kept[index]
+
+    def _column(self, name: str) -> Callable[[int], str]:
+        if name not in self._values:
+            self._values[name] = self._found[name]
+        return lambda index: str(self._values[name][self._number(index)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the data set was read."""
+        return {"position": self._order.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the kept position; UserError where the state is a stream's."""
+        if "position" not in state:
+            raise UserError("checkpoint: its data set was streamed, this recipe's is not; use the run's recipe")
+        self._order.position = int(state["position"])
+
+
+class StreamedRows:
+    """Rows of a stream, in windows of `window` rows whose order is shuffled (1: as they come); epochs never end.
+
+    `keep(number, row)` turns rows away (None: none); `passed_over` counts them. Continuing reads the last window again.
+    Each process reads the whole stream and takes its share, so that the batches do not depend on their number.
+    """
+
+    def __init__(
+        self, found: Any, *, window: int, seed: int, name: str, where: str, keep: Callable[[Row], bool] | None = None
+    ) -> None:
+        self._found, self._size, self._seed, self._name, self._where = found, window, seed, name, where
+        self._keep = keep
+        self.passed_over = 0
+        self._epoch, self._number = 0, 0
+        self._iterator = iter(found)
+        self._window: list[Row] = []
+        self._used = 0
+        self._mark = self._position()
+
+    def take(self, count: int, own: slice, *, distinct: str | None = None) -> list[Row]:
+        """The `own` ones of the next `count` rows."""
+        rows: list[Row] = []
+        seen: set[str] = set()
+        patience = PATIENCE * count
+        while len(rows) < count:
+            if self._used == len(self._window):
+                self._mark = self._position()
+                self._read_window()
+            row = self._window[self._used]
+            self._used += 1
+            if distinct is not None and patience > 0:
+                patience -= 1
+                value = str(row[1][distinct])
+                if value in seen:
+                    continue
+                seen.add(value)
+            rows.append(row)
+        return rows[own]
+
+    def _position(self) -> dict[str, Any]:
+        """Where the window that is read next begins; an epoch's beginning needs no state of the stream's."""
+        return {
+            "epoch": self._epoch,
+            "number": self._number,
+            "passed_over": self.passed_over,
+            "stream": self._found.state_dict() if self._number else None,
+        }
+
+    def _read_window(self) -> None:
+        self._window, self._used = [], 0
+        while not self._window:
+            epoch, number = self._epoch, self._number
+            self._window = self._read()
+            if not self._window and number == 0:
+                raise UserError(f"{self._where}: the stream has no rows that can be used; give another data set")
+        order = stream(self._seed, f"{self._name}/order", epoch, number).permutation(len(self._window))
+        self._window = [self._window[index] for index in order]
+
+    def _read(self) -> list[Row]:
+        """The next rows in the stream's order; fewer, or none, where an epoch ends."""
+        rows: list[Row] = []
+        while len(rows) < self._size:
+            try:
+                row = self._number, next(self._iterator)
+            except StopIteration:
+                self._begin(self._epoch + 1, 0, None)
+                break
+            self._number += 1
+            if self._keep is None or self._keep(row):
+                rows.append(row)
+            else:
+                self.passed_over += 1
+        return rows
+
+    def _begin(self, epoch: int, number: int, state: Mapping[str, Any] | None) -> None:
+        self._epoch, self._number = epoch, number
+        self._found.set_epoch(epoch)
+        if state is not None:
+            self._found.load_state_dict(dict(state))
+        self._iterator = iter(self._found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the window began in the stream, and how much of it was used."""
+        return {**self._mark, "used": self._used}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; UserError where the state is not a stream's."""
+        if "stream" not in state:
+            raise UserError("checkpoint: its data set was not streamed, this recipe's is; use the run's recipe")
+        self._mark = {key: value for key, value in state.items() if key != "used"}
+        self.passed_over, self._window, self._used = int(state["passed_over"]), [], 0
+        self._begin(int(state["epoch"]), int(state["number"]), state["stream"])
+        if state["used"]:
+            self._read_window()
+            self._used = int(state["used"])

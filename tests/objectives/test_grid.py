@@ -1,0 +1,70 @@
+"""The grid of images and prompts: who is held against whom, under which bank, and the same gradient in passes."""
+
+import pytest
+import torch
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import PairBatch
+from agsm_rl.objectives.grid import Groups, apart, group_columns
+
+
+@pytest.fixture
+def batch(policy):
+    latents = torch.randn(4, *policy.backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    return PairBatch(["a star", "a red circle", "two squares", "b"], torch.arange(4), latents)
+
+
+def test_each_image_is_held_against_its_own_group():
+    columns, own = group_columns(8, 4)
+    assert columns[5].tolist() == [4, 5, 6, 7]
+    assert own.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert torch.equal(columns[torch.arange(8), own], torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("others", "expected", "calls"),
+    [
+        ("negative", [[1, -1], [-1, 1], [1, -1], [-1, 1]], [("positive", 4), ("negative", 4)]),
+        ("positive", [[1, 1]] * 4, [("positive", 8)]),
+    ],
+)
+def test_own_prompts_are_predicted_with_the_positive_bank_and_others_with_the_one_asked_for(
+    policy, batch, others, expected, calls
+):
+    seen = []
+
+    def predict(x, t, c, *, bank):
+        seen.append((bank, len(x)))
+        return torch.full_like(x, 1.0 if bank == "positive" else -1.0)
+
+    found = Groups(2, None).grid(policy, batch).predict(predict, others=others)
+    assert found[:, :, 0, 0, 0].tolist() == expected
+    assert seen == calls
+
+
+def test_a_cell_is_the_prediction_of_its_image_under_its_prompt(policy, batch):
+    grid = Groups(2, None).grid(policy, batch)
+    found = grid.predict(policy.live)
+    for image, column in ((0, 1), (3, 1)):
+        bank = "positive" if column == grid.own[image] else "negative"
+        cond = policy.backbone.encode_text([batch.prompts[grid.columns[image, column]]])
+        alone = policy.live(grid.x_t[image : image + 1], grid.t[:1], cond, bank=bank)
+        torch.testing.assert_close(found[image, column], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_one_noise_level_is_shared_by_the_batch_and_by_its_passes(policy, batch):
+    groups = Groups(2, 1)
+    levels = [groups.grid(policy, part).t for part, _ in groups.split(batch)]
+    assert len(set(torch.cat(levels).tolist())) == 1
+
+
+def test_images_of_one_prompt_go_to_different_groups():
+    assert apart(["a", "a", "b", "b"]) == [0, 2, 1, 3]
+    assert apart(["a", "b", "c"]) == [0, 1, 2]
+
+
+def test_broken_groups_and_groups_of_one_are_refused(batch):
+    with pytest.raises(UserError, match="batch_size 4 is no multiple of group_size 3"):
+        Groups(3, None).split(batch)
+    with pytest.raises(UserError, match="group_size: got 1"):
+        Groups(1, None)

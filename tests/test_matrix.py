@@ -1,0 +1,144 @@
+"""What works with what: every objective × adapter × stack trains, and every pair that cannot work is refused.
+
+An objective or source that joins the registry must be given its line in SOURCE_OF or SOURCES.
+"""
+
+import copy
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from agsm_rl import registry
+from agsm_rl.build import build_trainer
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Recipe
+
+OBJECTIVES = sorted(registry.BUILTIN["objectives"])
+
+SOURCES = {
+    "pairs": {"dataset": "builtin:shapes", "batch_size": 4, "num_images": 16},
+    "preferences": {"dataset": "builtin:shapes-preferences", "batch_size": 4, "num_pairs": 16},
+    "rollouts": {
+        "prompts": "builtin:shapes-prompts",
+        "rewards": {"jpeg_incompressibility": 1.0},
+        "num_prompts": 4,
+        "images_per_prompt": 4,
+        "num_steps": 3,
+        "guidance": 1.0,
+    },
+}
+"""Source → options small enough for a test, with a batch that every objective and view takes."""
+
+SOURCE_OF = {
+    "agsm": "pairs",
+    "ddpo": "rollouts",
+    "diffusion_dpo": "preferences",
+    "score_matching": "pairs",
+    "softrepa": "pairs",
+}
+"""Objective → the source that it is trained from here."""
+
+ADAPTERS = {
+    "soft tokens": {"tokens": {"use": "soft_tokens", "num_tokens": 2}},
+    "LoRA": {"lora": {"use": "lora", "rank": 2}},
+    "both": {"tokens": {"use": "soft_tokens", "num_tokens": 2}, "lora": {"use": "lora", "rank": 2}},
+}
+
+
+@pytest.fixture
+def train_one_step(tiny_checkpoint):
+    """Train one step of the objectives over the adapters on the tiny base: the trainer, and the step's metrics."""
+
+    def train(objectives, adapters):
+        names = {SOURCE_OF[name] for name in objectives}
+        recipe = Recipe.from_data(
+            {
+                "steps": 1,
+                "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+                "adapters": copy.deepcopy(adapters),
+                "sources": {name: {"use": name, **SOURCES[name]} for name in names},
+                "objectives": [{"use": name, "source": SOURCE_OF[name]} for name in objectives],
+                "track": [],
+            }
+        )
+        trainer = build_trainer(recipe)
+        before = {name: value.detach().clone() for name, value in trainer.policy.parameters().items()}
+        metrics = trainer.run_step()
+        for name in objectives:
+            assert math.isfinite(metrics[f"{name}/loss"])
+            assert metrics[f"{name}/grad_norm"] > 0
+        changed = {
+            name.partition(".")[0]
+            for name, value in trainer.policy.parameters().items()
+            if not torch.equal(value, before[name])
+        }
+        assert changed == set(adapters)
+        assert all(torch.isfinite(value).all() for value in trainer.policy.parameters().values())
+        return metrics
+
+    return train
+
+
+def test_every_objective_and_source_has_its_line_here():
+    assert sorted(SOURCE_OF) == OBJECTIVES
+    assert sorted(SOURCES) == sorted(registry.BUILTIN["sources"])
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_every_kind_of_adapter(train_one_step, objective, adapters):
+    train_one_step([objective], ADAPTERS[adapters])
+
+
+@pytest.mark.parametrize(("first", "second"), combinations(OBJECTIVES, 2))
+def test_every_two_objectives_train_as_a_stack(train_one_step, first, second):
+    metrics = train_one_step([first, second], ADAPTERS["both"])
+    assert -1 <= metrics[f"cosine/{first}/{second}"] <= 1
+    assert metrics["loss"] == pytest.approx(metrics[f"{first}/loss"] + metrics[f"{second}/loss"], rel=1e-6, abs=1e-6)
+
+
+def load(kind, name):
+    return registry.load(kind, name, where=name)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("source", sorted(SOURCES))
+@pytest.mark.parametrize("view", [None, *sorted(registry.BUILTIN["views"])])
+def test_a_recipe_is_read_where_the_batches_fit_and_refused_with_the_reason_where_not(objective, source, view):
+    term = {"use": objective, "source": {"use": source, **SOURCES[source]}}
+    content = {
+        "steps": 1,
+        "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
+        "adapters": {"lora": {"use": "lora"}},
+        "objectives": [term if view is None else term | {"view": {"use": view}}],
+    }
+    gives, giver = load("sources", source).gives, source
+    refusals = []
+    if view is not None:
+        seen = load("views", view)
+        if not issubclass(gives, seen.consumes):
+            refusals.append(
+                f"'{view}' learns from a {seen.consumes.__name__}, but '{giver}' gives a {gives.__name__}; "
+            )
+        gives, giver = seen.gives, view
+    consumes = load("objectives", objective).consumes
+    if not issubclass(gives, consumes):
+        refusals.append(f"'{objective}' learns from a {consumes.__name__}, but '{giver}' gives a {gives.__name__}; ")
+    if not refusals:
+        assert Recipe.from_data(content).objectives[0].use == objective
+        return
+    with pytest.raises(UserError, match=rf"recipe: objectives\[0\]\.(source|view): {refusals[0]}.*work"):
+        Recipe.from_data(content)
+
+
+def test_a_refusal_names_the_sources_and_the_views_that_work():
+    content = {
+        "steps": 1,
+        "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
+        "adapters": {"lora": {"use": "lora"}},
+        "objectives": [{"use": "diffusion_dpo", "source": {"use": "rollouts", **SOURCES["rollouts"]}}],
+    }
+    with pytest.raises(UserError, match="sources that work: preferences; views .*: best_against_worst of rollouts"):
+        Recipe.from_data(content)
