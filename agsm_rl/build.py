@@ -65,6 +65,9 @@ def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
             if isinstance(block.source, str)
             else parts.construct("sources", *source_of(recipe, index), seed=recipe.seed)
         )
+        view = None
+        if block.view is not None:
+            view = parts.construct("views", block.view, f"{place}.view", seed=recipe.seed)
         terms.append(
             Term(
                 parts.construct("objectives", block, place, seed=recipe.seed),
@@ -75,7 +78,7 @@ def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
                 t=block.t,
                 trains=block.trains,
                 source_name=block.source if isinstance(block.source, str) else None,
-                view=block.view and parts.construct("views", block.view, f"{place}.view", seed=recipe.seed),
+                view=view,
             )
         )
     return terms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Batch, Reward, RewardedBatch, RolloutBatch, Shard
+from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, guided
@@ -33,7 +33,7 @@ class Rollouts:
     prompt has fewer than `min_history`), clipped to ± `advantage_clip`.
     """
 
-    gives: type[Batch] = RolloutBatch
+    gives: type[RewardedBatch] = RolloutBatch
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Rollouts:
         own = [prompts[row] for row in rows.tolist()]
         rewards = self._score(policy, trajectory[:, -1], own)
         advantages = self._advantages(self._shard.gather(rewards).cpu(), prompts)[rows].to(rewards.device)
-        found = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
+        found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
         found |= {"rewards": rewards, "advantages": advantages}
         if self.eta == 0:
             return RewardedBatch(**found)
