@@ -6,7 +6,7 @@ GenEval's metadata form (arXiv 2310.11513), so that the same checker idea serves
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -279,14 +279,19 @@ def _name(group: Group) -> str:
 def misdescribe(requirement: Requirement, rng: np.random.Generator) -> str:
     """A careless caption: wrong in its tag's typical way, vague, or right by luck.
 
-    The errors are biased as people's are: one object too few, left and right confused, colours swapped, one colour or
-    shape taken for a certain other.
+    The errors are biased as people's are: one object too few, left and right confused, colours swapped, one shape taken
+    for a certain other; and who errs takes each colour for a certain other, too. Colours are what a denoiser learns
+    first, so that a caption's reliability can matter to it early.
     """
     if rng.random() < VAGUE_SHARE:
         return str(rng.choice(VAGUE))
     if rng.random() >= CARELESS_ERROR[requirement.tag]:
         return describe(requirement, rng)
-    return describe(wrong_requirement(requirement), rng)
+    wrong = wrong_requirement(requirement)
+    if wrong.tag != "colors":  # its colour is wrong already
+        groups = tuple(replace(group, color=MISTAKEN_COLOR.get(group.color or "")) for group in wrong.groups)
+        wrong = replace(wrong, groups=groups)
+    return describe(wrong, rng)
 
 
 def wrong_requirement(requirement: Requirement) -> Requirement:
