@@ -1,6 +1,7 @@
 """Scripts written for TRL 0.11 run after changing their import."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -216,12 +217,35 @@ def test_a_reward_function_that_returns_nonsense_is_told_so(make_trainer, return
         ({"sample_eta": 0.0}, "sample_eta: got 0.0"),
         ({"mixed_precision": "fp8"}, "'fp8' is not supported; allowed: no, bf16, fp16"),
         ({"resume_from": "nowhere"}, "resume_from: there is no checkpoint at nowhere"),
-        ({"train_use_8bit_adam": True}, "train_use_8bit_adam: it needs bitsandbytes"),
     ],
 )
 def test_impossible_options_are_refused(make_trainer, options, message):
     with pytest.raises(UserError, match=message):
         make_trainer(**options)
+
+
+def test_8_bit_adam_says_what_to_install(make_trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="train_use_8bit_adam: it needs bitsandbytes; run `pip install bitsandbytes`"):
+        make_trainer(train_use_8bit_adam=True)
+
+
+def test_fp16_becomes_float32_on_a_cpu_with_a_warning(make_trainer, caplog):
+    trainer = make_trainer(mixed_precision="fp16", accelerator_kwargs={"cpu": True})
+    assert trainer.accelerator.mixed_precision == "no"
+    assert "mixed_precision 'fp16' becomes 'no'" in caplog.text
+
+
+def test_frozen_weights_are_cast_and_trained_ones_are_not(tiny_checkpoint):
+    policy = DefaultDDPOStableDiffusionPipeline(str(tiny_checkpoint)).prepare(
+        torch.device("cpu"), torch.bfloat16, seed=0
+    )
+    trained = {id(parameter) for parameter in policy.parameters().values()}
+    assert {parameter.dtype for parameter in policy.parameters().values()} == {torch.float32}
+    frozen = [one for one in policy.backbone.denoiser.parameters() if id(one) not in trained]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in policy.backbone.pipeline.vae.parameters()} == {torch.bfloat16}
 
 
 def test_a_pipeline_belongs_to_one_trainer(make_config, tiny_checkpoint):

@@ -61,8 +61,9 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         denoiser = self._backbone.denoiser
         for module in self.sd_pipeline.components.values():
             if isinstance(module, nn.Module):
-                trained = module is denoiser and not self.use_lora
-                module.to(device, torch.float32 if trained else dtype)
+                module.to(device)
+                if dtype != torch.float32 and (self.use_lora or module is not denoiser):
+                    module.to(dtype)
         self._backbone = backbone_of(self.sd_pipeline)
         self.policy = Policy(self._backbone, {"lora" if self.use_lora else "denoiser": adapter}, ema_decay=0.0)
         if self._found is not None:

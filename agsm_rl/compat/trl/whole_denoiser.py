@@ -1,7 +1,7 @@
 """All of a denoiser's weights as an adapter: what TRL trains without LoRA."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Self
 
 import torch
@@ -59,6 +59,10 @@ class WholeDenoiser:
             yield
         finally:
             self._switch(previous)
+
+    def recall(self) -> AbstractContextManager[None]:
+        """A context, to be entered later, with the weights of now."""
+        return self.using(self.bank)
 
     def _switch(self, bank: Bank | None) -> None:
         if (bank is None) != (self.bank is None):
