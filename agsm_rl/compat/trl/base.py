@@ -22,6 +22,13 @@ Config = TypeVar("Config", bound=TrainerConfig)
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 PromptFunction = Callable[[], tuple[str, Any]]
 ImageHook = Callable[[Any, int, Any], Any]
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A text-to-image model whose images were rewarded in training, by agsm-rl. The folder holds the pipeline and, if a LoRA
+was trained, `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights` takes. `config.json` holds the options.
+"""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,7 +44,15 @@ class NoTracker:
         """Nothing is kept."""
 
 
-class BaseTrainer(ModelHubMixin, ABC, Generic[Config]):  # type: ignore[misc]
+class BaseTrainer(  # type: ignore[misc]
+    ModelHubMixin,
+    ABC,
+    Generic[Config],
+    model_card_template=MODEL_CARD,
+    library_name="diffusers",
+    pipeline_tag="text-to-image",
+    tags=["agsm-rl"],
+):
     """Epochs of drawing and learning. `push_to_hub` comes from huggingface_hub, as in TRL.
 
     Raises UserError when the options cannot go together, or checkpoints of another run are in the way.
