@@ -134,7 +134,7 @@ class Rollouts:
         own = [prompts[row] for row in rows.tolist()]
         rewards = self._score(policy, trajectory[:, -1], own)
         advantages = self._advantages(self._shard.gather(rewards).cpu(), prompts)[rows].to(rewards.device)
-        found = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
+        found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
         found |= {"rewards": rewards, "advantages": advantages}
         if self.eta == 0:
             return RewardedBatch(**found)

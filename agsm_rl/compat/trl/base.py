@@ -44,7 +44,7 @@ class NoTracker:
         """Nothing is kept."""
 
 
-class BaseTrainer(  # type: ignore[misc]
+class BaseTrainer(
     ModelHubMixin,
     ABC,
     Generic[Config],

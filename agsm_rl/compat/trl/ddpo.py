@@ -122,9 +122,11 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
         count = config.sample_batch_size * config.sample_num_batches_per_epoch
         rows = torch.arange(count) + count * self.accelerator.process_index
         draw = Draw(config.seed, NAME, epoch)
-        paths, log_probs, image_data = [], [], []
+        paths: list[Tensor] = []
+        log_probs: list[Tensor] = []
+        image_data: list[list[Any]] = []
         for part in rows.split(config.sample_batch_size):
-            prompts, metadata = zip(*(self.prompt_fn() for _ in part), strict=True)
+            prompts, metadata = zip(*(self.prompt_fn() for _ in range(len(part))), strict=True)
             with self.accelerator.autocast():
                 path, log_prob = draw_trajectories(
                     self.policy,
@@ -180,7 +182,7 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
         rows = torch.from_numpy(order.permutation(len(rollouts)))
         for part in rows.split(config.train_batch_size * config.train_gradient_accumulation_steps):
             steps = sorted(order.choice(config.sample_num_steps, config.num_train_timesteps, replace=False).tolist())
-            self._rollouts.batch = replace(rollouts.select(part.to(rollouts.trajectory.device)), steps=tuple(steps))
+            self._rollouts.batch = replace(rollouts.select(part), steps=tuple(steps))
             figures = self._trainer.run_step()
             logged: dict[str, Any] = {
                 "approx_kl": figures["trl/approximate_kl"],
