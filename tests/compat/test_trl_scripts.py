@@ -1,11 +1,13 @@
 """Scripts written for TRL 0.11 run after changing their import."""
 
 import random
+import shutil
 import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import HfArgumentParser
 
 from agsm_rl.compat.trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
@@ -263,3 +265,26 @@ def test_a_pipeline_of_one_s_own_is_refused_with_what_works(make_config):
 def test_a_pipeline_that_is_not_there_is_named():
     with pytest.raises(UserError, match="pretrained_model_name: '/nowhere/sd' cannot be loaded"):
         DefaultDDPOStableDiffusionPipeline("/nowhere/sd")
+
+
+def test_a_folder_that_trl_saved_is_refused_because_its_base_cannot_be_read_back(tiny_checkpoint, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    pipeline.save_pretrained(tmp_path / "from_trl")
+    with pytest.raises(UserError, match="saved with LoRA layers inside, .* copy of the original base's folder"):
+        DefaultDDPOStableDiffusionPipeline(str(tmp_path / "from_trl"))
+
+
+def test_a_lora_that_diffusers_wrote_is_trained_on(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
+    pipeline.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q"], init_lora_weights=False))
+    weights = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(folder, unet_lora_layers=weights)
+    policy = DefaultDDPOStableDiffusionPipeline(str(folder), use_lora=False).prepare(
+        torch.device("cpu"), torch.float32, seed=0
+    )
+    found = {name.removeprefix("lora.positive."): value for name, value in policy.parameters().items()}
+    assert found.keys() == {name.removesuffix(".weight") for name in weights}
+    assert all(torch.equal(found[name.removesuffix(".weight")], value) for name, value in weights.items())

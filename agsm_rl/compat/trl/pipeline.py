@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.adapters.lora import LoRA
@@ -123,6 +123,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
 
 def _load(source: str, revision: str) -> Any:
     where = f"pretrained_model_name: '{source}'"
+    _refuse_injected(Path(source), where)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True}  # a pickled checkpoint could run code
     try:
         kind = DiffusionPipeline.load_config(source, revision=revision)
@@ -134,6 +135,18 @@ def _load(source: str, revision: str) -> Any:
             f"{where} cannot be loaded: {error}\nGive an existing pipeline folder, a hub id (owner/name), or "
             "builtin:shapes-sd15."
         ) from error
+
+
+def _refuse_injected(folder: Path, where: str) -> None:
+    """TRL's `save_pretrained` writes LoRA's layers into the U-Net; diffusers would draw what it misses at random."""
+    for file in folder.glob("unet/*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            injected = any(".base_layer." in name for name in content.keys())  # noqa: SIM118 — not a dict
+        if injected:
+            raise UserError(
+                f"{where}: its U-Net was saved with LoRA layers inside, which cannot be read back as a base. Put its "
+                f"{LORA_FILE} into a copy of the original base's folder, and give that"
+            )
 
 
 def _load_lora(
