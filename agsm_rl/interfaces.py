@@ -208,8 +208,10 @@ class RolloutBatch(RewardedBatch):
     steps: tuple[int, ...]
     guidance: float
     eta: float
+    negative_prompt: str = ""
+    """What guidance leads away from."""
 
-    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta")
+    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt")
 
 
 class Source(Protocol):

@@ -88,7 +88,7 @@ def step_log_prob(policy: Policy, batch: RolloutBatch, k: int) -> Tensor:
     """log π of the rollouts' step k under the live policy, [B]."""
     backbone = policy.backbone
     sampler = backbone.sampler(batch.num_steps)
-    cond, uncond = backbone.encode_text(batch.prompts), backbone.encode_text([""])
+    cond, uncond = backbone.encode_text(batch.prompts), backbone.encode_text([batch.negative_prompt])
     x_t, x_next = batch.trajectory[:, k], batch.trajectory[:, k + 1]
     t = sampler.t[k].to(x_t.device).expand(len(batch))
     prediction = guided(policy.live, x_t, t, cond, uncond, batch.guidance)

@@ -15,6 +15,7 @@ from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, guided
+from agsm_rl.sources.advantages import normalised_by_prompt
 from agsm_rl.sources.order import Order
 
 BUILTIN_PROMPTS = "builtin:shapes-prompts"
@@ -159,16 +160,10 @@ class Rollouts:
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """DDPO's per-prompt normalisation over the rewards of all processes, [N] in the order of `prompts`."""
-        mean, std = float(rewards.mean()), float(rewards.std(correction=0))
-        self._metrics["zero_variance"] = float(std == 0)
-        for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
-            self._histories.setdefault(prompt, deque(maxlen=self.history)).append(reward)
-        advantages = torch.empty_like(rewards)
-        for index, prompt in enumerate(prompts):
-            past = torch.tensor(list(self._histories[prompt]))
-            known = len(past) >= self.min_history
-            center, spread = (float(past.mean()), float(past.std(correction=0))) if known else (mean, std)
-            advantages[index] = (rewards[index] - center) / (spread + 1e-6)
+        self._metrics["zero_variance"] = float(rewards.std(correction=0) == 0)
+        advantages = normalised_by_prompt(
+            rewards, prompts, self._histories, history=self.history, min_history=self.min_history
+        )
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def metrics(self) -> dict[str, float]:
@@ -214,6 +209,7 @@ def draw_trajectories(
     num_steps: int,
     guidance: float,
     eta: float,
+    negative_prompt: str = "",
     keep_path: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
@@ -222,7 +218,7 @@ def draw_trajectories(
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
-    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([""])
+    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
     for k in range(num_steps):

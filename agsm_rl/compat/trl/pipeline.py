@@ -1,0 +1,171 @@
+"""TRL's pipeline object: a diffusers pipeline, loaded by name, and what a trainer trains on it."""
+
+import copy
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.attachment import LORA_FILE, save_adapters
+from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones.stable_diffusion import find_checkpoint
+from agsm_rl.compat.trl.whole_denoiser import WholeDenoiser
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Adapter, Backbone
+from agsm_rl.policy import Policy
+
+RANK = 4
+"""TRL's LoRA: rank and alpha 4, on the attention projections."""
+
+
+class DDPOStableDiffusionPipeline:
+    """The base of TRL's pipelines, for imports and annotations; trainers take `DefaultDDPOStableDiffusionPipeline`."""
+
+
+class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
+    """`pretrained_model_name`: a hub id, a pipeline folder or `builtin:…`, of any kind that our backbones support.
+
+    `use_lora`: train a LoRA of rank 4; otherwise the whole denoiser. A `pytorch_lora_weights.safetensors` beside the
+    pipeline is trained on (as with TRL, `use_lora` is then true). Weights are read from safetensors only. The diffusers
+    pipeline is `sd_pipeline`; it draws with what was trained.
+    Raises UserError when the pipeline cannot be loaded or is of an unsupported kind.
+    """
+
+    def __init__(
+        self, pretrained_model_name: str, *, pretrained_model_revision: str = "main", use_lora: bool = True
+    ) -> None:
+        self.pretrained_model, self.pretrained_revision = pretrained_model_name, pretrained_model_revision
+        source = find_checkpoint(pretrained_model_name)
+        self.sd_pipeline: Any = _load(source, pretrained_model_revision)
+        self._backbone: Backbone = backbone_of(self.sd_pipeline)
+        found = _load_lora(self.sd_pipeline, self._backbone.denoiser, source, pretrained_model_revision)
+        self.use_lora = use_lora or found is not None
+        self.policy: Policy | None = None
+        """What a trainer trains, from its construction on."""
+        self._found = found
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, *, seed: int) -> Policy:
+        """Move the pipeline to `device`, its frozen weights cast to `dtype`, and attach what is trained (float32)."""
+        if self.policy is not None:
+            raise UserError("this pipeline belongs to another trainer already; load it once more for this one")
+        adapter: Adapter = LoRA(rank=RANK, alpha=RANK, seed=seed) if self.use_lora else WholeDenoiser()
+        if self._found is not None:
+            adapter = LoRA(**self._found[0], seed=seed)
+        denoiser = self._backbone.denoiser
+        for module in self.sd_pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.to(device)
+                if dtype != torch.float32 and (self.use_lora or module is not denoiser):
+                    module.to(dtype)
+        self._backbone = backbone_of(self.sd_pipeline)
+        self.policy = Policy(self._backbone, {"lora" if self.use_lora else "denoiser": adapter}, ema_decay=0.0)
+        if self._found is not None:
+            adapter.load_export(self._found[1], {})
+            self.policy.update_ema()
+        return self.policy
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser (a transformer in SD3)."""
+        return self._backbone.denoiser
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self.sd_pipeline.vae
+
+    @property
+    def tokenizer(self) -> Any:
+        """The (first) tokenizer."""
+        return self.sd_pipeline.tokenizer
+
+    @property
+    def text_encoder(self) -> Any:
+        """The (first) text encoder."""
+        return self.sd_pipeline.text_encoder
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler; images for training are drawn with the backbone's sampler instead."""
+        return self.sd_pipeline.scheduler
+
+    def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
+        """Of `sd_pipeline`; training has no bar."""
+        self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
+
+    def save_lora(self, output_dir: str | os.PathLike[str]) -> None:
+        """`pytorch_lora_weights.safetensors`, as `load_lora_weights(output_dir)` takes it; nothing without a LoRA."""
+        if self.policy is not None and self.use_lora:
+            save_adapters(self.policy.adapters, output_dir, metadata={"checkpoint": self.pretrained_model})
+
+    def save_pretrained(self, output_dir: str | os.PathLike[str]) -> None:
+        """The whole pipeline, its weights without the LoRA, and the LoRA beside it."""
+        self.save_lora(output_dir)
+        denoiser: Any = self.unet
+        name = _denoiser_name(self.sd_pipeline, denoiser)
+        plain: Any = denoiser
+        if self.policy is not None and self.use_lora:
+            plain = copy.deepcopy(denoiser)
+            plain.unload_lora()
+        try:
+            setattr(self.sd_pipeline, name, plain)
+            self.sd_pipeline.save_pretrained(output_dir)
+        finally:
+            setattr(self.sd_pipeline, name, denoiser)
+
+
+def _load(source: str, revision: str) -> Any:
+    where = f"pretrained_model_name: '{source}'"
+    _refuse_injected(Path(source), where)
+    options: dict[str, Any] = {"revision": revision, "use_safetensors": True}  # a pickled checkpoint could run code
+    try:
+        kind = DiffusionPipeline.load_config(source, revision=revision)
+        if "safety_checker" in kind:
+            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{where} cannot be loaded: {error}\nGive an existing pipeline folder, a hub id (owner/name), or "
+            "builtin:shapes-sd15."
+        ) from error
+
+
+def _refuse_injected(folder: Path, where: str) -> None:
+    """TRL's `save_pretrained` writes LoRA's layers into the U-Net; diffusers would draw what it misses at random."""
+    for file in folder.glob("unet/*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            injected = any(".base_layer." in name for name in content.keys())  # noqa: SIM118 — not a dict
+        if injected:
+            raise UserError(
+                f"{where}: its U-Net was saved with LoRA layers inside, which cannot be read back as a base. Put its "
+                f"{LORA_FILE} into a copy of the original base's folder, and give that"
+            )
+
+
+def _load_lora(
+    pipeline: Any, denoiser: Any, source: str, revision: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """The options and weights of the LoRA that lies beside the pipeline's weights, in any form that diffusers reads."""
+    if Path(source).is_dir() and not (Path(source) / LORA_FILE).is_file():
+        return None
+    with suppress(OSError):
+        pipeline.load_lora_weights(source, weight_name=LORA_FILE, revision=revision)
+    if not getattr(denoiser, "peft_config", None):
+        return None
+    name, config = next(iter(denoiser.peft_config.items()))
+    state = get_peft_model_state_dict(denoiser, adapter_name=name)
+    part = _denoiser_name(pipeline, denoiser)
+    weights = {f"{part}.{key}": value.detach().cpu().clone() for key, value in state.items()}
+    pipeline.unload_lora_weights()
+    return {"rank": config.r, "alpha": config.lora_alpha, "target_modules": tuple(config.target_modules)}, weights
+
+
+def _denoiser_name(pipeline: Any, denoiser: nn.Module) -> str:
+    return "unet" if getattr(pipeline, "unet", None) is denoiser else "transformer"

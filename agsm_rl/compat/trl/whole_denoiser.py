@@ -1,0 +1,89 @@
+"""All of a denoiser's weights as an adapter: what TRL trains without LoRA."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Backbone, Bank
+
+
+class WholeDenoiser:
+    """The denoiser's own weights, trained in place. A copy of the base's stays in CPU memory for switching off."""
+
+    kind: ClassVar[str] = "whole_denoiser"
+
+    def __init__(self) -> None:
+        self.bank: Bank | None = None
+        self._backbone: Backbone | None = None
+        self._base: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
+        """An adapter to be attached and then given the export."""
+        return cls()
+
+    def attach(self, backbone: Backbone) -> None:
+        """Keep the base's weights and make the denoiser's trainable."""
+        if self._backbone is not None:
+            raise RuntimeError("this adapter is attached already; detach it first")
+        self._backbone = backbone
+        self._base = {name: value.detach().cpu().clone() for name, value in self.named_parameters()}
+        backbone.denoiser.requires_grad_(True)
+        self.bank = "positive"
+        backbone.adapters.append(self)
+
+    def detach(self) -> None:
+        """Put the base's weights back and freeze them."""
+        if self._backbone is None:
+            return
+        self.load_export(self._base, {})
+        self._backbone.denoiser.requires_grad_(False)
+        self._backbone.adapters.remove(self)
+        self._backbone, self._base, self.bank = None, {}, None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The denoiser's parameters under their own names."""
+        assert self._backbone is not None
+        yield from self._backbone.denoiser.named_parameters()
+
+    @contextmanager
+    def using(self, bank: Bank | None) -> Iterator[None]:
+        """Within the block, the trained weights (either bank), or for None the base's."""
+        previous = self.bank
+        self._switch(bank)
+        try:
+            yield
+        finally:
+            self._switch(previous)
+
+    def recall(self) -> AbstractContextManager[None]:
+        """A context, to be entered later, with the weights of now."""
+        return self.using(self.bank)
+
+    def _switch(self, bank: Bank | None) -> None:
+        if (bank is None) != (self.bank is None):
+            torch.clear_autocast_cache()
+            for name, parameter in self.named_parameters():
+                other = self._base[name].to(parameter)
+                self._base[name], parameter.data = parameter.data.cpu(), other
+        self.bank = bank
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All weights, under their own names."""
+        assert self._backbone is not None
+        tensors = {name: value.detach().cpu().clone() for name, value in self.named_parameters()}
+        return tensors, {"kind": self.kind, "base": self._backbone.name}
+
+    def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Fill the weights; UserError if they are another network's."""
+        places = dict(self.named_parameters())
+        if {name: value.shape for name, value in places.items()} != {
+            key: value.shape for key, value in tensors.items()
+        }:
+            raise UserError("the file's weights are those of another denoiser")
+        for name, parameter in places.items():
+            parameter.data.copy_(tensors[name])

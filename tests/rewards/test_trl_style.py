@@ -1,0 +1,94 @@
+"""Reward functions written for today's TRL are rewards here, from Python and from a recipe."""
+
+import pytest
+import torch
+from agsm_rl_rewards.jpeg import JpegCompressibility
+from agsm_rl_rewards.trl_style import TRLReward
+from PIL import Image
+
+from agsm_rl.build import build_trainer
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Recipe
+
+
+def test_prompts_and_pil_images_go_in_by_keyword_and_scores_come_out():
+    seen = {}
+
+    def length_and_redness(completions, prompts, **columns):
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return [
+            len(prompt) + image.getpixel((0, 0))[0] / 255 for prompt, image in zip(prompts, completions, strict=True)
+        ]
+
+    images = torch.zeros(2, 3, 4, 6)
+    images[1, 0] = 1.0
+    reward = TRLReward(length_and_redness)
+    assert reward(images, ["a", "bcd"]).tolist() == [1.0, 4.0]
+    assert reward.name == "length_and_redness"
+    assert all(isinstance(image, Image.Image) and image.size == (6, 4) for image in seen["completions"])
+    assert seen["columns"] == {}
+
+
+def test_columns_come_as_lists_with_a_value_an_image():
+    def counted(prompts, completions, number, **_):
+        return [float(value) for value in number]
+
+    reward = TRLReward(counted, columns={"three stars": {"number": 3}, "a star": {"number": 1}})
+    assert reward(torch.zeros(3, 3, 2, 2), ["a star", "three stars", "a star"]).tolist() == [1, 3, 1]
+    with pytest.raises(UserError, match="reward 'counted': columns have no 'number' for the prompt 'two stars'"):
+        reward(torch.zeros(1, 3, 2, 2), ["two stars"])
+
+
+def test_a_function_that_wants_more_is_refused_at_once():
+    def answered(prompts, completions, answer):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(UserError, match="reward 'answered': it cannot be called with .*'answer'.*columns="):
+        TRLReward(answered)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(0.5, "returned float, but a list of scores"), ([1.0, None], r"gave no score \(None\) for the prompt 'b'")],
+)
+def test_nonsense_is_named(returned, message):
+    def odd(prompts, completions):
+        return returned
+
+    with pytest.raises(UserError, match=f"reward 'odd': it {message}"):
+        TRLReward(odd)(torch.zeros(2, 3, 2, 2), ["a", "b"])
+
+
+@pytest.fixture
+def recipe_data(tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def wide(completions, **kwargs): return [float(i.width) for i in completions]"
+    )
+    monkeypatch.chdir(tmp_path)
+    rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"my_rewards:wide": 2.0}}
+    rollouts |= {"num_prompts": 1, "images_per_prompt": 2, "num_steps": 2, "guidance": 1.0}
+    return {
+        "steps": 1,
+        "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+        "adapters": {"lora": {"use": "lora", "rank": 2}},
+        "objectives": [{"use": "ddpo", "source": rollouts}],
+    }
+
+
+def test_a_recipe_names_the_function_that_the_command_line_allows(recipe_data):
+    recipe = Recipe.from_data(recipe_data, allow_imports=["my_rewards"])
+    metrics = build_trainer(recipe, allow_imports=["my_rewards"]).run_step()
+    assert metrics["ddpo/reward/wide"] == 16
+    assert metrics["ddpo/reward"] == 32
+
+
+def test_without_permission_nothing_is_imported(recipe_data):
+    with pytest.raises(UserError, match="--allow-import my_rewards"):
+        Recipe.from_data(recipe_data)
+
+
+def test_a_reward_of_ours_is_not_taken_for_one():
+    from agsm_rl_rewards.trl_style import is_trl_style
+
+    assert not is_trl_style(JpegCompressibility)
+    assert not is_trl_style(JpegCompressibility())
