@@ -53,6 +53,8 @@ def train(
         accelerator.wait_for_everyone()
         if resume:
             _continue(trainer, folder, console if main else None)
+        if main and accelerator.num_processes > 1:
+            console.print(f"{accelerator.num_processes} processes", highlight=False)
         _start_trackers(accelerator, recipe)
         _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
         return folder.path

@@ -1,6 +1,7 @@
 """Whole runs as a user starts them: killed and continued, and on two processes instead of one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,16 +86,10 @@ def metrics_of_partial(folder):
 
 def test_two_processes_with_half_the_batch_each_equal_one_process_with_all_of_it(recipe, tmp_path):
     subprocess.run(command(recipe, tmp_path / "one"), check=True, capture_output=True)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run([*launch, *command(recipe, tmp_path / "two")[1:]], check=True, capture_output=True, timeout=600)
+    # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = [*launch, *command(recipe, tmp_path / "two")[1:]]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(two, check=True, capture_output=True, timeout=600, env=environment)
+    assert b"2 processes" in done.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two", 2e-4)

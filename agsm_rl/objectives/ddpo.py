@@ -25,7 +25,7 @@ def clipped_policy_loss(
     All of one shape, or broadcasting to it; gradient through `log_prob` alone. `clip_range` > 0; it is tiny
     (published: 1e-4) because log-probabilities are means over latent elements.
 
-    Metrics: `ratio` (mean), `ratio_deviation` (largest |ρ - 1|), `clip_fraction`, `approximate_kl` = mean ½(log ρ)².
+    Metrics: `ratio` (mean), `ratio_deviation` (mean |ρ - 1|), `clip_fraction`, `approximate_kl` = mean ½(log ρ)².
     """
     old_log_prob, advantages = old_log_prob.detach(), advantages.detach()
     difference = log_prob - old_log_prob
@@ -36,7 +36,7 @@ def clipped_policy_loss(
     off = (ratio.detach() - 1).abs()
     return loss, {
         "ratio": ratio.detach().mean(),
-        "ratio_deviation": off.max(),
+        "ratio_deviation": off.mean(),
         "clip_fraction": (off > clip_range).float().mean(),
         "approximate_kl": 0.5 * (difference.detach() ** 2).mean(),
     }
