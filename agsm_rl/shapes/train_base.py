@@ -4,8 +4,9 @@ Three stages, as Stable Diffusion was made: an autoencoder; a CLIP text encoder,
 a denoiser, trained on captions that are careful, plain and careless (world.web_caption). Each stage is seeded, writes
 its log to WORK_DIR, and goes on from its newest checkpoint when started again.
 
-The text encoder never learns what a reliability cue means (during its own training cues are drawn at random), and cues
-stand last in a causal encoder. Only the denoiser's cross-attention can react to them, which is where soft tokens act.
+The text encoder never learns what a reliability cue means (during its own training cues are drawn at random), but every
+word stays readable at its own place, and padding says nothing. What the denoiser makes of a cue therefore comes in
+through the cue's own token, and soft tokens, which cannot change other tokens, can do the same.
 """
 
 import json
@@ -43,7 +44,7 @@ class Settings:
     scenes: int = 60_000
     vae_steps: int = 2_500
     text_steps: int = 2_500
-    denoiser_steps: int = 15_000
+    denoiser_steps: int = 13_000
     batch_size: int = 32
     seed: int = 0
 
@@ -205,7 +206,7 @@ def contrasting_scenes(settings: Settings, count: int) -> list[world.Scene]:
 
 
 def train_text_encoder(settings: Settings, work: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are random, so they mean nothing."""
+    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are random, so they mean nothing yet."""
     torch.manual_seed(settings.seed + 2)
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(
