@@ -206,7 +206,7 @@ def contrasting_scenes(settings: Settings, count: int) -> list[world.Scene]:
 
 
 def train_text_encoder(settings: Settings, work: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are random, so they mean nothing yet."""
+    """CLIP's contrastive objective (arXiv 2103.00020) with hard negatives; cues are random and mean nothing yet."""
     torch.manual_seed(settings.seed + 2)
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(
