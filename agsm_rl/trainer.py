@@ -235,6 +235,7 @@ class Trainer:
             "step": self.step,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "parameters": list(self.parameters),
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
         }
 
@@ -246,6 +247,11 @@ class Trainer:
                 f"checkpoint: it was made with sources of {got}, this recipe has {wanted}; use the run's recipe"
             )
         self.policy.load_state_dict(state["policy"])
+        if state["parameters"] != list(self.parameters):
+            raise UserError(
+                "checkpoint: its adapters stand in another order than the recipe's, by which the optimiser keeps them; "
+                "use the run's recipe"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])

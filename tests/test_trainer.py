@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
 
 
@@ -88,6 +91,17 @@ def test_resuming_from_a_state_equals_the_uninterrupted_run(make_policy, make_te
     assert rest == log[stop_at:]
     assert same(parameters_of(whole), parameters_of(resumed_policy))
     assert same(whole.state_dict()["ema"], resumed_policy.state_dict()["ema"])
+
+
+def test_a_checkpoint_of_reordered_adapters_is_refused(make_backbone, make_pairs):
+    def trainer(*names):
+        made = {"tokens": SoftTokens(num_tokens=2), "lora": LoRA(rank=2, banks=2)}
+        policy = Policy(make_backbone(), {name: made[name] for name in names})
+        return Trainer(policy, [Term(AGSM(), make_pairs())], steps=1)
+
+    state = trainer("tokens", "lora").state_dict()
+    with pytest.raises(UserError, match="another order than the recipe's"):
+        trainer("lora", "tokens").load_state_dict(state)
 
 
 def test_a_term_trains_only_the_adapters_it_names(make_policy, make_pairs):
