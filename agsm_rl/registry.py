@@ -22,7 +22,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "objectives": {
         "agsm": "agsm_rl.objectives.agsm:AGSM",
         "ddpo": "agsm_rl.objectives.ddpo:DDPO",
+        "anchor": "agsm_rl.objectives.anchor:Anchor",
         "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
+        "diffusion_nft": "agsm_rl.objectives.diffusion_nft:DiffusionNFT",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },

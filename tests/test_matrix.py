@@ -33,8 +33,10 @@ SOURCES = {
 
 SOURCE_OF = {
     "agsm": "pairs",
+    "anchor": "pairs",
     "ddpo": "rollouts",
     "diffusion_dpo": "preferences",
+    "diffusion_nft": "rollouts",
     "score_matching": "pairs",
     "softrepa": "pairs",
 }
@@ -64,6 +66,9 @@ def train_one_step(tiny_checkpoint):
             }
         )
         trainer = build_trainer(recipe)
+        with torch.no_grad():
+            for value in trainer.policy.parameters().values():
+                value += 0.02  # a LoRA begins as nothing, where an anchor has no pull
         before = {name: value.detach().clone() for name, value in trainer.policy.parameters().items()}
         metrics = trainer.run_step()
         for name in objectives:

@@ -1,0 +1,45 @@
+"""An anchor to the base model in score space: L = mean (p(x_t, t, prompt) - p_ref(x_t, t, prompt))².
+
+Stacked with any reward objective it is the price of leaving the reference (all adapters off). For Gaussian steps of one
+variance, the KL divergence between two policies is this distance up to a factor a step (as in DPOK, arXiv 2305.16381).
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from agsm_rl.interfaces import Batch, Metrics, PairBatch
+from agsm_rl.objectives.passes import check_at_least_one, in_passes
+from agsm_rl.policy import Policy
+
+
+def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]:
+    """Mean squared distance of `live` from `reference`, both [B, C, H, W]; gradient through `live` alone."""
+    return ((live.float() - reference.detach().float()) ** 2).mean(), {}
+
+
+class Anchor:
+    """The anchor on the images of any source: own rollouts or pairs; its term's weight says how strong it is.
+
+    `rows_per_pass` bounds memory: fewer images at once, the same gradient.
+    """
+
+    consumes: ClassVar[type[Batch]] = PairBatch
+
+    def __init__(self, *, rows_per_pass: int | None = None) -> None:
+        check_at_least_one("rows_per_pass", rows_per_pass)
+        self.rows_per_pass = rows_per_pass
+
+    def check(self, batch_size: int) -> None:
+        """Any number of images will do."""
+
+    def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
+        """Parts of `rows_per_pass` images; all at once by default."""
+        return in_passes(batch, self.rows_per_pass)
+
+    def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        """The distance at a noise and a noise level an image."""
+        draw, x0 = policy.draw, batch.latents
+        noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
+        x_t, cond = policy.backbone.add_noise(x0, noise, t), policy.backbone.encode_text(batch.prompts)
+        return score_anchor_loss(policy.live(x_t, t, cond), policy.reference(x_t, t, cond))
