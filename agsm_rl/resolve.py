@@ -217,10 +217,12 @@ def _view_of(view: str) -> str:
 
 
 def _check_rest(recipe: Recipe, parts: Parts) -> None:
-    from agsm_rl.combine import COMBINERS
+    from agsm_rl.combine import find_combiner
 
-    if recipe.combine not in COMBINERS:
-        raise unknown_name(f"{parts.where}: combine", recipe.combine, "a combiner", COMBINERS)
+    try:
+        find_combiner(recipe.combine)
+    except UserError as error:
+        raise UserError(f"{parts.where}: {error}") from error
     rates = recipe.optimizer.learning_rate
     if isinstance(rates, dict):
         for name in [*rates, *recipe.adapters]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Collection
@@ -12,12 +13,13 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from rich.console import Console
 
 from agsm_rl import checkpoint
+from agsm_rl.agreement import agreements, to_json
 from agsm_rl.build import build_trainer
 from agsm_rl.callbacks import Checkpoints, GracefulStop, Metrics, ProgressBar
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
-from agsm_rl.run_folder import MetricsFile, RunFolder
+from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.stop import Stopped
 from agsm_rl.trainer import Trainer
 from agsm_rl.watching import Evaluation, SampleGrids
@@ -83,7 +85,20 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, cons
             grids.write_before_after(trainer)
     except KeyboardInterrupt as error:
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
+    if main:
+        _tell_agreement(folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def _tell_agreement(folder: RunFolder) -> None:
+    """Say whether the terms helped or fought each other, on the screen and in eval.json."""
+    found = agreements(folder.metrics)
+    out = Console()
+    for one in found:
+        out.print(str(one), highlight=False)
+    if found and folder.eval.exists():
+        content = json.loads(folder.eval.read_text(encoding="utf-8")) | {"agreement": to_json(found)}
+        write_text(folder.eval, json.dumps(content, indent=1) + "\n")
 
 
 def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> None:

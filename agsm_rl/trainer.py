@@ -180,7 +180,7 @@ class Trainer:
             metrics |= {f"{term.name}/{key}": value for key, value in (figures | term.source.metrics()).items()}
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
         metrics |= _cosines(gradients)
-        self._apply(self.combine(list(gradients.values())), metrics)
+        self._apply(self.combine(list(gradients.values()), self.seed + self.step), metrics)
         self.step += 1
         return metrics
 
