@@ -102,6 +102,25 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> None:
+    """Fill attached adapters, by name, from a run folder or a folder of exported adapters.
+
+    UserError when one of them is not there, is of another kind or shape, or for another base. Exported adapters that
+    have no namesake are left alone.
+    """
+    exports = {}
+    for file in find_exports(Path(path)):
+        tensors, metadata = read_export(file)
+        exports[metadata.get("name", file.stem)] = (tensors, metadata)
+    for name, adapter in adapters.items():
+        if name not in exports:
+            raise UserError(f"{path}: it holds no adapter '{name}'; it holds: {', '.join(exports)}. Name it like those")
+        tensors, metadata = exports[name]
+        if metadata["kind"] != adapter.kind:
+            raise UserError(f"{path}: its adapter '{name}' is a {metadata['kind']}, here it is a {adapter.kind}")
+        adapter.load_export(tensors, metadata)
+
+
 def save_adapters(
     adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
 ) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from agsm_rl.attachment import start_from
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
@@ -21,8 +22,12 @@ def build_trainer(
     where: str = "recipe",
     allow_imports: Collection[str] = (),
     accelerator: Accelerator | None = None,
+    fresh: bool = True,
 ) -> Trainer:
-    """The recipe's trainer; UserError when data, weights or a combination of them cannot be used."""
+    """The recipe's trainer; UserError when data, weights or a combination of them cannot be used.
+
+    fresh: begin with the adapters of `start_from`, where the recipe has one; a continued run has its own already.
+    """
     accelerator = accelerator or Accelerator()
     parts = Parts(where=where, allow_imports=allow_imports)
     terms = build_terms(recipe, parts)
@@ -32,6 +37,9 @@ def build_trainer(
         for name, block in recipe.adapters.items()
     }
     policy = _located(where, lambda: Policy(backbone, adapters, ema_decay=recipe.ema.decay))
+    if fresh and recipe.start_from is not None:
+        _located(f"{where}: start_from", lambda: start_from(policy.adapters, recipe.start_from))
+        policy.restart_ema()
     optimizer = recipe.optimizer
     trainer: Trainer = _located(
         where,
@@ -75,6 +83,7 @@ def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
                 name=block.name or block.use,
                 weight=block.weight,
                 every=block.every,
+                offset=block.offset,
                 t=block.t,
                 trains=block.trains,
                 source_name=block.source if isinstance(block.source, str) else None,

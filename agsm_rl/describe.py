@@ -24,12 +24,15 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
     for name, block in recipe.adapters.items():
         found = policy.parameters([name]).values()
         lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters trained in {len(found)} tensors")
+    if recipe.start_from is not None:
+        lines.append(f"start       from the adapters of {recipe.start_from}")
     for term in recipe.objectives:
         source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
         source += f" through {term.view.use}" if term.view else ""
         which = "all adapters" if term.trains is None else ", ".join(term.trains)
         weight = term.weight if isinstance(term.weight, dict) else f"{term.weight:g}"
         often = "each step" if term.every == 1 else f"each {term.every}th step"
+        often += f" from step {term.offset}" if term.offset else ""
         lines.append(f"term        {term.name}: {term.use} on {source}, weight {weight}, {often}, trains {which}")
     for name, block in recipe.sources.items():
         lines.append(f"source      {name}: {_source(block)}")

@@ -89,6 +89,12 @@ class Policy:
             parameter.data, self._shadow[name] = self._shadow[name], parameter.data
 
     @torch.no_grad()
+    def restart_ema(self) -> None:
+        """shadow ← parameter, for parameters that were filled from elsewhere."""
+        for name, parameter in self.parameters().items():
+            self._shadow[name].copy_(parameter.detach())
+
+    @torch.no_grad()
     def update_ema(self) -> None:
         """shadow ← decay · shadow + (1 − decay) · parameter, after each optimiser step."""
         for name, parameter in self.parameters().items():

@@ -77,6 +77,7 @@ class TermBlock(Block):
     view: Block | None = None
     weight: Weight = 1.0
     every: int = Field(1, ge=1)
+    offset: int = Field(0, ge=0)
     t: Annotated[tuple[float, float], AfterValidator(_range)] = (0.0, 1.0)
     trains: Annotated[list[str], Field(min_length=1)] | None = None
 
@@ -141,6 +142,7 @@ class Recipe(Section):
     steps: int = Field(ge=1)
     backbone: Block
     adapters: dict[Name, Block]
+    start_from: str | None = None
     ema: Ema = Ema()
     sources: dict[Name, Block] = {}
     objectives: list[TermBlock]

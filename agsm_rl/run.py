@@ -49,7 +49,8 @@ def train(
     try:
         if main:
             folder.check(recipe, resume=resume, allow_imports=allow_imports)
-        trainer = build_trainer(recipe, where=where, allow_imports=allow_imports, accelerator=accelerator)
+        fresh = not (resume and any(folder.checkpoints.glob("*.pt")))
+        trainer = build_trainer(recipe, where=where, allow_imports=allow_imports, accelerator=accelerator, fresh=fresh)
         if main:
             folder.open(recipe)
         accelerator.wait_for_everyone()

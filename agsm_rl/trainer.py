@@ -21,8 +21,9 @@ from agsm_rl.randomness import Draw
 class Term:
     """An objective in a run.
 
-    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step; `t`
-    is the range of noise levels it draws from; `trains` names the adapters it trains (None: all).
+    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step,
+    beginning with step `offset` (counted from 0), so that terms can alternate; `t` is the range of noise levels it
+    draws from; `trains` names the adapters it trains (None: all).
     """
 
     objective: Objective
@@ -30,6 +31,7 @@ class Term:
     name: str = "objective"
     weight: float | Mapping[int, float] = 1.0
     every: int = 1
+    offset: int = 0
     t: tuple[float, float] = (0.0, 1.0)
     trains: list[str] | None = None
     source_name: str | None = None
@@ -52,6 +54,8 @@ class Term:
             )
         if self.every < 1:
             raise UserError(f"{self.name}: every is {self.every}, but it must be 1 or more")
+        if self.offset < 0:
+            raise UserError(f"{self.name}: offset is {self.offset}, but it must be 0 or more")
         if not 0 <= self.t[0] < self.t[1] <= 1:
             raise UserError(f"{self.name}: t is {list(self.t)}, but it must be [low, high] with 0 <= low < high <= 1")
 
@@ -163,7 +167,7 @@ class Trainer:
         metrics: dict[str, float] = {"loss": 0.0}
         for term in self.terms:
             weight = term.weight_at(self.step)
-            if weight == 0 or self.step % term.every:
+            if weight == 0 or self.step < term.offset or (self.step - term.offset) % term.every:
                 continue
             if id(term.source) not in batches:
                 # As the losses are computed: log-probabilities are compared across the two.

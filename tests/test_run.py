@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 from io import StringIO
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
+from safetensors.torch import load_file
 
+from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.run import train
@@ -124,3 +128,54 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
     metrics.cut(2)
     rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
     assert rows == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_run_that_starts_from_another_begins_with_its_adapters_and_their_ema(make_recipe, tmp_path, quiet):
+    first = train(make_recipe(), tmp_path / "first", console=quiet)
+    trainer = build_trainer(make_recipe(start_from=str(first)))
+    live = {name.removeprefix("lora."): value for name, value in trainer.policy.state_dict()["live"].items()}
+    assert {f"unet.{name.removeprefix('positive.')}.weight" for name in live if "positive" in name} <= set(
+        adapter_of(first)
+    )
+    for name, value in live.items():
+        bank, _, rest = name.partition(".")
+        kept = adapter_of(first)[f"{'negative.' if bank == 'negative' else ''}unet.{rest}.weight"]
+        assert torch.equal(value, kept)
+        assert torch.equal(trainer.policy.state_dict()["ema"][f"lora.{name}"], kept)
+
+
+def test_a_continued_run_does_not_start_over_from_the_other_run(make_recipe, tmp_path, quiet):
+    first = train(make_recipe(), tmp_path / "first", console=quiet)
+    recipe = make_recipe(start_from=str(first))
+    whole = train(recipe, tmp_path / "whole", console=quiet)
+    shutil.rmtree(first)
+    (whole / "checkpoints" / "step-00000004.pt").unlink()
+    before = adapter_of(whole)
+    train(recipe, whole, resume=True, console=quiet)
+    assert all(torch.equal(before[name], value) for name, value in adapter_of(whole).items())
+
+
+def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet):
+    with pytest.raises(UserError, match="start_from: .*there is no such file or folder"):
+        build_trainer(make_recipe(start_from=str(tmp_path / "nothing")))
+    first = train(make_recipe(), tmp_path / "first", console=quiet)
+    with pytest.raises(UserError, match="it holds no adapter 'mine'; it holds: lora"):
+        build_trainer(make_recipe(start_from=str(first), adapters={"mine": {"use": "lora", "rank": 2, "banks": 2}}))
+    with pytest.raises(UserError, match="its adapter 'lora' is a lora, here it is a soft_tokens"):
+        build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "soft_tokens"}}))
+    with pytest.raises(UserError, match="another rank or base"):
+        build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "lora", "rank": 3, "banks": 2}}))
+
+
+def test_a_stack_ends_with_a_sentence_on_whether_its_terms_agreed(make_recipe, tmp_path, quiet, capsys):
+    pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
+    evaluation = {"num_images": 6, "num_steps": 2, "guidance": 1.0}
+    terms = [{"use": "agsm", "source": pairs}, {"use": "score_matching", "source": pairs}]
+    folder = train(make_recipe(objectives=terms, evaluate=evaluation), tmp_path / "run", console=quiet)
+    (found,) = json.loads((folder / "eval.json").read_text())["agreement"]
+    assert (found["first"], found["second"], found["steps"]) == ("agsm", "score_matching", 4)
+    assert "the gradients of agsm and score_matching" in " ".join(capsys.readouterr().out.split())

@@ -236,3 +236,17 @@ def test_under_autocast_the_shadow_s_weights_do_not_leak_into_live_predictions(m
         policy.ema(x_t, t, cond)
         after = policy.live(x_t, t, cond)
     assert torch.equal(alone, after)
+
+
+def test_terms_with_an_offset_alternate(make_policy, make_pairs):
+    terms = [
+        Term(AGSM(), make_pairs(), name="even", every=2),
+        Term(AGSM(), make_pairs(), name="odd", every=2, offset=1),
+        Term(AGSM(), make_pairs(), name="late", offset=3),
+    ]
+    trainer = Trainer(make_policy(), terms, steps=5)
+    ran = []
+    for _ in range(5):
+        metrics = trainer.run_step()
+        ran.append({key.removesuffix("/loss") for key in metrics if key.endswith("/loss")})
+    assert ran == [{"even"}, {"odd"}, {"even"}, {"odd", "late"}, {"even", "late"}]
