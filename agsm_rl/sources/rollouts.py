@@ -14,7 +14,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
-from agsm_rl.sampling import gaussian_log_prob, guided
+from agsm_rl.sampling import gaussian_log_prob, step_distribution
 from agsm_rl.sources.advantages import normalised_by_prompt
 from agsm_rl.sources.order import Order
 
@@ -223,9 +223,7 @@ def draw_trajectories(
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
     for k in range(num_steps):
         x_t = states[-1]
-        t = sampler.t[k].to(x_t.device).expand(len(prompts))
-        prediction = guided(policy.live, x_t, t, cond, uncond, guidance)
-        mean, std = sampler.transition(k, x_t, prediction, eta=eta)
+        mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
         states.append((mean + std * noise).to(x_t.dtype))
         log_probs.append(gaussian_log_prob(states[-1], mean, std))
