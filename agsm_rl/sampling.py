@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from agsm_rl.interfaces import Cond
+from agsm_rl.interfaces import Cond, Sampler
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]
 
@@ -21,6 +21,15 @@ def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, s
     both = Cond.cat([uncond.expand(len(cond)), cond])
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return without + scale * (with_prompt - without)
+
+
+def step_distribution(
+    predict: Predict, sampler: Sampler, k: int, x_t: Tensor, cond: Cond, uncond: Cond, *, guidance: float, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean [B, C, h, w] and standard deviation (0-d) of the sampler's step k from x_t [B, C, h, w]."""
+    t = sampler.t[k].to(x_t.device).expand(len(x_t))
+    prediction = guided(predict, x_t, t, cond, uncond, guidance)
+    return sampler.transition(k, x_t, prediction, eta=eta)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

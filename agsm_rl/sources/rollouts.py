@@ -14,8 +14,8 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
-from agsm_rl.sampling import gaussian_log_prob, guided
-from agsm_rl.sources.advantages import normalised_by_prompt
+from agsm_rl.sampling import gaussian_log_prob, step_distribution
+from agsm_rl.sources.advantages import normalised_by_group, normalised_by_prompt
 from agsm_rl.sources.order import Order
 
 BUILTIN_PROMPTS = "builtin:shapes-prompts"
@@ -30,8 +30,9 @@ class Rollouts:
     finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA. `updates` steps
     of the trainer learn from each draw, each from its own share of the images.
 
-    Advantages are rewards normalised per prompt by the newest `history` rewards of that prompt (global figures while a
-    prompt has fewer than `min_history`), clipped to ± `advantage_clip`.
+    `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
+    while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
+    as GRPO does. They are clipped to ± `advantage_clip`.
     """
 
     gives: type[RewardedBatch] = RolloutBatch
@@ -48,6 +49,7 @@ class Rollouts:
         eta: float = 1.0,
         drawn_by: Literal["live", "ema"] = "live",
         updates: int = 1,
+        advantages: Literal["history", "group"] = "history",
         advantage_clip: float = 5.0,
         history: int = 32,
         min_history: int = 16,
@@ -70,6 +72,13 @@ class Rollouts:
             raise UserError(f"eta: got {eta}, but it must be 0 or more (published: 1)")
         if drawn_by not in ("live", "ema"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
+        if advantages not in ("history", "group"):
+            raise unknown_name("advantages", advantages, "a way to normalise rewards", ("history", "group"))
+        if advantages == "group" and images_per_prompt < 2:
+            raise UserError(
+                "images_per_prompt: got 1, but `advantages: group` compares a prompt's images with each other; give 2 "
+                "or more, or `advantages: history`"
+            )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         if not rewards:
@@ -78,7 +87,7 @@ class Rollouts:
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
-        self.sample_batch_size, self.drawn_by = sample_batch_size, drawn_by
+        self.sample_batch_size, self.drawn_by, self.advantages = sample_batch_size, drawn_by, advantages
         if eta == 0:
             self.gives = RewardedBatch
 
@@ -159,11 +168,14 @@ class Rollouts:
         return total
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
-        """DDPO's per-prompt normalisation over the rewards of all processes, [N] in the order of `prompts`."""
+        """Normalised rewards of all processes, [N] in the order of `prompts`."""
         self._metrics["zero_variance"] = float(rewards.std(correction=0) == 0)
-        advantages = normalised_by_prompt(
-            rewards, prompts, self._histories, history=self.history, min_history=self.min_history
-        )
+        if self.advantages == "group":
+            advantages = normalised_by_group(rewards, prompts)
+        else:
+            advantages = normalised_by_prompt(
+                rewards, prompts, self._histories, history=self.history, min_history=self.min_history
+            )
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def metrics(self) -> dict[str, float]:
@@ -223,9 +235,7 @@ def draw_trajectories(
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
     for k in range(num_steps):
         x_t = states[-1]
-        t = sampler.t[k].to(x_t.device).expand(len(prompts))
-        prediction = guided(policy.live, x_t, t, cond, uncond, guidance)
-        mean, std = sampler.transition(k, x_t, prediction, eta=eta)
+        mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
         states.append((mean + std * noise).to(x_t.dtype))
         log_probs.append(gaussian_log_prob(states[-1], mean, std))

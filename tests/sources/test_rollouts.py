@@ -44,6 +44,22 @@ def test_advantages_are_normalised_by_a_prompt_s_own_history_once_it_has_enough(
     assert found[2].item() == pytest.approx(float((0 - everything.mean()) / everything.std(correction=0)), rel=1e-4)
 
 
+def test_group_advantages_compare_a_prompts_images_of_this_draw_alone(make_rollouts):
+    source = make_rollouts(bind=True, advantages="group", min_history=1)
+    source._advantages(torch.tensor([50.0, 70.0]), ["a", "a"])
+    rewards = torch.tensor([1.0, 10.0, 3.0, 20.0, 7.0, 7.0])
+    found = source._advantages(rewards, ["a", "b", "a", "b", "c", "c"])
+    torch.testing.assert_close(found, torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0, 0.0]), rtol=1e-3, atol=0)
+    assert source.state_dict()["histories"] == {}
+
+
+def test_a_prompt_that_stands_twice_in_a_draw_is_one_group(make_rollouts):
+    source = make_rollouts(bind=True, advantages="group")
+    found = source._advantages(torch.tensor([0.0, 1.0, 2.0, 3.0]), ["a"] * 4)
+    expected = (torch.arange(4.0) - 1.5) / torch.arange(4.0).std(correction=0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_advantages_are_clipped(make_rollouts):
     source = make_rollouts(bind=True, advantage_clip=1.0)
     assert source._advantages(torch.tensor([0.0, 0.0, 0.0, 9.0]), list("abcd")).max() == 1
@@ -55,12 +71,13 @@ def test_equal_rewards_give_no_advantage_and_are_named(make_rollouts):
     assert source.metrics()["zero_variance"] == 1
 
 
-def test_a_loaded_state_continues_with_the_same_images(policy, make_rollouts):
-    source = make_rollouts(updates=2, bind=True)
+@pytest.mark.parametrize("advantages", ["history", "group"])
+def test_a_loaded_state_continues_with_the_same_images(policy, make_rollouts, advantages):
+    source = make_rollouts(updates=2, bind=True, advantages=advantages)
     source.next(policy)
     state = source.state_dict()
     expected = [source.next(policy), source.next(policy)]
-    other = make_rollouts(updates=2, bind=True)
+    other = make_rollouts(updates=2, bind=True, advantages=advantages)
     other.load_state_dict(state)
     for batch in expected:
         again = other.next(policy)
@@ -103,7 +120,13 @@ def test_a_reward_that_returns_nonsense_is_named(value, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_prompts": 0}, "num_prompts"), ({"updates": 3}, "updates 3 does not divide"), ({"rewards": []}, "rewards")],
+    [
+        ({"num_prompts": 0}, "num_prompts"),
+        ({"updates": 3}, "updates 3 does not divide"),
+        ({"rewards": []}, "rewards"),
+        ({"advantages": "grup"}, "'grup' is not a way to normalise rewards.*Did you mean 'group'"),
+        ({"advantages": "group", "images_per_prompt": 1}, "images_per_prompt: got 1.*advantages: history"),
+    ],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
