@@ -37,7 +37,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
     },
     "backbones": {
-        "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",
+        "stable_diffusion": "agsm_rl.backbones:load_backbone",
+        "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
     },
 }
 
