@@ -92,14 +92,15 @@ def make_backbone(tiny_checkpoint: Path):
 
 
 @pytest.fixture
-def make_policy(make_backbone):
+def make_adapters():
+    """Two banks of soft tokens and of LoRA, from one seed."""
+    return lambda: {"tokens": SoftTokens(num_tokens=2), "lora": LoRA(rank=2, banks=2)}
+
+
+@pytest.fixture
+def make_policy(make_backbone, make_adapters):
     """Policies with two banks of soft tokens and LoRA, all from one seed."""
-
-    def make(ema_decay: float = 0.9) -> Policy:
-        adapters = {"tokens": SoftTokens(num_tokens=2), "lora": LoRA(rank=2, banks=2)}
-        return Policy(make_backbone(), adapters, ema_decay=ema_decay)
-
-    return make
+    return lambda ema_decay=0.9: Policy(make_backbone(), make_adapters(), ema_decay=ema_decay)
 
 
 @pytest.fixture
