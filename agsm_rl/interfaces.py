@@ -2,7 +2,7 @@
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
 they meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t`
-are float [B] in [0, 1), 0 being clean; tensors are float32 unless the backbone was loaded otherwise.
+are float [B] in [0, 1), 0 being clean (a flow's sampler begins at 1); tensors are float32 unless loaded otherwise.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Backbone(Protocol):
     latent_shape: tuple[int, int, int]
     resolution: int
     device: torch.device
+    drawing: tuple[float, int]
+    """Guidance and number of steps to draw with where nothing else is said."""
     adapters: list[Adapter]
     """Those that are attached; they enter and leave the list themselves."""
 
@@ -129,6 +131,13 @@ class Adapter(Protocol):
         """Within the block, predictions use this bank; None switches the adapter off.
 
         An adapter with one bank uses it for both names. Blocks nest.
+        """
+        ...
+
+    def recall(self) -> AbstractContextManager[None]:
+        """A context, to be entered later, in which predictions use what they use now.
+
+        Gradient checkpointing runs a part of the denoiser again, long after `using` was left.
         """
         ...
 

@@ -25,6 +25,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "anchor": "agsm_rl.objectives.anchor:Anchor",
         "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
         "diffusion_nft": "agsm_rl.objectives.diffusion_nft:DiffusionNFT",
+        "flow_grpo": "agsm_rl.objectives.flow_grpo:FlowGRPO",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
@@ -48,7 +49,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
     "backbones": {
-        "stable_diffusion": "agsm_rl.backbones.stable_diffusion:StableDiffusion",
+        "stable_diffusion": "agsm_rl.backbones:load_backbone",
+        "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
     },
 }
 

@@ -15,8 +15,7 @@ from agsm_rl.recipe_file import read_yaml
 from agsm_rl.resolve import Parts
 
 BUILTIN_DRAWING = (3.0, 20)
-DRAWING = (7.0, 30)
-"""Guidance and steps where nothing else is said: what suits the small bases, and SD1.5's (arXiv 2605.30038)."""
+"""Guidance and steps that suit the small bases, where nothing else is said."""
 
 
 @dataclass
@@ -72,5 +71,5 @@ def _opened(block: dict[str, Any], *, where: str, adapter: Path | None = None) -
     parts = Parts(where=where)
     backbone = build_backbone(parts.complete("backbones", Block.model_validate(block), "backbone"), parts=parts)
     handle = attach(backbone.pipeline, adapter) if adapter is not None else None
-    guidance, num_steps = BUILTIN_DRAWING if str(block["checkpoint"]).startswith("builtin:") else DRAWING
+    guidance, num_steps = BUILTIN_DRAWING if str(block["checkpoint"]).startswith("builtin:") else backbone.drawing
     return Target(backbone, handle, guidance, num_steps)

@@ -1,80 +1,63 @@
-"""A tiny Stable Diffusion 1.5 pipeline with seeded random weights: tests need no hub, no GPU and no training."""
+"""Tiny pipelines, and policies and sources on them, as fixtures."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import MAKERS, save_tiny
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
+from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
-from agsm_rl.shapes.train_base import TEXT_LENGTH, assemble, make_tokenizer
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.rollouts import Rollouts
-
-TEXT_WIDTH = 32
-
-
-def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers, 32 wide."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return CLIPTextModel(config)
-
-
-def tiny_unet() -> UNet2DConditionModel:
-    """Cross-attention in both down blocks, the mid block and both up blocks; 4 x 8 x 8 latents."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 4),
-        norm_num_groups=8,
-    )
-
-
-def tiny_vae() -> AutoencoderKL:
-    """16 x 16 images to 8 x 8 latents, with Stable Diffusion's scaling factor."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-    )
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder in SD1.5's layout."""
-    folder = tmp_path_factory.mktemp("tiny-sd15")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = make_tokenizer(folder)
-        pipeline = assemble(
-            vae=tiny_vae(), text_encoder=tiny_text_encoder(tokenizer), tokenizer=tokenizer, unet=tiny_unet()
-        )
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion 1.5's
-    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, **betas})
-    pipeline.save_pretrained(folder)
-    return folder
+    return save_tiny("sd15", tmp_path_factory.mktemp("tiny-sd15"))
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder in SDXL's layout."""
+    return save_tiny("sdxl", tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder in SD3's layout."""
+    return save_tiny("sd3", tmp_path_factory.mktemp("tiny-sd3"))
+
+
+CHECKPOINTS = {"sd15": "tiny_checkpoint", "sdxl": "tiny_xl_checkpoint", "sd3": "tiny_sd3_checkpoint"}
+
+
+@pytest.fixture(params=list(MAKERS))
+def each_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """Each kind's pipeline folder in turn."""
+    return request.getfixturevalue(CHECKPOINTS[request.param])
+
+
+@pytest.fixture
+def each_backbone(each_checkpoint: Path) -> Backbone:
+    """Each kind's backbone in turn, with nothing attached."""
+    return load_backbone(str(each_checkpoint), device="cpu")
+
+
+@pytest.fixture
+def xl_backbone(tiny_xl_checkpoint: Path) -> StableDiffusion:
+    return StableDiffusion(str(tiny_xl_checkpoint), device="cpu")
+
+
+@pytest.fixture
+def sd3_backbone(tiny_sd3_checkpoint: Path) -> StableDiffusion3:
+    return StableDiffusion3(str(tiny_sd3_checkpoint), device="cpu")
 
 
 @pytest.fixture
@@ -109,14 +92,15 @@ def make_backbone(tiny_checkpoint: Path):
 
 
 @pytest.fixture
-def make_policy(make_backbone):
+def make_adapters():
+    """Two banks of soft tokens and of LoRA, from one seed."""
+    return lambda: {"tokens": SoftTokens(num_tokens=2), "lora": LoRA(rank=2, banks=2)}
+
+
+@pytest.fixture
+def make_policy(make_backbone, make_adapters):
     """Policies with two banks of soft tokens and LoRA, all from one seed."""
-
-    def make(ema_decay: float = 0.9) -> Policy:
-        adapters = {"tokens": SoftTokens(num_tokens=2), "lora": LoRA(rank=2, banks=2)}
-        return Policy(make_backbone(), adapters, ema_decay=ema_decay)
-
-    return make
+    return lambda ema_decay=0.9: Policy(make_backbone(), make_adapters(), ema_decay=ema_decay)
 
 
 @pytest.fixture

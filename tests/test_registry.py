@@ -53,7 +53,7 @@ def test_a_package_cannot_take_over_a_built_in_name(monkeypatch):
 
 def test_an_unknown_name_is_told_with_the_allowed_ones_and_the_nearest():
     with pytest.raises(
-        UserError, match=r"here: 'dppo' is not an objective; allowed: agsm, ddpo.*Did you mean 'ddpo'\?"
+        UserError, match=r"here: 'dppo' is not an objective; allowed: agsm, .*ddpo.*Did you mean 'ddpo'\?"
     ):
         registry.load("objectives", "dppo", where="here")
 

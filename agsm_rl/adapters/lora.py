@@ -7,7 +7,7 @@ output untouched, and adapters of other people's on the same layers stay as they
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -136,6 +136,10 @@ class LoRA:
             yield
         finally:
             self._switch(previous)
+
+    def recall(self) -> AbstractContextManager[None]:
+        """A context, to be entered later, with the bank of now."""
+        return self.using(self.bank)
 
     def _switch(self, bank: Bank | None) -> None:
         wanted = None if bank is None else self._names[BANKS.index(bank) % self.banks]

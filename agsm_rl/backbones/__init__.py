@@ -1,11 +1,58 @@
 """Backbones: frozen diffusers pipelines behind the one convention of `interfaces.Backbone`."""
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+from agsm_rl.backbones.loading import KINDS, find_kind, unsupported
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
 from agsm_rl.interfaces import Backbone
+
+CLASSES: dict[str, type[StableDiffusion] | type[StableDiffusion3]] = {
+    found.use: found for found in (StableDiffusion, StableDiffusion3)
+}
+
+
+def load_backbone(
+    checkpoint: str,
+    *,
+    resolution: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    gradient_checkpointing: bool = False,
+    device: str | torch.device | None = None,
+    local_files_only: bool = False,
+    unet: str | None = None,
+    transformer: str | None = None,
+    lora: str | None = None,
+    config: str | None = None,
+) -> Backbone:
+    """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
+
+    Options as in FrozenPipeline. UserError for a pipeline of an unsupported kind.
+    """
+    found = CLASSES[KINDS[find_kind(checkpoint, local_files_only=local_files_only)]]
+    return found(
+        checkpoint,
+        resolution=resolution,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+        local_files_only=local_files_only,
+        unet=unet,
+        transformer=transformer,
+        lora=lora,
+        config=config,
+    )
 
 
 def backbone_of(pipeline: Any) -> Backbone:
     """The backbone of a loaded pipeline, by its class; UserError for a pipeline of an unsupported kind."""
-    return StableDiffusion.from_pipeline(pipeline)
+    for found in CLASSES.values():
+        if type(pipeline).__name__ in found.wraps:
+            return found.from_pipeline(pipeline)
+    raise unsupported("pipeline", type(pipeline).__name__)
+
+
+__all__ = ["FrozenPipeline", "StableDiffusion", "StableDiffusion3", "backbone_of", "load_backbone"]

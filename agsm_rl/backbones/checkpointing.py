@@ -1,4 +1,4 @@
-"""Gradient checkpointing that remembers which bank of each adapter was in use (arXiv 1604.06174 for the idea).
+"""Gradient checkpointing that remembers what each adapter was set to (arXiv 1604.06174 for the idea).
 
 A checkpointed block runs a second time during the backward pass, after the `using(bank)` block around the prediction
 has long been left. Recomputed under another bank it would give wrong gradients without any error.
@@ -11,19 +11,19 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from agsm_rl.interfaces import Adapter, Bank
+from agsm_rl.interfaces import Adapter
 
 
-def same_banks(adapters: Sequence[Adapter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def as_now(adapters: Sequence[Adapter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `torch.utils.checkpoint`'s `context_fn`: the contexts of the forward pass and of its recomputation."""
-    return nullcontext(), _restored([(adapter, adapter.bank) for adapter in adapters])
+    return nullcontext(), _all([adapter.recall() for adapter in adapters])
 
 
 @contextmanager
-def _restored(banks: list[tuple[Adapter, Bank | None]]) -> Iterator[None]:
+def _all(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
     with ExitStack() as stack:
-        for adapter, bank in banks:
-            stack.enter_context(adapter.using(bank))
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 
@@ -36,7 +36,7 @@ def enable_gradient_checkpointing(denoiser: Any, adapters: Sequence[Adapter]) ->
     def run(block: nn.Module, *args: Any) -> Any:
         # No dropout is active in evaluation mode, so there is no random state to keep.
         return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: same_banks(adapters)
+            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: as_now(adapters)
         )
 
     denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)

@@ -2,8 +2,8 @@
 
     L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ) + w·KL,
     ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),   KL = ‖μ - μ_ref‖² / (2σ²),
-with π = N(μ, σ²) a step of the backbone's sampler: for a flow model its SDE with the flow's marginals, for SD1.5 and SDXL
-a DDIM step. log π and the KL are means over latent elements. A, relative to the prompt's other images of the draw, is
+with π = N(μ, σ²) a step of the backbone's sampler: for a flow model its SDE with the flow's marginals, for SD1.5 and
+SDXL a DDIM step. log π and the KL are means over latent elements. A, relative to the prompt's other images of the draw, is
 the rollouts' affair: `advantages: group`.
 """
 
@@ -42,8 +42,8 @@ def flow_grpo_loss(
 class FlowGRPO:
     """Flow-GRPO on rollouts of any backbone, with the guidance that they were drawn with.
 
-    Published for SD3.5 (the authors' configurations): `clip_range` 1e-4, and 1e-5 without guidance; `kl_weight` 0.04 for
-    GenEval and text rendering, 0.01 for PickScore; rollouts of 10 steps, 24 images a prompt. At `kl_weight` 0 the
+    Published for SD3.5 (the authors' configurations): `clip_range` 1e-4, and 1e-5 without guidance; `kl_weight` 0.04
+    for GenEval and text rendering, 0.01 for PickScore; rollouts of 10 steps, 24 images a prompt. At `kl_weight` 0 the
     reference is not computed. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly
     spaced (published: 0.99). `images_per_pass` bounds memory: fewer images at once, the same gradient.
     """

@@ -1,0 +1,158 @@
+"""Where soft tokens go in a denoiser (AGSM, arXiv 2605.30038; SoftREPA): hooks around blocks, never a copied forward.
+
+A U-Net's down and mid blocks see [BOS, soft × n, rest of the prompt], its up blocks the plain prompt. SD3's first L
+joint blocks see the text stream followed by their own layer's n tokens, which are taken off again behind each block.
+"""
+
+import inspect
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.errors import UserError
+
+PUBLISHED_LAYERS = 5
+
+
+class Tokens(Protocol):
+    """What hooks ask for: the tokens of a layer, to the rows of `text` [B, S, D]; None while switched off."""
+
+    num_tokens: int
+
+    def rows_for(self, text: Tensor, layer: int) -> Tensor | None:
+        """[B, n, D] in the dtype and on the device of `text`."""
+        ...
+
+    def is_on(self) -> bool:
+        """Whether there are any."""
+        ...
+
+
+class CrossAttentionPlaces:
+    """The down and mid blocks of a U-Net that have cross-attention."""
+
+    layers: int | None = None
+
+    def __init__(self, denoiser: Any) -> None:
+        blocks = (*denoiser.down_blocks, denoiser.mid_block)
+        self.blocks = [block for block in blocks if getattr(block, "has_cross_attention", False)]
+        self.width: int = denoiser.config.cross_attention_dim
+        if not self.blocks:
+            raise UserError(f"soft_tokens: no down or mid block of this {type(denoiser).__name__} has cross-attention.")
+
+    def hook(self, tokens: Tokens) -> list[Any]:
+        """Begin to insert; returns what undoes it by `remove()`."""
+        return [
+            block.register_forward_pre_hook(
+                partial(_insert, tokens=tokens, positions=argument_positions(block)), with_kwargs=True
+            )
+            for block in self.blocks
+        ]
+
+
+class JointPlaces:
+    """The first `layers` joint blocks of SD3's transformer (published: 5)."""
+
+    def __init__(self, denoiser: Any, layers: int | None) -> None:
+        blocks = list(denoiser.transformer_blocks)
+        if layers is not None and not 1 <= layers <= len(blocks):
+            raise UserError(f"soft_tokens.layers: {layers}; this transformer has {len(blocks)} joint blocks.")
+        self.layers: int = min(PUBLISHED_LAYERS, len(blocks)) if layers is None else layers
+        self.blocks = blocks[: self.layers]
+        self.width: int = denoiser.config.caption_projection_dim
+
+    def hook(self, tokens: Tokens) -> list[Any]:
+        """Begin to append; returns what undoes it by `remove()`."""
+        handles: list[Any] = []
+        for layer, block in enumerate(self.blocks):
+            append = partial(_append, tokens=tokens, layer=layer, positions=argument_positions(block))
+            handles.append(block.register_forward_pre_hook(append, with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(_strip, tokens=tokens)))
+        return handles
+
+
+def places_in(denoiser: Any, layers: int | None) -> CrossAttentionPlaces | JointPlaces:
+    """The places of a denoiser, by its structure; UserError if it has none, or `layers` does not fit it."""
+    if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "context_embedder"):
+        return JointPlaces(denoiser, layers)
+    if not hasattr(denoiser, "down_blocks"):
+        raise UserError(
+            f"soft_tokens: {type(denoiser).__name__} has no down blocks and no joint blocks; supported: U-Nets (SD1.5, "
+            "SDXL) and SD3's transformer."
+        )
+    if layers is not None:
+        raise UserError("soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here.")
+    return CrossAttentionPlaces(denoiser)
+
+
+def argument_positions(module: nn.Module) -> dict[str, int]:
+    """The positions of the arguments of a module's forward."""
+    return {name: number for number, name in enumerate(inspect.signature(module.forward).parameters)}
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _insert(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, tokens: Tokens, positions: dict[str, int]
+) -> Arguments | None:
+    """A U-Net block's arguments with soft tokens after BOS; unchanged arguments (None) when switched off."""
+    call = _Call(list(args), dict(kwargs), positions)
+    text = call.get("encoder_hidden_states")
+    rows = tokens.rows_for(text, 0)
+    if rows is None:
+        return None
+    call.set("encoder_hidden_states", torch.cat([text[:, :1], rows, text[:, 1:]], dim=1))
+    mask = call.get("encoder_attention_mask")
+    if mask is not None:
+        # By now the mask is a bias [B, 1, S] added to the attention scores: 0 is "seen".
+        seen = mask.new_zeros(*mask.shape[:-1], tokens.num_tokens)
+        call.set("encoder_attention_mask", torch.cat([mask[..., :1], seen, mask[..., 1:]], dim=-1))
+    return tuple(call.args), call.kwargs
+
+
+def _append(
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    tokens: Tokens,
+    layer: int,
+    positions: dict[str, int],
+) -> Arguments | None:
+    """A joint block's arguments with its layer's tokens behind the text."""
+    call = _Call(list(args), dict(kwargs), positions)
+    text = call.get("encoder_hidden_states")
+    rows = tokens.rows_for(text, layer)
+    if rows is None:
+        return None
+    call.set("encoder_hidden_states", torch.cat([text, rows], dim=1))
+    return tuple(call.args), call.kwargs
+
+
+def _strip(_: nn.Module, args: tuple[Any, ...], result: tuple[Any, Any], *, tokens: Tokens) -> tuple[Any, Any] | None:
+    """A joint block's result (text, image) without the tokens; the last block returns no text."""
+    text, image = result
+    if text is None or not tokens.is_on():
+        return None
+    return text[:, : -tokens.num_tokens], image
+
+
+class _Call:
+    """A call's arguments by name, whether they were given by position or by keyword."""
+
+    def __init__(self, args: list[Any], kwargs: dict[str, Any], positions: dict[str, int]) -> None:
+        self.args, self.kwargs, self.positions = args, kwargs, positions
+
+    def get(self, name: str) -> Any:
+        position = self.positions[name]
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def set(self, name: str, value: Any) -> None:
+        position = self.positions[name]
+        if position < len(self.args):
+            self.args[position] = value
+        else:
+            self.kwargs[name] = value

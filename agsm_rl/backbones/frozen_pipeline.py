@@ -1,0 +1,130 @@
+"""What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder."""
+
+import copy
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import Adapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FrozenPipeline:
+    """A frozen diffusers pipeline; see `interfaces.Backbone` for the convention.
+
+    checkpoint: a pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
+    resolution: pixels a side; the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3) when left out.
+    dtype: of the frozen weights. Latents and predictions keep the caller's dtype, float32, which the losses need.
+    gradient_checkpointing: trade a second forward pass for memory.
+    device: the first GPU where there is one, when left out.
+    local_files_only: never ask the hub.
+    unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
+    lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
+    config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
+    Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
+    """
+
+    name: str
+    use: ClassVar[str]
+    """Under which a recipe asks for this class."""
+    wraps: ClassVar[tuple[str, ...]]
+    """The pipelines' classes: text to image first, then those that `from_pipe` makes of it."""
+    part: ClassVar[Literal["unet", "transformer"]]
+    """The denoiser's name in the pipeline."""
+    drawing: ClassVar[tuple[float, int]]
+    """Guidance and steps of the published AGSM figures (arXiv 2605.30038)."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        resolution: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+        device: str | torch.device | None = None,
+        local_files_only: bool = False,
+        unet: str | None = None,
+        transformer: str | None = None,
+        lora: str | None = None,
+        config: str | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
+        kind = find_kind(checkpoint, local_files_only=local_files_only)
+        if kind not in self.wraps:
+            raise UserError(
+                f"backbone.checkpoint: '{checkpoint}' is a {kind}, which {self.use} does not take; write "
+                f"`use: {KINDS[kind]}`."
+            )
+        pipeline = load_pipeline(
+            checkpoint,
+            dtype=DTYPES[dtype],
+            local_files_only=local_files_only,
+            denoisers={"unet": unet, "transformer": transformer},
+            lora=lora,
+            config=config,
+        )
+        pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._wrap(pipeline, resolution, gradient_checkpointing)
+
+    @classmethod
+    def from_pipeline(
+        cls, pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False
+    ) -> Self:
+        """The backbone of a pipeline that is loaded already; its modules are used as they are, and frozen."""
+        if type(pipeline).__name__ not in cls.wraps:
+            raise unsupported("pipeline", type(pipeline).__name__)
+        backbone = cls.__new__(cls)
+        backbone._wrap(pipeline, resolution, gradient_checkpointing)
+        return backbone
+
+    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+        self.pipeline: Any = pipeline
+        self.denoiser: nn.Module = getattr(pipeline, self.part)
+        self.adapters: list[Adapter] = []
+        self.device = torch.device(pipeline.device)
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        config = self.denoiser.config
+        factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
+        self.resolution = resolution or config.sample_size * factor
+        if self.resolution % multiple:
+            raise UserError(f"backbone.resolution: {resolution} is not a multiple of {multiple}, the size of a latent.")
+        channels = pipeline.vae.config.latent_channels
+        if config.in_channels != channels:
+            raise UserError(
+                f"backbone.checkpoint: the {self.part} takes {config.in_channels} channels where the latents have "
+                f"{channels}; inpainting and depth models are not supported."
+            )
+        if pipeline.vae.config.get("latents_mean") is not None:
+            raise UserError("backbone.checkpoint: its VAE has latents_mean, which is not supported.")
+        self.latent_shape = (channels, self.resolution // factor, self.resolution // factor)
+        self._vae = pipeline.vae
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            # SDXL's VAE overflows in float16. The pipeline casts its own when it draws; this copy takes gradients.
+            self._vae = copy.deepcopy(pipeline.vae).float()
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(self.denoiser, self.adapters)
+
+    def _patch_size(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it."""
+        config = self._vae.config
+        latents = self._vae.encode((2 * images - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
+        return ((latents - (config.shift_factor or 0.0)) * config.scaling_factor).to(images.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W], clamped to [0, 1]; no gradient comes from clamped pixels."""
+        config = self._vae.config
+        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        images = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0].to(latents.dtype)
+        return (images / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,168 @@
+"""Finding and loading diffusers pipelines: a builtin base, a folder, a hub id or a single file; its kind is detected.
+
+Weights are read from safetensors alone, because a pickled checkpoint could run code. The denoiser may be replaced and a
+LoRA fused in, so that post-training begins at published weights (Diffusion-DPO's U-Net, SPO's, a style LoRA).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from agsm_rl.errors import UserError, unknown_name
+
+BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
+KINDS = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+}
+"""Pipelines that can be loaded, and the backbone of each."""
+DENOISERS = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
+# What a single file's tensors are called in each layout.
+SINGLE_FILES = {
+    "joint_blocks.": "StableDiffusion3Pipeline",
+    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
+    "cond_stage_model.": "StableDiffusionPipeline",
+}
+# Sizes that a denoiser must share with the one that it replaces.
+INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
+FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
+
+
+def find_checkpoint(checkpoint: str) -> str:
+    """The folder of a `builtin:` name; anything else as it is. UserError for a builtin that does not exist."""
+    if not checkpoint.startswith("builtin:"):
+        return checkpoint
+    name = checkpoint.removeprefix("builtin:")
+    there = {path.parent.name for path in BUILTINS.glob("*/model_index.json")}
+    if name not in there:
+        raise unknown_name("backbone.checkpoint", checkpoint, "a builtin base", {f"builtin:{one}" for one in there})
+    return str(BUILTINS / name)
+
+
+def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
+    """The class of a checkpoint's pipeline, one of KINDS; UserError naming it when it is another."""
+    source, where = find_checkpoint(checkpoint), f"backbone.checkpoint: '{checkpoint}'"
+    if Path(source).is_file():
+        return _kind_of_file(Path(source), where)
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise UserError(f"{where} is a folder without a model_index.json; give the folder of a diffusers pipeline.")
+    try:
+        kind = str(DiffusionPipeline.load_config(source, local_files_only=local_files_only).get("_class_name"))
+    except FAILURES as error:
+        raise _unloadable(where, error) from error
+    if kind not in KINDS:
+        raise unsupported(where, kind)
+    return kind
+
+
+def unsupported(where: str, kind: str) -> UserError:
+    """The error for a pipeline that no backbone wraps."""
+    return UserError(f"{where} is a {kind}; supported: {', '.join(KINDS)} (SD1.5, SDXL and SD3).")
+
+
+def load_pipeline(
+    checkpoint: str,
+    *,
+    dtype: torch.dtype,
+    local_files_only: bool = False,
+    denoisers: Mapping[str, str | None] | None = None,
+    lora: str | None = None,
+    config: str | None = None,
+) -> Any:
+    """The checkpoint's pipeline, of one of KINDS; UserError if it cannot be had.
+
+    denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
+    config: for a single file, the pipeline folder or hub id that says how its parts are built.
+    """
+    kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
+    where = f"backbone.checkpoint: '{checkpoint}'"
+    single = Path(source).is_file()
+    if config is not None and not single:
+        raise UserError("backbone.config: only a single-file checkpoint has use for it; leave it out.")
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
+    parts = {
+        name: _load_denoiser(name, given, kind, None if single else source, options)
+        for name, given in (denoisers or {}).items()
+        if given is not None
+    }
+    if kind == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    found = getattr(diffusers, kind)
+    try:
+        if single:
+            pipeline = found.from_single_file(source, config=config and find_checkpoint(config), **options, **parts)
+        else:
+            pipeline = found.from_pretrained(source, use_safetensors=True, **options, **parts)
+    except FAILURES as error:
+        raise _unloadable(where, error) from error
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        _fuse(pipeline, lora, local_files_only)
+    return pipeline
+
+
+def _kind_of_file(file: Path, where: str) -> str:
+    if file.suffix != ".safetensors":
+        raise UserError(f"{where}: of single files only .safetensors are read; a pickled one could run code.")
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = list(content.keys())
+    except (OSError, SafetensorError) as error:
+        raise _unloadable(where, error) from error
+    for part, kind in SINGLE_FILES.items():
+        if any(name.removeprefix("model.diffusion_model.").startswith(part) for name in names):
+            return kind
+    raise UserError(
+        f"{where} is no whole SD1.5, SDXL or SD3 checkpoint in the original layout (its first tensor is "
+        f"'{names[0] if names else ''}'). A denoiser alone goes into backbone.unet or backbone.transformer, a LoRA "
+        "into backbone.lora."
+    )
+
+
+def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: dict[str, Any]) -> Any:
+    """A U-Net or transformer from its own folder, or from that of a pipeline around it."""
+    where = f"backbone.{name}: '{given}'"
+    wanted = "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
+    if name != wanted:
+        raise UserError(f"backbone.{name}: a {kind} has no {name}; give the replacement as backbone.{wanted}.")
+    model, source = getattr(diffusers, DENOISERS[name]), find_checkpoint(given)
+    only = options["local_files_only"]
+    try:
+        try:
+            subfolder, config = None, model.load_config(source, local_files_only=only)
+        except OSError:
+            subfolder, config = name, model.load_config(source, subfolder=name, local_files_only=only)
+        loaded = model.from_pretrained(source, subfolder=subfolder, use_safetensors=True, **options)
+        expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
+    except FAILURES as error:
+        raise _unloadable(where, error) from error
+    for key in INTERFACE:
+        if key in expected and config.get(key) != expected[key]:
+            raise UserError(
+                f"{where} has {key} {config.get(key)}, the checkpoint's own {name} {expected[key]}; it is for another "
+                "base."
+            )
+    return loaded
+
+
+def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
+    """Add a LoRA's weights to the pipeline's own, and leave no trace of PEFT."""
+    try:
+        pipeline.load_lora_weights(lora, use_safetensors=True, local_files_only=local_files_only)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    except (*FAILURES, RuntimeError) as error:
+        raise _unloadable(f"backbone.lora: '{lora}'", error) from error
+
+
+def _unloadable(where: str, error: Exception) -> UserError:
+    return UserError(
+        f"{where} cannot be loaded: {error}\nGive an existing folder, a .safetensors file, a hub id (owner/name), or "
+        "a builtin base such as builtin:shapes-sd15."
+    )

@@ -1,0 +1,77 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a joint transformer that predicts a flow, two CLIPs and a T5.
+
+The noise level is the flow's own: σ = t, so that x_t = (1 − t)·x0 + t·noise, and the transformer is asked at timestep
+1000·t. A recipe's range of t is thus a range of σ, and t is not shifted; the schedule's shift is the sampler's affair.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agsm_rl.backbones.flow import FlowSampler, flow_scheduler
+from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Cond
+
+
+class StableDiffusion3(FrozenPipeline):
+    """A frozen StableDiffusion3Pipeline, with its T5 or without; options as in FrozenPipeline."""
+
+    name = "stable_diffusion_3"
+    use = "stable_diffusion_3"
+    part = "transformer"
+    wraps = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+    drawing = (4.0, 28)
+
+    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+        super()._wrap(pipeline, resolution, gradient_checkpointing)
+        largest = pipeline.transformer.config.pos_embed_max_size * pipeline.vae_scale_factor * self._patch_size()
+        if self.resolution > largest:
+            raise UserError(f"backbone.resolution: {resolution} is above {largest}, the largest of this transformer.")
+        self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
+
+    def _patch_size(self) -> int:
+        return self.pipeline.transformer.config.patch_size
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Cond:
+        """The CLIPs' hidden states followed by T5's [B, 77 + 256, D], and the CLIPs' pooled embeddings, float32.
+
+        Equal prompts are encoded once. Without a T5 its rows are zeros, as in diffusers.
+        """
+        unique = list(dict.fromkeys(prompts))
+        rows = [unique.index(prompt) for prompt in prompts]
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            unique, None, None, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        dtype = torch.promote_types(embeds.dtype, torch.float32)
+        return Cond(embeds[rows].to(dtype), pooled[rows].to(dtype))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = (1 − t)·x0 + t·noise [B, C, h, w]."""
+        sigma = t.to(x0)[:, None, None, None]
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The flow from image to noise: noise − x0."""
+        return noise - x0
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The transformer's flow [B, C, h, w], in x_t's dtype."""
+        assert cond.pooled is not None
+        dtype = self.pipeline.transformer.dtype
+        prediction = self.denoiser(
+            hidden_states=x_t.to(dtype),
+            timestep=t.float() * self._num_timesteps,
+            encoder_hidden_states=cond.embeds.to(dtype),
+            pooled_projections=cond.pooled.to(dtype),
+            return_dict=False,
+        )[0]
+        return prediction.to(x_t.dtype)
+
+    def sampler(self, num_steps: int) -> FlowSampler:
+        """The pipeline's own schedule with its shift."""
+        _, height, width = self.latent_shape
+        tokens = (height // self._patch_size()) * (width // self._patch_size())
+        return FlowSampler(self.pipeline.scheduler.config, num_steps, self.device, image_tokens=tokens)

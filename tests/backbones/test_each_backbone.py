@@ -1,0 +1,67 @@
+"""What holds for SD1.5, SDXL and SD3 alike, through the convention alone."""
+
+import torch
+
+from agsm_rl.drawing import draw
+from agsm_rl.interfaces import Backbone
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.policy import Policy
+from agsm_rl.sampling import guided
+
+PROMPTS = ["a red circle", "two blue squares"]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_a_frozen_backbone(each_backbone: Backbone) -> None:
+    assert isinstance(each_backbone, Backbone)
+    assert each_backbone.resolution == 16 and each_backbone.latent_shape[1:] == (8, 8)
+    for module in each_backbone.pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            assert not module.training
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_images_in_latents_are_scaled_and_shifted_as_the_vae_says(each_backbone: Backbone) -> None:
+    images, vae = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), each_backbone.pipeline.vae
+    shift, scale = vae.config.shift_factor or 0, vae.config.scaling_factor
+    latents = each_backbone.encode_images(images)
+    with torch.no_grad():
+        expected = (vae.encode(images * 2 - 1).latent_dist.mean - shift) * scale
+        decoded = vae.decode(latents / scale + shift).sample
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(each_backbone.decode(latents), (decoded / 2 + 0.5).clamp(0, 1))
+
+
+@torch.no_grad()
+def test_its_parts_together_draw_the_pipeline_s_picture(each_backbone: Backbone) -> None:
+    """encode_text, guided predictions, the sampler's steps without noise, decode: nothing of it may differ."""
+    drawn = draw(each_backbone.pipeline, PROMPTS, [3, 4], guidance=3.0, num_steps=4, resolution=16)
+    x_t = torch.cat([normal(1, *each_backbone.latent_shape, seed=seed) for seed in (3, 4)])
+    cond, uncond = each_backbone.encode_text(PROMPTS), each_backbone.encode_text([""])
+    sampler = each_backbone.sampler(4)
+    for k in range(4):
+        prediction = guided(each_backbone.predict, x_t, sampler.t[k].expand(2), cond, uncond, 3.0)
+        x_t, std = sampler.transition(k, x_t, prediction, eta=0.0)
+        assert std == 0
+    torch.testing.assert_close(each_backbone.decode(x_t), drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_rollouts_have_ratio_one(each_backbone: Backbone, make_adapters, make_rollouts) -> None:
+    policy = Policy(each_backbone, make_adapters())
+    for guidance in (1.0, 3.0):
+        _, metrics = DDPO().loss(policy, make_rollouts(bind=True, guidance=guidance).next(policy))
+        assert metrics["ratio_deviation"].item() < 1e-5
+
+
+def test_latents_of_a_rollout_lead_back_to_its_noise(each_backbone: Backbone) -> None:
+    """Adding noise and stepping with the exact prediction returns the image: predictions, levels and steps agree."""
+    x0, noise = normal(1, *each_backbone.latent_shape), normal(1, *each_backbone.latent_shape, seed=1)
+    sampler = each_backbone.sampler(5)
+    for k in range(4):
+        now, later = sampler.t[k : k + 1], sampler.t[k + 1 : k + 2]
+        x_t, target = each_backbone.add_noise(x0, noise, now), each_backbone.target(x0, noise, now)
+        mean, _ = sampler.transition(k, x_t, target, eta=0.0)
+        torch.testing.assert_close(mean, each_backbone.add_noise(x0, noise, later), rtol=1e-4, atol=1e-4)
