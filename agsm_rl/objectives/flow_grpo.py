@@ -3,8 +3,8 @@
     L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ) + w·KL,
     ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),   KL = ‖μ - μ_ref‖² / (2σ²),
 with π = N(μ, σ²) a step of the backbone's sampler: for a flow model its SDE with the flow's marginals, for SD1.5 and
-SDXL a DDIM step. log π and the KL are means over latent elements. A, relative to the prompt's other images of the draw, is
-the rollouts' affair: `advantages: group`.
+SDXL a DDIM step. log π and the KL are means over latent elements. A, relative to the prompt's other images of the draw,
+is the rollouts' affair: `advantages: group`.
 """
 
 from typing import ClassVar
