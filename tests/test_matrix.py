@@ -37,6 +37,7 @@ SOURCE_OF = {
     "ddpo": "rollouts",
     "diffusion_dpo": "preferences",
     "diffusion_nft": "rollouts",
+    "flow_grpo": "rollouts",
     "score_matching": "pairs",
     "softrepa": "pairs",
 }
