@@ -3,11 +3,15 @@
 The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave
 as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain they then
 carry is the leverage that any objective over them has.
+
+Predicted noise hardly differs at high noise, where an image's content is settled, so errors are weighed there as errors
+of the predicted image (an unweighted trial teaches the tokens only what changes no verdict).
 """
 
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import torch
 import typer
 from torch import Tensor
 
@@ -20,7 +24,10 @@ CUE = ", verified"
 
 
 class CueDistillation:
-    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty."""
+    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))² / s²; a tenth of them empty.
+
+    s is the share of x0 in x_t, at least 0.01.
+    """
 
     consumes: ClassVar[type[Batch]] = PairBatch
 
@@ -41,8 +48,9 @@ class CueDistillation:
         cued = [prompt + CUE if prompt else "" for prompt in plain]
         teacher = policy.reference(x_t, t, backbone.encode_text(cued))
         cond = backbone.encode_text(plain)
-        loss = ((policy.live(x_t, t, cond) - teacher) ** 2).mean()
-        distance = ((policy.reference(x_t, t, cond) - teacher) ** 2).mean()
+        signal = backbone.add_noise(torch.ones_like(noise), torch.zeros_like(noise), t).clamp(min=0.01)
+        loss = (((policy.live(x_t, t, cond) - teacher) / signal) ** 2).mean()
+        distance = (((policy.reference(x_t, t, cond) - teacher) / signal) ** 2).mean()
         return loss, {"unlearned": loss.detach() / distance}
 
 
@@ -52,6 +60,7 @@ def main(
     steps: int = 1000,
     learning_rate: float = 1e-2,
     num_tokens: int = 4,
+    jitter: float = 0.0,
     num_images: int = 600,
     guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
     seed: int = 0,
@@ -65,7 +74,7 @@ def main(
     from agsm_rl.backbones.stable_diffusion import StableDiffusion
     from agsm_rl.sources.pairs import Pairs
 
-    made = SoftTokens(num_tokens=num_tokens, banks=1) if adapter == "soft_tokens" else LoRA(rank=8)
+    made = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
     policy = Policy(StableDiffusion(base), {adapter: made}, ema_decay=0.99)
     term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
     trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)

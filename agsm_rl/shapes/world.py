@@ -334,7 +334,7 @@ class CaptionMix:
     careless_plain: float
 
 
-WEB_MIX = CaptionMix(careful=0.45, plain=0.4, careless_plain=0.5)
+WEB_MIX = CaptionMix(careful=0.45, plain=0.4, careless_plain=0.36)
 
 
 def web_caption(requirement: Requirement, rng: np.random.Generator, mix: CaptionMix = WEB_MIX) -> str:
