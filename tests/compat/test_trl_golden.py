@@ -138,7 +138,8 @@ def test_log_probabilities_losses_and_gradients_of_each_step_are_trl_s(make_trai
             log_prob = step_log_prob(trainer.policy, batch, k)
         assert log_prob.tolist() == pytest.approx(expected["log_probs"][k], rel=1e-5, abs=1e-5)
         loss, metrics = objective.loss(trainer.policy, replace(batch, steps=(k,)))
-        assert loss.item() == pytest.approx(figures["loss"], rel=1e-5)
+        # A ratio is exp(a difference of log-probabilities): machines and thread counts differ by a few 1e-5.
+        assert loss.item() == pytest.approx(figures["loss"], rel=1e-4)
         if name == "losses":  # without cancellation in large log-probabilities
             assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0.02)
         assert float(metrics["clip_fraction"]) == figures["clipfrac"]
