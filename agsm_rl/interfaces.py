@@ -68,10 +68,13 @@ class Backbone(Protocol):
     latent_shape: tuple[int, int, int]
     resolution: int
     device: torch.device
-    drawing: tuple[float, int]
-    """Guidance and number of steps to draw with where nothing else is said."""
     adapters: list[Adapter]
     """Those that are attached; they enter and leave the list themselves."""
+
+    @property
+    def drawing(self) -> tuple[float, int]:
+        """Guidance and number of steps to draw with where nothing else is said."""
+        ...
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Encode prompts without gradients; "" is the unconditional prompt."""

@@ -26,13 +26,16 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
         "diffusion_nft": "agsm_rl.objectives.diffusion_nft:DiffusionNFT",
         "flow_grpo": "agsm_rl.objectives.flow_grpo:FlowGRPO",
+        "reward_backprop": "agsm_rl.objectives.reward_backprop:RewardBackprop",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
     "rewards": {
+        "brightness": "agsm_rl_rewards.brightness:Brightness",
         "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
         "jpeg_incompressibility": "agsm_rl_rewards.jpeg:JpegIncompressibility",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
+        "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
     },
     "adapters": {
         "soft_tokens": "agsm_rl.adapters.soft_tokens:SoftTokens",
@@ -41,6 +44,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "sources": {
         "pairs": "agsm_rl.sources.pairs:Pairs",
         "preferences": "agsm_rl.sources.preferences:Preferences",
+        "prompts": "agsm_rl.sources.prompts:Prompts",
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
     },
     "views": {

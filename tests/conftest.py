@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agsm_rl_rewards.brightness import Brightness
 from tiny_pipelines import MAKERS, save_tiny
 
 from agsm_rl.adapters.lora import LoRA
@@ -64,17 +65,6 @@ def sd3_backbone(tiny_sd3_checkpoint: Path) -> StableDiffusion3:
 def backbone(tiny_checkpoint: Path) -> StableDiffusion:
     """A fresh backbone, with nothing attached."""
     return StableDiffusion(str(tiny_checkpoint), device="cpu")
-
-
-class Brightness:
-    """The mean of an image: a reward that needs no weights."""
-
-    name = "brightness"
-    range = (0.0, 1.0)
-    differentiable = True
-
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return images.mean(dim=(1, 2, 3))
 
 
 class OneProcess:

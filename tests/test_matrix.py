@@ -19,6 +19,7 @@ OBJECTIVES = sorted(registry.BUILTIN["objectives"])
 
 SOURCES = {
     "pairs": {"dataset": "builtin:shapes", "batch_size": 4, "num_images": 16},
+    "prompts": {"prompts": "builtin:shapes-prompts", "batch_size": 4},
     "preferences": {"dataset": "builtin:shapes-preferences", "batch_size": 4, "num_pairs": 16},
     "rollouts": {
         "prompts": "builtin:shapes-prompts",
@@ -38,10 +39,14 @@ SOURCE_OF = {
     "diffusion_dpo": "preferences",
     "diffusion_nft": "rollouts",
     "flow_grpo": "rollouts",
+    "reward_backprop": "prompts",
     "score_matching": "pairs",
     "softrepa": "pairs",
 }
 """Objective → the source that it is trained from here."""
+
+OPTIONS = {"reward_backprop": {"rewards": {"sharpness": 1.0}, "num_steps": 3, "guidance": 1.0}}
+"""Objective → options that it cannot do without, or would be slow without."""
 
 ADAPTERS = {
     "soft tokens": {"tokens": {"use": "soft_tokens", "num_tokens": 2}},
@@ -62,7 +67,9 @@ def train_one_step(tiny_checkpoint):
                 "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
                 "adapters": copy.deepcopy(adapters),
                 "sources": {name: {"use": name, **SOURCES[name]} for name in names},
-                "objectives": [{"use": name, "source": SOURCE_OF[name]} for name in objectives],
+                "objectives": [
+                    {"use": name, "source": SOURCE_OF[name], **OPTIONS.get(name, {})} for name in objectives
+                ],
                 "track": [],
             }
         )
@@ -113,7 +120,7 @@ def load(kind, name):
 @pytest.mark.parametrize("source", sorted(SOURCES))
 @pytest.mark.parametrize("view", [None, *sorted(registry.BUILTIN["views"])])
 def test_a_recipe_is_read_where_the_batches_fit_and_refused_with_the_reason_where_not(objective, source, view):
-    term = {"use": objective, "source": {"use": source, **SOURCES[source]}}
+    term = {"use": objective, "source": {"use": source, **SOURCES[source]}, **OPTIONS.get(objective, {})}
     content = {
         "steps": 1,
         "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,10 @@ from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, step_distribution
+from agsm_rl.scoring import check_rewards, weighted_scores
 from agsm_rl.sources.advantages import normalised_by_group, normalised_by_prompt
 from agsm_rl.sources.order import Order
-
-BUILTIN_PROMPTS = "builtin:shapes-prompts"
+from agsm_rl.sources.prompts import open_prompts
 
 
 class Rollouts:
@@ -81,9 +80,7 @@ class Rollouts:
             )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
-        if not rewards:
-            raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
-        self.prompts, self.rewards = prompts, list(rewards)
+        self.prompts, self.rewards = prompts, check_rewards(rewards)
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
@@ -159,11 +156,9 @@ class Rollouts:
 
     def _score(self, policy: Policy, latents: Tensor, prompts: list[str]) -> Tensor:
         images = torch.cat([policy.backbone.decode(part) for part in latents.split(self.sample_batch_size)])
-        total = torch.zeros(len(prompts), device=images.device)
-        for reward, weight in self.rewards:
-            score = checked_score(reward, images, prompts)
-            self._metrics[f"reward/{reward.name}"] = float(self._shard.gather(score).mean())
-            total = total + weight * score
+        total, scores = weighted_scores(self.rewards, images, prompts)
+        for name, score in scores.items():
+            self._metrics[f"reward/{name}"] = float(self._shard.gather(score).mean())
         self._metrics["reward"] = float(self._shard.gather(total).mean())
         return total
 
@@ -242,35 +237,3 @@ def draw_trajectories(
         if not keep_path:
             states = states[-1:]
     return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
-
-
-def checked_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """The reward's scores [B]; UserError naming the reward when they have another shape or are not finite."""
-    score = reward(images, prompts)
-    if not isinstance(score, Tensor) or score.shape != (len(prompts),):
-        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        raise UserError(
-            f"reward '{reward.name}': it returned {got}, but a score an image is wanted: shape ({len(prompts)},)"
-        )
-    if not torch.isfinite(score).all():
-        bad = int((~torch.isfinite(score)).nonzero()[0])
-        raise UserError(f"reward '{reward.name}': its score is {float(score[bad])} for the prompt '{prompts[bad]}'")
-    return score.float().to(images.device)
-
-
-def open_prompts(prompts: str) -> list[str]:
-    """The prompts of a builtin or of a text file, a line each."""
-    if prompts == BUILTIN_PROMPTS:
-        from agsm_rl.shapes import data
-
-        return data.prompts("train", 2000, seed=0)
-    path = Path(prompts)
-    if prompts.startswith("builtin:") or not path.is_file():
-        raise UserError(
-            f"prompts '{prompts}': there is no such file; give a text file with a prompt a line, or '{BUILTIN_PROMPTS}'"
-        )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if line]
-    if not found:
-        raise UserError(f"prompts '{prompts}': the file has no prompts; write one a line")
-    return found

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from agsm_rl.errors import UserError
-from agsm_rl.sources.rollouts import Rollouts, checked_score
+from agsm_rl.scoring import checked_score
+from agsm_rl.sources.rollouts import Rollouts
 
 
 def test_a_draw_holds_the_path_from_noise_to_the_finished_images(policy, rollouts):
