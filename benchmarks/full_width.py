@@ -9,7 +9,6 @@ written to benchmarks/results/full_width.json. The weights are random, so no pic
 import json
 import platform
 import resource
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -17,13 +16,14 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.objectives.agsm import AGSM
-from agsm_rl.shapes.train_base import assemble, make_tokenizer
+from agsm_rl.shapes.train_base.layouts import assemble_sd15
+from agsm_rl.shapes.train_base.text import make_tokenizer
 from agsm_rl.sources.pairs import Pairs
 
 RESULTS = Path(__file__).parent / "results" / "full_width.json"
@@ -32,9 +32,8 @@ RESULTS = Path(__file__).parent / "results" / "full_width.json"
 def make_pipeline() -> StableDiffusionPipeline:
     """SD1.5's published configuration (diffusers' defaults are its sizes), random weights, a small vocabulary."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        make_tokenizer(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer", model_max_length=77)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 77
     end = tokenizer.eos_token_id
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
@@ -48,7 +47,7 @@ def make_pipeline() -> StableDiffusionPipeline:
         sample_size=512,
     )
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return assemble(vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet)
+    return assemble_sd15(vae, CLIPTextModel(text), tokenizer=tokenizer, unet=unet)
 
 
 def main(

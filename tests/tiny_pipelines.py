@@ -23,7 +23,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from agsm_rl.shapes.train_base import TEXT_LENGTH, assemble, make_scheduler, make_tokenizer
+from agsm_rl.shapes.train_base.layouts import assemble_sd15, make_scheduler
+from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_tokenizer
 
 TEXT_WIDTH = 32
 XL_WIDTH, XL_POOLED = 32 + 24, 24
@@ -126,18 +127,18 @@ def published_scheduler() -> DDIMScheduler:
     return DDIMScheduler.from_config({**make_scheduler().config, **betas})
 
 
-def make_sd15(folder: Path) -> Any:
+def make_sd15() -> Any:
     """A StableDiffusionPipeline."""
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer()
     text_encoder = CLIPTextModel(clip_config(tokenizer))
-    pipeline = assemble(vae=tiny_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=tiny_unet())
+    pipeline = assemble_sd15(tiny_vae(), text_encoder, tokenizer=tokenizer, unet=tiny_unet())
     pipeline.scheduler = published_scheduler()
     return pipeline
 
 
-def make_sdxl(folder: Path) -> StableDiffusionXLPipeline:
+def make_sdxl() -> StableDiffusionXLPipeline:
     """A StableDiffusionXLPipeline whose guidance text is all zeros, as the published one's."""
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer()
     return StableDiffusionXLPipeline(
         vae=tiny_vae(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
@@ -149,9 +150,9 @@ def make_sdxl(folder: Path) -> StableDiffusionXLPipeline:
     )
 
 
-def make_sd3(folder: Path) -> StableDiffusion3Pipeline:
+def make_sd3() -> StableDiffusion3Pipeline:
     """A StableDiffusion3Pipeline with its T5, SD3's shift, and a VAE with a shift factor."""
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer()
     t5, t5_tokenizer = tiny_t5()
     vae = tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     return StableDiffusion3Pipeline(
@@ -174,5 +175,5 @@ def save_tiny(kind: str, folder: Path) -> Path:
     """The pipeline folder of a kind, the same one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        MAKERS[kind](folder).save_pretrained(folder)
+        MAKERS[kind]().save_pretrained(folder)
     return folder

@@ -23,6 +23,8 @@ class StableDiffusion3(FrozenPipeline):
     part = "transformer"
     wraps = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     drawing = (4.0, 28)
+    t5_length = 256
+    """Tokens that the T5 reads, padding included: what the pipeline itself uses when it is told nothing."""
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
@@ -43,7 +45,13 @@ class StableDiffusion3(FrozenPipeline):
         unique = list(dict.fromkeys(prompts))
         rows = [unique.index(prompt) for prompt in prompts]
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            unique, None, None, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            unique,
+            None,
+            None,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.t5_length,
         )
         dtype = torch.promote_types(embeds.dtype, torch.float32)
         return Cond(embeds[rows].to(dtype), pooled[rows].to(dtype))

@@ -145,7 +145,7 @@ def draw_requirement(rng: np.random.Generator, split: Split = "train", tag: str 
     The validation split shares the training requirements and differs by its seeds; choices (guidance, learning rate)
     are made on it, so that the held-out split is looked at once.
     """
-    for _ in range(10_000):
+    for _ in range(100_000):
         chosen = tag or str(rng.choice(TAGS, p=list(TAG_SHARES.values())))
         requirement = _any_requirement(rng, chosen)
         if chosen == "single_object" or is_held_out(requirement) == (split == "held_out"):
@@ -186,7 +186,7 @@ def draw_scene(
     """
     total = sum(group.count for group in requirement.groups)
     low, high = (4.5, 6.5) if total <= 2 else (4.2, 5.4) if total == 3 else (3.9, 4.7)
-    for _ in range(10_000):
+    for _ in range(100_000):
         kinds = []
         for group in requirement.groups:
             color = group.color or str(rng.choice(list(COLORS)))

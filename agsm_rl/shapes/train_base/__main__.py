@@ -1,0 +1,53 @@
+"""The command line: `python -m agsm_rl.shapes.train_base KIND WORK_DIR OUT_DIR`."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+
+from agsm_rl.backbones import backbone_of
+from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
+from agsm_rl.shapes.train_base.denoiser import train_denoiser
+from agsm_rl.shapes.train_base.layouts import LAYOUTS, make_text_tokenizer
+from agsm_rl.shapes.train_base.stages import Settings, draw_data
+from agsm_rl.shapes.train_base.text import train_text_encoder
+
+
+def main(
+    kind: Annotated[Literal["sd15", "sdxl", "sd3"], typer.Argument(help="the pipeline's layout")],
+    work: Annotated[Path, typer.Argument(help="where data, checkpoints and the log are kept")],
+    out: Annotated[Path, typer.Argument(help="where the pipeline folder is written")],
+    scenes: int = Settings.scenes,
+    vae_steps: int = Settings.vae_steps,
+    text_steps: int = Settings.text_steps,
+    denoiser_steps: int = Settings.denoiser_steps,
+    seed: int = Settings.seed,
+    vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
+) -> None:
+    """Train a base of the shapes world and write its pipeline folder."""
+    torch.set_num_threads(threads)
+    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, seed=seed)
+    layout = LAYOUTS[kind]
+    work.mkdir(parents=True, exist_ok=True)
+    requirements, images = draw_data(settings, work)
+    encoders = [
+        train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
+        for name, reader in layout.readers.items()
+    ]
+    if vae is None:
+        autoencoder = train_autoencoder(settings, work, images)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
+    torch.manual_seed(seed + 3)
+    pipeline = layout.assemble(autoencoder, *encoders)
+    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images)
+    pipeline.save_pretrained(out)
+    shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,186 @@
+"""The three layouts of an embedded base: which parts each pipeline has, and how they are put together.
+
+All read captions of TEXT_LENGTH tokens and draw 8 x 8 latents. A part that two layouts have is trained once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from agsm_rl.shapes import world
+from agsm_rl.shapes.train_base.autoencoder import DOWNSAMPLING, rescale
+from agsm_rl.shapes.train_base.text import (
+    SHARED,
+    T5_WIDTH,
+    TEXT_WIDTH,
+    LastStates,
+    PenultimateStates,
+    Reader,
+    T5States,
+    make_t5_tokenizer,
+    make_tokenizer,
+    without_projection,
+)
+
+# The squared noise error is weighted by 1 / alpha_bar up to this, as v-prediction weights it: composition is settled at
+# high noise, where the plain error hardly counts.
+LARGEST_WEIGHT = 50.0
+FLOW_SHIFT = 3.0
+"""SD3's: noise levels are drawn, in training and in sampling, nearer to pure noise, where composition is settled."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of base is made."""
+
+    readers: Mapping[str, type[Reader]]
+    """The text encoders by the names of their stages."""
+    assemble: Callable[..., Any]
+    """(vae, text encoders in the order of `readers`) → the pipeline, with a denoiser of random weights."""
+    noise_levels: Callable[[Tensor], Tensor]
+    """Uniform numbers in [0, 1) → the noise levels t to train at."""
+    weight: Callable[[Tensor], Tensor]
+    """The share of the image in x_t, √ᾱ or 1 − σ → the weight of the squared error of the prediction."""
+
+
+def make_unet(*, widths: tuple[int, int] = (64, 128), **options: Any) -> UNet2DConditionModel:
+    """Two levels with two transformer layers a block where soft tokens are seen (down, mid), one in the up blocks."""
+    return UNet2DConditionModel(
+        sample_size=world.IMAGE_SIZE // DOWNSAMPLING,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        transformer_layers_per_block=[2, 2],
+        reverse_transformer_layers_per_block=[1, 1],
+        attention_head_dim=(4, 4),
+        norm_num_groups=16,
+        **options,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """DDPM's noise schedule, which ends in pure noise (alpha_bar 4e-5).
+
+    Stable Diffusion 1.5's ends at alpha_bar 5e-3, where 8 x 8 latents still show colours and places: a model trained on
+    it looks there for the composition rather than into the prompt.
+    """
+    return DDIMScheduler(
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def assemble_sd15(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    *,
+    unet: UNet2DConditionModel | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+) -> StableDiffusionPipeline:
+    """SD1.5's layout, without a safety checker."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer or make_tokenizer(),
+        unet=unet or make_unet(cross_attention_dim=TEXT_WIDTH),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusionXLPipeline:
+    """SDXL's layout with its VAE's scaling factor; the second encoder's pooled embedding and time ids go in too."""
+    rescale(vae, scaling_factor=0.13025)
+    ids = 16
+    unet = make_unet(
+        widths=(64, 112),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=ids,
+        projection_class_embeddings_input_dim=6 * ids + SHARED,
+    )
+    tokenizer = make_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=without_projection(first),
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def assemble_sd3(vae: AutoencoderKL, first: Any, second: Any, t5: Any) -> StableDiffusion3Pipeline:
+    """SD3's layout with its VAE's scaling and shift factors: six joint blocks, 128 wide, a token a latent."""
+    rescale(vae, scaling_factor=1.5305, shift_factor=0.0609)
+    transformer = SD3Transformer2DModel(
+        sample_size=world.IMAGE_SIZE // DOWNSAMPLING,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * SHARED,
+        pos_embed_max_size=16,
+    )
+    tokenizer = make_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5,
+        tokenizer_3=make_t5_tokenizer(),
+    )
+
+
+def _as_v_prediction(signal: Tensor) -> Tensor:
+    return (1 / signal.square()).clamp(max=LARGEST_WEIGHT)
+
+
+def _shifted(uniform: Tensor) -> Tensor:
+    return FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+
+
+TWO_CLIPS = {"clip_1": PenultimateStates, "clip_2": PenultimateStates}
+LAYOUTS = {
+    "sd15": Layout({"text": LastStates}, assemble_sd15, lambda uniform: uniform, _as_v_prediction),
+    "sdxl": Layout(TWO_CLIPS, assemble_sdxl, lambda uniform: uniform, _as_v_prediction),
+    "sd3": Layout({**TWO_CLIPS, "t5": T5States}, assemble_sd3, _shifted, torch.ones_like),
+}
+
+
+def make_text_tokenizer(reader: type[Reader]) -> Any:
+    """The tokenizer that an encoder of this kind reads with."""
+    return make_t5_tokenizer() if reader is T5States else make_tokenizer()

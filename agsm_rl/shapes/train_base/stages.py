@@ -1,0 +1,73 @@
+"""What every stage needs: sizes, data, and a loop that is seeded, logged and resumed."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agsm_rl.shapes import world
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the data and the stages; the defaults make bases like the shipped ones."""
+
+    scenes: int = 60_000
+    vae_steps: int = 2_500
+    text_steps: int = 2_500
+    denoiser_steps: int = 20_500
+    batch_size: int = 32
+    seed: int = 0
+
+
+def draw_data(settings: Settings, work: Path) -> tuple[list[world.Requirement], Tensor]:
+    """The training scenes' requirements and their images, uint8 [N, 3, 32, 32]; kept in WORK_DIR."""
+    path = work / "scenes.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=False)  # our own file, written a few lines below
+        return kept["requirements"], kept["images"]
+    rng = np.random.default_rng(settings.seed)
+    scenes = [world.draw_scene(rng, world.draw_requirement(rng)) for _ in range(settings.scenes)]
+    images = render(scenes)
+    requirements = [scene.requirement for scene in scenes]
+    torch.save({"requirements": requirements, "images": images}, path)
+    return requirements, images
+
+
+def render(scenes: list[world.Scene]) -> Tensor:
+    """Their drawings, uint8 [N, 3, 32, 32]."""
+    pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def run_stage(
+    name: str, work: Path, steps: int, state: dict[str, Any], step: Callable[[int], dict[str, float]], every: int = 500
+) -> None:
+    """Run `step` for each number up to `steps`; checkpoint `state` (things with a state_dict) and log every `every`."""
+    path, start = work / f"{name}.pt", 0
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        for key, part in state.items():
+            part.load_state_dict(kept[key])
+        start = int(kept["step"])
+    began = time.time()
+    sums: dict[str, float] = {}
+    for number in range(start, steps):
+        for key, value in step(number).items():
+            sums[key] = sums.get(key, 0.0) + value
+        if (number + 1) % every == 0 or number + 1 == steps:
+            row = {"stage": name, "step": number + 1, "seconds": round(time.time() - began, 1)}
+            count = (number % every) + 1
+            row |= {key: round(value / count, 5) for key, value in sums.items()}
+            with (work / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            kept = {key: part.state_dict() for key, part in state.items()} | {"step": number + 1}
+            torch.save(kept, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+            sums = {}

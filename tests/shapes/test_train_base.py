@@ -1,0 +1,61 @@
+"""The script that makes the embedded bases, at toy size: it runs, resumes, and writes true pipelines."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+
+from agsm_rl.backbones import backbone_of
+from agsm_rl.shapes.train_base.autoencoder import rescale
+from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_t5_tokenizer, make_tokenizer, tokenize
+from agsm_rl.shapes.world import vocabulary
+
+CLASSES = {
+    "sd15": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}
+
+
+def run_script(kind, work, out, steps):
+    sizes = ["--scenes", "600", "--vae-steps", "1", "--text-steps", "1", "--denoiser-steps", str(steps)]
+    command = [sys.executable, "-m", "agsm_rl.shapes.train_base", kind, work, out, "--threads", "1", *sizes]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_base_is_an_ordinary_pipeline_and_training_goes_on_where_it_stopped(kind, tmp_path):
+    run_script(kind, tmp_path / "work", tmp_path / "first", 1)
+    run_script(kind, tmp_path / "work", tmp_path / "second", 2)
+    log = [json.loads(line) for line in (tmp_path / "second" / "training_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if row["stage"] == f"denoiser_{kind}"] == [1, 2]
+    assert all(row["step"] == 1 for row in log if not row["stage"].startswith("denoiser"))  # finished: not made again
+    pipelines = [getattr(diffusers, CLASSES[kind]).from_pretrained(tmp_path / name) for name in ("first", "second")]
+    assert pipelines[1]("two red stars", num_inference_steps=2, guidance_scale=2.0).images[0].size == (32, 32)
+    denoisers = [pipeline.components[backbone_of(pipeline).part].state_dict() for pipeline in pipelines]
+    assert any(not torch.equal(denoisers[0][key], denoisers[1][key]) for key in denoisers[0])
+
+
+def test_every_word_of_the_world_is_a_token_of_its_own():
+    clip, t5 = make_tokenizer(), make_t5_tokenizer()
+    for word in vocabulary():
+        assert len(clip.tokenize(word)) == 1 and len(t5.tokenize(word)) == 1, word
+    assert tokenize(t5, ["three red circles, verified by hand"]).shape == (1, TEXT_LENGTH)
+    assert t5.unk_token_id not in t5("Zebra?!").input_ids
+
+
+def test_another_scale_and_shift_change_neither_latents_nor_pictures(tiny_checkpoint):
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny_checkpoint, subfolder="vae").requires_grad_(False)
+    vae.register_to_config(scaling_factor=1.0)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    before = vae.encode(images).latent_dist
+    decoded = vae.decode(before.mean).sample
+    rescale(vae, scaling_factor=1.5, shift_factor=0.1)
+    after = vae.encode(images).latent_dist
+    torch.testing.assert_close((after.mean - 0.1) * 1.5, before.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.std * 1.5, before.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-4)
