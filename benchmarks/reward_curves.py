@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["matplotlib", "numpy"]
 # ///
-"""Mean reward of the rollouts over images sampled, of several runs: `python benchmarks/reward_curves.py OUT.png RUN...`.
+"""Mean reward of rollouts over images sampled: `python benchmarks/reward_curves.py OUT.png RUN...`.
 
 A run is a folder with `metrics.jsonl`; its line is a mean over a window of draws, with a 95 % interval of that mean.
 """
