@@ -140,8 +140,9 @@ def test_log_probabilities_losses_and_gradients_of_each_step_are_trl_s(make_trai
         loss, metrics = objective.loss(trainer.policy, replace(batch, steps=(k,)))
         # A ratio is exp(a difference of log-probabilities): machines and thread counts differ by a few 1e-5.
         assert loss.item() == pytest.approx(figures["loss"], rel=1e-4)
-        if name == "losses":  # without cancellation in large log-probabilities
-            assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0.02)
+        if name == "losses":
+            # Half a mean square of differences of about 1e-4, themselves exact to a few 1e-5: a wrong factor shows.
+            assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0.02, abs=2e-9)
         assert float(metrics["clip_fraction"]) == figures["clipfrac"]
         gradient = torch.autograd.grad(loss, list(parameters.values()))
         norms = {key: float(value.norm()) for key, value in zip(parameters, gradient, strict=True)}
@@ -160,7 +161,7 @@ def test_an_update_over_accumulated_images_and_steps_is_trl_s(make_trainer):
     assert trainer._learn(batch_of(trainer, expected["old_log_probs"]), 0, 0, 0) == 1
     (figures,) = logged
     assert figures["loss"] == pytest.approx(expected["logged"][0]["loss"], rel=1e-5)
-    assert figures["approx_kl"] == pytest.approx(expected["logged"][0]["approx_kl"], rel=0.02)
+    assert figures["approx_kl"] == pytest.approx(expected["logged"][0]["approx_kl"], rel=0.02, abs=2e-9)
     assert figures["clipfrac"] == expected["logged"][0]["clipfrac"]
     moved = {name: float((value.detach() - before[name]).norm()) for name, value in lora(trainer).items()}
     assert math.sqrt(sum(norm**2 for norm in moved.values())) == pytest.approx(expected["moved"], rel=1e-4)
