@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,9 +16,6 @@ from agsm_rl.errors import UserError
 _UNION_TAG = re.compile(
     r"^(str|int|float|bool|none|Block|constrained-\w+|\w+-(before|after|wrap)\(.*\)|(dict|list|tuple)\[.*\])$"
 )
-
-
-_NUMBERS = (int, float, int | None, float | None)
 
 
 class Section(BaseModel):
@@ -39,7 +36,7 @@ class Section(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     raise _mistake(unknown_key(str(key), list(cls.model_fields)))
-                if isinstance(data[key], bool) and cls.model_fields[key].annotation in _NUMBERS:
+                if isinstance(data[key], bool) and _wants_a_number(cls.model_fields[key].annotation):
                     # Python would take true for 1.
                     raise _mistake(f"'{key}' is {str(data[key]).lower()}, but a number is wanted")
         return data
@@ -51,6 +48,12 @@ class RewardOptions(Section):
     model_config = ConfigDict(extra="allow")
 
     weight: float = 1.0
+
+
+def _wants_a_number(annotation: Any) -> bool:
+    """True for a number or a union with one, unless a bool is allowed too."""
+    allowed = get_args(annotation) or (annotation,)
+    return bool not in allowed and any(kind in allowed for kind in (int, float))
 
 
 def _mistake(text: str) -> PydanticCustomError:

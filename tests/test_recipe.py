@@ -100,6 +100,7 @@ WRONG = {
     "objectives.1.trains=[lroa]": r"objectives\[1\].trains: 'lroa'.*Did you mean 'lora'",
     "objectives.0.weight=-1": r"objectives\[0\].weight: .*0 or more.*got -1",
     "objectives.0.weight=.nan": r"objectives\[0\].weight: .*got nan",
+    "objectives.0.weight=true": r"objectives\[0\].weight: a weight is a number",
     "objectives.0.weight={}": r"objectives\[0\].weight: .*empty",
     "objectives.0.every=0": r"objectives\[0\].every: got 0",
     "objectives.0.t=[0.5, 0.5]": r"objectives\[0\].t: .*low < high",
