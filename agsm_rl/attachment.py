@@ -124,10 +124,7 @@ def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) ->
 def save_adapters(
     adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write each adapter to `<name>.safetensors` (an only LoRA to `pytorch_lora_weights.safetensors`).
-
-    A file is written aside and renamed, so that a kill leaves the old one or the new one. Returns the files.
-    """
+    """Write each adapter to `<name>.safetensors` (an only LoRA to `pytorch_lora_weights.safetensors`); the files."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     loras = [name for name, adapter in adapters.items() if adapter.kind == "lora"]
@@ -135,12 +132,13 @@ def save_adapters(
     for name, adapter in adapters.items():
         file = target / (LORA_FILE if loras == [name] else f"{name}.safetensors")
         tensors, own = adapter.export()
-        _write(file, tensors, {**metadata, **own, "name": name})
+        write_export(file, tensors, {**metadata, **own, "name": name})
         files.append(file)
     return files
 
 
-def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata aside and rename, so that a kill leaves the old file or the new one."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)

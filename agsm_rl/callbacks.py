@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -9,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agsm_rl import checkpoint
+from agsm_rl import __version__, checkpoint
 from agsm_rl.attachment import save_adapters
 from agsm_rl.recipe import Recipe
 from agsm_rl.run_folder import MetricsFile, RunFolder
@@ -102,8 +104,15 @@ class Checkpoints:
         """Write the checkpoint of the trainer's step, and the adapters."""
         checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state_dict(), keep=self.recipe.checkpoint.keep)
         backbone = self.recipe.backbone
-        metadata = {"checkpoint": str(backbone.options.get("checkpoint", "")), "backbone": backbone.use}
-        save_adapters(trainer.policy.adapters, self.folder.adapter, metadata=metadata | {"step": str(trainer.step)})
+        metadata = {
+            "checkpoint": str(backbone.options.get("checkpoint", "")),
+            "backbone": backbone.use,
+            "objectives": json.dumps([term.use for term in self.recipe.objectives]),
+            "recipe_sha256": hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest(),
+            "step": str(trainer.step),
+            "version": __version__,
+        }
+        save_adapters(trainer.policy.adapters, self.folder.adapter, metadata=metadata)
         self._saved = trainer.step
 
 

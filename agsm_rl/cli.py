@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -225,3 +225,19 @@ def world(
 
     write_image_folder(folder, split, num_images, seed)
     typer.echo(f"{folder}: {num_images} images with captions")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A run, an exported adapter, or published .pth tokens.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; for .pth tokens a folder.")],
+    to: Annotated[
+        Literal["agsm-rl", "agsm", "softrepa", "kohya"],
+        typer.Option(help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: LoRA for ComfyUI and A1111."),
+    ],
+) -> None:
+    """Convert adapters from and to the files that their authors and other tools use."""
+    from agsm_rl.convert import convert as convert_adapter
+
+    for file in convert_adapter(source, out, to):
+        typer.echo(str(file))

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,7 +20,7 @@ from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.attachment import attach, save_adapters
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Adapter
+from agsm_rl.interfaces import Adapter, Backbone
 
 
 def draw(pipeline: Any) -> Tensor:
@@ -38,7 +43,7 @@ def snapshot(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     }
 
 
-def trained(backbone: StableDiffusion) -> dict[str, Adapter]:
+def trained(backbone: Backbone) -> dict[str, Adapter]:
     adapters: dict[str, Adapter] = {"tokens": SoftTokens(num_tokens=3), "lora": LoRA(rank=2, banks=2)}
     generator = torch.Generator().manual_seed(0)
     for adapter in adapters.values():
@@ -165,3 +170,34 @@ def test_a_save_that_fails_keeps_the_file_there_was(
     assert file.read_bytes() == before
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]
+
+
+def paint(pipeline: Any, kind: str) -> Tensor:
+    """A picture changed as a prompt says, by image to image or by inpainting its left half."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"image": image, "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 3.0}
+    if kind == "inpaint":
+        mask = torch.zeros(1, 1, 16, 16)
+        mask[..., :8] = 1
+        options |= {"mask_image": mask, "height": 16, "width": 16}
+    drawn = pipeline("a red circle", output_type="pt", generator=generator, **options)
+    return torch.as_tensor(drawn.images)
+
+
+@pytest.mark.parametrize("kind", ["image2image", "inpaint"])
+def test_image_to_image_and_inpainting_draw_with_what_is_attached(
+    each_backbone: Backbone, each_checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    save_adapters(trained(each_backbone), tmp_path, metadata={})
+    plain = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
+    maker = AutoPipelineForImage2Image if kind == "image2image" else AutoPipelineForInpainting
+    pipeline = maker.from_pipe(plain)
+    base = paint(pipeline, kind)
+    handle = attach(pipeline, tmp_path)
+    changed = paint(pipeline, kind)
+    assert not torch.allclose(changed, base, atol=1e-3)
+    handle.detach()
+    assert torch.equal(paint(pipeline, kind), base)
+    attach(plain, tmp_path)  # they share their modules: what is on the one is on the other
+    assert torch.equal(paint(pipeline, kind), changed)

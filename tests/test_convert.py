@@ -1,0 +1,168 @@
+"""Published token files and kohya's LoRA: read, written back, refused where they hold more."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image
+from safetensors import safe_open
+from torch import nn
+from typer.testing import CliRunner
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.attachment import attach, read_export, save_adapters
+from agsm_rl.cli import app
+from agsm_rl.convert import convert, read_published
+from agsm_rl.errors import UserError
+
+SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "softrepa"
+
+
+def draw(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline("a red circle", num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt")
+    return torch.as_tensor(drawn.images)
+
+
+@pytest.fixture
+def exported(each_backbone, tmp_path):
+    """A run folder of each kind with soft tokens and LoRA of two banks."""
+    adapters = {"tokens": SoftTokens(num_tokens=3), "lora": LoRA(rank=2, alpha=3.0, banks=2)}
+    generator = torch.Generator().manual_seed(0)
+    for adapter in adapters.values():
+        adapter.attach(each_backbone)
+        for _, parameter in adapter.named_parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_adapters(adapters, tmp_path / "run" / "adapter", metadata={})
+    return tmp_path / "run"
+
+
+def test_tokens_written_as_agsm_publishes_them_come_back_exactly(exported, tmp_path):
+    files = convert(exported, tmp_path / "published", "agsm")
+    assert [file.name for file in files] == ["soft_tokens.pth", "soft_t_tokens.pth"]
+    (back,) = convert(tmp_path / "published", tmp_path / "back.safetensors", "agsm-rl")
+    before, after = read_export(exported / "adapter" / "tokens.safetensors"), read_export(back)
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    same = ("kind", "banks", "num_tokens", "width", "layers")
+    assert all(before[1].get(name) == after[1].get(name) for name in same)
+
+
+def test_softrepa_gets_the_positive_bank_and_pictures_are_the_same(exported, tmp_path, each_checkpoint):
+    files = convert(exported, tmp_path / "published", "softrepa")
+    assert [file.name for file in files] == ["dc_tokens.pth", "dc_t_tokens.pth"]
+    with torch.serialization.safe_globals([nn.Embedding]):
+        tokens, times = (torch.load(file, weights_only=True) for file in files)
+    assert isinstance(tokens, nn.Parameter) and isinstance(times, nn.Embedding)
+    convert(files[0], tmp_path / "back.safetensors", "agsm-rl")
+    pipeline = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
+    base = draw(pipeline)
+    handle = attach(pipeline, exported / "adapter" / "tokens.safetensors")
+    wanted = draw(pipeline)
+    handle.detach()
+    attach(pipeline, tmp_path / "back.safetensors")
+    assert torch.equal(draw(pipeline), wanted) and not torch.equal(wanted, base)
+
+
+def test_tokens_without_time_rows_are_one_file(tmp_path):
+    torch.save(nn.Parameter(torch.ones(4, 32)), tmp_path / "sd1.5_dc_tokens.pth")
+    assert list(read_published(tmp_path)) == ["soft_tokens"]
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the published files are not part of the repository")
+@pytest.mark.parametrize(("name", "width", "base"), [("sd1.5", 768, "SD1.5"), ("sdxl", 2048, "SDXL")])
+def test_softrepa_s_own_files_are_read_and_belong_to_their_base(name, width, base, backbone, tmp_path):
+    file = tmp_path / "tokens.safetensors"
+    convert(SAMPLES / f"{name}_dc_tokens.pth", file, "agsm-rl")
+    tensors, metadata = read_export(file)
+    assert tensors["soft_tokens"].shape == (1, 4, width)
+    assert name == "sdxl" or tensors["time_tokens"].shape == (100, width)
+    assert metadata["base"] == {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl"}[base]
+    with pytest.raises(UserError, match=rf"{width} wide \({base}\)"):
+        attach(backbone.pipeline, file)
+
+
+class Malicious:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["dc_tokens.pth", "dc_t_tokens.pth"])
+def test_a_pickle_with_more_in_it_is_refused_and_nothing_in_it_runs(name, tmp_path):
+    mark = tmp_path / "mark"
+    torch.save(torch.ones(4, 32), tmp_path / "dc_tokens.pth")
+    torch.save(Malicious(mark), tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: refused, nothing in it was run"):
+        convert(tmp_path, tmp_path / "out.safetensors", "agsm-rl")
+    assert not mark.exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def embedding(rows, width):
+    return nn.Embedding(rows, width)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "0 files of soft tokens"),
+        ({"dc_tokens.pth": torch.ones(4, 8), "soft_tokens.pth": torch.ones(2, 4, 8)}, "2 files of soft tokens"),
+        ({"soft_tokens.pth": torch.ones(4, 8)}, r"shape \(4, 8\); \(banks, n, D\)"),
+        ({"soft_tokens.pth": torch.ones(3, 4, 8)}, "banks 1 or 2"),
+        ({"dc_tokens.pth": torch.ones(8)}, r"\(n, D\) or \(L, n, D\) is wanted"),
+        ({"dc_tokens.pth": torch.ones(4, 8).long()}, "a floating-point tensor"),
+        ({"dc_tokens.pth": {"weight": torch.ones(4, 8)}}, "holds a dict"),
+        ({"dc_tokens.pth": torch.full((4, 8), float("nan"))}, "not finite"),
+        ({"dc_tokens.pth": torch.ones(4, 8), "dc_t_tokens.pth": embedding(100, 9)}, r"dc_t_.*\(100, 9\); \(100, 8\)"),
+        ({"dc_tokens.pth": torch.ones(5, 4, 8), "dc_t_tokens.pth": embedding(100, 8)}, r"\(100, 40\) is wanted"),
+        ({"dc_tokens.pth": b"PK\x03\x04"}, "cannot be read"),
+    ],
+)
+def test_other_files_are_the_user_s_error(files, message, tmp_path):
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        read_published(tmp_path)
+
+
+def test_kohya_s_lora_draws_the_same_picture_through_diffusers(exported, tmp_path, each_checkpoint):
+    pipeline = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
+    out = tmp_path / "kohya.safetensors"
+    if hasattr(pipeline, "transformer"):
+        with pytest.raises(UserError, match="ComfyUI and diffusers take SD3's LoRA as it was exported"):
+            convert(exported, out, "kohya")
+        return
+    base = draw(pipeline)
+    handle = attach(pipeline, exported / "adapter" / "pytorch_lora_weights.safetensors")
+    wanted = draw(pipeline)
+    handle.detach()
+    convert(exported, out, "kohya")
+    with safe_open(out, framework="pt") as content:
+        names = set(content.keys())
+    assert all(name.startswith("lora_unet_") for name in names)
+    assert {name.partition(".")[2] for name in names} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    pipeline.load_lora_weights(out)
+    torch.testing.assert_close(draw(pipeline), wanted, rtol=0, atol=1e-5)
+    assert not torch.allclose(wanted, base, rtol=0, atol=1e-3)
+
+
+def test_the_command_tells_what_it_wrote_and_what_it_cannot(exported, tmp_path):
+    runner = CliRunner()
+    done = runner.invoke(app, ["convert", str(exported), str(tmp_path / "pth"), "--to", "agsm"])
+    assert done.exit_code == 0 and done.output.split() == [
+        str(tmp_path / "pth" / name) for name in ("soft_tokens.pth", "soft_t_tokens.pth")
+    ]
+    with pytest.raises(UserError, match=r"it is a file; give it a name that ends in .safetensors"):
+        convert(exported, tmp_path / "x", "kohya")
+    with pytest.raises(UserError, match="there is a file of that name"):
+        convert(exported, tmp_path / "pth" / "soft_tokens.pth", "softrepa")
+    (exported / "adapter" / "tokens.safetensors").unlink()
+    with pytest.raises(UserError, match=r"0 adapters of kind 'soft_tokens'.*pytorch_lora_weights.safetensors \(lora\)"):
+        convert(exported, tmp_path / "pth", "agsm")
