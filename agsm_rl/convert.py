@@ -140,7 +140,7 @@ def _write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
     if not all(name.startswith("unet.") for name in own):
         raise UserError(
-            "--to kohya: a form for U-Nets (SD1.5, SDXL) alone. ComfyUI and diffusers take SD3's LoRA as it was exported"
+            "--to kohya: a form for U-Nets (SD1.5, SDXL). ComfyUI and diffusers take SD3's LoRA as it was exported"
         )
     converted = convert_state_dict_to_kohya(own)
     alpha = torch.tensor(float(LoRA.from_export(tensors, metadata).alpha))  # diffusers writes the rank
