@@ -110,10 +110,11 @@ def test_learning_in_parts_gives_the_gradient_of_all_steps_at_once(policy, rollo
     batch = rollouts.next(moved(policy))
     objective = FlowGRPO(kl_weight=0.5)
     whole = gradient(policy, objective, [(batch, 1.0)])
-    torch.testing.assert_close(gradient(policy, objective, objective.split(batch)), whole, rtol=1e-3, atol=1e-5)
     fewer = FlowGRPO(kl_weight=0.5, images_per_pass=3).split(batch)
     assert len(fewer) == 8
-    torch.testing.assert_close(gradient(policy, objective, fewer), whole, rtol=1e-3, atol=1e-5)
+    for parts in (objective.split(batch), fewer):
+        # Of the whole vector: single elements near zero differ more, by the order of sums.
+        assert (gradient(policy, objective, parts) - whole).norm() < 1e-3 * whole.norm()
 
 
 def test_it_trains_beside_ddpo_on_one_draw_of_group_relative_rollouts(policy, make_rollouts):
