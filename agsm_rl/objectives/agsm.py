@@ -3,17 +3,21 @@
 For image i under prompt j: p is the live prediction, e the one under the EMA, v the regression target;
     r(i,j) = -mean (v(i) - e(i,j))²,   w(i,·) = softmax(r(i,·) / τ),   Δ(i,j) = e(i,j) - Σ_k w(i,k) e(i,k),
     L⁺ = mean over own prompts of (p - (v + γ⁺Δ))²,   L⁻ = mean over the others of (p - (v - γ⁻Δ))²,   L = L⁺ + L⁻.
+These are Plackett-Luce's weights over all prompts. Bradley-Terry's, the paper's ablation, set the own prompt o against
+each other one alone: Δ(i,j) = σ((r(i,o) - r(i,j)) / τ)·(e(i,j) - e(i,o)), and Δ(i,o) is the mean of the opposite sides.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups
 from agsm_rl.policy import Policy
+
+PREFERENCES = ("plackett_luce", "bradley_terry")
 
 
 def guided_score_loss(
@@ -25,12 +29,14 @@ def guided_score_loss(
     temperature: float = 0.1,
     gamma_positive: float = 1.0,
     gamma_negative: float = 1.0,
+    preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
 ) -> tuple[Tensor, Metrics]:
     """AGSM's loss over a grid of images and prompts.
 
     `live` and `ema` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each
     image's own prompt. Only `live` gets a gradient. Published: `temperature` τ > 0 is 0.1, `gamma_positive` 1,
-    `gamma_negative` 1 for SD1.5 and SDXL and 0.1 for SD3; at 0 the negatives' loss is left out.
+    `gamma_negative` 1 for SD1.5 and SDXL and 0.1 for SD3; at 0 the negatives' loss is left out. `preference` is the
+    model behind Δ; with two prompts the two are one. The metrics' weights are always Plackett-Luce's.
 
     Metrics: `positive_loss`, `negative_loss`; `win_rate`, the share of images whose own prompt has the largest weight;
     `margin`, own weight minus the largest other. Win rate rises whether or not the pictures get better.
@@ -39,7 +45,10 @@ def guided_score_loss(
     is_own = torch.nn.functional.one_hot(own, live.shape[1]).bool()
     reward = -((target - ema) ** 2).mean(dim=(2, 3, 4))
     weights = torch.softmax(reward / temperature, dim=1)
-    delta = ema - torch.einsum("bp,bpchw->bchw", weights, ema)[:, None]
+    if preference == "plackett_luce":
+        delta = ema - torch.einsum("bp,bpchw->bchw", weights, ema)[:, None]
+    else:
+        delta = _bradley_terry(ema, reward / temperature, is_own)
 
     def error(guided: Tensor, chosen: Tensor) -> Tensor:
         return ((live.float() - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()
@@ -58,11 +67,22 @@ def guided_score_loss(
     return loss, metrics
 
 
+def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
+    """Δ [B, P, C, H, W] of pairs of the own prompt and each other one."""
+    lead = logits[is_own][:, None] - logits
+    apart = ema - ema[is_own][:, None]  # zero for the own prompt itself
+    others = max(ema.shape[1] - 1, 1)
+    own = -torch.einsum("bp,bpchw->bchw", torch.sigmoid(-lead), apart) / others
+    pairs = torch.sigmoid(lead)[:, :, None, None, None] * apart
+    return torch.where(is_own[:, :, None, None, None], own[:, None], pairs)
+
+
 class AGSM:
     """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
     Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise
-    an image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
+    an image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient. The paper's
+    ablations: `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`, `preference: bradley_terry`.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch
@@ -73,14 +93,18 @@ class AGSM:
         temperature: float = 0.1,
         gamma_positive: float = 1.0,
         gamma_negative: float = 1.0,
+        preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
         group_size: int = 4,
         groups_per_pass: int | None = None,
     ) -> None:
+        if preference not in PREFERENCES:
+            raise unknown_name("preference", preference, "a preference model", PREFERENCES)
         if temperature <= 0:
             raise UserError(f"temperature: got {temperature}, but it must be above 0 (published: 0.1)")
         self.temperature = temperature
         self.gamma_positive = gamma_positive
         self.gamma_negative = gamma_negative
+        self.preference = preference
         self.groups = Groups(group_size, groups_per_pass)
 
     def check(self, batch_size: int) -> None:
@@ -103,4 +127,5 @@ class AGSM:
             temperature=self.temperature,
             gamma_positive=self.gamma_positive,
             gamma_negative=self.gamma_negative,
+            preference=self.preference,
         )

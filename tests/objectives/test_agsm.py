@@ -54,6 +54,36 @@ def test_the_loss_equals_an_explicit_double_loop(temperature, gamma_positive, ga
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize(("gamma_positive", "gamma_negative"), [(1.0, 1.0), (0.5, 0.1)])
+def test_bradley_terry_s_loss_equals_an_explicit_double_loop(gamma_positive, gamma_negative):
+    live, ema, target, own = grid()
+    positives, negatives = [], []
+    for i in range(len(live)):
+        reward = [-float(((target[i] - ema[i, j]) ** 2).mean()) for j in range(live.shape[1])]
+        o, toward = int(own[i]), 0.0
+        for j in range(live.shape[1]):
+            if j == o:
+                continue
+            chance = 1 / (1 + math.exp(-(reward[o] - reward[j]) / 0.1))  # that the own prompt is preferred
+            mean = chance * ema[i, o] + (1 - chance) * ema[i, j]
+            toward = toward + (ema[i, o] - mean) / (live.shape[1] - 1)
+            negatives.append(((live[i, j] - (target[i] - gamma_negative * (ema[i, j] - mean))) ** 2).mean())
+        positives.append(((live[i, o] - (target[i] + gamma_positive * toward)) ** 2).mean())
+    expected = sum(positives) / len(positives) + sum(negatives) / len(negatives)
+    gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
+    loss, _ = guided_score_loss(live, ema, target, own=own, preference="bradley_terry", **gammas)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_with_two_prompts_bradley_terry_is_plackett_luce():
+    live, ema, target, _ = grid(prompts=2)
+    one, other = (
+        guided_score_loss(live, ema, target, own=torch.tensor([1, 0, 1]), preference=name)[0]
+        for name in ("plackett_luce", "bradley_terry")
+    )
+    assert one.item() == pytest.approx(other.item(), rel=1e-6)
+
+
 def test_only_the_live_predictions_get_a_gradient():
     live, ema, target, own = grid()
     for tensor in (live, ema, target):
@@ -108,7 +138,9 @@ def test_fewer_groups_at_once_give_the_same_gradient(policy):
     torch.testing.assert_close(gradient(AGSM(groups_per_pass=1)), gradient(AGSM()), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"group_size": 1}, {"groups_per_pass": 0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"preference": "bt"}, {"group_size": 1}, {"groups_per_pass": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         AGSM(**options)
