@@ -1,7 +1,7 @@
 """Published token files and kohya's LoRA: read, written back, refused where they hold more."""
 
+import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.attachment import attach, read_export, save_adapters
 from agsm_rl.cli import app
-from agsm_rl.convert import convert, read_published
+from agsm_rl.convert import BACKBONES, convert, read_published
 from agsm_rl.errors import UserError
 
-SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "softrepa"
+BASES = {"SD1.5": 768, "SDXL": 2048, "SD3": 1536}
 
 
 def draw(pipeline):
@@ -71,16 +71,20 @@ def test_tokens_without_time_rows_are_one_file(tmp_path):
     assert list(read_published(tmp_path)) == ["soft_tokens"]
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the published files are not part of the repository")
-@pytest.mark.parametrize(("name", "width", "base"), [("sd1.5", 768, "SD1.5"), ("sdxl", 2048, "SDXL")])
-def test_softrepa_s_own_files_are_read_and_belong_to_their_base(name, width, base, backbone, tmp_path):
+@pytest.mark.parametrize(("base", "width"), BASES.items())
+def test_tokens_of_a_known_width_belong_to_their_base(base, width, backbone, tmp_path):
+    """Named and shaped as SoftREPA's files."""
+    layers = (5,) if base == "SD3" else ()
+    torch.save(nn.Parameter(torch.ones(*layers, 4, width)), tmp_path / f"{base}_dc_tokens.pth")
+    torch.save(nn.Embedding(100, width * math.prod(layers)), tmp_path / f"{base}_dc_t_tokens.pth")
     file = tmp_path / "tokens.safetensors"
-    convert(SAMPLES / f"{name}_dc_tokens.pth", file, "agsm-rl")
+    convert(tmp_path / f"{base}_dc_tokens.pth", file, "agsm-rl")
     tensors, metadata = read_export(file)
-    assert tensors["soft_tokens"].shape == (1, 4, width)
-    assert name == "sdxl" or tensors["time_tokens"].shape == (100, width)
-    assert metadata["base"] == {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl"}[base]
-    with pytest.raises(UserError, match=rf"{width} wide \({base}\)"):
+    assert tensors["soft_tokens"].shape == (1, *layers, 4, width)
+    assert tensors["time_tokens"].shape == (100, width * math.prod(layers))
+    assert metadata["base"] == BACKBONES[base]
+    told = "were trained on SD3" if base == "SD3" else rf"{width} wide \({base}\)"
+    with pytest.raises(UserError, match=told):
         attach(backbone.pipeline, file)
 
 

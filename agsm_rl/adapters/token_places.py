@@ -83,7 +83,10 @@ def places_in(denoiser: Any, layers: int | None) -> CrossAttentionPlaces | Joint
             "SDXL) and SD3's transformer."
         )
     if layers is not None:
-        raise UserError("soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here.")
+        raise UserError(
+            "soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here. Exported tokens "
+            "that have layers were trained on SD3 and work only there."
+        )
     return CrossAttentionPlaces(denoiser)
 
 
