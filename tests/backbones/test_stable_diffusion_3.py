@@ -31,6 +31,11 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(sd3_backbone: StableDi
     assert (cond.embeds[0, 20:].abs().sum() > 0) == with_t5
 
 
+def test_the_t5_can_be_given_fewer_tokens(sd3_backbone: StableDiffusion3) -> None:
+    sd3_backbone.t5_length = 12
+    assert sd3_backbone.encode_text(["a red circle"]).embeds.shape == (1, 20 + 12, 64)
+
+
 def test_the_noise_level_is_the_flow_s_own(sd3_backbone: StableDiffusion3) -> None:
     x0, noise, t = normal(2, 16, 8, 8), normal(2, 16, 8, 8, seed=1), torch.tensor([0.25, 0.9])
     x_t = sd3_backbone.add_noise(x0, noise, t)
