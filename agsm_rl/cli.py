@@ -232,9 +232,12 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A run, an exported adapter, or published .pth tokens.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; for .pth tokens a folder.")],
     to: Annotated[
-        Literal["agsm-rl", "agsm", "softrepa", "kohya"],
-        typer.Option(help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: LoRA for ComfyUI and A1111."),
-    ],
+        Literal["agsm-rl", "agsm", "softrepa", "kohya"] | None,
+        typer.Option(
+            help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: LoRA for ComfyUI and A1111. "
+            "Default: agsm-rl for a file; for a folder agsm, or softrepa where there is only one bank."
+        ),
+    ] = None,
 ) -> None:
     """Convert adapters from and to the files that their authors and other tools use."""
     from agsm_rl.convert import convert as convert_adapter

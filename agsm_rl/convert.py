@@ -11,6 +11,7 @@ LoRA in kohya's form, which ComfyUI and A1111 take. `pipe.load_lora_weights` rea
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +31,17 @@ NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens
 BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
 
 
-def convert(source: Path, out: Path, form: Form) -> list[Path]:
+def convert(source: Path, out: Path, form: Form | None = None) -> list[Path]:
     """Write `source` to `out` in another form, and return the files.
 
     form `agsm-rl`: from published token files (one of them, or their folder) to a .safetensors file for `attach`.
     `agsm`, `softrepa`: from a run folder, an adapter folder or an exported file to a folder with the two token files;
     SoftREPA's has one bank, and gets the positive one. `kohya`: from the same to a .safetensors file, positive bank.
+    None: by `out`, `agsm-rl` for a .safetensors file; for a folder `agsm`, or `softrepa` where there is only one bank.
     UserError when the source holds nothing of the kind, or cannot be believed; nothing is written then.
     """
+    if form is None and out.suffix == ".safetensors":
+        form = "agsm-rl"
     if form in ("agsm-rl", "kohya") and out.suffix != ".safetensors":
         raise UserError(f"OUT {out}: with --to {form} it is a file; give it a name that ends in .safetensors.")
     if form == "agsm-rl":
@@ -48,8 +52,9 @@ def convert(source: Path, out: Path, form: Form) -> list[Path]:
         return [out]
     if form == "kohya":
         return [_write_kohya(*_export_of(source, LoRA.kind), out)]
-    tensors, _ = _export_of(source, SoftTokens.kind)
-    return write_published(tensors, out, form)
+    tensors, metadata = _export_of(source, SoftTokens.kind)
+    banks = SoftTokens.from_export(tensors, metadata).banks
+    return write_published(tensors, out, form or ("agsm" if banks == 2 else "softrepa"))
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -109,12 +114,15 @@ def _read(file: Path) -> Tensor:
         with torch.serialization.safe_globals([nn.Embedding]):
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Only the name is taken from torch's text, which goes on to advise loading the file without the check.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"this file wants {wanted[1]}" if wanted else "this file is neither, or it is damaged"
         raise UserError(
-            f"{file}: refused, nothing in it was run. Soft tokens are a tensor or an nn.Embedding; this file wants "
-            f"more: {str(error).splitlines()[0]}"
+            f"{file}: refused, nothing in it was run. Soft tokens are a tensor or an nn.Embedding; {what}."
         ) from error
     except Exception as error:  # a broken archive fails in many ways
-        raise UserError(f"{file}: cannot be read, it is truncated or no file of PyTorch ({error}).") from error
+        cause = str(error) or type(error).__name__
+        raise UserError(f"{file}: cannot be read, it is truncated or no file of PyTorch ({cause}).") from error
     if isinstance(found, nn.Embedding):
         found = getattr(found, "weight", None)
     if not isinstance(found, Tensor) or not found.is_floating_point():
