@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 import yaml
+from diffusers import AutoPipelineForText2Image
 from typer.testing import CliRunner
 
+from agsm_rl import attach
 from agsm_rl.cli import app
+from agsm_rl.drawing import to_picture, write_picture
 
 
 @pytest.fixture
@@ -70,6 +74,25 @@ def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe,
     assert measured.exit_code == 0, measured.output
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["num_images"] == found["base"]["num_images"] == 6
+
+
+def test_a_plain_pipeline_with_the_run_attached_draws_what_sample_draws(command, recipe, tmp_path, tiny_checkpoint):
+    content = yaml.safe_load(recipe.read_text()) | {"optimizer": {"learning_rate": 0.1}}
+    recipe.write_text(yaml.safe_dump(content))
+    assert command("train", recipe, "--run-dir", "run").exit_code == 0
+    drawn = command("sample", "run", "a red star", "--seed", 5, "-o", "out", "--num-steps", 2, "--guidance", 3)
+    assert drawn.exit_code == 0, drawn.output
+    pipeline = AutoPipelineForText2Image.from_pretrained(tiny_checkpoint)
+
+    def picture(name):
+        generator = torch.Generator().manual_seed(5)
+        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator, "output_type": "pt"}
+        write_picture(to_picture(pipeline("a red star", **options).images[0]), tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    base = picture("base.png")
+    attach(pipeline, tmp_path / "run")
+    assert picture("plain.png") == (tmp_path / "out" / "seed-5.png").read_bytes() != base
 
 
 def test_a_run_is_continued_from_its_own_recipe(command, recipe):
