@@ -86,20 +86,25 @@ def find_exports(path: Path) -> list[Path]:
 
 def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of an exported adapter; UserError if it is broken or was not exported by agsm-rl."""
+    tensors, metadata = read_safetensors(file)
+    if "kind" not in metadata:
+        raise UserError(
+            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
+            "token files and kohya's LoRA through `agsm-rl convert`."
+        )
+    return tensors, metadata
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any .safetensors file; UserError if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 — not a dict
+            names = list(content.keys())
+            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{file}: cannot be read, it is truncated or not safetensors ({error}). Export it again."
         ) from error
-    if "kind" not in metadata:
-        raise UserError(
-            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
-            "token files through `agsm-rl convert`."
-        )
-    return tensors, metadata
 
 
 def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> None:

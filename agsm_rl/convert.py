@@ -7,7 +7,7 @@ Soft tokens as their authors publish them, two files of PyTorch, of which nothin
 | SoftREPA (arXiv 2503.08250) | `dc_tokens.pth` (n, D); SD3 (L, n, D) | `dc_t_tokens.pth` (100, D); SD3 (100, L·D) |
 | AGSM (arXiv 2605.30038) | `soft_tokens.pth` (banks, n, D); SD3 (banks, L, n, D) | `soft_t_tokens.pth`, the same |
 
-LoRA in kohya's form, which ComfyUI and A1111 take. `pipe.load_lora_weights` reads that and our own files as they are.
+LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our own files as they are.
 """
 
 import pickle
@@ -16,25 +16,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agsm_rl.adapters.lora import NEGATIVE_PREFIX, LoRA
-from agsm_rl.adapters.soft_tokens import BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
 from agsm_rl.attachment import find_exports, read_export, write_export
 from agsm_rl.errors import UserError
+from agsm_rl.kohya import read_kohya, write_kohya
 
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
 """A form's files: tokens, and time rows. Published ones may have a prefix, as in `sd1.5_dc_tokens.pth`."""
-BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
 
 
 def convert(source: Path, out: Path, form: Form | None = None) -> list[Path]:
     """Write `source` to `out` in another form, and return the files.
 
-    form `agsm-rl`: from published token files (one of them, or their folder) to a .safetensors file for `attach`.
+    form `agsm-rl`: from published token files (the tokens', or their folder), or from a .safetensors file in kohya's
+    form, to a .safetensors file for `attach`; a LoRA's goes into `pipe.load_lora_weights` too.
     `agsm`, `softrepa`: from a run folder, an adapter folder or an exported file to a folder with the two token files;
     SoftREPA's has one bank, and gets the positive one. `kohya`: from the same to a .safetensors file, positive bank.
     None: by `out`, `agsm-rl` for a .safetensors file; for a folder `agsm`, or `softrepa` where there is only one bank.
@@ -45,13 +44,18 @@ def convert(source: Path, out: Path, form: Form | None = None) -> list[Path]:
     if form in ("agsm-rl", "kohya") and out.suffix != ".safetensors":
         raise UserError(f"OUT {out}: with --to {form} it is a file; give it a name that ends in .safetensors.")
     if form == "agsm-rl":
-        tensors = read_published(source)
-        base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
+        if source.suffix == ".safetensors":
+            tensors, metadata = read_kohya(source)
+        else:
+            tensors = read_published(source)
+            base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
+            metadata = describe_tokens(tensors, base=base) | {"name": "tokens"}
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_export(out, tensors, describe_tokens(tensors, base=base) | {"name": "tokens"})
+        write_export(out, tensors, metadata)
         return [out]
     if form == "kohya":
-        return [_write_kohya(*_export_of(source, LoRA.kind), out)]
+        write_kohya(*_export_of(source, LoRA.kind), out)
+        return [out]
     tensors, metadata = _export_of(source, SoftTokens.kind)
     banks = SoftTokens.from_export(tensors, metadata).banks
     return write_published(tensors, out, form or ("agsm" if banks == 2 else "softrepa"))
@@ -142,18 +146,3 @@ def _export_of(source: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         there = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
         raise UserError(f"{source}: {len(found)} adapters of kind '{kind}' in it, one is wanted; it holds: {there}.")
     return found[0]
-
-
-def _write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path) -> Path:
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
-    if not all(name.startswith("unet.") for name in own):
-        raise UserError(
-            "--to kohya: a form for U-Nets (SD1.5, SDXL). ComfyUI and diffusers take SD3's LoRA as it was exported"
-        )
-    converted = convert_state_dict_to_kohya(own)
-    alpha = torch.tensor(float(LoRA.from_export(tensors, metadata).alpha))  # diffusers writes the rank
-    converted = {name: alpha if name.endswith(".alpha") else tensor for name, tensor in converted.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: text for name, text in metadata.items() if name in ("base", "version", "step")}
-    save_file({name: tensor.contiguous().clone() for name, tensor in converted.items()}, out, kept)
-    return out

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -159,6 +160,82 @@ def test_kohya_s_lora_draws_the_same_picture_through_diffusers(exported, tmp_pat
     pipeline.load_lora_weights(out)
     torch.testing.assert_close(draw(pipeline), wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(wanted, base, rtol=0, atol=1e-3)
+
+
+def test_kohya_s_lora_is_read_back_exactly_with_where_it_came_from(each_backbone, each_checkpoint, tmp_path):
+    if hasattr(each_backbone.pipeline, "transformer"):
+        pytest.skip("kohya's form has no names for SD3's layers")
+    lora = LoRA(rank=2, alpha=3.0, target_modules=("attn2.to_k", "to_out.0", "ff.net.2", "proj_in"))
+    lora.attach(each_backbone)
+    for _, parameter in lora.named_parameters():
+        parameter.data += 0.2
+    origin = {"step": "7", "objectives": '["agsm"]', "recipe_sha256": "ab", "checkpoint": "x", "version": "0"}
+    (file,) = save_adapters({"lora": lora}, tmp_path / "adapter", metadata=origin)
+    convert(file, tmp_path / "kohya.safetensors", "kohya")
+    (back,) = convert(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors")
+    (before, told), (after, told_after) = read_export(file), read_export(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(told_after[name] == told[name] for name in ("base", "banks", "kind", *origin))
+    pipeline = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
+    base = draw(pipeline)
+    handle = attach(pipeline, file)
+    wanted = draw(pipeline)
+    handle.detach()
+    handle = attach(pipeline, back)
+    assert torch.equal(draw(pipeline), wanted) and not torch.equal(wanted, base)
+    handle.detach()
+    pipeline.load_lora_weights(back)
+    torch.testing.assert_close(draw(pipeline), wanted, rtol=0, atol=1e-5)
+
+
+def kohya_layer(name, rank=2, **changes):
+    down, up = torch.ones(rank, 2048), torch.ones(8, rank)
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(4.0)} | changes
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def test_kohya_s_lora_may_have_sdxl_s_original_names_and_no_alpha(tmp_path):
+    names = {
+        "input_blocks_4_1_transformer_blocks_0_ff_net_2": "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
+        "middle_block_1_transformer_blocks_3_attn2_to_k": "mid_block.attentions.0.transformer_blocks.3.attn2.to_k",
+        "output_blocks_2_1_transformer_blocks_9_attn1_to_q": "up_blocks.0.attentions.2.transformer_blocks.9.attn1.to_q",
+    }
+    tensors = [kohya_layer(f"lora_unet_{name}", alpha=None) for name in names]
+    save_file(tensors[0] | tensors[1] | tensors[2], tmp_path / "kohya.safetensors")
+    (out,) = convert(tmp_path / "kohya.safetensors", tmp_path / "out.safetensors", "agsm-rl")
+    found, metadata = read_export(out)
+    assert set(found) == {f"unet.{name}.lora_{part}.weight" for name in names.values() for part in "AB"}
+    assert metadata["base"] == "stable_diffusion_xl"
+    assert LoRA.from_export(found, metadata).alpha == 2
+
+
+MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds nothing"),
+        (
+            kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"),
+            "holds lora_te_text_model_",
+        ),
+        (kohya_layer(f"{MID}q", dora_scale=torch.ones(1)), f"holds {MID}q.*pipe.load_lora_weights"),
+        ({f"{MID}q.lora_down.weight": torch.ones(2, 8)}, f"holds {MID}q"),
+        (kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3), r"\[\(2, 4.0\), \(3, 4.0\)\]; one for all"),
+        (kohya_layer("lora_unet_middle_block_7_x"), "diffusers finds no place for"),
+    ],
+)
+def test_another_lora_in_kohya_s_form_is_the_user_s_error(tensors, message, tmp_path):
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "kohya.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_our_own_export_is_not_converted_to_itself(exported, tmp_path):
+    with pytest.raises(UserError, match=r"own export, attach\(\) takes it; other forms: agsm, softrepa, kohya"):
+        convert(exported / "adapter" / "tokens.safetensors", tmp_path / "out.safetensors")
 
 
 def test_the_command_tells_what_it_wrote_and_what_it_cannot(exported, tmp_path):

@@ -79,7 +79,7 @@ class LoRA:
         if not any(_ends_with(name, self.target_modules) for name, _ in denoiser.named_modules()):
             raise UserError(
                 f"lora.target_modules: no module of the {type(denoiser).__name__} is called "
-                f"{', '.join(self.target_modules)}; its attention projections are to_q, to_k, to_v, to_out.0."
+                f"{', '.join(self.target_modules[:8])}; its attention projections are to_q, to_k, to_v, to_out.0."
             )
         taken = getattr(denoiser, "peft_config", {})
         self._names = [_free_name(bank, taken) for bank in BANKS[: self.banks]]
@@ -155,13 +155,16 @@ class LoRA:
             raise RuntimeError("only an attached LoRA can be exported")
         part = _denoiser_name(self._backbone)
         tensors = {_exported(name, part): tensor.detach().cpu().clone() for name, tensor in self.named_parameters()}
-        metadata = {
+        return tensors, self.describe(part, base=self._backbone.name)
+
+    def describe(self, part: str, *, base: str) -> dict[str, str]:
+        """The metadata of an export for `part` (unet or transformer) of a backbone of this name."""
+        return {
             "kind": self.kind,
             "banks": str(self.banks),
-            "base": self._backbone.name,
+            "base": base,
             LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.{name}": value for name, value in self._config().items()}),
         }
-        return tensors, metadata
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Fill the parameters; UserError if the layers, the rank or the shapes are not the same."""

@@ -19,6 +19,7 @@ TIME_ROWS = 100
 TIMESTEPS_A_ROW = 10
 INITIAL_STD = 0.02
 BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
+BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
 
 
 class SoftTokens:
