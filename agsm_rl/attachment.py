@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from agsm_rl import __version__
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Adapter
@@ -143,10 +144,12 @@ def save_adapters(
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata aside and rename, so that a kill leaves the old file or the new one."""
+    """Write tensors and metadata, with our version, aside and rename: a kill leaves the old file or the new one."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"version": __version__} | metadata
+        )
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(file)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agsm_rl import __version__, checkpoint
+from agsm_rl import checkpoint
 from agsm_rl.attachment import save_adapters
 from agsm_rl.recipe import Recipe
 from agsm_rl.run_folder import MetricsFile, RunFolder
@@ -110,7 +110,6 @@ class Checkpoints:
             "objectives": json.dumps([term.use for term in self.recipe.objectives]),
             "recipe_sha256": hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest(),
             "step": str(trainer.step),
-            "version": __version__,
         }
         save_adapters(trainer.policy.adapters, self.folder.adapter, metadata=metadata)
         self._saved = trainer.step

@@ -17,7 +17,7 @@ from torch import Tensor
 import agsm_rl
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import attach, save_adapters
+from agsm_rl.attachment import attach, read_export, save_adapters
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Adapter, Backbone
@@ -151,6 +151,12 @@ def _tokens(folder: Path, *, width: int) -> Path:
     file = folder / "tokens.safetensors"
     save_file({"soft_tokens": torch.zeros(2, 4, width)}, file, {"kind": "soft_tokens"})
     return file
+
+
+def test_whoever_writes_an_export_it_says_the_version_and_the_base(each_backbone: Backbone, tmp_path: Path) -> None:
+    for file in save_adapters(trained(each_backbone), tmp_path, metadata={}):
+        _, metadata = read_export(file)
+        assert (metadata["version"], metadata["base"]) == (agsm_rl.__version__, each_backbone.name)
 
 
 def test_a_save_that_fails_keeps_the_file_there_was(

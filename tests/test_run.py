@@ -1,5 +1,6 @@
 """Run folders: what a run leaves behind, how it is continued, and when it is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
+from agsm_rl import __version__
+from agsm_rl.attachment import read_export
 from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
@@ -75,6 +78,22 @@ def test_a_second_run_in_the_same_folder_is_refused(make_recipe, tmp_path, quiet
     train(make_recipe(steps=1), tmp_path / "run", console=quiet)
     with pytest.raises(UserError, match="is not empty.*--resume"):
         train(make_recipe(steps=1), tmp_path / "run", console=quiet)
+
+
+def test_each_exported_adapter_says_where_it_comes_from(make_recipe, tmp_path, quiet, tiny_checkpoint):
+    pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
+    terms = [{"use": "agsm", "source": pairs}, {"use": "score_matching", "source": pairs}]
+    adapters = {"lora": {"use": "lora", "rank": 2}, "tokens": {"use": "soft_tokens"}}
+    folder = train(make_recipe(steps=3, objectives=terms, adapters=adapters), tmp_path / "run", console=quiet)
+    files = sorted((folder / "adapter").iterdir())
+    assert [file.name for file in files] == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]
+    for file in files:
+        _, metadata = read_export(file)
+        assert metadata["base"] == metadata["backbone"] == "stable_diffusion"
+        assert metadata["checkpoint"] == str(tiny_checkpoint)
+        assert json.loads(metadata["objectives"]) == ["agsm", "score_matching"]
+        assert (metadata["step"], metadata["version"]) == ("3", __version__)
+        assert metadata["recipe_sha256"] == hashlib.sha256((folder / "recipe.yaml").read_bytes()).hexdigest()
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(make_recipe, tmp_path, quiet):
