@@ -229,7 +229,9 @@ def world(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A run, an exported adapter, or published .pth tokens.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A run, an exported adapter, published .pth tokens, or kohya's LoRA.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; for .pth tokens a folder.")],
     to: Annotated[
         Literal["agsm-rl", "agsm", "softrepa", "kohya"] | None,
