@@ -47,11 +47,11 @@ def load_backbone(
     )
 
 
-def backbone_of(pipeline: Any) -> Backbone:
+def backbone_of(pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False) -> Backbone:
     """The backbone of a loaded pipeline, by its class; UserError for a pipeline of an unsupported kind."""
     for found in CLASSES.values():
         if type(pipeline).__name__ in found.wraps:
-            return found.from_pipeline(pipeline)
+            return found.from_pipeline(pipeline, resolution=resolution, gradient_checkpointing=gradient_checkpointing)
     raise unsupported("pipeline", type(pipeline).__name__)
 
 

@@ -40,6 +40,7 @@ def train_denoiser(
 
     def step(number: int) -> dict[str, float]:
         rng = np.random.default_rng((settings.seed, 4, number))
+        layout.prepare(backbone, number)
         chosen = rng.integers(0, len(latents), settings.batch_size)
         empty = rng.random(len(chosen)) < CAPTION_DROPOUT
         captions = [
@@ -54,7 +55,8 @@ def train_denoiser(
         t = layout.noise_levels(torch.rand(len(x0), generator=generator))
         one = torch.ones(len(x0), 1, 1, 1)
         weight = layout.weight(backbone.add_noise(one, torch.zeros_like(one), t).flatten())
-        prediction = backbone.predict(backbone.add_noise(x0, noise, t), t, cond)
+        with layout.precision():
+            prediction = backbone.predict(backbone.add_noise(x0, noise, t), t, cond)
         error = (prediction - backbone.target(x0, noise, t)).square().mean(dim=(1, 2, 3))
         loss = (weight * error).mean()
         loss.backward()
@@ -82,7 +84,8 @@ class UpBlocksText:
 
     def choose(self, cond: Cond, emptied: Tensor) -> None:
         """The next call's text: the empty prompt where `emptied` [B]."""
-        self.text = torch.where(emptied[:, None, None], self.empty, cond.embeds)
+        if self.hooks:
+            self.text = torch.where(emptied[:, None, None], self.empty, cond.embeds)
 
     def _give(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "encoder_hidden_states": self.text}
