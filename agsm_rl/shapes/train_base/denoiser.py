@@ -33,7 +33,7 @@ def train_denoiser(
     """Train the backbone's denoiser in place on uint8 images [N, 3, 32, 32]; it ends frozen, with the EMA's weights."""
     denoiser = backbone.denoiser.requires_grad_(True).train()
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=6e-4, weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=layout.learning_rate, weight_decay=1e-3, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, settings.denoiser_steps)
     ema = EMAModel(denoiser.parameters(), decay=0.999)
     up_text = UpBlocksText(denoiser, backbone.encode_text([""]).embeds)

@@ -60,6 +60,7 @@ class Layout:
     """Uniform numbers in [0, 1) → the noise levels t to train at."""
     weight: Callable[[Tensor], Tensor]
     """The share of the image in x_t, √ᾱ or 1 − σ → the weight of the squared error of the prediction."""
+    learning_rate: float = 6e-4
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     """The context of the predictions in training."""
     prepare: Callable[[Any, int], None] = lambda backbone, step: None
@@ -214,6 +215,7 @@ LAYOUTS = {
         assemble_sd3,
         _shifted,
         torch.ones_like,
+        learning_rate=1e-3,
         precision=_matrix_products_in_bfloat16,
         prepare=_alternate_text_length,
     ),
