@@ -76,6 +76,11 @@ class Backbone(Protocol):
         """Guidance and number of steps to draw with where nothing else is said."""
         ...
 
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What the pipeline must be told, beside prompts, to draw as `predict` predicts (the size of the picture, …)."""
+        ...
+
     def encode_text(self, prompts: list[str]) -> Cond:
         """Encode prompts without gradients; "" is the unconditional prompt."""
         ...

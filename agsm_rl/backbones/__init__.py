@@ -27,6 +27,7 @@ def load_backbone(
     transformer: str | None = None,
     lora: str | None = None,
     config: str | None = None,
+    t5_length: int | None = None,
 ) -> Backbone:
     """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
 
@@ -44,6 +45,7 @@ def load_backbone(
         transformer=transformer,
         lora=lora,
         config=config,
+        t5_length=t5_length,
     )
 
 

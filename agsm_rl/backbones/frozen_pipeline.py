@@ -26,6 +26,8 @@ class FrozenPipeline:
     unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
     config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
+    t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
+        own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
     """
 
@@ -52,6 +54,7 @@ class FrozenPipeline:
         transformer: str | None = None,
         lora: str | None = None,
         config: str | None = None,
+        t5_length: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
@@ -71,6 +74,16 @@ class FrozenPipeline:
         )
         pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
+        if t5_length is not None:
+            self._shorten_text(t5_length)
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What the pipeline must be told, beside prompts, to draw as this backbone predicts."""
+        return {"height": self.resolution, "width": self.resolution}
+
+    def _shorten_text(self, t5_length: int) -> None:
+        raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5; leave it out.")
 
     @classmethod
     def from_pipeline(

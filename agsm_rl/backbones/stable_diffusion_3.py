@@ -14,6 +14,8 @@ from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond
 
+LONGEST_TEXT = 512
+
 
 class StableDiffusion3(FrozenPipeline):
     """A frozen StableDiffusion3Pipeline, with its T5 or without; options as in FrozenPipeline."""
@@ -32,6 +34,16 @@ class StableDiffusion3(FrozenPipeline):
         if self.resolution > largest:
             raise UserError(f"backbone.resolution: {resolution} is above {largest}, the largest of this transformer.")
         self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """The picture's size, and how many tokens the T5 reads."""
+        return {**super().call_options, "max_sequence_length": self.t5_length}
+
+    def _shorten_text(self, t5_length: int) -> None:
+        if not 1 <= t5_length <= LONGEST_TEXT:
+            raise UserError(f"backbone.t5_length: {t5_length}; diffusers allows 1 to {LONGEST_TEXT} tokens.")
+        self.t5_length = t5_length
 
     def _patch_size(self) -> int:
         return self.pipeline.transformer.config.patch_size

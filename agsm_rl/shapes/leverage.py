@@ -66,16 +66,17 @@ def main(
     seed: int = 0,
     split: Annotated[str, typer.Option(help="whose prompts are judged: validation or held_out")] = "validation",
     out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
+    t5_length: Annotated[int | None, typer.Option(help="SD3: tokens that the T5 reads; fewer are faster")] = None,
 ) -> None:
     """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter."""
     from agsm_rl.adapters.lora import LoRA
     from agsm_rl.adapters.soft_tokens import SoftTokens
     from agsm_rl.attachment import save_adapters
-    from agsm_rl.backbones.stable_diffusion import StableDiffusion
+    from agsm_rl.backbones import load_backbone
     from agsm_rl.sources.pairs import Pairs
 
     made = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
-    policy = Policy(StableDiffusion(base), {adapter: made}, ema_decay=0.99)
+    policy = Policy(load_backbone(base, t5_length=t5_length), {adapter: made}, ema_decay=0.99)
     term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
     trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)
     while trainer.step < steps:

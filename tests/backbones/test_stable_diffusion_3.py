@@ -31,9 +31,21 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(sd3_backbone: StableDi
     assert (cond.embeds[0, 20:].abs().sum() > 0) == with_t5
 
 
-def test_the_t5_can_be_given_fewer_tokens(sd3_backbone: StableDiffusion3) -> None:
-    sd3_backbone.t5_length = 12
-    assert sd3_backbone.encode_text(["a red circle"]).embeds.shape == (1, 20 + 12, 64)
+def test_the_t5_can_be_given_fewer_tokens(tiny_sd3_checkpoint: Path) -> None:
+    backbone = load_backbone(str(tiny_sd3_checkpoint), device="cpu", t5_length=12)
+    assert backbone.encode_text(["a red circle"]).embeds.shape == (1, 20 + 12, 64)
+    assert backbone.call_options == {"height": 16, "width": 16, "max_sequence_length": 12}
+
+
+@pytest.mark.parametrize("length", [0, 513])
+def test_the_t5_s_length_must_be_one_that_the_pipeline_takes(tiny_sd3_checkpoint: Path, length: int) -> None:
+    with pytest.raises(UserError, match=f"backbone.t5_length: {length}; diffusers allows 1 to 512"):
+        load_backbone(str(tiny_sd3_checkpoint), device="cpu", t5_length=length)
+
+
+def test_only_sd3_has_a_t5(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="backbone.t5_length: a StableDiffusionPipeline has no T5"):
+        load_backbone(str(tiny_checkpoint), device="cpu", t5_length=12)
 
 
 def test_the_noise_level_is_the_flow_s_own(sd3_backbone: StableDiffusion3) -> None:
