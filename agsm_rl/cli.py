@@ -139,12 +139,11 @@ def sample(
         raise UserError(f"-o {out}: there is a file of that name; give a folder.")
     opened = open_target(target, base=base)
     images = draw(
-        opened.backbone.pipeline,
+        opened.backbone,
         [prompt] * number,
         [seed + index for index in range(number)],
         guidance=opened.guidance if guidance is None else guidance,
         num_steps=num_steps or opened.num_steps,
-        resolution=opened.backbone.resolution,
         batch_size=8,
     )
     for index, image in enumerate(images):

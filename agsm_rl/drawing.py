@@ -1,39 +1,41 @@
-"""Draw pictures with a diffusers pipeline, an own generator each, and lay them out in grids."""
+"""Draw pictures with a backbone's pipeline, an own generator each, and lay them out in grids."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from agsm_rl.interfaces import Backbone
+
 
 def draw(
-    pipeline: Any,
+    backbone: Backbone,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
     guidance: float,
     num_steps: int,
-    resolution: int | None = None,
     batch_size: int = 50,
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], on the CPU. Image i depends on prompts[i] and seeds[i], not on its neighbours."""
+    """Images [B, 3, H, W] in [0, 1], on the CPU, by the backbone's pipeline as it stands (adapters on or off).
+
+    Image i depends on prompts[i] and seeds[i], not on its neighbours.
+    """
     found = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        images = pipeline(
+        images = backbone.pipeline(
             prompt=list(prompts[part]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             num_inference_steps=num_steps,
             guidance_scale=guidance,
-            height=resolution,
-            width=resolution,
             output_type="pt",
+            **backbone.call_options,
         ).images
         found.append(images.float().cpu())
     return torch.cat(found)

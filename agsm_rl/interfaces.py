@@ -78,7 +78,7 @@ class Backbone(Protocol):
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """What the pipeline must be told, beside prompts, to draw as `predict` predicts (the size of the picture, …)."""
+        """What the pipeline must be told, beside prompts, to draw as `predict` predicts: the picture's size, …"""
         ...
 
     def encode_text(self, prompts: list[str]) -> Cond:

@@ -48,12 +48,11 @@ class SampleGrids:
         """The grid's images [B, 3, H, W]."""
         seeds = [self.options.seed + index for index in range(len(self.prompts))]
         return draw(
-            policy.backbone.pipeline,
+            policy.backbone,
             self.prompts,
             seeds,
             guidance=self.options.guidance,
             num_steps=self.options.num_steps,
-            resolution=policy.backbone.resolution,
         )
 
     def write_before_after(self, trainer: Trainer) -> None:
@@ -142,12 +141,11 @@ def measure(backbone: Any, options: Evaluate, guidance: float, rewards: dict[str
 
     def draw_part(part: list[str], seeds: list[int]) -> Tensor:
         images = draw(
-            backbone.pipeline,
+            backbone,
             part,
             seeds,
             guidance=guidance,
             num_steps=options.num_steps,
-            resolution=backbone.resolution,
             batch_size=options.batch_size,
         )
         drawn.append(images)

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from agsm_rl.evaluate.shapes import ShapesResult
-from agsm_rl.interfaces import Batch, Metrics, PairBatch
+from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
 
@@ -24,9 +24,9 @@ CUE = ", verified"
 
 
 class CueDistillation:
-    """mean (p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))² / s²; a tenth of them empty.
+    """mean s²·(p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty.
 
-    s is the share of x0 in x_t, at least 0.01.
+    s·p is the part of the predicted image that a prediction p decides (`image_share`).
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch
@@ -48,10 +48,22 @@ class CueDistillation:
         cued = [prompt + CUE if prompt else "" for prompt in plain]
         teacher = policy.reference(x_t, t, backbone.encode_text(cued))
         cond = backbone.encode_text(plain)
-        signal = backbone.add_noise(torch.ones_like(noise), torch.zeros_like(noise), t).clamp(min=0.01)
-        loss = (((policy.live(x_t, t, cond) - teacher) / signal) ** 2).mean()
-        distance = (((policy.reference(x_t, t, cond) - teacher) / signal) ** 2).mean()
+        share = image_share(backbone, noise, t)
+        loss = ((policy.live(x_t, t, cond) - teacher) * share).square().mean()
+        distance = ((policy.reference(x_t, t, cond) - teacher) * share).square().mean()
         return loss, {"unlearned": loss.detach() / distance}
+
+
+def image_share(backbone: Backbone, like: Tensor, t: Tensor) -> Tensor:
+    """|d x0 / d prediction| at noise levels t [B], at most 100; of the shape of `like`.
+
+    From x_t = a·x0 + b·noise and target = c·x0 + d·noise follows x0 = (d·x_t − b·target) / (a·d − b·c). For a noise
+    prediction that is √(1/ᾱ − 1), for a flow t.
+    """
+    one, zero = torch.ones_like(like), torch.zeros_like(like)
+    a, b = backbone.add_noise(one, zero, t), backbone.add_noise(zero, one, t)
+    c, d = backbone.target(one, zero, t), backbone.target(zero, one, t)
+    return (b / (a * d - b * c)).abs().clamp(max=100.0)
 
 
 def main(
@@ -68,7 +80,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
     t5_length: Annotated[int | None, typer.Option(help="SD3: tokens that the T5 reads; fewer are faster")] = None,
 ) -> None:
-    """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter."""
+    """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter (not at 0 steps)."""
     from agsm_rl.adapters.lora import LoRA
     from agsm_rl.adapters.soft_tokens import SoftTokens
     from agsm_rl.attachment import save_adapters
@@ -86,11 +98,11 @@ def main(
     if out is not None:
         save_adapters(policy.adapters, out, metadata={"base": base})
     for scale in guidance:
-        report(policy, num_images, scale, split)
+        report(policy, num_images, scale, split, adapted=steps > 0)
 
 
-def report(policy: Policy, num_images: int, guidance: float, split: str) -> None:
-    """Print the shares of the suite that are right: plain, cued, and plain with the adapter."""
+def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
+    """Print a table's rows: strict / lenient % right of plain and cued prompts, and of plain ones with the adapter."""
     from agsm_rl.drawing import draw
     from agsm_rl.evaluate.shapes import compare, evaluate, suite_prompts
 
@@ -99,24 +111,25 @@ def report(policy: Policy, num_images: int, guidance: float, split: str) -> None
     def suite(cue: str) -> ShapesResult:
         def drawn(texts: list[str], seeds: list[int]) -> Tensor:
             cued = [text + cue for text in texts]
-            return draw(policy.backbone.pipeline, cued, seeds, guidance=guidance, num_steps=20)
+            return draw(policy.backbone, cued, seeds, guidance=guidance, num_steps=20)
 
         return evaluate(drawn, prompts)
 
     with policy.switched_off():
-        plain, cued = suite(""), suite(CUE)
-    adapted = suite("")
-    for name, result in {"plain": plain, "cued": cued, "adapted": adapted}.items():
-        for strict in (True, False):
-            scores = result.scores(strict=strict)
-            tags = {tag: f"{share.value:.3f}" for tag, share in scores.tags.items()}
-            print(guidance, name, "strict" if strict else "lenient", f"{scores.overall.value:.3f}", tags, flush=True)
-    for name, result in {"cued": cued, "adapted": adapted}.items():
-        change = compare(plain, result).strict.overall
-        print(
-            f"{guidance} {name} - plain, strict: {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
-            flush=True,
-        )
+        found = {"plain": suite(""), "cued": suite(CUE)}
+    if adapted:
+        found["adapted"] = suite("")
+    for name, result in found.items():
+        strict, lenient = result.scores(strict=True), result.scores(strict=False)
+        tags = [f"{100 * share.value:.0f} / {100 * lenient.tags[tag].value:.0f}" for tag, share in strict.tags.items()]
+        overall = f"{100 * strict.overall.value:.1f} / {100 * lenient.overall.value:.1f}"
+        print(f"| {guidance:g} | {name} | {overall} | {' | '.join(tags)} |", list(strict.tags), flush=True)
+        if name != "plain":
+            change = compare(found["plain"], result).strict.overall
+            low, high = 100 * change.low, 100 * change.high
+            print(
+                f"{guidance:g} {name} - plain, strict: {100 * change.value:+.1f} [{low:+.1f}, {high:+.1f}]", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_images_in_latents_are_scaled_and_shifted_as_the_vae_says(each_backbone:
 @torch.no_grad()
 def test_its_parts_together_draw_the_pipeline_s_picture(each_backbone: Backbone) -> None:
     """encode_text, guided predictions, the sampler's steps without noise, decode: nothing of it may differ."""
-    drawn = draw(each_backbone.pipeline, PROMPTS, [3, 4], guidance=3.0, num_steps=4, resolution=16)
+    drawn = draw(each_backbone, PROMPTS, [3, 4], guidance=3.0, num_steps=4)
     x_t = torch.cat([normal(1, *each_backbone.latent_shape, seed=seed) for seed in (3, 4)])
     cond, uncond = each_backbone.encode_text(PROMPTS), each_backbone.encode_text([""])
     sampler = each_backbone.sampler(4)
