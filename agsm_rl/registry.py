@@ -31,11 +31,17 @@ BUILTIN: dict[str, dict[str, str]] = {
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
     "rewards": {
+        "aesthetic": "agsm_rl_rewards.aesthetic:Aesthetic",
         "brightness": "agsm_rl_rewards.brightness:Brightness",
+        "clip_score": "agsm_rl_rewards.clip_score:ClipScore",
+        "hpsv2": "agsm_rl_rewards.hpsv2:HPSv2",
+        "image_reward": "agsm_rl_rewards.image_reward:ImageReward",
         "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
         "jpeg_incompressibility": "agsm_rl_rewards.jpeg:JpegIncompressibility",
+        "pick_score": "agsm_rl_rewards.pick_score:PickScore",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
         "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
+        "vlm_judge": "agsm_rl_rewards.vlm_judge:VlmJudge",
     },
     "adapters": {
         "soft_tokens": "agsm_rl.adapters.soft_tokens:SoftTokens",

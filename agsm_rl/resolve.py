@@ -53,13 +53,13 @@ class Parts:
         self.allow_imports = allow_imports
 
     def load(self, kind: str, name: str, place: str) -> Any:
-        """The class behind a name; behind a function in the manner of TRL's rewards, what makes its reward."""
+        """The class behind a name; behind a function as a reward, what makes that reward."""
         found = registry.load(kind, name, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
         if kind != "rewards":
             return found
-        from agsm_rl_rewards.trl_style import is_trl_style, maker
+        from agsm_rl_rewards.functions import reward_maker
 
-        return maker(found) if is_trl_style(found) else found
+        return reward_maker(found)
 
     def complete(self, kind: str, block: Block, place: str) -> Block:
         """The block with its class's defaults filled in."""
