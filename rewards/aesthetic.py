@@ -6,13 +6,12 @@ A linear head, in five layers, on CLIP ViT-L/14's image feature of unit length. 
 from collections.abc import Hashable
 from typing import Any
 
-from torch import Tensor, nn
-
 from agsm_rl_rewards.clip_model import clip_files, read_clip_vision
 from agsm_rl_rewards.native import NativeReward, Way
 from agsm_rl_rewards.preprocessing import ShortestSideCrop
 from agsm_rl_rewards.score_head import ScoreHead
 from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, same_name
+from torch import Tensor, nn
 
 HEAD = "aesthetic-model.pth"
 ELSEWHERE = (

@@ -1,13 +1,13 @@
-"""CLIP as its folders on the hub hold it: config.json, model.safetensors and tokenizer.json; features of unit length."""
+"""CLIP as its folders on the hub hold it (config.json, model.safetensors, tokenizer.json); features of unit length."""
 
 from typing import Any
 
 import torch
+from agsm_rl_rewards.tokens import Tokens
+from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, same_name
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError
-from agsm_rl_rewards.tokens import Tokens
-from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, same_name
 
 BUFFERS = r".*\.position_ids"
 """Older files hold the positions' numbers too."""

@@ -9,12 +9,12 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
-from torch import Tensor
-
-from agsm_rl.errors import UserError
 from agsm_rl_rewards.clip_model import clip_files, read_clip
 from agsm_rl_rewards.native import NativeReward, Way
 from agsm_rl_rewards.preprocessing import ShortestSideCrop
+from torch import Tensor
+
+from agsm_rl.errors import UserError
 
 
 class ClipScore(NativeReward):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from agsm_rl_rewards import trl_style
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl_rewards import trl_style
 
 
 class FunctionReward:

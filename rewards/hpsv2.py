@@ -1,8 +1,8 @@
 """Human Preference Score v2 and v2.1 (arXiv 2306.09341): an OpenCLIP ViT-H/14 taught what people prefer.
 
     score = cos(image, prompt), about 0.2 to 0.35 for pictures
-The official weights are read into transformers' CLIPModel. The two versions' scores cannot be compared, and the official
-package takes 2.0 unless told otherwise; so `version` must be said here.
+The official weights are read into transformers' CLIPModel. The two versions' scores cannot be compared, and the
+official package takes 2.0 unless told otherwise; so `version` must be said here.
 """
 
 import html
@@ -11,15 +11,15 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
-from agsm_rl.errors import unknown_name
 from agsm_rl_rewards.architecture import Sizes, with_changes
 from agsm_rl_rewards.clip_model import CLIPScorer
 from agsm_rl_rewards.native import NativeReward, Way
 from agsm_rl_rewards.preprocessing import Letterbox
 from agsm_rl_rewards.tokens import Tokens
 from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, unchanged
+from torch import Tensor
+
+from agsm_rl.errors import unknown_name
 
 Version = Literal["2.0", "2.1"]
 FILES: dict[str, str] = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -74,7 +74,7 @@ _IN_A_LAYER = {
 
 
 def open_clip_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Where OpenCLIP's file has a tensor of CLIPModel: queries, keys and values are one there, projections transposed."""
+    """Where OpenCLIP's file has a tensor of CLIPModel; there queries, keys and values are one, and projections turned."""
     if key in _OUTSIDE_THE_LAYERS:
         return _OUTSIDE_THE_LAYERS[key], Tensor.t if key.endswith("_projection.weight") else unchanged
     found = _LAYER.fullmatch(key)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from agsm_rl_rewards.architecture import Sizes, with_changes
 from agsm_rl_rewards.native import NativeReward, Way
 from agsm_rl_rewards.preprocessing import ShortestSideCrop
 from agsm_rl_rewards.score_head import ScoreHead
 from agsm_rl_rewards.tokens import Tokens
 from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, unchanged
+from torch import Tensor, nn
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's scores over the training data, from the official code."""

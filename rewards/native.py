@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakValueDictionary
 
 import torch
+from agsm_rl_rewards.preprocessing import Preprocessing
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl_rewards.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,16 +1,15 @@
 """PickScore (arXiv 2305.01569): a CLIP ViT-H/14 taught which of two images people picked for a prompt.
 
-    score = exp(logit_scale) · cos(image, prompt)
+score = exp(logit_scale) · cos(image, prompt)
 """
 
 from collections.abc import Hashable
 from typing import Any
 
-from torch import Tensor
-
 from agsm_rl_rewards.clip_model import clip_files, read_clip
 from agsm_rl_rewards.native import NativeReward, Way
 from agsm_rl_rewards.preprocessing import ShortestSideCrop
+from torch import Tensor
 
 
 class PickScore(NativeReward):

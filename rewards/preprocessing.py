@@ -75,7 +75,8 @@ class ShortestSideCrop:
 
     `processor`: as transformers' image processors do it (RGB first; an odd pixel is cut off above and left), which is
     the reference of PickScore and of today's CLIPScore. Otherwise as OpenAI's CLIP does it (RGB after resizing; halves
-    are rounded to even), which is that of ImageReward and the aesthetic predictor. They differ by a pixel at some sizes.
+    are rounded to even), which is that of ImageReward and the aesthetic predictor. At some sizes they differ by a
+    pixel.
     """
 
     def __init__(self, size: int, *, processor: bool) -> None:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class ScoreHead(nn.Module):
-    """width → 1024 → 128 → 64 → 16 → 1. The dropouts do nothing in use; they keep the layers' numbers as in the files."""
+    """width → 1024 → 128 → 64 → 16 → 1. The dropouts, idle in use, keep the layers' numbers as in the files."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

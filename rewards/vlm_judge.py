@@ -1,7 +1,7 @@
-"""A vision-language model as a judge, over any OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp's server, or a hosted one.
+"""A vision-language model as a judge, over any OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, or a hosted one.
 
-    answer: yes_no   P(yes) / (P(yes) + P(no)) of the answer's first token, as in VQAScore (arXiv 2404.01291)
-    answer: score    a number that the model writes
+With `answer: yes_no` the score is P(yes) / (P(yes) + P(no)) of the reply's first token, after VQAScore (arXiv
+2404.01291); with `answer: score` it is a number that the model writes.
 """
 
 import base64
@@ -61,7 +61,9 @@ class VlmJudge:
         max_tokens: int = 16,
     ) -> None:
         if not re.match(r"https?://", url):
-            raise UserError(f"url: got '{url}', but it must begin with http:// or https://, e.g. http://localhost:8000/v1")
+            raise UserError(
+                f"url: got '{url}', but it must begin with http:// or https://, e.g. http://localhost:8000/v1"
+            )
         if "{prompt}" not in question:
             raise UserError(f"question: there is no {{prompt}} in it; write e.g. '{EXAMPLE}'")
         if answer not in get_args(Answer):
@@ -110,8 +112,8 @@ class VlmJudge:
             key = os.environ.get(self.api_key_env)
             if not key:
                 raise UserError(
-                    f"reward '{self.name}': api_key_env names the environment variable {self.api_key_env}, which is not "
-                    f"set; `export {self.api_key_env}=…`, or leave api_key_env out where no key is needed"
+                    f"reward '{self.name}': api_key_env names the environment variable {self.api_key_env}, which is "
+                    f"not set; `export {self.api_key_env}=…`, or leave api_key_env out where no key is needed"
                 )
             session.headers["Authorization"] = f"Bearer {key}"
         return session
@@ -125,7 +127,9 @@ class VlmJudge:
             return self._number(choice["message"]["content"], question)
         except (KeyError, IndexError, TypeError) as error:
             wanted = "logprobs (if it has none, use `answer: score`)" if self.answer == "yes_no" else "a message"
-            raise UserError(f"reward '{self.name}': the reply of {self.url} has no {wanted}: {_short(reply)}") from error
+            raise UserError(
+                f"reward '{self.name}': the reply of {self.url} has no {wanted}: {_short(reply)}"
+            ) from error
 
     def _request(self, picture: Any, question: str) -> dict[str, Any]:
         file = io.BytesIO()
@@ -168,8 +172,8 @@ class VlmJudge:
         if total == 0:
             tokens = ", ".join(repr(one["token"]) for one in alternatives[:5])
             raise UserError(
-                f"reward '{self.name}': neither yes nor no is among the {len(alternatives)} likeliest beginnings of the "
-                f"answer ({tokens}, …); let `question` ask for yes or no and nothing else"
+                f"reward '{self.name}': neither yes nor no is among the {len(alternatives)} likeliest beginnings of "
+                f"the answer ({tokens}, …); let `question` ask for yes or no and nothing else"
             )
         return found["yes"] / total
 
@@ -177,8 +181,8 @@ class VlmJudge:
         found = NUMBER.search(text)
         if found is None or not self.lowest <= float(found.group()) <= self.highest:
             raise UserError(
-                f"reward '{self.name}': a number from {self.lowest:g} to {self.highest:g} was wanted, but the answer to "
-                f"'{_short(question)}' was '{_short(text)}'; let `question` ask for the number and nothing else"
+                f"reward '{self.name}': a number from {self.lowest:g} to {self.highest:g} was wanted, but the answer "
+                f"to '{_short(question)}' was '{_short(text)}'; let `question` ask for the number and nothing else"
             )
         return float(found.group())
 
