@@ -74,8 +74,9 @@ _IN_A_LAYER = {
 
 
 def open_clip_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Where OpenCLIP's file has a tensor of CLIPModel; there queries, keys and values are one, and projections turned."""
+    """Where OpenCLIP's file has a tensor of CLIPModel; there queries, keys and values are one tensor."""
     if key in _OUTSIDE_THE_LAYERS:
+        # OpenCLIP multiplies by its projections from the right.
         return _OUTSIDE_THE_LAYERS[key], Tensor.t if key.endswith("_projection.weight") else unchanged
     found = _LAYER.fullmatch(key)
     assert found is not None, key
