@@ -127,9 +127,7 @@ class VlmJudge:
             return self._number(choice["message"]["content"], question)
         except (KeyError, IndexError, TypeError) as error:
             wanted = "logprobs (if it has none, use `answer: score`)" if self.answer == "yes_no" else "a message"
-            raise UserError(
-                f"reward '{self.name}': the reply of {self.url} has no {wanted}: {_short(reply)}"
-            ) from error
+            raise UserError(f"reward '{self.name}': {self.url} replied without {wanted}: {_short(reply)}") from error
 
     def _request(self, picture: Any, question: str) -> dict[str, Any]:
         file = io.BytesIO()

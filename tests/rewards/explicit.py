@@ -84,8 +84,7 @@ def image_reward(w: Weights, pixels: Tensor, ids: Tensor, mask: Tensor, *, heads
             name = f"encoder.layer.{layer}.{part}"
             seen = x if seen is None else seen
             q, k, v_ = (
-                linear(y, t, f"{name}.self.{kind}")
-                for y, kind in ((x, "query"), (seen, "key"), (seen, "value"))
+                linear(y, t, f"{name}.self.{kind}") for y, kind in ((x, "query"), (seen, "key"), (seen, "value"))
             )
             out = linear(attend(q, k, v_, text_heads, unseen), t, f"{name}.output.dense")
             x = norm(out + x, t, f"{name}.output.LayerNorm", 1e-12)

@@ -79,6 +79,9 @@ def test_clip_score_is_the_scaled_cosine_and_never_negative(make_reward, tiny_op
         reward.score_pictures(PICTURES, PROMPTS), 2.5 * cosine.clamp(min=0), rtol=1e-5, atol=1e-5
     )
     assert reward.range == (0.0, 2.5)
+    assert (cosine > 0).all()
+    scores, logits = make_reward("clip_score")(photos(), PROMPTS), make_reward("pick_score")(photos(), PROMPTS)
+    assert torch.equal(scores > 0, logits > 0) and scores.min() == 0 < scores.max()
 
 
 def test_the_aesthetic_score_is_the_linear_head_of_the_unit_image_feature(make_reward, tiny_options):
@@ -117,13 +120,12 @@ def test_the_way_with_gradients_scores_nearly_as_the_exact_one(each_reward, make
 
 
 def test_gradients_reach_the_pixels_and_are_those_of_small_steps(each_reward):
-    images = photos(2, 40, 28).double().float().requires_grad_()
+    images = photos(2, 40, 28).requires_grad_()
     (gradient,) = torch.autograd.grad(each_reward(images, PROMPTS[:2]).sum(), images)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
     along = gradient / gradient.norm()
     way = 0.02
-    with torch.enable_grad():
-        ahead, behind = ((each_reward(images + sign * way * along, PROMPTS[:2])).sum().item() for sign in (1, -1))
+    ahead, behind = ((each_reward(images + sign * way * along, PROMPTS[:2])).sum().item() for sign in (1, -1))
     assert (ahead - behind) / (2 * way) == pytest.approx(gradient.norm().item(), rel=0.05)
 
 

@@ -163,7 +163,7 @@ def save_clip(folder: Path) -> Path:
         projection_dim=16,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(8)  # whose cosines are positive for most of the tests' pictures, and negative for one
         clip = CLIPModel(config)
         for parameter in clip.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
