@@ -9,8 +9,11 @@ import io
 import math
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -60,10 +63,7 @@ class VlmJudge:
         at_once: int = 8,
         max_tokens: int = 16,
     ) -> None:
-        if not re.match(r"https?://", url):
-            raise UserError(
-                f"url: got '{url}', but it must begin with http:// or https://, e.g. http://localhost:8000/v1"
-            )
+        _host(url)
         if "{prompt}" not in question:
             raise UserError(f"question: there is no {{prompt}} in it; write e.g. '{EXAMPLE}'")
         if answer not in get_args(Answer):
@@ -76,6 +76,12 @@ class VlmJudge:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.at_once, self.max_tokens = at_once, max_tokens
         self.range = (0.0, 1.0) if answer == "yes_no" else (lowest, highest)
+
+    @staticmethod
+    def permissions(options: Mapping[str, Any]) -> list[str]:
+        """What the command line must allow: sending pictures, prompts and a key to another machine."""
+        host = _host(str(options["url"]))
+        return [] if _is_this_machine(host) else [f"host:{host}"]
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]."""
@@ -102,21 +108,34 @@ class VlmJudge:
             total=self.retries,
             backoff_factor=self.backoff,
             backoff_max=WAIT_AT_MOST,
+            retry_after_max=WAIT_AT_MOST,
             status_forcelist=TRY_AGAIN,
             allowed_methods={"POST"},
             raise_on_status=False,
         )
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=self.at_once))
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env)
-            if not key:
-                raise UserError(
-                    f"reward '{self.name}': api_key_env names the environment variable {self.api_key_env}, which is "
-                    f"not set; `export {self.api_key_env}=…`, or leave api_key_env out where no key is needed"
-                )
-            session.headers["Authorization"] = f"Bearer {key}"
+        key = self._key()
+
+        def authorise(request: Any) -> Any:
+            # As a function, so that requests does not put a password from ~/.netrc in its place.
+            if key is not None:
+                request.headers["Authorization"] = f"Bearer {key}"
+            return request
+
+        session.auth = authorise
         return session
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise UserError(
+                f"reward '{self.name}': api_key_env names the environment variable {self.api_key_env}, which is not "
+                f"set; `export {self.api_key_env}=…`, or leave api_key_env out where no key is needed"
+            )
+        return key
 
     def _score(self, session: Any, picture: Any, question: str) -> float:
         reply = self._ask(session, self._request(picture, question))
@@ -144,8 +163,9 @@ class VlmJudge:
 
         address = f"{self.url}/chat/completions"
         try:
-            reply = session.post(address, json=request, timeout=self.timeout)
-            if reply.ok:
+            # Redirects are not followed: they could lead to a machine that was not allowed.
+            reply = session.post(address, json=request, timeout=self.timeout, allow_redirects=False)
+            if reply.status_code == 200:
                 return reply.json()
         except requests.exceptions.JSONDecodeError as error:
             raise UserError(f"reward '{self.name}': {address} did not reply in JSON: {_short(reply.text)}") from error
@@ -183,6 +203,25 @@ class VlmJudge:
                 f"to '{_short(question)}' was '{_short(text)}'; let `question` ask for the number and nothing else"
             )
         return float(found.group())
+
+
+def _host(url: str) -> str:
+    """The machine behind an address; UserError for anything but http(s)://machine[:port][/path]."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or parts.username is not None:
+        raise UserError(f"url: got '{url}', but an endpoint's base is wanted, e.g. http://localhost:8000/v1")
+    return parts.hostname or ""
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_numbers(*, timeout: float, retries: int, backoff: float, at_once: int, max_tokens: int) -> None:

@@ -128,9 +128,9 @@ def load_whole(
         if filled[key].shape != own.shape:
             misshapen.append(f"{name} {tuple(tensors[name].shape)}")
     extra = [name for name in tensors if name not in used and not re.fullmatch(unused, name)]
-    faults = {"missing": list(dict.fromkeys(missing)), "not of it": extra, "of another size": misshapen}
+    faults = {"missing": missing, "not of it": extra, "of another size": misshapen}
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {fault}: {_few(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(_told(fault, names) for fault, names in faults.items() if names)
         raise UserError(
             f"reward '{reward}': the tensors of {file} are not this model's, so it was not loaded. {told}. Is it the "
             "right file, and whole?"
@@ -138,8 +138,10 @@ def load_whole(
     network.load_state_dict(filled)
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _told(fault: str, names: list[str]) -> str:
+    """Each of the file's tensors once: several of ours may come from one."""
+    different = list(dict.fromkeys(names))
+    return f"{len(different)} {fault}: {', '.join(different[:3])}" + (", …" if len(different) > 3 else "")
 
 
 def same_name(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import formula
+import golden_formula
 import pytest
 import torch
 from agsm_rl_rewards.hpsv2 import read_open_clip
@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 def test_hpsv2_scores_as_the_official_model_class(tmp_path):
     file = tmp_path / "official.pt"
-    torch.save({"state_dict": formula.weights(HPSV2["shapes"])}, file)
+    torch.save({"state_dict": golden_formula.weights(HPSV2["shapes"])}, file)
     vision, text = HPSV2["cfg"]["vision_cfg"], HPSV2["cfg"]["text_cfg"]
     sizes = {
         "vision": {
@@ -39,14 +39,14 @@ def test_hpsv2_scores_as_the_official_model_class(tmp_path):
         "shared": {"projection_dim": HPSV2["cfg"]["embed_dim"]},
     }
     clip = read_open_clip(file, sizes, reward="hpsv2").eval()
-    image = clip.get_image_features(pixel_values=formula.pixels(2, 3, 28, 28)).pooler_output
+    image = clip.get_image_features(pixel_values=golden_formula.pixels(2, 3, 28, 28)).pooler_output
     words = clip.get_text_features(input_ids=torch.tensor(HPSV2["ids"])).pooler_output
     torch.testing.assert_close(torch.cosine_similarity(image, words), torch.tensor(HPSV2["score"]), **TOLERANCE)
 
 
 def test_image_reward_scores_as_the_official_model_class(tmp_path):
     file = tmp_path / "official.pt"
-    torch.save(formula.weights(IMAGE_REWARD["shapes"]), file)
+    torch.save(golden_formula.weights(IMAGE_REWARD["shapes"]), file)
     sizes = {
         "vision": {
             "hidden_size": 48,
@@ -66,7 +66,7 @@ def test_image_reward_scores_as_the_official_model_class(tmp_path):
         },
     }
     network = read_image_reward(file, sizes, reward="image_reward").eval()
-    pixels, ids, mask = formula.pixels(2, 3, 32, 32), torch.tensor(IMAGE_REWARD["ids"]), IMAGE_REWARD["att"]
+    pixels, ids, mask = golden_formula.pixels(2, 3, 32, 32), torch.tensor(IMAGE_REWARD["ids"]), IMAGE_REWARD["att"]
     image = network.vision(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(image[:, 0], torch.tensor(IMAGE_REWARD["vision_cls"]), **TOLERANCE)
     torch.testing.assert_close(
@@ -81,12 +81,12 @@ def cases(golden):
 @pytest.mark.parametrize(("width", "height"), cases(HPSV2))
 def test_hpsv2_sees_pictures_as_the_official_preprocessing_makes_them(width, height):
     expected = torch.tensor(HPSV2["preprocess"][f"{width}x{height}"])
-    found = Letterbox(224).exact([formula.picture(width, height)])
+    found = Letterbox(224).exact([golden_formula.picture(width, height)])
     torch.testing.assert_close(found.flatten()[::9001], expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(("width", "height"), cases(IMAGE_REWARD))
 def test_image_reward_sees_pictures_as_the_official_preprocessing_makes_them(width, height):
     expected = torch.tensor(IMAGE_REWARD["preprocess"][f"{width}x{height}"])
-    found = ShortestSideCrop(224, processor=False).exact([formula.picture(width, height)])
+    found = ShortestSideCrop(224, processor=False).exact([golden_formula.picture(width, height)])
     torch.testing.assert_close(found.flatten()[::9001], expected, **TOLERANCE)

@@ -1,7 +1,7 @@
 """The native rewards with tiny weights in their official layout, against networks written out by hand."""
 
 import explicit
-import formula
+import golden_formula
 import numpy as np
 import pytest
 import tiny_rewards
@@ -17,7 +17,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward
 
 PROMPTS = ["a red star", "two blue squares", "a circle"]
-PICTURES = [formula.picture(48, 30), formula.picture(41, 67), formula.picture(32, 32)]
+PICTURES = [golden_formula.picture(48, 30), golden_formula.picture(41, 67), golden_formula.picture(32, 32)]
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -113,8 +113,9 @@ def test_tensors_are_scored_as_the_pictures_that_they_are(each_reward):
 def test_the_way_with_gradients_scores_nearly_as_the_exact_one(each_reward, make_reward):
     images = photos()
     exact, near = each_reward(images, PROMPTS), each_reward(images.requires_grad_(), PROMPTS)
-    # 8 bits against floating point, on random networks that are rougher than trained ones.
-    torch.testing.assert_close(near.detach(), exact, rtol=0.02, atol=0.02)
+    # 8 bits against floating point, on random networks that are rougher than trained ones: far less than what tells
+    # the images apart.
+    assert (near.detach() - exact).abs().max() < 0.1 * exact.std()
     chosen = make_reward(each_reward.name, preprocessing="tensor")
     torch.testing.assert_close(chosen(images.detach(), PROMPTS), near.detach(), rtol=0, atol=1e-6)
 
@@ -212,7 +213,7 @@ def test_an_unknown_way_is_named(each_reward, make_reward):
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (251, 333), (225, 300), (224, 226), (64, 64)])
 def test_the_processors_crop_is_that_of_transformers(width, height):
-    picture = formula.picture(width, height)
+    picture = golden_formula.picture(width, height)
     expected = CLIPImageProcessorPil()(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ShortestSideCrop(224, processor=True).exact([picture]), expected, rtol=0, atol=1e-5)
 

@@ -197,6 +197,38 @@ def test_the_key_comes_from_the_environment_and_is_never_told(endpoint, monkeypa
         keyed(IMAGES[:1], ["a star"])
 
 
+def test_a_password_in_netrc_does_not_take_the_keys_place(endpoint, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("MY_JUDGES_KEY", "secret-123")
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    judge(endpoint, api_key_env="MY_JUDGES_KEY")(IMAGES[:1], ["a star"])
+    judge(endpoint)(IMAGES[:1], ["a star"])
+    assert [asked[1].get("Authorization") for asked in endpoint.asked] == ["Bearer secret-123", None]
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("http://localhost:8000/v1", []),
+        ("http://127.0.0.1:8000/v1", []),
+        ("http://[::1]:8000/v1", []),
+        ("https://API.judge.example/v1", ["host:api.judge.example"]),
+        ("http://localhost.judge.example/v1", ["host:localhost.judge.example"]),
+        ("http://192.168.0.7/v1", ["host:192.168.0.7"]),
+    ],
+)
+def test_another_machine_needs_a_permission(url, wanted):
+    assert VlmJudge.permissions({"url": url}) == wanted
+
+
+def test_redirects_to_elsewhere_are_not_followed(endpoint):
+    endpoint.reply = lambda body: (307, b"go there")
+    with pytest.raises(UserError, match="refused with status 307"):
+        judge(endpoint)(IMAGES[:1], ["a star"])
+    assert len(endpoint.asked) == 1
+
+
 def test_it_follows_the_interface(endpoint):
     endpoint.reply = lambda body: (200, likely(yes=0.5, no=0.5))
     reward = judge(endpoint)
@@ -208,7 +240,8 @@ def test_it_follows_the_interface(endpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:8000"}, "url: got 'localhost:8000', but it must begin with http"),
+        ({"url": "localhost:8000"}, "url: got 'localhost:8000', but an endpoint's base is wanted"),
+        ({"url": "http://me:secret@judge.example/v1"}, "an endpoint's base is wanted"),
         ({"question": "Is it good?"}, "question: there is no {prompt} in it"),
         ({"answer": "yesno"}, "answer: 'yesno' .* Did you mean 'yes_no'"),
         ({"lowest": 5.0, "highest": 5.0}, "highest: got 5.0, but it must be above lowest"),
