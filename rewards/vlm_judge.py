@@ -23,7 +23,7 @@ from agsm_rl.errors import UserError, unknown_name
 Answer = Literal["yes_no", "score"]
 TOP = 20
 """The most alternatives to a token that OpenAI's interface gives."""
-WAIT_AT_MOST = 60.0
+WAIT_AT_MOST = 60
 """Seconds between two tries."""
 TRY_AGAIN = (408, 409, 429, 500, 502, 503, 504)
 """Statuses that may pass: busy, rate limits, timeouts and a server's own faults."""
