@@ -165,9 +165,7 @@ def _check_rules(recipe: Recipe, parts: Parts) -> None:
             )
         allowed = [*(entry.name for entry in in_evaluation(recipe.evaluate.rewards)), *SCORES]
         if name not in allowed:
-            raise unknown_name(
-                f"{parts.where}: {place}", name, "a score of the suite or in evaluate.rewards", allowed
-            )
+            raise unknown_name(f"{parts.where}: {place}", name, "a score of the suite or in evaluate.rewards", allowed)
 
 
 def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:

@@ -1,6 +1,6 @@
 """Rewards as a recipe names them: in a source's or an objective's `rewards`, and in `evaluate.rewards`.
 
-    rewards: {shapes: 1.0, small: {use: jpeg_compressibility, weight: 0.1, normalise: z_score}}
+rewards: {shapes: 1.0, small: {use: jpeg_compressibility, weight: 0.1, normalise: z_score}}
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def in_source(rewards: Mapping[str, Any]) -> list[RewardEntry]:
     for key, value in rewards.items():
         said = RewardOptions.model_validate(value if isinstance(value, Mapping) else {"weight": float(value)})
         found.append(
-            RewardEntry(
-                key, _use(key, said.use), said.weight, said.normalise, options=dict(said.model_extra or {})
-            )
+            RewardEntry(key, _use(key, said.use), said.weight, said.normalise, options=dict(said.model_extra or {}))
         )
     _check_names(found)
     return found
@@ -88,9 +86,7 @@ def held_out(recipe: Recipe) -> dict[str, bool]:
     if recipe.evaluate is None:
         return {}
     trained = [(entry.use, entry.options) for entry in trained_on(recipe)]
-    return {
-        entry.name: (entry.use, entry.options) not in trained for entry in in_evaluation(recipe.evaluate.rewards)
-    }
+    return {entry.name: (entry.use, entry.options) not in trained for entry in in_evaluation(recipe.evaluate.rewards)}
 
 
 def _source(recipe: Recipe, source: str | Block) -> Block:

@@ -24,10 +24,10 @@ class Rollouts:
     """`num_prompts` × `images_per_prompt` images (totals over all processes), drawn by `num_steps` noisy steps.
 
     `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs or
-    WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published settings (arXiv
-    2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what learns from
-    finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA. `updates` steps
-    of the trainer learn from each draw, each from its own share of the images.
+    WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
+    settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
+    learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA.
+    `updates` steps of the trainer learn from each draw, each from its own share of the images.
 
     `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
     while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
@@ -239,7 +239,6 @@ class Rollouts:
         self._own_histories = {name: self._continued(histories) for name, histories in own.items()}
         self._pending = deque(self.gives(**kept) for kept in state["pending"])
         self._metrics = dict(state["metrics"])
-
 
     def _continued(self, histories: Mapping[str, list[float]]) -> Histories:
         return {prompt: deque(past, maxlen=self.history) for prompt, past in histories.items()}
