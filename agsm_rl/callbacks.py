@@ -124,7 +124,7 @@ class Checkpoints:
         self._saved = trainer.step
 
     def mend_best(self, trainer: Trainer) -> None:
-        """Write adapter-best/ again from its checkpoint where a kill came between the two; UserError if that is gone."""
+        """Write adapter-best/ from its checkpoint where a kill came between the two; UserError if that is gone."""
         best = self.standing.best_step
         if best is None or _step_of_export(self.folder.best_adapter) == best:
             return

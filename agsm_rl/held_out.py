@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agsm_rl.evaluate.intervals import CONFIDENCE
 from agsm_rl.recipe import Recipe
-from agsm_rl.reward_entries import held_out
+from agsm_rl.reward_entries import directions
 from agsm_rl.watch import Event
 
 START = 0
@@ -31,7 +31,7 @@ class Standing:
         self.best_by = recipe.checkpoint.best
         self.rules = {name: rule.falls_by for name, rule in recipe.stop_when.items()}
         self.on_fall = recipe.watch.held_out_falls
-        self.held_out = held_out(recipe)
+        self.directions = directions(recipe)
         self._how = _how(recipe)
         self._starts_as_base = recipe.start_from is None
         self._means: dict[int, dict[str, float]] = {}
@@ -93,14 +93,12 @@ class Standing:
     def _broken_rules(self, step: int) -> list[Event]:
         found = []
         for name, falls_by in self.rules.items():
-            if name not in self._means[step]:
-                continue
             best, now = self._best[name], self._means[step][name]
             fall = self._means[best][name] - now
             if fall >= falls_by:
                 words = (
-                    f"step {step}: stop_when: '{name}' fell by {fall:.4g}, from {self._means[best][name]:.4g} "
-                    f"{_at(best)} to {now:.4g} (allowed: less than {falls_by:g})"
+                    f"step {step}: stop_when: '{name}' fell by {fall:.4g}, {self._from_to(name, best, step)} since "
+                    f"{_when(best)} (falls_by: {falls_by:g})"
                 )
                 found.append(Event(step, "stop_when", name, now, "stop", words))
         return found
@@ -108,26 +106,27 @@ class Standing:
     def _hacked(self, step: int) -> list[Event]:
         """Held-out rewards that fell from their best while a trained one rose, each by more than chance."""
         found = []
-        for name in [name for name, out in self.held_out.items() if out and self.on_fall != "ignore"]:
-            best = self._best.get(name, step)
-            before, now = self._scores[best], self._scores[step]
-            if (
-                best == step
-                or name not in before
-                or name not in now
-                or surely_above_zero(now[name] - before[name]) >= 0
-            ):
+        for name, direction in self.directions.items():
+            if direction or self.on_fall == "ignore" or name not in self._best:
                 continue
-            for other, out in self.held_out.items():
-                if not out and other in before and other in now and surely_above_zero(now[other] - before[other]) > 0:
-                    words = (
-                        f"step {step}: held-out reward '{name}' fell from {self._means[best][name]:.4g} {_at(best)} to "
-                        f"{self._means[step][name]:.4g} while '{other}', which is trained on, rose from "
-                        f"{self._means[best][other]:.4g} to {self._means[step][other]:.4g}: the reward is being hacked"
-                    )
-                    found.append(Event(step, "held_out_falls", name, self._means[step][name], self.on_fall, words))
-                    break
+            best = self._best[name]
+            others = [other for other, trained in self.directions.items() if trained]
+            risen = [other for other in others if self._change(other, best, step) == self.directions[other]]
+            if self._change(name, best, step) < 0 and risen:
+                told = f"'{risen[0]}', which is trained on, went {self._from_to(risen[0], best, step)}"
+                words = (
+                    f"step {step}: held-out reward '{name}' fell {self._from_to(name, best, step)} since "
+                    f"{_when(best)}, while {told}: the trained reward may be being hacked"
+                )
+                found.append(Event(step, "held_out_falls", name, self._means[step][name], self.on_fall, words))
         return found
+
+    def _change(self, name: str, before: int, now: int) -> int:
+        """1 or -1 where a reward rose or fell from one step to another by more than chance, else 0."""
+        return sign_of_mean(self._scores[now][name] - self._scores[before][name])
+
+    def _from_to(self, name: str, before: int, now: int) -> str:
+        return f"from {self._means[before][name]:.4g} to {self._means[now][name]:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -153,7 +152,7 @@ class Standing:
         return True
 
 
-def surely_above_zero(differences: Tensor) -> int:
+def sign_of_mean(differences: Tensor) -> int:
     """1 or -1 where the mean of paired differences [N] is above or below 0 by its 95 % interval (Student's), else 0."""
     values = differences.double().numpy()
     if len(values) < 2 or not np.ptp(values):
@@ -162,8 +161,8 @@ def surely_above_zero(differences: Tensor) -> int:
     return int(low > 0) - int(high < 0)
 
 
-def _at(step: int) -> str:
-    return "at the start" if step == START else f"at step {step}"
+def _when(step: int) -> str:
+    return "the start" if step == START else f"step {step}"
 
 
 def _how(recipe: Recipe) -> str:

@@ -81,12 +81,19 @@ def trained_on(recipe: Recipe) -> list[RewardEntry]:
     return [entry for entry in entries if entry.weight]
 
 
-def held_out(recipe: Recipe) -> dict[str, bool]:
-    """Each evaluated reward's name → whether no term learns from it: another one, or with other options."""
+def directions(recipe: Recipe) -> dict[str, int]:
+    """Each evaluated reward's name → 1 or -1 where a term learns to raise or to lower it, 0 where it is held out.
+
+    Held out is also a reward that is learned from with other options.
+    """
     if recipe.evaluate is None:
         return {}
-    trained = [(entry.use, entry.options) for entry in trained_on(recipe)]
-    return {entry.name: (entry.use, entry.options) not in trained for entry in in_evaluation(recipe.evaluate.rewards)}
+    trained = trained_on(recipe)
+    found = {}
+    for entry in in_evaluation(recipe.evaluate.rewards):
+        weights = [one.weight for one in trained if (one.use, one.options) == (entry.use, entry.options)]
+        found[entry.name] = 0 if not weights else 1 if weights[0] > 0 else -1
+    return found
 
 
 def _source(recipe: Recipe, source: str | Block) -> Block:

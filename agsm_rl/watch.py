@@ -92,7 +92,9 @@ class Watch:
             value = figures.get(f"reward/{name}", 0.0)
             words = f"reward '{name}' is {value:g} for all images of a draw; does it look at them?"
             passes &= self._judge("constant_reward", step, term, value, spread == 0, words, detail=name)
-        if "zero_variance" in figures:
+        # Where each reward is constant, the warnings above have said more than this one would.
+        told = bool(spreads) and not any(spreads.values()) and self.actions["constant_reward"] != "ignore"
+        if "zero_variance" in figures and not (told and self.actions["zero_variance"] == "warn"):
             words = "the images of a draw are all worth the same, so there is nothing to learn from; draw more of them"
             passes &= self._judge("zero_variance", step, term, 0.0, figures["zero_variance"] > 0, words)
         return passes

@@ -23,7 +23,7 @@ from agsm_rl.interfaces import Reward
 from agsm_rl.policy import Policy
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
-from agsm_rl.reward_entries import SCORES, held_out, in_evaluation
+from agsm_rl.reward_entries import SCORES, directions, in_evaluation
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.scoring import checked_score
 from agsm_rl.trainer import Trainer
@@ -90,7 +90,7 @@ class Evaluation:
         self.rewards = {
             entry.name: parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options) for entry in entries
         }
-        self.roles = {name: "held_out" if out else "trained" for name, out in held_out(recipe).items()}
+        self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.standing = Standing(recipe)
         self.events = EventsFile(folder.events, console)
         self.ended: Event | None = None
