@@ -79,7 +79,8 @@ def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: s
         raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")
     if not torch.isfinite(score).all():
         bad = int((~torch.isfinite(score)).nonzero()[0])
-        raise UserError(f"{who}: its score is {float(score[bad])} for the prompt '{prompts[bad]}'")
+        blame = "" if torch.isfinite(images[bad]).all() else "; the image is not finite itself: the model went wrong"
+        raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{blame}")
     return score.float().to(images.device)
 
 

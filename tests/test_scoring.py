@@ -37,12 +37,18 @@ def test_a_reward_s_own_message_to_the_user_is_left_as_it_is():
         checked_score(Failing(UserError("weights are missing")), torch.zeros(1, 3, 4, 4), ["a"])
 
 
-def test_a_reward_that_is_infinite_is_named_with_the_prompt():
-    reward = Brightness()
-    reward_of_infinity = type("Infinite", (), {"name": "big", "__call__": lambda *_: torch.tensor([0.0, -torch.inf])})()
-    assert checked_score(reward, torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [0, 0]
-    with pytest.raises(UserError, match="reward 'big': its score is -inf for the prompt 'b'"):
-        checked_score(reward_of_infinity, torch.zeros(2, 3, 4, 4), ["a", "b"])
+def test_a_reward_that_is_infinite_is_named_with_the_prompt_and_a_broken_image_is_not_blamed_on_it():
+    class Infinite(Brightness):
+        name = "big"
+
+        def __call__(self, images, prompts):
+            return torch.tensor([0.0, -torch.inf])
+
+    images = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(UserError, match="reward 'big': its score is -inf for the prompt 'b'$"):
+        checked_score(Infinite(), images, ["a", "b"])
+    with pytest.raises(UserError, match="reward 'brightness': .*nan.*the image is not finite itself"):
+        checked_score(Brightness(), images * torch.nan, ["a", "b"])
 
 
 def test_weights_may_be_negative_and_zero():
