@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from agsm_rl.errors import UserError
@@ -55,6 +55,13 @@ class RewardOptions(Section):
     normalise: Literal["raw", "z_score"] = "raw"
 
 
+GivenReward = Annotated[
+    Annotated[float, Tag("float")] | Annotated[RewardOptions, Tag("dict[options]")],
+    Discriminator(lambda given: "dict[options]" if isinstance(given, Mapping | RewardOptions) else "float"),
+]
+"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is told as such."""
+
+
 def _wants_a_number(annotation: Any) -> bool:
     """True for a number or a union with one, unless a bool is allowed too."""
     allowed = get_args(annotation) or (annotation,)
@@ -85,7 +92,7 @@ def options_model(cls: Any) -> type[Section]:
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         default = ... if parameter.default is parameter.empty else parameter.default
         if parameter.name == "rewards":
-            annotation = Annotated[dict[str, float | RewardOptions], Field(min_length=1)]
+            annotation = Annotated[dict[str, GivenReward], Field(min_length=1)]
         if parameter.name == "seed":
             annotation, default = int | None, None
         found[parameter.name] = (annotation, default)

@@ -119,6 +119,17 @@ class Evaluate(Section):
     def _one_or_several(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
 
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _names_or_options(cls, value: Any) -> Any:
+        for name, options in value.items() if isinstance(value, dict) else ():
+            if options is not None and not isinstance(options, dict):
+                raise ValueError(
+                    f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
+                    f"{name}: {{}}, or its options in the braces"
+                )
+        return value
+
 
 class Samples(Section):
     """A grid of pictures into samples/ each `every` steps. `prompts` null: those of the suite that is evaluated."""

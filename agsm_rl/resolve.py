@@ -137,7 +137,7 @@ def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
 
 
 def _complete_evaluation(evaluate: Evaluate, parts: Parts) -> Evaluate:
-    """The section with its rewards' options filled in; each reward is constructed, which checks them."""
+    """The section with its rewards by name, their options filled in and checked: each is constructed."""
     try:
         entries = in_evaluation(evaluate.rewards)
     except UserError as error:
@@ -149,9 +149,7 @@ def _complete_evaluation(evaluate: Evaluate, parts: Parts) -> Evaluate:
         found = parts.complete_reward(entry, place)
         parts.reward(found.use, place, found.options)
         done[found.key] = found.to_data()
-    if isinstance(evaluate.rewards, dict):
-        return evaluate.model_copy(update={"rewards": done})
-    return evaluate
+    return evaluate.model_copy(update={"rewards": done})
 
 
 def _check_rules(recipe: Recipe, parts: Parts) -> None:
