@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
@@ -15,13 +16,14 @@ from rich.console import Console
 from agsm_rl import checkpoint
 from agsm_rl.agreement import agreements, to_json
 from agsm_rl.build import build_trainer
-from agsm_rl.callbacks import Checkpoints, GracefulStop, Metrics, ProgressBar
+from agsm_rl.callbacks import GracefulStop, Metrics, ProgressBar
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.stop import Stopped
 from agsm_rl.trainer import Trainer
+from agsm_rl.watch import WentWrong
 from agsm_rl.watching import Evaluation, SampleGrids
 
 
@@ -54,12 +56,14 @@ def train(
         if main:
             folder.open(recipe)
         accelerator.wait_for_everyone()
-        if resume:
-            _continue(trainer, folder, console if main else None)
+        standing = _continue(trainer, folder, console if main else None) if resume else None
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
         _start_trackers(accelerator, recipe)
-        _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
+        evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
+        if main and resume:
+            evaluation.resume(trainer, standing)
+        _run(trainer, recipe, folder, evaluation, console)
         return folder.path
     finally:
         accelerator.end_training()
@@ -67,16 +71,23 @@ def train(
             folder.close()
 
 
-def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, console: Console) -> None:
+def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console) -> None:
     main = trainer.accelerator.is_main_process
-    grids, evaluation = SampleGrids(folder, recipe), Evaluation(folder, recipe, parts, console)
+    grids = SampleGrids(folder, recipe)
     with GracefulStop() as stop:
         trainer.callbacks = [stop]
         with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
             if main:
-                # Metrics before the checkpoint: a run continued from it has all its lines.
-                trainer.callbacks += [Metrics(folder), bar, Checkpoints(folder, recipe), grids, evaluation]
-            trainer.train()
+                # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
+                # takes long: a kill in an evaluation loses nothing, it is made up for.
+                trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
+                trainer.callbacks += [grids, evaluation]
+            try:
+                trainer.train()
+            except WentWrong as error:
+                if main:
+                    evaluation.events.write(error.event)
+                raise
     if stop.received is not None and trainer.step < recipe.steps:
         raise Stopped(folder.recipe, trainer.step, stop.received)
     try:
@@ -102,22 +113,24 @@ def _tell_agreement(folder: RunFolder) -> None:
         write_text(folder.eval, json.dumps(content, indent=1) + "\n")
 
 
-def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> None:
-    """Load the newest good checkpoint, if there is one, and forget the metrics after it."""
+def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> dict[str, Any] | None:
+    """Load the newest good checkpoint, if there is one, and forget the metrics after it; the evaluations' standing."""
     found = checkpoint.newest(folder.checkpoints)
-    step = 0
+    step, standing = 0, None
     if found is not None:
         step, state = found
+        standing = state.get("standing")  # checkpoints of earlier versions have none
         try:
             trainer.load_state_dict(state)
         except UserError as error:
             raise UserError(f"{folder.checkpoints}: {error}") from error
     if console is not None:
-        for file in (folder.metrics, folder.evaluations):
+        for file in (folder.metrics, folder.evaluations, folder.events):
             MetricsFile(file).cut(step)
         console.print(
             f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting"
         )
+    return standing
 
 
 def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 
 # What may be changed when a run is continued: nothing that alters the steps already made.
-MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "track"}
+MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
 
 
 class RunFolder:
@@ -27,7 +27,9 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.events = self.path / "events.jsonl"
         self.adapter = self.path / "adapter"
+        self.best_adapter = self.path / "adapter-best"
         self.samples = self.path / "samples"
         self.eval = self.path / "eval.json"
         self._lock = FileLock(self.path / ".lock")
