@@ -1,5 +1,6 @@
 """The step over the terms. Nothing about any particular objective is written here."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -147,7 +148,9 @@ class Trainer:
     def train(self) -> None:
         """Run up to `steps`, or until a callback sets `stopping`."""
         while self.step < self.steps and not self.stopping:
+            started = time.perf_counter()
             metrics = self.run_step()
+            metrics["seconds"] = time.perf_counter() - started
             for callback in self.callbacks:
                 callback.on_step(self, self.step, metrics)
             self._agree_to_stop()

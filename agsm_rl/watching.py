@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from agsm_rl.drawing import draw, grid, write_picture
+from agsm_rl.drawing import draw, grid, to_picture, write_picture
 from agsm_rl.evaluate.shapes import ShapesResult, compare, evaluate, suite_prompts
 from agsm_rl.evaluate.table import picture, print_table
 from agsm_rl.policy import Policy
@@ -21,7 +22,7 @@ from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.trainer import Trainer
 
 SHOWN = 16
-"""Pairs in before_after.png: the suite's first prompts, not chosen ones."""
+"""Pairs in before_after.png and in samples/eval: the suite's first prompts, not chosen ones."""
 
 
 class SampleGrids:
@@ -97,6 +98,8 @@ class Evaluation:
             out.rule(f"guidance {trained.guidance:g}, {self.options.split} prompts")
             print_table(base.result, trained.result, console=out)
         write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
+        for base, trained in found:
+            write_images(base, trained, self.folder.samples / "eval" / f"guidance-{trained.guidance:g}")
 
     def measure(self, trainer: Trainer) -> list[tuple[Measured, Measured]]:
         """Base and trained at each guidance; recorded in the folder and by the trackers."""
@@ -177,6 +180,13 @@ def summary(base: Measured, trained: Measured, step: int) -> str:
     before, after = base.figures(), trained.figures()
     parts = [f"{key} {before[key]:.3f} -> {after[key]:.3f}" for key in after]
     return f"evaluation after step {step}, guidance {trained.guidance:g} (base -> trained): {', '.join(parts)}"
+
+
+def write_images(base: Measured, trained: Measured, folder: Path) -> None:
+    """The first images of both, one file each, for the report: {base,trained}/<number of the prompt>.png."""
+    for name, measured in (("base", base), ("trained", trained)):
+        for index, image in enumerate(measured.images):
+            write_picture(to_picture(image), folder / name / f"{index:04d}.png")
 
 
 def before_after(base: Measured, trained: Measured) -> Any:

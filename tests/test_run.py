@@ -64,6 +64,7 @@ def test_a_run_leaves_all_that_the_contract_names(make_recipe, tmp_path, quiet):
     assert (folder / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         "before_after.png",
+        "eval",
         "step-00000002.png",
         "step-00000004.png",
     ]
