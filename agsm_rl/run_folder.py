@@ -30,6 +30,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.samples = self.path / "samples"
         self.eval = self.path / "eval.json"
+        self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
 
     def check(self, recipe: Recipe, *, resume: bool, allow_imports: Collection[str] = ()) -> None:
