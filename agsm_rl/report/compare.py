@@ -23,6 +23,8 @@ RESAMPLES = 4000
 BATCH = 500
 """Resamples made at a time; only the memory depends on it."""
 RANDOM_SEED = 0
+ROUNDING = 1e-9
+"""A narrower interval is none: resamples that are all alike differ by rounding."""
 
 Table = NDArray[Any]
 """Marks of a variant: [seeds, prompts], true where right."""
@@ -113,7 +115,8 @@ def _over_seeds(quantities: Mapping[Any, Quantity], rows: Mapping[str, Table]) -
             tags[name] = _interval(float(scores[index, :, place].mean()), low, high, quantity, chosen)
         by_seed = scores[index].mean(axis=1)
         low, high = float(interval.low[index, 0]), float(interval.high[index, 0])
-        overall = Interval(float(by_seed.mean()), low, high) if low < high else mean_of(list(tags.values()))
+        spread = high - low > ROUNDING
+        overall = Interval(float(by_seed.mean()), low, high) if spread else mean_of(list(tags.values()))
         found[key] = Estimate(overall, tags, tuple(float(one) for one in by_seed))
     return found
 
@@ -127,7 +130,7 @@ def _shares(drawn: Table, size: int) -> Table:
 
 def _interval(value: float, low: float, high: float, quantity: Quantity, chosen: Table) -> Interval:
     """All alike leave a bootstrap without doubt: then the interval is the one over a single run's images."""
-    if low < high:
+    if high - low > ROUNDING:
         return Interval(value, min(low, value), max(high, value))
     doubt = quantity.over_images(chosen)
     return Interval(value, min(doubt.low, value), max(doubt.high, value))

@@ -63,7 +63,6 @@ class Evaluation:
         return list(next(iter(self.trained.values())).marks)
 
 
-
 def read_evaluation(path: Path) -> Evaluation:
     """Read an eval.json of base against trained; UserError that says what it lacks."""
     try:
@@ -90,8 +89,8 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         )
     if "base" not in content:
         raise UserError(
-            f"{path}: it measures one model alone. A report wants base against trained on the same prompts and noise, as "
-            "`agsm-rl train` and `agsm-rl eval --compare --json` write it."
+            f"{path}: it measures one model alone. A report wants base against trained on the same prompts and noise, "
+            "as `agsm-rl train` and `agsm-rl eval --compare --json` write it."
         )
     entries = [content, *content.get("other_guidances", [])]
     trained = {float(entry["guidance"]): _judged(entry) for entry in entries}

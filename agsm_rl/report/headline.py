@@ -35,7 +35,7 @@ def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
             parts.append(f"at {view.label} {_listed(changes)}")
         return f"Against the base, in points of the share of {what}: {'; '.join(parts)}."
     parts = [f"at {view.label} {_counted(found, view, names, verdict)}" for view in views]
-    return f"Of {len(names)} variants trained to raise the share of {what}: {'; '.join(parts)}."
+    return f"Of {len(names)} variants meant to raise the base's share of {what}, {'; '.join(parts)}."
 
 
 def reach(loaded: Loaded) -> str:
@@ -85,9 +85,9 @@ def _counted(found: Findings, view: View, names: list[str], verdict: str) -> str
     up = [one for one in changes.values() if one.low > 0]
     down = [one for one in changes.values() if one.high < 0]
     top = max(changes, key=lambda name: changes[name].value)
-    return (
-        f"{len(up)} do so clearly and {len(down)} lower it; the largest change is {top}'s, {_points(changes[top])} points"
-    )
+    told = f"{len(up) or 'none'} {'does' if len(up) == 1 else 'do'} so clearly"
+    told += f", {len(down)} lower{'s' if len(down) == 1 else ''} it" if down else ""
+    return f"{told} (the highest is {top}'s {_points(changes[top])} points)"
 
 
 def _against_base(found: Findings, verdict: str, view: View, name: str) -> Estimate:

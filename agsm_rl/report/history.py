@@ -34,7 +34,9 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
     names = list(dict.fromkeys(name for row in rows for name in row if name not in OWN_AXES))
     if runs > DETAILED:
         names = [name for name in names if _is_main(name)]
-    bins = np.array_split(np.arange(len(rows)), min(len(rows), max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs))))
+    bins = np.array_split(
+        np.arange(len(rows)), min(len(rows), max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs)))
+    )
     ends = [int(part[-1]) for part in bins if len(part)]
     found = {}
     for name in names:
@@ -129,5 +131,3 @@ def _mean(values: Any) -> float | None:
 
 def _short(value: float) -> float:
     return float(f"{value:.5g}")
-
-

@@ -227,7 +227,7 @@ def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:
         changed = [int((run.evaluation.base[guidance].marks[first.verdicts[0]] != base).sum()) for run in runs]
         if max(changed):
             notes.append(
-                f"At guidance {guidance:g} the runs' own drawings by the base differ in the verdicts of up to {max(changed)} "
-                f"of {len(base)} images (other machine or libraries?); each run is compared with its own."
+                f"At guidance {guidance:g} the runs' own drawings by the base differ in the verdicts of up to "
+                f"{max(changed)} of {len(base)} images (other machine or libraries?); each run is compared with its own."
             )
     return notes

@@ -75,7 +75,9 @@ def _data_uri(path: Path) -> str:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: is no image that can be read ({error}); delete it, or evaluate the run again.") from error
+        raise UserError(
+            f"{path}: is no image that can be read ({error}); delete it, or evaluate the run again."
+        ) from error
     small = max(picture.size) <= LOSSLESS
     picture.thumbnail((LARGEST, LARGEST))
     file = BytesIO()

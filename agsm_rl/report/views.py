@@ -27,17 +27,18 @@ class View:
 def make_views(loaded: Loaded) -> tuple[list[View], list[str]]:
     """The views, the one for the headline first, and what to know of them in sentences."""
     names = [BASE, *(variant.name for variant in loaded.variants)]
-    views = [
-        View(f"{one:g}", f"guidance {one:g}", dict.fromkeys(names, one)) for one in loaded.guidances
-    ]
+    views = [View(f"{one:g}", f"guidance {one:g}", dict.fromkeys(names, one)) for one in loaded.guidances]
     with_validation = [run for run in loaded.runs if run.validation is not None]
     if not with_validation:
         several = len(loaded.guidances) > 1
-        return views, ["No guidance is called the best: none was chosen on other prompts than these."] if several else []
+        return views, [
+            "No guidance is called the best: none was chosen on other prompts than these."
+        ] if several else []
     if len(with_validation) < len(loaded.runs):
         missing = ", ".join(run.name for run in loaded.runs if run.validation is None)
         return views, [
-            f"No guidance was chosen on validation prompts, because not every run has an eval-validation.json ({missing})."
+            "No guidance was chosen on validation prompts, because not every run has an eval-validation.json "
+            f"({missing})."
         ]
     own, note = _own(loaded)
     return ([own, *views], [note]) if own else (views, [note])
@@ -52,7 +53,9 @@ def _own(loaded: Loaded) -> tuple[View | None, str]:
     if len(found) < len(chosen):
         return None, "No guidance was chosen on validation prompts: those were drawn at other guidances than these."
     size = len(loaded.runs[0].validation.prompts) if loaded.runs[0].validation else 0
-    note = f"Each model's own guidance is the one at which it scores highest on {size} validation prompts, which are not these."
+    note = (
+        f"Each model's own guidance is the one at which it scores highest on {size} validation prompts, not on these."
+    )
     return View(OWN, "each model at its own guidance", found), note
 
 

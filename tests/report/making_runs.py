@@ -53,8 +53,15 @@ def write_run(
     scores = scores or {1.0: (0.3, 0.5)}
     prompts = prompts or [f"a drawing of number {number}" for number in range(60)]
     folder.mkdir(parents=True)
-    recipe = {"seed": seed, "steps": steps, "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"}}
-    recipe |= {"adapters": {"lora": {"use": "lora", "rank": rank}}, "objectives": [{"use": t, "name": t} for t in terms]}
+    recipe = {
+        "seed": seed,
+        "steps": steps,
+        "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
+    }
+    recipe |= {
+        "adapters": {"lora": {"use": "lora", "rank": rank}},
+        "objectives": [{"use": t, "name": t} for t in terms],
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "eval.json").write_text(json.dumps(evaluation(prompts, scores, seed)))
     if validation:
@@ -87,7 +94,9 @@ def write_run(
     return folder
 
 
-def write_sweep(folder: Path, variants: dict[str, dict], seeds: range | list[int], states: dict[str, str] | None = None) -> Path:
+def write_sweep(
+    folder: Path, variants: dict[str, dict], seeds: range | list[int], states: dict[str, str] | None = None
+) -> Path:
     """A sweep of `variants` (write_run's options) over seeds; `states` are the cells that are not done."""
     cells = []
     for variant, options in variants.items():
