@@ -106,11 +106,13 @@ def _between(found: Findings, verdict: str, view: View, name: str, other: str) -
 
 
 def _points(part: Interval) -> str:
-    return f"{_signed(part.value)} [{_signed(part.low)}, {_signed(part.high)}]"
+    return f"{signed(part.value)} [{signed(part.low)}, {signed(part.high)}]"
 
 
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+def signed(value: float) -> str:
+    """A difference of shares in points, with its sign."""
+    rounded = round(100 * value, 1) + 0.0  # never −0.0
+    return f"{rounded:+.1f}".replace("-", "−")
 
 
 def _listed(parts: list[str]) -> str:

@@ -34,14 +34,13 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
     names = list(dict.fromkeys(name for row in rows for name in row if name not in OWN_AXES))
     if runs > DETAILED:
         names = [name for name in names if _is_main(name)]
-    bins = np.array_split(
-        np.arange(len(rows)), min(len(rows), max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs)))
-    )
-    ends = [int(part[-1]) for part in bins if len(part)]
+    points = max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs))
+    bins = np.array_split(np.arange(len(rows)), min(len(rows), points)) if rows else []
+    ends = [int(part[-1]) for part in bins]
     found = {}
     for name in names:
         values = np.array([_number(row.get(name)) for row in rows])
-        means = [_mean(values[part]) for part in bins if len(part)]
+        means = [_mean(values[part]) for part in bins]
         if any(value is not None for value in means):
             found[name] = means
     return {

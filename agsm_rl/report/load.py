@@ -228,6 +228,6 @@ def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:
         if max(changed):
             notes.append(
                 f"At guidance {guidance:g} the runs' own drawings by the base differ in the verdicts of up to "
-                f"{max(changed)} of {len(base)} images (other machine or libraries?); each run is compared with its own."
+                f"{max(changed)} of {len(base)} images (other machine or libraries?); each is compared with its own."
             )
     return notes

@@ -24,7 +24,7 @@ const state = {
 // ---- figures ------------------------------------------------------------------------------------------------------
 
 const percent = (value) => (100 * value).toFixed(1);
-const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(100 * value).toFixed(1);
+const signed = (value) => (value <= -0.0005 ? "−" : "+") + Math.abs(100 * value).toFixed(1);
 const short = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
 const interval = (part, format) => `[${format(part[1])}, ${format(part[2])}]`;
 const clear = (part) => part[1] > 0 || part[2] < 0;
@@ -129,7 +129,7 @@ function forest(rows, { width, domain, label, zero }) {
   const figures = (row) => `${signed(row.value)}  ${interval([0, row.low, row.high], signed)}`;
   return plot({
     width,
-    height: rows.length * (wide ? 32 : 50) + 62,
+    height: rows.length * (wide ? 32 : 48) + (wide ? 70 : 84),
     marginLeft: left, marginRight: right, marginTop: wide ? 24 : 32, marginBottom: 38, insetTop: wide ? 0 : 6, insetBottom: 8,
     ariaLabel: label,
     x: { domain, label: "points", labelAnchor: "right", tickFormat: (value) => (value === 0 ? "0" : signed(value).replace(/\.0$/, "")), grid: true, ticks: Math.max(3, Math.floor((width - left - right) / 90)) },
@@ -468,6 +468,14 @@ function chip(model) {
 function draw() {
   for (const part of [drawPicture, drawScores, drawDifferences, drawGuidance, drawTraining, drawGap, drawGradients, drawPictures]) part();
 }
+
+/** Paper is narrower than a screen: draw for it, then for the screen again. */
+function drawFor(width) {
+  document.body.style.width = width;
+  draw();
+}
+addEventListener("beforeprint", () => drawFor("700px"));
+addEventListener("afterprint", () => drawFor(""));
 
 offerChoices();
 draw();

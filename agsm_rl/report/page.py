@@ -23,7 +23,7 @@ from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.evaluation import VERDICTS
 from agsm_rl.report.findings import Findings, find
-from agsm_rl.report.headline import headline, reach
+from agsm_rl.report.headline import headline, reach, signed
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.pictures import pictures
 from agsm_rl.report.views import BASE, View, make_views
@@ -50,7 +50,7 @@ def render(loaded: Loaded) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tags and verdicts are in their own order
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    environment.filters["points"] = lambda value: f"{100 * value:+.1f}".replace("-", "−")
+    environment.filters["points"] = signed
     return environment.from_string(_own_file("page.html.jinja")).render(
         title=loaded.title,
         headline=headline(loaded, views, found),

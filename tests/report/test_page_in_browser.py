@@ -11,6 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import HOSTILE, hostile_sweep
 
+from agsm_rl.report.headline import signed
 from agsm_rl.report.page import write_report
 
 CHARTS = "svg.plot"
@@ -130,7 +131,7 @@ def test_the_tables_show_the_datas_figures_for_what_is_chosen(browser, report):
         if (one["verdict"], one["guidance"], one["model"], one["minus"]) == ("correct", 2, "agsm and ddpo", "agsm")
     ]
     (row,) = [row for row in rows_of(browser, "differences-table") if row[0] == "agsm"]
-    value, low, high = (f"{-100 * kept['overall'][place]:+.1f}".replace("-", "−") for place in (0, 2, 1))
+    value, low, high = (signed(-kept["overall"][place]) for place in (0, 2, 1))
     assert row[1] == "1" and row[2].split("\n") == [value, f"[{low}, {high}]"]
     assert complaints(browser) == []
 

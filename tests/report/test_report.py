@@ -206,7 +206,7 @@ def test_each_image_stands_with_its_own_verdict_and_equal_images_are_kept_once(s
 def test_recipes_are_there_with_what_differs(sweep):
     text = page(sweep).text
     assert "adapters.lora.rank 8 4" in text
-    assert "objectives.ddpo – {use: ddpo, name: ddpo}" in text
+    assert "objectives.ddpo – {name: ddpo, use: ddpo}" in text
     assert text.count("checkpoint: builtin:shapes-sd15") == 2
 
 
