@@ -88,7 +88,10 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, cons
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
     if main:
         _tell_agreement(folder)
-        _write_report(folder, console)
+        if recipe.evaluate is None:
+            console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
+        elif folder.eval.exists():
+            _write_report(folder, console)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -107,9 +110,6 @@ def _write_report(folder: RunFolder, console: Console) -> None:
     """report.html in the run folder; a run whose report fails is whole all the same, and says so."""
     from agsm_rl.report.page import write_report
 
-    if not folder.eval.exists():
-        console.print("no report.html: the recipe evaluates nothing", highlight=False)
-        return
     try:
         write_report([folder.path], folder.report)
     except Exception as error:  # whatever it is, hours of training must not end as a failure for it

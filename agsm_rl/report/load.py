@@ -138,10 +138,10 @@ def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is no sweep's record ({type(error).__name__}: {error}).") from error
     runs, cells = [], []
-    for (name, variant, seed, status, place), error in zip(rows, errors, strict=True):
+    for (name, variant, seed, status, place), why in zip(rows, errors, strict=True):
         if not (path / place).resolve().is_relative_to(path.resolve()):
             raise UserError(f"{file}: the cell '{name}' lies outside the sweep's folder: {place}")
-        cell = Cell(name, variant, seed, status, used=status == DONE, why=error)
+        cell = Cell(name, variant, seed, status, used=status == DONE, why=why)
         if cell.used:
             try:
                 runs.append(replace(_run(path / place, variant=variant, name=name), seed=seed))

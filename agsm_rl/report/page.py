@@ -134,7 +134,8 @@ def _plain(loaded: Loaded, views: list[View], found: Findings) -> list[dict[str,
     verdict = loaded.evaluation.verdicts[0]
     tables = []
     for view in views:
-        rows = [(BASE_NAME, view.guidance[BASE], found.score(verdict, view, BASE).overall, None)]
+        base = found.score(verdict, view, BASE).overall
+        rows: list[tuple[str, float, Interval, Interval | None]] = [(BASE_NAME, view.guidance[BASE], base, None)]
         for variant in loaded.variants:
             change = found.difference(verdict, view, variant.name)
             score = found.score(verdict, view, variant.name).overall
