@@ -105,16 +105,19 @@ def _over_seeds(quantities: Mapping[Any, Quantity], rows: Mapping[str, Table]) -
         method="percentile",
         rng=np.random.default_rng(RANDOM_SEED),
     ).confidence_interval
+    # Widened deviations may reach past what a share can be.
+    floor = np.array([0.0 if one.minus is None else -1.0 for one in quantities.values()])[:, None]
+    lows, highs = np.maximum(interval.low, floor), np.minimum(interval.high, 1.0)
     # [K, seeds, tags]
     scores = np.stack([values[:, :, chosen].mean(axis=2) for chosen in rows.values()], axis=2)
     found = {}
     for index, (key, quantity) in enumerate(quantities.items()):
         tags = {}
         for place, (name, chosen) in enumerate(rows.items()):
-            low, high = float(interval.low[index, place + 1]), float(interval.high[index, place + 1])
+            low, high = float(lows[index, place + 1]), float(highs[index, place + 1])
             tags[name] = _interval(float(scores[index, :, place].mean()), low, high, quantity, chosen)
         by_seed = scores[index].mean(axis=1)
-        low, high = float(interval.low[index, 0]), float(interval.high[index, 0])
+        low, high = float(lows[index, 0]), float(highs[index, 0])
         spread = high - low > ROUNDING
         overall = Interval(float(by_seed.mean()), low, high) if spread else mean_of(list(tags.values()))
         found[key] = Estimate(overall, tags, tuple(float(one) for one in by_seed))

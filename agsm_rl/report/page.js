@@ -129,11 +129,11 @@ function forest(rows, { width, domain, label, zero }) {
   const figures = (row) => `${signed(row.value)}  ${interval([0, row.low, row.high], signed)}`;
   return plot({
     width,
-    height: rows.length * (wide ? 32 : 48) + (wide ? 70 : 84),
-    marginLeft: left, marginRight: right, marginTop: wide ? 24 : 32, marginBottom: 38, insetTop: wide ? 0 : 6, insetBottom: 8,
+    height: rows.length * (wide ? 32 : 48) + (wide ? 64 : 74),
+    marginLeft: left, marginRight: right, marginTop: wide ? 24 : 32, marginBottom: 38,
     ariaLabel: label,
     x: { domain, label: "points", labelAnchor: "right", tickFormat: (value) => (value === 0 ? "0" : signed(value).replace(/\.0$/, "")), grid: true, ticks: Math.max(3, Math.floor((width - left - right) / 90)) },
-    y: { domain: rows.map((row) => row.name), axis: null, padding: 0 },
+    y: { type: "point", domain: rows.map((row) => row.name), axis: null, padding: 0.5 },
     marks: [
       Plot.ruleX([0], { stroke: "var(--ink)", strokeOpacity: 0.6 }),
       Plot.text([zero], { x: () => 0, frameAnchor: "top", dy: wide ? -14 : -24, fill: "var(--soft)", fontSize: 12, stroke: "var(--card)", strokeWidth: 4 }),
@@ -413,7 +413,7 @@ function drawPictures() {
   const cards = data.pictures.prompts.flatMap((prompt, number) => {
     const shots = kept.map((one) => ({ model: one.model, shot: one.rows[number] })).filter((one) => one.shot);
     const marks = new Set(shots.map((one) => one.shot[state.verdict]));
-    if (only && marks.size < 2) return [];
+    if (!shots.length || (only && marks.size < 2)) return [];
     return [el("div", { class: "prompt" }, el("p", {}, prompt.prompt, el("span", {}, prompt.tag)), el("div", { class: "shots" }, ...shots.map(picture)))];
   });
   // Two prompts a row where a row holds them.
@@ -474,7 +474,7 @@ function drawFor(width) {
   document.body.style.width = width;
   draw();
 }
-addEventListener("beforeprint", () => drawFor("700px"));
+addEventListener("beforeprint", () => drawFor("740px"));
 addEventListener("afterprint", () => drawFor(""));
 
 offerChoices();

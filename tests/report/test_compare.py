@@ -84,6 +84,14 @@ def test_verdicts_that_never_change_still_leave_doubt():
     assert perfect.overall.value == 1 and perfect.overall.low < 0.95
 
 
+def test_no_interval_reaches_past_what_a_share_can_be():
+    best, worst = np.array([[True] * 7 + [False], [True] * 4 + [False] * 4]), np.zeros((2, 8), bool)
+    worst[0, 0] = True
+    quantities = {"best": Quantity(best), "worst": Quantity(worst), "change": Quantity(best, worst)}
+    found = {key: value.overall for key, value in estimate(quantities, ["counting"] * 8, ["counting"]).items()}
+    assert found["best"].high <= 1 and found["worst"].low >= 0 and found["change"].high <= 1
+
+
 def test_what_else_is_estimated_does_not_alter_an_interval():
     tags, one, other = tags_of(60), marks(0, 3, 60, 0.7), marks(1, 3, 60, 0.4)
     alone = estimate({"one": Quantity(one)}, tags, NAMES)["one"]
