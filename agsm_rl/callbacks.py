@@ -24,13 +24,20 @@ from agsm_rl.trainer import Trainer
 
 
 class Metrics:
-    """A line a step into metrics.jsonl, and the same figures to the trackers."""
+    """A line a step into metrics.jsonl, and the same figures to the trackers.
+
+    With `seconds`, the step's wall time, and, for runs that learn from their own images, `images`: how many were drawn
+    so far, by all sources and processes.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self.file = MetricsFile(folder.metrics)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Write the step's figures."""
+        drawn = [source.images_drawn for source in trainer.sources.values() if hasattr(source, "images_drawn")]
+        if drawn:
+            metrics["images"] = float(sum(drawn))
         self.file.add(step, metrics)
         trainer.accelerator.log(metrics, step=step)
 

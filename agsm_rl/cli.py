@@ -180,6 +180,27 @@ def evaluate(
     evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...|SWEEP", help="Run folders, or one sweep's folder.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", metavar="FILE.html", help="Default: report.html in a run's or sweep's folder.")
+    ] = None,
+) -> None:
+    """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
+    from agsm_rl.report.page import write_report
+
+    if out is None and len(runs) > 1:
+        raise UserError("-o: say where the report of several runs goes, e.g. -o report.html")
+    file = out or runs[0] / "report.html"
+    if file.is_dir():
+        raise UserError(f"-o {file}: that is a folder; give a file.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {out.absolute().parent}.")
+    write_report(runs, file)
+    typer.echo(str(file))
+
+
 @app.command(name="list")
 def list_names(
     kind: Annotated[

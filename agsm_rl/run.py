@@ -99,6 +99,10 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evalua
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
     if main:
         _tell_agreement(folder)
+        if recipe.evaluate is None:
+            console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
+        elif folder.eval.exists():
+            _write_report(folder, console)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -111,6 +115,21 @@ def _tell_agreement(folder: RunFolder) -> None:
     if found and folder.eval.exists():
         content = json.loads(folder.eval.read_text(encoding="utf-8")) | {"agreement": to_json(found)}
         write_text(folder.eval, json.dumps(content, indent=1) + "\n")
+
+
+def _write_report(folder: RunFolder, console: Console) -> None:
+    """report.html in the run folder; a run whose report fails is whole all the same, and says so."""
+    from agsm_rl.report.page import write_report
+
+    try:
+        write_report([folder.path], folder.report)
+    except Exception as error:  # whatever it is, hours of training must not end as a failure for it
+        console.print(
+            f"report.html was not written ({type(error).__name__}: {error}); all else is. To try again: agsm-rl report "
+            f"{folder.path}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ class RunFolder:
         self.best_adapter = self.path / "adapter-best"
         self.samples = self.path / "samples"
         self.eval = self.path / "eval.json"
+        self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
 
     def check(self, recipe: Recipe, *, resume: bool, allow_imports: Collection[str] = ()) -> None:

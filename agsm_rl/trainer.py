@@ -1,5 +1,6 @@
 """The step over the terms. Nothing about any particular objective is written here."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -150,7 +151,9 @@ class Trainer:
         """Run up to `steps`, or until a callback sets `stopping`."""
         self._agree_to_stop()
         while self.step < self.steps and not self.stopping:
+            started = time.perf_counter()
             metrics = self.run_step()
+            metrics["seconds"] = time.perf_counter() - started
             for callback in self.callbacks:
                 callback.on_step(self, self.step, metrics)
             self._agree_to_stop()

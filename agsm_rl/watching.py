@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from agsm_rl.callbacks import Checkpoints
-from agsm_rl.drawing import draw, grid, write_picture
+from agsm_rl.drawing import draw, grid, to_picture, write_picture
 from agsm_rl.evaluate.shapes import ShapesResult, compare, evaluate, suite_prompts
 from agsm_rl.evaluate.table import picture, print_table
 from agsm_rl.events import EventsFile
@@ -30,7 +31,7 @@ from agsm_rl.trainer import Trainer
 from agsm_rl.watch import Event
 
 SHOWN = 16
-"""Pairs in before_after.png: the suite's first prompts, not chosen ones."""
+"""Pairs in before_after.png and in samples/eval: the suite's first prompts, not chosen ones."""
 
 
 class SampleGrids:
@@ -159,6 +160,8 @@ class Evaluation:
             if trained.rewards:
                 out.print(reward_table(base.rewards, trained.rewards, self.roles))
         write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
+        for base, trained in found:
+            write_images(base, trained, self.folder.samples / "eval" / f"guidance-{trained.guidance:g}")
 
     def measure(self, trainer: Trainer) -> list[tuple[Measured, Measured]]:
         """Base and trained at each guidance; recorded in the folder and by the trackers."""
@@ -291,6 +294,13 @@ def reward_table(base: Mapping[str, float], trained: Mapping[str, float], roles:
 def _named(key: str, roles: Mapping[str, str]) -> str:
     role = roles.get(key.removeprefix("reward/")) if key.startswith("reward/") else None
     return key if role is None else f"{key} ({role.replace('_', ' ')})"
+
+
+def write_images(base: Measured, trained: Measured, folder: Path) -> None:
+    """The first images of both, one file each, for the report: {base,trained}/<number of the prompt>.png."""
+    for name, measured in (("base", base), ("trained", trained)):
+        for index, image in enumerate(measured.images):
+            write_picture(to_picture(image), folder / name / f"{index:04d}.png")
 
 
 def before_after(base: Measured, trained: Measured) -> Any:

@@ -95,6 +95,11 @@ class Rollouts:
         """Images that a step of the trainer learns from."""
         return self.num_prompts * self.images_per_prompt // self.updates
 
+    @property
+    def images_drawn(self) -> int:
+        """Images drawn since the run began, over all processes."""
+        return self._draws * self.num_prompts * self.images_per_prompt
+
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Read the prompts; UserError if there are none."""
         if self.num_prompts % shard.count or self.batch_size % shard.count:
