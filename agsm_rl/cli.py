@@ -265,3 +265,24 @@ def convert(
 
     for file in convert_adapter(source, out, to):
         typer.echo(str(file))
+
+
+@app.command(name="serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward: see `agsm-rl list rewards`.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs a token of yours.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8765,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 256,
+    allow_import: AllowOption = None,
+) -> None:
+    """Serve a reward over HTTP, for `rewards: {http: {url: …}}` here or elsewhere.
+
+    Clients show a token: AGSM_RL_REWARD_TOKEN, or else one that is made and printed.
+    """
+    from agsm_rl.serve_reward import serve
+
+    serve(name, options or [], host=host, port=port, max_bytes=max_megabytes * 2**20, allow_imports=allow_import or [])

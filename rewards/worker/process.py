@@ -147,7 +147,7 @@ class PipeLink:
     def _end_of_worker(self) -> str:
         assert self._process is not None
         try:
-            code = self._process.wait(timeout=2)
+            code = self._process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
             return "it closed its pipes"
         if code == -signal.SIGKILL:

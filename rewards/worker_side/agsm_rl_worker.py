@@ -21,7 +21,6 @@ after another, whose names, types and shapes stand in the header. Nothing is pic
 from __future__ import annotations
 
 import array
-import importlib.metadata
 import json
 import math
 import os
@@ -300,7 +299,9 @@ def _little_endian(numbers: array.array) -> bytes:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # slow to import, and rarely wanted
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return "unknown"
