@@ -60,7 +60,7 @@ class HttpLink:
         try:
             status, content_type, body = self._exchange(connection, b"".join(parts), MAX_HEADER + max_body)
         except (OSError, http.client.HTTPException) as error:
-            told = f"no answer within {timeout:g} s" if late.is_set() else f"{type(error).__name__}: {error}"
+            told = f"no answer within {timeout:.3g} s" if late.is_set() else f"{type(error).__name__}: {error}"
             raise Fault(f"{self._url.geturl()}: {told}") from error
         finally:
             watch.cancel()

@@ -19,7 +19,7 @@ import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -125,6 +125,8 @@ class FrameServer:
                     body += part
                     if len(body) > limit:
                         raise HTTPException(413, f"the body is over the limit of {limit} bytes")
+        except ClientDisconnect as error:
+            raise HTTPException(400, "the client is gone") from error
         except TimeoutError as error:
             raise HTTPException(408, f"the body took more than {self.limits.read:g} s") from error
         return body

@@ -79,7 +79,7 @@ class PipeLink:
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
         deadline = time.monotonic() + timeout
-        limit = f"{timeout:g} s"
+        limit = f"{timeout:.3g} s"
         for part in parts:
             self._write(part, deadline, limit)
         try:

@@ -58,7 +58,7 @@ class ActorLink:
             answer = ray.get(self._actor.answer.remote(b"".join(parts)), timeout=timeout)
             return decode(answer, max_body=max_body)
         except ray.exceptions.GetTimeoutError as error:
-            raise Fault(f"no answer within {timeout:g} s") from error
+            raise Fault(f"no answer within {timeout:.3g} s") from error
         except (ray.exceptions.RayError, ProtocolError) as error:
             raise Fault(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
