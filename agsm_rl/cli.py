@@ -272,9 +272,13 @@ def serve_reward(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A reward: see `agsm-rl list rewards`.")],
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."),
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs a token of yours.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but loopback needs a token of yours.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8765,
     max_megabytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 256,
     allow_import: AllowOption = None,

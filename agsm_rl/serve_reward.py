@@ -24,11 +24,15 @@ def serve(
         raise UserError(f"serve-reward needs {missing[0]}, which is not here; run `pip install 'agsm-rl[serve]'`")
     token = os.environ.get(TOKEN_VARIABLE)
     if token is None and not is_loopback(host):
-        raise UserError(f"serve-reward: to listen on {host}, where others can reach it, set {TOKEN_VARIABLE} to a secret")
+        raise UserError(
+            f"serve-reward: to listen on {host}, where others can reach it, set {TOKEN_VARIABLE} to a secret"
+        )
     from agsm_rl_rewards.worker.http_server import FrameServer, Limits, listen
 
     reward = make_reward(name, options, allow_imports=allow_imports)
-    server = FrameServer(reward, token=secrets.token_urlsafe() if token is None else token, limits=Limits(body=max_bytes))
+    server = FrameServer(
+        reward, token=secrets.token_urlsafe() if token is None else token, limits=Limits(body=max_bytes)
+    )
     listening = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     print(f"{reward.name}: http://{shown}:{listening.getsockname()[1]}", flush=True)

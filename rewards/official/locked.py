@@ -20,7 +20,9 @@ class LockedScriptReward(RemoteReward):
     The environment is made at the first batch (uv, PyPI, 1.2 GB and more), outside of start_timeout.
     """
 
-    def __init__(self, script: Path, *, locked: Path | None = None, name: str, options: dict[str, Any], **how: Any) -> None:
+    def __init__(
+        self, script: Path, *, locked: Path | None = None, name: str, options: dict[str, Any], **how: Any
+    ) -> None:
         def prepare() -> tuple[list[str], dict[str, str | None]]:
             return [str(python_for(locked or script)), str(script)], side_path() | {"VIRTUAL_ENV": None}
 
@@ -36,4 +38,6 @@ def existing(path: str | None, *, reward: str, option: str) -> str | None:
         return str(found.absolute())
     if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not found.suffix:
         return path
-    raise UserError(f"reward '{reward}': {option}: '{path}' does not exist (looked from {Path.cwd()}), and is no hub id")
+    raise UserError(
+        f"reward '{reward}': {option}: '{path}' does not exist (looked from {Path.cwd()}), and is no hub id"
+    )

@@ -41,7 +41,9 @@ def find_uv(why: str) -> str:
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else shutil.which("uv")
     if found is None:
-        raise UserError(f"{why} needs the program uv, which is not here; run `pip install 'agsm-rl[official-rewards]'`.")
+        raise UserError(
+            f"{why} needs the program uv, which is not here; run `pip install 'agsm-rl[official-rewards]'`."
+        )
     return found
 
 
@@ -93,7 +95,9 @@ def python_for(script: Path) -> Path:
     # Other sources may give another build of torch.
     identity = [lock.read_text(), *torch, metadata["requires-python"], *sorted(sources.values())]
     identity += [os.environ.get(name, "") for name in (*PIP_TO_UV.values(), "UV_TORCH_BACKEND")]
-    folder = cache_folder() / "environments" / f"{script.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}"
+    folder = (
+        cache_folder() / "environments" / f"{script.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}"
+    )
     python = folder / "bin" / "python"
     if (folder / FINISHED).exists():
         return python
@@ -123,14 +127,17 @@ def lock_script(script: Path) -> str:
     return "".join(entry for entry in entries if not _OF_TORCH.match(entry))
 
 
-def _uv(command: list[str], added: Mapping[str, str | None], folder: Path) -> str:
-    """uv's output; UserError with its last lines when it fails. Run elsewhere than in the user's own project."""
+def _uv(command: list[str], added: Mapping[str, str | None], folder: Path, *, text: str = "") -> str:
+    """uv's output for `text` on stdin; UserError with its last lines when it fails.
+
+    Run in `folder`, elsewhere than in the user's own project.
+    """
     environment = {key: value for key, value in (os.environ | added).items() if value is not None}
     for name in ("VIRTUAL_ENV", "PYTHONPATH"):
         environment.pop(name, None)
     try:
         done = subprocess.run(
-            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+            command, env=environment, cwd=folder, input=text, capture_output=True, text=True, check=True
         )
     except subprocess.CalledProcessError as error:
         words = " | ".join(line.strip() for line in error.stderr.strip().splitlines()[-4:])

@@ -35,7 +35,10 @@ class PipeLink:
     """
 
     def __init__(
-        self, command: Sequence[str] = (), environment: Mapping[str, str | None] | None = None, *,
+        self,
+        command: Sequence[str] = (),
+        environment: Mapping[str, str | None] | None = None,
+        *,
         prepare: Callable[[], tuple[Sequence[str], Mapping[str, str | None]]] | None = None,
     ) -> None:
         self._prepare = prepare or (lambda: (command, environment or {}))
@@ -84,7 +87,9 @@ class PipeLink:
             self._write(part, deadline, limit)
         try:
             start = b"" if self._greeted else self._first_magic(deadline, limit)
-            frame = protocol.read_frame(lambda count: self._read(count, deadline, limit), max_body=max_body, start=start)
+            frame = protocol.read_frame(
+                lambda count: self._read(count, deadline, limit), max_body=max_body, start=start
+            )
         except ProtocolError as error:
             raise Fault(f"its answer is no frame: {error}") from error
         self._greeted = True
@@ -183,4 +188,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(OSError):
                 pipe.close()
     process.wait()
-

@@ -7,6 +7,8 @@ Needs `pip install 'agsm-rl[ray]'`. Actors speak the worker's frames, so that th
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,6 +34,23 @@ class RewardActor:
         return b"".join(self.endpoint.answer(decode(question)))
 
 
+def start_ray(address: str | None) -> None:
+    """Join the Ray at `address` or RAY_ADDRESS, or start one here, which listens on loopback only.
+
+    UserError when it cannot be reached or started. Ray's reports of its use to its makers are off.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None and not os.environ.get("RAY_ADDRESS"):
+        how |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        how["address"] = address
+    try:
+        _ray().init(**how)
+    except Exception as error:  # Ray raises plain Exception when it is slow to start
+        raise UserError(f"reward 'ray_pool': Ray cannot be started or reached: {error}") from error
+
+
 class ActorLink:
     """The link to an actor of its own; a new actor takes the place of one that died or was too slow."""
 
@@ -46,10 +65,7 @@ class ActorLink:
     def open(self, timeout: float) -> None:
         ray = _ray()
         if not ray.is_initialized():
-            try:
-                ray.init(address=self._address, log_to_driver=False, logging_level="error", include_dashboard=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"reward 'ray_pool': Ray cannot be reached: {error}") from error
+            start_ray(self._address)
         self._actor = ray.remote(RewardActor).options(**self._resources).remote(self._name, self._options)
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:

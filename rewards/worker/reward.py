@@ -69,9 +69,7 @@ def side_path(*, keep: bool = False) -> dict[str, str | None]:
     return {"PYTHONPATH": os.pathsep.join([SIDE, ours] if ours else [SIDE]), "PYTHONUNBUFFERED": "1"}
 
 
-def _prepared(
-    script: str | None, command: Sequence[str] | None
-) -> tuple[Sequence[str], Mapping[str, str | None]]:
+def _prepared(script: str | None, command: Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, str | None]]:
     if command is not None:
         return command, side_path(keep=True)
     path = Path(script or "").expanduser().absolute()
@@ -79,4 +77,6 @@ def _prepared(
         return [sys.executable, str(path)], side_path(keep=True)
     uv = find_uv(f"{path.name}, which states its requirements,")
     # Without VIRTUAL_ENV, which is ours.
-    return [uv, "run", "--quiet", "--no-project", "--script", str(path)], side_path() | uv_variables() | {"VIRTUAL_ENV": None}
+    return [uv, "run", "--quiet", "--no-project", "--script", str(path)], side_path() | uv_variables() | {
+        "VIRTUAL_ENV": None
+    }

@@ -271,7 +271,9 @@ def test_a_server_that_drips_is_cut_off_at_the_time_limit():
     assert time.monotonic() - begin < 9  # dripping takes ten seconds
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:80", "http://", "http://u:p@x/", "http://x/?a=1", "http://x:99999"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "127.0.0.1:80", "http://", "http://u:p@x/", "http://x/?a=1", "http://x:99999"]
+)
 def test_what_is_no_address_is_told(url):
     with pytest.raises(UserError, match="is no address of a server"):
         HttpReward(url=url)

@@ -72,7 +72,8 @@ def test_a_script_of_the_users_own_scores_exactly(script):
 
 
 def test_pictures_go_over_as_pil_images_of_eight_bits(script):
-    reward = script("""
+    reward = script(
+        """
         class Corner:
             images = "pil"
             def __init__(self, *, scale):
@@ -81,7 +82,9 @@ def test_pictures_go_over_as_pil_images_of_eight_bits(script):
                 assert all(image.size == (4, 2) and image.mode == "RGB" for image in images)
                 return [self.scale * image.getpixel((3, 1))[2] for image in images]
         serve(Corner)
-    """, options={"scale": 2})
+    """,
+        options={"scale": 2},
+    )
     pictures = torch.zeros(2, 3, 2, 4)
     pictures[1, 2, 1, 3] = 0.5
     assert reward(pictures, ["", ""]).tolist() == [0.0, 256.0]
@@ -164,7 +167,9 @@ LASTING = {
 @pytest.mark.parametrize("fault", LASTING)
 def test_a_lasting_fault_is_told_after_the_tries(faulty, fault):
     reward = faulty(timeout=0.5 if fault in SLOW else 10.0, retries=1)
-    with pytest.raises(UserError, match=rf"reward 'python[\d.]*': no scores after 2 tries; at last: .*{LASTING[fault]}"):
+    with pytest.raises(
+        UserError, match=rf"reward 'python[\d.]*': no scores after 2 tries; at last: .*{LASTING[fault]}"
+    ):
         reward(images(), [f"{fault}:0:always", "x"])
     assert reward(images(2, 3.0), ["right:1", "x"]).tolist() == [3.0, 4.0]
 
@@ -212,23 +217,31 @@ def test_running_out_of_memory_starts_the_worker_afresh(script, tmp_path):
     ],
 )
 def test_what_a_reward_must_not_return_is_named(script, returned, message):
-    reward = script(f"""
+    reward = script(
+        f"""
         class Odd:
             def __call__(self, images, prompts):
                 return {returned}
         serve(Odd)
-    """, retries=1)
+    """,
+        retries=1,
+    )
     with pytest.raises(UserError, match=message):
         reward(images(), ["first", "second"])
 
 
 def test_what_a_worker_refuses_is_told_at_once(script):
-    reward = script("""
+    reward = script(
+        """
         class Missing:
             def __init__(self, *, path):
                 raise Refused(f"the weights {path} are not there; fetch them")
         serve(Missing)
-    """, options={"path": "x.pt"}, retries=50, backoff=60.0)
+    """,
+        options={"path": "x.pt"},
+        retries=50,
+        backoff=60.0,
+    )
     with pytest.raises(UserError, match=r"reward 'my_reward': the weights x.pt are not there; fetch them"):
         reward(images(), ["", ""])
 
