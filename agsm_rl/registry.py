@@ -1,9 +1,9 @@
 """Names that recipes may use: kind → name → "module:Class", imported only when asked for.
 
 Built-in names stand in BUILTIN; other packages add theirs by entry points of the group `agsm_rl.<kind>`. A recipe is
-data: it can run registered code only, unless the command line allows one more module by `--allow-import`. Registered code
-that runs what the recipe says, or sends pictures to where it says, has a static method `permissions(options)`; each must
-be given on the command line, as `--allow-command` and `--allow-host` do.
+data: it can run registered code only, unless the command line allows one more module by `--allow-import`. Registered
+code that runs what the recipe says, or sends pictures to where it says, has a static method `permissions(options)`:
+what that names must be allowed on the command line too, by `--allow-command` and `--allow-host`.
 """
 
 from __future__ import annotations

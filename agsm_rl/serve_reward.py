@@ -8,11 +8,12 @@ import secrets
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE, is_loopback
+
 from agsm_rl.errors import UserError
 from agsm_rl.options import validated
 from agsm_rl.recipe_file import apply_overrides
 from agsm_rl.resolve import Parts
-from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE, is_loopback
 
 
 def serve(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from agsm_rl.errors import unknown_name
 from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
+
+from agsm_rl.errors import unknown_name
 
 Version = Literal["2.0", "2.1"]
 

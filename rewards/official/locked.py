@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agsm_rl.errors import UserError
 from agsm_rl_rewards.worker.environment import python_for
 from agsm_rl_rewards.worker.process import PipeLink
 from agsm_rl_rewards.worker.remote import RemoteReward
 from agsm_rl_rewards.worker.reward import side_path
+
+from agsm_rl.errors import UserError
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """Environments of their own for packages that must not meet ours: made once by uv from a script and its lock.
 
-The script's inline metadata (PEP 723) says what it needs; the lock beside it, made by `lock_script`, pins all of that by
-version and hash, except torch and what torch alone pins (CUDA). Which build of torch fits is the machine's business: it
-comes from where pip or uv are set up to find it.
+The script's inline metadata (PEP 723) says what it needs; the lock beside it, made by `lock_script`, pins all of that
+by version and hash, except torch and what torch itself pins (CUDA). Which build of torch fits is the machine's
+business: it comes from where pip or uv are set up to find it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def lock_script(script: Path) -> str:
 
     Sources that pip or uv are set up with are left out, because a lock is for everybody.
     """
-    clean = {name: None for name in (*PIP_TO_UV.values(), "UV_INDEX", "UV_TORCH_BACKEND")}
+    clean = dict.fromkeys((*PIP_TO_UV.values(), "UV_INDEX", "UV_TORCH_BACKEND"))
     listing = ["--universal", "--generate-hashes", "--no-header", "--no-annotate", "--no-config"]
     text = _uv([find_uv("locking"), "pip", "compile", "--quiet", *listing, str(script)], clean, script.parent)
     entries = re.findall(r"^\S.*?(?=^\S|\Z)", text, re.S | re.M)

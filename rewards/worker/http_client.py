@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from agsm_rl.errors import UserError
 from agsm_rl_rewards.worker.remote import Fault, RemoteReward
 from agsm_rl_rewards.worker_side.agsm_rl_worker import MAX_HEADER, Buffer, Frame, ProtocolError, decode
+
+from agsm_rl.errors import UserError
 
 FRAME = "application/x-agsm-rl-frame"
 TOKEN_VARIABLE = "AGSM_RL_REWARD_TOKEN"

@@ -17,6 +17,9 @@ from typing import Any
 
 import anyio.to_thread
 import uvicorn
+from agsm_rl_rewards.worker.http_client import FRAME
+from agsm_rl_rewards.worker.served import Served
+from agsm_rl_rewards.worker_side.agsm_rl_worker import PROTOCOL, Endpoint, ProtocolError, decode
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,9 +28,6 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from agsm_rl.errors import UserError
-from agsm_rl_rewards.worker.http_client import FRAME
-from agsm_rl_rewards.worker.served import Served
-from agsm_rl_rewards.worker_side.agsm_rl_worker import PROTOCOL, Endpoint, ProtocolError, decode
 
 MAX_CONNECTIONS = 64
 CLOSE = {"connection": "close"}

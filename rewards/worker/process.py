@@ -17,10 +17,11 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
-from agsm_rl.errors import UserError
 from agsm_rl_rewards.worker.remote import Fault
 from agsm_rl_rewards.worker_side import agsm_rl_worker as protocol
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Frame, ProtocolError
+
+from agsm_rl.errors import UserError
 
 MAX_NOISE = 2**20
 """Bytes of prints before the first frame (of what starts the worker) that are passed over."""

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from agsm_rl_rewards.worker.remote import Fault, RemoteReward, check_images
+from agsm_rl_rewards.worker.served import Served
+from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Endpoint, Frame, ProtocolError, decode
 from torch import Tensor
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError
-from agsm_rl_rewards.worker.remote import Fault, RemoteReward, check_images
-from agsm_rl_rewards.worker.served import Served
-from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Endpoint, Frame, ProtocolError, decode
 
 
 class RewardActor:

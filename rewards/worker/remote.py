@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from agsm_rl_rewards.worker_side.agsm_rl_worker import PROTOCOL, Array, Buffer, Frame, encode
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl_rewards.worker_side.agsm_rl_worker import PROTOCOL, Array, Buffer, Frame, encode
 
 LONGEST_BACKOFF = 60.0
 MAX_ANSWER = 2**20

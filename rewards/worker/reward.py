@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agsm_rl.errors import UserError
 from agsm_rl_rewards import worker_side
 from agsm_rl_rewards.worker.environment import find_uv, script_metadata, uv_variables
 from agsm_rl_rewards.worker.process import PipeLink
 from agsm_rl_rewards.worker.remote import RemoteReward
+
+from agsm_rl.errors import UserError
 
 SIDE = str(Path(worker_side.__file__).parent)
 

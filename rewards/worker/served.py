@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from agsm_rl_rewards.worker_side.agsm_rl_worker import Refused
 
 from agsm_rl.errors import UserError
-from agsm_rl_rewards.worker_side.agsm_rl_worker import Refused
 
 
 class Served:

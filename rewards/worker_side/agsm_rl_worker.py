@@ -1,6 +1,6 @@
 """A reward in a process of its own: the frames that go over pipes, HTTP and Ray, and `serve`, which answers them.
 
-Needs nothing but Python 3.9, so that it runs in any environment; the client puts this file's folder on the worker's path.
+Needs nothing but Python 3.10, so that it runs in any environment; the client puts this file's folder on its path.
 A reward's script ends with `serve(MyReward)`:
 
     from agsm_rl_worker import serve
@@ -30,7 +30,8 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Iterable, NamedTuple, Union
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 PROTOCOL = 1
 MAGIC = b"AGRW"
@@ -42,7 +43,7 @@ MAX_DIMENSIONS = 4
 GRACE = 5.0
 """Seconds that a worker whose client is gone may still take."""
 
-Buffer = Union[bytes, bytearray, memoryview]
+Buffer = bytes | bytearray | memoryview
 
 
 class ProtocolError(Exception):
@@ -96,7 +97,7 @@ def read_frame(read: Callable[[int], Buffer], *, max_body: int = MAX_BODY, start
     if sum(sizes) != body_size:
         raise ProtocolError(f"its arrays want {sum(sizes)} bytes, but its body has {body_size}")
     arrays = {}
-    for (name, dtype, shape), size in zip(described, sizes):
+    for (name, dtype, shape), size in zip(described, sizes, strict=True):
         arrays[name] = Array(name, dtype, shape, read(size))
     return Frame(header, arrays)
 

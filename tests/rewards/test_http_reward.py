@@ -1,4 +1,4 @@
-"""A reward over HTTP: the same scores as here; whoever has no token or sends nonsense gets a status and nothing else."""
+"""A reward over HTTP: the same scores as here; who has no token or sends nonsense gets a status and nothing else."""
 
 import http.client
 import json
