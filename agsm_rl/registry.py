@@ -136,7 +136,11 @@ def permissions(
 
 def check_permissions(found: Any, options: Mapping[str, Any], *, where: str, allow_imports: Collection[str]) -> None:
     """UserError unless all that `found` would do with these options beyond its own code was allowed."""
-    for wanted in found.permissions(options) if hasattr(found, "permissions") else ():
+    try:
+        needed = found.permissions(options) if hasattr(found, "permissions") else []
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for wanted in needed:
         if wanted in allow_imports:
             continue
         kind, _, what = wanted.partition(":")

@@ -24,6 +24,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from agsm_rl_worker import Refused, serve
@@ -66,8 +67,11 @@ class OfficialHPSv2:
         self.model, _, self.transform = open_clip.create_model_and_transforms(
             self.architecture, precision="amp", device=self.device, light_augmentation=True, output_dict=True
         )
-        checkpoint = torch.load(found_or_fetched(path, FILES[version]), map_location="cpu", weights_only=True)
-        self.model.load_state_dict(checkpoint["state_dict"])
+        file = found_or_fetched(path, FILES[version])
+        try:
+            self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+        except (KeyError, RuntimeError, UnpicklingError) as error:
+            raise Refused(f"{file}: not HPSv2's weights: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
         self.tokenize = open_clip.get_tokenizer(self.architecture)
 

@@ -20,6 +20,7 @@ that comes along with every import.
 """
 
 import os
+from pickle import UnpicklingError
 
 import torch
 from agsm_rl_worker import Refused, serve
@@ -47,7 +48,10 @@ class OfficialImageReward:
         blip_pretrain.init_tokenizer = self.make_tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = self.build(config, device)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except (RuntimeError, UnpicklingError) as error:
+            raise Refused(f"{weights}: not ImageReward's weights: {' '.join(str(error).split())[:300]}") from error
         # A buffer that is computed, and that newer checkpoints lack; any other difference is the wrong file.
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         odd = [key for key in [*missing, *unexpected] if not key.endswith("position_ids")]

@@ -7,6 +7,7 @@ business: it comes from where pip or uv are set up to find it.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import os
@@ -56,7 +57,7 @@ def _pip_settings() -> dict[str, str]:
         key, _, value = line.partition("=")
         name = PIP_TO_UV.get(key.rpartition(".")[2])
         if name is not None:
-            found[name] = ",".join(" ".join(shlex.split(value)).split())
+            found[name] = ",".join(str(ast.literal_eval(value)).split())
     return found
 
 

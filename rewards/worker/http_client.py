@@ -7,6 +7,7 @@ The token is taken from the environment variable AGSM_RL_REWARD_TOKEN, so that n
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import json
@@ -35,7 +36,7 @@ class HttpLink:
         self._url = url
         self.is_open = False
 
-    def open(self, timeout: float) -> None:
+    def open(self) -> None:
         self.is_open = True
 
     def close(self) -> None:
@@ -52,7 +53,7 @@ class HttpLink:
         def end() -> None:
             # The connection's own timeout begins anew with each byte.
             late.set()
-            if connection.sock is not None:
+            with contextlib.suppress(OSError, AttributeError):  # not connected yet, or no longer
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
         watch = threading.Timer(timeout, end)

@@ -55,8 +55,9 @@ class FrameServer:
         if not token:
             raise UserError("serve-reward: the token is empty")
         self.limits, self.token, self.name = limits or Limits(), token.encode(), reward.name
-        served = Served(reward)
-        self.endpoint = Endpoint(lambda: served)
+        self.endpoint = Endpoint(lambda: None)
+        # Made already: clients that greeted a server before this one need not greet again.
+        self.endpoint.reward = Served(reward)
         self.one_at_a_time = anyio.CapacityLimiter(1)
         self.waiting = 0
         routes = [Route("/health", self.health), Route("/frame", self.frame, methods=["POST"])]

@@ -56,7 +56,7 @@ class PipeLink:
         """The process that was started, for those who watch it."""
         return None if self._process is None else self._process.pid
 
-    def open(self, timeout: float) -> None:
+    def open(self) -> None:
         command, added = self._prepare()
         changed = os.environ | added
         environment = {key: value for key, value in changed.items() if value is not None}

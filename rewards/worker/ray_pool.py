@@ -62,7 +62,7 @@ class ActorLink:
     def is_open(self) -> bool:
         return self._actor is not None
 
-    def open(self, timeout: float) -> None:
+    def open(self) -> None:
         ray = _ray()
         if not ray.is_initialized():
             start_ray(self._address)

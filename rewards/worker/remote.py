@@ -36,7 +36,7 @@ class Link(Protocol):
     @property
     def is_open(self) -> bool: ...
 
-    def open(self, timeout: float) -> None:
+    def open(self) -> None:
         """Start the worker, or find it; UserError for what no second try can mend."""
         ...
 
@@ -56,7 +56,7 @@ class Link(Protocol):
 class RemoteReward:
     """Scores [B] of images [B, 3, H, W] in [0, 1] by the reward at the other end of a link.
 
-    timeout, start_timeout: seconds for a batch, and for the start with all its loading. retries: how often a batch is
+    timeout, start_timeout: seconds for a batch, and for the worker to load what it needs. retries: how often a batch is
     tried again after a crash, a hang or nonsense; the pause before it is `backoff` seconds, doubled each time, a minute
     at most. The worker is started at the first batch, not before. UserError when the tries are used up, or at once when
     the worker refuses (a wrong option, missing weights).
@@ -116,15 +116,15 @@ class RemoteReward:
                 raise
         tries = "1 try" if self._retries == 0 else f"{self._retries + 1} tries"
         said = f" It printed last: {words}" if words and str(last) not in words else ""
-        raise UserError(f"reward '{self.name}': no scores after {tries}; at last: {last}.{said}") from last
+        raise UserError(
+            f"reward '{self.name}': no scores after {tries}; at last: {str(last).rstrip(' .')}.{said}"
+        ) from last
 
     def _greet(self) -> None:
         """Start the worker and shake hands on the protocol's version."""
-        deadline = time.monotonic() + self._start_timeout
-        self._link.open(self._start_timeout)
+        self._link.open()
         greeting = encode({"op": "hello", "protocol": [PROTOCOL], "options": self._options})
-        left = max(deadline - time.monotonic(), 0.001)
-        header = self._answer(self._link.ask(greeting, timeout=left, max_body=0), "hello").header
+        header = self._answer(self._link.ask(greeting, timeout=self._start_timeout, max_body=0), "hello").header
         if header.get("protocol") != PROTOCOL:
             raise UserError(
                 f"reward '{self.name}': its worker speaks version {header.get('protocol')} of the protocol, this is "

@@ -181,7 +181,8 @@ class Endpoint:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             self.spent = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            return encode({"op": "error", "id": number, "message": f"{type(error).__name__}: {error}"[:2000]})
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return encode({"op": "error", "id": number, "message": said[:2000]})
 
     def _hello(self, header: dict[str, Any]) -> dict[str, Any]:
         spoken, options = header.get("protocol"), header.get("options", {})

@@ -192,6 +192,10 @@ def test_too_many_at_once_are_told_to_try_again(serve):
     assert post(url, question())[0] == 200
 
 
+def test_a_server_that_was_started_again_goes_on_scoring(serve):
+    assert post(serve(Settable()), question())[0] == 200  # its clients greeted the one before it
+
+
 def test_a_passing_failure_of_the_reward_is_tried_again_and_a_lasting_one_told(serve):
     reward, failures = Settable(), [ValueError("no luck")]
 

@@ -7,12 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from agsm_rl_rewards.hpsv2_official import OfficialHPSv2
 from agsm_rl_rewards.image_reward_official import OfficialImageReward
 from agsm_rl_rewards.official.locked import HERE, LockedScriptReward
 from agsm_rl_rewards.worker import environment
+from agsm_rl_rewards.worker.reward import WorkerReward
 
 from agsm_rl.errors import UserError
 
@@ -117,7 +119,7 @@ def pictures():
     from formula import picture
 
     return [
-        (torch.tensor(list(picture(*size).getdata())).view(size[1], size[0], 3).permute(2, 0, 1)[None] / 255, prompt)
+        (torch.from_numpy(np.array(picture(*size))).permute(2, 0, 1)[None] / 255, prompt)
         for size, prompt in [((60, 40), "A red  star &amp;amp; two cafÃ©s"), ((30, 50), "a blue circle")]
     ]
 
@@ -129,8 +131,7 @@ def tiny_hpsv2(folder, version):
     shapes = dict(json.loads((GOLDEN / "hpsv2_tiny.json").read_text())["shapes"])
     shapes |= {"token_embedding.weight": [49408, 32], "positional_embedding": [77, 32]}
     name = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}[version]
-    mask = torch.full((77, 77), float("-inf")).triu(1)
-    torch.save({"state_dict": weights(shapes) | {"attn_mask": mask}}, folder / name)
+    torch.save({"state_dict": weights(shapes)}, folder / name)
     return {"path": str(folder / name), "version": version}
 
 
@@ -179,6 +180,27 @@ def test_the_worker_scores_pictures_as_the_packages_own_function_does(environmen
     assert worker.packages["torch"].startswith("2.13.0")
     worker.close()
     package_itself.close()
+
+
+@pytest.mark.slow
+def test_a_script_of_the_users_own_has_its_requirements_and_none_of_ours(environments, tmp_path):
+    script = tmp_path / "needs_a_package.py"
+    script.write_text(
+        "# /// script\n# requires-python = '>=3.11'\n# dependencies = ['iniconfig==2.3.1', 'numpy']\n# ///\n"
+        "import importlib.util, iniconfig\n"
+        "from agsm_rl_worker import serve\n"
+        "class Mean:\n"
+        "    packages = ('iniconfig',)\n"
+        "    def __call__(self, images, prompts):\n"
+        "        assert not any(map(importlib.util.find_spec, ['torch', 'agsm_rl', 'agsm_rl_rewards']))\n"
+        "        return images.mean(axis=(1, 2, 3))\n"
+        "serve(Mean)\n"
+    )
+    reward = WorkerReward(script=str(script), **ALONE)
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reward(images, [""] * 3), images.mean(dim=(1, 2, 3)))
+    assert reward.packages == {"iniconfig": "2.3.1"}
+    reward.close()
 
 
 @pytest.mark.slow
