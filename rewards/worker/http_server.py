@@ -58,7 +58,7 @@ class FrameServer:
         self.endpoint = Endpoint(lambda: None)
         # Made already: clients that greeted a server before this one need not greet again.
         self.endpoint.reward = Served(reward)
-        self.one_at_a_time = anyio.CapacityLimiter(1)
+        self.one_at_a_time, self.decoding = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
         self.waiting = 0
         routes = [Route("/health", self.health), Route("/frame", self.frame, methods=["POST"])]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _told})
@@ -76,7 +76,7 @@ class FrameServer:
             loop="asyncio",
             ws="none",
             lifespan="off",
-            log_level="warning",
+            log_level="error",  # malformed requests are answered, not written down
             access_log=False,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
@@ -98,7 +98,9 @@ class FrameServer:
         async with self._place():
             body = await self._body(request)
             try:
-                question = await anyio.to_thread.run_sync(lambda: decode(body, max_body=self.limits.body))
+                question = await anyio.to_thread.run_sync(
+                    lambda: decode(body, max_body=self.limits.body), limiter=self.decoding
+                )
                 if question.header["op"] not in ("hello", "score"):
                     raise ProtocolError("its op is not hello or score")
             except ProtocolError as error:
