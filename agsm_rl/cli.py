@@ -54,6 +54,14 @@ AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code of this module. Repeatable."),
 ]
+CommandOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-command", metavar="COMMAND", help="Let the recipe run this script or command. Repeatable."),
+]
+HostOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", metavar="HOST", help="Let the recipe's rewards send pictures there. Repeatable."),
+]
 BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, help="Sampling steps.")]
@@ -87,13 +95,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir (or beside RECIPE).")] = False,
     overrides: SetOption = None,
     allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
 ) -> None:
     """Train a recipe; ends with a table of base against trained."""
     from agsm_rl.recipe import Recipe
+    from agsm_rl.registry import permissions
     from agsm_rl.run import train as train_recipe
     from agsm_rl.shipped import recipe_path
 
-    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    path = recipe_path(recipe)
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     if resume and run_dir is None:
         if not (path.parent / "checkpoints").is_dir():
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
@@ -105,14 +117,22 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: SetOption = None, allow_import: AllowOption = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
+) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
     from agsm_rl.build import build_trainer
     from agsm_rl.describe import describe
     from agsm_rl.recipe import Recipe
+    from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
 
-    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    path = recipe_path(recipe)
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     _without_loading_bars()
     typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
@@ -266,3 +286,28 @@ def convert(
 
     for file in convert_adapter(source, out, to):
         typer.echo(str(file))
+
+
+@app.command(name="serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward: see `agsm-rl list rewards`.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but loopback needs a token of yours.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8765,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 256,
+    allow_import: AllowOption = None,
+) -> None:
+    """Serve a reward over HTTP, for `rewards: {http: {url: …}}` here or elsewhere.
+
+    Clients show a token: AGSM_RL_REWARD_TOKEN, or else one that is made and printed.
+    """
+    from agsm_rl.serve_reward import serve
+
+    serve(name, options or [], host=host, port=port, max_bytes=max_megabytes * 2**20, allow_imports=allow_import or [])

@@ -96,7 +96,9 @@ class Parts:
 
     def reward(self, name: str, place: str, options: dict[str, Any]) -> Any:
         """The reward of that name."""
-        return self.call(self.load("rewards", name, place), options, place)
+        found = self.load("rewards", name, place)
+        registry.check_permissions(found, options, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
+        return self.call(found, options, place)
 
     def call(self, found: Any, options: dict[str, Any], place: str) -> Any:
         """`found(**options)`, its complaints told with their place."""
