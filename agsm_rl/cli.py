@@ -180,6 +180,34 @@ def evaluate(
     evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
 
 
+@app.command()
+def sweep(
+    sweep_file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file, or builtin:study/<name>.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: 1; on Ray what fits.")] = None,
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or a Ray cluster.")] = "local",
+    folder: Annotated[Path | None, typer.Option("--dir", help="Default: runs/<name>.")] = None,
+    check_only: Annotated[bool, typer.Option("--check", help="Validate and list the cells; run nothing.")] = False,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+) -> None:
+    """Run a recipe over axes and seeds; started again, it does what is unfinished. Exit code 1: a cell failed."""
+    from agsm_rl.sweep.plan import make_plan
+    from agsm_rl.sweep.run import run_sweep
+
+    plan = make_plan(sweep_file, overrides or [], folder=folder, allow_imports=frozenset(allow_import or []))
+    if check_only:
+        for cell in plan.cells:
+            limit = f"{cell.recipe.steps} steps" if cell.seconds is None else f"{cell.seconds:g} s"
+            typer.echo(f"{cell.name}: {limit}" + (f", from {cell.after}" if cell.after else ""))
+        typer.echo(f"{plan.where}: ok")
+        return
+    board = run_sweep(plan, workers=workers, executor=executor)
+    typer.echo(f"sweep folder: {plan.folder}")
+    if board.count("failed"):
+        typer.echo(f"agsm-rl: {board.count('failed')} of {board.total} cells failed; run it again to retry.", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(name="list")
 def list_names(
     kind: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.stop import Stopped
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.watching import Evaluation, SampleGrids
 
 
@@ -33,10 +33,13 @@ def train(
     where: str = "recipe",
     allow_imports: Collection[str] = (),
     console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+    evaluate: bool = True,
 ) -> Path:
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
 
-    `run_dir` None: runs/<recipe's name>-<time>. Raises UserError before anything is written when the recipe or the
+    `run_dir` None: runs/<recipe's name>-<time>. `callbacks` look on too, and may stop the run. Without `evaluate`,
+    nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the recipe or the
     folder cannot be used, and Stopped after a signal.
     """
     console = console or Console(stderr=True)
@@ -59,7 +62,8 @@ def train(
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
         _start_trackers(accelerator, recipe)
-        _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
+        trainer.callbacks = list(callbacks)
+        _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console, evaluate=evaluate)
         return folder.path
     finally:
         accelerator.end_training()
@@ -67,11 +71,13 @@ def train(
             folder.close()
 
 
-def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, console: Console) -> None:
+def _run(
+    trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, console: Console, *, evaluate: bool
+) -> None:
     main = trainer.accelerator.is_main_process
     grids, evaluation = SampleGrids(folder, recipe), Evaluation(folder, recipe, parts, console)
     with GracefulStop() as stop:
-        trainer.callbacks = [stop]
+        trainer.callbacks = [stop, *trainer.callbacks]
         with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
             if main:
                 # Metrics before the checkpoint: a run continued from it has all its lines.
@@ -80,9 +86,9 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, cons
     if stop.received is not None and trainer.step < recipe.steps:
         raise Stopped(folder.recipe, trainer.step, stop.received)
     try:
-        if main and recipe.evaluate is not None:
+        if main and evaluate and recipe.evaluate is not None:
             evaluation.finish(trainer)
-        elif main:
+        elif main and evaluate:
             grids.write_before_after(trainer)
     except KeyboardInterrupt as error:
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error

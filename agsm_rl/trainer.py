@@ -1,5 +1,6 @@
 """The step over the terms. Nothing about any particular objective is written here."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -65,6 +66,10 @@ class Term:
             points = sorted(self.weight.items())
             return float(np.interp(step, [at for at, _ in points], [value for _, value in points]))
         return float(self.weight)
+
+    def is_due(self, step: int) -> bool:
+        """Whether it learns in a step (counted from 0)."""
+        return step >= self.offset and (step - self.offset) % self.every == 0 and self.weight_at(step) != 0
 
 
 class Callback(Protocol):
@@ -147,7 +152,9 @@ class Trainer:
     def train(self) -> None:
         """Run up to `steps`, or until a callback sets `stopping`."""
         while self.step < self.steps and not self.stopping:
+            started = time.perf_counter()
             metrics = self.run_step()
+            metrics["seconds"] = time.perf_counter() - started
             for callback in self.callbacks:
                 callback.on_step(self, self.step, metrics)
             self._agree_to_stop()
@@ -166,9 +173,9 @@ class Trainer:
         gradients: dict[str, Gradient] = {}
         metrics: dict[str, float] = {"loss": 0.0}
         for term in self.terms:
-            weight = term.weight_at(self.step)
-            if weight == 0 or self.step < term.offset or (self.step - term.offset) % term.every:
+            if not term.is_due(self.step):
                 continue
+            weight = term.weight_at(self.step)
             if id(term.source) not in batches:
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
