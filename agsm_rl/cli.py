@@ -191,6 +191,7 @@ def sweep(
     allow_import: AllowOption = None,
 ) -> None:
     """Run a recipe over axes and seeds; started again, it does what is unfinished. Exit code 1: a cell failed."""
+    from agsm_rl.sweep.executors import open_executor
     from agsm_rl.sweep.plan import make_plan
     from agsm_rl.sweep.run import run_sweep
 
@@ -201,7 +202,8 @@ def sweep(
             typer.echo(f"{cell.name}: {limit}" + (f", from {cell.after}" if cell.after else ""))
         typer.echo(f"{plan.where}: ok")
         return
-    board = run_sweep(plan, workers=workers, executor=executor)
+    with open_executor(executor, workers=workers) as cells_run_on:
+        board = run_sweep(plan, cells_run_on)
     typer.echo(f"sweep folder: {plan.folder}")
     if board.count("failed"):
         typer.echo(f"agsm-rl: {board.count('failed')} of {board.total} cells failed; run it again to retry.", err=True)

@@ -11,7 +11,6 @@ import yaml
 
 from agsm_rl.errors import UserError
 
-
 KEYS = {"recipe": "seed, steps, backbone", "sweep": "recipe, axes, seeds"}
 
 

@@ -39,8 +39,8 @@ def train(
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
 
     `run_dir` None: runs/<recipe's name>-<time>. `callbacks` look on too, and may stop the run. Without `evaluate`,
-    nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the recipe or the
-    folder cannot be used, and Stopped after a signal.
+    nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the
+    recipe or the folder cannot be used, and Stopped after a signal.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))

@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from agsm_rl.run_folder import write_text
-from agsm_rl.sweep.job import read_result
 from agsm_rl.sweep.plan import Cell, Plan
 
 Status = Literal["pending", "running", "done", "failed"]

@@ -1,9 +1,9 @@
 """Images as a measure of a run's cost: how many a recipe takes in so many steps, and how many steps images pay for.
 
-An image counts when a source hands it out. Rollouts: the images of a draw, when they are drawn (`updates` steps learn from
-one draw, which counts once). Pairs: `batch_size` a step. Preferences: two a pair. Prompts, from which an objective draws its
-own images: `batch_size` a step. A source counts in the steps in which at least one of its terms is due, and once however
-many terms share it. Evaluation does not count.
+An image counts when a source hands it out. Rollouts: the images of a draw, when they are drawn (`updates` steps learn
+from one draw, which counts once). Pairs: `batch_size` a step. Preferences: two for each. Prompts, from which an
+objective draws its own images: `batch_size` a step. A source counts in the steps in which at least one of its terms is
+due, and once however many terms share it. Evaluation does not count.
 """
 
 from __future__ import annotations

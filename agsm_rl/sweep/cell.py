@@ -1,14 +1,16 @@
 """One cell in a process of its own: `python -m agsm_rl.sweep.cell JOB` trains it, evaluates it, and writes cell.json.
 
-What is there already is not done again: training continues from the newest checkpoint, and each evaluation is kept as soon
-as it is made. The process ends, with a checkpoint, when the sweep that started it does.
+What is there already is not done again: training continues from the newest checkpoint, and each evaluation is kept as
+soon as it is made. The process ends, with a checkpoint, when the sweep that started it does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -75,6 +77,9 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         if kept["recipe"] == _digest(identity):
             return kept
     _wait_for(folder)
+    if folder.path.is_dir() and not folder.recipe.is_file():
+        # Killed before it had written its recipe: nothing was trained there.
+        shutil.rmtree(folder.path)
     limits = [] if job.seconds is None else [TimeLimit(folder, job.seconds)]
     train(
         recipe,
@@ -98,7 +103,9 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
 
 
 def metric_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """The lines of metrics.jsonl; none before the first step."""
+    if not folder.metrics.exists():
+        return []
     return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
 
 
@@ -112,8 +119,6 @@ def _images(recipe: Recipe, steps: int, job: Job) -> int | None:
 
 
 def _digest(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The evaluations of a cell, each kept as soon as it is made, and the base's, which all cells of a sweep share.
 
-The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance): whichever cell
-comes first does it, others that come meanwhile wait for it and read the file.
+The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance): whichever
+cell comes first does it, others that come meanwhile wait for it and read the file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Evaluations:
         write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
         if pictures:
             self._write_pictures(found)
-        self.base_figures += [figures(one, options) for one in base]
+        model = {"backbone": self.recipe.backbone.options.get("checkpoint")}
+        self.base_figures += [model | figures(one, options) for one in base]
         file = f"cells/{self.folder.path.name}/{name}"
         return [figures(one, options, before) | {"file": file} for before, one in found]
 

@@ -6,6 +6,7 @@ It ends by itself when the sweep is gone: it reads the end of a pipe that only t
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def _ray(workers: int | None) -> Iterator[Executor]:
         import ray
     except ImportError as error:
         raise UserError("--executor ray: Ray is not installed; run `pip install 'agsm-rl[ray]'`.") from error
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield RayExecutor(workers)
     finally:
@@ -150,7 +151,7 @@ class RayExecutor:
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         self.capacity = workers or gpus or cores
         self.threads = max(1, cores // self.capacity)
-        self._run = ray.remote(run_job).options(num_cpus=self.threads, num_gpus=1 if gpus else 0, max_retries=0)
+        self._run: Any = ray.remote(run_job).options(num_cpus=self.threads, num_gpus=1 if gpus else 0, max_retries=0)
         self._running: list[Any] = []
 
     def submit(self, job: Path, log: Path) -> Future[Outcome]:

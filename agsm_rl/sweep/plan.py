@@ -1,4 +1,4 @@
-"""From a sweep to its cells: every combination of the axes with every seed, each a validated recipe, before any runs."""
+"""From a sweep to its cells: each combination of the axes with each seed, as a validated recipe, before any runs."""
 
 from __future__ import annotations
 

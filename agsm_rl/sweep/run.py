@@ -1,4 +1,4 @@
-"""Run a sweep: cells in the order of their dependencies, as many at once as the executor takes; failures stop nothing."""
+"""Run a sweep: cells in the order of their dependencies, as many at once as fit; a failed one stops no other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import yaml
 from filelock import FileLock, Timeout
@@ -22,7 +21,7 @@ from agsm_rl.recipe import Recipe
 from agsm_rl.run_folder import check_same, write_text
 from agsm_rl.stop import Stopped
 from agsm_rl.sweep.board import Board
-from agsm_rl.sweep.executors import Executor, Outcome, open_executor
+from agsm_rl.sweep.executors import Executor, Outcome
 from agsm_rl.sweep.job import job_of, read_result
 from agsm_rl.sweep.plan import Cell, Plan
 
@@ -43,13 +42,7 @@ class _Signal(Exception):
         self.number = number
 
 
-def run_sweep(
-    plan: Plan,
-    *,
-    workers: int | None = None,
-    executor: Literal["local", "ray"] = "local",
-    console: Console | None = None,
-) -> Board:
+def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None) -> Board:
     """Run what is unfinished of a sweep and return the board of its cells.
 
     Raises UserError before anything runs when the folder holds other runs or is busy, SweepStopped after a signal.
@@ -63,18 +56,17 @@ def run_sweep(
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _only_sweep_in(plan.folder):
         write_text(plan.folder / "sweep.yaml", HEADER + yaml.safe_dump(plan.to_data(), sort_keys=False, width=120))
-        with open_executor(executor, workers=workers) as open_one:
-            search = plan.sweep.search
-            total = search.trials * len(plan.sweep.seed_list) if search else None
-            board = Board(plan, console, capacity=open_one.capacity, total=total)
-            runner = Runner(plan, board, open_one)
-            try:
-                with _signals_stop(runner), _live(board, console):
-                    _run(runner)
-            except _Signal as stop:
-                raise SweepStopped(plan.folder, stop.number) from stop
-            finally:
-                board.stopped()
+        search = plan.sweep.search
+        total = search.trials * len(plan.sweep.seed_list) if search else None
+        board = Board(plan, console, capacity=executor.capacity, total=total)
+        runner = Runner(plan, board, executor)
+        try:
+            with _signals_stop(runner), _live(board, console):
+                _run(runner)
+        except _Signal as stop:
+            raise SweepStopped(plan.folder, stop.number) from stop
+        finally:
+            board.stopped()
     return board
 
 
@@ -164,21 +156,34 @@ def _check_folder(plan: Plan) -> None:
         raise UserError(f"{plan.folder}: is a file; give a folder as --dir.")
     if plan.folder.is_dir() and any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
         raise UserError(f"{plan.folder}: is not empty and no sweep's folder; choose another --dir.")
+    kept = {cell.name: _kept_recipe(plan, cell) for cell in plan.cells}
+    steps = {cell.name: cell.recipe.steps for cell in plan.cells}
     for cell in plan.cells:
-        kept_file = plan.run(cell.name) / "recipe.yaml"
-        if not kept_file.is_file():
+        found = kept[cell.name]
+        if found is None:
             continue
-        kept = Recipe.from_yaml(kept_file, allow_imports=plan.allow_imports)
-        try:
-            check_same(cell.recipe, kept, kept_file)
-        except UserError as error:
-            message = str(error).split(" Resume with")[0]
-            raise UserError(f"{message} The sweep was changed: choose another --dir, or remove that cell.") from error
-        if kept.steps > cell.recipe.steps:
+        # What a cell has begun with must still be what it would begin with.
+        start = kept.get(cell.after or "")
+        changed = [name for name, was in ((cell.name, found), (cell.after, start)) if was and was.steps != steps[name]]
+        if changed and (cell.after or found.steps > cell.recipe.steps):
             raise UserError(
-                f"{kept_file}: the cell was begun with {kept.steps} steps, now it has {cell.recipe.steps}; choose "
-                "another --dir, or remove that cell."
+                f"{plan.run(changed[-1])}: was begun with another number of steps than the {steps[changed[-1]]} it has "
+                f"now, and cell '{cell.name}' cannot go on with that; choose another --dir, or remove these cells."
             )
+
+
+def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:
+    """The recipe that a cell was begun with; UserError where the sweep has changed it since."""
+    file = plan.run(cell.name) / "recipe.yaml"
+    if not file.is_file():
+        return None
+    kept = Recipe.from_yaml(file, allow_imports=plan.allow_imports)
+    try:
+        check_same(cell.recipe, kept, file)
+    except UserError as error:
+        message = str(error).split(" Resume with")[0]
+        raise UserError(f"{message} The sweep was changed: choose another --dir, or remove that cell.") from error
+    return kept
 
 
 @contextmanager

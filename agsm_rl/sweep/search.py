@@ -1,8 +1,8 @@
 """Axes that are ranges: Optuna suggests, cells are run, and what they score on the validation split is told to it.
 
-Every axis takes part, named variants and lists as choices. A trial is one choice on all axes, run on every seed; its value
-is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off is tried again with the
-same values, so its cells go on from their checkpoints.
+Every axis takes part, named variants and lists as choices. A trial is one choice on all axes, run on every seed; its
+value is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off is tried again
+with the same values, so its cells go on from their checkpoints.
 """
 
 from __future__ import annotations
