@@ -42,10 +42,11 @@ def search(runner: Runner) -> None:
         study_name=plan.name,
         direction="maximize",
         storage=JournalStorage(JournalFileBackend(str(plan.folder / "search.log"))),
-        sampler=optuna.samplers.TPESampler(seed=options.seed, constant_liar=True),
         load_if_exists=True,
     )
     known: list[FrozenTrial] = study.get_trials(deepcopy=False)
+    # A sampler begins its random numbers anew in each session: with the same seed it would suggest the same again.
+    study.sampler = optuna.samplers.TPESampler(seed=options.seed + len(known), constant_liar=True)
     _queue_again(
         study, [trial for trial in known if trial.state == TrialState.RUNNING or BROKEN_OFF in trial.user_attrs]
     )

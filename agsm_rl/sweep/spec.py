@@ -141,8 +141,8 @@ def _axis(key: str, value: Any, *, where: str) -> Axis:
 
 
 def _check_variant(name: str, changes: Any, *, place: str) -> None:
-    if not all(letter.isalnum() and letter.isascii() or letter in "_-" for letter in name):
-        raise UserError(f"{place}.{name}: names of variants are made of letters, digits, _ and -.")
+    if not all(letter.isalnum() and letter.isascii() or letter in "_-." for letter in name):
+        raise UserError(f"{place}.{name}: names of variants are made of letters, digits, _, - and .")
     if not isinstance(changes, dict | None):
         raise UserError(f"{place}.{name}: got {changes!r}; a variant is a mapping {{key.path: value, …}}, or {{}}.")
     share = (changes or {}).get("budget_share", 1)

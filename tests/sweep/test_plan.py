@@ -8,7 +8,6 @@ from sweep_parts import PAIRS, ROLLOUTS
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
-from agsm_rl.shipped import shipped_recipes
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.plan import make_plan
 
@@ -206,9 +205,9 @@ def test_a_recipe_given_as_a_sweep_and_a_sweep_as_a_recipe_are_told(write, recip
         make_plan("no.yaml")
 
 
-SWEEPS = sorted(name for name, file in shipped_recipes().items() if "axes:" in file.read_text())
+SWEEPS = Path(__file__).parents[2] / "recipes" / "study"
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", ["ablation", "complementarity", "smoke"])
 def test_every_sweep_that_is_shipped_can_be_read(name):
-    assert make_plan(f"builtin:{name}").cells
+    assert make_plan(str(SWEEPS / f"{name}.yaml")).cells

@@ -127,8 +127,8 @@ def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, mea
     assert measured == [("held_out", True)]
     assert steps_of("half-seed0") == [1, 2]
     assert (other / "metrics.jsonl").read_text().splitlines()[0] == first_line
-    for folder, before in ((folder, weights), (other, kept)):
-        after = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+    for run, before in ((folder, weights), (other, kept)):
+        after = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
         assert all(after[name].equal(before[name]) for name in before)
 
 

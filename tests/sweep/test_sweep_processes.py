@@ -14,6 +14,7 @@ from sweep_parts import EVALUATE
 from typer.testing import CliRunner
 
 from agsm_rl.cli import app
+from agsm_rl.errors import UserError
 from agsm_rl.sweep.executors import open_executor, threads_each
 
 pytestmark = pytest.mark.slow
@@ -118,6 +119,6 @@ def test_cells_run_as_tasks_of_ray(write):
 
 def test_without_ray_the_message_says_how_to_get_it(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(Exception, match=r"Ray is not installed; run `pip install 'agsm-rl\[ray\]'`"):
-        with open_executor("ray", workers=1):
-            pass
+    told = pytest.raises(UserError, match=r"Ray is not installed; run `pip install 'agsm-rl\[ray\]'`")
+    with told, open_executor("ray", workers=1):
+        pass
