@@ -150,7 +150,9 @@ class RayExecutor:
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         self.capacity = workers or gpus or cores
-        self.threads = max(1, cores // self.capacity)
+        # A task must fit on one machine.
+        most = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        self.threads = max(1, min(cores // self.capacity, most))
         self._run: Any = ray.remote(run_job).options(num_cpus=self.threads, num_gpus=1 if gpus else 0, max_retries=0)
         self._running: list[Any] = []
 

@@ -22,10 +22,6 @@ RUN = Path("runs/mine")
 STEPS = 30
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, "-m", "agsm_rl", "sweep", *arguments], stdout=subprocess.PIPE, text=True)
-
-
 def cells(folder=RUN):
     return {row["cell"]: row for row in json.loads((folder / "sweep.json").read_text())["cells"]}
 
@@ -35,23 +31,36 @@ def lines_of(cell, folder=RUN):
     return file.read_text().splitlines() if file.exists() else []
 
 
-def wait_until(there, seconds=300):
-    end = time.monotonic() + seconds
+def wait_until(there, process):
+    """However long it takes, as long as the process lives."""
     while not there():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
+        assert process.poll() is None, f"it ended with exit code {process.returncode}"
+        time.sleep(0.02)
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_been(write):
+@pytest.fixture
+def start(request):
+    """Start `agsm-rl sweep …` as a process, which does not outlive the test."""
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "agsm_rl", "sweep", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        request.addfinalizer(process.kill)
+        return process
+
+    return start
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_been(write, start):
     file = write(set={"steps": STEPS}, evaluate=EVALUATE[:1])
     sweep = start(file)
-    wait_until(lambda: len(lines_of("mine-seed0")) > 3)
+    wait_until(lambda: len(lines_of("mine-seed0")) > 3, sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     # Given again at once: the orphaned cell writes its checkpoint and ends; the new one waits for it.
     again = start(file)
-    out, _ = again.communicate()
-    assert again.returncode == 0, out
+    out, told = again.communicate()
+    assert again.returncode == 0, told
     assert "mine-seed0: goes on" in out
     log = (RUN / "logs" / "mine-seed0.log").read_text()
     assert "stopped by SIGTERM after step" in log and "continuing runs/mine/cells/mine-seed0 after step" in log
@@ -64,13 +73,9 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_b
     assert all(killed[name].equal(unbroken[name]) for name in unbroken)
 
 
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(write):
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "agsm_rl", "sweep", write(set={"steps": 10_000}, evaluate=EVALUATE[:1])],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: len(lines_of("mine-seed0")) > 1)
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(write, start):
+    sweep = start(write(set={"steps": 10_000}, evaluate=EVALUATE[:1]))
+    wait_until(lambda: len(lines_of("mine-seed0")) > 1, sweep)
     sweep.send_signal(signal.SIGTERM)
     _, told = sweep.communicate()
     assert sweep.returncode == 128 + signal.SIGTERM
