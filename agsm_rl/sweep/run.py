@@ -156,20 +156,25 @@ def _check_folder(plan: Plan) -> None:
         raise UserError(f"{plan.folder}: is a file; give a folder as --dir.")
     if plan.folder.is_dir() and any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
         raise UserError(f"{plan.folder}: is not empty and no sweep's folder; choose another --dir.")
-    kept = {cell.name: _kept_recipe(plan, cell) for cell in plan.cells}
     steps = {cell.name: cell.recipe.steps for cell in plan.cells}
+    kept = {cell.name: _kept_recipe(plan, cell) for cell in plan.cells}
     for cell in plan.cells:
         found = kept[cell.name]
         if found is None:
             continue
+        if found.steps > cell.recipe.steps:
+            raise _other_steps(plan, cell, cell.name, steps[cell.name])
         # What a cell has begun with must still be what it would begin with.
-        start = kept.get(cell.after or "")
-        changed = [name for name, was in ((cell.name, found), (cell.after, start)) if was and was.steps != steps[name]]
-        if changed and (cell.after or found.steps > cell.recipe.steps):
-            raise UserError(
-                f"{plan.run(changed[-1])}: was begun with another number of steps than the {steps[changed[-1]]} it has "
-                f"now, and cell '{cell.name}' cannot go on with that; choose another --dir, or remove these cells."
-            )
+        start = kept[cell.after] if cell.after else None
+        if cell.after and start is not None and start.steps != steps[cell.after]:
+            raise _other_steps(plan, cell, cell.after, steps[cell.after])
+
+
+def _other_steps(plan: Plan, cell: Cell, changed: str, steps: int) -> UserError:
+    return UserError(
+        f"{plan.run(changed)}: was begun with another number of steps than the {steps} it has now, and cell "
+        f"'{cell.name}' cannot go on with that; choose another --dir, or remove these cells."
+    )
 
 
 def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:

@@ -56,9 +56,13 @@ def search(runner: Runner) -> None:
 
     def objective(trial: Any) -> float:
         cells = _cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes})
-        runner.run(cells)
+        try:
+            runner.run(cells)
+        finally:
+            # However it ends: by the signal's exception here, or by the runner's return in a thread.
+            if runner.stopping:
+                trial.set_user_attr(BROKEN_OFF, True)
         if runner.stopping:
-            trial.set_user_attr(BROKEN_OFF, True)
             raise RuntimeError("the sweep was stopped")
         scores = [_score(runner, cell) for cell in cells]
         return mean(score for score in scores if score is not None) if None not in scores else float("nan")
