@@ -221,6 +221,40 @@ def report(
     typer.echo(str(file))
 
 
+@app.command()
+def sweep(
+    sweep_file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file, or builtin:study/<name>.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: 1; on Ray what fits.")] = None,
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or a Ray cluster.")] = "local",
+    folder: Annotated[Path | None, typer.Option("--dir", help="Default: runs/<name>.")] = None,
+    check_only: Annotated[bool, typer.Option("--check", help="Validate and list the cells; run nothing.")] = False,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
+) -> None:
+    """Run a recipe over axes and seeds; started again, it does what is unfinished. Exit code 1: a cell failed."""
+    from agsm_rl.registry import permissions
+    from agsm_rl.sweep.executors import open_executor
+    from agsm_rl.sweep.plan import make_plan
+    from agsm_rl.sweep.run import run_sweep
+
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
+    plan = make_plan(sweep_file, overrides or [], folder=folder, allow_imports=allowed)
+    if check_only:
+        for cell in plan.cells:
+            limit = f"{cell.recipe.steps} steps" if cell.seconds is None else f"{cell.seconds:g} s"
+            typer.echo(f"{cell.name}: {limit}" + (f", from {cell.after}" if cell.after else ""))
+        typer.echo(f"{plan.where}: ok")
+        return
+    with open_executor(executor, workers=workers) as cells_run_on:
+        board = run_sweep(plan, cells_run_on)
+    typer.echo(f"sweep folder: {plan.folder}")
+    if board.count("failed"):
+        typer.echo(f"agsm-rl: {board.count('failed')} of {board.total} cells failed; run it again to retry.", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(name="list")
 def list_names(
     kind: Annotated[

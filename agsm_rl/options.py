@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
@@ -79,6 +80,7 @@ def unknown_key(key: str, allowed: list[str]) -> str:
     return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
 
 
+@cache
 def options_model(cls: Any) -> type[Section]:
     """The schema of a class's constructor: an option an argument, with its type and default.
 

@@ -224,6 +224,8 @@ class Recipe(Section):
         UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
         """
         data = read_yaml(Path(path))
+        if "axes" in data:
+            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
         apply_overrides(data, overrides)
         return cls.from_data(data, where=str(path), allow_imports=allow_imports)
 

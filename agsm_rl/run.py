@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.stop import Stopped
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.watch import WentWrong
 from agsm_rl.watching import Evaluation, SampleGrids
 
@@ -35,11 +35,14 @@ def train(
     where: str = "recipe",
     allow_imports: Collection[str] = (),
     console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+    evaluate: bool = True,
 ) -> Path:
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
 
-    `run_dir` None: runs/<recipe's name>-<time>. Raises UserError before anything is written when the recipe or the
-    folder cannot be used, and Stopped after a signal.
+    `run_dir` None: runs/<recipe's name>-<time>. `callbacks` look on too, and may stop the run. Without `evaluate`,
+    nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the
+    recipe or the folder cannot be used, and Stopped after a signal.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
@@ -60,10 +63,11 @@ def train(
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
         _start_trackers(accelerator, recipe)
+        trainer.callbacks = list(callbacks)
         evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
         if main and resume:
             evaluation.resume(trainer, standing)
-        _run(trainer, recipe, folder, evaluation, console)
+        _run(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
         return folder.path
     finally:
         accelerator.end_training()
@@ -71,11 +75,13 @@ def train(
             folder.close()
 
 
-def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console) -> None:
+def _run(
+    trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console, *, evaluate: bool
+) -> None:
     main = trainer.accelerator.is_main_process
     grids = SampleGrids(folder, recipe)
     with GracefulStop() as stop:
-        trainer.callbacks = [stop]
+        trainer.callbacks = [stop, *trainer.callbacks]
         with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
             if main:
                 # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
@@ -91,14 +97,15 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evalua
     if stop.received is not None and trainer.step < recipe.steps:
         raise Stopped(folder.recipe, trainer.step, stop.received)
     try:
-        if main and recipe.evaluate is not None:
+        if main and evaluate and recipe.evaluate is not None:
             evaluation.finish(trainer)
-        elif main:
+        elif main and evaluate:
             grids.write_before_after(trainer)
     except KeyboardInterrupt as error:
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
     if main:
         _tell_agreement(folder)
+    if main and evaluate:
         if recipe.evaluate is None:
             console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
         elif folder.eval.exists():

@@ -52,7 +52,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
-        _check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+        check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
@@ -117,8 +117,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
-    """The recipe must be the run's, but for what does not alter the steps already made."""
+def check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
+    """UserError unless the recipe is the run's, but for what does not alter the steps already made."""
     now, then = recipe.to_data(), kept.to_data()
     for key in now:
         if key not in MAY_CHANGE and now[key] != then[key]:

@@ -68,6 +68,10 @@ class Term:
             return float(np.interp(step, [at for at, _ in points], [value for _, value in points]))
         return float(self.weight)
 
+    def is_due(self, step: int) -> bool:
+        """Whether it learns in a step (counted from 0)."""
+        return step >= self.offset and (step - self.offset) % self.every == 0 and self.weight_at(step) != 0
+
 
 class Callback(Protocol):
     """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation."""
@@ -174,9 +178,9 @@ class Trainer:
         self.watch.begin_step()
         learned: list[Term] = []
         for term in self.terms:
-            weight = term.weight_at(self.step)
-            if weight == 0 or self.step < term.offset or (self.step - term.offset) % term.every:
+            if not term.is_due(self.step):
                 continue
+            weight = term.weight_at(self.step)
             if id(term.source) not in batches:
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
