@@ -1,5 +1,6 @@
 """The official packages in environments of their own, made from their locks: what they score here and there."""
 
+import gzip
 import json
 import os
 import re
@@ -163,6 +164,56 @@ def tiny_image_reward(folder):
     (folder / "vocab.txt").write_text("\n".join(words))
     files = {"path": "ImageReward.pt", "config": "med_config.json", "tokenizer": "vocab.txt"}
     return {option: str(folder / file) for option, file in files.items()}
+
+
+def native_hpsv2(folder, options):
+    """Our own HPSv2 on the same file, its tokenizer made of the vocabulary in the official environment."""
+    from agsm_rl_rewards.hpsv2 import HPSv2
+    from transformers import CLIPTokenizer
+
+    (file,) = environment.python_for(SCRIPTS["hpsv2"]).parents[1].glob("lib/*/site-packages/open_clip/bpe_simple*.gz")
+    merges = [tuple(line.split()) for line in gzip.decompress(file.read_bytes()).decode().split("\n")[1:48895]]
+    # CLIP's vocabulary: the bytes, by their printable stand-ins; the same at a word's end; the merges; two marks.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(others))]
+    words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=merges)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    vision = {"hidden_size": 40, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    architecture = {"vision": vision | {"image_size": 28}, "text": text, "shared": {"projection_dim": 24}}
+    return HPSv2(**options, tokenizer=str(folder), architecture=architecture, preprocessing="exact")
+
+
+def native_image_reward(folder, options):
+    """Our own ImageReward on the same file."""
+    from agsm_rl_rewards.image_reward import ImageReward
+    from transformers import BertTokenizer
+
+    words = Path(options["tokenizer"]).read_text().split("\n")
+    tokenizer = BertTokenizer(vocab={word: place for place, word in enumerate(words)})
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    vision = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 36, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6}
+    architecture = {"vision": vision, "text": text | {"vocab_size": 120, "max_position_embeddings": 64}}
+    return ImageReward(path=options["path"], tokenizer=str(folder), architecture=architecture, preprocessing="exact")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", SCRIPTS)
+def test_our_native_reward_scores_pictures_as_the_official_package_does(environments, tmp_path, pictures, package):
+    make, native = {
+        "hpsv2": (lambda folder: tiny_hpsv2(folder, "2.1"), native_hpsv2),
+        "image_reward": (tiny_image_reward, native_image_reward),
+    }[package]
+    options = make(tmp_path)
+    ours = native(tmp_path, options)
+    official = over_there(package, "official_tiny.py", options | {"package": package, "official": str(HERE)})
+    for image, prompt in pictures:
+        torch.testing.assert_close(ours(image, [prompt]), official(image, [prompt]), rtol=1e-5, atol=1e-5)
+    official.close()
 
 
 @pytest.mark.slow
