@@ -44,7 +44,7 @@ def resolve(recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[
     sources = {name: parts.complete("sources", block, f"sources.{name}") for name, block in recipe.sources.items()}
     done = recipe.model_copy(update={"backbone": backbone, "adapters": adapters, "sources": sources})
     if recipe.evaluate is not None:
-        done.evaluate = _complete_evaluation(recipe.evaluate, parts)
+        done.evaluate = complete_evaluation(recipe.evaluate, parts)
     done.objectives = _complete_terms(done, parts)
     for name, block in adapters.items():
         parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed)
@@ -138,18 +138,17 @@ def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
     )
 
 
-def _complete_evaluation(evaluate: Evaluate, parts: Parts) -> Evaluate:
+def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evaluate") -> Evaluate:
     """The section with its rewards by name, their options filled in and checked: each is constructed."""
     try:
         entries = in_evaluation(evaluate.rewards)
     except UserError as error:
-        raise UserError(f"{parts.where}: evaluate.{error}") from error
+        raise UserError(f"{parts.where}: {place}.{error}") from error
     done = {}
     for index, entry in enumerate(entries):
-        by_name = isinstance(evaluate.rewards, dict)
-        place = f"evaluate.rewards.{entry.key}" if by_name else f"evaluate.rewards[{index}]"
-        found = parts.complete_reward(entry, place)
-        parts.reward(found.use, place, found.options)
+        which = f".{entry.key}" if isinstance(evaluate.rewards, dict) else f"[{index}]"
+        found = parts.complete_reward(entry, f"{place}.rewards{which}")
+        parts.reward(found.use, f"{place}.rewards{which}", found.options)
         done[found.key] = found.to_data()
     return evaluate.model_copy(update={"rewards": done})
 

@@ -88,9 +88,7 @@ class Evaluation:
         self.folder, self.console, self.export = folder, console, recipe.export
         self.options = recipe.evaluate
         entries = in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []
-        self.rewards = {
-            entry.name: parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options) for entry in entries
-        }
+        self.rewards = {entry.name: parts.reward(entry.use, "evaluate.rewards", entry.options) for entry in entries}
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.standing = Standing(recipe)
         self.events = EventsFile(folder.events, console)
@@ -201,11 +199,21 @@ class Evaluation:
 
 
 class Measured:
-    """What one model drew for a suite at one guidance: verdicts, rewards (`scores` [N] an image), the first images."""
+    """What one model drew for a suite at one guidance: verdicts, mean rewards, and the first images.
 
-    def __init__(self, guidance: float, result: ShapesResult, scores: dict[str, Tensor], images: Tensor) -> None:
-        self.guidance, self.result, self.scores, self.images = guidance, result, scores, images
-        self.rewards = {name: float(score.mean()) for name, score in scores.items()}
+    `scores`: each reward's scores [N], an image each; None where a measurement was read from a file that has no such.
+    """
+
+    def __init__(
+        self,
+        guidance: float,
+        result: ShapesResult,
+        rewards: dict[str, float],
+        images: Tensor,
+        scores: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.guidance, self.result, self.rewards, self.images = guidance, result, rewards, images
+        self.scores = scores or {}
 
     def overall(self) -> dict[str, float]:
         """The suite's scores by their names, reward_entries.SCORES."""
@@ -255,7 +263,8 @@ def measure(backbone: Any, options: Evaluate, guidance: float, rewards: Mapping[
         )
         for name, reward in rewards.items()
     }
-    return Measured(guidance, result, scores, images[:SHOWN])
+    means = {name: float(score.mean()) for name, score in scores.items()}
+    return Measured(guidance, result, means, images[:SHOWN], scores)
 
 
 def to_json(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from agsm_rl.attachment import Handle, attach
 from agsm_rl.build import build_backbone
 from agsm_rl.drawing import to_picture, write_picture
 from agsm_rl.evaluate.shapes import ShapesResult, compare
+from agsm_rl.interfaces import Reward
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
+from agsm_rl.reward_entries import in_evaluation
 from agsm_rl.run_folder import RunFolder, write_text
 from agsm_rl.watching import Measured, before_after, measure, to_json
 
@@ -99,8 +101,9 @@ class Evaluations:
             self._handle = None
         return self._backbone
 
-    def _rewards(self, options: Evaluate) -> dict[str, Callable[..., Tensor]]:
-        return {name: self.parts.reward(name, "evaluate.rewards", {}) for name in options.rewards}
+    def _rewards(self, options: Evaluate) -> dict[str, Reward]:
+        entries = in_evaluation(options.rewards)
+        return {entry.name: self.parts.reward(entry.use, "evaluate.rewards", entry.options) for entry in entries}
 
     def _write_pictures(self, found: list[tuple[Measured, Measured]]) -> None:
         """samples/before_after.png, and the first images one by one in samples/eval/guidance-<g>/{base,trained}/."""

@@ -15,7 +15,7 @@ from agsm_rl.attachment import find_exports
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.recipe_file import apply_overrides, read_yaml, remove_value, set_value, split_path
-from agsm_rl.resolve import Parts
+from agsm_rl.resolve import Parts, complete_evaluation
 from agsm_rl.shipped import PREFIX, recipe_path
 from agsm_rl.sweep.budget import MOST_STEPS, steps_for
 from agsm_rl.sweep.spec import OWN_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
@@ -85,9 +85,7 @@ def make_plan(
     base = _base_recipe(sweep, path)
     evaluations = read_evaluations(_what_is_evaluated(sweep, base, where=str(path)), where=str(path))
     parts = Parts(where=str(path), allow_imports=allow_imports)
-    for index, one in enumerate(evaluations):
-        for reward in one.rewards:
-            parts.reward(reward, f"evaluate[{index}].rewards.{reward}", {})
+    evaluations = [complete_evaluation(one, parts, place=f"evaluate[{index}]") for index, one in enumerate(evaluations)]
     if folder is None:
         folder = path.parent if (path.parent / "sweep.json").is_file() else Path("runs") / (sweep.name or path.stem)
     plan = Plan(str(path), folder, sweep, axes, base, evaluations, frozenset(allow_imports))

@@ -169,7 +169,7 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ({"evaluate": {"split": "test"}}, r"evaluate\[0\].*split: got 'test'"),
         ({"evaluate": [{}, {}]}, r"evaluate\[1\].split: 'held_out' stands twice"),
         ({"evaluate": {"every": 5}}, r"evaluate\[0\].every: a sweep evaluates finished cells only"),
-        ({"evaluate": {"rewards": ["shape"]}}, r"evaluate\[0\].rewards.shape: 'shape' is not a reward.*'shapes'"),
+        ({"evaluate": {"rewards": ["shape"]}}, r"evaluate\[0\].rewards\[0\]: 'shape' is not a reward.*'shapes'"),
         ({"recipe": "none.yaml"}, r"mine.yaml: recipe: none.yaml: no such recipe file.*from the sweep's own folder"),
         ({"recipe": "builtin:agms"}, r"'builtin:agms' is not a shipped recipe.*'builtin:agsm'"),
         ({"axes": {"steps": {"low": 1, "high": 5}}}, r"axes.steps is a range; add `search"),
