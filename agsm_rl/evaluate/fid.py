@@ -141,7 +141,9 @@ class FID:
         if find_spec("torchmetrics") is None:
             raise _not_installed("torchmetrics")
         if self.network is None:
-            _check_network(self.weights)
+            if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
+                raise _not_installed("torch-fidelity")
+            _check_weights(self.weights)
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -156,10 +158,8 @@ class FID:
         return metric.to(device)
 
 
-def _check_network(weights: Path) -> None:
-    """UserError unless torch-fidelity is there, and the file holds tensors alone (it is loaded as a pickle)."""
-    if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
-        raise _not_installed("torch-fidelity")
+def _check_weights(weights: Path) -> None:
+    """UserError unless the file is there and holds tensors alone: torch-fidelity would unpickle anything."""
     if not weights.is_file():
         raise UserError(
             f"--suite fid: the Inception weights {weights} are not there; fetch them by `curl -L --create-dirs -o "

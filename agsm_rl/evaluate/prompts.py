@@ -31,7 +31,7 @@ def read_prompts(
     elif path.is_file():
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         texts = [line for line in lines if line][:limit]
-    elif path.suffix == ".txt" or prompts.startswith((".", "/", "~")):
+    elif path.suffix == ".txt" or (prompts.startswith((".", "/", "~")) and not path.is_dir()):
         raise _missing(prompts)
     else:
         texts = _column(_load(prompts, prompts, split, None), prompts, column, limit)

@@ -86,8 +86,10 @@ class RewardsResult:
 
     def constant(self) -> list[str]:
         """Rewards that gave all images of several prompts one and the same score: they measured nothing."""
-        values = {label: {score for part in found.values() for score in part} for label, found in self.scores.items()}
-        return [label for label, found in values.items() if len(found) == 1 and len(self.prompts) > 1]
+        if len(self.prompts) < 2:
+            return []
+        values = {label: np.concatenate(list(found.values())) for label, found in self.scores.items()}
+        return [label for label, found in values.items() if np.ptp(found) <= 1e-6 * np.abs(found).max()]
 
     def to_json(self) -> dict[str, Any]:
         """eval.json's content; a row a reward under `tags`."""

@@ -1,15 +1,24 @@
 """Images in GenEval's layout: drawn once, drawn alike by anyone, never mixed with others, and measured once."""
 
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.attachment import save_adapters
 from agsm_rl.cli import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate import draw_folder
 from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan, read_pinned, seed_of
-from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images
+from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images, sha256
+from agsm_rl.policy import Policy
 from agsm_rl.target import open_target
 
 ASKED = {0: {"prompt": "a red star"}, 3: {"prompt": "a blue circle"}, 5: {"prompt": "two squares"}}
@@ -199,3 +208,48 @@ def test_options_that_do_not_go_together_are_told(runner, tiny_checkpoint, tmp_p
     result = runner("eval", tiny_checkpoint, *arguments)
     assert result.exit_code == 2 and word in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_of_another_trainer_is_a_target_with_its_base(tiny_checkpoint, tmp_path, make_backbone):
+    torch.manual_seed(0)
+    policy = Policy(make_backbone(), {"lora": LoRA(rank=2)})
+    for parameter in policy.parameters().values():
+        parameter.data.normal_(std=0.3)
+    (file,) = save_adapters(policy.adapters, tmp_path / "ours", metadata={})
+    foreign = tmp_path / "theirs.safetensors"
+    save_file(load_file(file), foreign)
+    one, two, base = (
+        open_target(*given, options={"device": "cpu"}, **more)
+        for given, more in [
+            ((str(tmp_path / "ours"),), {"base": str(tiny_checkpoint)}),
+            ((str(foreign),), {"base": str(tiny_checkpoint)}),
+            ((str(tiny_checkpoint),), {}),
+        ]
+    )
+    drawn = [
+        np.array(Image.open(draw_one(opened, tmp_path / name)))
+        for opened, name in ((one, "1"), (two, "2"), (base, "3"))
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1 < np.abs(drawn[0].astype(int) - drawn[2]).max()
+    assert read_pinned(tmp_path / "2")["adapters"] == {"theirs.safetensors": sha256(foreign)}
+    with pytest.raises(UserError, match="not exported by agsm-rl"):
+        open_target(str(foreign))
+
+
+def draw_one(target, folder):
+    draw(target, folder, num_images=1)
+    return folder / "00000/samples/0000.png"
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_measure_together_and_one_gathers(tiny_checkpoint, tmp_path):
+    # As in test_processes.py: `accelerate launch --cpu` starts one process only.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "agsm_rl"]
+    options = [str(tiny_checkpoint), "--num-images", "6", "--num-steps", "2", "--images", str(tmp_path / "im")]
+    command = [*launch, "eval", *options, "--json", str(tmp_path / "e.json")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["num_images"] == 6
+    assert done.stdout.count("strict (nothing else is") == 1
+    assert len(list((tmp_path / "im").glob("*/verdicts/*.json"))) == 6
