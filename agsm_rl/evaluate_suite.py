@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan, read_pinned, versions
+from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, image_of, plan, read_pinned, versions
 from agsm_rl.evaluate.geneval import RESULTS, GenEvalResult, read_results, write_results
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
@@ -55,7 +55,7 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
         found = work.on(target, place)
         other = None
         if options.against or options.compare:
-            other = work.on(options.against, place / ("against" if options.against else "base"))
+            other = work.on(options.against, place / ("against" if options.against else "base"), like=found)
         work.wait()
         if not work.gathers:
             folder = options.images or target
@@ -116,15 +116,18 @@ class _Work:
         if self.state is not None:
             self.state.wait_for_everyone()
 
-    def on(self, target: str | None, place: Path) -> _Found:
-        """Have this share of a target's images drawn and measured; None is the base of the target before."""
+    def on(self, target: str | None, place: Path, *, like: _Found | None = None) -> _Found:
+        """Have this share of a target's images drawn and measured; None is the base of the target before.
+
+        like: images that these are to be compared with: the same prompts, noise, guidance and steps.
+        """
         if target is not None and target.endswith(".jsonl"):
             if self.suite.name != "geneval":
                 raise UserError(f"{target}: results of images are read by --suite geneval only; give a folder.")
             return _Found(target, [], None, read_results(Path(target)))
         found = self._taken(target) if target is not None else None
         if found is None:
-            found = self._drawn(target, place)
+            found = self._drawn(target, place, like)
         self._measure(found.images)
         return found
 
@@ -150,10 +153,13 @@ class _Work:
             return _Found(target, images, None)
         return None
 
-    def _drawn(self, target: str | None, place: Path) -> _Found:
+    def _drawn(self, target: str | None, place: Path, like: _Found | None) -> _Found:
         how = self.options.how
-        asked = self.suite.asked()
-        wanted = plan(place, asked, self.options.num_images or self.suite.num_images)
+        if like is not None and like.images:
+            how = _as_drawn(how, like.drawing or {})
+            wanted = [image_of(place, item.prompt_index, item.number, item.metadata) for item in like.images]
+        else:
+            wanted = plan(place, self.suite.asked(), self.options.num_images or self.suite.num_images)
         self.suite.prepare()
         if target is None:
             assert self.target is not None
@@ -162,10 +168,8 @@ class _Work:
             self.target.handle.detach()
             self.target.name, self.target.files = f"base of {self.target.name}", ()
         else:
-            # The second target is drawn as the first: guidance and steps are only then no part of the difference.
-            if self.target is not None:
-                how = _as_before(how, self.target)
-                self.target = None
+            # Not two models in memory.
+            self.target = None
             self.target = open_target(target, base=self._base(target), options=self._backbone())
         drawing = draw_images(wanted, place, self.target, how, self.shard, console=self.console)
         return _Found(self.target.name, wanted, drawing, folder=place if self.options.images else None)
@@ -199,7 +203,7 @@ def _tell(found: _Found, other: _Found | None, work: _Work) -> dict[str, Any]:
     if other is not None and rest is not None:
         same = found.drawing is not None and other.drawing is not None
         same = same and all(found.drawing[key] == other.drawing[key] for key in ("seed", "resolution"))  # type: ignore[index]
-        content["other"] = rest.to_json() | _described(other)
+        content["base" if work.options.compare else "other"] = rest.to_json() | _described(other)
         content |= {"same_noise": same, **result.against(rest)}
     return content
 
@@ -220,12 +224,13 @@ def _described(found: _Found) -> dict[str, Any]:
     return {"target": found.name, **plain, "drawing": found.drawing}
 
 
-def _as_before(how: How, target: Target) -> How:
+def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
+    """The second target is drawn as the first: guidance and steps are only then no part of the difference."""
     return How(
-        seed=how.seed,
-        guidance=target.guidance if how.guidance is None else how.guidance,
-        num_steps=how.num_steps or target.num_steps,
-        resolution=how.resolution or target.backbone.resolution,
+        seed=drawing.get("seed", how.seed),
+        guidance=drawing.get("guidance") if how.guidance is None else how.guidance,
+        num_steps=how.num_steps or drawing.get("num_steps"),
+        resolution=how.resolution or drawing.get("resolution"),
         batch_size=how.batch_size,
     )
 

@@ -67,12 +67,14 @@ def seed_of(seed: int, prompt_index: int, number: int) -> int:
 def plan(folder: Path, asked: Mapping[int, Mapping[str, Any]], num_images: int) -> list[Drawn]:
     """The images to be: each prompt's first, then each one's second, … until there are `num_images`."""
     indices = list(asked)
-    found = []
-    for j in range(num_images):
-        index, number = indices[j % len(indices)], j // len(indices)
-        path = folder / f"{index:05d}" / SAMPLES / f"{number:04d}.png"
-        found.append(Drawn(path, index, number, asked[index]))
-    return found
+    places = [(indices[j % len(indices)], j // len(indices)) for j in range(num_images)]
+    return [image_of(folder, index, number, asked[index]) for index, number in places]
+
+
+def image_of(folder: Path, prompt_index: int, number: int, metadata: Mapping[str, Any]) -> Drawn:
+    """Image `number` of a prompt, where it belongs."""
+    path = folder / f"{prompt_index:05d}" / SAMPLES / f"{number:04d}.png"
+    return Drawn(path, prompt_index, number, metadata)
 
 
 def pinned(target: Target, how: How) -> dict[str, Any]:

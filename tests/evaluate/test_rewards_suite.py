@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from agsm_rl.attachment import save_adapters
 from agsm_rl.cli import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.rewards import RewardsResult, parse_rewards
@@ -82,6 +83,35 @@ def test_two_models_are_drawn_on_the_same_prompts_and_noise(command, tmp_path, t
         assert content["rewards"][label]["win_rate"]["score"] == 0.5
     for picture in (tmp_path / "im").glob("0*/samples/*.png"):
         assert picture.read_bytes() == (tmp_path / "im/against" / picture.relative_to(tmp_path / "im")).read_bytes()
+
+
+def test_a_model_is_drawn_for_the_prompts_of_a_folder_that_it_is_compared_with(command, tmp_path, tiny_checkpoint):
+    how = ("--suite", "rewards", "--reward", "brightness", "--json", "e.json")
+    (tmp_path / "mine.txt").write_text("a red star\na blue circle\n")
+    drawing = ("--prompts", "mine.txt", "--num-steps", 1, "--seed", 7, "--guidance", 2, "--num-images", 3)
+    assert command(tiny_checkpoint, *how, *drawing, "--images", "im").exit_code == 0
+    result = command("im", *how, "--against", tiny_checkpoint)
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert content["same_noise"] is True and content["other"]["num_images"] == 3
+    assert content["rewards"]["brightness"]["difference"]["value"] == 0
+
+
+def test_the_base_of_a_run_is_compared_with_it(command, tmp_path, tiny_checkpoint, make_policy):
+    policy = make_policy()
+    for parameter in policy.parameters().values():
+        parameter.data.add_(0.5)
+    save_adapters(policy.adapters, tmp_path / "adapter", metadata={})
+    (tmp_path / "mine.txt").write_text("a red star\na blue circle\n")
+    how = ("--suite", "rewards", "--reward", "brightness", "--prompts", "mine.txt", "--num-steps", 2)
+    result = command("adapter", "--base", tiny_checkpoint, *how, "--compare", "--images", "im", "--json", "e.json")
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert content["same_noise"] is True and content["difference"]["overall"]["value"] != 0
+    assert content["base"]["drawing"]["adapters"] == {} != content["drawing"]["adapters"]
+    plain = command(tiny_checkpoint, *how, "--json", "plain.json")
+    assert plain.exit_code == 0, plain.output
+    assert json.loads((tmp_path / "plain.json").read_text())["images"] == content["base"]["images"]
 
 
 def test_more_images_than_prompts_are_further_images_of_them(command, tmp_path, tiny_checkpoint):
