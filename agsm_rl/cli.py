@@ -249,8 +249,8 @@ def evaluate(
     from agsm_rl.evaluate_target import evaluate_target
     from agsm_rl.target import open_target
 
-    backbone = {"dtype": dtype} if dtype else {}
-    keeps = images or shard or against or resolution or is_image_folder(Path(target)) or target.endswith(".jsonl")
+    backbone = {key: value for key, value in (("dtype", dtype), ("resolution", resolution)) if value is not None}
+    keeps = images or shard or against or is_image_folder(Path(target)) or target.endswith(".jsonl")
     if suite == "shapes" and not keeps:
         opened = open_target(target, base=base, options=backbone)
         how = {"seed": seed, "guidance": guidance, "num_steps": num_steps, "split": split or "held_out"}
@@ -259,7 +259,7 @@ def evaluate(
     options = Options(
         images=images,
         num_images=num_images,
-        how=How(seed, guidance, num_steps, resolution, batch_size),
+        how=How(seed, guidance, num_steps, batch_size),
         shard=shard,
         against=against,
         compare=compare,

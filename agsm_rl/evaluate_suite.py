@@ -170,15 +170,17 @@ class _Work:
         else:
             # Not two models in memory.
             self.target = None
-            self.target = open_target(target, base=self._base(target), options=self._backbone())
+            resolution = (like.drawing or {}).get("resolution") if like is not None else None
+            self.target = open_target(target, base=self._base(target), options=self._backbone(resolution))
         drawing = draw_images(wanted, place, self.target, how, self.shard, console=self.console)
         return _Found(self.target.name, wanted, drawing, folder=place if self.options.images else None)
 
     def _base(self, target: str) -> str | None:
         return self.options.base if target != self.options.against else None
 
-    def _backbone(self) -> dict[str, Any]:
-        return self.options.backbone | ({"device": str(self.state.device)} if self.state is not None else {})
+    def _backbone(self, resolution: int | None) -> dict[str, Any]:
+        found = ({"resolution": resolution} if resolution else {}) | self.options.backbone
+        return found | ({"device": str(self.state.device)} if self.state is not None else {})
 
     def _measure(self, images: list[Drawn]) -> None:
         own = self.shard.of(images)
@@ -230,7 +232,6 @@ def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
         seed=drawing.get("seed", how.seed),
         guidance=drawing.get("guidance") if how.guidance is None else how.guidance,
         num_steps=how.num_steps or drawing.get("num_steps"),
-        resolution=how.resolution or drawing.get("resolution"),
         batch_size=how.batch_size,
     )
 

@@ -26,6 +26,8 @@ from agsm_rl.target import Target
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"
+ELSEWHERE = ("device", "dtype", "resolution", "gradient_checkpointing", "local_files_only")
+"""Options of a backbone that are pinned under their own names, or change no image."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class How:
     seed: int = 0
     guidance: float | None = None
     num_steps: int | None = None
-    resolution: int | None = None
     batch_size: int = 8
 
 
@@ -86,12 +87,13 @@ def pinned(target: Target, how: How) -> dict[str, Any]:
         json.dumps(
             {
                 "target": target.name,
-                "backbone": {key: value for key, value in target.block.items() if key != "device"},
+                "backbone": {key: value for key, value in target.block.items() if key not in ELSEWHERE},
                 "adapters": {file.name: sha256(file) for file in target.files},
                 "seed": how.seed,
                 "guidance": target.guidance if how.guidance is None else how.guidance,
                 "num_steps": how.num_steps or target.num_steps,
-                "resolution": how.resolution or target.backbone.resolution,
+                "resolution": target.backbone.resolution,
+                "call_options": target.backbone.call_options,
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
                 "scheduler": scheduler,
                 "device": target.backbone.device.type,
@@ -125,12 +127,11 @@ def draw_images(
         for start in range(0, len(missing), how.batch_size):
             part = missing[start : start + how.batch_size]
             images = draw(
-                target.backbone.pipeline,
+                target.backbone,
                 [item.prompt for item in part],
                 [seed_of(how.seed, item.prompt_index, item.number) for item in part],
                 guidance=settings["guidance"],
                 num_steps=settings["num_steps"],
-                resolution=settings["resolution"],
                 batch_size=how.batch_size,
             )
             for item, image in zip(part, images, strict=True):

@@ -36,9 +36,9 @@ def drawn_prompts(monkeypatch):
     """What is really drawn, in order."""
     found = []
 
-    def spy(pipeline, prompts, seeds, **how):
+    def spy(backbone, prompts, seeds, **how):
         found.extend(zip(prompts, seeds, strict=True))
-        return real(pipeline, prompts, seeds, **how)
+        return real(backbone, prompts, seeds, **how)
 
     real = draw_folder.draw
     monkeypatch.setattr(draw_folder, "draw", spy)
@@ -98,13 +98,21 @@ def test_images_that_are_there_are_not_drawn_again_and_torn_or_missing_ones_are(
         (How(seed=5, num_steps=2, guidance=2.0), "seed = 4, now it is 5"),
         (How(seed=4, num_steps=3, guidance=2.0), "num_steps"),
         (How(seed=4, num_steps=2, guidance=1.0), "guidance"),
-        (How(seed=4, num_steps=2, guidance=2.0, resolution=32), "resolution"),
     ],
 )
 def test_a_folder_is_not_gone_on_with_by_other_options(target, tmp_path, how, word):
     draw(target, tmp_path)
     with pytest.raises(UserError, match=word):
         draw(target, tmp_path, how=how)
+
+
+def test_a_folder_is_not_gone_on_with_at_another_resolution(target, tiny_checkpoint, tmp_path):
+    draw(target, tmp_path, num_images=1)
+    larger = open_target(str(tiny_checkpoint), options={"device": "cpu", "resolution": 32})
+    with pytest.raises(UserError, match="resolution = 16, now it is 32"):
+        draw(larger, tmp_path, num_images=1)
+    draw(larger, tmp_path / "larger", num_images=1)
+    assert Image.open(tmp_path / "larger/00000/samples/0000.png").size == (32, 32)
 
 
 def test_a_folder_of_another_tool_or_of_other_prompts_is_not_drawn_into(target, tmp_path):
