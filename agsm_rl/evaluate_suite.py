@@ -57,6 +57,8 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
         if options.against or options.compare:
             other = work.on(options.against, place / ("against" if options.against else "base"), like=found)
         work.wait()
+        if not work.gathers and options.shard is None:
+            return {}
         if not work.gathers:
             folder = options.images or target
             work.console.print(
@@ -92,7 +94,7 @@ class _Work:
     shard: Shard
     gathers: bool
     console: Console
-    state: Any = None
+    processes: Any = None
     target: Target | None = None
 
     @staticmethod
@@ -102,19 +104,19 @@ class _Work:
             return _Work(suite, options, Shard.parse(options.shard), False, Console(stderr=True))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return _Work(suite, options, Shard(), True, Console(stderr=True))
-        from accelerate import PartialState
+        from accelerate import Accelerator
 
         if options.images is None:
             raise UserError("--images: several processes need a folder to share; name one.")
-        state = PartialState()
-        main = state.is_main_process
-        shard = Shard(state.process_index, state.num_processes)
-        return _Work(suite, options, shard, main, Console(stderr=True, quiet=not main), state)
+        processes = Accelerator()
+        main = processes.is_main_process
+        shard = Shard(processes.process_index, processes.num_processes)
+        return _Work(suite, options, shard, main, Console(stderr=True, quiet=not main), processes)
 
     def wait(self) -> None:
         """For the other processes, where there are any."""
-        if self.state is not None:
-            self.state.wait_for_everyone()
+        if self.processes is not None:
+            self.processes.wait_for_everyone()
 
     def on(self, target: str | None, place: Path, *, like: _Found | None = None) -> _Found:
         """Have this share of a target's images drawn and measured; None is the base of the target before.
@@ -180,7 +182,7 @@ class _Work:
 
     def _backbone(self, resolution: int | None) -> dict[str, Any]:
         found = ({"resolution": resolution} if resolution else {}) | self.options.backbone
-        return found | ({"device": str(self.state.device)} if self.state is not None else {})
+        return found | ({"device": str(self.processes.device)} if self.processes is not None else {})
 
     def _measure(self, images: list[Drawn]) -> None:
         own = self.shard.of(images)
