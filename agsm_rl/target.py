@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agsm_rl.attachment import Handle, attach, find_exports, read_export
+from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
 from agsm_rl.build import build_backbone
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
@@ -26,34 +27,46 @@ class Target:
     handle: Handle | None
     guidance: float
     num_steps: int
+    name: str = ""
+    """As it was given."""
+    block: Mapping[str, Any] = field(default_factory=dict)
+    """The backbone's options."""
+    files: tuple[Path, ...] = ()
+    """Of its adapters."""
 
 
-def open_target(target: str, *, base: str | None = None) -> Target:
-    """Load a run folder, an adapter file or folder (`base` overrules the base that it names), or a base."""
-    path = Path(target)
+def open_target(target: str, *, base: str | None = None, options: Mapping[str, Any] | None = None) -> Target:
+    """Load a run folder, an adapter file or folder (`base` overrules the base that it names), or a base.
+
+    A LoRA that is not of ours (as diffusers and PEFT write it) goes with a `base`. options: of the backbone, over the
+    run's own (dtype, device, …).
+    """
+    path, more = Path(target), dict(options or {})
     if (path / "recipe.yaml").is_file():
-        return _open_run(path, base)
+        return _open_run(path, base, more)
     if path.suffix == ".safetensors" or (path.is_dir() and not (path / "model_index.json").is_file()):
-        return _open_adapter(path, base)
+        return _open_adapter(path, base, more)
     if base is not None:
         raise UserError(
             f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter."
         )
-    return _opened({"use": "stable_diffusion", "checkpoint": target}, where=target)
+    return _opened({"use": "stable_diffusion", "checkpoint": target} | more, where=target)
 
 
-def _open_run(path: Path, base: str | None) -> Target:
+def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     recipe = read_yaml(path / "recipe.yaml")
-    block = dict(recipe.get("backbone") or {}) | ({"checkpoint": base} if base else {})
-    found = _opened(block, where=str(path / "recipe.yaml"), adapter=path)
+    block = dict(recipe.get("backbone") or {}) | ({"checkpoint": base} if base else {}) | more
+    found = _opened(block, where=str(path / "recipe.yaml"), name=str(path), adapter=path)
     drawing = recipe.get("sample") or {}
     found.guidance = float(drawing.get("guidance", found.guidance))
     found.num_steps = int(drawing.get("num_steps", found.num_steps))
     return found
 
 
-def _open_adapter(path: Path, base: str | None) -> Target:
+def _open_adapter(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     files = find_exports(path)
+    if base and len(files) == 1 and _is_foreign(files[0]):
+        return _opened({"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])} | more, where=str(path))
     _, metadata = read_export(files[0])
     checkpoint = base or metadata.get("checkpoint")
     if not checkpoint:
@@ -61,15 +74,21 @@ def _open_adapter(path: Path, base: str | None) -> Target:
             f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder)."
         )
     block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
-    return _opened(block, where=str(path), adapter=path)
+    return _opened(block | more, where=str(path), adapter=path)
 
 
-def _opened(block: dict[str, Any], *, where: str, adapter: Path | None = None) -> Target:
+def _is_foreign(file: Path) -> bool:
+    """True for a LoRA as diffusers and PEFT write it, without our metadata."""
+    tensors, metadata = read_safetensors(file)
+    return "kind" not in metadata and any(".lora" in name for name in tensors)
+
+
+def _opened(block: dict[str, Any], *, where: str, name: str = "", adapter: Path | None = None) -> Target:
     # Exports are looked for before the base is loaded, which takes long for a large one.
-    if adapter is not None:
-        find_exports(adapter)
+    lora = Path(block.get("lora") or "")
+    files = find_exports(adapter) if adapter is not None else [lora] if lora.is_file() else []
     parts = Parts(where=where)
     backbone = build_backbone(parts.complete("backbones", Block.model_validate(block), "backbone"), parts=parts)
     handle = attach(backbone.pipeline, adapter) if adapter is not None else None
     guidance, num_steps = BUILTIN_DRAWING if str(block["checkpoint"]).startswith("builtin:") else backbone.drawing
-    return Target(backbone, handle, guidance, num_steps)
+    return Target(backbone, handle, guidance, num_steps, name=name or where, block=block, files=tuple(files))

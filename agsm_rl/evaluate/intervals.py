@@ -2,18 +2,21 @@
 
 Shares: Wilson (statsmodels). Paired differences: Agresti and Min, Statistics in Medicine 2005 (the normal interval
 after half an observation is added to each of the four cells, so that it does not collapse when no verdict changed).
-Means over tags: the tags' intervals combined (Zou and Donner, Statistics in Medicine 2008).
+Means over tags: the tags' intervals combined (Zou and Donner, Statistics in Medicine 2008). Means of scores: bootstrap
+over prompts (scipy), because the images of one prompt resemble each other.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import bootstrap, norm
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
+BATCH = 500
+"""Bootstrap samples drawn at a time; only the memory depends on it."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,60 @@ def mean_of(parts: Sequence[Interval]) -> Interval:
     below = float(np.linalg.norm([part.value - part.low for part in parts])) / len(parts)
     above = float(np.linalg.norm([part.high - part.value for part in parts])) / len(parts)
     return Interval(value, value - below, value + above)
+
+
+def mean_over_prompts(values: Sequence[float]) -> Interval:
+    """The mean of one value a prompt, with its bias-corrected and accelerated bootstrap interval over prompts.
+
+    The interval is NaN for a single prompt: there is nothing to tell the spread from.
+    """
+    data = np.asarray(values, dtype=float)
+    if not len(data):
+        raise ValueError("a mean of no prompts")
+    value = float(data.mean())
+    if len(data) == 1:
+        return Interval(value, float("nan"), float("nan"))
+    if np.ptp(data) == 0:
+        return Interval(value, value, value)
+    found = bootstrap((data,), np.mean, confidence_level=CONFIDENCE, batch=BATCH, rng=np.random.default_rng(0))
+    return Interval(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def mean_of_groups(groups: Sequence[Sequence[float]]) -> Interval:
+    """The mean of the groups' means (GenEval's overall score), by bootstrap over the prompts within each group.
+
+    NaN bounds where a group has a single prompt.
+    """
+    data = [np.asarray(group, dtype=float) for group in groups]
+    value = float(np.mean([group.mean() for group in data]))
+    if min(len(group) for group in data) < 2:
+        return Interval(value, float("nan"), float("nan"))
+
+    def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([part.mean(axis=axis) for part in parts], axis=0)
+
+    found = bootstrap(
+        data,
+        statistic,
+        method="percentile",
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        batch=BATCH,
+        rng=np.random.default_rng(0),
+    )
+    return Interval(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """The share of images scored above the other's image of the same prompt and noise; a tie is half a win.
+
+    Scores of each prompt's images, paired. The interval is Wilson's with a prompt as the unit: a prompt whose images
+    win and lose counts in part, which makes it wide rather than narrow.
+    """
+    shares = []
+    for own, other in zip(ours, theirs, strict=True):
+        pairs = np.asarray(own, dtype=float) - np.asarray(other, dtype=float)
+        shares.append(float(np.mean((np.sign(pairs) + 1) / 2)))
+    low, high = proportion_confint(sum(shares), len(shares), alpha=1 - CONFIDENCE, method="wilson")
+    value = float(np.mean(shares))
+    return Interval(value, min(float(low), value), max(float(high), value))

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from agsm_rl.evaluate.intervals import Interval, mean_of, paired_difference, wilson
+from agsm_rl.evaluate.intervals import (
+    Interval,
+    mean_of,
+    mean_of_groups,
+    mean_over_prompts,
+    paired_difference,
+    wilson,
+    win_rate,
+)
 
 
 def test_wilson_gives_the_textbook_interval() -> None:
@@ -83,3 +91,29 @@ def test_the_mean_of_equal_tags_is_narrower_than_each_by_the_root_of_their_numbe
     part = Interval(0.5, 0.4, 0.7)
     mean = mean_of([part] * 4)
     assert (mean.value, mean.low, mean.high) == pytest.approx((0.5, 0.45, 0.6))
+
+
+def test_a_bootstrap_interval_of_a_mean_is_near_the_normal_one_and_the_same_each_time() -> None:
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    found = mean_over_prompts(list(values))
+    reach = 1.96 * values.std() / 20
+    assert (found.low, found.high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.015)
+    assert mean_over_prompts(list(values)) == found
+
+
+def test_one_prompt_has_a_mean_and_no_interval() -> None:
+    found = mean_over_prompts([0.5])
+    assert found.value == 0.5 and np.isnan(found.low) and np.isnan(found.high)
+    assert np.isnan(mean_of_groups([[0.5], [1.0, 0.0]]).low)
+
+
+def test_groups_weigh_alike_whatever_their_size_and_only_their_own_prompts_are_drawn() -> None:
+    found = mean_of_groups([[1.0] * 50, [0.0, 1.0, 0.0, 1.0]])
+    assert found.value == 0.75
+    assert 0.5 <= found.low < 0.75 < found.high <= 1.0
+
+
+def test_a_tie_is_half_a_win_and_winning_always_still_leaves_doubt() -> None:
+    assert win_rate([[1.0], [2.0]], [[1.0], [1.0]]).value == 0.75
+    always = win_rate([[1.0, 2.0]] * 10, [[0.0, 0.0]] * 10)
+    assert always.value == always.high == 1 and 0.6 < always.low < 0.8

@@ -1,0 +1,85 @@
+"""From the options of `agsm-rl eval` to the suite that they describe; what does not go together is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.evaluate.suite import Suite
+
+SUITES = ("shapes", "geneval", "rewards", "fid")
+# Options of single suites: the option's name, and the suites that it goes with.
+GOES_WITH = {
+    "split": ("shapes",),
+    "detector": ("geneval",),
+    "classifier": ("geneval",),
+    "reward": ("rewards",),
+    "rewards_file": ("rewards",),
+    "prompts": ("rewards", "fid"),
+    "prompt_column": ("rewards", "fid"),
+    "prompt_split": ("rewards", "fid"),
+    "reference": ("fid",),
+    "inception": ("fid",),
+}
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """The options of single suites, None (or empty) where they are not given."""
+
+    split: str | None = None
+    detector: str | None = None
+    classifier: str | None = None
+    reward: tuple[str, ...] = ()
+    rewards_file: Path | None = None
+    prompts: str | None = None
+    prompt_column: str | None = None
+    prompt_split: str | None = None
+    reference: Path | None = None
+    inception: Path | None = None
+
+    def check(self, suite: str) -> None:
+        """UserError for an unknown suite, or an option that is none of its."""
+        if suite not in SUITES:
+            raise unknown_name("--suite", suite, "a suite", SUITES)
+        for name, suites in GOES_WITH.items():
+            if getattr(self, name) and suite not in suites:
+                option = "--rewards" if name == "rewards_file" else "--" + name.replace("_", "-")
+                raise UserError(f"{option}: it goes with --suite {' or '.join(suites)}, not with {suite}.")
+
+
+def make_suite(
+    suite: str, given: SuiteOptions, *, num_images: int | None, seed: int, allow_imports: Collection[str] = ()
+) -> Suite:
+    """The suite; UserError for options that it cannot be made from."""
+    given.check(suite)
+    if suite == "geneval":
+        from agsm_rl.evaluate.geneval import CLASSIFIER, DETECTOR, GenEval
+
+        return GenEval(detector=given.detector or DETECTOR, classifier=given.classifier or CLASSIFIER)
+    if suite == "rewards":
+        from agsm_rl.evaluate.rewards import Rewards, parse_rewards
+
+        specs = parse_rewards(given.reward, given.rewards_file, allow_imports=allow_imports)
+        return Rewards(specs, _prompts(given, num_images), allow_imports=allow_imports)
+    if suite == "fid":
+        from agsm_rl.evaluate.fid import FID
+
+        if given.reference is None:
+            raise UserError("--suite fid: give the folder of real images to compare with by --reference.")
+        return FID(given.reference, _prompts(given, num_images), weights=given.inception)
+    from agsm_rl.evaluate.shapes_images import Shapes
+
+    return Shapes(split=given.split or "held_out", num_images=num_images or 600, seed=seed)
+
+
+def _prompts(given: SuiteOptions, num_images: int | None) -> Mapping[int, Mapping[str, Any]]:
+    """The prompts; none where the target is a folder of images, which has its own."""
+    from agsm_rl.evaluate.prompts import read_prompts
+
+    if given.prompts is None:
+        return {}
+    return read_prompts(given.prompts, column=given.prompt_column, split=given.prompt_split, limit=num_images)

@@ -1,0 +1,57 @@
+"""Figures of a suite as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.evaluate.shapes import Scores
+
+
+def interval_json(part: Interval) -> dict[str, float | None]:
+    """score, low and high; null for a bound that cannot be had."""
+    return {"score": part.value, "low": _or_null(part.low), "high": _or_null(part.high)}
+
+
+def plain_table(title: str, columns: Sequence[str]) -> Table:
+    """A table that fits 80 columns; the first column is text, the others are figures."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return made
+
+
+def share_table(
+    title: str, scores: Sequence[Scores], changes: tuple[Interval, dict[str, Interval]] | None = None
+) -> Table:
+    """Shares in percent, a row a tag and one for their mean; of two targets with their difference."""
+    columns = ("other", "this", "difference") if changes else ("score",)
+    made = plain_table(title, ("tag", "n", *columns))
+    for tag, (_, total) in scores[-1].counts.items():
+        cells = [percent(part.tags[tag]) for part in scores] + ([percent(changes[1][tag], "+")] if changes else [])
+        made.add_row(tag, str(total), *cells)
+    made.add_section()
+    total = sum(count for _, count in scores[-1].counts.values())
+    cells = [percent(part.overall) for part in scores] + ([percent(changes[0], "+")] if changes else [])
+    made.add_row("mean", str(total), *cells, style="bold")
+    return made
+
+
+def percent(part: Interval, sign: str = "") -> str:
+    """45.0 [40.1 49.9]"""
+    return f"{100 * part.value:{sign}.1f} \\[{100 * part.low:{sign}.1f} {100 * part.high:{sign}.1f}]"
+
+
+def number(part: Interval, sign: str = "") -> str:
+    """0.2513 [0.2401 0.2622]"""
+    if math.isnan(part.low):
+        return f"{part.value:{sign}.4g}"
+    return f"{part.value:{sign}.4g} \\[{part.low:{sign}.4g} {part.high:{sign}.4g}]"
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
