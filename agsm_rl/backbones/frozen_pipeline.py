@@ -104,6 +104,10 @@ class FrozenPipeline:
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        # Those that `pipe.load_lora_weights` has a place for: the CLIPs.
+        names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
+        found = {name: getattr(pipeline, name, None) for name in names}
+        self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
         config = self.denoiser.config
         factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
         self.resolution = resolution or config.sample_size * factor
