@@ -81,7 +81,7 @@ class Backbone(Protocol):
     device: torch.device
     adapters: list[Adapter]
     """Those that are attached; they enter and leave the list themselves."""
-    text_encoders: Mapping[str, nn.Module]
+    text_encoders: dict[str, nn.Module]
     """The pipeline's text encoders that a LoRA can change, by their names in it; not SD3's T5."""
 
     @property

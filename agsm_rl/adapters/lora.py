@@ -7,7 +7,7 @@ layer returns its base layer's output untouched, and adapters of other people's 
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Self
 
@@ -160,7 +160,7 @@ class LoRA:
         if self._backbone is None:
             return
         self._switch(None)
-        for part, model in self._models.items():
+        for model in self._models.values():
             _delete(model, self._names)
         self._backbone.adapters.remove(self)
         self._backbone, self._layers, self._models = None, {}, {}
@@ -265,7 +265,7 @@ def _ends_with(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _free_name(bank: str, taken: Mapping[str, Any]) -> str:
+def _free_name(bank: str, taken: Collection[str]) -> str:
     number = 1
     while (name := bank if number == 1 else f"{bank}_{number}") in taken:
         number += 1
