@@ -64,6 +64,9 @@ HostOption = Annotated[
 ]
 BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+BankOption = Annotated[
+    Literal["positive", "negative"], typer.Option(help="negative: draw with ψ⁻, the paper's ablation.")
+]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, help="Sampling steps.")]
 
 
@@ -148,6 +151,7 @@ def sample(
     out: Annotated[Path, typer.Option("-o", help="Folder for the pictures.")] = Path("samples"),
     guidance: GuidanceOption = None,
     num_steps: StepsOption = None,
+    bank: BankOption = "positive",
     base: BaseOption = None,
 ) -> None:
     """Draw pictures."""
@@ -158,14 +162,15 @@ def sample(
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; give a folder.")
     opened = open_target(target, base=base)
-    images = draw(
-        opened.backbone,
-        [prompt] * number,
-        [seed + index for index in range(number)],
-        guidance=opened.guidance if guidance is None else guidance,
-        num_steps=num_steps or opened.num_steps,
-        batch_size=8,
-    )
+    with opened.using(bank):
+        images = draw(
+            opened.backbone,
+            [prompt] * number,
+            [seed + index for index in range(number)],
+            guidance=opened.guidance if guidance is None else guidance,
+            num_steps=num_steps or opened.num_steps,
+            batch_size=8,
+        )
     for index, image in enumerate(images):
         path = out / f"seed-{seed + index}.png"
         write_picture(to_picture(image), path)
@@ -182,6 +187,7 @@ def evaluate(
     guidance: GuidanceOption = None,
     num_steps: StepsOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    bank: BankOption = "positive",
     compare: Annotated[bool, typer.Option("--compare", help="Also the base, on the same prompts and noise.")] = False,
     base: BaseOption = None,
 ) -> None:
@@ -197,7 +203,7 @@ def evaluate(
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}.")
     _without_loading_bars()
     how = {"num_images": num_images, "split": split, "seed": seed, "guidance": guidance, "num_steps": num_steps}
-    evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
+    evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, bank=bank, **how)
 
 
 @app.command()
@@ -318,7 +324,7 @@ def convert(
     """Convert adapters from and to the files that their authors and other tools use."""
     from agsm_rl.convert import convert as convert_adapter
 
-    for file in convert_adapter(source, out, to):
+    for file in convert_adapter(source, out, to, tell=lambda line: typer.echo(line, err=True)):
         typer.echo(str(file))
 
 
