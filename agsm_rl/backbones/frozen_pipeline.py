@@ -26,6 +26,7 @@ class FrozenPipeline:
     unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
     config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
+        Text encoders that an SD3 file leaves out are taken from there too.
     t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
