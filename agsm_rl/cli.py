@@ -64,6 +64,9 @@ HostOption = Annotated[
 ]
 BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+BankOption = Annotated[
+    Literal["positive", "negative"], typer.Option(help="negative: draw with ψ⁻, the paper's ablation.")
+]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, help="Sampling steps.")]
 
 
@@ -148,6 +151,7 @@ def sample(
     out: Annotated[Path, typer.Option("-o", help="Folder for the pictures.")] = Path("samples"),
     guidance: GuidanceOption = None,
     num_steps: StepsOption = None,
+    bank: BankOption = "positive",
     base: BaseOption = None,
 ) -> None:
     """Draw pictures."""
@@ -158,14 +162,15 @@ def sample(
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; give a folder.")
     opened = open_target(target, base=base)
-    images = draw(
-        opened.backbone,
-        [prompt] * number,
-        [seed + index for index in range(number)],
-        guidance=opened.guidance if guidance is None else guidance,
-        num_steps=num_steps or opened.num_steps,
-        batch_size=8,
-    )
+    with opened.using(bank):
+        images = draw(
+            opened.backbone,
+            [prompt] * number,
+            [seed + index for index in range(number)],
+            guidance=opened.guidance if guidance is None else guidance,
+            num_steps=num_steps or opened.num_steps,
+            batch_size=8,
+        )
     for index, image in enumerate(images):
         path = out / f"seed-{seed + index}.png"
         write_picture(to_picture(image), path)
@@ -196,6 +201,7 @@ def evaluate(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the base's weights.")
     ] = None,
+    bank: BankOption = "positive",
     compare: Annotated[bool, typer.Option("--compare", help="Also the base, on the same prompts and noise.")] = False,
     against: Annotated[
         str | None, typer.Option(metavar="TARGET", help="Also this target, on the same prompts and noise.")
@@ -254,8 +260,10 @@ def evaluate(
     if suite == "shapes" and not keeps:
         opened = open_target(target, base=base, options=backbone)
         how = {"seed": seed, "guidance": guidance, "num_steps": num_steps, "split": split or "held_out"}
-        evaluate_target(opened, compare=compare, json_file=json_file, num_images=num_images or 600, **how)
+        evaluate_target(opened, compare=compare, json_file=json_file, bank=bank, num_images=num_images or 600, **how)
         return
+    if bank != "positive":
+        raise UserError(f"--bank {bank}: goes with --suite shapes, without --images, --shard and --against.")
     options = Options(
         images=images,
         num_images=num_images,
@@ -388,7 +396,7 @@ def convert(
     """Convert adapters from and to the files that their authors and other tools use."""
     from agsm_rl.convert import convert as convert_adapter
 
-    for file in convert_adapter(source, out, to):
+    for file in convert_adapter(source, out, to, tell=lambda line: typer.echo(line, err=True)):
         typer.echo(str(file))
 
 

@@ -12,6 +12,7 @@ LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our
 
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,10 @@ NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens
 """A form's files: tokens, and time rows. Published ones may have a prefix, as in `sd1.5_dc_tokens.pth`."""
 
 
-def convert(source: Path, out: Path, form: Form | None = None) -> list[Path]:
-    """Write `source` to `out` in another form, and return the files.
+def convert(
+    source: Path, out: Path, form: Form | None = None, *, tell: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """Write `source` to `out` in another form, and return the files. `tell` is given what a reader should know.
 
     form `agsm-rl`: from published token files (the tokens', or their folder), or from a .safetensors file in kohya's
     form, to a .safetensors file for `attach`; a LoRA's goes into `pipe.load_lora_weights` too.
@@ -48,6 +51,9 @@ def convert(source: Path, out: Path, form: Form | None = None) -> list[Path]:
             tensors, metadata = read_kohya(source)
         else:
             tensors = read_published(source)
+            if "time_tokens" not in tensors:
+                file, published = _tokens_file(source)
+                tell(f"{file}: has no {_times_file(file, published).name} beside it; converted without time rows.")
             base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
             metadata = describe_tokens(tensors, base=base) | {"name": "tokens"}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
         wanted = "(n, D) or (L, n, D)" if form == "softrepa" else "(banks, n, D) or (banks, L, n, D), banks 1 or 2"
         raise UserError(f"{file}: a tensor of shape {tuple(tokens.shape)}; {wanted} is wanted.")
     found = {"soft_tokens": banks}
-    times = file.with_name(file.name.removesuffix(NAMES[form][0]) + NAMES[form][1])
+    times = _times_file(file, form)
     if times.is_file():
         layers = banks.shape[1] if banks.ndim == 4 else 1
         table = (TIME_ROWS, layers * banks.shape[-1])
@@ -109,6 +115,10 @@ def _tokens_file(path: Path) -> tuple[Path, Literal["agsm", "softrepa"]]:
             f"{' or '.join(NAMES[form][0] for form in forms)}, or a folder with one."
         )
     return found[0]
+
+
+def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
+    return tokens.with_name(tokens.name.removesuffix(NAMES[form][0]) + NAMES[form][1])
 
 
 def _read(file: Path) -> Tensor:

@@ -20,7 +20,7 @@ from agsm_rl.watching import measure, to_json
 def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:
     """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise.
 
-    `how`: num_images, split, seed, guidance and num_steps, the last two the target's own where None.
+    `how`: num_images, split, bank, seed, guidance and num_steps, the last two the target's own where None.
     """
     own = {"guidance": target.guidance, "num_steps": target.num_steps}
     try:
@@ -30,7 +30,8 @@ def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **
     if compare and target.handle is None:
         raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")
     guidance = options.guidance[0]
-    found = measure(target.backbone, options, guidance, {})
+    with target.using(options.bank):
+        found = measure(target.backbone, options, guidance, {})
     if compare and target.handle is not None:
         target.handle.detach()
         base = measure(target.backbone, options, guidance, {})

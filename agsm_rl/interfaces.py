@@ -24,27 +24,38 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Cond:
-    """Encoded prompts, a row each: `embeds` [B, S, D] and, for backbones that use one, `pooled` [B, D']."""
+    """Encoded prompts, a row each: `embeds` [B, S, D] and, for backbones that use one, `pooled` [B, D'].
+
+    `prompts`, a row each too, are what they were encoded from: where an adapter changes the text encoders, a policy
+    encodes them anew for each of its predictions. Left out, the text stays as it is.
+    """
 
     embeds: Tensor
     pooled: Tensor | None = None
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def __getitem__(self, rows: Tensor | slice | list[int]) -> Cond:
-        return Cond(self.embeds[rows], None if self.pooled is None else self.pooled[rows])
+        pooled = None if self.pooled is None else self.pooled[rows]
+        if not self.prompts:
+            return Cond(self.embeds[rows], pooled)
+        numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
+        return Cond(self.embeds[rows], pooled, tuple(self.prompts[number] for number in numbers.tolist()))
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
-        """The rows of all parts, one after another."""
+        """The rows of all parts, one after another; prompts only if every part has its own."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return Cond(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
+        known = all(len(part.prompts) == len(part) for part in parts)
+        prompts = tuple(prompt for part in parts for prompt in part.prompts) if known else ()
+        return Cond(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None, prompts)
 
     def expand(self, count: int) -> Cond:
         """A single row repeated `count` times, without copying."""
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return Cond(self.embeds.expand(count, -1, -1), pooled)
+        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count)
 
 
 class Sampler(Protocol):
@@ -70,6 +81,8 @@ class Backbone(Protocol):
     device: torch.device
     adapters: list[Adapter]
     """Those that are attached; they enter and leave the list themselves."""
+    text_encoders: dict[str, nn.Module]
+    """The pipeline's text encoders that a LoRA can change, by their names in it; not SD3's T5."""
 
     @property
     def drawing(self) -> tuple[float, int]:
@@ -81,8 +94,8 @@ class Backbone(Protocol):
         """What the pipeline must be told, beside prompts, to draw as `predict` predicts: the picture's size, …"""
         ...
 
-    def encode_text(self, prompts: list[str]) -> Cond:
-        """Encode prompts without gradients; "" is the unconditional prompt."""
+    def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
+        """Encode prompts; "" is the unconditional prompt. Gradients, where on, for adapters that change the text."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -117,6 +130,10 @@ class Adapter(Protocol):
     """The name under which a recipe asks for it and an exported file declares it."""
     bank: Bank | None
     """What predictions use at this moment; None while switched off or detached."""
+    banks: int
+    """1, which serves under both names, or 2."""
+    changes_text: bool
+    """Whether the bank in use has a say in how prompts are encoded."""
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:

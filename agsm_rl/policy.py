@@ -3,7 +3,7 @@
 The published AGSM trainer keeps a second denoiser for the EMA; a shadow of the adapters alone gives the same numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -13,6 +13,24 @@ from torch import Tensor, nn
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Bank, Cond
 from agsm_rl.randomness import Draw
+
+
+@contextmanager
+def using(adapters: Collection[Adapter], bank: Bank | None) -> Iterator[None]:
+    """Within the block, these adapters use this bank; None switches them off."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.using(bank))
+        yield
+
+
+def check_bank(bank: Bank, adapters: Collection[Adapter], *, where: str) -> None:
+    """UserError for the negative bank ψ⁻ where no adapter has two: it would be the positive one, unnoticed."""
+    if bank == "negative" and not any(adapter.banks == 2 for adapter in adapters):
+        raise UserError(
+            f"{where}: negative, but there is no adapter with a negative bank here; those trained with `banks: 2` have "
+            "one."
+        )
 
 
 class Policy:
@@ -45,32 +63,38 @@ class Policy:
 
     def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
         """The prediction being trained, [B, C, h, w]."""
-        with self._using(bank):
-            return self.backbone.predict(x_t, t, cond)
+        with self.using(bank):
+            return self._predict(x_t, t, cond)
 
     @torch.no_grad()
     def ema(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
         """The prediction under the EMA parameters; no gradient."""
-        with self.ema_weights(), self._using(bank):
-            return self.backbone.predict(x_t, t, cond)
+        with self.ema_weights(), self.using(bank):
+            return self._predict(x_t, t, cond)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The base model's prediction, all adapters off; no gradient."""
         with self.switched_off():
-            return self.backbone.predict(x_t, t, cond)
+            return self._predict(x_t, t, cond)
 
-    @contextmanager
-    def _using(self, bank: Bank | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            for adapter in self.adapters.values():
-                stack.enter_context(adapter.using(bank))
-            yield
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The backbone's prediction; the prompts are encoded anew where an adapter changes the text encoders."""
+        if any(adapter.changes_text for adapter in self.adapters.values()):
+            if len(cond.prompts) != len(cond):
+                raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
+            # `cond` was encoded by whichever bank was in use then, without gradients.
+            cond = self.backbone.encode_text(list(cond.prompts), gradients=True)
+        return self.backbone.predict(x_t, t, cond)
+
+    def using(self, bank: Bank | None) -> AbstractContextManager[None]:
+        """Within the block, all adapters use this bank; None switches them off."""
+        return using(self.adapters.values(), bank)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Within the block, the backbone is the base model, exactly."""
-        with self._using(None):
+        with self.using(None):
             yield
 
     @contextmanager

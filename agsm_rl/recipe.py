@@ -102,6 +102,7 @@ class Evaluate(Section):
 
     `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
     first guidance.
+    `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation.
     """
 
     suite: Literal["shapes"] = "shapes"
@@ -111,6 +112,7 @@ class Evaluate(Section):
     guidance: Annotated[list[float], Field(min_length=1)] = [3.0]
     num_steps: int = Field(20, ge=1)
     split: Literal["train", "validation", "held_out"] = "held_out"
+    bank: Literal["positive", "negative"] = "positive"
     seed: int = Field(0, ge=0)
     batch_size: int = Field(50, ge=1)
 

@@ -46,8 +46,13 @@ def resolve(recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[
     if recipe.evaluate is not None:
         done.evaluate = complete_evaluation(recipe.evaluate, parts)
     done.objectives = _complete_terms(done, parts)
-    for name, block in adapters.items():
-        parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed)
+    made = [
+        parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed) for name, block in adapters.items()
+    ]
+    if done.evaluate is not None:
+        from agsm_rl.policy import check_bank
+
+        check_bank(done.evaluate.bank, made, where=f"{where}: evaluate.bank")
     _check_terms(done, parts)
     _check_rest(done, parts)
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
 from agsm_rl.build import build_backbone
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone
+from agsm_rl.interfaces import Backbone, Bank
+from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe import Block
 from agsm_rl.recipe_file import read_yaml
 from agsm_rl.resolve import Parts
@@ -33,6 +35,12 @@ class Target:
     """The backbone's options."""
     files: tuple[Path, ...] = ()
     """Of its adapters."""
+
+    def using(self, bank: Bank) -> AbstractContextManager[None]:
+        """Draw with this bank within the block; UserError for the negative one where there is none."""
+        adapters = list(self.handle.adapters.values()) if self.handle else []
+        check_bank(bank, adapters, where="--bank")
+        return using(adapters, bank)
 
 
 def open_target(target: str, *, base: str | None = None, options: Mapping[str, Any] | None = None) -> Target:

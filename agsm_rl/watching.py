@@ -170,7 +170,7 @@ class Evaluation:
             if guidance not in self._base:
                 with trainer.policy.switched_off():
                     self._base[guidance] = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
-            with trainer.policy.exported(self.export):
+            with trainer.policy.exported(self.export), trainer.policy.using(self.options.bank):
                 trained = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
             found.append((self._base[guidance], trained))
             figures = trained.figures()
@@ -278,6 +278,7 @@ def to_json(
             entry |= {"base": base.to_json(), "difference": asdict(compare(base.result, trained.result))}
         entries.append(entry)
     how: dict[str, Any] = {"split": options.split, "seed": options.seed, "num_steps": options.num_steps}
+    how["bank"] = options.bank
     how |= {} if step is None else {"step": step}
     return entries[0] | how | ({"other_guidances": entries[1:]} if entries[1:] else {})
 

@@ -67,9 +67,17 @@ def test_softrepa_gets_the_positive_bank_and_pictures_are_the_same(exported, tmp
     assert torch.equal(draw(pipeline), wanted) and not torch.equal(wanted, base)
 
 
-def test_tokens_without_time_rows_are_one_file(tmp_path):
+def test_tokens_without_time_rows_are_one_file_and_the_command_says_so_in_a_line(tmp_path):
     torch.save(nn.Parameter(torch.ones(4, 32)), tmp_path / "sd1.5_dc_tokens.pth")
     assert list(read_published(tmp_path)) == ["soft_tokens"]
+    done = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "out.safetensors")])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out.safetensors'}\n")
+    assert done.stderr.splitlines() == [
+        f"{tmp_path / 'sd1.5_dc_tokens.pth'}: has no sd1.5_dc_t_tokens.pth beside it; converted without time rows."
+    ]
+    torch.save(nn.Embedding(100, 32), tmp_path / "sd1.5_dc_t_tokens.pth")
+    done = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "out.safetensors")])
+    assert (done.exit_code, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("base", "width"), BASES.items())
@@ -188,6 +196,39 @@ def test_kohya_s_lora_is_read_back_exactly_with_where_it_came_from(each_backbone
     torch.testing.assert_close(draw(pipeline), wanted, rtol=0, atol=1e-5)
 
 
+def test_text_encoders_go_through_kohya_s_form_and_back(each_backbone, each_checkpoint, tmp_path):
+    lora = LoRA(rank=2, alpha=3.0, banks=2, text_encoders=True)
+    lora.attach(each_backbone)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in lora.named_parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    (file,) = save_adapters({"lora": lora}, tmp_path / "adapter", metadata={})
+    out = tmp_path / "kohya.safetensors"
+    if hasattr(each_backbone.pipeline, "transformer"):
+        with pytest.raises(UserError, match="ComfyUI and diffusers take SD3's LoRA as it was exported"):
+            convert(file, out, "kohya")
+        return
+    convert(file, out, "kohya")
+    with safe_open(out, framework="pt") as content:
+        names = list(content.keys())
+    text = {name.partition("_text_model_")[0] for name in names if not name.startswith("lora_unet_")}
+    assert text == ({"lora_te1", "lora_te2"} if len(each_backbone.text_encoders) == 2 else {"lora_te"})
+    (back,) = convert(out, tmp_path / "back.safetensors")
+    before, after = read_export(file)[0], read_export(back)[0]
+    assert after.keys() == {name for name in before if not name.startswith("negative.")}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    wanted = draw(each_backbone.pipeline)
+    pipeline = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
+    base = draw(pipeline)
+    handle = attach(pipeline, back)
+    assert torch.equal(draw(pipeline), wanted) and not torch.allclose(wanted, base, rtol=0, atol=1e-3)
+    handle.detach()
+    for theirs in (out, back):
+        pipeline.load_lora_weights(theirs)
+        torch.testing.assert_close(draw(pipeline), wanted, rtol=0, atol=1e-5)
+        pipeline.unload_lora_weights()
+
+
 def kohya_layer(name, rank=2, **changes):
     down, up = torch.ones(rank, 2048), torch.ones(8, rank)
     parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(4.0)} | changes
@@ -209,6 +250,19 @@ def test_kohya_s_lora_may_have_sdxl_s_original_names_and_no_alpha(tmp_path):
     assert LoRA.from_export(found, metadata).alpha == 2
 
 
+def test_kohya_s_text_encoders_may_have_more_layers_than_attention(tmp_path):
+    layers = ["lora_te_text_model_encoder_layers_11_mlp_fc1", "lora_te_text_model_encoder_layers_1_self_attn_q_proj"]
+    save_file(kohya_layer(f"{MID}q") | kohya_layer(layers[0]) | kohya_layer(layers[1]), tmp_path / "kohya.safetensors")
+    convert(tmp_path / "kohya.safetensors", tmp_path / "out.safetensors")
+    found, metadata = read_export(tmp_path / "out.safetensors")
+    text = "text_encoder.text_model.encoder.layers."
+    assert {name for name in found if name.startswith("text_encoder")} == {
+        f"{text}{name}.lora_{part}.weight" for name in ("11.mlp.fc1", "1.self_attn.q_proj") for part in "AB"
+    }
+    lora = LoRA.from_export(found, metadata)
+    assert (lora.rank, lora.alpha, lora.changes_text) == (2, 4, True)
+
+
 MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
 
 
@@ -216,10 +270,9 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
     ("tensors", "message"),
     [
         ({}, "holds nothing"),
-        (
-            kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"),
-            "holds lora_te_text_model_",
-        ),
+        (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net in kohya's form.*holds lora_te_text_mod"),
+        (kohya_layer(f"{MID}q") | kohya_layer("lora_te3_encoder_block_0_layer_0_SelfAttention_q"), "holds lora_te3_"),
+        (kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_odd"), "finds no place for"),
         (kohya_layer(f"{MID}q", dora_scale=torch.ones(1)), f"holds {MID}q.*pipe.load_lora_weights"),
         ({f"{MID}q.lora_down.weight": torch.ones(2, 8)}, f"holds {MID}q"),
         (kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3), r"\[\(2, 4.0\), \(3, 4.0\)\]; one for all"),

@@ -1,20 +1,23 @@
-"""LoRA on the denoiser's attention through PEFT (arXiv 2106.09685); a bank is a named PEFT adapter.
+"""LoRA on the denoiser's attention, and on the text encoders' where asked, by PEFT (arXiv 2106.09685).
 
-Banks are switched by each layer's list of active adapters. With none of ours in it a layer returns its base layer's
-output untouched, and adapters of other people's on the same layers stay as they were.
+A bank is a named PEFT adapter. Banks are switched by each layer's list of active adapters. With none of ours in it a
+layer returns its base layer's output untouched, and adapters of other people's on the same layers stay as they were.
 """
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank
@@ -22,6 +25,9 @@ from agsm_rl.interfaces import Backbone, Bank
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
 # Tensors of the second bank stand under this prefix, which `pipe.load_lora_weights` passes over.
 NEGATIVE_PREFIX = "negative."
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""CLIP's attention projections, as in diffusers' own training scripts."""
+TEXT_PREFIX = "text_encoder"
 
 
 class LoRA:
@@ -29,7 +35,9 @@ class LoRA:
 
     rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts).
     banks: 1, which serves under both names; 2 gives the negative prompts their own.
-    target_modules: ends of module names; the attention projections, as in diffusers' scripts and in DDPO.
+    target_modules: ends of the denoiser's module names; the attention projections, as in diffusers' scripts and DDPO.
+    text_encoders: also the attention projections of the CLIPs, with the same rank and alpha; prompts are then encoded
+    anew for each prediction. SD3's T5 stays as it is: `pipe.load_lora_weights` has no place for a LoRA of it.
     seed: of the initial A, N(0, 1 / rank²).
     """
 
@@ -42,6 +50,7 @@ class LoRA:
         alpha: float | None = None,
         banks: int = 1,
         target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0"),
+        text_encoders: bool = False,
         seed: int = 0,
     ) -> None:
         if rank < 1:
@@ -50,8 +59,12 @@ class LoRA:
             raise UserError(f"lora.banks: {banks}; allowed: 1, 2.")
         self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks
         self.target_modules, self.seed = tuple(target_modules), seed
+        self.changes_text = text_encoders
         self.bank: Bank | None = None
         self._backbone: Backbone | None = None
+        self._text_of_export: dict[str, tuple[str, ...]] = {}
+        self._text_targets: dict[str, tuple[str, ...]] = {}
+        self._models: dict[str, Any] = {}
         self._layers: dict[str, Any] = {}
         self._names: list[str] = []
         self._active: str | None = None
@@ -60,37 +73,49 @@ class LoRA:
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
         """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
         ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+        configs: dict[str, dict[str, Any]] = defaultdict(dict)
         try:
-            config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
-            options = {name.rpartition(".")[2]: value for name, value in config.items()}
-            alpha, targets = options["lora_alpha"], tuple(options["target_modules"])
-        except (KeyError, ValueError, TypeError) as error:
+            for name, value in json.loads(metadata[LORA_ADAPTER_METADATA_KEY]).items():
+                part, _, option = name.partition(".")
+                configs[part][option] = value
+            targets = {part: tuple(config["target_modules"]) for part, config in configs.items()}
+            alphas = {config["lora_alpha"] for config in configs.values()}
+            (own,) = {*targets} & {"unet", "transformer"}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"LoRA: the file's metadata '{LORA_ADAPTER_METADATA_KEY}' is missing or broken.") from error
-        if len(ranks) != 1:
-            raise UserError(f"LoRA: the file's ranks are {sorted(ranks)}; one rank for all layers is supported.")
+        if len(ranks) != 1 or len(alphas) != 1:
+            raise UserError(
+                f"LoRA: the file's ranks are {sorted(ranks)}, its alphas {sorted(alphas)}; one of each for all layers "
+                "is supported."
+            )
         banks = 2 if any(name.startswith(NEGATIVE_PREFIX) for name in tensors) else 1
-        return cls(rank=ranks.pop(), alpha=alpha, banks=banks, target_modules=targets)
+        found = cls(
+            rank=ranks.pop(),
+            alpha=alphas.pop(),
+            banks=banks,
+            target_modules=targets.pop(own),
+            text_encoders=bool(targets),
+        )
+        found._text_of_export = targets
+        return found
 
     def attach(self, backbone: Backbone) -> None:
         """Add a PEFT adapter a bank; UserError if no module's name ends with one of `target_modules`."""
         if self._backbone is not None:
             raise RuntimeError("this LoRA is attached already; detach it first")
-        denoiser: Any = backbone.denoiser
-        if not any(_ends_with(name, self.target_modules) for name, _ in denoiser.named_modules()):
-            raise UserError(
-                f"lora.target_modules: no module of the {type(denoiser).__name__} is called "
-                f"{', '.join(self.target_modules[:8])}; its attention projections are to_q, to_k, to_v, to_out.0."
-            )
-        taken = getattr(denoiser, "peft_config", {})
+        self._models = self._find_models(backbone)
+        taken = {name for model in self._models.values() for name in getattr(model, "peft_config", {})}
         self._names = [_free_name(bank, taken) for bank in BANKS[: self.banks]]
-        active = {name: list(layer.active_adapters) for name, layer in _tuner_layers(denoiser)}
-        flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
-        self._add(denoiser)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for name, layer in _tuner_layers(denoiser):  # PEFT has just switched everyone else's off
-            _set_active(layer, active.get(name, []))
-        self._layers = {name: layer for name, layer in _tuner_layers(denoiser) if self._names[0] in layer.lora_A}
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self.seed)
+            for part, model in self._models.items():
+                self._add(model, self._text_targets.get(part, self.target_modules))
+        self._layers = {
+            _parameter_name(part, model, name): layer
+            for part, model in self._models.items()
+            for name, layer in _tuner_layers(model)
+            if self._names[0] in layer.lora_A
+        }
         self._backbone = backbone
         for _, parameter in self.named_parameters():
             parameter.data = parameter.data.float()  # trained in float32 on a base of any dtype
@@ -98,30 +123,50 @@ class LoRA:
         self._switch("positive")
         backbone.adapters.append(self)
 
-    def _config(self) -> dict[str, Any]:
-        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.target_modules)}
+    def _find_models(self, backbone: Backbone) -> dict[str, Any]:
+        """The models to be changed by their names in the pipeline, the denoiser first."""
+        denoiser = backbone.denoiser
+        if not any(_ends_with(name, self.target_modules) for name, _ in denoiser.named_modules()):
+            raise UserError(
+                f"lora.target_modules: no module of the {type(denoiser).__name__} is called "
+                f"{', '.join(self.target_modules[:8])}; its attention projections are to_q, to_k, to_v, to_out.0."
+            )
+        there = backbone.text_encoders
+        if self.changes_text:
+            self._text_targets = self._text_of_export or dict.fromkeys(there, TEXT_TARGETS)
+        if self.changes_text and not ({*self._text_targets} <= {*there} and there):
+            raise UserError(
+                f"lora.text_encoders: wanted {', '.join(self._text_targets) or 'some'}; those of this base that take a "
+                f"LoRA: {', '.join(there) or 'none'}."
+            )
+        return {_denoiser_name(backbone): denoiser} | {name: there[name] for name in self._text_targets}
 
-    def _add(self, denoiser: Any) -> None:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    def _add(self, model: Any, targets: tuple[str, ...]) -> None:
+        """Our adapters on one model, all switched off; everyone else's as they were."""
+        active = {name: list(layer.active_adapters) for name, layer in _tuner_layers(model)}
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(targets)}
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            torch.random.default_generator.manual_seed(self.seed)
             for name in self._names:
-                denoiser.add_adapter(LoraConfig(**self._config(), init_lora_weights="gaussian"), adapter_name=name)
+                model.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"), adapter_name=name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for name, layer in _tuner_layers(model):  # PEFT has just switched everyone else's off
+            _set_active(layer, active.get(name, []))
 
     def detach(self) -> None:
         """Delete our adapters; when no others are left, put the original modules back."""
         if self._backbone is None:
             return
-        denoiser: Any = self._backbone.denoiser
         self._switch(None)
-        denoiser.delete_adapters(self._names)
-        if not getattr(denoiser, "peft_config", None):
-            denoiser.unload_lora()
+        for model in self._models.values():
+            _delete(model, self._names)
         self._backbone.adapters.remove(self)
-        self._backbone, self._layers = None, {}
+        self._backbone, self._layers, self._models = None, {}, {}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<bank>.<module>.lora_A` (rank, in) and `….lora_B` (out, rank) of every layer."""
+        """`<bank>.<module>.lora_A` (rank, in) and `….lora_B` (out, rank); text encoders' modules begin with theirs."""
         for bank, peft_name in zip(BANKS, self._names, strict=False):
             for name, layer in self._layers.items():
                 yield f"{bank}.{name}.lora_A", layer.lora_A[peft_name].weight
@@ -155,16 +200,10 @@ class LoRA:
             raise RuntimeError("only an attached LoRA can be exported")
         part = _denoiser_name(self._backbone)
         tensors = {_exported(name, part): tensor.detach().cpu().clone() for name, tensor in self.named_parameters()}
-        return tensors, self.describe(part, base=self._backbone.name)
-
-    def describe(self, part: str, *, base: str) -> dict[str, str]:
-        """The metadata of an export for `part` (unet or transformer) of a backbone of this name."""
-        return {
-            "kind": self.kind,
-            "banks": str(self.banks),
-            "base": base,
-            LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.{name}": value for name, value in self._config().items()}),
-        }
+        targets = {part: self.target_modules} | self._text_targets
+        return tensors, describe_lora(
+            targets, rank=self.rank, alpha=self.alpha, banks=self.banks, base=self._backbone.name
+        )
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Fill the parameters; UserError if the layers, the rank or the shapes are not the same."""
@@ -183,8 +222,35 @@ class LoRA:
             parameter.data.copy_(tensors[name])
 
 
-def _tuner_layers(denoiser: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+def describe_lora(
+    targets: Mapping[str, Sequence[str]], *, rank: int, alpha: float, banks: int, base: str
+) -> dict[str, str]:
+    """The metadata of an export: by each changed part of a pipeline (unet, text_encoder, …) its target modules.
+
+    `base` is the name of the backbone that it is for. diffusers reads rank, alpha and targets from there.
+    """
+    configs = {
+        f"{part}.{name}": value
+        for part, modules in targets.items()
+        for name, value in {"r": rank, "lora_alpha": alpha, "target_modules": list(modules)}.items()
+    }
+    return {"kind": LoRA.kind, "banks": str(banks), "base": base, LORA_ADAPTER_METADATA_KEY: json.dumps(configs)}
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _delete(model: Any, names: list[str]) -> None:
+    """Delete PEFT adapters; when no others are left, put the original modules back."""
+    if isinstance(model, PreTrainedModel):
+        model.delete_adapter(names)
+        if not getattr(model, "peft_config", None):
+            recurse_remove_peft_layers(model)
+        return
+    model.delete_adapters(names)
+    if not getattr(model, "peft_config", None):
+        model.unload_lora()
 
 
 def _set_active(layer: Any, names: list[str]) -> None:
@@ -199,7 +265,7 @@ def _ends_with(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _free_name(bank: str, taken: Mapping[str, Any]) -> str:
+def _free_name(bank: str, taken: Collection[str]) -> str:
     number = 1
     while (name := bank if number == 1 else f"{bank}_{number}") in taken:
         number += 1
@@ -210,6 +276,14 @@ def _denoiser_name(backbone: Backbone) -> str:
     return "unet" if getattr(backbone.pipeline, "unet", None) is backbone.denoiser else "transformer"
 
 
+def _parameter_name(part: str, model: nn.Module, name: str) -> str:
+    """A layer's name: the denoiser's as it is; a text encoder's as files have it, in every version of transformers."""
+    if not part.startswith(TEXT_PREFIX):
+        return name
+    return f"{part}.{name}" if hasattr(model, "text_model") else f"{part}.text_model.{name}"
+
+
 def _exported(name: str, part: str) -> str:
     bank, _, rest = name.partition(".")
-    return f"{NEGATIVE_PREFIX if bank == 'negative' else ''}{part}.{rest}.weight"
+    rest = rest if rest.startswith(TEXT_PREFIX) else f"{part}.{rest}"
+    return f"{NEGATIVE_PREFIX if bank == 'negative' else ''}{rest}.weight"

@@ -5,7 +5,7 @@ and on the bank in use; both are brought back where gradient checkpointing runs 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -35,6 +35,7 @@ class SoftTokens:
     """
 
     kind: ClassVar[str] = "soft_tokens"
+    changes_text = False  # the rows are added behind the text encoders
 
     def __init__(
         self,
@@ -84,8 +85,11 @@ class SoftTokens:
             width = places.width * (places.layers or 1)
             values["time_tokens"] = torch.randn(TIME_ROWS, width, generator=generator) * INITIAL_STD
         if places.layers is None:
-            # The empty prompt's tokens, by a space: "" itself is all zeros on SDXL.
-            begin = backbone.encode_text([" "]).embeds[0, 0].float().cpu()
+            with ExitStack() as base:
+                for adapter in backbone.adapters:  # one may change the text encoders
+                    base.enter_context(adapter.using(None))
+                # The empty prompt's tokens, by a space: "" itself is all zeros on SDXL.
+                begin = backbone.encode_text([" "]).embeds[0, 0].float().cpu()
             tokens = begin.expand(self.banks, self.num_tokens, -1).clone()
         else:
             shape = (self.banks, places.layers, self.num_tokens, places.width)

@@ -26,6 +26,7 @@ class FrozenPipeline:
     unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
     config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
+        Text encoders that an SD3 file leaves out are taken from there too.
     t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
@@ -104,6 +105,10 @@ class FrozenPipeline:
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        # Those that `pipe.load_lora_weights` has a place for: the CLIPs.
+        names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
+        found = {name: getattr(pipeline, name, None) for name in names}
+        self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
         config = self.denoiser.config
         factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
         self.resolution = resolution or config.sample_size * factor

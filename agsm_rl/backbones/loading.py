@@ -4,13 +4,17 @@ Weights are read from safetensors alone, because a pickled checkpoint could run 
 LoRA fused in, so that post-training begins at published weights (Diffusion-DPO's U-Net, SPO's, a style LoRA).
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
 
 from agsm_rl.errors import UserError, unknown_name
@@ -29,9 +33,17 @@ SINGLE_FILES = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
     "cond_stage_model.": "StableDiffusionPipeline",
 }
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)")
+SD3_TEXT = {
+    "text_encoder": "text_encoders.clip_l.",
+    "text_encoder_2": "text_encoders.clip_g.",
+    "text_encoder_3": "text_encoders.t5xxl.",
+}
 # Sizes that a denoiser must share with the one that it replaces.
 INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
-FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
+FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
+# What `pipe.save_lora_weights` writes: the name that diffusers cannot ask the hub for while offline.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def find_checkpoint(checkpoint: str) -> str:
@@ -55,7 +67,7 @@ def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
     try:
         kind = str(DiffusionPipeline.load_config(source, local_files_only=local_files_only).get("_class_name"))
     except FAILURES as error:
-        raise _unloadable(where, error) from error
+        raise _unloadable(where, error, source, local_files_only) from error
     if kind not in KINDS:
         raise unsupported(where, kind)
     return kind
@@ -85,6 +97,8 @@ def load_pipeline(
     single = Path(source).is_file()
     if config is not None and not single:
         raise UserError("backbone.config: only a single-file checkpoint has use for it; leave it out.")
+    if single and config is None and local_files_only:
+        raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
     parts = {
         name: _load_denoiser(name, given, kind, None if single else source, options)
@@ -96,11 +110,16 @@ def load_pipeline(
     found = getattr(diffusers, kind)
     try:
         if single:
-            pipeline = found.from_single_file(source, config=config and find_checkpoint(config), **options, **parts)
+            config = config and find_checkpoint(config)
+            if config is not None and kind == "StableDiffusion3Pipeline":
+                parts |= _text_encoders_beside(Path(source), config, where, options)
+            pipeline = found.from_single_file(source, config=config, **options, **parts)
         else:
             pipeline = found.from_pretrained(source, use_safetensors=True, **options, **parts)
     except FAILURES as error:
-        raise _unloadable(where, error) from error
+        if single and config is None and isinstance(error, OSError) and is_offline_mode():
+            raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error
+        raise _unloadable(where, error, source, local_files_only) from error
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         _fuse(pipeline, lora, local_files_only)
@@ -110,11 +129,7 @@ def load_pipeline(
 def _kind_of_file(file: Path, where: str) -> str:
     if file.suffix != ".safetensors":
         raise UserError(f"{where}: of single files only .safetensors are read; a pickled one could run code.")
-    try:
-        with safe_open(file, framework="pt") as content:
-            names = list(content.keys())
-    except (OSError, SafetensorError) as error:
-        raise _unloadable(where, error) from error
+    names = _tensor_names(file, where)
     for part, kind in SINGLE_FILES.items():
         if any(name.removeprefix("model.diffusion_model.").startswith(part) for name in names):
             return kind
@@ -123,6 +138,30 @@ def _kind_of_file(file: Path, where: str) -> str:
         f"'{names[0] if names else ''}'). A denoiser alone goes into backbone.unet or backbone.transformer, a LoRA "
         "into backbone.lora."
     )
+
+
+def _tensor_names(file: Path, where: str) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            return list(content.keys())
+    except (OSError, SafetensorError) as error:
+        raise _unloadable(where, error, str(file)) from error
+
+
+def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those that an SD3 file leaves out, from the pipeline of its configuration; diffusers looks there in vain."""
+    names = _tensor_names(file, where)
+    missing = [part for part, prefix in SD3_TEXT.items() if not any(name.startswith(prefix) for name in names)]
+    if not missing:
+        return {}
+    classes = DiffusionPipeline.load_config(config, local_files_only=options["local_files_only"])
+    return {
+        part: getattr(transformers, classes[part][1]).from_pretrained(
+            config, subfolder=part, use_safetensors=True, **options
+        )
+        for part in missing
+        if classes[part][1] is not None
+    }
 
 
 def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: dict[str, Any]) -> Any:
@@ -141,7 +180,7 @@ def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: 
         loaded = model.from_pretrained(source, subfolder=subfolder, use_safetensors=True, **options)
         expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
     except FAILURES as error:
-        raise _unloadable(where, error) from error
+        raise _unloadable(where, error, source, only) from error
     for key in INTERFACE:
         if key in expected and config.get(key) != expected[key]:
             raise UserError(
@@ -153,16 +192,45 @@ def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: 
 
 def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
     """Add a LoRA's weights to the pipeline's own, and leave no trace of PEFT."""
+    where = f"backbone.lora: '{lora}'"
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": local_files_only}
+    if not Path(lora).exists():
+        if not HUB_ID.fullmatch(lora):
+            raise _unloadable(where, FileNotFoundError(), lora)
+        if local_files_only or is_offline_mode():
+            options["weight_name"] = LORA_FILE
     try:
-        pipeline.load_lora_weights(lora, use_safetensors=True, local_files_only=local_files_only)
+        pipeline.load_lora_weights(lora, **options)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     except (*FAILURES, RuntimeError) as error:
-        raise _unloadable(f"backbone.lora: '{lora}'", error) from error
+        raise _unloadable(where, error, lora, local_files_only) from error
 
 
-def _unloadable(where: str, error: Exception) -> UserError:
+def _unconfigured(where: str, cause: str) -> UserError:
     return UserError(
-        f"{where} cannot be loaded: {error}\nGive an existing folder, a .safetensors file, a hub id (owner/name), or "
+        f"{where} is a single file, which does not say how its parts are built: {cause}. Give `config:`, the folder of "
+        "a diffusers pipeline of its kind (its weights are not needed)."
+    )
+
+
+def _unloadable(where: str, error: Exception, source: str, local_files_only: bool = False) -> UserError:
+    """The error for what could not be loaded from `source`; said plainly where it is not there at all."""
+    cause = str(error)
+    if isinstance(error, SingleFileComponentError):
+        cause = (
+            f"{cause.splitlines()[0]} SD3 is also published without its text encoders; give `config:` the folder or "
+            "hub id of a whole pipeline: they are then taken from there."
+        )
+    if isinstance(error, OSError) and not Path(source).exists():
+        if not HUB_ID.fullmatch(source):
+            cause = "there is no such file or folder."
+        elif local_files_only or is_offline_mode():
+            cause = (
+                "it is not (or not whole) in the hub's cache here, and the hub may not be asked: local_files_only or "
+                "HF_HUB_OFFLINE is set."
+            )
+    return UserError(
+        f"{where} cannot be loaded: {cause}\nGive an existing folder, a .safetensors file, a hub id (owner/name), or "
         "a builtin base such as builtin:shapes-sd15."
     )

@@ -50,8 +50,7 @@ class StableDiffusion(FrozenPipeline):
                 ("epsilon", "v_prediction"),
             )
 
-    @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Cond:
+    def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """Hidden states [B, S, D] of the prompts, float32; equal ones are encoded once.
 
         SD1.5: CLIP's last. SDXL: the last but one of both CLIPs, side by side, with the second's pooled embedding; ""
@@ -59,16 +58,17 @@ class StableDiffusion(FrozenPipeline):
         """
         unique = list(dict.fromkeys(prompts))
         rows = [unique.index(prompt) for prompt in prompts]
-        if not self._is_xl:
-            embeds, _ = self.pipeline.encode_prompt(unique, self.device, 1, do_classifier_free_guidance=False)
-            return Cond(_at_least_float32(embeds[rows]))
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            unique, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        if "" in unique and self.pipeline.config.force_zeros_for_empty_prompt:
-            embeds[unique.index("")] = 0
-            pooled[unique.index("")] = 0
-        return Cond(_at_least_float32(embeds[rows]), _at_least_float32(pooled[rows]))
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            if not self._is_xl:
+                embeds, _ = self.pipeline.encode_prompt(unique, self.device, 1, do_classifier_free_guidance=False)
+                return Cond(_at_least_float32(embeds[rows]), prompts=tuple(prompts))
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                unique, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            if "" in unique and self.pipeline.config.force_zeros_for_empty_prompt:
+                embeds[unique.index("")] = 0
+                pooled[unique.index("")] = 0
+            return Cond(_at_least_float32(embeds[rows]), _at_least_float32(pooled[rows]), tuple(prompts))
 
     def timesteps(self, t: Tensor) -> Tensor:
         """The network's timesteps ⌊1000·t⌋ [B] for noise levels t [B] in [0, 1)."""

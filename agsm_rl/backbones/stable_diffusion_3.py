@@ -48,25 +48,25 @@ class StableDiffusion3(FrozenPipeline):
     def _patch_size(self) -> int:
         return self.pipeline.transformer.config.patch_size
 
-    @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Cond:
+    def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """The CLIPs' hidden states followed by T5's [B, 77 + 256, D], and the CLIPs' pooled embeddings, float32.
 
         Equal prompts are encoded once. Without a T5 its rows are zeros, as in diffusers.
         """
         unique = list(dict.fromkeys(prompts))
         rows = [unique.index(prompt) for prompt in prompts]
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            unique,
-            None,
-            None,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_length,
-        )
-        dtype = torch.promote_types(embeds.dtype, torch.float32)
-        return Cond(embeds[rows].to(dtype), pooled[rows].to(dtype))
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                unique,
+                None,
+                None,
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.t5_length,
+            )
+            dtype = torch.promote_types(embeds.dtype, torch.float32)
+            return Cond(embeds[rows].to(dtype), pooled[rows].to(dtype), tuple(prompts))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 − t)·x0 + t·noise [B, C, h, w]."""

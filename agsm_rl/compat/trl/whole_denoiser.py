@@ -15,6 +15,8 @@ class WholeDenoiser:
     """The denoiser's own weights, trained in place. A copy of the base's stays in CPU memory for switching off."""
 
     kind: ClassVar[str] = "whole_denoiser"
+    banks = 1
+    changes_text = False
 
     def __init__(self) -> None:
         self.bank: Bank | None = None
