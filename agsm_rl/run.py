@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -58,11 +59,20 @@ def train(
             _continue(trainer, folder, console if main else None)
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
-        _start_trackers(accelerator, recipe)
-        _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
+        try:
+            _start_trackers(accelerator, recipe)
+            _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
+        except OSError as error:
+            raise _failed(folder, trainer, error) from error
         return folder.path
+    except UserError:
+        if main:
+            folder.discard_unused()
+        raise
     finally:
-        accelerator.end_training()
+        # On a full disk the trackers' last lines are lost too; the run's own error says why.
+        with suppress(OSError):
+            accelerator.end_training()
         if main:
             folder.close()
 
@@ -91,6 +101,18 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, cons
     trainer.accelerator.wait_for_everyone()
 
 
+def _failed(folder: RunFolder, trainer: Trainer, error: OSError) -> UserError:
+    """What a full disk, a folder that vanished or a file that cannot be read any more means for the run."""
+    good = [name for name, whole in checkpoint.verdicts(folder.checkpoints).items() if whole]
+    left = (
+        f"The newest good checkpoint is {folder.checkpoints / good[0]}; when that is mended, go on with "
+        f"agsm-rl train {folder.recipe} --resume"
+        if good
+        else f"There is no checkpoint in {folder.checkpoints}; when that is mended, start again"
+    )
+    return UserError(f"{folder.path}: the run ended after step {trainer.step}: {error}. {left}.")
+
+
 def _tell_agreement(folder: RunFolder) -> None:
     """Say whether the terms helped or fought each other, on the screen and in eval.json."""
     found = agreements(folder.metrics)
@@ -116,7 +138,8 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> N
         for file in (folder.metrics, folder.evaluations):
             MetricsFile(file).cut(step)
         console.print(
-            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting"
+            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
+            soft_wrap=True,
         )
 
 
