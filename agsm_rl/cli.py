@@ -120,6 +120,30 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, allow_import: All
 
 
 @app.command()
+def doctor(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (builtin:<name> too) or a run folder.")],
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+) -> None:
+    """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
+    from agsm_rl.doctor import diagnose
+    from agsm_rl.recipe import Recipe
+    from agsm_rl.shipped import recipe_path
+
+    run = Path(target) if (Path(target) / "recipe.yaml").is_file() else None
+    path, allowed = recipe_path(target) if run is None else run / "recipe.yaml", frozenset(allow_import or [])
+    found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    _without_loading_bars()
+    bad = 0
+    for finding in diagnose(found, run=run, where=str(path), allow_imports=allowed):
+        bad += not finding.good
+        typer.echo(str(finding))
+    typer.echo(f"{path}: {'all is well' if not bad else f'{bad} red, see the remedies above'}")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def sample(
     target: TargetArgument,
     prompt: Annotated[str, typer.Argument(help="What to draw.")],

@@ -172,7 +172,9 @@ def difference(one: Any, other: Any, place: str = "") -> float:
         return max([difference(one[key], other[key], f"{place}.{key}") for key in one], default=0.0)
     if isinstance(one, list | tuple):
         assert len(one) == len(other), place
-        return max([difference(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True))], default=0.0)
+        return max(
+            [difference(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True))], default=0.0
+        )
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) / max(1.0, abs(one))
     assert one == other, f"{place}: {one!r} and {other!r}"
