@@ -67,7 +67,7 @@ class Parts:
         options = validated(found, block.options, where=f"{self.where}: {place}")
         own = {key: getattr(block, key) for key in type(block).model_fields}
         if "rewards" in options:
-            options["rewards"] = self.complete_rewards(options["rewards"], f"{place}.rewards")
+            options["rewards"] = self._complete_rewards(options["rewards"], f"{place}.rewards")
         return type(block)(**own, **options)
 
     def construct(self, kind: str, block: Block, place: str, *, seed: int) -> Any:
@@ -75,7 +75,7 @@ class Parts:
         options = block.options
         if "rewards" in options:
             options["rewards"] = [
-                (self.reward(name, f"{place}.rewards.{name}", reward_options(value)), _reward_weight(value))
+                (self.reward(name, f"{place}.rewards.{name}", _reward_options(value)), _reward_weight(value))
                 for name, value in options["rewards"].items()
             ]
         if "seed" in options and options["seed"] is None:
@@ -95,12 +95,11 @@ class Parts:
         except (ValueError, TypeError) as error:
             raise refuse(self.where, place, f"{type(error).__name__}: {error}") from error
 
-    def complete_rewards(self, rewards: dict[str, Any], place: str) -> dict[str, Any]:
-        """Rewards by name, each with its class's defaults filled in."""
+    def _complete_rewards(self, rewards: dict[str, Any], place: str) -> dict[str, Any]:
         done: dict[str, Any] = {}
         for name, value in rewards.items():
             found = self.load("rewards", name, f"{place}.{name}")
-            options = validated(found, reward_options(value), where=f"{self.where}: {place}.{name}")
+            options = validated(found, _reward_options(value), where=f"{self.where}: {place}.{name}")
             done[name] = {"weight": _reward_weight(value), **options} if options else _reward_weight(value)
         return done
 
@@ -109,8 +108,7 @@ def _reward_weight(value: Any) -> float:
     return RewardOptions.model_validate(value).weight if isinstance(value, dict) else float(value)
 
 
-def reward_options(value: Any) -> dict[str, Any]:
-    """The constructor's arguments in a reward's entry, a weight or {weight, options…}."""
+def _reward_options(value: Any) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key != "weight"} if isinstance(value, dict) else {}
 
 

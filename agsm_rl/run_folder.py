@@ -41,8 +41,8 @@ class RunFolder:
         if not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir()):
             if resume:
                 raise UserError(
-                    f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder as "
-                    "--run-dir; to start a new run there, leave --resume out."
+                    f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder "
+                    "as --run-dir; to start a new run there, leave --resume out."
                 )
             self._new = True
             return
@@ -73,8 +73,8 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
-        for name in ("*.new", "checkpoints/*.partial", "adapter/*.new"):
-            for aside in self.path.glob(name):  # left by a kill
+        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*"):
+            for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
                 aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())
 

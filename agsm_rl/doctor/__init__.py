@@ -20,15 +20,19 @@ def diagnose(
 
     Raises UserError when the recipe cannot be built at all; what is merely wrong is a red finding.
     """
-    from agsm_rl.build import build_backbone, build_trainer
+    from agsm_rl.build import build_backbone, build_terms, build_trainer
     from agsm_rl.doctor.adapters import base_prediction, check_adapters
     from agsm_rl.doctor.files import check_bases, check_run, load_run
     from agsm_rl.doctor.learning import check_learning
-    from agsm_rl.doctor.rewards import check_rewards
+    from agsm_rl.doctor.rewards import check_rewards, configured_rewards
 
     parts = Parts(where=where, allow_imports=allow_imports)
     yield from guarded("bases", lambda: check_bases(recipe))
-    yield from guarded("rewards", lambda: check_rewards(recipe, parts))
+    rewards = configured_rewards(build_terms(recipe, parts))
+    rewards += [
+        parts.reward(name, "evaluate.rewards", {}) for name in (recipe.evaluate.rewards if recipe.evaluate else [])
+    ]
+    yield from guarded("rewards", lambda: check_rewards(rewards))
     if run is not None:
         yield from guarded("run folder", lambda: check_run(run))
     # By itself, before anything was attached: what "off" is compared with.

@@ -31,13 +31,14 @@ def check_learning(trainer: Trainer) -> Iterator[Finding]:
             yield red(f"source '{name}'", f"it gives no batch: {error}", "mend what the message names")
             continue
         yield _check_batch(name, batches[name])
-        if isinstance(batches[name], RolloutBatch):
-            yield _check_ratio(trainer, name, batches[name])
+        batch = batches[name]
+        if isinstance(batch, RolloutBatch):
+            yield _check_ratio(trainer, name, batch)
     reached: dict[str, float] = {}
     for term in trainer.terms:
-        batch = next((batches[name] for name in batches if trainer.sources[name] is term.source), None)
-        if batch is not None and term.weight:
-            yield _check_term(trainer, term, batch, reached)
+        for name, batch in batches.items():
+            if trainer.sources[name] is term.source and term.weight:
+                yield _check_term(trainer, term, batch, reached)
     yield from _check_reached(trainer, reached)
 
 

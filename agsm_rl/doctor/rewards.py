@@ -4,8 +4,9 @@ least give a finite score an image, and not the same for all.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agsm_rl import registry
 from agsm_rl.doctor.finding import Finding, green, red
-from agsm_rl.recipe import Block, Recipe
-from agsm_rl.resolve import Parts, reward_options
 from agsm_rl.scoring import checked_score
+from agsm_rl.trainer import Term
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,49 +42,42 @@ def stored_scores(target: str, options: Mapping[str, Any]) -> tuple[list[float],
     return None
 
 
-def configured_rewards(recipe: Recipe) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Place in the recipe → name and options, each reward with the same options once."""
-    blocks: dict[str, Block] = {f"sources.{name}": block for name, block in recipe.sources.items()}
-    for index, term in enumerate(recipe.objectives):
-        blocks[f"objectives[{index}]"] = term
-        if isinstance(term.source, Block):
-            blocks[f"objectives[{index}].source"] = term.source
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for place, block in blocks.items():
-        for name, value in (block.options.get("rewards") or {}).items():
-            found[f"{place}.rewards.{name}"] = (name, reward_options(value))
-    for index, name in enumerate(recipe.evaluate.rewards if recipe.evaluate else []):
-        found[f"evaluate.rewards[{index}]"] = (name, {})
-    once: dict[str, tuple[str, dict[str, Any]]] = {}
-    for place, one in found.items():
-        if one not in once.values():
-            once[place] = one
-    return once
+def configured_rewards(terms: Sequence[Term]) -> list[Any]:
+    """The rewards that the terms' objectives and sources hold, each with the same options once."""
+    owners: list[Any] = [owner for term in terms for owner in (term.source, term.objective)]
+    found = {_identity(reward): reward for owner in owners for reward, _ in getattr(owner, "rewards", ())}
+    return list(found.values())
 
 
-def check_rewards(recipe: Recipe, parts: Parts) -> Iterator[Finding]:
-    """A finding for each configured reward."""
-    rewards = configured_rewards(recipe)
+def check_rewards(rewards: Sequence[Any]) -> Iterator[Finding]:
+    """A finding for each of the rewards."""
     if not rewards:
         yield green("rewards", "the recipe has none")
-    for place, (name, options) in rewards.items():
-        yield _check(name, options, place, parts)
+    for reward in rewards:
+        yield _check(reward)
 
 
-def _check(name: str, options: dict[str, Any], place: str, parts: Parts) -> Finding:
-    what, (images, prompts) = f"reward '{name}' ({place})", golden_images()
-    made: dict[str, Any] = parts.complete_rewards({name: options | {"weight": 1.0}}, place)[name]
-    full = reward_options(made)
+def _identity(reward: Any) -> tuple[str, str]:
+    """Its class, and the options that it was made with, as they are kept under their own names."""
+    kind = type(reward)
+    names = [name for name in inspect.signature(kind).parameters if name in vars(reward)]
+    return f"{kind.__module__}:{kind.__qualname__}", json.dumps(
+        {name: getattr(reward, name) for name in names}, default=repr
+    )
+
+
+def _check(reward: Any) -> Finding:
+    what, (images, prompts) = f"reward '{reward.name}'", golden_images()
     try:
-        scores = checked_score(parts.reward(name, place, full), images, prompts).detach().cpu()
+        scores = checked_score(reward, images, prompts).detach().cpu()
     except Exception as error:
         return red(what, f"it fails on the golden images: {error}", "mend the reward, or take it out of the recipe")
-    stored = stored_scores(registry.BUILTIN["rewards"].get(name, name), full)
+    target, options = _identity(reward)
+    stored = stored_scores(target, json.loads(options))
     if stored is not None:
         wanted = torch.tensor(stored[0])
-        allowed = stored[1] * wanted.abs().max()
         off = (scores - wanted).abs().max()
-        if off > allowed:
+        if off > stored[1] * wanted.abs().max():
             return red(
                 what,
                 f"its scores of the golden images differ by up to {off:.3g} from the stored ones",

@@ -88,7 +88,7 @@ def test_a_constant_reward_and_one_that_fails_are_caught(content, tmp_path, monk
     for kind, word in words.items():
         content["objectives"][1]["source"]["rewards"] = {"odd_rewards:Odd": {"kind": kind}}
         found = reds(content, allow_imports={"odd_rewards"})
-        (line,) = [line for what, line in found.items() if what.startswith("reward 'odd_rewards:Odd'")]
+        line = found["reward 'odd'"]
         assert word in line and "remedy: " in line
 
 

@@ -211,7 +211,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     assert (folder / "whole" / "eval.json").exists(), log.read_text()
     duration = time.monotonic() - began
     # About as long as each phase lasts in a run of a few seconds.
-    lengths = {phase: 0.02 for phase in PHASES} | {"start": duration / 4, "step": 0.2, "rollout": 0.05, "between": 0.01}
+    lengths = dict.fromkeys(PHASES, 0.02) | {"start": duration / 4, "step": 0.2, "rollout": 0.05, "between": 0.01}
     lengths |= {"evaluation": 0.1, "sample grid": 0.03, "checkpoint": 0.02, "adapter export": 0.01}
     died: Counter[str] = Counter()
     worst: dict[str, float] = {}
