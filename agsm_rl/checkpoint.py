@@ -78,9 +78,11 @@ def is_whole(path: Path) -> bool:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: it is no checkpoint of this program ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: it is no checkpoint of this program (it holds a {type(state).__name__})")
     return state
 
 

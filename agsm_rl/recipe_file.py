@@ -11,9 +11,20 @@ import yaml
 
 from agsm_rl.errors import UserError
 
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000
+"""Aliases counted as often as they are used: ten lines of YAML can otherwise stand for billions of values."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (YAML would silently keep the last one)."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"merging (<<) makes more than {MAX_VALUES} keys", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
@@ -40,6 +51,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a recipe is a YAML file, e.g. {path / 'recipe.yaml'}.")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: it has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such recipe file.{_nearby(path)}") from error
@@ -64,7 +77,9 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
 
 def _parse(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        _count(data, {}, where)
+        return data
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         problem = error.problem or error.context or "not valid YAML"
@@ -73,6 +88,22 @@ def _parse(text: str, *, where: str) -> Any:
         raise UserError(f"{where}: {line}{problem}.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def _count(value: Any, known: dict[int, int | None], where: str) -> int:
+    """How many values these are; UserError when they are too many, or hold themselves."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None  # it is being counted
+        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(child, known, where) for child in children)
+    count = known[id(value)]
+    if count is None:
+        raise UserError(f"{where}: a value holds itself (by an alias, *name); a recipe is a tree.")
+    if count > MAX_VALUES:
+        raise UserError(f"{where}: with its aliases (*name) written out it has more than {MAX_VALUES:,} values.")
+    return count
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, *, where: str) -> None:

@@ -134,6 +134,11 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> N
             trainer.load_state_dict(state)
         except UserError as error:
             raise UserError(f"{folder.checkpoints}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{folder.checkpoints}: that of step {step} is no checkpoint of this program and recipe "
+                f"({type(error).__name__}: {error}); delete it to go on from an older one"
+            ) from error
     if console is not None:
         for file in (folder.metrics, folder.evaluations):
             MetricsFile(file).cut(step)

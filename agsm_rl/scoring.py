@@ -18,7 +18,12 @@ def check_rewards(rewards: Sequence[tuple[Reward, float]]) -> list[tuple[Reward,
 
 def checked_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     """The reward's scores [B]; UserError naming the reward when they have another shape or are not finite."""
-    score = reward(images, prompts)
+    try:
+        score = reward(images, prompts)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward '{reward.name}': it failed with {type(error).__name__}: {error}") from error
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise UserError(

@@ -56,7 +56,7 @@ def recipe(base: Path) -> Recipe:
     view = {"use": "best_images", "share": 1.0, "min_advantage": -5.0}
     return Recipe.from_data(
         {
-            "steps": 12,
+            "steps": 8,
             "backbone": {"use": "stable_diffusion", "checkpoint": str(base), "device": "cpu"},
             "adapters": {"tokens": {"use": "soft_tokens"}, "lora": {"use": "lora", "rank": 2, "banks": 2}},
             "ema": {"decay": 0.9},
@@ -64,11 +64,11 @@ def recipe(base: Path) -> Recipe:
             "objectives": [
                 {"use": "agsm", "source": pairs, "name": "agsm_on_pairs"},
                 {"use": "agsm", "source": "own", "view": view, "name": "agsm_on_own"},
-                {"use": "ddpo", "source": "own", "weight": {0: 0.5, 8: 1.0}},
+                {"use": "ddpo", "source": "own", "weight": {0: 0.5, 6: 1.0}},
             ],
-            "evaluate": {"every": 4, "num_images": 6, "num_steps": 2, "guidance": [1.0]},
-            "sample": {"every": 5, "num_images": 2, "num_steps": 2, "guidance": 1.0},
-            "checkpoint": {"every": 3, "keep": 1},
+            "evaluate": {"every": 3, "num_images": 6, "num_steps": 2, "guidance": [1.0]},
+            "sample": {"every": 3, "num_images": 2, "num_steps": 2, "guidance": 1.0},
+            "checkpoint": {"every": 2, "keep": 1},
             "track": [],
         }
     )
@@ -137,7 +137,7 @@ class Ended(Exception):
 
 def kill_in(phase: str, child: int, marker: Marker, rng: random.Random, lengths: dict[str, float]) -> str:
     """SIGKILL at a random time after the phase begins (an end of the run raises Ended); the phase it died in."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while marker.get() != phase:
         if os.waitpid(child, os.WNOHANG)[0]:
             raise Ended
@@ -198,8 +198,8 @@ def compare(whole: Path, resumed: Path) -> dict[str, float]:
     return found
 
 
-def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill `kills` times, over as many runs as that takes; what happened."""
+def soak(kills: int, minutes: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill `kills` times, or for so many minutes, over as many runs as that takes; what happened."""
     marker, rng = Marker(), random.Random(seed)
     mark_phases(marker)
     base = save_tiny("sd15", folder / "base")
@@ -225,6 +225,9 @@ def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             if sum(died.values()) < kills:
                 where = kill_in(rng.choice(PHASES), child, marker, rng, lengths)
                 died[where] += 1
+                print(f"kill {sum(died.values())}: {where}", file=sys.stderr)
+                if time.monotonic() > began + 60 * minutes:
+                    kills = sum(died.values())
                 continue
             if not refused and (current / "metrics.jsonl").exists():
                 while marker.get() == "start":
@@ -259,12 +262,13 @@ def main() -> None:
     """Parse, soak, tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=1e9, help="make no more kills after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = soak(options.kills, options.seed, Path(folder))
+        result = soak(options.kills, options.minutes, options.seed, Path(folder))
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
     if options.json:
