@@ -95,7 +95,7 @@ def train(
 
     path, allowed = recipe_path(recipe), frozenset(allow_import or [])
     if resume and run_dir is None:
-        if not (path.parent / "checkpoints").is_dir():
+        if not any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl", "adapter")):
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)

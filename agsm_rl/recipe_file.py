@@ -19,16 +19,13 @@ MAX_VALUES = 100_000
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (YAML would silently keep the last one)."""
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MAX_VALUES:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"merging (<<) makes more than {MAX_VALUES} keys", node.start_mark
-            )
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merging (<<) is not supported; write the keys out", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if isinstance(key, Hashable) and key in seen:

@@ -86,6 +86,8 @@ def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, cons
             if main:
                 # Metrics before the checkpoint: a run continued from it has all its lines.
                 trainer.callbacks += [Metrics(folder), bar, Checkpoints(folder, recipe), grids, evaluation]
+                grids.resume(trainer)
+                evaluation.resume(trainer)
             trainer.train()
     if stop.received is not None and trainer.step < recipe.steps:
         raise Stopped(folder.recipe, trainer.step, stop.received)

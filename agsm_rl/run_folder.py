@@ -119,6 +119,11 @@ class MetricsFile:
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
+    def count(self, step: int) -> int:
+        """Lines of a step."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return sum(_step_of(line) == step for line in lines)
+
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of a step."""
         with self.path.open("a", encoding="utf-8") as file:

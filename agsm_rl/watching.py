@@ -41,6 +41,11 @@ class SampleGrids:
             sheet = grid(self.draw(trainer.policy), columns=min(4, len(self.prompts)))
             write_picture(sheet, self.folder.samples / f"step-{step:08d}.png")
 
+    def resume(self, trainer: Trainer) -> None:
+        """Make up for a grid that a kill cut off after the checkpoint of its step was written."""
+        if trainer.step and not (self.folder.samples / f"step-{trainer.step:08d}.png").exists():
+            self.on_step(trainer, trainer.step, {})
+
     def on_end(self, trainer: Trainer) -> None:
         """Nothing is left to draw."""
 
@@ -82,6 +87,12 @@ class Evaluation:
         if options and options.every and step % options.every == 0 and step < trainer.steps and not trainer.stopping:
             for base, trained in self.measure(trainer):
                 self.console.print(summary(base, trained, step), highlight=False)
+
+    def resume(self, trainer: Trainer) -> None:
+        """Make up for an evaluation that a kill cut off after the checkpoint of its step was written."""
+        if self.options and trainer.step and self.history.count(trainer.step) < len(self.options.guidance):
+            self.history.cut(trainer.step - 1)
+            self.on_step(trainer, trainer.step, {})
 
     def on_end(self, trainer: Trainer) -> None:
         """Nothing is left to do: a run that was stopped is not compared."""

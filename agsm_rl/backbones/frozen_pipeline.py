@@ -129,7 +129,7 @@ class FrozenPipeline:
 
     def _check_width(self, checkpoint: str) -> None:
         """The text's width must be what the denoiser's attention takes."""
-        config = self.denoiser.config
+        config: Any = self.denoiser.config
         wanted = config.get("joint_attention_dim") or config.get("cross_attention_dim")
         got = self.encode_text([" "]).embeds.shape[-1]
         if got != wanted:

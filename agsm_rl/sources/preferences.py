@@ -145,9 +145,9 @@ class Preferences:
         found = self._reader.take(self.batch_size, self._own, device=backbone.device)
         chosen, rejected = (
             backbone.encode_images(
-                torch.stack([images.fit(row[side], backbone.resolution) for row in found]).to(backbone.device)
+                torch.stack([images.fit(picture, backbone.resolution) for picture in side]).to(backbone.device)
             )
-            for side in (1, 2)
+            for side in ([row[1] for row in found], [row[2] for row in found])
         )
         rows = torch.arange(self._own.start, self._own.stop)
         return PreferenceBatch([row[0] for row in found], rows, chosen, rejected)
