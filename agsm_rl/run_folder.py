@@ -73,7 +73,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
-        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*"):
+        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*", "samples/.*.new"):
             for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
                 aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())

@@ -99,7 +99,9 @@ def soak(steps: int, minutes: float, folder: Path) -> dict[str, Any]:
     gc.collect()
     left = [name for name in handles() if str(folder / "run") in name]
     marks = sorted(memory)
-    asked, steps = steps, marks[-1]
+    asked, steps = steps, marks[-1] if marks else 0
+    if len(marks) < 10:
+        sys.exit(f"only {steps} steps in that time: too few to tell growth from warm-up; give it more --minutes")
     warm = [memory[mark] for mark in marks if steps * 0.2 < mark <= steps * 0.3]
     last = [memory[mark] for mark in marks if mark > steps * 0.9]
     growth = mean(last) / mean(warm) - 1
