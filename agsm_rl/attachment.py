@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -93,6 +94,9 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
             "token files and kohya's LoRA through `agsm-rl convert`."
         )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{file}: '{name}' holds numbers that are not finite; it draws noise. Export another one.")
     return tensors, metadata
 
 

@@ -19,19 +19,26 @@ _NAME = re.compile(r"step-(\d{8})\.pt")
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, best: int | None = None) -> Path:
     """Write `state` (tensors and plain values) as the checkpoint of `step`; the `keep` newest and that of `best` stay.
 
-    The checksum is written before the checkpoint gets its name, so that a kill at any instant leaves a good one behind.
+    The checksum is written before the checkpoint gets its name, so that a kill at any instant leaves a good one behind;
+    where a checkpoint of that step exists already, both checksums hold until the new one stands in its place.
+    UserError when it cannot be written (the disk is full, say), naming the newest good one, which is left as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _checksum_path(path).write_text(_digest(aside) + "\n")
-    aside.replace(path)
-    others = [old for old in _all(folder)[keep:] if _step_of(old) != best]
-    for old in others:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digests = [_digest(aside)]
+        _write_checksums(path, digests + ([_digest(path)] if path.exists() else []))
+        aside.replace(path)
+        _write_checksums(path, digests)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise _unwritten(folder, path, error) from error
+    for old in [old for old in _all(folder)[keep:] if _step_of(old) != best]:
         old.unlink()
         _checksum_path(old).unlink(missing_ok=True)
     return path
@@ -44,9 +51,8 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """
     damaged = []
     for path in _all(folder):
-        state = _load(path)
-        if state is not None:
-            return _step_of(path), state
+        if is_whole(path):
+            return _step_of(path), _load(path)
         damaged.append(path.name)
         log.warning("%s is damaged (it does not match its checksum); trying the one before it", path)
     if damaged:
@@ -59,22 +65,48 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
 def of_step(folder: Path, step: int) -> dict[str, Any] | None:
     """The checkpoint of a step; None when it is not there or damaged."""
     path = folder / f"step-{step:08d}.pt"
-    return _load(path) if path.exists() else None
+    return _load(path) if is_whole(path) else None
 
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _load(path: Path) -> dict[str, Any] | None:
+def verdicts(folder: Path) -> dict[str, bool]:
+    """Each checkpoint's name, newest first, and whether it is whole."""
+    return {path.name: is_whole(path) for path in _all(folder)}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint matches its checksum."""
     checksum = _checksum_path(path)
-    if not checksum.exists() or checksum.read_text().strip() != _digest(path):
-        return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return _digest(path) in checksum.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: it is no checkpoint of this program ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: it is no checkpoint of this program (it holds a {type(state).__name__})")
     return state
+
+
+def _unwritten(folder: Path, path: Path, error: Exception) -> UserError:
+    """torch wraps the cause, such as `No space left on device`, in errors of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+    good = [name for name, whole in verdicts(folder).items() if whole] if folder.is_dir() else []
+    left = f"the newest good checkpoint is {folder / good[0]}" if good else "there is no earlier checkpoint"
+    return UserError(
+        f"{path}: it cannot be written ({reason}); {left}. Make room (or mend the folder), then go on with --resume"
+    )
 
 
 def _all(folder: Path) -> list[Path]:
@@ -84,6 +116,16 @@ def _all(folder: Path) -> list[Path]:
 
 def _checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
+
+
+def _write_checksums(path: Path, digests: list[str]) -> None:
+    """Those that the checkpoint may have; written aside too, because a torn checksum condemns a good checkpoint."""
+    aside = path.with_suffix(".checksum.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write("".join(digest + "\n" for digest in digests))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(_checksum_path(path))
 
 
 def _digest(path: Path) -> str:

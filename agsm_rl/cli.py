@@ -110,7 +110,7 @@ def train(
     path = recipe_path(recipe)
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     if resume and run_dir is None:
-        if not (path.parent / "checkpoints").is_dir():
+        if not any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl", "adapter")):
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
@@ -140,6 +140,30 @@ def check(
     _without_loading_bars()
     typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
     typer.echo(f"{path}: ok")
+
+
+@app.command()
+def doctor(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (builtin:<name> too) or a run folder.")],
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+) -> None:
+    """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
+    from agsm_rl.doctor import diagnose
+    from agsm_rl.recipe import Recipe
+    from agsm_rl.shipped import recipe_path
+
+    run = Path(target) if (Path(target) / "recipe.yaml").is_file() else None
+    path, allowed = recipe_path(target) if run is None else run / "recipe.yaml", frozenset(allow_import or [])
+    found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    _without_loading_bars()
+    bad = 0
+    for finding in diagnose(found, run=run, where=str(path), allow_imports=allowed):
+        bad += not finding.good
+        typer.echo(str(finding))
+    typer.echo(f"{path}: {'all is well' if not bad else f'{bad} red, see the remedies above'}")
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -148,6 +148,10 @@ class Adapter(Protocol):
         """Remove every trace from the backbone, bit for bit."""
         ...
 
+    def places(self, backbone: Backbone) -> list[str]:
+        """Names of the denoiser's modules that it should act at, by its options; attached or not."""
+        ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters; names are stable over runs."""
         ...

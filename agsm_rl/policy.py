@@ -147,5 +147,7 @@ class Policy:
                 raise UserError(
                     f"checkpoint: {name} has shape {got}, the recipe's adapter {wanted}; same recipe and base?"
                 )
+            if not torch.isfinite(state["live"][name]).all() or not torch.isfinite(state["ema"][name]).all():
+                raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to go on from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])

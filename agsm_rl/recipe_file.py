@@ -12,6 +12,9 @@ import yaml
 from agsm_rl.errors import UserError
 
 KEYS = {"recipe": "seed, steps, backbone", "sweep": "recipe, axes, seeds"}
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000
+"""Aliases counted as often as they are used: ten lines of YAML can otherwise stand for billions of values."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -20,6 +23,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merging (<<) is not supported; write the keys out", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if isinstance(key, Hashable) and key in seen:
@@ -42,6 +49,8 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a {what} is a YAML file, e.g. {path / f'{what}.yaml'}.")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: it has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such {what} file.{_nearby(path)}") from error
@@ -71,7 +80,9 @@ def split_path(path: str) -> list[str]:
 
 def _parse(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        _count(data, {}, where)
+        return data
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         problem = error.problem or error.context or "not valid YAML"
@@ -80,6 +91,22 @@ def _parse(text: str, *, where: str) -> Any:
         raise UserError(f"{where}: {line}{problem}.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def _count(value: Any, known: dict[int, int | None], where: str) -> int:
+    """How many values these are; UserError when they are too many, or hold themselves."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None  # it is being counted
+        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(child, known, where) for child in children)
+    count = known[id(value)]
+    if count is None:
+        raise UserError(f"{where}: a value holds itself (by an alias, *name); a recipe is a tree.")
+    if count > MAX_VALUES:
+        raise UserError(f"{where}: with its aliases (*name) written out it has more than {MAX_VALUES:,} values.")
+    return count
 
 
 def set_value(data: dict[str, Any], keys: list[str], value: Any, *, where: str) -> None:

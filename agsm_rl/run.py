@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,24 @@ def train(
         standing = _continue(trainer, folder, console if main else None) if resume else None
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
-        _start_trackers(accelerator, recipe)
-        trainer.callbacks = list(callbacks)
-        evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
-        if main and resume:
-            evaluation.resume(trainer, standing)
-        _run(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
+        try:
+            _start_trackers(accelerator, recipe)
+            trainer.callbacks = list(callbacks)
+            evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
+            if main and resume:
+                evaluation.resume(trainer, standing)
+            _run(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
+        except OSError as error:
+            raise _failed(folder, trainer, error) from error
         return folder.path
+    except UserError:
+        if main:
+            folder.discard_unused()
+        raise
     finally:
-        accelerator.end_training()
+        # On a full disk the trackers' last lines are lost too; the run's own error says why.
+        with suppress(OSError):
+            accelerator.end_training()
         if main:
             folder.close()
 
@@ -88,6 +98,7 @@ def _run(
                 # takes long: a kill in an evaluation loses nothing, it is made up for.
                 trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
                 trainer.callbacks += [grids, evaluation]
+                grids.resume(trainer)
             try:
                 trainer.train()
             except WentWrong as error:
@@ -111,6 +122,18 @@ def _run(
         elif folder.eval.exists():
             _write_report(folder, console)
     trainer.accelerator.wait_for_everyone()
+
+
+def _failed(folder: RunFolder, trainer: Trainer, error: OSError) -> UserError:
+    """What a full disk, a folder that vanished or a file that cannot be read any more means for the run."""
+    good = [name for name, whole in checkpoint.verdicts(folder.checkpoints).items() if whole]
+    left = (
+        f"The newest good checkpoint is {folder.checkpoints / good[0]}; when that is mended, go on with "
+        f"agsm-rl train {folder.recipe} --resume"
+        if good
+        else f"There is no checkpoint in {folder.checkpoints}; when that is mended, start again"
+    )
+    return UserError(f"{folder.path}: the run ended after step {trainer.step}: {error}. {left}.")
 
 
 def _tell_agreement(folder: RunFolder) -> None:
@@ -150,11 +173,17 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> d
             trainer.load_state_dict(state)
         except UserError as error:
             raise UserError(f"{folder.checkpoints}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{folder.checkpoints}: that of step {step} is no checkpoint of this program and recipe "
+                f"({type(error).__name__}: {error}); delete it to go on from an older one"
+            ) from error
     if console is not None:
         for file in (folder.metrics, folder.evaluations, folder.events):
             MetricsFile(file).cut(step)
         console.print(
-            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting"
+            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
+            soft_wrap=True,
         )
     return standing
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,19 @@ class RunFolder:
         self.eval = self.path / "eval.json"
         self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
+        self._new = False
 
     def check(self, recipe: Recipe, *, resume: bool, allow_imports: Collection[str] = ()) -> None:
         """UserError when the folder cannot take this run. Writes nothing, so that a wrong command leaves no trace."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give a folder as --run-dir.")
-        if not self.path.is_dir() or not [item for item in self.path.iterdir() if item.name != ".lock"]:
+        if not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir()):
+            if resume:
+                raise UserError(
+                    f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder "
+                    "as --run-dir; to start a new run there, leave --resume out."
+                )
+            self._new = True
             return
         if self.recipe.is_file():
             self._take()
@@ -53,6 +61,13 @@ class RunFolder:
                 f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
         check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+        if any(self.adapter.glob("[!.]*.safetensors")) and not any(self.checkpoints.glob("step-*.pt")):
+            # adapter/ is written after a checkpoint; starting from nothing would pass for going on.
+            raise UserError(
+                f"{self.checkpoints}: the run's checkpoints are gone, but {self.adapter} shows that there were some. "
+                f"Put them back; or start a new run in another --run-dir, with start_from: {self.path} to begin with "
+                "the adapters that are left."
+            )
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
@@ -61,7 +76,22 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
+        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*", "samples/.*.new"):
+            for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
+                aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())
+
+    def discard_unused(self) -> None:
+        """After a mistake that showed itself before the first step was kept: remove what a new run wrote, and no more.
+
+        A folder in which anything else stands is left as it is.
+        """
+        if not self._new or not self.path.is_dir():
+            return
+        names = {item.name for item in self.path.iterdir()} - {"recipe.yaml", "logs"}
+        if all(_is_left_over(name) for name in names):
+            self.close()
+            shutil.rmtree(self.path)
 
     def _take(self) -> None:
         if self._lock.is_locked:
@@ -92,6 +122,11 @@ class MetricsFile:
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
+    def count(self, step: int) -> int:
+        """Lines of a step."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return sum(_step_of(line) == step for line in lines)
+
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of a step."""
         with self.path.open("a", encoding="utf-8") as file:
@@ -108,6 +143,11 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def _is_left_over(name: str) -> bool:
+    """A kill before the recipe was written leaves a lock, and perhaps half a file written aside."""
+    return name == ".lock" or (name.startswith(".") and name.endswith(".new"))
 
 
 def _step_of(line: str) -> float:

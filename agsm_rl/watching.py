@@ -52,6 +52,11 @@ class SampleGrids:
                 sheet = grid(self.draw(trainer.policy), columns=min(4, len(self.prompts)))
             write_picture(sheet, self.folder.samples / f"step-{step:08d}.png")
 
+    def resume(self, trainer: Trainer) -> None:
+        """Make up for a grid that a kill cut off after the checkpoint of its step was written."""
+        if trainer.step and not (self.folder.samples / f"step-{trainer.step:08d}.png").exists():
+            self.on_step(trainer, trainer.step, {})
+
     def on_end(self, trainer: Trainer) -> None:
         """Nothing is left to draw."""
 
@@ -114,6 +119,7 @@ class Evaluation:
             self.console.print(words, highlight=False)
         self.checkpoints.mend_best(trainer)
         if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
+            self.history.cut(trainer.step - 1)
             self._look(trainer)
         else:
             self._obey(trainer, [event for event in self.standing.verdict() if event.action == "stop"])

@@ -165,6 +165,10 @@ class LoRA:
         self._backbone.adapters.remove(self)
         self._backbone, self._layers, self._models = None, {}, {}
 
+    def places(self, backbone: Backbone) -> list[str]:
+        """The modules whose names end with one of `target_modules`."""
+        return [name for name, _ in backbone.denoiser.named_modules() if _ends_with(name, self.target_modules)]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`<bank>.<module>.lora_A` (rank, in) and `….lora_B` (out, rank); text encoders' modules begin with theirs."""
         for bank, peft_name in zip(BANKS, self._names, strict=False):

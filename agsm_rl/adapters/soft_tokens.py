@@ -113,6 +113,11 @@ class SoftTokens:
         _forget_compiled(self._backbone.denoiser)
         self._hooks, self._backbone, self._timestep, self.bank = [], None, None, None
 
+    def places(self, backbone: Backbone) -> list[str]:
+        """The blocks that see tokens."""
+        blocks = {id(block) for block in places_in(_uncompiled(backbone.denoiser), self.layers).blocks}
+        return [name for name, module in backbone.denoiser.named_modules() if id(module) in blocks]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`soft_tokens` (banks, n, D), or (banks, L, n, D) on SD3, and `time_tokens` (100, D), or (100, L·D)."""
         yield from self._parameters.items()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter
+from agsm_rl.interfaces import Adapter, Cond
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,10 +73,12 @@ class FrozenPipeline:
             lora=lora,
             config=config,
         )
+        _check_finite(pipeline, checkpoint)
         pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
+        self._check_width(checkpoint)
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -130,8 +132,23 @@ class FrozenPipeline:
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters)
 
+    def _check_width(self, checkpoint: str) -> None:
+        """The text's width must be what the denoiser's attention takes."""
+        config: Any = self.denoiser.config
+        wanted = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+        got = self.encode_text([" "]).embeds.shape[-1]
+        if got != wanted:
+            raise UserError(
+                f"backbone.checkpoint: '{checkpoint}': its text encoder gives {got} numbers a token, its {self.part} "
+                f"takes {wanted}; they are of different models."
+            )
+
     def _patch_size(self) -> int:
         return 1
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        """Each kind of pipeline has its own."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -146,3 +163,14 @@ class FrozenPipeline:
         scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         images = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0].to(latents.dtype)
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _check_finite(pipeline: Any, checkpoint: str) -> None:
+    """UserError naming the first weight that is not finite: all that is drawn would be noise."""
+    for part, module in pipeline.components.items():
+        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"backbone.checkpoint: '{checkpoint}': its {part} has weights that are not finite, first in "
+                    f"'{name}'; get the file again, or another one."
+                )

@@ -1,5 +1,6 @@
 """Open image data sets by name and bring their images to the backbone's size: everything through `datasets`."""
 
+import logging
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -46,6 +47,8 @@ def _load(dataset: str, split: str, streaming: bool) -> Any:
 
     path = Path(dataset)
     options: dict[str, Any] = {"split": split, "streaming": streaming}
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its tracebacks; what they say is in our message
     try:
         if path.is_dir() and not list(path.rglob("*.parquet")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
@@ -54,18 +57,14 @@ def _load(dataset: str, split: str, streaming: bool) -> Any:
         if path.suffix == ".parquet" and path.exists():
             return datasets.load_dataset("parquet", data_files=str(path), **options)
         return datasets.load_dataset(dataset, **options)
-    except (
-        FileNotFoundError,
-        ValueError,
-        OSError,
-        ConnectionError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except Exception as error:  # whatever the readers of strangers' files come upon
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         raise UserError(
             f"dataset '{dataset}', split '{split}': it cannot be opened ({reason}); give a folder of images with a "
             f"metadata.jsonl or metadata.csv, a parquet file, or a name that `load_dataset` takes"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _encoded(found: Any) -> Any:
@@ -118,7 +117,7 @@ def read_picture(value: Any, where: str) -> Image.Image:
         else:
             raise ValueError(f"it holds {value!r:.60}")
         return picture.convert("RGB")
-    except (OSError, ValueError, KeyError, Image.DecompressionBombError, SyntaxError) as error:
+    except Exception as error:  # whatever a decoder makes of a stranger's bytes
         raise UserError(f"{where}: its image cannot be read ({error}); mend or remove that row") from error
 
 

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
-from agsm_rl.sources.rows import Rows, ShuffledRows, StreamedRows, own_share
+from agsm_rl.sources.reading import Reader
+from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
 
 
 class Pairs:
@@ -64,37 +66,41 @@ class Pairs:
         self._rows: Rows
         if self.streaming:
             self._rows = StreamedRows(found, window=self.shuffle_buffer, seed=seed, name=name, where=where)
-            return
-        if len(found) < self.batch_size:
+        elif len(found) < self.batch_size:
             raise UserError(
                 f"{where}: it has {len(found)} rows, fewer than batch_size {self.batch_size}; lower batch_size or add "
                 f"images"
             )
-        self._rows = ShuffledRows(found, seed=seed, name=name)
+        else:
+            self._rows = ShuffledRows(found, seed=seed, name=name)
+        self._reader = Reader(self._rows, self._read, shard=shard, where=where)
+
+    def _read(self, row: Row) -> tuple[Image.Image, str]:
+        number, values = row
+        where, (image_column, caption_column) = f"dataset '{self.dataset}', row {number}", self._columns
+        caption = images.read_caption(values[caption_column], caption_column, where)
+        return images.read_picture(values[image_column], where), caption
 
     def next(self, policy: Policy) -> PairBatch:
-        """The next pairs of this process, latents encoded by the policy's backbone."""
+        """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are passed over."""
         backbone = policy.backbone
-        image_column, caption_column = self._columns
-        pixels, captions = [], []
-        for number, row in self._rows.take(self.batch_size, self._own, distinct=caption_column):
-            where = f"dataset '{self.dataset}', row {number}"
-            pixels.append(images.fit(images.read_picture(row[image_column], where), backbone.resolution))
-            captions.append(images.read_caption(row[caption_column], caption_column, where))
-        latents = backbone.encode_images(torch.stack(pixels).to(backbone.device))
-        return PairBatch(captions, torch.arange(self._own.start, self._own.stop), latents)
+        found = self._reader.take(self.batch_size, self._own, device=backbone.device, distinct=self._columns[1])
+        pixels = torch.stack([images.fit(picture, backbone.resolution) for picture, _ in found])
+        latents = backbone.encode_images(pixels.to(backbone.device))
+        return PairBatch([caption for _, caption in found], torch.arange(self._own.start, self._own.stop), latents)
 
     def metrics(self) -> dict[str, float]:
-        """Pairs have none."""
-        return {}
+        """How many unreadable rows were passed over, if any."""
+        return self._reader.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """How far the data set was read."""
-        return self._rows.state_dict()
+        return {**self._rows.state_dict(), "skipped": self._reader.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the kept position."""
-        self._rows.load_state_dict(state)
+        self._rows.load_state_dict({key: value for key, value in state.items() if key != "skipped"})
+        self._reader.skipped = int(state.get("skipped", 0))
 
 
 def _shapes(split: str, count: int) -> Any:

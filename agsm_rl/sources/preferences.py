@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PreferenceBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
+from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, ShuffledRows, StreamedRows, own_share
 
 
@@ -80,12 +82,13 @@ class Preferences:
         )
         self._columns = find_preference_columns(images.column_names(found, self.dataset), self.dataset)
         self._ties = 0
+        where = f"dataset '{self.dataset}'"
         self._rows: ShuffledRows | StreamedRows
         if self.streaming:
-            where = f"dataset '{self.dataset}'"
             self._rows = StreamedRows(
                 found, window=self.shuffle_buffer, seed=seed, name=name, where=where, keep=self._has_preference
             )
+            self._reader = Reader(self._rows, self._read, shard=shard, where=where)
             return
         kept = self._without_ties(found)
         if len(kept) < self.batch_size:
@@ -95,6 +98,7 @@ class Preferences:
                 f"lower batch_size or add preferences"
             )
         self._rows = ShuffledRows(found, seed=seed, name=name, kept=kept)
+        self._reader = Reader(self._rows, self._read, shard=shard, where=where)
 
     def _without_ties(self, found: Any) -> list[int]:
         column = self._columns.label
@@ -124,37 +128,46 @@ class Preferences:
             )
         return 0 if label == 1 else 1
 
-    def next(self, policy: Policy) -> PreferenceBatch:
-        """The next preferences of this process, latents encoded by the policy's backbone."""
-        backbone, columns = policy.backbone, self._columns
-        prompts, pixels = [], []
-        for number, row in self._rows.take(self.batch_size, self._own):
-            where = f"dataset '{self.dataset}', row {number}"
-            prompts.append(images.read_caption(row[columns.prompt], columns.prompt, where))
-            pair = [
-                images.fit(images.read_picture(row[name], f"{where}, column '{name}'"), backbone.resolution)
-                for name in (columns.first, columns.second)
-            ]
-            pixels.append(pair if self._preferred((number, row)) == 0 else pair[::-1])
-        chosen, rejected = (
-            backbone.encode_images(torch.stack(side).to(backbone.device)) for side in zip(*pixels, strict=True)
+    def _read(self, row: Row) -> tuple[str, Image.Image, Image.Image]:
+        """The prompt, the chosen and the rejected image."""
+        number, values = row
+        where, columns = f"dataset '{self.dataset}', row {number}", self._columns
+        prompt = images.read_caption(values[columns.prompt], columns.prompt, where)
+        first, second = (
+            images.read_picture(values[name], f"{where}, column '{name}'") for name in (columns.first, columns.second)
         )
-        return PreferenceBatch(prompts, torch.arange(self._own.start, self._own.stop), chosen, rejected)
+        return (prompt, first, second) if self._preferred(row) == 0 else (prompt, second, first)
+
+    def next(self, policy: Policy) -> PreferenceBatch:
+        """The next preferences of this process, latents encoded by the policy's backbone; as with pairs, unreadable
+        rows are passed over."""
+        backbone = policy.backbone
+        found = self._reader.take(self.batch_size, self._own, device=backbone.device)
+        chosen, rejected = (
+            backbone.encode_images(
+                torch.stack([images.fit(picture, backbone.resolution) for picture in side]).to(backbone.device)
+            )
+            for side in ([row[1] for row in found], [row[2] for row in found])
+        )
+        rows = torch.arange(self._own.start, self._own.stop)
+        return PreferenceBatch([row[0] for row in found], rows, chosen, rejected)
 
     def metrics(self) -> dict[str, float]:
-        """How many ties were dropped: of the whole data set, or of a stream so far. None where there are no labels."""
+        """How many ties were dropped, of the whole data set or of a stream so far (none where there are no labels); how
+        many unreadable rows were passed over, if any."""
         if self._columns.label is None:
-            return {}
+            return self._reader.metrics()
         streamed = self._rows.passed_over if isinstance(self._rows, StreamedRows) else 0
-        return {"ties_dropped": float(self._ties + streamed)}
+        return {"ties_dropped": float(self._ties + streamed)} | self._reader.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """How far the data set was read."""
-        return self._rows.state_dict()
+        return {**self._rows.state_dict(), "skipped": self._reader.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the kept position."""
-        self._rows.load_state_dict(state)
+        self._rows.load_state_dict({key: value for key, value in state.items() if key != "skipped"})
+        self._reader.skipped = int(state.get("skipped", 0))
 
 
 def find_preference_columns(there: list[str], dataset: str) -> Columns:

@@ -64,7 +64,11 @@ def open_prompts(prompts: str) -> list[str]:
         raise UserError(
             f"prompts '{prompts}': there is no such file; give a text file with a prompt a line, or '{BUILTIN_PROMPTS}'"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts '{prompts}': it cannot be read as text ({error}); save it as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines()]
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"prompts '{prompts}': the file has no prompts; write one a line")

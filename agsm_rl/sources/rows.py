@@ -25,6 +25,10 @@ class Rows(Protocol):
         """The `own` ones of the next `count` rows. With `distinct`, values of that column differ where possible."""
         ...
 
+    def after(self, number: int) -> Row | None:
+        """A row that stands in for row `number` where that cannot be read; None where there is no other."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to continue exactly: plain values only."""
         ...
@@ -55,6 +59,12 @@ class ShuffledRows:
         key = None if distinct is None else self._column(distinct)
         numbers = [self._number(index) for index in self._order.take(count, key)[own]]
         return [(number, self._found[number]) for number in numbers]
+
+    def after(self, number: int) -> Row | None:
+        """The one behind it in the data set."""
+        index = number if self._kept is None else self._kept.index(number)
+        following = self._number((index + 1) % self._order.length)
+        return None if following == number else (following, self._found[following])
 
     def _number(self, index: int) -> int:
         return index if self._kept is None else self._kept[index]
@@ -113,6 +123,12 @@ class StreamedRows:
                 seen.add(value)
             rows.append(row)
         return rows[own]
+
+    def after(self, number: int) -> Row | None:
+        """The one behind it in the window of now, whose order is the same each time."""
+        places = {row[0]: place for place, row in enumerate(self._window)}
+        following = self._window[(places.get(number, -1) + 1) % len(self._window)]
+        return None if following[0] == number else following
 
     def _position(self) -> dict[str, Any]:
         """Where the window that is read next begins; an epoch's beginning needs no state of the stream's."""

@@ -96,11 +96,38 @@ def test_fitting_keeps_the_centre_and_the_proportions():
         (lambda path: rewrite(path, caption=None), "row 2: column 'caption' holds None"),
     ],
 )
-def test_a_broken_row_is_named(folder, policy, change, message):
+def test_a_broken_row_is_named_counted_and_passed_over_for_the_next_one(folder, policy, caplog, change, message):
+    good = bound(Pairs(str(folder), 6)).next(policy)
     change(folder)
     source = bound(Pairs(str(folder), 6))
-    with pytest.raises(UserError, match=message):
-        source.next(policy)
+    batch = source.next(policy)
+    (warning,) = caplog.messages
+    assert message in warning
+    assert source.metrics() == {"rows_skipped": 1.0}
+    number = int(message.split()[1][:-1])
+    bad, following = (
+        [at for at, caption in enumerate(good.prompts) if caption.endswith(str(n))][0] for n in (number, number + 1)
+    )
+    assert batch.prompts[bad] == batch.prompts[following] == good.prompts[following]
+    assert torch.equal(batch.latents[bad], batch.latents[following])
+    other = bound(Pairs(str(folder), 6))
+    other.load_state_dict(source.state_dict())
+    assert other.metrics() == source.metrics()
+
+
+def test_a_data_set_with_nothing_but_broken_rows_is_refused(folder, policy):
+    for path in folder.glob("[0-9].*"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="rows one after another cannot be read; the first: .*row"):
+        bound(Pairs(str(folder), 6)).next(policy)
+
+
+def test_a_stream_passes_over_a_broken_row_in_the_same_way_each_time(folder, policy):
+    (folder / "3.png").write_bytes(b"no picture")
+    options = {"streaming": True, "shuffle_buffer": 6}
+    batches = [bound(Pairs(str(folder), 6, **options)).next(policy) for _ in range(2)]
+    assert batches[0].prompts == batches[1].prompts
+    assert len(set(batches[0].prompts)) == 5
 
 
 def rewrite(path, **values):

@@ -47,6 +47,10 @@ class WholeDenoiser:
         self._backbone.adapters.remove(self)
         self._backbone, self._base, self.bank = None, {}, None
 
+    def places(self, backbone: Backbone) -> list[str]:
+        """The denoiser itself."""
+        return [""]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The denoiser's parameters under their own names."""
         assert self._backbone is not None

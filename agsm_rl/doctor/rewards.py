@@ -1,0 +1,93 @@
+"""Golden check of rewards: the scores of shipped images against stored ones; a reward without stored scores must at
+least give a finite score an image, and not the same for all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agsm_rl.doctor.finding import Finding, green, red
+from agsm_rl.scoring import checked_score
+from agsm_rl.trainer import Term
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_images() -> tuple[Tensor, list[str]]:
+    """Drawings of the shapes world that show their prompts, three that do not, and noise: [B, 3, 32, 32], prompts."""
+    content = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
+    images, prompts = [], []
+    for row in content["images"]:
+        with Image.open(GOLDEN / row["file"]) as picture:
+            images.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255)
+        prompts.append(row["prompt"])
+    return torch.stack(images), prompts
+
+
+def stored_scores(target: str, options: Mapping[str, Any]) -> tuple[list[float], float] | None:
+    """The scores of the golden images by a reward with these options, and their relative tolerance; None if unknown."""
+    content = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
+    for row in content["rewards"]:
+        if (row["target"], row["options"]) == (target, dict(options)):
+            return row["scores"], row["tolerance"]
+    return None
+
+
+def configured_rewards(terms: Sequence[Term]) -> list[Any]:
+    """The rewards that the terms' objectives and sources hold, each with the same options once."""
+    owners: list[Any] = [owner for term in terms for owner in (term.source, term.objective)]
+    found = {_identity(reward): reward for owner in owners for reward, _ in getattr(owner, "rewards", ())}
+    return list(found.values())
+
+
+def check_rewards(rewards: Sequence[Any]) -> Iterator[Finding]:
+    """A finding for each of the rewards."""
+    if not rewards:
+        yield green("rewards", "the recipe has none")
+    for reward in rewards:
+        yield _check(reward)
+
+
+def _identity(reward: Any) -> tuple[str, str]:
+    """Its class, and the options that it was made with, as they are kept under their own names."""
+    kind = type(reward)
+    names = [name for name in inspect.signature(kind).parameters if name in vars(reward)]
+    return f"{kind.__module__}:{kind.__qualname__}", json.dumps(
+        {name: getattr(reward, name) for name in names}, default=repr
+    )
+
+
+def _check(reward: Any) -> Finding:
+    what, (images, prompts) = f"reward '{reward.name}'", golden_images()
+    try:
+        scores = checked_score(reward, images, prompts).detach().cpu()
+    except Exception as error:
+        return red(what, f"it fails on the golden images: {error}", "mend the reward, or take it out of the recipe")
+    target, options = _identity(reward)
+    stored = stored_scores(target, json.loads(options))
+    if stored is not None:
+        wanted = torch.tensor(stored[0])
+        off = (scores - wanted).abs().max()
+        if off > stored[1] * wanted.abs().max():
+            return red(
+                what,
+                f"its scores of the golden images differ by up to {off:.3g} from the stored ones",
+                "compare the installed versions with constraints.txt: scores would not be comparable with others'",
+            )
+        return green(what, f"the {len(prompts)} golden images score as stored (differences up to {off:.1g})")
+    if scores.max() == scores.min():
+        return red(
+            what,
+            f"it gives {scores[0]:.4g} to all {len(prompts)} golden images, among them noise",
+            "a reward that is constant teaches nothing: check its weights, its input range ([0, 1]) and its prompts",
+        )
+    return green(what, f"finite, and varies over the golden images ({scores.min():.4g} to {scores.max():.4g})")

@@ -1,0 +1,138 @@
+"""Recipes that cannot be: each ends with one message that says where, what was got, and what would work."""
+
+import pytest
+from bad_input import assert_refused
+
+ROLLOUTS = "{use: rollouts, prompts: builtin:shapes-prompts, rewards: {shapes: 1.0}"
+PAIRS = "{use: pairs, dataset: builtin:shapes, batch_size: 2}"
+
+# `--set` of the sound recipe → words of the message.
+OVERRIDES = {
+    "unknown key": ("stps=1", ["'stps'", "Did you mean 'steps'?"]),
+    "unknown key in a section": ("checkpoint.evry=1", ["checkpoint", "'evry'", "'every'"]),
+    "unknown option of an objective": ("objectives.0.temprature=1", ["objectives[0]", "'temprature'"]),
+    "text for a number": ("steps=ten", ["steps", "'ten'", "integer"]),
+    "true for a number": ("steps=true", ["steps", "true", "number"]),
+    "a fraction of a step": ("steps=1.5", ["steps", "1.5"]),
+    "no steps": ("steps=0", ["steps", "got 0"]),
+    "infinite steps": ("steps=1e400", ["steps", "inf"]),
+    "a negative seed": ("seed=-1", ["seed", "-1"]),
+    "a negative batch": (
+        "objectives.0.source.batch_size=-4",
+        ["objectives[0].source", "batch_size", "-4", "1 or more"],
+    ),
+    "an empty batch": ("objectives.0.source.batch_size=0", ["batch_size", "got 0"]),
+    "text for a batch": ("objectives.0.source.batch_size=many", ["batch_size", "'many'"]),
+    "an impossible pairing": (
+        f"objectives.0={{use: ddpo, source: {PAIRS}}}",
+        ["objectives[0].source", "'ddpo'", "rollouts"],
+    ),
+    "a black-box reward to be differentiated": (
+        "objectives.0={use: reward_backprop, rewards: {shapes: 1.0}, "
+        "source: {use: prompts, prompts: builtin:shapes-prompts}}",
+        ["objectives[0]", "'shapes' has no gradient", "brightness"],
+    ),
+    "a view that does not fit": (
+        "objectives.0.view={use: best_images}",
+        ["objectives[0].view", "best_images", "rollouts"],
+    ),
+    "a source that is not there": ("objectives.0.source=mine", ["objectives[0].source", "'mine'", "sources"]),
+    "a source that is a list": ("objectives.0.source=[1]", ["objectives[0].source", "[1]"]),
+    "a data set that is not there": (
+        "objectives.0.source.dataset=./no",
+        ["source.dataset", "'./no'", "does not exist"],
+    ),
+    "a future version": ("version=2", ["version", "2", "1"]),
+    "a version that is none": ("version=new", ["version", "'new'"]),
+    "a learning rate of zero": ("optimizer.learning_rate=0", ["optimizer.learning_rate", "got 0"]),
+    "a negative learning rate": ("optimizer.learning_rate=-1e-3", ["optimizer.learning_rate", "-0.001"]),
+    "a learning rate that is no number": ("optimizer.learning_rate=.nan", ["optimizer.learning_rate", "nan"]),
+    "a rate for no adapter": ("optimizer.learning_rate={lroa: 1e-3}", ["optimizer.learning_rate", "'lora'"]),
+    "an EMA that never moves": ("ema.decay=1", ["ema.decay", "less than 1"]),
+    "a schedule before the start": ("objectives.0.weight={-5: 1.0}", ["objectives[0].weight", "-5"]),
+    "an infinite weight": ("objectives.0.weight=.inf", ["objectives[0].weight", "inf", "finite"]),
+    "an adapter to train that is not there": ("objectives.0.trains=[lroa]", ["trains", "'lroa'", "'lora'"]),
+    "a range of t that is empty": ("objectives.0.t=[0.9, 0.1]", ["objectives[0].t", "low < high"]),
+    "a name that would be a path": ("objectives.0.name=../up", ["objectives[0].name", "../up", "letters"]),
+    "an adapter named as a path": ("adapters={../up: {use: lora}}", ["adapters", "../up"]),
+    "an unknown objective": ("objectives.0.use=dppo", ["objectives[0].use", "'dppo'", "'ddpo'"]),
+    "an unknown backbone": ("backbone.use=stable_difusion", ["backbone.use", "stable_diffusion"]),
+    "an unknown combiner": ("combine=summ", ["combine", "'summ'", "'sum'"]),
+    "an unknown tracker": ("track=[tensorbord]", ["track[0]", "'tensorbord'"]),
+    "an unknown dtype": ("backbone.dtype=int8", ["backbone.dtype", "'int8'", "float32"]),
+    "a resolution between latents": ("backbone.resolution=17", ["backbone.resolution", "17", "multiple of 2"]),
+    "no adapters": ("adapters={}", ["adapters", "nothing would be trained"]),
+    "no objectives": ("objectives=[]", ["objectives", "nothing would be learned"]),
+    "objectives that are null": ("objectives=null", ["objectives", "null"]),
+    "a rank of zero": ("adapters.lora.rank=0", ["adapters.lora", "rank", "0"]),
+    "three banks": ("adapters.lora.banks=3", ["banks", "3", "1, 2"]),
+    "modules that are not there": ("adapters.lora.target_modules=[nope]", ["target_modules", "nope", "to_q"]),
+    "layers of tokens on a U-Net": ("adapters={tokens: {use: soft_tokens, layers: 2}}", ["soft_tokens.layers", "SD3"]),
+    "a start that is not there": ("start_from=./gone", ["start_from", "gone"]),
+    "a run that starts from itself": ("start_from=run", ["start_from", "run"]),
+    "rewards that are none": (
+        f"objectives.0={{use: ddpo, source: {ROLLOUTS.replace('{shapes: 1.0}', '{}')}}}}}",
+        ["rewards"],
+    ),
+    "a weight of a reward in words": (
+        f"objectives.0={{use: ddpo, source: {ROLLOUTS.replace('1.0', 'much')}}}}}",
+        ["rewards.shapes", "'much'"],
+    ),
+    "updates that do not divide": (
+        f"objectives.0={{use: ddpo, source: {ROLLOUTS}, updates: 7}}}}",
+        ["objectives[0].source", "updates 7"],
+    ),
+    "groups of one": (
+        f"objectives.0={{use: ddpo, source: {ROLLOUTS}, images_per_prompt: 1, advantages: group}}}}",
+        ["images_per_prompt", "2"],
+    ),
+    "AGSM's groups that do not divide": (
+        f"objectives.0={{use: agsm, group_size: 4, source: {PAIRS.replace('2}', '6}')}}}",
+        ["objectives[0]", "batch_size 6", "group_size 4"],
+    ),
+    "an evaluation without guidance": ("evaluate={guidance: []}", ["evaluate.guidance"]),
+    "a suite that is not there": ("evaluate={suite: shaps}", ["evaluate.suite", "'shaps'"]),
+    "a negative checkpoint interval": ("checkpoint.every=-1", ["checkpoint.every", "-1"]),
+    "code by its name": ("objectives.0.use=os:system", ["objectives[0].use", "'os:system'", "--allow-import os"]),
+}
+
+TEXTS = {
+    "an empty file": (b"", ["x.yaml", "mapping", "empty"]),
+    "a list": (b"- steps: 1\n", ["x.yaml", "mapping", "list"]),
+    "a scalar": (b"train please\n", ["x.yaml", "mapping", "str"]),
+    "a key twice": (b"steps: 1\nsteps: 2\n", ["line 2", "'steps' stands twice"]),
+    "a bracket that is open": (b"steps: [1\n", ["x.yaml", "line"]),
+    "a tab": (b"steps:\n\t- 1\n", ["x.yaml", "line 2"]),
+    "a sequence that holds itself": (b"steps: &a [*a]\n", ["x.yaml"]),
+    "a mapping that holds itself": (b"backbone: &a {use: *a}\n", ["x.yaml"]),
+    "an alias of nothing": (b"steps: *gone\n", ["line 1", "gone"]),
+    "Latin-1": ("# für dich\nsteps: 1\n".encode("latin-1"), ["x.yaml", "cannot be read as text", "utf-8"]),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", ["x.yaml", "cannot be read as text"]),
+    "a null byte": (b"steps: \x00\n", ["x.yaml", "not valid YAML"]),
+    "nested too deeply": (b"a: " + b"[" * 5000 + b"]" * 5000, ["x.yaml", "not valid YAML"]),
+    "a missing key": (b"steps: 1\n", ["backbone", "needed"]),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_an_impossible_value_is_refused(train, content, tmp_path, case):
+    override, words = OVERRIDES[case]
+    assert_refused(train(content, "--set", override), "x.yaml", *words, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_file_that_is_no_recipe_is_refused(train, tmp_path, case):
+    text, words = TEXTS[case]
+    assert_refused(train(text), *words, folder=tmp_path / "run")
+
+
+def test_a_recipe_that_is_a_folder_or_not_there_is_refused(command, tmp_path):
+    (tmp_path / "x.yaml").mkdir()
+    assert_refused(command("train", "x.yaml"), "x.yaml", "is a folder", "recipe.yaml")
+    assert_refused(command("train", "y.yaml"), "y.yaml", "no such recipe")
+    assert_refused(command("train", "builtin:agms"), "builtin:agms", "Did you mean 'builtin:agsm'?")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_what_is_not_there_is_refused_rather_than_started(train, content, tmp_path):
+    assert_refused(train(content, "--resume"), "run", "no run in it to resume", folder=tmp_path / "run")
