@@ -20,9 +20,9 @@ CLASSES = {
 }
 
 
-def run_script(kind, work, out, steps):
+def run_script(kind, work, out, steps, *more):
     sizes = ["--scenes", "600", "--vae-steps", "1", "--text-steps", "1", "--denoiser-steps", str(steps)]
-    command = [sys.executable, "-m", "agsm_rl.shapes.train_base", kind, work, out, "--threads", "1", *sizes]
+    command = [sys.executable, "-m", "agsm_rl.shapes.train_base", kind, work, out, "--threads", "1", *sizes, *more]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -38,6 +38,24 @@ def test_a_base_is_an_ordinary_pipeline_and_training_goes_on_where_it_stopped(ki
     assert pipelines[1]("two red stars", num_inference_steps=2, guidance_scale=2.0).images[0].size == (32, 32)
     denoisers = [pipeline.components[backbone_of(pipeline).part].state_dict() for pipeline in pipelines]
     assert any(not torch.equal(denoisers[0][key], denoisers[1][key]) for key in denoisers[0])
+
+
+@pytest.mark.slow
+def test_a_base_is_trained_on_from_where_another_ended(tiny_checkpoint, tmp_path):
+    run_script("sd15", tmp_path / "work", tmp_path / "further", 1, "--begin", tiny_checkpoint)
+    assert not (tmp_path / "work" / "text.pt").exists()
+    begun, further = (
+        diffusers.StableDiffusionPipeline.from_pretrained(p) for p in (tiny_checkpoint, tmp_path / "further")
+    )
+    assert further.unet.config.block_out_channels == begun.unet.config.block_out_channels
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(begun.unet.parameters(), further.unet.parameters(), strict=True)
+    ]
+    assert any(changed)
+    for part in ("vae", "text_encoder"):
+        kept = getattr(further, part).state_dict()
+        assert all(torch.equal(value, kept[key]) for key, value in getattr(begun, part).state_dict().items())
 
 
 def test_every_word_of_the_world_is_a_token_of_its_own():

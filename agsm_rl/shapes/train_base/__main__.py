@@ -2,16 +2,18 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones.loading import load_pipeline
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
-from agsm_rl.shapes.train_base.layouts import LAYOUTS, make_text_tokenizer
+from agsm_rl.shapes.train_base.layouts import LAYOUTS, Layout, make_text_tokenizer
 from agsm_rl.shapes.train_base.stages import Settings, draw_data
 from agsm_rl.shapes.train_base.text import train_text_encoder
 
@@ -26,6 +28,7 @@ def main(
     denoiser_steps: int = Settings.denoiser_steps,
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
+    begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
@@ -34,6 +37,17 @@ def main(
     layout = LAYOUTS[kind]
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
+    if begin is None:
+        pipeline = _assemble(settings, layout, work, images, vae)
+    else:
+        pipeline = load_pipeline(str(begin), dtype=torch.float32)
+    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images)
+    pipeline.save_pretrained(out)
+    shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+
+
+def _assemble(settings: Settings, layout: Layout, work: Path, images: Tensor, vae: Path | None) -> Any:
+    """The pipeline with a denoiser of random weights, after the stages before it."""
     encoders = [
         train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
         for name, reader in layout.readers.items()
@@ -42,11 +56,8 @@ def main(
         autoencoder = train_autoencoder(settings, work, images)
     else:
         autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
-    torch.manual_seed(seed + 3)
-    pipeline = layout.assemble(autoencoder, *encoders)
-    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images)
-    pipeline.save_pretrained(out)
-    shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+    torch.manual_seed(settings.seed + 3)
+    return layout.assemble(autoencoder, *encoders)
 
 
 if __name__ == "__main__":
