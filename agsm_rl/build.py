@@ -14,6 +14,7 @@ from agsm_rl.policy import Policy
 from agsm_rl.recipe import Block, Recipe
 from agsm_rl.resolve import Parts, source_of
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.watch import Watch
 
 
 def build_trainer(
@@ -54,6 +55,7 @@ def build_trainer(
             max_grad_norm=optimizer.max_grad_norm,
             combine=recipe.combine,
             accelerator=accelerator,
+            watch=Watch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         ),
     )
     return trainer

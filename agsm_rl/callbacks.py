@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,20 +14,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agsm_rl import checkpoint
-from agsm_rl.attachment import save_adapters
+from agsm_rl.attachment import find_exports, read_export, save_adapters
+from agsm_rl.errors import UserError
+from agsm_rl.held_out import Standing
+from agsm_rl.policy import Policy
 from agsm_rl.recipe import Recipe
 from agsm_rl.run_folder import MetricsFile, RunFolder
 from agsm_rl.trainer import Trainer
 
 
 class Metrics:
-    """A line a step into metrics.jsonl, and the same figures to the trackers."""
+    """A line a step into metrics.jsonl, and the same figures to the trackers.
+
+    With `seconds`, the step's wall time, and, for runs that learn from their own images, `images`: how many were drawn
+    so far, by all sources and processes.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self.file = MetricsFile(folder.metrics)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Write the step's figures."""
+        drawn = [source.images_drawn for source in trainer.sources.values() if hasattr(source, "images_drawn")]
+        if drawn:
+            metrics["images"] = float(sum(drawn))
         self.file.add(step, metrics)
         trainer.accelerator.log(metrics, step=step)
 
@@ -84,10 +96,13 @@ def shown(metrics: dict[str, float]) -> str:
 
 
 class Checkpoints:
-    """A checkpoint each `checkpoint.every` steps and at the end, and adapter/ as it is in the newest one."""
+    """A checkpoint each `checkpoint.every` steps and at the end, and adapter/ as it is in the newest one.
 
-    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
-        self.folder, self.recipe = folder, recipe
+    adapter-best/ holds the adapters of the best evaluation so far, whose checkpoint stays.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, standing: Standing) -> None:
+        self.folder, self.recipe, self.standing = folder, recipe, standing
         self._saved: int | None = None
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
@@ -100,19 +115,71 @@ class Checkpoints:
         if self._saved != trainer.step:
             self.save(trainer)
 
+    def after_evaluation(self, trainer: Trainer) -> None:
+        """Save what an evaluation said into the checkpoint of its step, and a new best one in any case."""
+        if trainer.step in (self._saved, self.standing.best_step) or trainer.stopping:
+            self.save(trainer)
+
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of the trainer's step, and the adapters."""
-        checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state_dict(), keep=self.recipe.checkpoint.keep)
+        best = self.standing.best_step
+        state = trainer.state_dict() | {"standing": self.standing.state_dict()}
+        checkpoint.save(self.folder.checkpoints, trainer.step, state, keep=self.recipe.checkpoint.keep, best=best)
+        self._export(trainer.policy, self.folder.adapter, trainer.step)
+        if best == trainer.step:
+            self._export_best(trainer.policy, best)
+        self._saved = trainer.step
+
+    def mend_best(self, trainer: Trainer) -> None:
+        """Write adapter-best/ from its checkpoint where a kill came between the two; UserError if that is gone."""
+        best = self.standing.best_step
+        if best is None or _step_of_export(self.folder.best_adapter) == best:
+            return
+        state = checkpoint.of_step(self.folder.checkpoints, best)
+        if state is None:
+            raise UserError(
+                f"{self.folder.best_adapter}: the best evaluation so far was at step {best}, but neither its adapters "
+                f"nor its checkpoint are there any more; to go on without it: --set checkpoint.best=null"
+            )
+        now = trainer.policy.state_dict()
+        try:
+            trainer.policy.load_state_dict(state["policy"])
+            self._export_best(trainer.policy, best)
+        finally:
+            trainer.policy.load_state_dict(now)
+
+    def _export_best(self, policy: Policy, step: int) -> None:
+        """The whole folder aside and renamed, so that it never holds adapters of two steps."""
+        target = self.folder.best_adapter
+        aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        self._export(policy, aside, step)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _export(self, policy: Policy, folder: Path, step: int) -> None:
         backbone = self.recipe.backbone
         metadata = {
             "checkpoint": str(backbone.options.get("checkpoint", "")),
             "backbone": backbone.use,
             "objectives": json.dumps([term.use for term in self.recipe.objectives]),
             "recipe_sha256": hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest(),
-            "step": str(trainer.step),
+            "step": str(step),
+            "weights": self.recipe.export,
         }
-        save_adapters(trainer.policy.adapters, self.folder.adapter, metadata=metadata)
-        self._saved = trainer.step
+        with policy.exported(self.recipe.export):
+            save_adapters(policy.adapters, folder, metadata=metadata)
+
+
+def _step_of_export(folder: Path) -> int | None:
+    """The step of exported adapters; None where there are none that are whole."""
+    try:
+        return int(read_export(find_exports(folder)[0])[1]["step"])
+    except UserError:
+        return None
 
 
 class GracefulStop:

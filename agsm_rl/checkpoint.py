@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `state` (tensors and plain values) as the checkpoint of `step`; the `keep` newest stay.
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, best: int | None = None) -> Path:
+    """Write `state` (tensors and plain values) as the checkpoint of `step`; the `keep` newest and that of `best` stay.
 
     The checksum is written before the checkpoint gets its name, so that a kill at any instant leaves a good one behind;
     where a checkpoint of that step exists already, both checksums hold until the new one stands in its place.
@@ -38,7 +38,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise _unwritten(folder, path, error) from error
-    for old in _all(folder)[keep:]:
+    others = [old for old in _all(folder)[keep:] if _step_of(old) != best]
+    for old in others:
         old.unlink()
         _checksum_path(old).unlink(missing_ok=True)
     return path
@@ -52,7 +53,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     damaged = []
     for path in _all(folder):
         if is_whole(path):
-            return int(path.stem.removeprefix("step-")), _load(path)
+            return _step_of(path), _load(path)
         damaged.append(path.name)
         log.warning("%s is damaged (it does not match its checksum); trying the one before it", path)
     if damaged:
@@ -60,6 +61,16 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
             f"{folder}: no good checkpoint is left ({', '.join(damaged)} damaged); start again in a new run folder"
         )
     return None
+
+
+def of_step(folder: Path, step: int) -> dict[str, Any] | None:
+    """The checkpoint of a step; None when it is not there or damaged."""
+    path = folder / f"step-{step:08d}.pt"
+    return _load(path) if is_whole(path) else None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def verdicts(folder: Path) -> dict[str, bool]:

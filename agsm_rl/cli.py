@@ -54,6 +54,14 @@ AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code of this module. Repeatable."),
 ]
+CommandOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-command", metavar="COMMAND", help="Let the recipe run this script or command. Repeatable."),
+]
+HostOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", metavar="HOST", help="Let the recipe's rewards send pictures there. Repeatable."),
+]
 BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, help="Sampling steps.")]
@@ -87,13 +95,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir (or beside RECIPE).")] = False,
     overrides: SetOption = None,
     allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
 ) -> None:
     """Train a recipe; ends with a table of base against trained."""
     from agsm_rl.recipe import Recipe
+    from agsm_rl.registry import permissions
     from agsm_rl.run import train as train_recipe
     from agsm_rl.shipped import recipe_path
 
-    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    path = recipe_path(recipe)
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     if resume and run_dir is None:
         if not any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl", "adapter")):
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
@@ -105,14 +117,22 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: SetOption = None, allow_import: AllowOption = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
+) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
     from agsm_rl.build import build_trainer
     from agsm_rl.describe import describe
     from agsm_rl.recipe import Recipe
+    from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
 
-    path, allowed = recipe_path(recipe), frozenset(allow_import or [])
+    path = recipe_path(recipe)
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     _without_loading_bars()
     typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
@@ -204,6 +224,61 @@ def evaluate(
     evaluate_target(open_target(target, base=base), compare=compare, json_file=json_file, **how)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...|SWEEP", help="Run folders, or one sweep's folder.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", metavar="FILE.html", help="Default: report.html in a run's or sweep's folder.")
+    ] = None,
+) -> None:
+    """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
+    from agsm_rl.report.page import write_report
+
+    if out is None and len(runs) > 1:
+        raise UserError("-o: say where the report of several runs goes, e.g. -o report.html")
+    file = out or runs[0] / "report.html"
+    if file.is_dir():
+        raise UserError(f"-o {file}: that is a folder; give a file.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {out.absolute().parent}.")
+    write_report(runs, file)
+    typer.echo(str(file))
+
+
+@app.command()
+def sweep(
+    sweep_file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's YAML file, or builtin:study/<name>.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: 1; on Ray what fits.")] = None,
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or a Ray cluster.")] = "local",
+    folder: Annotated[Path | None, typer.Option("--dir", help="Default: runs/<name>.")] = None,
+    check_only: Annotated[bool, typer.Option("--check", help="Validate and list the cells; run nothing.")] = False,
+    overrides: SetOption = None,
+    allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
+) -> None:
+    """Run a recipe over axes and seeds; started again, it does what is unfinished. Exit code 1: a cell failed."""
+    from agsm_rl.registry import permissions
+    from agsm_rl.sweep.executors import open_executor
+    from agsm_rl.sweep.plan import make_plan
+    from agsm_rl.sweep.run import run_sweep
+
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
+    plan = make_plan(sweep_file, overrides or [], folder=folder, allow_imports=allowed)
+    if check_only:
+        for cell in plan.cells:
+            limit = f"{cell.recipe.steps} steps" if cell.seconds is None else f"{cell.seconds:g} s"
+            typer.echo(f"{cell.name}: {limit}" + (f", from {cell.after}" if cell.after else ""))
+        typer.echo(f"{plan.where}: ok")
+        return
+    with open_executor(executor, workers=workers) as cells_run_on:
+        board = run_sweep(plan, cells_run_on)
+    typer.echo(f"sweep folder: {plan.folder}")
+    if board.count("failed"):
+        typer.echo(f"agsm-rl: {board.count('failed')} of {board.total} cells failed; run it again to retry.", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(name="list")
 def list_names(
     kind: Annotated[
@@ -269,3 +344,28 @@ def convert(
 
     for file in convert_adapter(source, out, to):
         typer.echo(str(file))
+
+
+@app.command(name="serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward: see `agsm-rl list rewards`.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but loopback needs a token of yours.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8765,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 256,
+    allow_import: AllowOption = None,
+) -> None:
+    """Serve a reward over HTTP, for `rewards: {http: {url: …}}` here or elsewhere.
+
+    Clients show a token: AGSM_RL_REWARD_TOKEN, or else one that is made and printed.
+    """
+    from agsm_rl.serve_reward import serve
+
+    serve(name, options or [], host=host, port=port, max_bytes=max_megabytes * 2**20, allow_imports=allow_import or [])

@@ -6,9 +6,10 @@ import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, get_args
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from agsm_rl.errors import UserError
@@ -43,11 +44,23 @@ class Section(BaseModel):
 
 
 class RewardOptions(Section):
-    """A reward in a source's `rewards`: its weight, and its constructor's arguments."""
+    """A reward in a source's `rewards`: what it is, how it enters the sum, and its constructor's arguments.
+
+    `use` null: the reward of the name under which it stands.
+    """
 
     model_config = ConfigDict(extra="allow")
 
+    use: str | None = None
     weight: float = 1.0
+    normalise: Literal["raw", "z_score"] = "raw"
+
+
+GivenReward = Annotated[
+    Annotated[float, Tag("float")] | Annotated[RewardOptions, Tag("dict[options]")],
+    Discriminator(lambda given: "dict[options]" if isinstance(given, Mapping | RewardOptions) else "float"),
+]
+"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is told as such."""
 
 
 def _wants_a_number(annotation: Any) -> bool:
@@ -67,11 +80,12 @@ def unknown_key(key: str, allowed: list[str]) -> str:
     return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
 
 
+@cache
 def options_model(cls: Any) -> type[Section]:
     """The schema of a class's constructor: an option an argument, with its type and default.
 
-    Two arguments are special: `rewards` is given by name in a recipe ({name: weight}, or {name: {weight, options…}}),
-    and `seed` may be left out (null), which means the recipe's seed.
+    Two arguments are special: `rewards` is given by name in a recipe ({name: weight}, or {name: {use, weight,
+    normalise, options…}}), and `seed` may be left out (null), which means the recipe's seed.
     """
     found: dict[str, Any] = {}
     for parameter in inspect.signature(cls, eval_str=True).parameters.values():
@@ -80,7 +94,7 @@ def options_model(cls: Any) -> type[Section]:
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         default = ... if parameter.default is parameter.empty else parameter.default
         if parameter.name == "rewards":
-            annotation = Annotated[dict[str, float | RewardOptions], Field(min_length=1)]
+            annotation = Annotated[dict[str, GivenReward], Field(min_length=1)]
         if parameter.name == "seed":
             annotation, default = int | None, None
         found[parameter.name] = (annotation, default)

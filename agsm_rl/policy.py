@@ -4,8 +4,8 @@ The published AGSM trainer keeps a second denoiser for the EMA; a shadow of the 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class Policy:
             yield
         finally:
             self._swap()
+
+    def exported(self, which: Literal["live", "ema"]) -> AbstractContextManager[None]:
+        """Within the block, the adapters hold what a run exports: the live parameters, or their EMA."""
+        return self.ema_weights() if which == "ema" else nullcontext()
 
     def _swap(self) -> None:
         # Autocast keeps low-precision copies by parameter object; they would outlive the swap.

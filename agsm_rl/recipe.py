@@ -98,12 +98,16 @@ class Optimizer(Section):
 
 
 class Evaluate(Section):
-    """Base against trained on the same prompts and noise, each `every` steps (null: at the end only) and at the end."""
+    """Base against trained on the same prompts and noise, each `every` steps (null: at the end only) and at the end.
+
+    `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
+    first guidance.
+    """
 
     suite: Literal["shapes"] = "shapes"
     every: Annotated[int, Field(ge=1)] | None = None
     num_images: int = Field(200, ge=1)
-    rewards: list[str] = []
+    rewards: list[str] | dict[str, dict[str, Any] | None] = []
     guidance: Annotated[list[float], Field(min_length=1)] = [3.0]
     num_steps: int = Field(20, ge=1)
     split: Literal["train", "validation", "held_out"] = "held_out"
@@ -114,6 +118,17 @@ class Evaluate(Section):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _names_or_options(cls, value: Any) -> Any:
+        for name, options in value.items() if isinstance(value, dict) else ():
+            if options is not None and not isinstance(options, dict):
+                raise ValueError(
+                    f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
+                    f"{name}: {{}}, or its options in the braces"
+                )
+        return value
 
 
 class Samples(Section):
@@ -128,10 +143,43 @@ class Samples(Section):
 
 
 class Checkpoints(Section):
-    """A checkpoint each `every` steps; the `keep` newest stay."""
+    """A checkpoint each `every` steps; the `keep` newest stay.
+
+    `best`: an evaluated reward, or the suite's `overall` or `strict`; the checkpoint of the evaluation at which it was
+    largest stays too, and its adapters are in adapter-best/.
+    """
 
     every: int = Field(100, ge=1)
     keep: int = Field(2, ge=1)
+    best: str | None = None
+
+
+class StopRule(Section):
+    """End the run when a score is this much (in its own unit) below its best so far."""
+
+    falls_by: float = Field(gt=0)
+
+
+class Watch(Section):
+    """What is done when numbers go wrong: `warn`, `skip` (the term is left out of that step), `stop`, or `ignore`.
+
+    `non_finite`: a loss or gradient that is not finite; it is never applied, and after `non_finite_skips` of them in a
+    row the run stops. `x0_norm`: an image's latents are `x0_norm_factor` times as large as those of the first draw.
+    `zero_variance`: the images of a draw are all worth the same. `constant_reward`: a reward has one value for all
+    images of a draw. `zero_gradient`: an adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
+    `held_out_falls`: an evaluated reward that is not trained on fell from its best while a trained one rose, both by
+    more than chance.
+    """
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite_skips: int = Field(10, ge=1)
+    x0_norm: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    x0_norm_factor: float = Field(4.0, gt=1)
+    zero_variance: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    constant_reward: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    zero_gradient: Literal["warn", "stop", "ignore"] = "warn"
+    zero_gradient_steps: int = Field(10, ge=1)
+    held_out_falls: Literal["warn", "stop", "ignore"] = "warn"
 
 
 class Recipe(Section):
@@ -151,6 +199,9 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     sample: Samples = Samples()
     checkpoint: Checkpoints = Checkpoints()
+    export: Literal["live", "ema"] = "live"
+    stop_when: dict[str, StopRule] = {}
+    watch: Watch = Watch()
     track: list[str] = ["tensorboard"]
 
     @field_validator("adapters", "objectives")
@@ -173,6 +224,8 @@ class Recipe(Section):
         UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
         """
         data = read_yaml(Path(path))
+        if "axes" in data:
+            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
         apply_overrides(data, overrides)
         return cls.from_data(data, where=str(path), allow_imports=allow_imports)
 

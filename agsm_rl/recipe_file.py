@@ -14,6 +14,7 @@ from agsm_rl.errors import UserError
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
 """Aliases counted as often as they are used: ten lines of YAML can otherwise stand for billions of values."""
+KEYS = {"recipe": "seed, steps, backbone", "sweep": "recipe, axes, seeds"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,22 +44,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file; UserError with the line when it is not one."""
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping in a recipe file (or in a sweep's: `what`); UserError with the line when it is not one."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; a recipe is a YAML file, e.g. {path / 'recipe.yaml'}.")
+        raise UserError(f"{path}: is a folder; a {what} is a YAML file, e.g. {path / f'{what}.yaml'}.")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: it has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such recipe file.{_nearby(path)}") from error
+        raise UserError(f"{path}: no such {what} file.{_nearby(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
     data = _parse(text, where=str(path))
     if not isinstance(data, dict):
         got = "it is empty" if data is None else f"this one holds a {type(data).__name__}"
-        raise UserError(f"{path}: a recipe is a mapping of keys (seed, steps, backbone, …); {got}.")
+        raise UserError(f"{path}: a {what} is a mapping of keys ({KEYS[what]}, …); {got}.")
     return data
 
 
@@ -66,10 +67,15 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
     """Change `data` in place by `key.path=value` texts; values are YAML, list items are `a.0.b` or `a[0].b`."""
     for override in overrides:
         path, equals, text = override.partition("=")
-        keys = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
+        keys = split_path(path)
         if not equals or not all(keys):
             raise UserError(f"--set {override}: write it as key.path=value, e.g. --set optimizer.learning_rate=1e-4")
-        _set(data, keys, _parse(text, where=f"--set {override}"), where=f"--set {override}")
+        set_value(data, keys, _parse(text, where=f"--set {override}"), where=f"--set {override}")
+
+
+def split_path(path: str) -> list[str]:
+    """The keys of a dotted path; `a[0].b` is `a.0.b`."""
+    return re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
 
 
 def _parse(text: str, *, where: str) -> Any:
@@ -103,7 +109,8 @@ def _count(value: Any, known: dict[int, int | None], where: str) -> int:
     return count
 
 
-def _set(data: dict[str, Any], keys: list[str], value: Any, *, where: str) -> None:
+def set_value(data: dict[str, Any], keys: list[str], value: Any, *, where: str) -> None:
+    """Set the value at a path, making the mappings on the way."""
     node: Any = data
     for depth, key in enumerate(keys):
         place = ".".join(keys[:depth]) or "the recipe"
@@ -113,6 +120,21 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, *, where: str) -> No
             return
         if isinstance(node, dict) and node.get(index) is None:
             node[index] = {}
+        node = node[index]
+
+
+def remove_value(data: dict[str, Any], keys: list[str], *, where: str) -> None:
+    """Take out what stands at a path; UserError when nothing does."""
+    node: Any = data
+    for depth, key in enumerate(keys):
+        index = _index(node, key, place=".".join(keys[:depth]) or "the recipe", where=where)
+        if isinstance(node, dict) and index not in node:
+            raise UserError(
+                f"{where}: there is no '{'.'.join(keys)}' to take out; there are: {', '.join(map(str, node))}."
+            )
+        if depth == len(keys) - 1:
+            del node[index]
+            return
         node = node[index]
 
 

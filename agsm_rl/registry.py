@@ -1,13 +1,16 @@
 """Names that recipes may use: kind → name → "module:Class", imported only when asked for.
 
 Built-in names stand in BUILTIN; other packages add theirs by entry points of the group `agsm_rl.<kind>`. A recipe is
-data: it can run registered code only, unless the command line allows one more module by `--allow-import`.
+data: it can run registered code only, unless the command line allows one more module by `--allow-import`. Registered
+code that runs what the recipe says, or sends pictures to where it says, has a static method `permissions(options)`:
+what that names must be allowed on the command line too, by `--allow-command` and `--allow-host`.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -31,11 +34,22 @@ BUILTIN: dict[str, dict[str, str]] = {
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
     },
     "rewards": {
+        "aesthetic": "agsm_rl_rewards.aesthetic:Aesthetic",
         "brightness": "agsm_rl_rewards.brightness:Brightness",
+        "clip_score": "agsm_rl_rewards.clip_score:ClipScore",
+        "hpsv2": "agsm_rl_rewards.hpsv2:HPSv2",
+        "hpsv2_official": "agsm_rl_rewards.hpsv2_official:OfficialHPSv2",
+        "http": "agsm_rl_rewards.worker.http_client:HttpReward",
+        "image_reward": "agsm_rl_rewards.image_reward:ImageReward",
+        "image_reward_official": "agsm_rl_rewards.image_reward_official:OfficialImageReward",
         "jpeg_compressibility": "agsm_rl_rewards.jpeg:JpegCompressibility",
         "jpeg_incompressibility": "agsm_rl_rewards.jpeg:JpegIncompressibility",
+        "pick_score": "agsm_rl_rewards.pick_score:PickScore",
+        "ray_pool": "agsm_rl_rewards.worker.ray_pool:RayPoolReward",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
         "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
+        "vlm_judge": "agsm_rl_rewards.vlm_judge:VlmJudge",
+        "worker": "agsm_rl_rewards.worker.reward:WorkerReward",
     },
     "adapters": {
         "soft_tokens": "agsm_rl.adapters.soft_tokens:SoftTokens",
@@ -111,6 +125,36 @@ def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = (
         raise unknown_name(where, name, NOUNS[kind], entries)
     entry = entries[name]
     return _import(entry.target, where=where, source=f"the package {entry.package}")
+
+
+def permissions(
+    *, imports: Iterable[str] | None = (), commands: Iterable[str] | None = (), hosts: Iterable[str] | None = ()
+) -> frozenset[str]:
+    """What the command line allows, as the `allow_imports` of all functions: modules, `command:…` and `host:…`.
+
+    No module's name has a colon, so that none of them can pass for another.
+    """
+    modules = frozenset(imports or ())
+    if wrong := [name for name in modules if ":" in name]:
+        raise UserError(f"--allow-import {wrong[0]}: give the module alone, {wrong[0].partition(':')[0]}")
+    return modules | {f"command:{text}" for text in commands or ()} | {f"host:{name}" for name in hosts or ()}
+
+
+def check_permissions(found: Any, options: Mapping[str, Any], *, where: str, allow_imports: Collection[str]) -> None:
+    """UserError unless all that `found` would do with these options beyond its own code was allowed."""
+    try:
+        needed = found.permissions(options) if hasattr(found, "permissions") else []
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for wanted in needed:
+        if wanted in allow_imports:
+            continue
+        kind, _, what = wanted.partition(":")
+        does = {"command": "runs", "host": "sends pictures and prompts to"}[kind]
+        raise UserError(
+            f"{where}: this {does} {what}, and a recipe may not do so by itself. "
+            f"If you trust it, add --allow-{kind} {shlex.quote(what)} to the command."
+        )
 
 
 def names_that(kind: str, accept: Any) -> list[str]:

@@ -7,14 +7,20 @@ of them reads data or weights until it is bound, attached or called.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.options import RewardOptions, validated
-from agsm_rl.recipe import Block, Recipe, TermBlock, refuse
+from agsm_rl.options import unknown_key, validated
+from agsm_rl.recipe import Block, Evaluate, Recipe, TermBlock, refuse
+from agsm_rl.reward_entries import SCORES, RewardEntry, in_evaluation, in_source
+
+if TYPE_CHECKING:
+    from agsm_rl.scoring import WeightedReward
 
 TRACKERS = {
     "tensorboard": "tensorboard",
@@ -37,6 +43,8 @@ def resolve(recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[
     adapters = {name: parts.complete("adapters", block, f"adapters.{name}") for name, block in recipe.adapters.items()}
     sources = {name: parts.complete("sources", block, f"sources.{name}") for name, block in recipe.sources.items()}
     done = recipe.model_copy(update={"backbone": backbone, "adapters": adapters, "sources": sources})
+    if recipe.evaluate is not None:
+        done.evaluate = _complete_evaluation(recipe.evaluate, parts)
     done.objectives = _complete_terms(done, parts)
     for name, block in adapters.items():
         parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed)
@@ -53,13 +61,13 @@ class Parts:
         self.allow_imports = allow_imports
 
     def load(self, kind: str, name: str, place: str) -> Any:
-        """The class behind a name; behind a function in the manner of TRL's rewards, what makes its reward."""
+        """The class behind a name; behind a function as a reward, what makes that reward."""
         found = registry.load(kind, name, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
         if kind != "rewards":
             return found
-        from agsm_rl_rewards.trl_style import is_trl_style, maker
+        from agsm_rl_rewards.functions import reward_maker
 
-        return maker(found) if is_trl_style(found) else found
+        return reward_maker(found)
 
     def complete(self, kind: str, block: Block, place: str) -> Block:
         """The block with its class's defaults filled in."""
@@ -67,7 +75,12 @@ class Parts:
         options = validated(found, block.options, where=f"{self.where}: {place}")
         own = {key: getattr(block, key) for key in type(block).model_fields}
         if "rewards" in options:
-            options["rewards"] = self._complete_rewards(options["rewards"], f"{place}.rewards")
+            try:
+                entries = in_source(options["rewards"])
+            except UserError as error:
+                raise refuse(self.where, place, str(error)) from error
+            done = [self.complete_reward(entry, f"{place}.rewards.{entry.key}") for entry in entries]
+            options["rewards"] = {entry.key: entry.to_data() for entry in done}
         return type(block)(**own, **options)
 
     def construct(self, kind: str, block: Block, place: str, *, seed: int) -> Any:
@@ -75,8 +88,7 @@ class Parts:
         options = block.options
         if "rewards" in options:
             options["rewards"] = [
-                (self.reward(name, f"{place}.rewards.{name}", _reward_options(value)), _reward_weight(value))
-                for name, value in options["rewards"].items()
+                self.weighted_reward(entry, f"{place}.rewards.{entry.key}") for entry in in_source(options["rewards"])
             ]
         if "seed" in options and options["seed"] is None:
             options["seed"] = seed
@@ -84,7 +96,9 @@ class Parts:
 
     def reward(self, name: str, place: str, options: dict[str, Any]) -> Any:
         """The reward of that name."""
-        return self.call(self.load("rewards", name, place), options, place)
+        found = self.load("rewards", name, place)
+        registry.check_permissions(found, options, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
+        return self.call(found, options, place)
 
     def call(self, found: Any, options: dict[str, Any], place: str) -> Any:
         """`found(**options)`, its complaints told with their place."""
@@ -95,21 +109,23 @@ class Parts:
         except (ValueError, TypeError) as error:
             raise refuse(self.where, place, f"{type(error).__name__}: {error}") from error
 
-    def _complete_rewards(self, rewards: dict[str, Any], place: str) -> dict[str, Any]:
-        done: dict[str, Any] = {}
-        for name, value in rewards.items():
-            found = self.load("rewards", name, f"{place}.{name}")
-            options = validated(found, _reward_options(value), where=f"{self.where}: {place}.{name}")
-            done[name] = {"weight": _reward_weight(value), **options} if options else _reward_weight(value)
-        return done
+    def complete_reward(self, entry: RewardEntry, place: str) -> RewardEntry:
+        """The entry with its class's defaults filled in."""
+        found = self.load("rewards", entry.use, place + (".use" if entry.use != entry.key else ""))
+        arguments = inspect.signature(found).parameters.values()
+        known = [one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        for key in entry.options:
+            if key not in known:
+                raise refuse(self.where, place, unknown_key(key, [*known, *entry.own_keys]))
+        return replace(entry, options=validated(found, entry.options, where=f"{self.where}: {place}"))
 
+    def weighted_reward(self, entry: RewardEntry, place: str) -> WeightedReward:
+        """The reward of a completed entry, and how it enters the sum."""
+        from agsm_rl.scoring import WeightedReward
 
-def _reward_weight(value: Any) -> float:
-    return RewardOptions.model_validate(value).weight if isinstance(value, dict) else float(value)
-
-
-def _reward_options(value: Any) -> dict[str, Any]:
-    return {key: item for key, item in value.items() if key != "weight"} if isinstance(value, dict) else {}
+        return WeightedReward(
+            self.reward(entry.use, place, entry.options), entry.weight, entry.name, normalise=entry.normalise
+        )
 
 
 def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
@@ -120,6 +136,36 @@ def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
         if isinstance(source, str)
         else (source, f"objectives[{index}].source")
     )
+
+
+def _complete_evaluation(evaluate: Evaluate, parts: Parts) -> Evaluate:
+    """The section with its rewards by name, their options filled in and checked: each is constructed."""
+    try:
+        entries = in_evaluation(evaluate.rewards)
+    except UserError as error:
+        raise UserError(f"{parts.where}: evaluate.{error}") from error
+    done = {}
+    for index, entry in enumerate(entries):
+        by_name = isinstance(evaluate.rewards, dict)
+        place = f"evaluate.rewards.{entry.key}" if by_name else f"evaluate.rewards[{index}]"
+        found = parts.complete_reward(entry, place)
+        parts.reward(found.use, place, found.options)
+        done[found.key] = found.to_data()
+    return evaluate.model_copy(update={"rewards": done})
+
+
+def _check_rules(recipe: Recipe, parts: Parts) -> None:
+    """`checkpoint.best` and `stop_when` name what is evaluated while the run goes on."""
+    wanted = {"checkpoint.best": recipe.checkpoint.best} if recipe.checkpoint.best else {}
+    wanted |= {f"stop_when.{name}": name for name in recipe.stop_when}
+    for place, name in wanted.items():
+        if recipe.evaluate is None or recipe.evaluate.every is None:
+            raise refuse(
+                parts.where, place, f"'{name}' is not measured while the run goes on; set evaluate.every, e.g. 50"
+            )
+        allowed = [*(entry.name for entry in in_evaluation(recipe.evaluate.rewards)), *SCORES]
+        if name not in allowed:
+            raise unknown_name(f"{parts.where}: {place}", name, "a score of the suite or in evaluate.rewards", allowed)
 
 
 def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
@@ -232,8 +278,7 @@ def _check_rest(recipe: Recipe, parts: Parts) -> None:
                 )
             if name not in rates:
                 raise refuse(parts.where, "optimizer.learning_rate", f"it names no rate for the adapter '{name}'")
-    for index, name in enumerate(recipe.evaluate.rewards if recipe.evaluate else []):
-        parts.reward(name, f"evaluate.rewards[{index}]", {})
+    _check_rules(recipe, parts)
     for index, name in enumerate(recipe.track):
         place = f"{parts.where}: track[{index}]"
         if name not in TRACKERS:

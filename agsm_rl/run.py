@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
@@ -16,13 +17,14 @@ from rich.console import Console
 from agsm_rl import checkpoint
 from agsm_rl.agreement import agreements, to_json
 from agsm_rl.build import build_trainer
-from agsm_rl.callbacks import Checkpoints, GracefulStop, Metrics, ProgressBar
+from agsm_rl.callbacks import GracefulStop, Metrics, ProgressBar
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.stop import Stopped
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
+from agsm_rl.watch import WentWrong
 from agsm_rl.watching import Evaluation, SampleGrids
 
 
@@ -34,11 +36,14 @@ def train(
     where: str = "recipe",
     allow_imports: Collection[str] = (),
     console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+    evaluate: bool = True,
 ) -> Path:
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
 
-    `run_dir` None: runs/<recipe's name>-<time>. Raises UserError before anything is written when the recipe or the
-    folder cannot be used, and Stopped after a signal.
+    `run_dir` None: runs/<recipe's name>-<time>. `callbacks` look on too, and may stop the run. Without `evaluate`,
+    nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the
+    recipe or the folder cannot be used, and Stopped after a signal.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
@@ -55,13 +60,16 @@ def train(
         if main:
             folder.open(recipe)
         accelerator.wait_for_everyone()
-        if resume:
-            _continue(trainer, folder, console if main else None)
+        standing = _continue(trainer, folder, console if main else None) if resume else None
         if main and accelerator.num_processes > 1:
             console.print(f"{accelerator.num_processes} processes", highlight=False)
         try:
             _start_trackers(accelerator, recipe)
-            _run(trainer, recipe, folder, Parts(where=where, allow_imports=allow_imports), console)
+            trainer.callbacks = list(callbacks)
+            evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
+            if main and resume:
+                evaluation.resume(trainer, standing)
+            _run(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
         except OSError as error:
             raise _failed(folder, trainer, error) from error
         return folder.path
@@ -77,29 +85,42 @@ def train(
             folder.close()
 
 
-def _run(trainer: Trainer, recipe: Recipe, folder: RunFolder, parts: Parts, console: Console) -> None:
+def _run(
+    trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console, *, evaluate: bool
+) -> None:
     main = trainer.accelerator.is_main_process
-    grids, evaluation = SampleGrids(folder, recipe), Evaluation(folder, recipe, parts, console)
+    grids = SampleGrids(folder, recipe)
     with GracefulStop() as stop:
-        trainer.callbacks = [stop]
+        trainer.callbacks = [stop, *trainer.callbacks]
         with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
             if main:
-                # Metrics before the checkpoint: a run continued from it has all its lines.
-                trainer.callbacks += [Metrics(folder), bar, Checkpoints(folder, recipe), grids, evaluation]
+                # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
+                # takes long: a kill in an evaluation loses nothing, it is made up for.
+                trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
+                trainer.callbacks += [grids, evaluation]
                 grids.resume(trainer)
-                evaluation.resume(trainer)
-            trainer.train()
+            try:
+                trainer.train()
+            except WentWrong as error:
+                if main:
+                    evaluation.events.write(error.event)
+                raise
     if stop.received is not None and trainer.step < recipe.steps:
         raise Stopped(folder.recipe, trainer.step, stop.received)
     try:
-        if main and recipe.evaluate is not None:
+        if main and evaluate and recipe.evaluate is not None:
             evaluation.finish(trainer)
-        elif main:
+        elif main and evaluate:
             grids.write_before_after(trainer)
     except KeyboardInterrupt as error:
         raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
     if main:
         _tell_agreement(folder)
+    if main and evaluate:
+        if recipe.evaluate is None:
+            console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
+        elif folder.eval.exists():
+            _write_report(folder, console)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -126,12 +147,28 @@ def _tell_agreement(folder: RunFolder) -> None:
         write_text(folder.eval, json.dumps(content, indent=1) + "\n")
 
 
-def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> None:
-    """Load the newest good checkpoint, if there is one, and forget the metrics after it."""
+def _write_report(folder: RunFolder, console: Console) -> None:
+    """report.html in the run folder; a run whose report fails is whole all the same, and says so."""
+    from agsm_rl.report.page import write_report
+
+    try:
+        write_report([folder.path], folder.report)
+    except Exception as error:  # whatever it is, hours of training must not end as a failure for it
+        console.print(
+            f"report.html was not written ({type(error).__name__}: {error}); all else is. To try again: agsm-rl report "
+            f"{folder.path}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> dict[str, Any] | None:
+    """Load the newest good checkpoint, if there is one, and forget the metrics after it; the evaluations' standing."""
     found = checkpoint.newest(folder.checkpoints)
-    step = 0
+    step, standing = 0, None
     if found is not None:
         step, state = found
+        standing = state.get("standing")  # checkpoints of earlier versions have none
         try:
             trainer.load_state_dict(state)
         except UserError as error:
@@ -142,12 +179,13 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> N
                 f"({type(error).__name__}: {error}); delete it to go on from an older one"
             ) from error
     if console is not None:
-        for file in (folder.metrics, folder.evaluations):
+        for file in (folder.metrics, folder.evaluations, folder.events):
             MetricsFile(file).cut(step)
         console.print(
             f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
             soft_wrap=True,
         )
+    return standing
 
 
 def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:

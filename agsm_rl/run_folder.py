@@ -16,7 +16,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 
 # What may be changed when a run is continued: nothing that alters the steps already made.
-MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "track"}
+MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
 
 
 class RunFolder:
@@ -28,9 +28,12 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.events = self.path / "events.jsonl"
         self.adapter = self.path / "adapter"
+        self.best_adapter = self.path / "adapter-best"
         self.samples = self.path / "samples"
         self.eval = self.path / "eval.json"
+        self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
         self._new = False
 
@@ -57,7 +60,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
-        _check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+        check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
         if any(self.adapter.glob("[!.]*.safetensors")) and not any(self.checkpoints.glob("step-*.pt")):
             # adapter/ is written after a checkpoint; starting from nothing would pass for going on.
             raise UserError(
@@ -73,7 +76,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
-        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*", "samples/.*.new"):
+        for name in (".*.new", "checkpoints/*.partial", "adapter*/.*.new", "adapter*/.tmp*", "samples/.*.new"):
             for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
                 aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())
@@ -119,11 +122,6 @@ class MetricsFile:
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def count(self, step: int) -> int:
-        """Lines of a step."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return sum(_step_of(line) == step for line in lines)
-
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of a step."""
         with self.path.open("a", encoding="utf-8") as file:
@@ -154,8 +152,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
-    """The recipe must be the run's, but for what does not alter the steps already made."""
+def check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
+    """UserError unless the recipe is the run's, but for what does not alter the steps already made."""
     now, then = recipe.to_data(), kept.to_data()
     for key in now:
         if key not in MAY_CHANGE and now[key] != then[key]:

@@ -1,46 +1,105 @@
 """Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward
 
+Normalise = Literal["raw", "z_score"]
 
-def check_rewards(rewards: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:
-    """The (reward, weight) pairs as a list; UserError if there are none."""
-    if not rewards:
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A reward in a run: under which name it is logged, with which weight and in which unit it enters the sum.
+
+    `weight` may be negative (what the reward likes is then avoided) or 0 (it is logged, nothing is learned from it).
+    `normalise`: `raw`, in the reward's own unit, or `z_score`, in standard deviations of that reward alone.
+    """
+
+    reward: Reward
+    weight: float
+    name: str
+    normalise: Normalise = "raw"
+
+    def __iter__(self) -> Iterator[Reward | float]:
+        """Unpacks as the (reward, weight) pair as which rewards are given in Python."""
+        return iter((self.reward, self.weight))
+
+
+def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
+    """The rewards as WeightedRewards; UserError if there are none, two of one name, or all have weight 0."""
+    found = [
+        one if isinstance(one, WeightedReward) else WeightedReward(one[0], float(one[1]), one[0].name)
+        for one in rewards
+    ]
+    if not found:
         raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
-    return list(rewards)
+    names = [one.name for one in found]
+    for one in found:
+        if names.count(one.name) > 1:
+            raise UserError(
+                f"rewards: two are called '{one.name}'; give one a name of its own, as in "
+                f"`rewards: {{mine: {{use: {one.name}, weight: 1.0}}}}`"
+            )
+        if one.normalise not in get_args(Normalise):
+            raise unknown_name(
+                f"rewards.{one.name}: normalise", one.normalise, "a way to normalise", get_args(Normalise)
+            )
+    if not any(one.weight for one in found):
+        raise UserError("rewards: all weights are 0, so nothing would be learned; give at least one another weight")
+    return found
 
 
-def checked_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """The reward's scores [B]; UserError naming the reward when they have another shape or are not finite."""
+def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: str | None = None) -> Tensor:
+    """The reward's scores [B]; UserError naming the reward when it fails, or they have another shape or are not finite.
+
+    `name`: what the run calls the reward (None: its own name).
+    """
+    who = f"reward '{name or reward.name}'"
     try:
         score = reward(images, prompts)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"reward '{reward.name}': it failed with {type(error).__name__}: {error}") from error
+        # Whatever a user's own code may raise; where it did is what they need.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{who}: it failed with {type(error).__name__}: {error} (in {last.name}, {Path(last.filename).name} line "
+            f"{last.lineno}), on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
+        ) from error
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        raise UserError(
-            f"reward '{reward.name}': it returned {got}, but a score an image is wanted: shape ({len(prompts)},)"
-        )
+        raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")
     if not torch.isfinite(score).all():
         bad = int((~torch.isfinite(score)).nonzero()[0])
-        raise UserError(f"reward '{reward.name}': its score is {float(score[bad])} for the prompt '{prompts[bad]}'")
+        blame = "" if torch.isfinite(images[bad]).all() else "; the image is not finite itself: the model went wrong"
+        raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{blame}")
     return score.float().to(images.device)
 
 
+def scores_of(rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Each reward's own scores [B], by the name that it has in the run."""
+    return {one.name: checked_score(one.reward, images, prompts, name=one.name) for one in rewards}
+
+
 def weighted_scores(
-    rewards: Sequence[tuple[Reward, float]], images: Tensor, prompts: list[str]
+    rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the rewards' scores, [B], and each reward's own scores [B] by its name."""
-    total, scores = torch.zeros(len(prompts), device=images.device), {}
-    for reward, weight in rewards:
-        scores[reward.name] = checked_score(reward, images, prompts)
-        total = total + weight * scores[reward.name]
-    return total, scores
+    """The weighted sum of the rewards' scores, [B], each in its own unit, and each reward's own scores [B] by name."""
+    scores = scores_of(rewards, images, prompts)
+    return weighted_sum(rewards, scores), scores
+
+
+def weighted_sum(rewards: Sequence[WeightedReward], scores: dict[str, Tensor]) -> Tensor:
+    """The sum of weight · score, [B]."""
+    total = torch.zeros_like(scores[rewards[0].name])
+    for one in rewards:
+        total = total + one.weight * scores[one.name]
+    return total

@@ -1,5 +1,6 @@
 """The step over the terms. Nothing about any particular objective is written here."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,6 +16,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Objective, Source, View
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
+from agsm_rl.watch import Watch
 
 
 @dataclass
@@ -66,6 +68,10 @@ class Term:
             return float(np.interp(step, [at for at, _ in points], [value for _, value in points]))
         return float(self.weight)
 
+    def is_due(self, step: int) -> bool:
+        """Whether it learns in a step (counted from 0)."""
+        return step >= self.offset and (step - self.offset) % self.every == 0 and self.weight_at(step) != 0
+
 
 class Callback(Protocol):
     """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation."""
@@ -95,7 +101,7 @@ class Trainer:
     """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
 
     `learning_rate` is one number or one per adapter, {adapter: number}. Gradients are clipped to `max_grad_norm`
-    (None: not).
+    (None: not). `watch` says what is done about numbers that go wrong.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Trainer:
         combine: str = "sum",
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
+        watch: Watch | None = None,
     ) -> None:
         if not terms:
             raise UserError("objectives: there are none, so there is nothing to learn from")
@@ -120,7 +127,7 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
-        self.callbacks = list(callbacks)
+        self.callbacks, self.watch = list(callbacks), watch or Watch()
         self.step, self.stopping = 0, False
         self.parameters = policy.parameters()
         groups = [
@@ -146,8 +153,11 @@ class Trainer:
 
     def train(self) -> None:
         """Run up to `steps`, or until a callback sets `stopping`."""
+        self._agree_to_stop()
         while self.step < self.steps and not self.stopping:
+            started = time.perf_counter()
             metrics = self.run_step()
+            metrics["seconds"] = time.perf_counter() - started
             for callback in self.callbacks:
                 callback.on_step(self, self.step, metrics)
             self._agree_to_stop()
@@ -165,10 +175,12 @@ class Trainer:
         batches: dict[int, Batch] = {}
         gradients: dict[str, Gradient] = {}
         metrics: dict[str, float] = {"loss": 0.0}
+        self.watch.begin_step()
+        learned: list[Term] = []
         for term in self.terms:
-            weight = term.weight_at(self.step)
-            if weight == 0 or self.step < term.offset or (self.step - term.offset) % term.every:
+            if not term.is_due(self.step):
                 continue
+            weight = term.weight_at(self.step)
             if id(term.source) not in batches:
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
@@ -180,11 +192,19 @@ class Trainer:
             if not metrics.get(f"{term.name}/rows", 1.0):
                 continue
             gradient, figures = self._learn(term, batch)
+            figures |= term.source.metrics()
+            metrics |= {f"{term.name}/{key}": value for key, value in figures.items()}
+            if not self.watch.term_passes(self.step + 1, term.name, figures):
+                # Its source has moved on as ever; its gradient is not applied.
+                metrics[f"{term.name}/skipped"] = 1.0
+                continue
+            learned.append(term)
             metrics["loss"] += weight * figures["loss"]
-            metrics |= {f"{term.name}/{key}": value for key, value in (figures | term.source.metrics()).items()}
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
         metrics |= _cosines(gradients)
-        self._apply(self.combine(list(gradients.values()), self.seed + self.step), metrics)
+        combined = self.combine(list(gradients.values()), self.seed + self.step)
+        self._look_at_adapters(learned, combined)
+        self._apply(combined, metrics)
         self.step += 1
         return metrics
 
@@ -213,18 +233,24 @@ class Trainer:
             total[name] = self.accelerator.reduce(total[name], "mean")
         means = {key: float(self.accelerator.reduce(value, "mean")) for key, value in sums.items()}
         means["grad_norm"] = float(_norm(total))
-        for what in ("loss", "grad_norm"):
-            if not np.isfinite(means[what]):
-                raise UserError(
-                    f"step {self.step + 1}: objective '{term.name}': its {what} is {means[what]}; nothing was changed "
-                    f"by this step. Lower optimizer.learning_rate, or go on with --resume from the newest checkpoint"
-                )
         return total, means
+
+    def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
+        """Tell the watch which of the adapters that this step's terms train get a gradient that is not all 0."""
+        trained = {name for term in learned for name in (term.trains or self.policy.adapters)}
+        reached = {}
+        for adapter in sorted(trained):
+            values = [gradient[name] for name in self.policy.parameters([adapter]) if name in gradient]
+            reached[adapter] = any(bool(value.count_nonzero()) for value in values)
+        self.watch.look_at_adapters(self.step + 1, reached)
 
     def _apply(self, gradient: Gradient, metrics: dict[str, float]) -> None:
         if not gradient:
             return
         metrics["grad_norm"] = float(_norm(gradient))
+        if not self.watch.step_passes(self.step + 1, metrics["grad_norm"]):
+            metrics["skipped"] = 1.0
+            return
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in gradient.items():
             self.parameters[name].grad = value
@@ -241,6 +267,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "parameters": list(self.parameters),
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
+            "watch": self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +286,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
+        if "watch" in state:  # checkpoints of earlier versions have none
+            self.watch.load_state_dict(state["watch"])
         self.step = int(state["step"])
 
 

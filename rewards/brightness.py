@@ -8,6 +8,7 @@ class Brightness:
 
     name = "brightness"
     range = (0.0, 1.0)
+    licence = "Apache-2.0 (no weights)"
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:

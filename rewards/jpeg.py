@@ -26,6 +26,7 @@ class JpegCompressibility:
 
     name = "jpeg_compressibility"
     range = (-float("inf"), 0.0)
+    licence = "Apache-2.0 (no weights)"
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -37,6 +38,7 @@ class JpegIncompressibility:
 
     name = "jpeg_incompressibility"
     range = (0.0, float("inf"))
+    licence = "Apache-2.0 (no weights)"
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -24,6 +24,7 @@ class ShapesReward:
 
     name = "shapes"
     range = (0.0, 1.0)
+    licence = "Apache-2.0 (no weights)"
     differentiable = False
 
     def __init__(self, *, verdict: Kind = "strict") -> None:

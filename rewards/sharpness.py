@@ -13,6 +13,7 @@ class Sharpness:
 
     name = "sharpness"
     range = (0.0, float("inf"))
+    licence = "Apache-2.0 (no weights)"
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -23,6 +23,7 @@ class TRLReward:
     """
 
     range = (-float("inf"), float("inf"))
+    licence = "your own"
     differentiable = False
 
     def __init__(self, function: Callable[..., Any], *, columns: Mapping[str, Mapping[str, Any]] | None = None) -> None:

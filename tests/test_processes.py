@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def recipe(tiny_checkpoint, tmp_path):
     """AGSM, DDPO and DPO on streamed preferences over tokens and LoRA on the tiny base; a checkpoint each step."""
-    rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"jpeg_incompressibility": 1.0}}
+    rewards = {"jpeg_incompressibility": 1.0, "sharp": {"use": "sharpness", "weight": -0.5, "normalise": "z_score"}}
+    rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": rewards}
     rollouts |= {"num_prompts": 2, "images_per_prompt": 4, "num_steps": 3, "guidance": 1.0, "updates": 2}
     pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8, "num_images": 24}
     preferences = {"use": "preferences", "dataset": "builtin:shapes-preferences", "batch_size": 4, "num_pairs": 14}
@@ -82,6 +84,55 @@ def test_a_run_killed_and_continued_equals_the_uninterrupted_one(recipe, tmp_pat
 def metrics_of_partial(folder):
     """Lines that are whole; the last may be half-written at this moment."""
     return [line for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1] if line.endswith("}")]
+
+
+BROKEN_ON_ONE = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.objectives.score_matching import ScoreMatching
+from agsm_rl.policy import Policy
+from agsm_rl.sources.pairs import Pairs
+from agsm_rl.trainer import Term, Trainer
+from agsm_rl.watch import Watch
+
+accelerator = Accelerator(cpu=True)
+
+
+class BrokenOnOne(ScoreMatching):
+    def loss(self, policy, batch):
+        loss, figures = super().loss(policy, batch)
+        broken = trainer.step == 1 and accelerator.process_index == 1
+        return (loss * float("nan") if broken else loss), figures
+
+
+policy = Policy(StableDiffusion(sys.argv[1], device="cpu"), {"lora": LoRA(rank=2)}, ema_decay=0.5)
+term = Term(BrokenOnOne(), Pairs("builtin:shapes", batch_size=4, num_images=8), name="matching")
+trainer = Trainer(policy, [term], steps=3, accelerator=accelerator, watch=Watch(non_finite="skip"))
+skipped = ["matching/skipped" in trainer.run_step() for _ in range(3)]
+state = trainer.state_dict()
+torch.save({"skipped": skipped, **state}, Path(sys.argv[2]) / f"{accelerator.process_index}.pt")
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(tiny_checkpoint, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(BROKEN_ON_ONE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, str(script), str(tiny_checkpoint), str(tmp_path)], check=True, timeout=600)
+    first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in (0, 1))
+    assert first["skipped"] == second["skipped"] == [False, True, False]
+    assert first["sources"] == second["sources"]
+    assert first["watch"] == second["watch"]
+    for which in ("live", "ema"):
+        for name, value in first["policy"][which].items():
+            assert torch.isfinite(value).all()
+            assert torch.equal(value, second["policy"][which][name])
 
 
 def test_two_processes_with_half_the_batch_each_equal_one_process_with_all_of_it(recipe, tmp_path):

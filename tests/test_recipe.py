@@ -8,6 +8,8 @@ import yaml
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
+from agsm_rl.resolve import Parts
+from agsm_rl.reward_entries import directions
 
 CONTENT = {
     "steps": 10,
@@ -69,6 +71,40 @@ def test_a_reward_may_have_options_of_its_own():
     assert rewards == {"shapes": {"weight": 0.5, "verdict": "lenient"}}
 
 
+def test_a_reward_used_twice_has_a_name_for_each_use():
+    content = copy.deepcopy(CONTENT)
+    given = {"shapes": 1.0, "kind": {"use": "shapes", "weight": -0.5, "verdict": "lenient", "normalise": "z_score"}}
+    content["sources"]["own_images"]["rewards"] = given
+    recipe = Recipe.from_data(content)
+    assert recipe.sources["own_images"].options["rewards"] == {
+        "shapes": {"weight": 1.0, "verdict": "strict"},
+        "kind": given["kind"],
+    }
+    assert Recipe.from_data(recipe.to_data()) == recipe
+    made = Parts(where="x").construct("sources", recipe.sources["own_images"], "sources.own_images", seed=0).rewards
+    assert [(one.name, one.weight, one.normalise) for one in made] == [
+        ("shapes", 1.0, "raw"),
+        ("kind", -0.5, "z_score"),
+    ]
+    assert [one.reward.verdict for one in made] == ["strict", "lenient"]
+
+
+def test_evaluated_rewards_take_options_and_are_held_out_unless_a_term_learns_from_just_that():
+    content = copy.deepcopy(CONTENT)
+    content["sources"]["own_images"]["rewards"] = {"shapes": 1.0, "sharpness": {"weight": -1.0}, "brightness": 0.0}
+    content["evaluate"]["rewards"] = {
+        "strictly": {"use": "shapes"},
+        "kindly": {"use": "shapes", "verdict": "lenient"},
+        "sharpness": None,
+        "brightness": {},
+    }
+    recipe = Recipe.from_data(content)
+    assert directions(recipe) == {"strictly": 1, "kindly": 0, "sharpness": -1, "brightness": 0}
+    assert Recipe.from_data(recipe.to_data()) == recipe
+    content["evaluate"]["rewards"] = ["shapes", "sharpness"]
+    assert directions(Recipe.from_data(content)) == {"shapes": 1, "sharpness": -1}
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [("objectives.0.temperature=0.2", 0.2), ("objectives[0].temperature=2e-1", 0.2)],
@@ -119,6 +155,24 @@ WRONG = {
     "sources.own_images.rewards={}": "sources.own_images.rewards: ",
     "sources.own_images.rewards.shaps=1": "rewards.shaps: 'shaps' is not a reward.*'shapes'",
     "evaluate.rewards=[shaps]": r"evaluate.rewards\[0\]: 'shaps' is not a reward",
+    "sources.own_images.rewards.shapes={normalize: raw}": "rewards.shapes: 'normalize'.*Did you mean 'normalise'",
+    "sources.own_images.rewards.shapes={normalise: zscore}": "rewards.shapes.normalise: got 'zscore'.*'z_score'",
+    "sources.own_images.rewards.mine={use: shaps}": "rewards.mine.use: 'shaps' is not a reward.*'shapes'",
+    "sources.own_images.rewards={a/b: {use: shapes}}": "own_images: rewards: 'a/b' cannot be a name",
+    "sources.own_images.rewards={shapes: 0}": "own_images: rewards: all weights are 0",
+    "evaluate.rewards={shapes: {weight: 1}}": "evaluate.rewards.shapes: 'weight' means nothing here",
+    "evaluate.rewards={strict: {use: shapes}}": "evaluate.rewards.strict: that is the name of a suite's score",
+    "evaluate.rewards={shapes: {verdict: kind}}": "evaluate.rewards.shapes.verdict: got 'kind'",
+    "evaluate.rewards=[shapes, shapes]": "evaluate.rewards: a reward stands in it twice",
+    "evaluate.rewards={shapes: 1.0}": "evaluate.rewards: 'shapes' is 1.0, but rewards are only measured.*shapes: {}",
+    "checkpoint.best=sharpness": "checkpoint.best: 'sharpness' is not a score .*allowed: overall, shapes, strict",
+    "stop_when.shaps.falls_by=1": "stop_when.shaps: 'shaps' is not a score.*Did you mean 'shapes'",
+    "stop_when.shapes.falls_by=0": "stop_when.shapes.falls_by: got 0.*greater than 0",
+    "stop_when.shapes.fals_by=1": "stop_when.shapes: 'fals_by'.*Did you mean 'falls_by'",
+    "watch.non_finite=warn": "watch.non_finite: got 'warn'.*'stop' or 'skip'",
+    "watch.zero_gradient=skip": "watch.zero_gradient: got 'skip'.*'warn', 'stop' or 'ignore'",
+    "watch.zero_varience=stop": "watch: 'zero_varience'.*Did you mean 'zero_variance'",
+    "export=emma": "export: got 'emma'.*'live' or 'ema'",
     "optimizer.learning_rate={lora: 1e-3}": "optimizer.learning_rate: it names no rate for the adapter 'tokens'",
     "combine=smu": "combine: 'smu' is not a combiner.*'sum'",
     "track=[tensorbord]": r"track\[0\]: 'tensorbord' is not a tracker.*'tensorboard'",
@@ -133,6 +187,15 @@ WRONG = {
 def test_each_mistake_is_told_with_its_place_and_remedy(write, override):
     with pytest.raises(UserError, match=WRONG[override]):
         Recipe.from_yaml(write(), [override])
+
+
+def test_a_rule_on_what_is_only_measured_at_the_end_is_refused(write):
+    with pytest.raises(
+        UserError, match="checkpoint.best: 'shapes' is not measured while the run goes on; set evaluate.e"
+    ):
+        Recipe.from_yaml(write(), ["checkpoint.best=shapes", "evaluate.every=null"])
+    with pytest.raises(UserError, match="stop_when.strict: 'strict' is not measured"):
+        Recipe.from_yaml(write(), ["stop_when.strict.falls_by=0.1", "evaluate=null"])
 
 
 def test_two_terms_of_one_name_are_refused(write):
@@ -172,7 +235,11 @@ def test_a_tracker_that_is_not_installed_is_told_with_the_command(write, monkeyp
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+# Sweeps have tests of their own (tests/sweep/test_plan.py).
+SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml") if path.parent.name != "study")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_recipe_that_is_shipped_can_be_read(name, tmp_path):
     """`photos` is a folder that the recipe's header tells the user to make."""
     overrides = [f"objectives.0.source.dataset={tmp_path}"] if name == "imagefolder.yaml" else []

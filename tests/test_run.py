@@ -60,13 +60,18 @@ def test_a_run_leaves_all_that_the_contract_names(make_recipe, tmp_path, quiet):
     assert Recipe.from_yaml(folder / "recipe.yaml") == recipe
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert {"loss", "agsm/loss", "agsm/grad_norm"} <= set(rows[0])
+    assert {"loss", "agsm/loss", "agsm/grad_norm", "seconds"} <= set(rows[0])
     assert (folder / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         "before_after.png",
+        "eval",
         "step-00000002.png",
         "step-00000004.png",
     ]
+    assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+    images = sorted(str(path.relative_to(folder / "samples" / "eval")) for path in (folder / "samples").rglob("0*.png"))
+    sides = [f"guidance-{guidance}/{side}" for guidance in (1, 3) for side in ("base", "trained")]
+    assert images == [f"{side}/{number:04d}.png" for side in sides for number in range(6)]
     assert list((folder / "logs").rglob("events.out.tfevents*"))
     measured = json.loads((folder / "eval.json").read_text())
     assert {"suite", "num_images", "overall", "tags", "strict", "base", "difference"} <= set(measured)
@@ -198,3 +203,23 @@ def test_a_stack_ends_with_a_sentence_on_whether_its_terms_agreed(make_recipe, t
     (found,) = json.loads((folder / "eval.json").read_text())["agreement"]
     assert (found["first"], found["second"], found["steps"]) == ("agsm", "score_matching", 4)
     assert "the gradients of agsm and score_matching" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_on_its_own_images_counts_them(make_recipe, tmp_path, quiet):
+    rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}}
+    rollouts |= {"num_prompts": 2, "images_per_prompt": 2, "num_steps": 2, "guidance": 1.0, "updates": 2}
+    recipe = make_recipe(steps=3, objectives=[{"use": "ddpo", "source": rollouts}])
+    folder = train(recipe, tmp_path / "run", console=quiet)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [4, 4, 8]
+    train(recipe.model_copy(update={"steps": 5}), folder, resume=True, console=quiet)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [4, 4, 8, 8, 12]
+
+
+def test_a_report_that_fails_is_told_and_does_not_fail_the_run(make_recipe, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr("agsm_rl.report.page.write_report", lambda *_: 1 / 0)
+    folder = train(make_recipe(evaluate={"num_images": 6, "num_steps": 2}), tmp_path / "run", console=quiet)
+    assert (folder / "eval.json").is_file() and not (folder / "report.html").exists()
+    said = " ".join(quiet.file.getvalue().split())
+    assert "report.html was not written (ZeroDivisionError" in said and "agsm-rl report" in said

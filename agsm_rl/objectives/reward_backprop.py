@@ -19,7 +19,7 @@ from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import Predict, step_distribution
-from agsm_rl.scoring import check_rewards, weighted_scores
+from agsm_rl.scoring import WeightedReward, check_rewards, weighted_scores
 
 
 def reward_backprop_loss(rewards: Tensor) -> tuple[Tensor, Metrics]:
@@ -74,7 +74,7 @@ class RewardBackprop:
 
     def __init__(
         self,
-        rewards: Sequence[tuple[Reward, float]],
+        rewards: Sequence[WeightedReward | tuple[Reward, float]],
         *,
         num_steps: int = 50,
         guidance: float = 5.0,
@@ -84,8 +84,13 @@ class RewardBackprop:
         images_per_pass: int | None = None,
     ) -> None:
         self.rewards = check_rewards(rewards)
-        for reward, _ in self.rewards:
-            _check_differentiable(reward)
+        for one in self.rewards:
+            _check_differentiable(one.reward)
+            if one.normalise != "raw":
+                raise UserError(
+                    f"rewards.{one.name}: normalise '{one.normalise}' is for rollouts, whose images are compared; here "
+                    f"the gradient of the score itself is followed: leave it raw, and set its size by the weight"
+                )
         check_at_least_one("num_steps", num_steps)
         check_at_least_one("images_per_pass", images_per_pass)
         if eta < 0:
@@ -112,7 +117,7 @@ class RewardBackprop:
         images = self.images(policy, batch)
         total, scores = weighted_scores(self.rewards, images, batch.prompts)
         if torch.is_grad_enabled() and not total.requires_grad:
-            names = ", ".join(f"'{reward.name}'" for reward, _ in self.rewards)
+            names = ", ".join(f"'{one.name}'" for one in self.rewards)
             raise UserError(
                 f"rewards: the score of {names} carries no gradient, though it is said to be differentiable"
             )

@@ -1,13 +1,19 @@
-"""How much better an image is than its prompt's images: than they usually are, or than those drawn beside it."""
+"""How much better an image is than its prompt's images: than they usually are, or than those drawn beside it.
+
+Where all compared rewards are equal, the answer is exactly 0: rounding must not be blown up by a division.
+"""
 
 from collections import deque
 
 import torch
 from torch import Tensor
 
+Histories = dict[str, deque[float]]
+"""Each prompt's newest rewards."""
+
 
 def normalised_by_prompt(
-    rewards: Tensor, prompts: list[str], histories: dict[str, deque[float]], *, history: int, min_history: int
+    rewards: Tensor, prompts: list[str], histories: Histories, *, history: int, min_history: int
 ) -> Tensor:
     """(reward − mean) / (standard deviation + 1e-6), [N], by the newest `history` rewards of the image's own prompt.
 
@@ -15,14 +21,13 @@ def normalised_by_prompt(
     `histories` is extended by these rewards first. While a prompt has fewer than `min_history`, the mean and the
     standard deviation are those of all N `rewards`.
     """
-    mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+    everything = _center_and_spread(rewards)
     for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
         histories.setdefault(prompt, deque(maxlen=history)).append(reward)
     advantages = torch.empty_like(rewards)
     for index, prompt in enumerate(prompts):
-        past = torch.tensor(list(histories[prompt]))
-        known = len(past) >= min_history
-        center, spread = (float(past.mean()), float(past.std(correction=0))) if known else (mean, std)
+        past = torch.tensor(list(histories[prompt]), dtype=rewards.dtype)
+        center, spread = _center_and_spread(past) if len(past) >= min_history else everything
         advantages[index] = (rewards[index] - center) / (spread + 1e-6)
     return advantages
 
@@ -36,6 +41,21 @@ def normalised_by_group(rewards: Tensor, prompts: list[str]) -> Tensor:
     advantages = torch.empty_like(rewards)
     for prompt in dict.fromkeys(prompts):
         group = [index for index, other in enumerate(prompts) if other == prompt]
-        own = rewards[group]
-        advantages[group] = (own - own.mean()) / (own.std(correction=0) + 1e-4)
+        advantages[group] = normalised_over_all(rewards[group])
     return advantages
+
+
+def normalised_over_all(rewards: Tensor) -> Tensor:
+    """(reward − mean) / (standard deviation + 1e-4), [N], over all of them.
+
+    For a sum of rewards that were normalised one by one: GDPO's last step (arXiv 2601.05242), which keeps the size of
+    the advantages the same whatever the number of rewards.
+    """
+    center, spread = _center_and_spread(rewards)
+    return (rewards - center) / (spread + 1e-4)
+
+
+def _center_and_spread(rewards: Tensor) -> tuple[float, float]:
+    if bool((rewards == rewards[0]).all()):
+        return float(rewards[0]), 0.0
+    return float(rewards.mean()), float(rewards.std(correction=0))

@@ -14,8 +14,8 @@ from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, step_distribution
-from agsm_rl.scoring import check_rewards, weighted_scores
-from agsm_rl.sources.advantages import normalised_by_group, normalised_by_prompt
+from agsm_rl.scoring import WeightedReward, check_rewards, scores_of, weighted_sum
+from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompts import open_prompts
 
@@ -23,15 +23,17 @@ from agsm_rl.sources.prompts import open_prompts
 class Rollouts:
     """`num_prompts` × `images_per_prompt` images (totals over all processes), drawn by `num_steps` noisy steps.
 
-    `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs; the
-    weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published settings (arXiv
-    2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what learns from
-    finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA. `updates` steps
-    of the trainer learn from each draw, each from its own share of the images.
+    `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs or
+    WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
+    settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
+    learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA.
+    `updates` steps of the trainer learn from each draw, each from its own share of the images.
 
     `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
     while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
-    as GRPO does. They are clipped to ± `advantage_clip`.
+    as GRPO does. A reward with `normalise: z_score` is normalised so by itself, before the sum; a sum of such rewards
+    alone is then normalised once more over all images of the draw. By `group` that is GDPO (arXiv 2601.05242).
+    Advantages are clipped to ± `advantage_clip`.
     """
 
     gives: type[RewardedBatch] = RolloutBatch
@@ -39,7 +41,7 @@ class Rollouts:
     def __init__(
         self,
         prompts: str,
-        rewards: Sequence[tuple[Reward, float]],
+        rewards: Sequence[WeightedReward | tuple[Reward, float]],
         *,
         num_prompts: int = 8,
         images_per_prompt: int = 8,
@@ -93,6 +95,11 @@ class Rollouts:
         """Images that a step of the trainer learns from."""
         return self.num_prompts * self.images_per_prompt // self.updates
 
+    @property
+    def images_drawn(self) -> int:
+        """Images drawn since the run began, over all processes."""
+        return self._draws * self.num_prompts * self.images_per_prompt
+
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Read the prompts; UserError if there are none."""
         if self.num_prompts % shard.count or self.batch_size % shard.count:
@@ -101,7 +108,8 @@ class Rollouts:
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[RewardedBatch]()
-        self._histories: dict[str, deque[float]] = {}
+        self._histories: Histories = {}
+        self._own_histories: dict[str, Histories] = {}
         self._metrics: dict[str, float] = {}
 
     def next(self, policy: Policy) -> RewardedBatch:
@@ -137,11 +145,13 @@ class Rollouts:
             ]
         trajectory = torch.cat([part[0] for part in parts])
         log_probs = torch.cat([part[1] for part in parts])
-        own = [prompts[row] for row in rows.tolist()]
-        rewards = self._score(policy, trajectory[:, -1], own)
-        advantages = self._advantages(self._shard.gather(rewards).cpu(), prompts)[rows].to(rewards.device)
-        found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": trajectory[:, -1]}
-        found |= {"rewards": rewards, "advantages": advantages}
+        own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
+        self._check_latents(latents, prompts)
+        # What all processes drew, in one order: so that any number of them gives the same figures.
+        scores = {name: self._shard.gather(score).cpu() for name, score in self._scores(policy, latents, own).items()}
+        worth, advantages = self._worth(scores, prompts)
+        found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": latents}
+        found |= {"rewards": worth[rows].to(latents.device), "advantages": advantages[rows].to(latents.device)}
         if self.eta == 0:
             return RewardedBatch(**found)
         return RolloutBatch(
@@ -154,27 +164,59 @@ class Rollouts:
             eta=self.eta,
         )
 
-    def _score(self, policy: Policy, latents: Tensor, prompts: list[str]) -> Tensor:
+    def _check_latents(self, latents: Tensor, prompts: list[str]) -> None:
+        """Note how large they are; UserError, in all processes alike, when some are not finite."""
+        sizes = self._shard.gather(latents.float().square().flatten(1).mean(1).sqrt()).cpu()
+        if not torch.isfinite(sizes).all():
+            bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
+            raise UserError(
+                f"{self._name}: {len(bad)} of the {len(sizes)} images drawn are not finite, the first for the prompt "
+                f"'{prompts[bad[0]]}': the trained parameters have blown up. Lower optimizer.learning_rate and go on "
+                f"with --resume from an older checkpoint"
+            )
+        self._metrics["x0_norm"] = float(sizes.max())
+
+    def _scores(self, policy: Policy, latents: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         images = torch.cat([policy.backbone.decode(part) for part in latents.split(self.sample_batch_size)])
-        total, scores = weighted_scores(self.rewards, images, prompts)
+        return scores_of(self.rewards, images, prompts)
+
+    def _worth(self, scores: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """The weighted sum of rewards and the advantages, [N] each, of all processes' scores [N] by name."""
         for name, score in scores.items():
-            self._metrics[f"reward/{name}"] = float(self._shard.gather(score).mean())
-        self._metrics["reward"] = float(self._shard.gather(total).mean())
-        return total
+            self._metrics[f"reward/{name}"] = float(score.mean())
+            self._metrics[f"reward_std/{name}"] = 0.0 if _all_equal(score) else float(score.std(correction=0))
+        self._metrics["reward"] = float(weighted_sum(self.rewards, scores).mean())
+        units = {
+            one.name: self._normalised(scores[one.name], prompts, self._own_histories.setdefault(one.name, {}))
+            for one in self.rewards
+            if one.normalise == "z_score"
+        }
+        worth = weighted_sum(self.rewards, scores | units)
+        if any(one.weight and one.normalise == "raw" for one in self.rewards):
+            return worth, self._advantages(worth, prompts)
+        self._metrics["zero_variance"] = float(_all_equal(worth))
+        return worth, self._clipped(normalised_over_all(worth))
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """Normalised rewards of all processes, [N] in the order of `prompts`."""
-        self._metrics["zero_variance"] = float(rewards.std(correction=0) == 0)
+        self._metrics["zero_variance"] = float(_all_equal(rewards))
+        return self._clipped(self._normalised(rewards, prompts, self._histories))
+
+    def _normalised(self, rewards: Tensor, prompts: list[str], histories: Histories) -> Tensor:
         if self.advantages == "group":
-            advantages = normalised_by_group(rewards, prompts)
-        else:
-            advantages = normalised_by_prompt(
-                rewards, prompts, self._histories, history=self.history, min_history=self.min_history
-            )
+            return normalised_by_group(rewards, prompts)
+        return normalised_by_prompt(rewards, prompts, histories, history=self.history, min_history=self.min_history)
+
+    def _clipped(self, advantages: Tensor) -> Tensor:
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def metrics(self) -> dict[str, float]:
-        """Mean rewards of the newest draw, over all processes."""
+        """Of the newest draw, over all processes.
+
+        `reward/<name>` and `reward_std/<name>`: mean and spread in the reward's own unit; `reward`: the weighted sum of
+        the means; `zero_variance`: 1 when all images are worth the same; `x0_norm`: the root mean square of the latents
+        of the largest image.
+        """
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +224,8 @@ class Rollouts:
         return {
             "position": self._order.position,
             "draws": self._draws,
-            "histories": {prompt: list(past) for prompt, past in self._histories.items()},
+            "histories": _plain(self._histories),
+            "own_histories": {name: _plain(histories) for name, histories in self._own_histories.items()},
             "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
             "metrics": dict(self._metrics),
         }
@@ -195,9 +238,23 @@ class Rollouts:
                 f"continue on one process, or from a checkpoint at which `updates` ({self.updates}) were complete"
             )
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
-        self._histories = {prompt: deque(past, maxlen=self.history) for prompt, past in state["histories"].items()}
+        self._histories = self._continued(state["histories"])
+        # Checkpoints of earlier versions have none: their rewards were all raw.
+        own = state.get("own_histories", {})
+        self._own_histories = {name: self._continued(histories) for name, histories in own.items()}
         self._pending = deque(self.gives(**kept) for kept in state["pending"])
         self._metrics = dict(state["metrics"])
+
+    def _continued(self, histories: Mapping[str, list[float]]) -> Histories:
+        return {prompt: deque(past, maxlen=self.history) for prompt, past in histories.items()}
+
+
+def _plain(histories: Histories) -> dict[str, list[float]]:
+    return {prompt: list(past) for prompt, past in histories.items()}
+
+
+def _all_equal(rewards: Tensor) -> bool:
+    return bool((rewards == rewards[0]).all())
 
 
 def _moved(batch: RewardedBatch, device: torch.device) -> RewardedBatch:

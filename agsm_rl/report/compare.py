@@ -1,0 +1,139 @@
+"""Scores and paired differences with 95 % intervals, over training seeds and prompts.
+
+Every run of a variant draws the same prompts, so seeds and prompts are crossed, not nested: both are drawn anew, each
+on its own (prompts within their tag), and a resample is the table of the drawn seeds by the drawn prompts (Owen, The
+pigeonhole bootstrap, Annals of Applied Statistics 2007; it errs on the wide side). A few seeds look more alike than
+they are; the seeds' deviations are widened by √(S / (S − 1)) for that. With one seed there is nothing to draw over
+seeds: the intervals are over images only, the same as in eval.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from agsm_rl.evaluate.intervals import CONFIDENCE, Interval, mean_of, paired_difference, wilson
+
+RESAMPLES = 4000
+BATCH = 500
+"""Resamples made at a time; only the memory depends on it."""
+RANDOM_SEED = 0
+ROUNDING = 1e-9
+"""A narrower interval is none: resamples that are all alike differ by rounding."""
+
+Table = NDArray[Any]
+"""Marks of a variant: [seeds, prompts], true where right."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score, or a difference of scores: the mean over tags, each tag's, and the mean over tags of each seed."""
+
+    overall: Interval
+    tags: dict[str, Interval]
+    by_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is estimated: a score, or its difference from `minus`, row by row and image by image. [S, P] each."""
+
+    marks: Table
+    minus: Table | None = None
+
+    @property
+    def values(self) -> Table:
+        """Per seed and image, in [-1, 1]."""
+        marks = self.marks.astype(float)
+        return marks if self.minus is None else marks - self.minus
+
+    def over_images(self, chosen: Table) -> Interval:
+        """By the first seed's images among `chosen`: the house's interval for one run."""
+        marks = self.marks[0][chosen]
+        if self.minus is None:
+            return wilson(int(marks.sum()), len(marks))
+        return paired_difference(list(self.minus[0][chosen]), list(marks))
+
+
+def estimate(quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str]) -> dict[Any, Estimate]:
+    """The estimates of all quantities. `tags` is the tag of each prompt, `names` the tags in order."""
+    rows = {name: np.flatnonzero(np.array([tag == name for tag in tags])) for name in names}
+    found = {key: _over_images(one, rows) for key, one in quantities.items() if len(one.marks) == 1}
+    sizes = {len(one.marks) for one in quantities.values()} - {1}
+    for size in sorted(sizes):
+        group = {key: one for key, one in quantities.items() if len(one.marks) == size}
+        found |= _over_seeds(group, rows)
+    return {key: found[key] for key in quantities}
+
+
+def _over_images(quantity: Quantity, rows: Mapping[str, Table]) -> Estimate:
+    tags = {name: quantity.over_images(chosen) for name, chosen in rows.items()}
+    overall = mean_of(list(tags.values()))
+    return Estimate(overall, tags, (overall.value,))
+
+
+def _over_seeds(quantities: Mapping[Any, Quantity], rows: Mapping[str, Table]) -> dict[Any, Estimate]:
+    """Several seeds: one bootstrap for all quantities, which see the same resamples."""
+    values = np.stack([one.values for one in quantities.values()])
+    count = values.shape[1]
+
+    def statistic(seeds: Table, *prompts: Table, axis: int = -1) -> Table:
+        """The quantities' scores [K, tags + 1, resamples], the mean over tags first."""
+        parts = []
+        seed_weights = _shares(seeds, count)
+        for chosen, drawn in zip(rows.values(), prompts, strict=True):
+            by_seed = values[:, :, chosen] @ _shares(drawn, len(chosen)).T
+            center = by_seed.mean(axis=1)
+            deviation = (by_seed * seed_weights.T).sum(axis=1) - center
+            parts.append(center + np.sqrt(count / (count - 1)) * deviation)
+        found = np.stack(parts, axis=1)
+        return np.concatenate([found.mean(axis=1, keepdims=True), found], axis=1)
+
+    samples = (np.arange(count), *(np.arange(len(chosen)) for chosen in rows.values()))
+    interval = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(RANDOM_SEED),
+    ).confidence_interval
+    # Widened deviations may reach past what a share can be.
+    floor = np.array([0.0 if one.minus is None else -1.0 for one in quantities.values()])[:, None]
+    lows, highs = np.maximum(interval.low, floor), np.minimum(interval.high, 1.0)
+    # [K, seeds, tags]
+    scores = np.stack([values[:, :, chosen].mean(axis=2) for chosen in rows.values()], axis=2)
+    found = {}
+    for index, (key, quantity) in enumerate(quantities.items()):
+        tags = {}
+        for place, (name, chosen) in enumerate(rows.items()):
+            low, high = float(lows[index, place + 1]), float(highs[index, place + 1])
+            tags[name] = _interval(float(scores[index, :, place].mean()), low, high, quantity, chosen)
+        by_seed = scores[index].mean(axis=1)
+        low, high = float(lows[index, 0]), float(highs[index, 0])
+        spread = high - low > ROUNDING
+        overall = Interval(float(by_seed.mean()), low, high) if spread else mean_of(list(tags.values()))
+        found[key] = Estimate(overall, tags, tuple(float(one) for one in by_seed))
+    return found
+
+
+def _shares(drawn: Table, size: int) -> Table:
+    """How large a share of each resample [B, n] every one of `size` items has, [B, size]."""
+    drawn = np.atleast_2d(drawn).astype(int)
+    offset = np.arange(len(drawn))[:, None] * size
+    return np.bincount((drawn + offset).ravel(), minlength=len(drawn) * size).reshape(len(drawn), size) / drawn.shape[1]
+
+
+def _interval(value: float, low: float, high: float, quantity: Quantity, chosen: Table) -> Interval:
+    """All alike leave a bootstrap without doubt: then the interval is the one over a single run's images."""
+    if high - low > ROUNDING:
+        return Interval(value, min(low, value), max(high, value))
+    doubt = quantity.over_images(chosen)
+    return Interval(value, min(doubt.low, value), max(doubt.high, value))

@@ -1,0 +1,135 @@
+"""eval.json as arrays: whether each image is right, for base and trained model, at each guidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agsm_rl.errors import UserError
+
+VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
+"""The judge's verdicts by their key in eval.json, the one that counts first."""
+
+Marks = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's images at one guidance: a mark an image by each verdict, the judge's reasons, mean rewards."""
+
+    marks: dict[str, Marks]
+    reasons: tuple[str, ...]
+    rewards: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
+
+    `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order.
+    """
+
+    suite: str
+    split: str
+    seed: int
+    num_steps: int
+    prompts: tuple[str, ...]
+    tags: tuple[str, ...]
+    tag_names: tuple[str, ...]
+    base: dict[float, Judged]
+    trained: dict[float, Judged]
+    step: int | None
+    agreement: tuple[str, ...]
+
+    def score(self, judged: Judged, verdict: str) -> float:
+        """Share right, the mean over tags."""
+        tags = np.array(self.tags)
+        return float(np.mean([judged.marks[verdict][tags == name].mean() for name in self.tag_names]))
+
+    @property
+    def guidances(self) -> list[float]:
+        """In the recipe's order."""
+        return list(self.trained)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Those that the suite gives."""
+        return list(next(iter(self.trained.values())).marks)
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read an eval.json of base against trained; UserError that says what it lacks."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _evaluation(content, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text ({error}).") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON ({error}); evaluate the run again.") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is no evaluation of base against trained as `agsm-rl train` writes it "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
+    if not content.get("images"):
+        raise UserError(
+            f"{path}: its suite {content.get('suite')!r} has no verdict an image, so nothing can be paired. A report "
+            "wants an evaluation of the suite 'shapes' with `images` in it."
+        )
+    if "base" not in content:
+        raise UserError(
+            f"{path}: it measures one model alone. A report wants base against trained on the same prompts and noise, "
+            "as `agsm-rl train` and `agsm-rl eval --compare --json` write it."
+        )
+    entries = [content, *content.get("other_guidances", [])]
+    trained = {float(entry["guidance"]): _judged(entry) for entry in entries}
+    base = {float(entry["guidance"]): _judged(entry["base"]) for entry in entries}
+    asked = _asked(content)
+    for entry in entries:
+        if _asked(entry) != asked or _asked(entry["base"]) != asked:
+            raise UserError(f"{path}: its guidances were measured on different prompts; evaluate the run again.")
+    asked_tags = [tag for _, tag in asked]
+    return Evaluation(
+        suite=str(content["suite"]),
+        split=str(content["split"]),
+        seed=int(content["seed"]),
+        num_steps=int(content["num_steps"]),
+        prompts=tuple(prompt for prompt, _ in asked),
+        tags=tuple(asked_tags),
+        tag_names=tuple(dict.fromkeys([*(tag for tag in content["tags"] if tag in asked_tags), *asked_tags])),
+        base=base,
+        trained=trained,
+        step=None if content.get("step") is None else int(content["step"]),
+        agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
+    )
+
+
+def _asked(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The prompts with their tags, in order."""
+    return [(str(row["prompt"]), str(row["tag"])) for row in entry["images"]]
+
+
+def _judged(entry: Mapping[str, Any]) -> Judged:
+    rows = entry["images"]
+    marks = {name: np.array([_mark(row[name]) for row in rows]) for name in VERDICTS if name in rows[0]}
+    if not marks:
+        raise KeyError(f"images[0] has no verdict ({' or '.join(VERDICTS)})")
+    reasons = tuple(str(row.get("reason", "")) for row in rows)
+    return Judged(marks, reasons, {str(name): float(value) for name, value in entry.get("rewards", {}).items()})
+
+
+def _mark(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a verdict is true or false, not {value!r}")
+    return value

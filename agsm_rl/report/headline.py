@@ -1,0 +1,123 @@
+"""What was compared and what came out: one sentence with its intervals, and how far it reaches."""
+
+from __future__ import annotations
+
+from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.report.compare import Estimate
+from agsm_rl.report.evaluation import VERDICTS
+from agsm_rl.report.findings import Findings
+from agsm_rl.report.load import Loaded
+from agsm_rl.report.views import BASE, OWN, View, scores_on_validation
+
+NAMED = 4
+"""More figures than these do not go into a sentence: they are counted."""
+FEW = 5
+"""With fewer seeds the interval itself is a rough one."""
+
+
+def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
+    """The sentence, on the first verdict."""
+    verdict = loaded.evaluation.verdicts[0]
+    what = f"images that are {VERDICTS[verdict].partition(' (')[0]}"
+    names = [variant.name for variant in loaded.variants]
+    if views[0].key == OWN:
+        return _with_own_guidance(loaded, views[0], found, verdict, what)
+    if len(names) == 1:
+        parts = []
+        for place, view in enumerate(views):
+            start = f"{names[0]} {{verb}} the share of {what}" if place == 0 else "it {verb} it"
+            parts.append(f"at {view.label} {_sentence(start, found, view, names[0], verdict)}")
+        return _capital("; ".join(parts)) + "."
+    if len(names) * len(views) <= NAMED:
+        parts = []
+        for view in views:
+            changes = [f"{name} {_points(_against_base(found, verdict, view, name).overall)}" for name in names]
+            parts.append(f"at {view.label} {_listed(changes)}")
+        return f"Against the base, in points of the share of {what}: {'; '.join(parts)}."
+    parts = [f"at {view.label} {_counted(found, view, names, verdict)}" for view in views]
+    return f"Of {len(names)} variants meant to raise the base's share of {what}, {'; '.join(parts)}."
+
+
+def reach(loaded: Loaded) -> str:
+    """On how many images and seeds, and what the intervals cover."""
+    evaluation = loaded.evaluation
+    counts = [len(variant.runs) for variant in loaded.variants]
+    seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    plural = "" if max(counts) == 1 else "s"
+    each = " a variant" if len(counts) > 1 else ""
+    drawn = (
+        f"{len(evaluation.prompts)} {evaluation.split.replace('_', '-')} prompts, the same noise for all models; "
+        f"{seeds} training seed{plural}{each}."
+    )
+    if max(counts) == 1:
+        return f"{drawn} The 95 % intervals are over images only: another training seed may differ by more."
+    over = "The 95 % intervals are over training seeds and prompts (bootstrap)"
+    if min(counts) == 1:
+        over += "; for variants with one seed they are over images only"
+    rough = f"; fewer than {FEW} seeds make them rough" if min(counts) < FEW else ""
+    return f"{drawn} {over}{rough}."
+
+
+def _with_own_guidance(loaded: Loaded, view: View, found: Findings, verdict: str, what: str) -> str:
+    """The variant that leads on the validation prompts: chosen there, so that its figure here is not a lucky one."""
+    on_validation = {
+        variant.name: scores_on_validation(variant.runs)[view.guidance[variant.name]] for variant in loaded.variants
+    }
+    first, *others = sorted(on_validation, key=lambda name: -on_validation[name])
+    at = f"(at guidance {view.guidance[first]:g}, the base at {view.guidance[BASE]:g})"
+    told = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
+    if not others:
+        return _capital(told) + "."
+    change = _between(found, verdict, view, first, others[0])
+    rest = f"; its lead over {others[0]}, the next on validation prompts, is {_points(change)} points" if change else ""
+    return _capital(f"{told}{rest}.")
+
+
+def _sentence(start: str, found: Findings, view: View, name: str, verdict: str) -> str:
+    before, after = found.score(verdict, view, BASE).overall.value, found.score(verdict, view, name).overall.value
+    change = _against_base(found, verdict, view, name).overall
+    verb = "does not clearly change" if not change.excludes_zero else "raises" if change.value > 0 else "lowers"
+    return f"{start.format(verb=verb)} from {100 * before:.1f} to {100 * after:.1f} %, {_points(change)} points"
+
+
+def _counted(found: Findings, view: View, names: list[str], verdict: str) -> str:
+    changes = {name: _against_base(found, verdict, view, name).overall for name in names}
+    up = [one for one in changes.values() if one.low > 0]
+    down = [one for one in changes.values() if one.high < 0]
+    top = max(changes, key=lambda name: changes[name].value)
+    told = f"{len(up) or 'none'} {'does' if len(up) == 1 else 'do'} so clearly"
+    told += f", {len(down)} lower{'s' if len(down) == 1 else ''} it" if down else ""
+    return f"{told} (the highest is {top}'s {_points(changes[top])} points)"
+
+
+def _against_base(found: Findings, verdict: str, view: View, name: str) -> Estimate:
+    change = found.difference(verdict, view, name)
+    assert change is not None
+    return change
+
+
+def _between(found: Findings, verdict: str, view: View, name: str, other: str) -> Interval | None:
+    """One variant's score minus the other's, which is kept in one direction only."""
+    change = found.difference(verdict, view, name, other)
+    if change:
+        return change.overall
+    back = found.difference(verdict, view, other, name)
+    return Interval(-back.overall.value, -back.overall.high, -back.overall.low) if back else None
+
+
+def _points(part: Interval) -> str:
+    return f"{signed(part.value)} [{signed(part.low)}, {signed(part.high)}]"
+
+
+def signed(value: float) -> str:
+    """A difference of shares in points, with its sign."""
+    rounded = round(100 * value, 1) + 0.0  # never −0.0
+    return f"{rounded:+.1f}".replace("-", "−")
+
+
+def _listed(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,132 @@
+"""metrics.jsonl and evaluations.jsonl as curves, thinned to what a screen shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agsm_rl.errors import UserError
+from agsm_rl.report.load import Run
+from agsm_rl.run_folder import RunFolder
+
+MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 240, 60, 4000
+"""Points a curve, and (roughly) of all runs' curves of one metric together."""
+DETAILED = 8
+"""Up to so many runs bring all their metrics; more bring losses, rewards, gradient norms and cosines."""
+OWN_AXES = ("step", "seconds", "images")
+EDGE = 0.1
+"""The first and the last tenth of a run's draws stand for its beginning and its end."""
+
+Row = dict[str, Any]
+
+
+def curves(run: Run, *, runs: int) -> dict[str, Any]:
+    """A run's metrics: means over bins of steps, with steps, seconds and images so far at each bin's end.
+
+    `runs` is how many share the page. An axis that the file does not have is null.
+    """
+    rows = read_rows(RunFolder(run.path).metrics)
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in OWN_AXES))
+    if runs > DETAILED:
+        names = [name for name in names if _is_main(name)]
+    points = max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs))
+    bins = np.array_split(np.arange(len(rows)), min(len(rows), points)) if rows else []
+    ends = [int(part[-1]) for part in bins]
+    found = {}
+    for name in names:
+        values = np.array([_number(row.get(name)) for row in rows])
+        means = [_mean(values[part]) for part in bins]
+        if any(value is not None for value in means):
+            found[name] = means
+    return {
+        "step": [int(rows[end]["step"]) for end in ends],
+        "seconds": _axis(rows, ends, "seconds", summed=True),
+        "images": _axis(rows, ends, "images", summed=False),
+        "metrics": found,
+    }
+
+
+def evaluations(run: Run) -> list[Row]:
+    """The held-out scores and rewards over steps, the base as step 0, by guidance."""
+    of = run.evaluation
+    last = of.step if of.step is not None else int(run.recipe.get("steps", 0))
+    found: dict[tuple[float, int], Row] = {}
+    for row in read_rows(RunFolder(run.path).evaluations):
+        guidance, step = float(row.get("guidance", math.nan)), int(row["step"])
+        if guidance in of.trained:
+            rewards = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}
+            scores = {"strict": row.get("strict"), "correct": row.get("overall")}
+            found[guidance, step] = {name: scores[name] for name in of.verdicts} | {"rewards": rewards}
+    for guidance in of.trained:
+        for step, judged in ((0, of.base[guidance]), (last, of.trained[guidance])):
+            scores = {name: _short(of.score(judged, name)) for name in of.verdicts}
+            found[guidance, step] = scores | {"rewards": judged.rewards}
+    return [{"guidance": guidance, "step": step} | row for (guidance, step), row in sorted(found.items())]
+
+
+def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
+    """Each reward of the rollouts by its name: its mean over the first and over the last tenth of the steps."""
+    found: dict[str, list[float]] = {}
+    source: dict[str, str] = {}
+    for row in read_rows(RunFolder(run.path).metrics):
+        for name, value in row.items():
+            term, middle, reward = name.partition("/reward/")
+            # Terms that share a source log the same rewards: the first one's are enough.
+            if middle and source.setdefault(reward, term) == term and isinstance(value, int | float):
+                found.setdefault(reward, []).append(float(value))
+    ends = {}
+    for reward, values in found.items():
+        edge = max(1, round(EDGE * len(values)))
+        ends[reward] = (float(np.mean(values[:edge])), float(np.mean(values[-edge:])))
+    return ends
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a .jsonl file, none if there is no file; a torn last line, of a run under way, is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) - 1:
+                break
+            raise UserError(f"{path}: line {number + 1} is no line of a run's metrics ({error}).") from error
+        rows.append(row)
+    return rows
+
+
+def _is_main(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return last in ("loss", "reward", "grad_norm") or "/reward/" in name or name.startswith("cosine/")
+
+
+def _axis(rows: Sequence[Row], ends: Sequence[int], name: str, *, summed: bool) -> list[float] | None:
+    """An axis at the bins' ends; None unless every step has it."""
+    values = np.array([_number(row.get(name)) for row in rows])
+    if not len(values) or np.isnan(values).any():
+        return None
+    if summed:
+        values = values.cumsum()
+    return [round(float(values[end]), 2) for end in ends]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _mean(values: Any) -> float | None:
+    known = values[~np.isnan(values)]
+    return _short(float(known.mean())) if len(known) else None
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

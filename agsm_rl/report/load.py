@@ -1,0 +1,233 @@
+"""Run folders and sweeps, read for a report: runs, grouped into variants over seeds, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe_file import read_yaml
+from agsm_rl.report.evaluation import Evaluation, read_evaluation
+from agsm_rl.run_folder import RunFolder
+
+SWEEP_FILE = "sweep.json"
+DONE = "done"
+WATCHING = ("evaluate", "sample", "checkpoint", "track")
+"""A recipe's keys that do not alter what is trained."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `validation` is its second evaluation, on which a guidance may be chosen."""
+
+    name: str
+    path: Path
+    variant: str
+    seed: int
+    recipe: dict[str, Any]
+    evaluation: Evaluation
+    validation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a sweep says of one of its runs; `used` is whether its figures are in the report, `why` why not."""
+
+    name: str
+    variant: str
+    seed: int
+    status: str
+    used: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one recipe over seeds, in the seeds' order."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs."""
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that a report is made of. `guidances` are those at which every run was evaluated."""
+
+    title: str
+    variants: tuple[Variant, ...]
+    cells: tuple[Cell, ...]
+    guidances: tuple[float, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of all variants."""
+        return [run for variant in self.variants for run in variant.runs]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The first run's: its prompts, split and seed are everybody's."""
+        return self.runs[0].evaluation
+
+
+def load(paths: Sequence[Path]) -> Loaded:
+    """Read run folders, or one sweep's folder; UserError says which cannot be used or compared, and why."""
+    sweeps = [path for path in paths if (path / SWEEP_FILE).is_file()]
+    if sweeps and len(paths) > 1:
+        raise UserError(f"{sweeps[0]}: is a sweep; give either one sweep, or run folders, not both.")
+    if sweeps:
+        title, runs, cells = _sweep(paths[0])
+    else:
+        runs, cells = _named([_run(path) for path in paths]), []
+        title = ", ".join(dict.fromkeys(run.variant for run in runs))
+    check_comparable(runs)
+    order = dict.fromkeys(run.variant for run in runs)
+    variants = tuple(
+        Variant(name, tuple(sorted((run for run in runs if run.variant == name), key=lambda run: run.seed)))
+        for name in order
+    )
+    guidances = [one for one in runs[0].evaluation.guidances if all(one in run.evaluation.trained for run in runs)]
+    return Loaded(title, variants, tuple(cells), tuple(guidances), tuple(_notes(runs, guidances)))
+
+
+def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
+    folder = RunFolder(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder.")
+    if not path.is_dir() or not folder.recipe.is_file():
+        raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
+    if not folder.eval.is_file():
+        raise UserError(
+            f"{path}: has no eval.json: the run is not finished, or its recipe evaluates nothing. Finish it by "
+            f"`agsm-rl train {folder.recipe} --resume`, or give the recipe an `evaluate:`."
+        )
+    recipe = read_yaml(folder.recipe)
+    validation = path / "eval-validation.json"
+    return Run(
+        name=name or path.resolve().name,
+        path=path,
+        variant=variant,
+        seed=int(recipe.get("seed", 0)),
+        recipe=recipe,
+        evaluation=read_evaluation(folder.eval),
+        validation=read_evaluation(validation) if validation.is_file() else None,
+    )
+
+
+def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
+    """A sweep's name, its finished runs, and what became of every cell."""
+    file = path / SWEEP_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (str(row["cell"]), str(row["variant"]), int(row["seed"]), str(row["status"]), str(row["run"]))
+            for row in content["cells"]
+        ]
+        errors = [str(row.get("error") or "") for row in content["cells"]]
+        title = str(content["name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is no sweep's record ({type(error).__name__}: {error}).") from error
+    runs, cells = [], []
+    for (name, variant, seed, status, place), why in zip(rows, errors, strict=True):
+        if not (path / place).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{file}: the cell '{name}' lies outside the sweep's folder: {place}")
+        cell = Cell(name, variant, seed, status, used=status == DONE, why=why)
+        if cell.used:
+            try:
+                runs.append(replace(_run(path / place, variant=variant, name=name), seed=seed))
+            except UserError as mistake:
+                cell = replace(cell, used=False, why=str(mistake))
+        cells.append(cell)
+    if not runs:
+        states = ", ".join(f"{cell.name}: {cell.status}" for cell in cells[:8]) or "it has no cells"
+        raise UserError(f"{path}: no cell of the sweep is finished ({states}); run `agsm-rl sweep` again.")
+    return title, runs, cells
+
+
+def _named(runs: list[Run]) -> list[Run]:
+    """Runs of one recipe but for the seed are one variant, named by what their folders' names share."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        trained = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
+        groups.setdefault(json.dumps(trained, sort_keys=True, default=str), []).append(run)
+    names: dict[str, str] = {}
+    for key, members in groups.items():
+        name, taken, count = _shared_name(members), set(names.values()), 1
+        names[key] = name
+        while names[key] in taken:
+            count += 1
+            names[key] = f"{name} ({count})"
+    return [replace(run, variant=names[key]) for key, members in groups.items() for run in members]
+
+
+def _shared_name(runs: list[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    shared = os.path.commonprefix([run.name for run in runs])
+    shared = re.sub(r"([-_. ]*(seed|s)?[-_. ]*\d*)+$", "", shared)
+    return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe["objectives"])
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """UserError when runs cannot be paired image by image, or are one run twice."""
+    first = runs[0]
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        twin = seen.setdefault((run.variant, run.seed), run)
+        if twin is not run:
+            raise UserError(
+                f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
+                "would count as two. Leave one out."
+            )
+        for what, of in SAME.items():
+            if of(run) != of(first):
+                shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
+                raise UserError(
+                    f"{first.path} and {run.path}: were evaluated on different {what}{shown}, so their images are no "
+                    "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps)."
+                )
+    common = set.intersection(*(set(run.evaluation.trained) for run in runs))
+    if not common:
+        found = "; ".join(f"{run.path}: {', '.join(f'{g:g}' for g in run.evaluation.guidances)}" for run in runs)
+        raise UserError(f"the runs were evaluated at no common guidance ({found}); evaluate them alike.")
+
+
+SAME: dict[str, Callable[[Run], Any]] = {
+    "suites": lambda run: run.evaluation.suite,
+    "splits": lambda run: run.evaluation.split,
+    "noise seeds": lambda run: run.evaluation.seed,
+    "numbers of prompts": lambda run: len(run.evaluation.prompts),
+    "prompts": lambda run: (run.evaluation.prompts, run.evaluation.tags),
+    "numbers of sampling steps": lambda run: run.evaluation.num_steps,
+    "verdicts": lambda run: run.evaluation.verdicts,
+    "bases": lambda run: run.recipe.get("backbone", {}).get("checkpoint"),
+}
+
+
+def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:
+    """What a reader should know of the runs, in sentences."""
+    notes = []
+    left = sorted({one for run in runs for one in run.evaluation.trained} - set(guidances))
+    if left:
+        names = ", ".join(f"{one:g}" for one in left)
+        notes.append(f"Not every run was evaluated at guidance {names}; there, variants are not compared.")
+    first = runs[0].evaluation
+    for guidance in guidances:
+        base = first.base[guidance].marks[first.verdicts[0]]
+        changed = [int((run.evaluation.base[guidance].marks[first.verdicts[0]] != base).sum()) for run in runs]
+        if max(changed):
+            notes.append(
+                f"At guidance {guidance:g} the runs' own drawings by the base differ in the verdicts of up to "
+                f"{max(changed)} of {len(base)} images (other machine or libraries?); each is compared with its own."
+            )
+    return notes

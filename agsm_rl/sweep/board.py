@@ -1,0 +1,254 @@
+"""How far a sweep is: the states of its cells, in sweep.json, in sweep.log, and as a live table."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from statistics import mean
+from typing import Any, Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from agsm_rl.run_folder import write_text
+from agsm_rl.sweep.plan import Cell, Plan
+
+Status = Literal["pending", "running", "done", "failed"]
+BEST = 5
+"""Cells in the list of the best."""
+
+
+@dataclass
+class State:
+    """A cell's state; `result` is its cell.json."""
+
+    cell: Cell
+    status: Status = "pending"
+    error: str | None = None
+    result: dict[str, Any] | None = None
+    started: float = 0.0
+    took: float | None = None
+
+
+class Board:
+    """The cells' states. Every change is written to sweep.json and told in a line."""
+
+    def __init__(self, plan: Plan, console: Console, *, capacity: int, total: int | None = None) -> None:
+        self.plan, self.console, self.capacity = plan, console, capacity
+        self.states: dict[str, State] = {}
+        self._total = total
+        self._lock = threading.RLock()
+        self.extra: dict[str, Any] = {}
+
+    def add(self, cells: Iterable[Cell]) -> None:
+        """Take up cells that wait."""
+        with self._lock:
+            for cell in cells:
+                self.states.setdefault(cell.name, State(cell))
+            self.write()
+
+    def found_done(self, name: str, result: dict[str, Any]) -> None:
+        """A cell was finished in an earlier session."""
+        with self._lock:
+            self.states[name].status, self.states[name].result = "done", result
+
+    def start(self, name: str) -> None:
+        """A cell begins, or goes on."""
+        with self._lock:
+            state = self.states[name]
+            state.status, state.error, state.started = "running", None, time.monotonic()
+            self.tell(f"{name}: {'goes on' if self.plan.run(name).is_dir() else 'starts'}")
+            self.write()
+
+    def end(self, name: str, *, result: dict[str, Any] | None, error: str | None) -> None:
+        """A cell is finished, or has failed."""
+        with self._lock:
+            state = self.states[name]
+            state.status, state.result, state.error = ("failed" if error else "done"), result, error
+            if state.started:
+                state.took = time.monotonic() - state.started
+            if error:
+                self.tell(f"{name}: failed: {error}")
+            else:
+                self.tell(f"{name}: done{_in(state.took)}{_score_text(self.plan, result)}{self._left_text()}")
+            self.write()
+
+    def stopped(self) -> None:
+        """The sweep was broken off: nothing runs any more."""
+        with self._lock:
+            for state in self.states.values():
+                state.status = "pending" if state.status == "running" else state.status
+            self.write()
+
+    def count(self, status: Status) -> int:
+        """Cells in that state."""
+        with self._lock:
+            return sum(state.status == status for state in self.states.values())
+
+    @property
+    def total(self) -> int:
+        """Cells in all, those not yet thought of by a search included."""
+        return max(self._total or 0, len(self.states))
+
+    def seconds_left(self) -> float | None:
+        """A guess from what cells took, the same variant's where there is one; None before the first is done."""
+        with self._lock:
+            took = {s.cell.variant: s.took for s in self.states.values() if s.took is not None and s.status == "done"}
+            if not took:
+                return None
+            usual = mean(took.values())
+            waiting = [s for s in self.states.values() if s.status in ("pending", "running")]
+            left = sum(max(0.0, took.get(s.cell.variant, usual) - self._ran(s)) for s in waiting)
+            return (left + usual * (self.total - len(self.states))) / self.capacity
+
+    def _ran(self, state: State) -> float:
+        return time.monotonic() - state.started if state.status == "running" else 0.0
+
+    def _left_text(self) -> str:
+        left = self.seconds_left()
+        ended = self.count("done") + self.count("failed")
+        return f" ({ended} of {self.total}{'' if left is None else f', about {_span(left)} left'})"
+
+    def tell(self, line: str) -> None:
+        """A plain line on the console and, with its time, in sweep.log."""
+        with self._lock:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with (self.plan.folder / "sweep.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+    def write(self) -> None:
+        """sweep.json as things stand."""
+        with self._lock:
+            content = json.dumps(self.to_json(), indent=1)
+            write_text(self.plan.folder / "sweep.json", content + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of sweep.json (docs/sweeps.md)."""
+        plan, sweep = self.plan, self.plan.sweep
+        base: dict[str, dict[str, Any]] = {}
+        for state in self.states.values():
+            for row in (state.result or {}).get("base", []):
+                base[json.dumps(row)] = row
+        return {
+            "format": 1,
+            "name": plan.name,
+            "recipe": sweep.recipe if isinstance(sweep.recipe, str) else None,
+            "budget": sweep.budget.model_dump(exclude_none=True) if sweep.budget else None,
+            "seeds": sweep.seed_list,
+            "reported": plan.reported.split,
+            "evaluate": [one.model_dump(mode="json", exclude={"every"}) for one in plan.evaluations],
+            "base": list(base.values()),
+            **self.extra,
+            "cells": [_cell_json(state) for state in self.states.values()],
+        }
+
+    def __rich__(self) -> RenderableType:
+        """The live table: totals, what runs, what failed, the best so far."""
+        with self._lock:
+            return Group(self._totals(), self._running(), *self._failed(), self._best())
+
+    def _totals(self) -> Text:
+        left = self.seconds_left()
+        parts = [f"{self.plan.name}: {self.count('done')} of {self.total} cells done"]
+        parts += [f"{self.count('failed')} failed"] if self.count("failed") else []
+        parts += (
+            [f"about {_span(left)} left"] if left is not None and self.count("pending") + self.count("running") else []
+        )
+        return Text(", ".join(parts), style="bold")
+
+    def _running(self) -> Table:
+        rows = Table.grid(padding=(0, 2))
+        for state in self.states.values():
+            if state.status == "running":
+                share, what = _progress(self.plan, state)
+                bar = ProgressBar(total=1.0, completed=share, width=20)
+                rows.add_row(state.cell.name, bar, what, _span(self._ran(state)))
+        return rows
+
+    def _failed(self) -> list[Text]:
+        failed = [state for state in self.states.values() if state.status == "failed"]
+        return [Text(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", style="red") for s in failed[-BEST:]]
+
+    def _best(self) -> Table:
+        best = Table(title=f"best cells ({_chosen_split(self.plan)}, strict)", title_justify="left", box=None)
+        for column in ("cell", "score", "at guidance"):
+            best.add_column(column)
+        scored = [(_best_row(self.plan, s.result), s.cell.name) for s in self.states.values() if s.result]
+        for row, name in sorted(scored, key=lambda item: -item[0]["strict"])[:BEST]:
+            best.add_row(name, f"{100 * row['strict']:.1f} %", f"{row['guidance']:g}")
+        return best
+
+
+def _cell_json(state: State) -> dict[str, Any]:
+    cell, result = state.cell, state.result or {}
+    return {
+        "cell": cell.name,
+        "variant": cell.variant,
+        "axes": cell.axes,
+        "seed": cell.seed,
+        "status": state.status,
+        "run": f"cells/{cell.name}",
+        "start_from": cell.after,
+        "steps": result.get("steps"),
+        "images": result.get("images"),
+        "seconds": result.get("seconds"),
+        "error": state.error,
+        "evaluations": result.get("evaluations", []),
+    }
+
+
+def _progress(plan: Plan, state: State) -> tuple[float, str]:
+    """The share of a running cell's training that is done, and where it is."""
+    run = plan.run(state.cell.name)
+    if (run / "trained.json").is_file():
+        made = len(list((run / "evals").glob("*.json")))
+        return 1.0, f"evaluation {made} of {sum(len(one.guidance) for one in plan.evaluations)}"
+    step = _last_step(run / "metrics.jsonl")
+    if state.cell.seconds is not None:
+        return min(1.0, (time.monotonic() - state.started) / state.cell.seconds), f"step {step}"
+    return step / state.cell.recipe.steps, f"step {step} of {state.cell.recipe.steps}"
+
+
+def _last_step(file: Any) -> int:
+    """The step of the last whole line of metrics.jsonl, from the file's end."""
+    try:
+        with file.open("rb") as lines:
+            size = lines.seek(0, 2)
+            lines.seek(max(0, size - 8192))
+            last = lines.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
+        return int(json.loads(last)["step"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _chosen_split(plan: Plan) -> str:
+    """By which cells are ranked: validation, where it is measured."""
+    splits = [one.split for one in plan.evaluations]
+    return "validation" if "validation" in splits else plan.reported.split
+
+
+def _best_row(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+    rows = [row for row in result["evaluations"] if row["split"] == _chosen_split(plan)]
+    best: dict[str, Any] = max(rows, key=lambda row: row["strict"])
+    return best
+
+
+def _score_text(plan: Plan, result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    row = _best_row(plan, result)
+    return f"; {row['split']}, strict: {100 * row['strict']:.1f} % at guidance {row['guidance']:g}"
+
+
+def _in(took: float | None) -> str:
+    return "" if took is None else f" in {_span(took)}"
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

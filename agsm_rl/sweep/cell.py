@@ -1,0 +1,162 @@
+"""One cell in a process of its own: `python -m agsm_rl.sweep.cell JOB` trains it, evaluates it, and writes cell.json.
+
+What is there already is not done again: training continues from the newest checkpoint, and each evaluation is kept as
+soon as it is made. The process ends, with a checkpoint, when the sweep that started it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import typer
+from filelock import FileLock
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Evaluate, Recipe
+from agsm_rl.run import train
+from agsm_rl.run_folder import RunFolder, write_text
+from agsm_rl.stop import Stopped
+from agsm_rl.sweep.budget import images_taken
+from agsm_rl.sweep.evaluations import Evaluations
+from agsm_rl.sweep.job import Job
+from agsm_rl.trainer import Trainer
+
+
+class TimeLimit:
+    """Ends training after so many seconds of steps, those of earlier sessions included; nothing else is counted."""
+
+    def __init__(self, folder: RunFolder, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._spent: float | None = None
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Stop when the time is spent."""
+        if self._spent is None:
+            self._spent = sum(row["seconds"] for row in metric_rows(self.folder) if row["step"] < step)
+        self._spent += metrics["seconds"]
+        if self._spent >= self.seconds:
+            trainer.stopping = True
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing is left to do."""
+
+
+def run_cell(job: Job) -> None:
+    """Train and evaluate a cell, as far as that is not done, and write its cell.json."""
+    allowed = frozenset(job.allow_imports)
+    recipe = Recipe.from_data(job.recipe, where=job.cell, allow_imports=allowed)
+    folder = RunFolder(job.run)
+    trained = _train(job, recipe, folder)
+    evaluations = Evaluations(
+        folder, recipe, base=Path(job.base), model_id=f"{job.cell} {trained['recipe']}", allow_imports=allowed
+    )
+    figures: list[dict[str, Any]] = []
+    for settings in job.evaluations:
+        options = Evaluate.model_validate(settings)
+        name = "eval.json" if options.split == job.reported else f"eval-{options.split}.json"
+        figures += evaluations.write(options, name, step=trained["steps"], pictures=options.split == job.reported)
+    result = {"fingerprint": job.fingerprint} | trained | {"evaluations": figures, "base": evaluations.base_figures}
+    write_text(folder.path / "cell.json", json.dumps(result, indent=1) + "\n")
+
+
+def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not begun again."""
+    done = folder.path / "trained.json"
+    identity = json.dumps({"recipe": recipe.to_yaml(), "limit": job.training_limit})
+    if done.is_file():
+        kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        if kept["recipe"] == _digest(identity):
+            return kept
+    _wait_for(folder)
+    if folder.path.is_dir() and not folder.recipe.is_file():
+        # Killed before it had written its recipe: nothing was trained there.
+        shutil.rmtree(folder.path)
+    limits = [] if job.seconds is None else [TimeLimit(folder, job.seconds)]
+    train(
+        recipe,
+        folder.path,
+        resume=folder.recipe.is_file(),
+        where=job.cell,
+        allow_imports=frozenset(job.allow_imports),
+        callbacks=limits,
+        evaluate=False,
+    )
+    rows = metric_rows(folder)
+    steps = int(rows[-1]["step"])
+    found = {
+        "recipe": _digest(identity),
+        "steps": steps,
+        "images": _images(recipe, steps, job),
+        "seconds": round(sum(row["seconds"] for row in rows), 2),
+    }
+    write_text(done, json.dumps(found) + "\n")
+    return found
+
+
+def metric_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none before the first step."""
+    if not folder.metrics.exists():
+        return []
+    return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _images(recipe: Recipe, steps: int, job: Job) -> int | None:
+    """Images that were taken in; None where a source does not say how many it hands out."""
+    try:
+        return images_taken(recipe, steps, where=job.cell, allow_imports=frozenset(job.allow_imports))
+    except UserError as error:
+        logging.getLogger(__name__).warning("%s", error)
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _wait_for(folder: RunFolder, seconds: float = 600) -> None:
+    """A killed sweep's cell may still be writing its last checkpoint."""
+    if folder.path.is_dir():
+        with FileLock(folder.path / ".lock", timeout=seconds):
+            pass
+
+
+def _end_with_parent() -> None:
+    """The sweep holds the other end of stdin: when it is gone, for whatever reason, stop as by SIGTERM."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(job: Path) -> None:
+    """Run the cell of a job file; ends with its sweep, so stdin must stay open."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    _end_with_parent()
+    try:
+        run_cell(Job.read(job))
+    except UserError as error:
+        typer.echo(f"agsm-rl: {error}", err=True)
+        raise typer.Exit(2) from error
+    except Stopped as stopped:
+        typer.echo(f"agsm-rl: {stopped}", err=True)
+        raise typer.Exit(stopped.exit_code) from stopped
+
+
+if __name__ == "__main__":
+    typer.run(main)

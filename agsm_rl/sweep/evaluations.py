@@ -1,0 +1,132 @@
+"""The evaluations of a cell, each kept as soon as it is made, and the base's, which all cells of a sweep share.
+
+The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance): whichever
+cell comes first does it, others that come meanwhile wait for it and read the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from PIL import Image
+from skimage.util import img_as_float32
+from torch import Tensor
+
+from agsm_rl.agreement import agreements
+from agsm_rl.agreement import to_json as agreement_to_json
+from agsm_rl.attachment import Handle, attach
+from agsm_rl.build import build_backbone
+from agsm_rl.drawing import to_picture, write_picture
+from agsm_rl.evaluate.shapes import ShapesResult, compare
+from agsm_rl.recipe import Evaluate, Recipe
+from agsm_rl.resolve import Parts
+from agsm_rl.run_folder import RunFolder, write_text
+from agsm_rl.watching import Measured, before_after, measure, to_json
+
+NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
+"""Options of a backbone that change nothing of what it draws."""
+
+
+class Evaluations:
+    """Measures a cell's trained model and its base. `model_id` tells this training from another of the same cell."""
+
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, *, base: Path, model_id: str, allow_imports: Collection[str] = ()
+    ) -> None:
+        self.folder, self.recipe, self.base, self.model_id = folder, recipe, base, model_id
+        self.parts = Parts(where=str(folder.recipe), allow_imports=allow_imports)
+        self.base_figures: list[dict[str, Any]] = []
+        self._backbone: Any = None
+        self._handle: Handle | None = None
+
+    def write(self, options: Evaluate, name: str, *, step: int, pictures: bool) -> list[dict[str, Any]]:
+        """Measure base and trained at each guidance, write the run folder's file `name`, and return the figures."""
+        trained = [
+            self._kept(self.folder.path / "evals", self.model_id, options, g, adapted=True) for g in options.guidance
+        ]
+        base = [self._base(options, guidance) for guidance in options.guidance]
+        found = list(zip(base, trained, strict=True))
+        content = to_json(found, options, step=step)
+        agreed = agreements(self.folder.metrics)
+        content |= {"agreement": agreement_to_json(agreed)} if agreed else {}
+        write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
+        if pictures:
+            self._write_pictures(found)
+        model = {"backbone": self.recipe.backbone.options.get("checkpoint")}
+        self.base_figures += [model | figures(one, options) for one in base]
+        file = f"cells/{self.folder.path.name}/{name}"
+        return [figures(one, options, before) | {"file": file} for before, one in found]
+
+    def _base(self, options: Evaluate, guidance: float) -> Measured:
+        block = self.recipe.backbone
+        drawn_by = {key: value for key, value in block.options.items() if key not in NOT_THE_BASE_S}
+        return self._kept(
+            self.base, json.dumps([block.use, drawn_by], sort_keys=True), options, guidance, adapted=False
+        )
+
+    def _kept(self, folder: Path, model: str, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
+        """The measurement of these settings, from its file if it is there."""
+        how = options.model_dump(mode="json", exclude={"guidance", "every", "batch_size"}) | {"guidance": guidance}
+        key = hashlib.sha256(json.dumps([model, how], sort_keys=True).encode()).hexdigest()[:12]
+        file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
+                found = measure(self._model(adapted=adapted), options, guidance, self._rewards(options))
+                for index, image in enumerate(found.images):
+                    write_picture(to_picture(image), file.with_suffix("") / f"{index:04d}.png")
+                write_text(file, json.dumps(found.to_json()) + "\n")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        images = [_read_picture(picture) for picture in sorted(file.with_suffix("").glob("*.png"))]
+        return Measured(guidance, ShapesResult.from_json(content), content["rewards"], torch.stack(images))
+
+    def _model(self, *, adapted: bool) -> Any:
+        """The backbone, loaded when it is first needed, with the run's adapters or without."""
+        if self._backbone is None:
+            self._backbone = build_backbone(self.recipe.backbone, parts=self.parts)
+        if adapted and self._handle is None:
+            self._handle = attach(self._backbone.pipeline, self.folder.path)
+        elif not adapted and self._handle is not None:
+            self._handle.detach()
+            self._handle = None
+        return self._backbone
+
+    def _rewards(self, options: Evaluate) -> dict[str, Callable[..., Tensor]]:
+        return {name: self.parts.reward(name, "evaluate.rewards", {}) for name in options.rewards}
+
+    def _write_pictures(self, found: list[tuple[Measured, Measured]]) -> None:
+        """samples/before_after.png, and the first images one by one in samples/eval/guidance-<g>/{base,trained}/."""
+        write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
+        for base, trained in found:
+            folder = self.folder.samples / "eval" / f"guidance-{trained.guidance:g}"
+            for name, measured in (("base", base), ("trained", trained)):
+                for index, image in enumerate(measured.images):
+                    write_picture(to_picture(image), folder / name / f"{index:04d}.png")
+
+
+def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:
+    """A measurement in short, as it stands in sweep.json; `difference` is strict, trained minus base, paired."""
+    found: dict[str, Any] = {"split": options.split, "guidance": measured.guidance}
+    found |= {"num_images": len(measured.result.verdicts)}
+    for name, strict in (("strict", True), ("overall", False)):
+        score = measured.result.scores(strict=strict).overall
+        found |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    if measured.rewards:
+        found["rewards"] = measured.rewards
+    if base is not None:
+        change = compare(base.result, measured.result).strict.overall
+        found["difference"] = {"value": change.value, "low": change.low, "high": change.high}
+    return found
+
+
+def _read_picture(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(img_as_float32(picture.convert("RGB"))).permute(2, 0, 1)

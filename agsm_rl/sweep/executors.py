@@ -1,0 +1,171 @@
+"""Where cells run: processes of this machine (concurrent.futures), or a Ray cluster. Both give futures.
+
+A cell is a process of its own either way, so that one that fails, or is killed for want of memory, takes nothing along.
+It ends by itself when the sweep is gone: it reads the end of a pipe that only the sweep (or Ray's worker) holds open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from agsm_rl.errors import UserError
+
+TOLD = 5
+"""Lines of a failed cell's log that are shown."""
+KEPT_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""glibc gives freed memory back at once, which makes steps on a CPU up to three times as long; this keeps it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell's process ended: its exit code (negative: killed by that signal), how long it ran, its last lines."""
+
+    code: int
+    seconds: float
+    last_lines: str
+
+
+class Executor(Protocol):
+    """Takes cells' job files; `capacity` is how many run at once."""
+
+    capacity: int
+
+    def submit(self, job: Path, log: Path) -> Future[Outcome]:
+        """Run the cell of a job file."""
+        ...
+
+    def stop(self) -> None:
+        """Tell all cells that run to end."""
+        ...
+
+
+@contextmanager
+def open_executor(kind: Literal["local", "ray"], *, workers: int | None) -> Iterator[Executor]:
+    """The executor of that kind; at the end of the block, cells that still run are told to stop and waited for."""
+    if kind == "ray":
+        with _ray(workers) as executor:
+            yield executor
+        return
+    local = LocalExecutor(workers or 1)
+    try:
+        yield local
+    finally:
+        local.close()
+
+
+class LocalExecutor:
+    """`workers` processes at once on this machine, which share its cores evenly."""
+
+    def __init__(self, workers: int) -> None:
+        self.capacity = workers
+        self.threads = threads_each(workers)
+        # Cells inherit the reading end; when the writing end closes, by our will or our death, they stop.
+        self._read, write = os.pipe()
+        self._write = os.fdopen(write, "wb")
+        self._pool = ThreadPoolExecutor(workers)
+
+    def submit(self, job: Path, log: Path) -> Future[Outcome]:
+        """Run the cell of a job file."""
+        return self._pool.submit(run_job, job, log, self.threads, self._read)
+
+    def stop(self) -> None:
+        """Tell all cells that run to end; each writes a checkpoint first."""
+        self._write.close()
+
+    def close(self) -> None:
+        """Stop what runs and wait for it."""
+        self.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        os.close(self._read)
+
+
+def threads_each(workers: int) -> int:
+    """Threads for each of so many workers: two that use all cores each would slow one another down many times."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
+def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd: str | None = None) -> Outcome:
+    """Run a cell in a process and wait for its end; all that it prints is added to `log`."""
+    # The user's own OMP_NUM_THREADS is a limit too.
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = min(threads, int(given)) if given.isdigit() and int(given) else threads
+    environment = KEPT_MEMORY | os.environ | {"OMP_NUM_THREADS": str(allowed), "PYTHONUNBUFFERED": "1"}
+    started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agsm_rl.sweep.cell", str(job)],
+            stdin=subprocess.PIPE if lifeline is None else lifeline,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=cwd,
+            # Ctrl-C is for the sweep, which then tells its cells.
+            start_new_session=True,
+        )
+        code = process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+    with log.open("rb") as file:
+        file.seek(before)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return Outcome(code, time.monotonic() - started, "\n".join(lines[-TOLD:]))
+
+
+@contextmanager
+def _ray(workers: int | None) -> Iterator[Executor]:
+    """Cells as tasks of the cluster that RAY_ADDRESS names, or of a Ray on this machine alone."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray: Ray is not installed; run `pip install 'agsm-rl[ray]'`.") from error
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield RayExecutor(workers)
+    finally:
+        ray.shutdown()
+
+
+class RayExecutor:
+    """Tasks of a Ray cluster, a GPU each where there are any. All its machines must see the sweep's folder."""
+
+    def __init__(self, workers: int | None) -> None:
+        import ray
+
+        resources = ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        self.capacity = workers or gpus or cores
+        # A task must fit on one machine.
+        most = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        self.threads = max(1, min(cores // self.capacity, most))
+        self._run: Any = ray.remote(run_job).options(num_cpus=self.threads, num_gpus=1 if gpus else 0, max_retries=0)
+        self._running: list[Any] = []
+
+    def submit(self, job: Path, log: Path) -> Future[Outcome]:
+        """Run the cell of a job file somewhere."""
+        reference = self._run.remote(job.absolute(), log.absolute(), self.threads, None, os.getcwd())
+        self._running.append(reference)
+        future: Future[Outcome] = reference.future()
+        return future
+
+    def stop(self) -> None:
+        """Tell all tasks to end; a cell ends with the worker that holds its pipe."""
+        import ray
+
+        for reference in self._running:
+            ray.cancel(reference, force=True)

@@ -1,0 +1,299 @@
+"""From a sweep to its cells: each combination of the axes with each seed, as a validated recipe, before any runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from agsm_rl.attachment import find_exports
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Evaluate, Recipe
+from agsm_rl.recipe_file import apply_overrides, read_yaml, remove_value, set_value, split_path
+from agsm_rl.resolve import Parts
+from agsm_rl.shipped import PREFIX, recipe_path
+from agsm_rl.sweep.budget import MOST_STEPS, steps_for
+from agsm_rl.sweep.spec import OWN_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant with a seed: a run to be. `seconds` limits its training; `after` is the cell that it starts from."""
+
+    name: str
+    variant: str
+    axes: dict[str, Any]
+    seed: int
+    recipe: Recipe
+    seconds: float | None = None
+    after: str | None = None
+
+
+@dataclass
+class Plan:
+    """A sweep with everything read and checked. `choices`: the variants, {axis: value or variant's name}."""
+
+    where: str
+    folder: Path
+    sweep: Sweep
+    axes: list[Axis]
+    base: dict[str, Any]
+    evaluations: list[Evaluate]
+    allow_imports: frozenset[str]
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The sweep's name."""
+        return self.sweep.name or stem(self.where)
+
+    @property
+    def reported(self) -> Evaluate:
+        """The evaluation that goes into eval.json: the held-out one, or else the last."""
+        held_out = [one for one in self.evaluations if one.split == "held_out"]
+        return (held_out or self.evaluations)[-1]
+
+    def run(self, cell: str) -> Path:
+        """A cell's run folder."""
+        return self.folder / "cells" / cell
+
+    def to_data(self) -> dict[str, Any]:
+        """The resolved sweep: the base recipe stands in it, defaults of what is evaluated are written out."""
+        data = self.sweep.model_dump(mode="json", exclude_defaults=True)
+        resolved = [one.model_dump(mode="json", exclude={"every"}) for one in self.evaluations]
+        # Recipes' values as they were read: JSON would make texts of a schedule's steps.
+        values = {"recipe": self.base, "set": self.sweep.set, "axes": self.sweep.axes, "evaluate": resolved}
+        return {"name": self.name} | data | values
+
+
+def make_plan(
+    given: str, overrides: Iterable[str] = (), *, folder: Path | None = None, allow_imports: Collection[str] = ()
+) -> Plan:
+    """Read a sweep file (or builtin:<name>) and check all of it; UserError names the first wrong key or cell.
+
+    `folder` None: where the file lies if it is a sweep's own sweep.yaml, runs/<name> otherwise.
+    """
+    path = recipe_path(given)
+    data = read_yaml(path, "sweep")
+    apply_overrides(data, overrides)
+    sweep, axes = read_sweep(data, where=str(path))
+    base = _base_recipe(sweep, path)
+    evaluations = read_evaluations(_what_is_evaluated(sweep, base, where=str(path)), where=str(path))
+    parts = Parts(where=str(path), allow_imports=allow_imports)
+    for index, one in enumerate(evaluations):
+        for reward in one.rewards:
+            parts.reward(reward, f"evaluate[{index}].rewards.{reward}", {})
+    if folder is None:
+        folder = path.parent if (path.parent / "sweep.json").is_file() else Path("runs") / (sweep.name or path.stem)
+    plan = Plan(str(path), folder, sweep, axes, base, evaluations, frozenset(allow_imports))
+    _check_searched_split(plan)
+    if sweep.search is None:
+        plan.cells = _all_cells(plan)
+    else:
+        # One trial's worth: the ends of the ranges stand for what will be searched.
+        for end in ("low", "high"):
+            _check_cells(plan, [make_cell(plan, choice, sweep.seed_list[0]) for choice in _choices(axes, end)])
+    return plan
+
+
+def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
+    """The cell of a choice on each axis; UserError naming it when its recipe cannot work."""
+    variant = _label(plan, choice)
+    name = f"{variant}-seed{seed}"
+    where = f"{plan.where}: cell '{name}'"
+    data = deepcopy(plan.base)
+    for key, value in plan.sweep.set.items():
+        _change(data, key, value, where=f"{plan.where}: set.{key}")
+    after, share = None, 1.0
+    for axis in plan.axes:
+        picked = choice[axis.key]
+        changes = axis.variants[picked] if axis.variants else {axis.key: picked}
+        for key, value in changes.items():
+            if axis.variants and key in OWN_KEYS:
+                continue
+            _change(data, key, value, where=f"{where}: {key}")
+        share *= changes.get("budget_share", 1.0)
+        if axis.variants and changes.get("start_from") is not None:
+            data["start_from"], after = _start(plan, axis, choice, changes["start_from"], seed, where=where)
+    data["seed"] = seed
+    data["evaluate"] = plan.reported.model_dump(mode="json")
+    recipe, seconds = _within_budget(plan, data, share, where=where)
+    return Cell(name, variant, choice, seed, recipe, seconds, after)
+
+
+def _base_recipe(sweep: Sweep, path: Path) -> dict[str, Any]:
+    if isinstance(sweep.recipe, dict):
+        return sweep.recipe
+    file = recipe_path(sweep.recipe) if sweep.recipe.startswith(PREFIX) else path.parent / sweep.recipe
+    try:
+        return read_yaml(file)
+    except UserError as error:
+        hint = " (A recipe's path is looked for from the sweep's own folder.)" if not file.exists() else ""
+        raise UserError(f"{path}: recipe: {error}{hint}") from error
+
+
+def _what_is_evaluated(sweep: Sweep, base: dict[str, Any], *, where: str) -> Any:
+    """The sweep's `evaluate`, or the base recipe's without its intervals."""
+    if sweep.evaluate is not None and sweep.evaluate != []:
+        return sweep.evaluate
+    own = base.get("evaluate")
+    if not isinstance(own, dict):
+        raise UserError(
+            f"{where}: evaluate: nothing is evaluated, so cells could not be compared; add e.g. "
+            "[{split: held_out, guidance: [1.0, 3.0], num_images: 600}]."
+        )
+    return {key: value for key, value in own.items() if key != "every"}
+
+
+def _check_searched_split(plan: Plan) -> None:
+    search = plan.sweep.search
+    if search is None:
+        return
+    chosen = [one for one in plan.evaluations if one.split == search.split]
+    if not chosen:
+        raise UserError(f"{plan.where}: search.split: '{search.split}' is not evaluated; add it to `evaluate`.")
+    if search.guidance is not None and search.guidance not in chosen[0].guidance:
+        raise UserError(
+            f"{plan.where}: search.guidance: {search.guidance:g} is not evaluated on {search.split}; there: "
+            f"{', '.join(f'{guidance:g}' for guidance in chosen[0].guidance)}."
+        )
+
+
+def _choices(axes: list[Axis], end: str = "low") -> list[dict[str, Any]]:
+    """Every combination of the axes' values; of a range, one end."""
+    options = [list(axis.variants) or axis.values or [getattr(axis.range, end)] for axis in axes]
+    return [dict(zip((axis.key for axis in axes), picked, strict=True)) for picked in product(*options)]
+
+
+def _all_cells(plan: Plan) -> list[Cell]:
+    """All cells, seed by seed, so that a sweep that is broken off has compared all variants on fewer seeds."""
+    cells = [make_cell(plan, choice, seed) for seed in plan.sweep.seed_list for choice in _choices(plan.axes)]
+    _check_cells(plan, cells)
+    return cells
+
+
+def _check_cells(plan: Plan, cells: list[Cell]) -> None:
+    by_name = {cell.name: cell for cell in cells}
+    if len(by_name) < len(cells):
+        names = [cell.name for cell in cells]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{plan.where}: axes: two cells would be named '{twice}'; name the variants, or drop one.")
+    for cell in cells:
+        if cell.after is not None:
+            _check_same_adapters(plan, cell, by_name[cell.after])
+            _check_no_circle(plan, cell, by_name)
+
+
+def _check_same_adapters(plan: Plan, cell: Cell, start: Cell) -> None:
+    """What a cell starts from must have its adapters, which are filled by name."""
+    there = start.recipe.to_data()["adapters"]
+    for name, block in cell.recipe.to_data()["adapters"].items():
+        if there.get(name) != block:
+            got = there.get(name, "none of that name")
+            raise UserError(
+                f"{plan.where}: cell '{cell.name}': start_from: its adapter '{name}' is {block}, but that of "
+                f"'{start.name}' is {got}; give both variants the same."
+            )
+
+
+def _check_no_circle(plan: Plan, cell: Cell, by_name: dict[str, Cell]) -> None:
+    seen, at = [cell.name], cell
+    while at.after is not None:
+        if at.after in seen:
+            raise UserError(f"{plan.where}: start_from goes in a circle: {' -> '.join([*seen, at.after])}.")
+        seen.append(at.after)
+        at = by_name[at.after]
+
+
+def _start(
+    plan: Plan, axis: Axis, choice: dict[str, Any], given: Any, seed: int, *, where: str
+) -> tuple[str, str | None]:
+    """What stands in the recipe's start_from, and the cell that it is the result of (None: a finished run's folder)."""
+    if given in axis.variants:
+        if given == choice[axis.key]:
+            raise UserError(f"{where}: start_from: '{given}' would start from itself.")
+        name = f"{_label(plan, choice | {axis.key: given})}-seed{seed}"
+        return str(plan.run(name)), name
+    try:
+        find_exports(Path(str(given)))
+    except UserError as error:
+        raise unknown_variant(str(given), axis, where=where) from error
+    return str(given), None
+
+
+def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str) -> tuple[Recipe, float | None]:
+    """The cell's recipe with the steps that its share of the budget pays for, and its limit in seconds."""
+    budget, seconds = plan.sweep.budget, None
+    if budget is not None:
+        data["steps"] = 1 if budget.images is not None else MOST_STEPS
+        if budget.steps is not None:
+            data["steps"] = max(1, round(share * budget.steps))
+        elif budget.seconds is not None:
+            seconds = share * budget.seconds
+    recipe = Recipe.from_data(data, where=where, allow_imports=plan.allow_imports)
+    if budget is not None and budget.images is not None:
+        images = round(share * budget.images)
+        recipe.steps = steps_for(recipe, images, where=where, allow_imports=plan.allow_imports)
+    return recipe, seconds
+
+
+def _change(data: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+    """Set what stands at a dotted key. null takes it out, unless null is a value there (optimizer.max_grad_norm)."""
+    path = split_path(key)
+    if value is None and not _takes_null(path):
+        remove_value(data, path, where=where)
+    else:
+        set_value(data, path, deepcopy(value), where=where)
+
+
+def _takes_null(path: list[str]) -> bool:
+    """Whether null is a value of the recipe's own key at a path; blocks' options and names are never its own."""
+    model: type[BaseModel] = Recipe
+    for depth, key in enumerate(path):
+        if key not in model.model_fields:
+            return False
+        annotation: Any = model.model_fields[key].annotation
+        if depth == len(path) - 1:
+            return type(None) in get_args(annotation)
+        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        models = [kind for kind in inner if issubclass(kind, BaseModel)]
+        if not models:
+            return False
+        model = models[0]
+    return False
+
+
+def _label(plan: Plan, choice: dict[str, Any]) -> str:
+    """The variant's name: a named variant's own, `key=value` for the others, joined by commas."""
+    if not choice:
+        return plan.name
+    return ",".join(
+        str(choice[axis.key]) if axis.variants else f"{_short(axis.key, choice)}={_text(choice[axis.key])}"
+        for axis in plan.axes
+    )
+
+
+def _short(key: str, keys: Iterable[str]) -> str:
+    """The last part of a dotted key, or as many as tell it from the other axes."""
+    parts = split_path(key)
+    others = [split_path(other) for other in keys if other != key]
+    for count in range(1, len(parts)):
+        if not any(other[-count:] == parts[-count:] for other in others):
+            return ".".join(parts[-count:])
+    return ".".join(parts)
+
+
+def _text(value: Any) -> str:
+    """A value as part of a file's name."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "-".join(map(_text, value))
+    return "".join(letter if letter.isalnum() or letter in "._+-" else "-" for letter in str(value))

@@ -1,0 +1,116 @@
+"""Axes that are ranges: Optuna suggests, cells are run, and what they score on the validation split is told to it.
+
+Every axis takes part, named variants and lists as choices. A trial is one choice on all axes, run on every seed; its
+value is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off is tried again
+with the same values, so its cells go on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+from agsm_rl.errors import UserError
+from agsm_rl.sweep.plan import Cell, make_cell
+from agsm_rl.sweep.run import Runner
+from agsm_rl.sweep.spec import Axis
+
+DIGITS = 4
+"""Suggested numbers are rounded to so many, so that a cell's name tells the value in full."""
+BROKEN_OFF = "broken off"
+
+
+def check_installed() -> None:
+    """UserError where Optuna is missing, before anything runs."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise UserError("search: Optuna is not installed; run `pip install 'agsm-rl[optuna]'`.") from error
+
+
+def search(runner: Runner) -> None:
+    """Run as many trials as are still to be made, several at once where the executor has room."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import FrozenTrial, TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    plan, options = runner.plan, runner.plan.sweep.search
+    assert options is not None
+    study = optuna.create_study(
+        study_name=plan.name,
+        direction="maximize",
+        storage=JournalStorage(JournalFileBackend(str(plan.folder / "search.log"))),
+        load_if_exists=True,
+    )
+    known: list[FrozenTrial] = study.get_trials(deepcopy=False)
+    # A sampler begins its random numbers anew in each session: with the same seed it would suggest the same again.
+    study.sampler = optuna.samplers.TPESampler(seed=options.seed + len(known), constant_liar=True)
+    _queue_again(
+        study, [trial for trial in known if trial.state == TrialState.RUNNING or BROKEN_OFF in trial.user_attrs]
+    )
+    done = [trial for trial in known if trial.state == TrialState.COMPLETE]
+    for trial in done:
+        runner.run(_cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes}))
+
+    def objective(trial: Any) -> float:
+        cells = _cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes})
+        try:
+            runner.run(cells)
+        finally:
+            # However it ends: by the signal's exception here, or by the runner's return in a thread.
+            if runner.stopping:
+                trial.set_user_attr(BROKEN_OFF, True)
+        if runner.stopping:
+            raise RuntimeError("the sweep was stopped")
+        scores = [_score(runner, cell) for cell in cells]
+        return mean(score for score in scores if score is not None) if None not in scores else float("nan")
+
+    at_once = max(1, runner.executor.capacity // len(plan.sweep.seed_list))
+    study.optimize(objective, n_trials=max(0, options.trials - len(done)), n_jobs=at_once)
+    if [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]:
+        best = {axis.key: _suggest(study.best_trial, axis) for axis in plan.axes}
+        runner.board.extra["best"] = {"axes": best, "value": study.best_value}
+        runner.board.tell(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
+
+
+def _queue_again(study: Any, trials: list[Any]) -> None:
+    """Have trials that were broken off tried again with the same values, each once."""
+    from optuna.trial import TrialState
+
+    before = study.user_attrs.get("queued again", [])
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.number not in before and trial.params:
+            study.enqueue_trial(trial.params)
+    study.set_user_attr("queued again", [*before, *(trial.number for trial in trials)])
+
+
+def _cells(runner: Runner, choice: dict[str, Any]) -> list[Cell]:
+    return [make_cell(runner.plan, choice, seed) for seed in runner.plan.sweep.seed_list]
+
+
+def _suggest(trial: Any, axis: Axis) -> Any:
+    """A trial's value on an axis."""
+    if axis.range is None:
+        names = list(axis.variants) or [str(index) for index in range(len(axis.values))]
+        picked = trial.suggest_categorical(axis.key, names)
+        return picked if axis.variants else axis.values[int(picked)]
+    low, high, log = axis.range.low, axis.range.high, axis.range.log
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(axis.key, low, high, log=log)
+    return float(f"{trial.suggest_float(axis.key, low, high, log=log):.{DIGITS}g}")
+
+
+def _score(runner: Runner, cell: Cell) -> float | None:
+    """What a cell scored; None when it failed."""
+    options, result = runner.plan.sweep.search, runner.board.states[cell.name].result
+    assert options is not None
+    if result is None:
+        return None
+    rows = [row for row in result["evaluations"] if row["split"] == options.split]
+    if options.guidance is not None:
+        rows = [row for row in rows if row["guidance"] == options.guidance]
+    return max(float(row[options.maximise]) for row in rows)

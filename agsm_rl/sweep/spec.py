@@ -1,0 +1,192 @@
+"""The sweep file and its typed form: a base recipe, axes, seeds, a budget, what is evaluated, what is searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from agsm_rl.errors import UserError
+from agsm_rl.options import Section, explain, unknown_key
+from agsm_rl.recipe import Evaluate, Name
+
+VALUES = (str, int, float, bool, type(None))
+OWN_KEYS = ("start_from", "budget_share")
+"""Keys of a named variant that are the sweep's: an earlier variant to begin from, and its share of the budget."""
+
+
+class Budget(Section):
+    """The same for every cell, in one of three measures.
+
+    `steps`: of the optimiser. `images`: sampled by rollouts plus consumed from pairs (budget.py). `seconds`: of
+    training, evaluation not counted.
+    """
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    images: Annotated[int, Field(ge=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is one of steps, images or seconds; got {', '.join(given) or 'none'}")
+        return self
+
+
+class Range(Section):
+    """An axis that is searched: from `low` to `high`, whole numbers if both are; `log`: evenly in the logarithm."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"a range goes from low to a larger high; got {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a range with `log` begins above 0; got {self.low}")
+        return self
+
+
+class Search(Section):
+    """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at the best one)."""
+
+    trials: int = Field(ge=1)
+    maximise: Literal["strict", "overall"] = "strict"
+    split: Literal["train", "validation"] = "validation"
+    guidance: float | None = None
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _never_held_out(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("split") == "held_out":
+            raise ValueError(
+                "`split: held_out` is for the report alone; what is chosen by it measures nothing any more"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that varies. `key` is a dotted path of the recipe, but a mere label where the variants are named."""
+
+    key: str
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: list[Any] = field(default_factory=list)
+    range: Range | None = None
+
+
+class Sweep(Section):
+    """All that `agsm-rl sweep` needs to know."""
+
+    name: Name | None = None
+    recipe: str | dict[str, Any]
+    set: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
+    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 1
+    budget: Budget | None = None
+    search: Search | None = None
+    evaluate: list[dict[str, Any]] | dict[str, Any] | None = None
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds; a number n stands for 0 … n − 1."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+
+def read_sweep(data: dict[str, Any], *, where: str) -> tuple[Sweep, list[Axis]]:
+    """The sweep of a file's data, and its axes; UserError with the place of the first mistake."""
+    if "objectives" in data and "recipe" not in data:
+        raise UserError(f"{where}: is a recipe (it has `objectives`), not a sweep; run it by `agsm-rl train {where}`.")
+    try:
+        sweep = Sweep.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, where=f"{where}: ") from error
+    if len(set(sweep.seed_list)) < len(sweep.seed_list):
+        raise UserError(f"{where}: seeds: {sweep.seed_list} has one twice.")
+    axes = [_axis(key, value, where=where) for key, value in sweep.axes.items()]
+    _check_search(sweep, axes, where=where)
+    return sweep, axes
+
+
+def _axis(key: str, value: Any, *, where: str) -> Axis:
+    place = f"{where}: axes.{key}"
+    if isinstance(value, list) and value:
+        for item in value:
+            parts = item if isinstance(item, list) else [item]
+            if not all(isinstance(part, VALUES) for part in parts):
+                raise UserError(
+                    f"{place}: a list holds numbers, texts, booleans or lists of them; got {item!r}. To vary whole "
+                    f"blocks, name the variants: {{first: {{{key}: …}}, second: {{{key}: …}}}}."
+                )
+        return Axis(key, values=value)
+    if isinstance(value, dict) and value and not set(value) - set(Range.model_fields):
+        try:
+            return Axis(key, range=Range.model_validate(value))
+        except ValidationError as error:
+            raise explain(error, where=place) from error
+    if isinstance(value, dict) and value:
+        for name, changes in value.items():
+            _check_variant(str(name), changes, place=place)
+        return Axis(key, variants={str(name): changes or {} for name, changes in value.items()})
+    raise UserError(
+        f"{place}: got {value!r}; an axis is a list of values, named variants {{name: {{key: value, …}}}}, or a range "
+        "{low: …, high: …} to be searched."
+    )
+
+
+def _check_variant(name: str, changes: Any, *, place: str) -> None:
+    if not all(letter.isalnum() and letter.isascii() or letter in "_-." for letter in name):
+        raise UserError(f"{place}.{name}: names of variants are made of letters, digits, _, - and .")
+    if not isinstance(changes, dict | None):
+        raise UserError(f"{place}.{name}: got {changes!r}; a variant is a mapping {{key.path: value, …}}, or {{}}.")
+    share = (changes or {}).get("budget_share", 1)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UserError(f"{place}.{name}.budget_share: got {share!r}; it is a number in (0, 1].")
+
+
+def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
+    ranges = [axis.key for axis in axes if axis.range]
+    if ranges and sweep.search is None:
+        raise UserError(f"{where}: axes.{ranges[0]} is a range; add `search: {{trials: 20}}`, or list the values.")
+    if sweep.search and not ranges:
+        raise UserError(f"{where}: search: no axis is a range {{low: …, high: …}}, so there is nothing to search.")
+    if sweep.search and any("start_from" in changes for axis in axes for changes in axis.variants.values()):
+        raise UserError(
+            f"{where}: search: variants with `start_from` cannot be searched over; list the values instead."
+        )
+
+
+def read_evaluations(given: Any, *, where: str) -> list[Evaluate]:
+    """What is measured of each cell; the splits are all different, since each has its file."""
+    entries = given if isinstance(given, list) else [given]
+    found = []
+    for index, entry in enumerate(entries):
+        place = f"{where}: evaluate[{index}]"
+        if isinstance(entry, dict) and entry.get("every") is not None:
+            raise UserError(f"{place}.every: a sweep evaluates finished cells only; leave it out.")
+        try:
+            found.append(Evaluate.model_validate(entry))
+        except ValidationError as error:
+            raise explain(error, where=place) from error
+        if found[-1].split in [other.split for other in found[:-1]]:
+            raise UserError(f"{place}.split: '{found[-1].split}' stands twice; give each evaluation its own split.")
+    return found
+
+
+def unknown_variant(name: str, axis: Axis, *, where: str) -> UserError:
+    """The error for a `start_from` that is neither a variant nor a folder."""
+    return UserError(
+        f"{where}: start_from: {unknown_key(name, list(axis.variants)).replace('an option here', 'a variant')} "
+        "It may also be the folder of a finished run."
+    )
+
+
+def stem(where: str) -> str:
+    """The name of a sweep that has none: its file's."""
+    return Path(where).stem

@@ -1,0 +1,158 @@
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): an OpenCLIP ViT-H/14 taught what people prefer.
+
+    score = cos(image, prompt), about 0.2 to 0.35 for pictures
+The official weights are read into transformers' CLIPModel. The two versions' scores cannot be compared, and the
+official package takes 2.0 unless told otherwise; so `version` must be said here.
+"""
+
+import html
+import re
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from agsm_rl_rewards.architecture import Sizes, with_changes
+from agsm_rl_rewards.clip_model import CLIPScorer
+from agsm_rl_rewards.native import NativeReward, Way
+from agsm_rl_rewards.preprocessing import Letterbox
+from agsm_rl_rewards.tokens import Tokens
+from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, unchanged
+from torch import Tensor
+
+from agsm_rl.errors import unknown_name
+
+Version = Literal["2.0", "2.1"]
+FILES: dict[str, str] = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+PUBLISHED: Sizes = {
+    "vision": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+    "text": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+    },
+    "shared": {"projection_dim": 1024},
+}
+"""OpenCLIP's ViT-H-14, in transformers' words."""
+
+_OUTSIDE_THE_LAYERS = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "logit_scale": "logit_scale",
+    **{
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in {
+            "vision_model.pre_layrnorm": "visual.ln_pre",
+            "vision_model.post_layernorm": "visual.ln_post",
+            "text_model.final_layer_norm": "ln_final",
+        }.items()
+        for kind in ("weight", "bias")
+    },
+}
+_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_IN_A_LAYER = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def open_clip_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Where OpenCLIP's file has a tensor of CLIPModel; there queries, keys and values are one tensor."""
+    if key in _OUTSIDE_THE_LAYERS:
+        # OpenCLIP multiplies by its projections from the right.
+        return _OUTSIDE_THE_LAYERS[key], Tensor.t if key.endswith("_projection.weight") else unchanged
+    found = _LAYER.fullmatch(key)
+    assert found is not None, key
+    side, layer, part, kind = found.groups()
+    start = f"{'visual.' if side == 'vision' else ''}transformer.resblocks.{layer}."
+    if part in _IN_A_LAYER:
+        return f"{start}{_IN_A_LAYER[part]}.{kind}", unchanged
+    index = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].index(part)
+    return f"{start}attn.in_proj_{kind}", lambda whole: whole.chunk(3)[index]
+
+
+def read_open_clip(file: Path, sizes: Sizes, *, reward: str) -> Any:
+    """A CLIPModel with the weights of an OpenCLIP file."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    # OpenCLIP reads text features at the highest id, which is the end token's; its activation is the true GELU.
+    end = sizes["text"]["vocab_size"] - 1
+    text = CLIPTextConfig(**sizes["text"], hidden_act="gelu", eos_token_id=end, bos_token_id=end - 1, pad_token_id=0)
+    vision = CLIPVisionConfig(**sizes["vision"], hidden_act="gelu")
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), **sizes["shared"])
+    clip: Any = CLIPModel(config)
+    tensors = read_tensors(file, reward=reward, inside="state_dict")
+    load_whole(clip, tensors, open_clip_place, unused="attn_mask", reward=reward, file=file)
+    return clip
+
+
+def cleaned(prompt: str) -> str:
+    """A prompt as OpenCLIP cleans it: broken Unicode mended, HTML's escapes undone (twice), no space around it."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
+class HPSv2(NativeReward):
+    """Human Preference Scores [B] in [-1, 1]. `version` is "2.0" or "2.1".
+
+    `path` has the weights, `tokenizer` a CLIP's tokenizer.json (the official file holds none; all CLIPs share it).
+    `architecture`: sizes other than the published, for weights of your own: {vision: {…}, text: {…}, shared: {…}}.
+    """
+
+    name = "hpsv2"
+    range = (-1.0, 1.0)
+    licence = "Apache-2.0"
+
+    def __init__(
+        self,
+        *,
+        version: Version,
+        path: str = "xswu/HPSv2",
+        tokenizer: str = "openai/clip-vit-large-patch14",
+        architecture: Mapping[str, Mapping[str, Any]] | None = None,
+        preprocessing: Way = "auto",
+    ) -> None:
+        super().__init__(preprocessing)
+        if version not in get_args(Version):
+            raise unknown_name("version", str(version), "a version of HPSv2 (in quotes)", get_args(Version))
+        self.version, self.sizes = version, with_changes(PUBLISHED, architecture)
+        self.weights = WeightFile(self.name, "path", path, FILES[version])
+        self.tokenizer = WeightFile(self.name, "tokenizer", tokenizer, "tokenizer.json")
+        for file in (self.weights, self.tokenizer):
+            file.check()
+
+    def identity(self) -> Hashable:
+        """The places of the files and the sizes."""
+        return self.weights, self.tokenizer, repr(self.sizes)
+
+    def load(self) -> CLIPScorer:
+        """The CLIP with the official weights."""
+        clip = read_open_clip(self.weights.find(), self.sizes, reward=self.name)
+        length = self.sizes["text"]["max_position_embeddings"]
+        return CLIPScorer(clip, Tokens(self.tokenizer.find(), length=length, reward=self.name))
+
+    def pixels(self) -> Letterbox:
+        """The whole image, with black beside it."""
+        return Letterbox(self.network.image_size)
+
+    def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B]."""
+        return self.network.cosine(pixels, [cleaned(prompt) for prompt in prompts])

@@ -1,0 +1,42 @@
+"""HPSv2 and HPSv2.1 (arXiv 2306.09341) by the official package hpsv2 1.2.0, in an environment of its own."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
+
+from agsm_rl.errors import unknown_name
+
+Version = Literal["2.0", "2.1"]
+
+
+class OfficialHPSv2(LockedScriptReward):
+    """Human Preference Scores [B] in [-1, 1] of images [B, 3, H, W], which go over in 8 bits a channel.
+
+    version: "2.0" or "2.1", whose scores cannot be compared. path: the checkpoint HPS_v2_compressed.pt or
+    HPS_v2.1_compressed.pt, a folder or a hub id that has it. The other options and the errors: RemoteReward.
+    """
+
+    def __init__(
+        self,
+        *,
+        version: Version,
+        path: str = "xswu/HPSv2",
+        timeout: float = 300.0,
+        start_timeout: float = 600.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+    ) -> None:
+        name = "hpsv2_official"
+        if version not in get_args(Version):
+            raise unknown_name(f"reward '{name}': version", str(version), "a version (in quotes)", get_args(Version))
+        super().__init__(
+            HERE / "hpsv2_worker.py",
+            name=name,
+            options={"version": version, "path": existing(path, reward=name, option="path")},
+            timeout=timeout,
+            start_timeout=start_timeout,
+            retries=retries,
+            backoff=backoff,
+        )

@@ -1,0 +1,35 @@
+"""ImageReward (arXiv 2304.05977) by the official package image-reward 1.5, in an environment of its own."""
+
+from __future__ import annotations
+
+from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
+
+
+class OfficialImageReward(LockedScriptReward):
+    """ImageReward scores [B] of images [B, 3, H, W], which go over in 8 bits a channel; 0 is average, ±2 is much.
+
+    path: ImageReward.pt, a folder or a hub id that has it. config: the same of med_config.json. tokenizer: a folder
+    or a hub id with BERT's vocab.txt. The other options and the errors: RemoteReward.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str = "THUDM/ImageReward",
+        config: str = "THUDM/ImageReward",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        timeout: float = 300.0,
+        start_timeout: float = 600.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+    ) -> None:
+        name, given = "image_reward_official", {"path": path, "config": config, "tokenizer": tokenizer}
+        super().__init__(
+            HERE / "image_reward_worker.py",
+            name=name,
+            options={option: existing(value, reward=name, option=option) for option, value in given.items()},
+            timeout=timeout,
+            start_timeout=start_timeout,
+            retries=retries,
+            backoff=backoff,
+        )

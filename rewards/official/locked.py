@@ -1,0 +1,44 @@
+"""A reward whose official package runs in the environment of a locked script of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agsm_rl_rewards.worker.environment import python_for
+from agsm_rl_rewards.worker.process import PipeLink
+from agsm_rl_rewards.worker.remote import RemoteReward
+from agsm_rl_rewards.worker.reward import side_path
+
+from agsm_rl.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+class LockedScriptReward(RemoteReward):
+    """A RemoteReward by `script`, started in the environment that `locked` (itself, unless told otherwise) pins.
+
+    The environment is made at the first batch (uv, PyPI, 1.2 GB and more), outside of start_timeout.
+    """
+
+    def __init__(
+        self, script: Path, *, locked: Path | None = None, name: str, options: dict[str, Any], **how: Any
+    ) -> None:
+        def prepare() -> tuple[list[str], dict[str, str | None]]:
+            return [str(python_for(locked or script)), str(script)], side_path() | {"VIRTUAL_ENV": None}
+
+        super().__init__(PipeLink(prepare=prepare), name=name, options=options, **how)
+
+
+def existing(path: str | None, *, reward: str, option: str) -> str | None:
+    """A path in full, as the worker will open it; hub ids stay; UserError when a path leads nowhere."""
+    if path is None:
+        return None
+    found = Path(path).expanduser()
+    if found.exists():
+        return str(found.absolute())
+    if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not found.suffix:
+        return path
+    raise UserError(
+        f"reward '{reward}': {option}: '{path}' does not exist (looked from {Path.cwd()}), and is no hub id"
+    )

@@ -1,0 +1,195 @@
+"""A reward behind a link: greet, ask, check the answer, start again after a fault, and in the end say what is wrong.
+
+A batch has its scores, all of them checked, or there is a UserError. No score is ever made up.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from agsm_rl_rewards.worker_side.agsm_rl_worker import PROTOCOL, Array, Buffer, Frame, encode
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+
+LONGEST_BACKOFF = 60.0
+MAX_ANSWER = 2**20
+"""Bytes of an answer's arrays: four an image are wanted."""
+
+
+class Fault(Exception):
+    """An attempt that failed and may be repeated; `broken`: only on a link that is opened anew."""
+
+    def __init__(self, message: str, *, broken: bool = True) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+class Link(Protocol):
+    """A way to a worker. `ask` raises Fault when there is no whole answer in time."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def open(self) -> None:
+        """Start the worker, or find it; UserError for what no second try can mend."""
+        ...
+
+    def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
+        """Send a frame and give back the answer."""
+        ...
+
+    def close(self) -> None:
+        """End the worker, however it does; calls after the first do nothing."""
+        ...
+
+    def last_words(self) -> str:
+        """What the worker printed last, for messages."""
+        ...
+
+
+class RemoteReward:
+    """Scores [B] of images [B, 3, H, W] in [0, 1] by the reward at the other end of a link.
+
+    timeout, start_timeout: seconds for a batch, and for the worker to load what it needs. retries: how often a batch is
+    tried again after a crash, a hang or nonsense; the pause before it is `backoff` seconds, doubled each time, a minute
+    at most. The worker is started at the first batch, not before. UserError when the tries are used up, or at once when
+    the worker refuses (a wrong option, missing weights).
+    """
+
+    differentiable = False
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        name: str,
+        options: dict[str, Any] | None = None,
+        timeout: float,
+        start_timeout: float,
+        retries: int,
+        backoff: float,
+    ) -> None:
+        for key, value in {"timeout": timeout, "start_timeout": start_timeout}.items():
+            if value <= 0:
+                raise UserError(f"reward '{name}': {key} is in seconds and must be more than 0; got {value}")
+        if retries < 0 or backoff < 0:
+            raise UserError(f"reward '{name}': retries and backoff must be 0 or more; got {retries} and {backoff}")
+        self.name = name
+        self.range: tuple[float, float] = (-math.inf, math.inf)
+        self.packages: dict[str, str] = {}
+        """Versions that the worker tells of itself, once it has started."""
+        self._link, self._options = link, options or {}
+        self._timeout, self._start_timeout, self._retries, self._backoff = timeout, start_timeout, retries, backoff
+        self._images = "float32"
+        self._asked = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        check_images(self.name, images, prompts)
+        with self._lock:
+            return self._with_retries(images, prompts).to(images.device)
+
+    def close(self) -> None:
+        """End the worker; a later batch starts it again."""
+        self._link.close()
+
+    def _with_retries(self, images: Tensor, prompts: list[str]) -> Tensor:
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(min(self._backoff * 2 ** (attempt - 1), LONGEST_BACKOFF))
+            try:
+                if not self._link.is_open:
+                    self._greet()
+                return self._score(images, prompts)
+            except Fault as fault:
+                last, words = fault, self._link.last_words()
+                if fault.broken:
+                    self._link.close()
+            except BaseException:  # Ctrl-C between a question and its answer: that answer must not meet the next one
+                self._link.close()
+                raise
+        tries = "1 try" if self._retries == 0 else f"{self._retries + 1} tries"
+        said = f" It printed last: {words}" if words and str(last) not in words else ""
+        raise UserError(
+            f"reward '{self.name}': no scores after {tries}; at last: {str(last).rstrip(' .')}.{said}"
+        ) from last
+
+    def _greet(self) -> None:
+        """Start the worker and shake hands on the protocol's version."""
+        self._link.open()
+        greeting = encode({"op": "hello", "protocol": [PROTOCOL], "options": self._options})
+        header = self._answer(self._link.ask(greeting, timeout=self._start_timeout, max_body=0), "hello").header
+        if header.get("protocol") != PROTOCOL:
+            raise UserError(
+                f"reward '{self.name}': its worker speaks version {header.get('protocol')} of the protocol, this is "
+                f"version {PROTOCOL}; install the same agsm-rl on both sides."
+            )
+        self._images = "uint8" if header.get("images") == "uint8" else "float32"
+        self.range, self.packages = _range(header.get("range")), dict(header.get("packages") or {})
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self._asked += 1
+        header = {"op": "score", "id": self._asked, "prompts": prompts}
+        question = encode(header, [as_array(images, self._images)])
+        frame = self._answer(self._link.ask(question, timeout=self._timeout, max_body=MAX_ANSWER), "scores")
+        if frame.header.get("id") != self._asked:
+            raise Fault(f"it answered question {frame.header.get('id')} where {self._asked} was asked")
+        return self._checked(frame.arrays.get("scores"), prompts)
+
+    def _answer(self, frame: Frame, wanted: str) -> Frame:
+        op, message = frame.header["op"], str(frame.header.get("message", ""))
+        if op == "refused":
+            self._link.close()
+            raise UserError(f"reward '{self.name}': {message}")
+        if op == "error":
+            # While it starts there is nothing to go on with; later, the next batch may well succeed.
+            raise Fault(message, broken=wanted == "hello")
+        if op != wanted:
+            raise Fault(f"it answered with '{op[:40]}' where '{wanted}' was wanted")
+        return frame
+
+    def _checked(self, scores: Array | None, prompts: list[str]) -> Tensor:
+        if scores is None or scores.dtype != "float32" or scores.shape != (len(prompts),):
+            got = None if scores is None else (scores.dtype, scores.shape)
+            raise Fault(f"it answered with {got}, but a float32 an image is wanted: shape ({len(prompts)},)")
+        found = torch.frombuffer(bytearray(scores.data), dtype=torch.float32)
+        low, high = self.range
+        slack = 1e-4 * max([1.0, *(abs(end) for end in self.range if math.isfinite(end))])
+        good = torch.isfinite(found) & (found >= low - slack) & (found <= high + slack)
+        if not good.all():
+            bad = int((~good).nonzero()[0])
+            where = "" if not math.isfinite(float(found[bad])) else f", outside of its range {low:g} to {high:g},"
+            raise Fault(f"its score is {float(found[bad])}{where} for the prompt '{prompts[bad]}'", broken=False)
+        return found
+
+
+def check_images(name: str, images: Tensor, prompts: list[str]) -> None:
+    """UserError unless there are images [B, 3, H, W], finite, with a prompt each."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or len(images) != len(prompts):
+        raise UserError(
+            f"reward '{name}': it wants images [B, 3, H, W] with a prompt each; got {tuple(images.shape)} and "
+            f"{len(prompts)} prompts"
+        )
+    if not torch.isfinite(images).all():
+        raise UserError(f"reward '{name}': the images have values that are not finite")
+
+
+def as_array(images: Tensor, dtype: str) -> Array:
+    """Images as the worker wants them: float32 as they are, or 8 bits a channel."""
+    pixels = images.detach().float()
+    pixels = (pixels.clamp(0, 1) * 255).round().byte() if dtype == "uint8" else pixels
+    values = pixels.cpu().contiguous().numpy()
+    return Array("images", dtype, tuple(images.shape), memoryview(values.reshape(-1)).cast("B"))
+
+
+def _range(ends: Any) -> tuple[float, float]:
+    if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int | float | None) for end in ends):
+        raise Fault("it told no range of its scores")
+    low, high = ends
+    return (-math.inf if low is None else float(low), math.inf if high is None else float(high))

@@ -1,0 +1,83 @@
+"""`worker`: your own reward with its own requirements, in a process of its own.
+
+    rewards: {mine: {use: worker, script: ./my_reward.py, weight: 1.0}}
+
+A script that states its requirements inline (PEP 723) is run by `uv run`, any other with our Python; `command` runs
+anything else, e.g. `[docker, run, -i, my-image]`. The other end is `serve` of agsm_rl_worker.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agsm_rl_rewards import worker_side
+from agsm_rl_rewards.worker.environment import find_uv, script_metadata, uv_variables
+from agsm_rl_rewards.worker.process import PipeLink
+from agsm_rl_rewards.worker.remote import RemoteReward
+
+from agsm_rl.errors import UserError
+
+SIDE = str(Path(worker_side.__file__).parent)
+
+
+class WorkerReward(RemoteReward):
+    """Scores by a script or a command of the user's; see RemoteReward for the other options and the errors.
+
+    One of `script` and `command` is given. `options` are the constructor's arguments of the reward over there.
+    """
+
+    def __init__(
+        self,
+        *,
+        script: str | None = None,
+        command: list[str] | None = None,
+        options: dict[str, Any] | None = None,
+        timeout: float = 120.0,
+        start_timeout: float = 600.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+    ) -> None:
+        if (script is None) == (command is None) or command == []:
+            raise UserError("reward 'worker': give it a `script`, or a `command` as a list of words, and not both")
+        if script is not None and not Path(script).expanduser().is_file():
+            raise UserError(f"reward 'worker': script: '{script}' does not exist (looked from {Path.cwd()})")
+        super().__init__(
+            PipeLink(prepare=lambda: _prepared(script, command)),
+            name=Path(script or (command or [""])[0]).stem,
+            options=options,
+            timeout=timeout,
+            start_timeout=start_timeout,
+            retries=retries,
+            backoff=backoff,
+        )
+
+    @staticmethod
+    def permissions(options: Mapping[str, Any]) -> list[str]:
+        """What must be allowed on the command line before a recipe may have this."""
+        if options.get("script") is not None:
+            return [f"command:{options['script']}"]
+        return [f"command:{shlex.join(options['command'])}"] if options.get("command") else []
+
+
+def side_path(*, keep: bool = False) -> dict[str, str | None]:
+    """The environment in which a worker finds agsm_rl_worker.py; keep: beside what is on PYTHONPATH already."""
+    ours = os.environ.get("PYTHONPATH") if keep else None
+    return {"PYTHONPATH": os.pathsep.join([SIDE, ours] if ours else [SIDE]), "PYTHONUNBUFFERED": "1"}
+
+
+def _prepared(script: str | None, command: Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, str | None]]:
+    if command is not None:
+        return command, side_path(keep=True)
+    path = Path(script or "").expanduser().absolute()
+    if script_metadata(path) is None:
+        return [sys.executable, str(path)], side_path(keep=True)
+    uv = find_uv(f"{path.name}, which states its requirements,")
+    # Without VIRTUAL_ENV, which is ours.
+    return [uv, "run", "--quiet", "--no-project", "--script", str(path)], side_path() | uv_variables() | {
+        "VIRTUAL_ENV": None
+    }

@@ -1,0 +1,309 @@
+"""A reward in a process of its own: the frames that go over pipes, HTTP and Ray, and `serve`, which answers them.
+
+Needs nothing but Python 3.10, so that it runs in any environment; the client puts this file's folder on its path.
+A reward's script ends with `serve(MyReward)`:
+
+    from agsm_rl_worker import serve
+
+    class MyReward:
+        images = "pil"                      # or "numpy": float32 [B, 3, H, W] in [0, 1]
+        range = (0.0, 1.0)                  # optional
+
+        def __init__(self, *, threshold=0.5): ...         # the recipe's `options`
+        def __call__(self, images, prompts): ...          # → a score an image
+
+    serve(MyReward)
+
+A frame: magic, header size (4 bytes) and body size (8 bytes), big-endian; a JSON header; raw little-endian arrays, one
+after another, whose names, types and shapes stand in the header. Nothing is pickled, ever.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import math
+import os
+import queue
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+PROTOCOL = 1
+MAGIC = b"AGRW"
+PREFIX = struct.Struct(">4sIQ")
+MAX_HEADER = 16 * 2**20
+MAX_BODY = 2**30
+ITEM_BYTES = {"float32": 4, "uint8": 1}
+MAX_DIMENSIONS = 4
+GRACE = 5.0
+"""Seconds that a worker whose client is gone may still take."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ProtocolError(Exception):
+    """Bytes that are no frame of this protocol."""
+
+
+class Refused(Exception):
+    """Raised by a reward for what no second try can mend: a wrong option, a missing file. The client stops with it."""
+
+
+class Array(NamedTuple):
+    """Raw numbers: `dtype` is a key of ITEM_BYTES, `data` holds them in C order, little-endian."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+
+class Frame(NamedTuple):
+    """A header with an `op`, and arrays by name."""
+
+    header: dict[str, Any]
+    arrays: dict[str, Array]
+
+
+def encode(header: dict[str, Any], arrays: Iterable[Array] = ()) -> list[Buffer]:
+    """A frame as buffers to be written one after another; large arrays are not copied."""
+    arrays = list(arrays)
+    described = [{"name": item.name, "dtype": item.dtype, "shape": list(item.shape)} for item in arrays]
+    text = json.dumps({**header, "arrays": described}, allow_nan=False).encode()
+    bodies = [memoryview(item.data).cast("B") for item in arrays]
+    size = sum(len(body) for body in bodies)
+    return [PREFIX.pack(MAGIC, len(text), size) + text, *bodies]
+
+
+def read_frame(read: Callable[[int], Buffer], *, max_body: int = MAX_BODY, start: bytes = b"") -> Frame:
+    """The next frame; `read(n)` gives exactly n bytes or raises. ProtocolError before anything large is read.
+
+    start: bytes of the frame that were read already.
+    """
+    magic, header_size, body_size = PREFIX.unpack(start + bytes(read(PREFIX.size - len(start))))
+    if magic != MAGIC:
+        raise ProtocolError(f"a frame begins with {MAGIC!r}; got {magic!r}")
+    if header_size > MAX_HEADER:
+        raise ProtocolError(f"its header of {header_size} bytes is over the limit of {MAX_HEADER}")
+    if body_size > max_body:
+        raise ProtocolError(f"its body of {body_size} bytes is over the limit of {max_body}")
+    header, described = _header(bytes(read(header_size)))
+    sizes = [ITEM_BYTES[dtype] * math.prod(shape) for _, dtype, shape in described]
+    if sum(sizes) != body_size:
+        raise ProtocolError(f"its arrays want {sum(sizes)} bytes, but its body has {body_size}")
+    arrays = {}
+    for (name, dtype, shape), size in zip(described, sizes, strict=True):
+        arrays[name] = Array(name, dtype, shape, read(size))
+    return Frame(header, arrays)
+
+
+def decode(data: Buffer, *, max_body: int = MAX_BODY) -> Frame:
+    """The one frame that `data` is; ProtocolError for anything missing or left over."""
+    view, place = memoryview(data), 0
+
+    def read(count: int) -> memoryview:
+        nonlocal place
+        part = view[place : place + count]
+        if len(part) < count:
+            raise ProtocolError(f"truncated: {len(part)} bytes where {count} are wanted")
+        place += count
+        return part
+
+    frame = read_frame(read, max_body=max_body)
+    if place != len(view):
+        raise ProtocolError(f"{len(view) - place} bytes follow the frame")
+    return frame
+
+
+def _header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, str, tuple[int, ...]]]]:
+    """The JSON header and what it says of the arrays, every value checked."""
+    try:
+        header = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("op"), str):
+        raise ProtocolError("its header is not a mapping with an 'op'")
+    listed = header.pop("arrays", [])
+    if not isinstance(listed, list):
+        raise ProtocolError("its 'arrays' are not a list")
+    found: list[tuple[str, str, tuple[int, ...]]] = []
+    for item in listed:
+        name, dtype, shape = _described(item)
+        if name in {known for known, _, _ in found}:
+            raise ProtocolError(f"the array '{name}' stands twice")
+        found.append((name, dtype, shape))
+    return header, found
+
+
+def _described(item: Any) -> tuple[str, str, tuple[int, ...]]:
+    name, dtype, shape = (item.get(key) for key in ("name", "dtype", "shape")) if isinstance(item, dict) else [None] * 3
+    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ProtocolError(f"an array has a name and a dtype of {', '.join(ITEM_BYTES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"a shape is a list of at most {MAX_DIMENSIONS} sizes")
+    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        raise ProtocolError("a shape's sizes are whole numbers from 0")
+    return name, dtype, tuple(shape)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+class Endpoint:
+    """A reward behind frames: the same answers over a pipe, HTTP or Ray. `make(**options)` gives the reward.
+
+    It is made at the first greeting. `MemoryError` and torch's OutOfMemoryError leave the process unfit: `spent` is
+    set then, and it should end, to be started afresh.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self.reward: Any = None
+        self.spent = False
+
+    def answer(self, frame: Frame) -> list[Buffer]:
+        """The answer to a frame; an exception becomes an answer that tells it."""
+        op, number = frame.header["op"], frame.header.get("id")
+        try:
+            if op == "hello":
+                return encode(self._hello(frame.header))
+            if op == "score":
+                return encode({"op": "scores", "id": number}, [self._score(frame)])
+            raise ProtocolError(f"'{op}' is not an op; allowed: hello, score")
+        except (ProtocolError, Refused) as error:
+            return encode({"op": "refused", "id": number, "message": str(error)})
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            self.spent = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return encode({"op": "error", "id": number, "message": said[:2000]})
+
+    def _hello(self, header: dict[str, Any]) -> dict[str, Any]:
+        spoken, options = header.get("protocol"), header.get("options", {})
+        if not isinstance(spoken, list) or PROTOCOL not in spoken:
+            raise Refused(f"the worker speaks version {PROTOCOL} of the protocol, the client {spoken}")
+        if self.reward is None:
+            if not isinstance(options, dict):
+                raise ProtocolError("'options' are not a mapping")
+            self.reward = self.make(**options)
+        elif options:
+            raise Refused("this reward runs already, with options of its own; leave them out")
+        low, high = getattr(self.reward, "range", (-math.inf, math.inf))
+        return {
+            "op": "hello",
+            "protocol": PROTOCOL,
+            "images": "uint8" if getattr(self.reward, "images", "numpy") == "pil" else "float32",
+            "range": [low if math.isfinite(low) else None, high if math.isfinite(high) else None],
+            "packages": {name: _version(name) for name in getattr(self.reward, "packages", ())},
+        }
+
+    def _score(self, frame: Frame) -> Array:
+        if self.reward is None:
+            raise ProtocolError("'hello' comes before 'score'")
+        images, prompts = frame.arrays.get("images"), frame.header.get("prompts")
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ProtocolError("'prompts' are not a list of texts")
+        if images is None or len(images.shape) != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise ProtocolError("'images' are not of shape [B, 3, H, W]")
+        if len(prompts) != images.shape[0]:
+            raise ProtocolError(f"there are {images.shape[0]} images, but {len(prompts)} prompts")
+        scores = _flat(self.reward(_as_wanted(images, getattr(self.reward, "images", "numpy")), prompts), len(prompts))
+        return Array("scores", "float32", (len(scores),), _little_endian(array.array("f", scores)))
+
+
+def serve(make: Callable[..., Any]) -> None:
+    """Answer frames on stdin and stdout until stdin ends. All that is printed meanwhile goes to stderr."""
+    source, sink = _take_pipes()
+    frames: queue.Queue[Frame | None] = queue.Queue()
+    threading.Thread(target=_read_all, args=(source, frames), daemon=True).start()
+    endpoint = Endpoint(make)
+    while (frame := frames.get()) is not None:
+        for part in endpoint.answer(frame):
+            _write_all(sink, part)
+        if endpoint.spent:
+            os._exit(3)
+
+
+def _take_pipes() -> tuple[int, int]:
+    """Private copies of stdin and stdout; 0 becomes empty and 1 the same as stderr, for C code and children too."""
+    source, sink = os.dup(0), os.dup(1)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.dup2(2, 1)
+    return source, sink
+
+
+def _read_all(source: int, frames: queue.Queue[Frame | None]) -> None:
+    """Feed the queue. When the client is gone, end the process, even one that hangs in the reward."""
+    with os.fdopen(source, "rb") as file:
+
+        def read(count: int) -> bytes:
+            data = file.read(count)
+            if len(data) < count:
+                raise ProtocolError("the client is gone")
+            return data
+
+        try:
+            while True:
+                frames.put(read_frame(read))
+        except ProtocolError as error:
+            if str(error) != "the client is gone":
+                print(f"agsm_rl_worker: {error}", file=sys.stderr)
+        frames.put(None)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _write_all(sink: int, data: Buffer) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(sink, view) :]
+
+
+def _as_wanted(images: Array, wanted: str) -> Any:
+    import numpy
+
+    pixels = numpy.frombuffer(images.data, dtype="<f4" if images.dtype == "float32" else "u1").reshape(images.shape)
+    if wanted == "pil":
+        from PIL import Image
+
+        if pixels.dtype != numpy.uint8:
+            pixels = (pixels.clip(0, 1) * 255).round().astype("u1")
+        return [Image.fromarray(picture) for picture in numpy.ascontiguousarray(pixels.transpose(0, 2, 3, 1))]
+    pixels = pixels.astype("f4")  # a copy too: the buffer cannot be written to
+    return pixels if images.dtype == "float32" else pixels / 255
+
+
+def _flat(scores: Any, count: int) -> list[float]:
+    """The reward's answer as `count` numbers; ValueError when it is none."""
+    found = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(found, (list, tuple)) or len(found) != count:
+        shape = tuple(scores.shape) if hasattr(scores, "shape") else type(scores).__name__
+        raise ValueError(f"the reward returned {shape}, but a score an image is wanted: {count} numbers")
+    flat = [item.item() if hasattr(item, "item") else item for item in found]
+    bad = [item for item in flat if isinstance(item, bool) or not isinstance(item, (int, float))]
+    if bad:
+        raise ValueError(f"the reward returned {bad[0]!r} for a score, but a number is wanted")
+    return [float(item) for item in flat]
+
+
+def _little_endian(numbers: array.array) -> bytes:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _version(package: str) -> str:
+    from importlib import metadata  # slow to import, and rarely wanted
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,34 @@
+"""A headless Chromium that has no network, for the tests that look at a report as a reader does."""
+
+import os
+import shutil
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("AGSM_RL_REQUIRE_ALL") == "1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Selenium's driver of an installed Chromium; without one the test is skipped, or fails where all is required."""
+    found, driver = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
+    if not found or not driver:
+        missing = "no Chromium with its chromedriver is installed (apt-get install chromium chromium-driver)"
+        if REQUIRE_ALL:
+            pytest.fail(f"{missing}, but AGSM_RL_REQUIRE_ALL=1 wants every test to run")
+        pytest.skip(missing)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    opened.execute_cdp_cmd("Network.enable", {})
+    opened.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    yield opened
+    opened.quit()

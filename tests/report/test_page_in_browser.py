@@ -1,0 +1,191 @@
+"""The report as a reader sees it: opened from disk in Chromium, without network; light, dark, on a phone, on paper."""
+
+import base64
+import json
+import os
+from pathlib import Path
+
+import pytest
+from making_runs import write_run, write_sweep
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_report import HOSTILE, hostile_sweep
+
+from agsm_rl.report.headline import signed
+from agsm_rl.report.page import write_report
+
+CHARTS = "svg.plot"
+PHONE = 390
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Two variants over two seeds at two guidances, with rewards, cosines and images."""
+    folder = tmp_path_factory.mktemp("sweeps") / "study"
+    scores = {1.0: (0.3, 0.45), 2.0: (0.4, 0.5)}
+    variants = {"agsm and ddpo": {"scores": scores}, "agsm": {"scores": scores, "terms": ("agsm",), "rank": 4}}
+    write_report([write_sweep(folder, variants, [0, 1], {"agsm-seed1": "failed"})], folder / "report.html")
+    return folder / "report.html"
+
+
+def show(browser, file: Path, *, width: int = 1200, scheme: str = "light"):
+    """Open the file, at a width and in a colour scheme; what the last test left in the log is dropped."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(file.absolute().as_uri())
+    WebDriverWait(browser, 30).until(lambda opened: opened.find_elements(By.CSS_SELECTOR, "#pictures-grid > *"))
+
+
+def complaints(browser) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def keep(browser, name: str) -> bytes:
+    """A screenshot of the whole page; kept in the folder that AGSM_RL_SCREENSHOTS names, to be looked at."""
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
+    data = base64.b64decode(shot["data"])
+    if folder := os.environ.get("AGSM_RL_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.png").write_bytes(data)
+    return data
+
+
+def paper(browser) -> str:
+    return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, PHONE])
+def test_it_shows_every_chart_without_a_complaint(browser, report, scheme, width):
+    show(browser, report, width=width, scheme=scheme)
+    assert complaints(browser) == []
+    for section in ("picture", "scores", "differences", "guidance", "training", "over-optimisation", "gradients"):
+        assert browser.find_elements(By.CSS_SELECTOR, f"#{section} {CHARTS}"), section
+    assert browser.find_elements(By.CSS_SELECTOR, "#pictures-grid img[src^='data:image/png']")
+    overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.execute_script(overflow) <= 0
+    assert len(keep(browser, f"{scheme}-{width}")) > 20_000
+
+
+def test_dark_and_light_follow_the_reader(browser, report):
+    show(browser, report, scheme="light")
+    light = paper(browser)
+    show(browser, report, scheme="dark")
+    assert sum(map(int, light[4:-1].split(", "))) > 600 > 150 > sum(map(int, paper(browser)[4:-1].split(", ")))
+
+
+def test_it_asks_for_nothing_over_the_network(browser, report):
+    show(browser, report)
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
+    assert asked and {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    assert [url for url in asked if url.startswith("file:")] == [report.absolute().as_uri()]
+
+
+def test_a_dark_reader_prints_on_white_paper(browser, report):
+    show(browser, report, scheme="dark")
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    pdf = base64.b64decode(printed["data"])
+    if folder := os.environ.get("AGSM_RL_SCREENSHOTS"):
+        (Path(folder) / "print.pdf").write_bytes(pdf)
+    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") > 1
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})
+    assert paper(browser) == "rgb(255, 255, 255)"
+    assert browser.execute_script("return getComputedStyle(document.querySelector('h1')).color") == "rgb(27, 31, 36)"
+
+
+def choose(browser, name: str, text: str) -> None:
+    Select(browser.find_element(By.ID, f"choose-{name}-select")).select_by_visible_text(text)
+
+
+def rows_of(browser, table: str) -> list[list[str]]:
+    script = """return [...document.querySelectorAll(arguments[0] + ' tbody tr')]
+        .map(row => [...row.children].map(cell => cell.innerText))"""
+    return browser.execute_script(script, f"#{table}")
+
+
+def data_of(browser) -> dict:
+    return json.loads(browser.find_element(By.ID, "data").get_attribute("textContent"))
+
+
+def test_the_tables_show_the_datas_figures_for_what_is_chosen(browser, report):
+    show(browser, report)
+    data = data_of(browser)
+    choose(browser, "view", "guidance 2")
+    choose(browser, "verdict", "right (lenient)")
+    choose(browser, "minus", "agsm and ddpo")
+    wanted = [one for one in data["scores"] if (one["verdict"], one["guidance"]) == ("correct", 2)]
+    rows = rows_of(browser, "scores-table")
+    assert [row[0] for row in rows] == [one["model"] for one in wanted] == ["base", "agsm and ddpo", "agsm"]
+    for row, one in zip(rows, wanted, strict=True):
+        value, low, high = (f"{100 * part:.1f}" for part in one["overall"])
+        assert row[3].split("\n") == [value, f"[{low}, {high}]"]
+    # Differences are kept in one direction; the other is shown turned round.
+    (kept,) = [
+        one
+        for one in data["differences"]
+        if (one["verdict"], one["guidance"], one["model"], one["minus"]) == ("correct", 2, "agsm and ddpo", "agsm")
+    ]
+    (row,) = [row for row in rows_of(browser, "differences-table") if row[0] == "agsm"]
+    value, low, high = (signed(-kept["overall"][place]) for place in (0, 2, 1))
+    assert row[1] == "1" and row[2].split("\n") == [value, f"[{low}, {high}]"]
+    assert complaints(browser) == []
+
+
+def test_runs_are_picked_and_variants_hidden(browser, report):
+    show(browser, report)
+    choose(browser, "metric", "agsm/grad_norm")
+    choose(browser, "axis", "images sampled")
+    choose(browser, "run", "agsm-seed0")
+    assert "no cosine" in browser.find_element(By.ID, "cosines-chart").text
+    chip = next(one for one in browser.find_elements(By.CSS_SELECTOR, ".chip") if one.text == "agsm")
+    browser.execute_script("arguments[0].click()", chip)
+    assert chip.get_attribute("aria-pressed") == "false"
+    assert [row[0] for row in rows_of(browser, "scores-table")] == ["base", "agsm and ddpo"]
+    browser.execute_script("document.getElementById('only-different').click()")
+    marks = """return [...document.querySelectorAll('.prompt')]
+        .map(prompt => new Set([...prompt.querySelectorAll('figure')].map(shot => shot.className)).size)"""
+    assert all(size > 1 for size in browser.execute_script(marks))
+    assert complaints(browser) == []
+
+
+def test_a_narrower_window_draws_narrower_charts(browser, report):
+    show(browser, report, width=1200)
+    width = "return document.querySelector('#guidance-chart svg.plot').getBoundingClientRect().width"
+    wide = browser.execute_script(width)
+    metrics = {"width": PHONE, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    WebDriverWait(browser, 10).until(lambda opened: opened.execute_script(width) < PHONE < wide)
+
+
+def test_a_single_run_without_rewards_images_or_curves_is_shown_all_the_same(browser, tmp_path):
+    run = write_run(tmp_path / "mine", terms=("agsm",), images=0)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run / name).unlink()
+    write_report([run], tmp_path / "report.html")
+    show(browser, tmp_path / "report.html")
+    assert complaints(browser) == []
+    assert "kept no single images" in browser.find_element(By.ID, "pictures-grid").text
+
+
+def test_hostile_names_and_prompts_are_shown_and_do_not_run(browser, tmp_path):
+    write_report([hostile_sweep(tmp_path)], tmp_path / "report.html")
+    show(browser, tmp_path / "report.html")
+    assert browser.execute_script("return window.hacked") is None
+    assert HOSTILE in browser.find_element(By.CSS_SELECTOR, "#scores-table").text
+    assert f"{HOSTILE} 0" in browser.find_element(By.ID, "pictures-grid").text
+    assert complaints(browser) == []
+
+
+def test_without_scripts_the_main_figures_are_still_there(browser, report):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(report.absolute().as_uri())
+        text = browser.find_element(By.TAG_NAME, "noscript").text
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert "minus base, points" in text and "agsm and ddpo" in text

@@ -1,0 +1,62 @@
+"""A reward on several Ray actors scores as it does here, and goes on when an actor dies."""
+
+import os
+import signal
+
+import pytest
+import torch
+from agsm_rl_rewards.jpeg import JpegCompressibility
+from agsm_rl_rewards.worker.ray_pool import RayPoolReward, start_ray
+
+from agsm_rl.errors import UserError
+
+
+def test_what_cannot_be_pooled_is_told_before_ray_starts(monkeypatch):
+    with pytest.raises(UserError, match="'os:system' is no registered name"):
+        RayPoolReward(reward="os:system")
+    with pytest.raises(UserError, match="Did you mean 'shapes'"):
+        RayPoolReward(reward="shapez")
+    with pytest.raises(UserError, match="workers must be 1 or more; got 0"):
+        RayPoolReward(reward="shapes", workers=0)
+    with pytest.raises(UserError, match="'kind' is not a verdict"):
+        RayPoolReward(reward="shapes", options={"verdict": "kind"})
+    with pytest.raises(UserError, match="options of 'shapes'.*verdcit"):
+        RayPoolReward(reward="shapes", options={"verdcit": "strict"})
+
+
+def test_a_pool_needs_leave_for_what_its_reward_does_and_for_a_cluster():
+    inner = {"reward": "worker", "options": {"command": ["python", "a b.py"]}}
+    assert RayPoolReward.permissions(inner) == ["command:python 'a b.py'"]
+    assert RayPoolReward.permissions({"reward": "shapes", "address": "ray://x:1"}) == ["host:ray://x:1"]
+    assert RayPoolReward.permissions({"reward": "shapes", "options": None, "address": None}) == []
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray = pytest.importorskip("ray")
+    start_ray(None)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_batch_is_shared_and_scored_as_here_and_survives_a_killed_actor(local_ray):
+    images = torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    expected = JpegCompressibility()(images, [""] * 5)
+    pool = RayPoolReward(reward="jpeg_compressibility", workers=2, num_cpus=0.1, retries=2, backoff=0.001)
+    assert pool.name == "jpeg_compressibility"
+    assert torch.equal(pool(images, [""] * 5), expected)
+    assert torch.equal(pool(images[:1], [""]), expected[:1])
+    pids = [local_ray.get(link._actor.__ray_call__.remote(lambda actor: os.getpid())) for link in pool._links]
+    assert len({*pids, os.getpid()}) == 3
+    os.kill(pids[0], signal.SIGKILL)
+    assert torch.equal(pool(images, [""] * 5), expected)
+    pool.close()
+
+
+@pytest.mark.slow
+def test_a_mistake_over_there_is_told_as_here(local_ray):
+    pool = RayPoolReward(reward="shapes", workers=1, num_cpus=0.1, retries=50, backoff=60.0)
+    with pytest.raises(UserError, match="reward 'shapes': .*not a prompt|nonsense"):
+        pool(torch.rand(1, 3, 32, 32), ["nonsense"])
+    pool.close()

@@ -1,0 +1,112 @@
+"""A recipe is data: it has a command run, or pictures sent away, only when the command line says so word for word."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from agsm_rl.build import build_trainer
+from agsm_rl.cli import app
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Recipe
+from agsm_rl.registry import permissions
+
+SCRIPT = """
+from pathlib import Path
+Path("it_ran").touch()
+from agsm_rl_worker import serve
+class Width:
+    def __init__(self, *, times=1.0):
+        self.times = times
+    def __call__(self, images, prompts):
+        return [self.times * images.shape[3]] * len(prompts)
+serve(Width)
+"""
+
+
+@pytest.fixture
+def recipe_with(tiny_checkpoint, tmp_path, monkeypatch):
+    """A recipe's data, in a folder with a reward's script."""
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+
+    def make(rewards):
+        rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": rewards}
+        rollouts |= {"num_prompts": 1, "images_per_prompt": 2, "num_steps": 2, "guidance": 1.0}
+        return {
+            "steps": 1,
+            "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+            "adapters": {"lora": {"use": "lora", "rank": 2}},
+            "objectives": [{"use": "ddpo", "source": rollouts}],
+            "track": [],
+        }
+
+    return make
+
+
+def test_an_allowed_script_scores_a_run_and_only_when_it_is_asked(recipe_with):
+    data = recipe_with({"worker": {"script": "./mine.py", "options": {"times": 0.5}, "weight": 2.0}})
+    allowed = permissions(commands=["./mine.py"])
+    recipe = Recipe.from_data(data, allow_imports=allowed)
+    trainer = build_trainer(recipe, allow_imports=allowed)
+    assert not Path("it_ran").exists()
+    assert trainer.run_step()["ddpo/reward"] == 2.0 * 0.5 * 16
+    assert Path("it_ran").exists()
+
+
+COMMAND = [sys.executable, "mine.py", "--quick run"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "allowed", "needed"),
+    [
+        ({"worker": {"script": "./mine.py"}}, {}, "--allow-command ./mine.py"),
+        ({"worker": {"script": "./mine.py"}}, {"commands": ["mine.py"]}, "--allow-command ./mine.py"),
+        ({"worker": {"script": "./mine.py"}}, {"imports": ["mine", "command"]}, "--allow-command ./mine.py"),
+        ({"worker": {"command": COMMAND}}, {"commands": [sys.executable]}, "--allow-command"),
+        ({"worker": {"command": COMMAND}}, {"commands": [f"{sys.executable} mine.py --quick run"]}, "--allow-command"),
+        ({"http": {"url": "http://192.0.2.1:80/x"}}, {}, "--allow-host 192.0.2.1"),
+        ({"http": {"url": "https://127.0.0.1.example"}}, {"hosts": ["example"]}, "--allow-host 127.0.0.1.example"),
+        ({"ray_pool": {"reward": "worker", "options": {"script": "./mine.py"}}}, {}, "--allow-command ./mine.py"),
+        ({"ray_pool": {"reward": "http", "options": {"url": "http://x.example"}}}, {}, "--allow-host x.example"),
+        ({"ray_pool": {"reward": "shapes", "address": "ray://x.example:1"}}, {}, "--allow-host ray://x.example:1"),
+    ],
+)
+def test_without_leave_nothing_runs_and_the_message_says_what_to_add(recipe_with, rewards, allowed, needed):
+    with pytest.raises(UserError, match="may not do so by itself") as told:
+        Recipe.from_data(recipe_with(rewards), allow_imports=permissions(**allowed))
+    assert needed in str(told.value)
+    assert not Path("it_ran").exists()
+
+
+def test_loopback_and_registered_rewards_need_no_leave(recipe_with):
+    Recipe.from_data(recipe_with({"http": {"url": "http://127.0.0.1:1"}}))
+    Recipe.from_data(recipe_with({"ray_pool": {"reward": "jpeg_compressibility"}}))
+
+
+def test_a_rewards_mistakes_are_told_with_their_place(recipe_with):
+    with pytest.raises(UserError, match="rewards.worker.*give it a `script`, or a `command`"):
+        Recipe.from_data(recipe_with({"worker": {}}))
+    with pytest.raises(UserError, match=r"rewards.worker: .*'nowhere.py' does not exist"):
+        Recipe.from_data(
+            recipe_with({"worker": {"script": "nowhere.py"}}), allow_imports=permissions(commands=["nowhere.py"])
+        )
+    with pytest.raises(UserError, match="rewards.http.*is no address"):
+        Recipe.from_data(recipe_with({"http": {"url": "file:///etc/passwd"}}))
+    with pytest.raises(UserError, match="timeout is in seconds and must be more than 0"):
+        Recipe.from_data(
+            recipe_with({"worker": {"script": "./mine.py", "timeout": 0}}),
+            allow_imports=permissions(commands=["./mine.py"]),
+        )
+
+
+def test_the_command_line_takes_the_leave(recipe_with):
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe_with({"worker": {"script": "./mine.py"}})))
+    refused = CliRunner().invoke(app, ["check", "mine.yaml"])
+    assert refused.exit_code == 2 and "--allow-command ./mine.py" in refused.stderr
+    assert CliRunner().invoke(app, ["check", "mine.yaml", "--allow-command", "./mine.py"]).exit_code == 0
+    assert not Path("it_ran").exists()
+    mixed = CliRunner().invoke(app, ["check", "mine.yaml", "--allow-import", "command:./mine.py"])
+    assert mixed.exit_code == 2 and "give the module alone" in mixed.stderr

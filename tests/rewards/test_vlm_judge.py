@@ -1,0 +1,255 @@
+"""A judge over an OpenAI-compatible endpoint, against a small server on this machine."""
+
+import base64
+import io
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from agsm_rl_rewards.vlm_judge import VlmJudge
+from PIL import Image
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Reward
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers by `reply(body)`: a status and content; remembers each request with its headers and time."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked = []
+        self.reply = lambda body: (200, said("yes"))
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, dict(self.headers), body, time.monotonic()))
+        status, content = self.server.reply(body)
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except BrokenPipeError:
+            pass  # who asked was out of patience
+
+    def log_message(self, *args):
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def endpoint():
+    with Endpoint() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def said(text):
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def likely(**probabilities):
+    """A reply whose first token has these alternatives."""
+    top = [{"token": token.replace("_", " "), "logprob": math.log(p)} for token, p in probabilities.items()]
+    return {"choices": [{"message": {"content": "?"}, "logprobs": {"content": [{"top_logprobs": top}]}}]}
+
+
+def judge(endpoint, **options):
+    return VlmJudge(**({"url": endpoint.url, "model": "tiny-vlm", "backoff": 0.01, "timeout": 5.0} | options))
+
+
+IMAGES = torch.zeros(2, 3, 4, 6)
+IMAGES[1, 0] = 1.0
+
+
+def test_yes_against_no_is_the_score(endpoint):
+    endpoint.reply = lambda body: (200, likely(Yes=0.5, _yes=0.1, no=0.2, NO=0.0001, maybe=0.1))
+    scores = judge(endpoint)(IMAGES[:1], ["a star"])
+    assert scores.item() == pytest.approx(0.6 / 0.8001, abs=1e-6)
+
+
+def test_the_request_is_what_openai_compatible_servers_take(endpoint):
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    judge(endpoint, question="Is {prompt} here? {braces} stay.")(IMAGES[1:], ["a {star}"])
+    ((path, headers, body, _),) = endpoint.asked
+    assert path == "/v1/chat/completions" and headers["Content-Type"] == "application/json"
+    assert "Authorization" not in headers
+    image, text = body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Is a {star} here? {braces} stay."}
+    kind, _, data = image["image_url"]["url"].partition(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/png;base64" and picture.size == (6, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
+    del body["messages"]
+    assert body == {"model": "tiny-vlm", "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+
+
+def test_scores_come_in_the_images_order_however_slow_each_is(endpoint):
+    def reply(body):
+        question = body["messages"][0]["content"][1]["text"]
+        number = int(question.split()[1])
+        time.sleep(0.05 if number == 0 else 0)
+        return 200, said(f"I give it {number}.5 points, no more.")
+
+    endpoint.reply = reply
+    rater = judge(endpoint, answer="score", question="Rate {prompt} now", at_once=4)
+    assert rater(IMAGES[[0, 1, 0, 1]], ["0 a", "1 b", "2 c", "3 d"]).tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert rater.range == (0.0, 10.0)
+    assert {"logprobs", "top_logprobs"}.isdisjoint(endpoint.asked[0][2])
+
+
+def test_requests_are_under_way_together(endpoint):
+    meeting = threading.Barrier(3, timeout=5)
+
+    def reply(body):
+        meeting.wait()
+        return 200, likely(yes=1.0)
+
+    endpoint.reply = reply
+    assert judge(endpoint, at_once=3)(IMAGES[[0, 0, 0]], ["a"] * 3).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_may_pass_is_tried_again_with_growing_pauses(endpoint, status):
+    failures = iter([status, status, status])
+    endpoint.reply = lambda body: (next(failures, 200), likely(yes=0.25, no=0.75))
+    scores = judge(endpoint, retries=3, backoff=0.05)(IMAGES[:1], ["a star"])
+    assert scores.item() == pytest.approx(0.25)
+    times = [asked[3] for asked in endpoint.asked]
+    pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert len(times) == 4 and pauses[1] >= 0.09 and pauses[2] >= 0.19
+
+
+def test_when_it_does_not_pass_that_is_an_error_and_no_score(endpoint):
+    endpoint.reply = lambda body: (503, b"overloaded, come back tomorrow")
+    with pytest.raises(
+        UserError, match=r"reward 'vlm_judge': .*/v1/chat/completions refused after 3 tries with status 503"
+    ):
+        judge(endpoint, retries=2)(IMAGES[:1], ["a star"])
+    assert len(endpoint.asked) == 3
+
+
+def test_what_cannot_pass_is_not_tried_again(endpoint):
+    endpoint.reply = lambda body: (404, {"error": {"message": "no such model: tiny-vlm"}})
+    with pytest.raises(UserError, match=r"refused with status 404: .*no such model: tiny-vlm"):
+        judge(endpoint)(IMAGES[:1], ["a star"])
+    assert len(endpoint.asked) == 1
+
+
+def test_a_server_that_hangs_is_given_up(endpoint):
+    release = threading.Event()
+    endpoint.reply = lambda body: (200, likely(yes=1.0)) if release.wait(5) else (500, b"")
+    with pytest.raises(UserError, match=r"did not answer, 2 tries of 0\.1 s: .*[Tt]imed out.*Is the server running"):
+        judge(endpoint, timeout=0.1, retries=1)(IMAGES[:1], ["a star"])
+    release.set()
+    assert len(endpoint.asked) == 2
+
+
+def test_no_server_at_all_is_said(endpoint):
+    endpoint.shutdown()
+    endpoint.server_close()
+    with pytest.raises(UserError, match=r"did not answer, 1 tries.*is `url` right"):
+        judge(endpoint, retries=0)(IMAGES[:1], ["a star"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (said("yes"), "without logprobs .if it has none, use `answer: score`"),
+        (likely(maybe=0.6, perhaps=0.4), r"neither yes nor no .*'maybe', 'perhaps'.*let `question` ask"),
+        ({"error": "odd"}, "without logprobs"),
+        (b"<html>a proxy's page</html>", "did not reply in JSON: <html>"),
+    ],
+)
+def test_a_reply_without_a_verdict_is_an_error(endpoint, reply, message):
+    endpoint.reply = lambda body: (200, reply)
+    with pytest.raises(UserError, match=message):
+        judge(endpoint)(IMAGES[:1], ["a star"])
+
+
+@pytest.mark.parametrize("text", ["a fine picture", "11", "-3", ""])
+def test_a_reply_without_a_number_in_the_range_is_an_error(endpoint, text):
+    endpoint.reply = lambda body: (200, said(text))
+    with pytest.raises(UserError, match=f"a number from 0 to 10 was wanted, but .* was '{text}'"):
+        judge(endpoint, answer="score")(IMAGES[:1], ["a star"])
+
+
+def test_the_key_comes_from_the_environment_and_is_never_told(endpoint, monkeypatch):
+    monkeypatch.setenv("MY_JUDGES_KEY", "secret-123")
+    endpoint.reply = lambda body: (401, b"bad key")
+    keyed = judge(endpoint, api_key_env="MY_JUDGES_KEY")
+    with pytest.raises(UserError, match="status 401: bad key") as caught:
+        keyed(IMAGES[:1], ["a star"])
+    assert endpoint.asked[0][1]["Authorization"] == "Bearer secret-123"
+    assert "secret-123" not in str(caught.value)
+    monkeypatch.delenv("MY_JUDGES_KEY")
+    with pytest.raises(UserError, match=r"MY_JUDGES_KEY, which is not set; `export MY_JUDGES_KEY="):
+        keyed(IMAGES[:1], ["a star"])
+
+
+def test_a_password_in_netrc_does_not_take_the_keys_place(endpoint, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("MY_JUDGES_KEY", "secret-123")
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    judge(endpoint, api_key_env="MY_JUDGES_KEY")(IMAGES[:1], ["a star"])
+    judge(endpoint)(IMAGES[:1], ["a star"])
+    assert [asked[1].get("Authorization") for asked in endpoint.asked] == ["Bearer secret-123", None]
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("http://localhost:8000/v1", []),
+        ("http://127.0.0.1:8000/v1", []),
+        ("http://[::1]:8000/v1", []),
+        ("https://API.judge.example/v1", ["host:api.judge.example"]),
+        ("http://localhost.judge.example/v1", ["host:localhost.judge.example"]),
+        ("http://192.168.0.7/v1", ["host:192.168.0.7"]),
+    ],
+)
+def test_another_machine_needs_a_permission(url, wanted):
+    assert VlmJudge.permissions({"url": url}) == wanted
+
+
+def test_redirects_to_elsewhere_are_not_followed(endpoint):
+    endpoint.reply = lambda body: (307, b"go there")
+    with pytest.raises(UserError, match="refused with status 307"):
+        judge(endpoint)(IMAGES[:1], ["a star"])
+    assert len(endpoint.asked) == 1
+
+
+def test_it_follows_the_interface(endpoint):
+    endpoint.reply = lambda body: (200, likely(yes=0.5, no=0.5))
+    reward = judge(endpoint)
+    assert isinstance(reward, Reward) and not reward.differentiable and reward.range == (0.0, 1.0)
+    scores = reward(IMAGES, ["a", "b"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "url: got 'localhost:8000', but an endpoint's base is wanted"),
+        ({"url": "http://me:secret@judge.example/v1"}, "an endpoint's base is wanted"),
+        ({"question": "Is it good?"}, "question: there is no {prompt} in it"),
+        ({"answer": "yesno"}, "answer: 'yesno' .* Did you mean 'yes_no'"),
+        ({"lowest": 5.0, "highest": 5.0}, "highest: got 5.0, but it must be above lowest"),
+        ({"timeout": 0.0}, "timeout: got 0.0"),
+        ({"retries": -1}, "retries: got -1"),
+        ({"at_once": 0}, "at_once: got 0"),
+    ],
+)
+def test_impossible_options_are_refused(endpoint, options, message):
+    with pytest.raises(UserError, match=message):
+        judge(endpoint, **options)

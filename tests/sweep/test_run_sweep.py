@@ -1,0 +1,247 @@
+"""Running a sweep: what is left behind, what is done again and what is not, failures, dependencies, and the budget."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+from sweep_parts import EVALUATE
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import Recipe
+from agsm_rl.run_folder import MetricsFile, RunFolder
+from agsm_rl.sweep import evaluations
+from agsm_rl.sweep.cell import TimeLimit
+
+RUN = Path("runs/mine")
+TWO = {"objective": {"plain": {}, "half": {"objectives.0.weight": 0.5}}}
+
+
+def summary():
+    return json.loads((RUN / "sweep.json").read_text())
+
+
+def cell(name):
+    return RUN / "cells" / name
+
+
+def steps_of(name):
+    return [json.loads(line)["step"] for line in (cell(name) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The evaluations that are really made: (split, whether an adapter was attached)."""
+    made = []
+    measure = evaluations.measure
+
+    def noting(backbone, options, guidance, rewards):
+        adapted = any("lora" in name for name, _ in backbone.denoiser.named_modules())
+        made.append((options.split, adapted))
+        return measure(backbone, options, guidance, rewards)
+
+    monkeypatch.setattr(evaluations, "measure", noting)
+    return made
+
+
+def test_a_finished_sweep_leaves_run_folders_and_a_summary(sweep):
+    board, _ = sweep(axes=TWO, name="mine")
+    assert (board.count("done"), board.total) == (2, 2)
+    found = summary()
+    assert (found["name"], found["seeds"], found["reported"], found["budget"]) == ("mine", [0], "held_out", None)
+    assert [(row["cell"], row["status"]) for row in found["cells"]] == [("plain-seed0", "done"), ("half-seed0", "done")]
+    row = found["cells"][1]
+    assert (row["variant"], row["axes"], row["seed"]) == ("half", {"objective": "half"}, 0)
+    assert (row["steps"], row["images"], row["error"], row["start_from"]) == (2, 8, None, None)
+    assert row["seconds"] > 0
+    assert [one["split"] for one in row["evaluations"]] == ["validation", "held_out"]
+    assert [one["split"] for one in found["base"]] == ["validation", "held_out"]
+    for one in row["evaluations"]:
+        kept = json.loads((RUN / one["file"]).read_text())
+        assert (kept["split"], kept["step"]) == (one["split"], 2)
+        assert kept["strict"]["overall"] == one["strict"]
+        assert kept["difference"]["strict"]["overall"] == one["difference"]
+    folder = cell("half-seed0")
+    assert Recipe.from_yaml(folder / "recipe.yaml").objectives[0].weight == 0.5
+    assert (folder / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "eval.json").is_file() and (folder / "eval-validation.json").is_file()
+    assert (folder / "samples" / "before_after.png").is_file()
+    pictures = folder / "samples" / "eval" / "guidance-1"
+    assert len(list((pictures / "trained").iterdir())) == len(list((pictures / "base").iterdir())) == 6
+
+
+def test_the_base_is_measured_once_for_all_cells_with_the_same_settings(sweep, measured):
+    sweep(axes=TWO)
+    assert measured == [
+        ("validation", True),
+        ("validation", False),
+        ("held_out", True),
+        ("held_out", False),
+        ("validation", True),
+        ("held_out", True),
+    ]
+
+
+def test_cells_with_another_base_have_that_one_measured(sweep, measured, recipe, tiny_checkpoint, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(tiny_checkpoint)
+    sweep(axes={"backbone.checkpoint": [str(tiny_checkpoint), str(other)]}, evaluate=EVALUATE[:1])
+    assert measured == [("validation", True), ("validation", False)] * 2
+    assert {row["backbone"] for row in summary()["base"]} == {str(tiny_checkpoint), str(other)}
+
+
+def test_a_finished_sweep_is_not_run_again(sweep):
+    sweep(evaluate=EVALUATE[:1])
+    before = summary()
+    board, ran = sweep(evaluate=EVALUATE[:1])
+    assert (ran, board.count("done")) == ([], 1)
+    assert summary() == before
+
+
+def test_only_new_cells_run_when_seeds_and_variants_are_added(sweep):
+    sweep(axes={"objective": {"plain": {}}}, evaluate=EVALUATE[:1])
+    _, ran = sweep(axes=TWO, evaluate=EVALUATE[:1])
+    assert ran == ["half-seed0"]
+    _, ran = sweep(axes=TWO, evaluate=EVALUATE[:1], seeds=[0, 3])
+    assert ran == ["plain-seed3", "half-seed3"]
+
+
+def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, measured):
+    sweep(axes=TWO)
+    folder = cell("plain-seed0")
+    weights = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+    # As if killed during the second evaluation.
+    (folder / "cell.json").unlink()
+    next((folder / "evals").glob("held_out*.json")).unlink()
+    # And another during training, after the first checkpoint.
+    other = cell("half-seed0")
+    for name in ("cell.json", "trained.json", "checkpoints/step-00000002.pt", "checkpoints/step-00000002.sha256"):
+        (other / name).unlink()
+    kept = load_file(other / "adapter" / "pytorch_lora_weights.safetensors")
+    first_line = (other / "metrics.jsonl").read_text().splitlines()[0]
+    measured.clear()
+    _, ran = sweep(axes=TWO)
+    assert ran == ["plain-seed0", "half-seed0"]
+    assert measured == [("held_out", True)]
+    assert steps_of("half-seed0") == [1, 2]
+    assert (other / "metrics.jsonl").read_text().splitlines()[0] == first_line
+    for run, before in ((folder, weights), (other, kept)):
+        after = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+        assert all(after[name].equal(before[name]) for name in before)
+
+
+def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
+    cell("plain-seed0").mkdir(parents=True)
+    (cell("plain-seed0") / ".recipe.yaml.1.new").write_text("st")
+    (RUN / "sweep.yaml").write_text("")
+    board, _ = sweep(axes={"objective": {"plain": {}}})
+    assert board.count("done") == 1
+
+
+def test_a_failed_cell_is_told_and_stops_no_other(sweep, tmp_path, recipe):
+    prompts = tmp_path / "prompts.txt"
+    own = {"use": "rollouts", "prompts": str(prompts), "rewards": {"brightness": 1.0}, "num_steps": 2}
+    own |= {"num_prompts": 1, "images_per_prompt": 2}
+    broken = {"sources": {"own": own}, "objectives": [{"use": "ddpo", "source": "own"}]}
+    axes = {"objective": {"broken": broken, "after": {"start_from": "broken"}, "plain": {}}}
+    board, ran = sweep(axes=axes, evaluate=EVALUATE[:1])
+    assert ran == ["broken-seed0", "plain-seed0"]
+    assert (board.count("failed"), board.count("done")) == (2, 1)
+    rows = {row["cell"]: row for row in summary()["cells"]}
+    assert rows["broken-seed0"]["status"] == "failed"
+    assert "prompts.txt': there is no such file" in rows["broken-seed0"]["error"]
+    assert rows["after-seed0"]["error"] == "not started, because 'broken-seed0' failed"
+    assert "broken-seed0: failed: exit code 2" in (RUN / "sweep.log").read_text()
+    prompts.write_text("a red star\n")
+    board, ran = sweep(axes=axes, evaluate=EVALUATE[:1])
+    assert (ran, board.count("done")) == (["broken-seed0", "after-seed0"], 3)
+
+
+def test_a_cell_begins_with_the_adapter_of_the_one_that_it_starts_from(sweep):
+    """The learning rate is too small to move anything: the second has what the first has."""
+    still = {"start_from": "first", "optimizer.learning_rate": 1e-30, "optimizer.weight_decay": 0.0}
+    _, ran = sweep(axes={"objective": {"second": still, "first": {}}}, seeds=2, evaluate=EVALUATE[:1])
+    assert ran == ["first-seed0", "second-seed0", "first-seed1", "second-seed1"]
+    found = {}
+    for name in ran:
+        tensors = load_file(cell(name) / "adapter" / "pytorch_lora_weights.safetensors")
+        found[name] = {key: value for key, value in tensors.items() if ".lora_B." in key or "lora.up" in key}
+    for key, value in found["first-seed0"].items():
+        assert value.abs().max() > 0
+        assert found["second-seed0"][key].allclose(value, rtol=1e-6)
+        assert not found["second-seed1"][key].allclose(value, rtol=1e-6)
+    assert [row["start_from"] for row in summary()["cells"]] == ["first-seed0", None, "first-seed1", None]
+
+
+def test_a_larger_budget_is_trained_on_and_evaluated_anew(sweep, measured):
+    sweep(budget={"steps": 1}, evaluate=EVALUATE[:1])
+    measured.clear()
+    sweep(budget={"steps": 3}, evaluate=EVALUATE[:1])
+    assert steps_of("mine-seed0") == [1, 2, 3]
+    assert measured == [("validation", True)]
+    assert summary()["cells"][0]["steps"] == 3
+
+
+def test_a_budget_in_seconds_ends_the_training_and_not_the_evaluation(sweep):
+    sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[1:])
+    assert [row["error"] for row in summary()["cells"]] == [None]
+    assert steps_of("mine-seed0") == [1]
+    assert list((cell("mine-seed0") / "checkpoints").glob("*.pt"))
+    [row] = summary()["cells"]
+    assert (row["steps"], row["images"]) == (1, 4)
+    assert json.loads((cell("mine-seed0") / "eval.json").read_text())["step"] == 1
+    _, ran = sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[1:])
+    assert ran == []
+
+
+def test_seconds_of_earlier_sessions_count(tmp_path):
+    class Stub:
+        stopping = False
+
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        MetricsFile(folder.metrics).add(step, {"seconds": 4.0})
+    limit, trainer = TimeLimit(folder, 10.0), Stub()
+    for step, stopping in ((3, False), (4, True)):
+        MetricsFile(folder.metrics).add(step, {"seconds": 1.0})
+        limit.on_step(trainer, step, {"seconds": 1.0})
+        assert trainer.stopping is stopping
+
+
+def test_a_sweep_that_was_changed_is_refused(sweep):
+    sweep(evaluate=EVALUATE[:1])
+    with pytest.raises(UserError, match=r"mine-seed0.recipe.yaml: the run was started with optimizer.*another --dir"):
+        sweep(set={"optimizer.learning_rate": 0.5})
+    with pytest.raises(UserError, match="another number of steps than the 1 it has now"):
+        sweep(budget={"steps": 1})
+
+
+def test_a_chain_is_not_continued_from_a_start_that_has_changed(sweep):
+    axes = {"objective": {"first": {}, "second": {"start_from": "first"}}}
+    sweep(axes=axes, evaluate=EVALUATE[:1])
+    with pytest.raises(UserError, match="cell 'second-seed0' cannot go on with that"):
+        sweep(axes=axes, evaluate=EVALUATE[:1], budget={"steps": 3})
+
+
+def test_a_folder_of_something_else_is_refused(sweep):
+    RUN.mkdir(parents=True)
+    (RUN / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="is not empty and no sweep's folder"):
+        sweep()
+
+
+def test_the_live_table_tells_what_runs_what_failed_and_what_is_best(sweep):
+    board, _ = sweep(axes={"objective": {"plain": {}}}, evaluate=EVALUATE[:1])
+    out = StringIO()
+    Console(file=out, width=100).print(board)
+    assert "mine: 1 of 1 cells done" in out.getvalue()
+    assert "best cells (validation, strict)" in out.getvalue()
+    board.states["plain-seed0"].status = "running"
+    Console(file=out, width=100).print(board)
+    assert "evaluation 1 of 1" in out.getvalue()
+    board.end("plain-seed0", result=None, error="exit code 2\nagsm-rl: no memory")
+    Console(file=out, width=100).print(board)
+    assert "mine: 0 of 1 cells done, 1 failed" in out.getvalue()
+    assert "plain-seed0: agsm-rl: no memory" in out.getvalue()

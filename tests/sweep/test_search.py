@@ -1,0 +1,81 @@
+"""Axes that are searched: trials are cells, the best is told, and broken-off trials are tried again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sweep_parts import EVALUATE
+
+from agsm_rl.sweep.run import Runner
+
+pytest.importorskip("optuna")
+SEARCHED = {
+    "axes": {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "steps": {"low": 1, "high": 2}},
+    "evaluate": EVALUATE[:1],
+}
+RUN = Path("runs/mine")
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """What the cells score: the learning rate stands for it, so that the best is known."""
+    monkeypatch.setattr(
+        "agsm_rl.sweep.search._score", lambda runner, cell: cell.recipe.optimizer.learning_rate * cell.recipe.steps
+    )
+
+
+def summary():
+    return json.loads((RUN / "sweep.json").read_text())
+
+
+def test_each_trial_is_a_cell_and_the_best_one_is_told(sweep, scores):
+    board, ran = sweep(**SEARCHED, search={"trials": 2})
+    assert len(ran) == board.count("done") == 2
+    found = summary()
+    best = max(found["cells"], key=lambda row: row["axes"]["optimizer.learning_rate"] * row["axes"]["steps"])
+    assert found["best"]["axes"] == best["axes"]
+    for row in found["cells"]:
+        rate, steps = row["axes"]["optimizer.learning_rate"], row["axes"]["steps"]
+        assert row["cell"] == f"learning_rate={rate:g},steps={steps}-seed0"
+        assert 1e-4 <= rate <= 1e-2 and steps in (1, 2)
+    _, ran = sweep(**SEARCHED, search={"trials": 3})
+    assert len(ran) == 1
+    assert [row["cell"] for row in summary()["cells"]][:2] == [row["cell"] for row in found["cells"]]
+
+
+def test_a_trial_that_was_broken_off_is_tried_again_with_the_same_values(sweep, scores, monkeypatch):
+    run, tried = Runner.run, []
+
+    def killed(runner, cells):
+        tried.extend(cell.name for cell in cells)
+        runner.stopping = True
+
+    monkeypatch.setattr(Runner, "run", killed)
+    with pytest.raises(RuntimeError, match="stopped"):
+        sweep(**SEARCHED, search={"trials": 1})
+    monkeypatch.setattr(Runner, "run", run)
+    _, ran = sweep(**SEARCHED, search={"trials": 1})
+    assert ran == tried
+    _, ran = sweep(**SEARCHED, search={"trials": 1})
+    assert ran == []
+
+
+def test_the_score_is_the_mean_of_validation_at_its_best_guidance(plan):
+    from agsm_rl.sweep.board import Board
+    from agsm_rl.sweep.plan import make_cell
+    from agsm_rl.sweep.search import _score
+
+    evaluate = [{"split": "validation", "guidance": [1.0, 2.0]}, {"split": "held_out", "guidance": [1.0]}]
+    found = plan(**SEARCHED | {"evaluate": evaluate}, search={"trials": 1})
+    found.folder.mkdir(parents=True)
+    cell = make_cell(found, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
+    runner = Runner(found, Board(found, Console(quiet=True), capacity=1), None)
+    runner.board.add([cell])
+    assert _score(runner, cell) is None
+    rows = [("validation", 1.0, 0.2), ("validation", 2.0, 0.3), ("held_out", 1.0, 0.9)]
+    keys = ("split", "guidance", "strict")
+    runner.board.states[cell.name].result = {"evaluations": [dict(zip(keys, row, strict=True)) for row in rows]}
+    assert _score(runner, cell) == 0.3
+    found.sweep.search.guidance = 1.0
+    assert _score(runner, cell) == 0.2
