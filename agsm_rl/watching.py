@@ -93,7 +93,9 @@ class Evaluation:
         self.folder, self.console, self.export = folder, console, recipe.export
         self.options = recipe.evaluate
         entries = in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []
-        self.rewards = {entry.name: parts.reward(entry.use, "evaluate.rewards", entry.options) for entry in entries}
+        self.rewards = {
+            entry.name: parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options) for entry in entries
+        }
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.standing = Standing(recipe)
         self.events = EventsFile(folder.events, console)
@@ -119,6 +121,7 @@ class Evaluation:
             self.console.print(words, highlight=False)
         self.checkpoints.mend_best(trainer)
         if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
+            # At several guidances, some lines may have been written already.
             self.history.cut(trainer.step - 1)
             self._look(trainer)
         else:
@@ -176,7 +179,7 @@ class Evaluation:
             if guidance not in self._base:
                 with trainer.policy.switched_off():
                     self._base[guidance] = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
-            with trainer.policy.exported(self.export), trainer.policy.using(self.options.bank):
+            with trainer.policy.exported(self.export):
                 trained = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
             found.append((self._base[guidance], trained))
             figures = trained.figures()
@@ -205,21 +208,11 @@ class Evaluation:
 
 
 class Measured:
-    """What one model drew for a suite at one guidance: verdicts, mean rewards, and the first images.
+    """What one model drew for a suite at one guidance: verdicts, rewards (`scores` [N] an image), the first images."""
 
-    `scores`: each reward's scores [N], an image each; None where a measurement was read from a file that has no such.
-    """
-
-    def __init__(
-        self,
-        guidance: float,
-        result: ShapesResult,
-        rewards: dict[str, float],
-        images: Tensor,
-        scores: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.guidance, self.result, self.rewards, self.images = guidance, result, rewards, images
-        self.scores = scores or {}
+    def __init__(self, guidance: float, result: ShapesResult, scores: dict[str, Tensor], images: Tensor) -> None:
+        self.guidance, self.result, self.scores, self.images = guidance, result, scores, images
+        self.rewards = {name: float(score.mean()) for name, score in scores.items()}
 
     def overall(self) -> dict[str, float]:
         """The suite's scores by their names, reward_entries.SCORES."""
@@ -269,8 +262,7 @@ def measure(backbone: Any, options: Evaluate, guidance: float, rewards: Mapping[
         )
         for name, reward in rewards.items()
     }
-    means = {name: float(score.mean()) for name, score in scores.items()}
-    return Measured(guidance, result, means, images[:SHOWN], scores)
+    return Measured(guidance, result, scores, images[:SHOWN])
 
 
 def to_json(
@@ -284,7 +276,6 @@ def to_json(
             entry |= {"base": base.to_json(), "difference": asdict(compare(base.result, trained.result))}
         entries.append(entry)
     how: dict[str, Any] = {"split": options.split, "seed": options.seed, "num_steps": options.num_steps}
-    how["bank"] = options.bank
     how |= {} if step is None else {"step": step}
     return entries[0] | how | ({"other_guidances": entries[1:]} if entries[1:] else {})
 
