@@ -176,9 +176,9 @@ def test_a_reward_that_hangs_has_a_time_limit_and_others_are_told(serve):
 def test_a_server_that_is_busy_at_the_greeting_is_greeted_again(serve):
     client = HttpReward(url=serve(Sharpness(), waiting=0), **QUICK)
     with pytest.raises(UserError, match="no scores after 2 tries; at last: .*status 503"):
-        client(torch.ones(1, 3, 2, 2), [""])
+        client(torch.ones(1, 3, 4, 4), [""])
     client._link._url = urlsplit(serve(Sharpness()))
-    assert client(torch.ones(1, 3, 2, 2), [""]).shape == (1,)
+    assert client(torch.ones(1, 3, 4, 4), [""]).shape == (1,)
     assert client.range == Sharpness.range  # what a greeting tells
 
 
