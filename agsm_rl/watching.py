@@ -179,7 +179,7 @@ class Evaluation:
             if guidance not in self._base:
                 with trainer.policy.switched_off():
                     self._base[guidance] = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
-            with trainer.policy.exported(self.export):
+            with trainer.policy.exported(self.export), trainer.policy.using(self.options.bank):
                 trained = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
             found.append((self._base[guidance], trained))
             figures = trained.figures()
@@ -208,11 +208,21 @@ class Evaluation:
 
 
 class Measured:
-    """What one model drew for a suite at one guidance: verdicts, rewards (`scores` [N] an image), the first images."""
+    """What one model drew for a suite at one guidance: verdicts, mean rewards, and the first images.
 
-    def __init__(self, guidance: float, result: ShapesResult, scores: dict[str, Tensor], images: Tensor) -> None:
-        self.guidance, self.result, self.scores, self.images = guidance, result, scores, images
-        self.rewards = {name: float(score.mean()) for name, score in scores.items()}
+    `scores`: each reward's scores [N], an image each; None where a measurement was read from a file that has no such.
+    """
+
+    def __init__(
+        self,
+        guidance: float,
+        result: ShapesResult,
+        rewards: dict[str, float],
+        images: Tensor,
+        scores: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.guidance, self.result, self.rewards, self.images = guidance, result, rewards, images
+        self.scores = scores or {}
 
     def overall(self) -> dict[str, float]:
         """The suite's scores by their names, reward_entries.SCORES."""
@@ -262,7 +272,8 @@ def measure(backbone: Any, options: Evaluate, guidance: float, rewards: Mapping[
         )
         for name, reward in rewards.items()
     }
-    return Measured(guidance, result, scores, images[:SHOWN])
+    means = {name: float(score.mean()) for name, score in scores.items()}
+    return Measured(guidance, result, means, images[:SHOWN], scores)
 
 
 def to_json(
@@ -276,6 +287,7 @@ def to_json(
             entry |= {"base": base.to_json(), "difference": asdict(compare(base.result, trained.result))}
         entries.append(entry)
     how: dict[str, Any] = {"split": options.split, "seed": options.seed, "num_steps": options.num_steps}
+    how["bank"] = options.bank
     how |= {} if step is None else {"step": step}
     return entries[0] | how | ({"other_guidances": entries[1:]} if entries[1:] else {})
 
