@@ -58,6 +58,12 @@ def test_a_healthy_recipe_is_green_throughout(content, kind, request):
     assert reds(content) == {}
 
 
+def test_text_encoders_of_which_a_layer_has_no_say_are_healthy_too(content, tiny_xl_checkpoint):
+    content["backbone"]["checkpoint"] = str(tiny_xl_checkpoint)
+    content["adapters"] = {"lora": {"use": "lora", "rank": 2, "banks": 2, "text_encoders": True}}
+    assert reds(content) == {}
+
+
 def test_every_shipped_reward_without_weights_has_stored_scores_and_gives_them():
     images, prompts = golden_images()
     for target in {target for target in BUILTIN["rewards"].values() if stored_scores(target, {}) is not None}:
