@@ -190,9 +190,7 @@ def test_layers_that_have_no_say_in_the_text_are_left_out(each_backbone: Backbon
     if each_backbone.name == "stable_diffusion_xl":
         wanted -= {f"{bank}.text_encoder.text_model.encoder.layers.1" for bank in ("positive", "negative")}
     assert found == wanted
-    for (
-        model
-    ) in each_backbone.text_encoders.values():  # no trace of the question; transformers' own hooks sit elsewhere
+    for model in each_backbone.text_encoders.values():  # transformers' own hooks sit elsewhere
         assert not any(module._forward_hooks for module in model.modules() if isinstance(module, nn.Linear))
 
 
