@@ -29,6 +29,8 @@ _METADATA = re.compile(r"^# /// script\n(?P<content>(?:#(?: .*)?\n)+?)# ///$", r
 _OF_TORCH = re.compile(r"^(torch|triton|nvidia-[\w.-]+|cuda-[\w.-]+)==")
 FINISHED = "finished"
 PIP_TO_UV = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX"}
+CERTIFICATES = {"cert": "SSL_CERT_FILE"}
+"""Whom pip trusts; this has no say in what is installed."""
 
 
 def cache_folder() -> Path:
@@ -55,7 +57,7 @@ def _pip_settings() -> dict[str, str]:
     found: dict[str, str] = {}
     for line in listing.stdout.splitlines() if listing.returncode == 0 else []:
         key, _, value = line.partition("=")
-        name = PIP_TO_UV.get(key.rpartition(".")[2])
+        name = (PIP_TO_UV | CERTIFICATES).get(key.rpartition(".")[2])
         if name is not None:
             found[name] = ",".join(str(ast.literal_eval(value)).split())
     return found
@@ -94,7 +96,8 @@ def python_for(script: Path) -> Path:
     uv = find_uv(f"the environment of {script.stem}")
     sources = uv_variables()
     # Other sources may give another build of torch.
-    identity = [lock.read_text(), *torch, metadata["requires-python"], *sorted(sources.values())]
+    places = [sources[name] for name in PIP_TO_UV.values() if name in sources]
+    identity = [lock.read_text(), *torch, metadata["requires-python"], *places]
     identity += [os.environ.get(name, "") for name in (*PIP_TO_UV.values(), "UV_TORCH_BACKEND")]
     folder = (
         cache_folder() / "environments" / f"{script.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}"
@@ -122,6 +125,7 @@ def lock_script(script: Path) -> str:
     Sources that pip or uv are set up with are left out, because a lock is for everybody.
     """
     clean = dict.fromkeys((*PIP_TO_UV.values(), "UV_INDEX", "UV_TORCH_BACKEND"))
+    clean |= {name: value for name, value in uv_variables().items() if name in CERTIFICATES.values()}
     listing = ["--universal", "--generate-hashes", "--no-header", "--no-annotate", "--no-config"]
     text = _uv([find_uv("locking"), "pip", "compile", "--quiet", *listing, str(script)], clean, script.parent)
     entries = re.findall(r"^\S.*?(?=^\S|\Z)", text, re.S | re.M)
