@@ -62,12 +62,12 @@ class OfficialHPSv2:
     architecture = "ViT-H-14"
 
     def __init__(self, *, version: str, path: str) -> None:
+        file = found_or_fetched(path, FILES[version])  # before the model, which takes its time
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # As img_score.initialize_model of the package does, less the settings that are its defaults.
         self.model, _, self.transform = open_clip.create_model_and_transforms(
             self.architecture, precision="amp", device=self.device, light_augmentation=True, output_dict=True
         )
-        file = found_or_fetched(path, FILES[version])
         try:
             self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
         except (KeyError, RuntimeError, UnpicklingError) as error:
