@@ -76,7 +76,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
         self._take()
-        for name in (".*.new", "checkpoints/*.partial", "adapter/.*.new", "adapter/.tmp*", "samples/.*.new"):
+        for name in (".*.new", "checkpoints/*.partial", "adapter*/.*.new", "adapter*/.tmp*", "samples/.*.new"):
             for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
                 aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())
@@ -121,11 +121,6 @@ class MetricsFile:
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def count(self, step: int) -> int:
-        """Lines of a step."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return sum(_step_of(line) == step for line in lines)
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of a step."""

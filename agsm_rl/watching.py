@@ -119,6 +119,7 @@ class Evaluation:
             self.console.print(words, highlight=False)
         self.checkpoints.mend_best(trainer)
         if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
+            # At several guidances, some lines may have been written already.
             self.history.cut(trainer.step - 1)
             self._look(trainer)
         else:

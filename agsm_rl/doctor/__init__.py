@@ -11,6 +11,7 @@ from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
+from agsm_rl.reward_entries import in_evaluation
 
 
 def diagnose(
@@ -29,9 +30,8 @@ def diagnose(
     parts = Parts(where=where, allow_imports=allow_imports)
     yield from guarded("bases", lambda: check_bases(recipe))
     rewards = configured_rewards(build_terms(recipe, parts))
-    rewards += [
-        parts.reward(name, "evaluate.rewards", {}) for name in (recipe.evaluate.rewards if recipe.evaluate else [])
-    ]
+    for entry in in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []:
+        rewards.append(parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options))
     yield from guarded("rewards", lambda: check_rewards(rewards))
     if run is not None:
         yield from guarded("run folder", lambda: check_run(run))
