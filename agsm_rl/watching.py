@@ -93,7 +93,9 @@ class Evaluation:
         self.folder, self.console, self.export = folder, console, recipe.export
         self.options = recipe.evaluate
         entries = in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []
-        self.rewards = {entry.name: parts.reward(entry.use, "evaluate.rewards", entry.options) for entry in entries}
+        self.rewards = {
+            entry.name: parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options) for entry in entries
+        }
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.standing = Standing(recipe)
         self.events = EventsFile(folder.events, console)

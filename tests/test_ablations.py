@@ -1,5 +1,6 @@
 """AGSM's ablations (arXiv 2605.30038) as switches of a recipe: one bank, ψ⁺ only, Bradley-Terry, ψ⁻ at inference."""
 
+import json
 from io import StringIO
 
 import pytest
@@ -11,14 +12,15 @@ from typer.testing import CliRunner
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.attachment import save_adapters
-from agsm_rl.build import build_trainer
+from agsm_rl.build import build_backbone, build_trainer
 from agsm_rl.cli import app
 from agsm_rl.drawing import draw, to_picture
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.shapes import suite_prompts
-from agsm_rl.recipe import Recipe
+from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import RunFolder
+from agsm_rl.sweep.evaluations import Evaluations
 from agsm_rl.watching import Evaluation, to_json
 
 
@@ -96,6 +98,28 @@ def test_a_recipe_s_evaluation_draws_with_the_bank_that_it_names(read, tmp_path,
     with trainer.policy.using("negative" if bank == "positive" else "positive"):
         assert not torch.allclose(draw(backbone, prompts, [0, 1], guidance=3.0, num_steps=2), wanted)
     assert to_json([(base, trained)], recipe.evaluate)["bank"] == bank
+
+
+def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_base_s(read, exported, tmp_path):
+    folder = RunFolder(tmp_path)  # whose adapter/ is there
+    folder.metrics.write_text("")
+    evaluations = Evaluations(folder, read(), base=tmp_path / "base", model_id="cell")
+    for bank in ("positive", "negative"):
+        options = Evaluate(num_images=2, num_steps=2, bank=bank)
+        evaluations.write(options, f"{bank}.json", step=1, pictures=False)
+        assert json.loads((tmp_path / f"{bank}.json").read_text())["bank"] == bank
+    pictures = {path.read_bytes() for path in (tmp_path / "evals").rglob("0000.png")}
+    assert len(pictures) == 2 and len(list((tmp_path / "base").rglob("0000.png"))) == 1
+    save_adapters({"lora": one_bank(read())}, tmp_path / "one" / "adapter", metadata={})
+    alone = Evaluations(RunFolder(tmp_path / "one"), read(), base=tmp_path / "base", model_id="other")
+    with pytest.raises(UserError, match=r"evaluate\.bank: negative, but there is no adapter with a negative bank"):
+        alone.write(options, "eval.json", step=1, pictures=False)
+
+
+def one_bank(recipe: Recipe) -> LoRA:
+    lora = LoRA(rank=2)
+    lora.attach(build_backbone(recipe.backbone, parts=Parts(where="recipe")))
+    return lora
 
 
 def test_a_negative_bank_that_is_not_there_is_refused_when_the_recipe_is_read(read):

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank
 
@@ -37,7 +38,8 @@ class LoRA:
     banks: 1, which serves under both names; 2 gives the negative prompts their own.
     target_modules: ends of the denoiser's module names; the attention projections, as in diffusers' scripts and DDPO.
     text_encoders: also the attention projections of the CLIPs, with the same rank and alpha; prompts are then encoded
-    anew for each prediction. SD3's T5 stays as it is: `pipe.load_lora_weights` has no place for a LoRA of it.
+    anew for each prediction. Layers that have no say (the last of SDXL's first CLIP) are left out. SD3's T5 stays as
+    it is: `pipe.load_lora_weights` has no place for a LoRA of it.
     seed: of the initial A, N(0, 1 / rank²).
     """
 
@@ -133,7 +135,9 @@ class LoRA:
             )
         there = backbone.text_encoders
         if self.changes_text:
-            self._text_targets = self._text_of_export or dict.fromkeys(there, TEXT_TARGETS)
+            self._text_targets = self._text_of_export or {
+                name: layers_that_act(backbone, name, TEXT_TARGETS) for name in there
+            }
         if self.changes_text and not ({*self._text_targets} <= {*there} and there):
             raise UserError(
                 f"lora.text_encoders: wanted {', '.join(self._text_targets) or 'some'}; those of this base that take a "

@@ -26,6 +26,7 @@ from agsm_rl.build import build_backbone
 from agsm_rl.drawing import to_picture, write_picture
 from agsm_rl.evaluate.shapes import ShapesResult, compare
 from agsm_rl.interfaces import Reward
+from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.reward_entries import in_evaluation
@@ -75,20 +76,31 @@ class Evaluations:
 
     def _kept(self, folder: Path, model: str, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
         """The measurement of these settings, from its file if it is there."""
-        how = options.model_dump(mode="json", exclude={"guidance", "every", "batch_size"}) | {"guidance": guidance}
+        left_out = {"guidance", "every", "batch_size"}
+        if not adapted or options.bank == "positive":
+            left_out.add("bank")  # the base has none, and the positive one is what is drawn with unless it is said
+        how = options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
         key = hashlib.sha256(json.dumps([model, how], sort_keys=True).encode()).hexdigest()[:12]
         file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
             if not file.is_file():
                 print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
-                found = measure(self._model(adapted=adapted), options, guidance, self._rewards(options))
+                found = self._measure(options, guidance, adapted=adapted)
                 for index, image in enumerate(found.images):
                     write_picture(to_picture(image), file.with_suffix("") / f"{index:04d}.png")
                 write_text(file, json.dumps(found.to_json()) + "\n")
         content = json.loads(file.read_text(encoding="utf-8"))
         images = [_read_picture(picture) for picture in sorted(file.with_suffix("").glob("*.png"))]
         return Measured(guidance, ShapesResult.from_json(content), content["rewards"], torch.stack(images))
+
+    def _measure(self, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
+        backbone = self._model(adapted=adapted)
+        adapters = self._handle.adapters.values() if self._handle else ()
+        if adapted:
+            check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
+        with using(adapters, options.bank):
+            return measure(backbone, options, guidance, self._rewards(options))
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone, loaded when it is first needed, with the run's adapters or without."""

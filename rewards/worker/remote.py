@@ -87,7 +87,7 @@ class RemoteReward:
         self._link, self._options = link, options or {}
         self._timeout, self._start_timeout, self._retries, self._backoff = timeout, start_timeout, retries, backoff
         self._images = "float32"
-        self._asked = 0
+        self._asked, self._greeted = 0, False
         self._lock = threading.Lock()
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -109,7 +109,7 @@ class RemoteReward:
                 return self._score(images, prompts)
             except Fault as fault:
                 last, words = fault, self._link.last_words()
-                if fault.broken:
+                if fault.broken or not self._greeted:
                     self._link.close()
             except BaseException:  # Ctrl-C between a question and its answer: that answer must not meet the next one
                 self._link.close()
@@ -122,6 +122,7 @@ class RemoteReward:
 
     def _greet(self) -> None:
         """Start the worker and shake hands on the protocol's version."""
+        self._greeted = False
         self._link.open()
         greeting = encode({"op": "hello", "protocol": [PROTOCOL], "options": self._options})
         header = self._answer(self._link.ask(greeting, timeout=self._start_timeout, max_body=0), "hello").header
@@ -132,6 +133,7 @@ class RemoteReward:
             )
         self._images = "uint8" if header.get("images") == "uint8" else "float32"
         self.range, self.packages = _range(header.get("range")), dict(header.get("packages") or {})
+        self._greeted = True
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self._asked += 1

@@ -235,6 +235,9 @@ def _bound(source: Any) -> Any:
     class OneProcess:
         index, count = 0, 1
 
+        def gather(self, values: torch.Tensor) -> torch.Tensor:
+            return values
+
     source.bind("agsm", 0, OneProcess())
     return source
 

@@ -35,14 +35,14 @@ class Odd:
 """
 
 KINDS = {
-    "NaN": ["reward 'odd'", "nan", "prompt"],
-    "infinite": ["reward 'odd'", "inf", "prompt"],
-    "one for all": ["reward 'odd'", "()", "(4,)"],
-    "too many": ["reward 'odd'", "(5,)", "(4,)"],
-    "a column": ["reward 'odd'", "(4, 1)", "(4,)"],
-    "a list": ["reward 'odd'", "list", "(4,)"],
-    "nothing": ["reward 'odd'", "NoneType", "(4,)"],
-    "exception": ["reward 'odd'", "RuntimeError", "out of paint"],
+    "NaN": ["reward 'Odd'", "nan", "prompt"],
+    "infinite": ["reward 'Odd'", "inf", "prompt"],
+    "one for all": ["reward 'Odd'", "()", "(4,)"],
+    "too many": ["reward 'Odd'", "(5,)", "(4,)"],
+    "a column": ["reward 'Odd'", "(4, 1)", "(4,)"],
+    "a list": ["reward 'Odd'", "list", "(4,)"],
+    "nothing": ["reward 'Odd'", "NoneType", "(4,)"],
+    "exception": ["reward 'Odd'", "RuntimeError", "out of paint"],
     "no constructor": ["rewards.odd_rewards:Odd", "weights are missing"],
 }
 

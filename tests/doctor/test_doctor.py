@@ -58,6 +58,12 @@ def test_a_healthy_recipe_is_green_throughout(content, kind, request):
     assert reds(content) == {}
 
 
+def test_text_encoders_of_which_a_layer_has_no_say_are_healthy_too(content, tiny_xl_checkpoint):
+    content["backbone"]["checkpoint"] = str(tiny_xl_checkpoint)
+    content["adapters"] = {"lora": {"use": "lora", "rank": 2, "banks": 2, "text_encoders": True}}
+    assert reds(content) == {}
+
+
 def test_every_shipped_reward_without_weights_has_stored_scores_and_gives_them():
     images, prompts = golden_images()
     for target in {target for target in BUILTIN["rewards"].values() if stored_scores(target, {}) is not None}:
@@ -75,7 +81,7 @@ def test_every_shipped_reward_without_weights_has_stored_scores_and_gives_them()
 
 def test_a_constant_reward_and_one_that_fails_are_caught(content, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "odd_rewards.py").write_text(
+    (tmp_path / "doctored_rewards.py").write_text(
         "import torch\n"
         "class Odd:\n"
         "    range, differentiable = (0.0, 1.0), False\n"
@@ -86,8 +92,8 @@ def test_a_constant_reward_and_one_that_fails_are_caught(content, tmp_path, monk
     )
     words = {"constant": "gives 0.5 to all 10 golden images", "fails": "weights", "nan": "its score is nan"}
     for kind, word in words.items():
-        content["objectives"][1]["source"]["rewards"] = {"odd_rewards:Odd": {"kind": kind}}
-        found = reds(content, allow_imports={"odd_rewards"})
+        content["objectives"][1]["source"]["rewards"] = {"doctored_rewards:Odd": {"kind": kind}}
+        found = reds(content, allow_imports={"doctored_rewards"})
         line = found["reward 'odd'"]
         assert word in line and "remedy: " in line
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -170,6 +171,15 @@ def test_a_reward_that_hangs_has_a_time_limit_and_others_are_told(serve):
     free.set()
     reward.act = lambda images, prompts: images[:, 0, 0, 0]
     assert HttpReward(url=url, **QUICK)(torch.ones(1, 3, 2, 2), [""]).tolist() == [1.0]
+
+
+def test_a_server_that_is_busy_at_the_greeting_is_greeted_again(serve):
+    client = HttpReward(url=serve(Sharpness(), waiting=0), **QUICK)
+    with pytest.raises(UserError, match="no scores after 2 tries; at last: .*status 503"):
+        client(torch.ones(1, 3, 4, 4), [""])
+    client._link._url = urlsplit(serve(Sharpness()))
+    assert client(torch.ones(1, 3, 4, 4), [""]).shape == (1,)
+    assert client.range == Sharpness.range  # what a greeting tells
 
 
 def test_too_many_at_once_are_told_to_try_again(serve):

@@ -1,0 +1,42 @@
+"""The layers of a text encoder that have a say in what prompts are encoded to.
+
+SDXL takes its first CLIP's last but one state, so that CLIP's last layer is computed for nothing: a LoRA there would be
+parameters that nothing trains. It is found by asking, so that no model's kind needs to be known here.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.interfaces import Backbone
+
+
+def layers_that_act(backbone: Backbone, encoder: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """The target modules of a text encoder: `targets` (ends of names) if all act, else the names of those that do."""
+    model = backbone.text_encoders[encoder]
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            # Of a frozen model nothing needs a gradient until the first of these does.
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for adapter in backbone.adapters:
+            stack.enter_context(adapter.using(None))
+        for name, module in model.named_modules():
+            if name.endswith(tuple(f".{target}" for target in targets)):
+                stack.callback(module.register_forward_hook(note(name)).remove)
+        cond = backbone.encode_text([" "], gradients=True)
+    sums = cond.embeds.sum() + (0 if cond.pooled is None else cond.pooled.sum())
+    found = torch.autograd.grad(sums, list(outputs.values()), allow_unused=True)
+    act = [name for name, gradient in zip(outputs, found, strict=True) if gradient is not None]
+    if len(act) == len(outputs):
+        return tuple(targets)
+    return tuple(name.removeprefix("text_model.") for name in act)
