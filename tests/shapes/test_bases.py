@@ -12,6 +12,7 @@ from agsm_rl.shapes.judge import judge
 BASES = {
     "shapes-sd15": diffusers.StableDiffusionPipeline,
     "shapes-sdxl": diffusers.StableDiffusionXLPipeline,
+    "shapes-sd3": diffusers.StableDiffusion3Pipeline,
 }
 LARGEST = 25_000_000
 
