@@ -147,14 +147,18 @@ def doctor(
     target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (builtin:<name> too) or a run folder.")],
     overrides: SetOption = None,
     allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
 ) -> None:
     """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
     from agsm_rl.doctor import diagnose
     from agsm_rl.recipe import Recipe
+    from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
 
     run = Path(target) if (Path(target) / "recipe.yaml").is_file() else None
-    path, allowed = recipe_path(target) if run is None else run / "recipe.yaml", frozenset(allow_import or [])
+    path = recipe_path(target) if run is None else run / "recipe.yaml"
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     _without_loading_bars()
     bad = 0
@@ -251,9 +255,12 @@ def evaluate(
     reference: Annotated[Path | None, typer.Option(metavar="DIR", help="fid: real images.")] = None,
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="fid: the network's weights.")] = None,
     allow_import: AllowOption = None,
+    allow_command: CommandOption = None,
+    allow_host: HostOption = None,
 ) -> None:
     """Measure a model, or images that any tool made, on a suite, with 95 % intervals."""
     from agsm_rl.evaluate.choose import SuiteOptions, make_suite
+    from agsm_rl.registry import permissions
 
     given = SuiteOptions(
         split=split,
@@ -298,7 +305,8 @@ def evaluate(
         base=base,
         backbone=backbone,
     )
-    made = make_suite(suite, given, num_images=num_images, seed=seed, allow_imports=frozenset(allow_import or []))
+    allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
+    made = make_suite(suite, given, num_images=num_images, seed=seed, allow_imports=allowed)
     evaluate_suite(target, made, options, json_file=json_file)
 
 

@@ -132,7 +132,9 @@ def test_an_adapter_whose_gradient_is_exactly_zero_is_named_once(make_policy, ma
 
 def test_an_adapter_that_no_term_trains_is_no_mistake(make_policy, make_pairs):
     term = Term(OnlyLora(), make_pairs(), name="x", trains=["lora"])
-    Trainer(make_policy(), [term], steps=2, watch=Watch(zero_gradient="stop", zero_gradient_steps=1)).train()
+    trainer = Trainer(make_policy(), [term], steps=2, watch=Watch(zero_gradient="stop", zero_gradient_steps=1))
+    trainer.train()
+    assert trainer.step == 2 and not trainer.watch.events
 
 
 def figures(**changes):

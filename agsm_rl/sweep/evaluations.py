@@ -31,7 +31,7 @@ from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.reward_entries import in_evaluation
 from agsm_rl.run_folder import RunFolder, write_text
-from agsm_rl.watching import Measured, before_after, measure, to_json
+from agsm_rl.watching import Measured, before_after, measure, to_json, write_images
 
 NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
 """Options of a backbone that change nothing of what it draws."""
@@ -121,10 +121,7 @@ class Evaluations:
         """samples/before_after.png, and the first images one by one in samples/eval/guidance-<g>/{base,trained}/."""
         write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
         for base, trained in found:
-            folder = self.folder.samples / "eval" / f"guidance-{trained.guidance:g}"
-            for name, measured in (("base", base), ("trained", trained)):
-                for index, image in enumerate(measured.images):
-                    write_picture(to_picture(image), folder / name / f"{index:04d}.png")
+            write_images(base, trained, self.folder.samples / "eval" / f"guidance-{trained.guidance:g}")
 
 
 def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:

@@ -82,8 +82,24 @@ def test_without_leave_nothing_runs_and_the_message_says_what_to_add(recipe_with
 
 
 def test_loopback_and_registered_rewards_need_no_leave(recipe_with):
-    Recipe.from_data(recipe_with({"http": {"url": "http://127.0.0.1:1"}}))
-    Recipe.from_data(recipe_with({"ray_pool": {"reward": "jpeg_compressibility"}}))
+    for rewards in ({"http": {"url": "http://127.0.0.1:1"}}, {"ray_pool": {"reward": "jpeg_compressibility"}}):
+        read = Recipe.from_data(recipe_with(rewards)).to_data()
+        assert set(read["objectives"][0]["source"]["rewards"]) == set(rewards)
+
+
+@pytest.mark.parametrize("command", ["eval", "doctor"])
+def test_other_commands_ask_for_the_same_leave_and_take_it(recipe_with, tiny_checkpoint, command):
+    Path("prompts.txt").write_text("a red star\n")
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe_with({"worker": {"script": "mine.py"}})))
+    call = {
+        "eval": ["eval", str(tiny_checkpoint), "--suite", "rewards", "--prompts", "prompts.txt", "--num-steps", "1"],
+        "doctor": ["doctor", "recipe.yaml"],
+    }[command]
+    call += ["--reward", "worker:script=mine.py"] if command == "eval" else []
+    refused = CliRunner().invoke(app, call)
+    assert refused.exit_code == 2 and "--allow-command" in refused.stderr and not Path("it_ran").exists()
+    CliRunner().invoke(app, [*call, "--allow-command", "mine.py"])
+    assert Path("it_ran").exists()
 
 
 def test_a_rewards_mistakes_are_told_with_their_place(recipe_with):

@@ -26,6 +26,7 @@ def test_a_base_is_a_small_pipeline_folder_that_diffusers_loads_alone(name):
     files = [path for path in (BUILTINS / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt")]
+    assert not [path for path in files if path.suffix == ".json" and "_name_or_path" in path.read_text()]
     assert {"README.md", "training_log.jsonl"} <= {path.name for path in files}
     pipeline = BASES[name].from_pretrained(BUILTINS / name)
     pipeline.set_progress_bar_config(disable=True)

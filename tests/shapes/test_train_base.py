@@ -53,6 +53,7 @@ def test_a_base_is_trained_on_from_where_another_ended(tiny_checkpoint, tmp_path
         for one, other in zip(begun.unet.parameters(), further.unet.parameters(), strict=True)
     ]
     assert any(changed)
+    assert not [file for file in (tmp_path / "further").rglob("*.json") if str(tiny_checkpoint) in file.read_text()]
     for part in ("vae", "text_encoder"):
         kept = getattr(further, part).state_dict()
         assert all(torch.equal(value, kept[key]) for key, value in getattr(begun, part).state_dict().items())

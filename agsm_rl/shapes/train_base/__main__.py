@@ -1,5 +1,6 @@
 """The command line: `python -m agsm_rl.shapes.train_base KIND WORK_DIR OUT_DIR`."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,7 @@ def main(
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images)
     pipeline.save_pretrained(out)
+    _forget_places(out)
     shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
 
 
@@ -58,6 +60,14 @@ def _assemble(settings: Settings, layout: Layout, work: Path, images: Tensor, va
         autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
     torch.manual_seed(settings.seed + 3)
     return layout.assemble(autoencoder, *encoders)
+
+
+def _forget_places(folder: Path) -> None:
+    """Take out of a base's configurations from which folders of this machine its parts were loaded."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
