@@ -27,6 +27,9 @@ def main(
     vae_steps: int = Settings.vae_steps,
     text_steps: int = Settings.text_steps,
     denoiser_steps: int = Settings.denoiser_steps,
+    up_text_dropout: Annotated[
+        float, typer.Option(help="share of the images whose prompt a U-Net's up blocks do not see", min=0, max=1)
+    ] = Settings.up_text_dropout,
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
@@ -34,7 +37,7 @@ def main(
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
     torch.set_num_threads(threads)
-    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, seed=seed)
+    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, up_text_dropout=up_text_dropout, seed=seed)
     layout = LAYOUTS[kind]
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)

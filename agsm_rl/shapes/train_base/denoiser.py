@@ -14,9 +14,6 @@ from agsm_rl.shapes import world
 from agsm_rl.shapes.train_base.layouts import Layout
 from agsm_rl.shapes.train_base.stages import Settings, run_stage
 
-# A U-Net's up blocks get the empty prompt in this share of the images, so that the down and mid blocks, where soft
-# tokens are seen, learn to carry the prompt; left to themselves, the up blocks of so small a U-Net carry nearly all.
-UP_TEXT_DROPOUT = 0.8
 CAPTION_DROPOUT = 0.1
 """Share of empty captions, for classifier-free guidance."""
 
@@ -48,7 +45,7 @@ def train_denoiser(
             for index, none in zip(chosen, empty, strict=True)
         ]
         cond = backbone.encode_text(captions)
-        up_text.choose(cond, torch.from_numpy(rng.random(len(chosen)) < UP_TEXT_DROPOUT))
+        up_text.choose(cond, torch.from_numpy(rng.random(len(chosen)) < settings.up_text_dropout))
         generator = torch.Generator().manual_seed(number)
         x0 = latents[chosen]
         noise = torch.randn(x0.shape, generator=generator)
