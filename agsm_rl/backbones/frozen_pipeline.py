@@ -1,10 +1,12 @@
 """What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
@@ -130,7 +132,7 @@ class FrozenPipeline:
             # SDXL's VAE overflows in float16. The pipeline casts its own when it draws; this copy takes gradients.
             self._vae = copy.deepcopy(pipeline.vae).float()
         if gradient_checkpointing:
-            enable_gradient_checkpointing(self.denoiser, self.adapters)
+            enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
 
     def _check_width(self, checkpoint: str) -> None:
         """The text's width must be what the denoiser's attention takes."""
@@ -145,6 +147,14 @@ class FrozenPipeline:
 
     def _patch_size(self) -> int:
         return 1
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """The attention of predictions, with gradients or without, since log-probabilities are compared across the two.
+
+        On a CPU, fused attention's backward pass costs more in half precision than the rest of a step: it is plain there.
+        """
+        half = self.denoiser.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and half else nullcontext()
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Each kind of pipeline has its own."""

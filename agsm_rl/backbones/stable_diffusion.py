@@ -88,13 +88,14 @@ class StableDiffusion(FrozenPipeline):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The U-Net's prediction [B, C, h, w], in x_t's dtype."""
         dtype = self.pipeline.unet.dtype
-        prediction = self.denoiser(
-            x_t.to(dtype),
-            self.timesteps(t),
-            encoder_hidden_states=cond.embeds.to(dtype),
-            added_cond_kwargs=self._added(x_t, cond, dtype),
-            return_dict=False,
-        )[0]
+        with self._attention():
+            prediction = self.denoiser(
+                x_t.to(dtype),
+                self.timesteps(t),
+                encoder_hidden_states=cond.embeds.to(dtype),
+                added_cond_kwargs=self._added(x_t, cond, dtype),
+                return_dict=False,
+            )[0]
         return prediction.to(x_t.dtype)
 
     def _added(self, x_t: Tensor, cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None:

@@ -81,13 +81,14 @@ class StableDiffusion3(FrozenPipeline):
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
         assert cond.pooled is not None
         dtype = self.pipeline.transformer.dtype
-        prediction = self.denoiser(
-            hidden_states=x_t.to(dtype),
-            timestep=t.float() * self._num_timesteps,
-            encoder_hidden_states=cond.embeds.to(dtype),
-            pooled_projections=cond.pooled.to(dtype),
-            return_dict=False,
-        )[0]
+        with self._attention():
+            prediction = self.denoiser(
+                hidden_states=x_t.to(dtype),
+                timestep=t.float() * self._num_timesteps,
+                encoder_hidden_states=cond.embeds.to(dtype),
+                pooled_projections=cond.pooled.to(dtype),
+                return_dict=False,
+            )[0]
         return prediction.to(x_t.dtype)
 
     def sampler(self, num_steps: int) -> FlowSampler:

@@ -1,7 +1,10 @@
 """What holds for SD1.5, SDXL and SD3 alike, through the convention alone."""
 
+from pathlib import Path
+
 import torch
 
+from agsm_rl.backbones import load_backbone
 from agsm_rl.drawing import draw
 from agsm_rl.interfaces import Backbone
 from agsm_rl.objectives.ddpo import DDPO
@@ -54,6 +57,24 @@ def test_fresh_rollouts_have_ratio_one(each_backbone: Backbone, make_adapters, m
     for guidance in (1.0, 3.0):
         _, metrics = DDPO().loss(policy, make_rollouts(bind=True, guidance=guidance).next(policy))
         assert metrics["ratio_deviation"].item() < 1e-5
+
+
+def test_in_bfloat16_too_rollouts_have_ratio_one_and_gradients_lead_the_same_way(
+    each_checkpoint: Path, make_adapters, make_rollouts
+) -> None:
+    gradients = []
+    for dtype, checkpointing in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        backbone = load_backbone(str(each_checkpoint), device="cpu", dtype=dtype, gradient_checkpointing=checkpointing)
+        policy = Policy(backbone, make_adapters())
+        loss, metrics = DDPO().loss(policy, make_rollouts(bind=True, guidance=1.0).next(policy))
+        assert metrics["ratio_deviation"].item() < 1e-5
+        x_t, cond = normal(2, *backbone.latent_shape), backbone.encode_text(PROMPTS)
+        error = (policy.live(x_t, torch.tensor([0.3, 0.7]), cond) - 1).square().mean()
+        found = torch.autograd.grad(error, list(policy.parameters().values()), allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    exact, half, checkpointed = gradients
+    assert torch.cosine_similarity(half, exact, dim=0) > 0.98
+    assert torch.cosine_similarity(half, checkpointed, dim=0) > 0.9999
 
 
 def test_latents_of_a_rollout_lead_back_to_its_noise(each_backbone: Backbone) -> None:
