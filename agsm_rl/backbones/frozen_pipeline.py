@@ -151,7 +151,7 @@ class FrozenPipeline:
     def _attention(self) -> AbstractContextManager[None]:
         """The attention of predictions, with gradients or without, since log-probabilities are compared across the two.
 
-        On a CPU, fused attention's backward pass costs more in half precision than the rest of a step: it is plain there.
+        On a CPU, fused attention's backward pass in half precision costs more than the rest of a step; plain there.
         """
         half = self.denoiser.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and half else nullcontext()

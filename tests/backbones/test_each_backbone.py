@@ -70,7 +70,9 @@ def test_in_bfloat16_too_rollouts_have_ratio_one_and_gradients_lead_the_same_way
         assert metrics["ratio_deviation"].item() < 1e-5
         x_t, cond = normal(2, *backbone.latent_shape), backbone.encode_text(PROMPTS)
         error = (policy.live(x_t, torch.tensor([0.3, 0.7]), cond) - 1).square().mean()
-        found = torch.autograd.grad(error, list(policy.parameters().values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            error, list(policy.parameters().values()), allow_unused=True, materialize_grads=True
+        )
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     exact, half, checkpointed = gradients
     assert torch.cosine_similarity(half, exact, dim=0) > 0.98

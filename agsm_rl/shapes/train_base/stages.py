@@ -24,8 +24,8 @@ class Settings:
     denoiser_steps: int = 20_500
     batch_size: int = 32
     up_text_dropout: float = 0.8
-    """A U-Net's up blocks get the empty prompt in this share of the images, so that the down and mid blocks, where soft
-    tokens are seen, learn to carry the prompt; left to themselves, the up blocks of so small a U-Net carry nearly all."""
+    """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
+    soft tokens are seen, learn to carry it; left to themselves, the up blocks of so small a U-Net carry nearly all."""
     seed: int = 0
 
 
