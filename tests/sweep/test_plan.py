@@ -208,6 +208,6 @@ def test_a_recipe_given_as_a_sweep_and_a_sweep_as_a_recipe_are_told(write, recip
 SWEEPS = Path(__file__).parents[2] / "recipes" / "study"
 
 
-@pytest.mark.parametrize("name", ["ablation", "complementarity", "smoke"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in SWEEPS.glob("*.yaml")))
 def test_every_sweep_that_is_shipped_can_be_read(name):
     assert make_plan(str(SWEEPS / f"{name}.yaml")).cells
