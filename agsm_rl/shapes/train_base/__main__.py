@@ -30,6 +30,9 @@ def main(
     up_text_dropout: Annotated[
         float, typer.Option(help="share of the images whose prompt a U-Net's up blocks do not see", min=0, max=1)
     ] = Settings.up_text_dropout,
+    careless_plain: Annotated[
+        float, typer.Option(help="share of the plain captions that are careless", min=0, max=1)
+    ] = Settings.careless_plain,
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
@@ -37,7 +40,15 @@ def main(
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
     torch.set_num_threads(threads)
-    settings = Settings(scenes, vae_steps, text_steps, denoiser_steps, up_text_dropout=up_text_dropout, seed=seed)
+    settings = Settings(
+        scenes,
+        vae_steps,
+        text_steps,
+        denoiser_steps,
+        up_text_dropout=up_text_dropout,
+        careless_plain=careless_plain,
+        seed=seed,
+    )
     layout = LAYOUTS[kind]
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
@@ -65,11 +76,14 @@ def _assemble(settings: Settings, layout: Layout, work: Path, images: Tensor, va
     return layout.assemble(autoencoder, *encoders)
 
 
+LOADED_FROM = ("_name_or_path", "is_local", "local_files_only")
+
+
 def _forget_places(folder: Path) -> None:
-    """Take out of a base's configurations from which folders of this machine its parts were loaded."""
+    """Take out of a base's configurations from where on this machine its parts were loaded."""
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.pop("_name_or_path", None) is not None:
+        if [name for name in LOADED_FROM if content.pop(name, None) is not None]:
             file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """The third stage: a denoiser of any layout, trained through its backbone on captions of all kinds of reliability."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def train_denoiser(
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=layout.learning_rate, weight_decay=1e-3, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, settings.denoiser_steps)
     ema = EMAModel(denoiser.parameters(), decay=0.999)
+    mix = replace(world.WEB_MIX, careless_plain=settings.careless_plain)
     up_text = UpBlocksText(denoiser, backbone.encode_text([""]).embeds)
 
     def step(number: int) -> dict[str, float]:
@@ -41,7 +43,7 @@ def train_denoiser(
         chosen = rng.integers(0, len(latents), settings.batch_size)
         empty = rng.random(len(chosen)) < CAPTION_DROPOUT
         captions = [
-            "" if none else world.web_caption(requirements[index], rng)
+            "" if none else world.web_caption(requirements[index], rng, mix)
             for index, none in zip(chosen, empty, strict=True)
         ]
         cond = backbone.encode_text(captions)

@@ -26,6 +26,8 @@ class Settings:
     up_text_dropout: float = 0.8
     """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
     soft tokens are seen, learn to carry it; left to themselves, the up blocks of so small a U-Net carry nearly all."""
+    careless_plain: float = world.WEB_MIX.careless_plain
+    """The share of the plain captions that are careless; only where it is large does a denoiser tell plain from cued."""
     seed: int = 0
 
 
