@@ -43,20 +43,20 @@ def make_policy(size: Size, device: str, **options: Any) -> Policy:
     return policy
 
 
-def make_published(policy: Policy, pipeline: Any, *, group_size: int, half: bool = False) -> PublishedAGSM:
+def make_published(policy: Policy, pipeline: Any, *, group_size: int) -> PublishedAGSM:
     """The other side, on a pipeline of its own, with the policy's tokens."""
     state = {
         which: {name.removeprefix("tokens."): value for name, value in tokens.items()}
         for which, tokens in policy.state_dict().items()
     }
-    return PublishedAGSM(pipeline, state["live"], state["ema"], group_size=group_size, half=half)
+    return PublishedAGSM(pipeline, state["live"], state["ema"], group_size=group_size)
 
 
 def captioned_images(count: int, resolution: int) -> tuple[Tensor, list[str]]:
     """Images [B, 3, H, W] in [0, 1] with captions that differ from each other."""
     found: dict[str, Tensor] = {}
     for row in data.pairs("train", 4 * count, seed=0):
-        found.setdefault(row["text"], pictures.fit(row["image"], resolution))
+        found.setdefault(row["caption"], pictures.fit(row["image"], resolution))
     chosen = list(found)[:count]
     return torch.stack([found[caption] for caption in chosen]), chosen
 
@@ -90,38 +90,34 @@ class Sides:
     def __init__(
         self, size: Size, device: str, images: int, group_size: int, only: str | None = None, **options: Any
     ) -> None:
-        self.device, self.size, self.images = device, size, images
-        policy = make_policy(size, device, **options["backbone"])
-        self.objective = AGSM(group_size=group_size, **options["agsm"])
-        self.disagreement: dict[str, float] = {}
+        self.policy = make_policy(size, device, **options["backbone"])
+        objective = AGSM(group_size=group_size, **options["agsm"])
         on_gpu = device.startswith("cuda")
         if only != "ours":
             # On its own it may take the policy's pipeline; beside ours it gets another.
-            pipeline = make_pipeline(size, device) if only is None else _freed(policy)
-            self.published = make_published(policy, pipeline, group_size=group_size)
-            if only is None:
-                self._check(policy)
-            if on_gpu:
-                self.published = make_published(policy, _plain(pipeline), group_size=group_size, half=True)
-            self.pixels, self.prompts = captioned_images(images, policy.backbone.resolution)
+            pipeline = make_pipeline(size, device) if only is None else _freed(self.policy)
+            self.published = make_published(self.policy, pipeline, group_size=group_size)
+            self.pixels, self.prompts = captioned_images(images, self.policy.backbone.resolution)
+        if only is None:
+            few = size == "sd15"
+            self.disagreement = self._checked(AGSM(group_size=2) if few else objective, 2 if few else images)
+            self.published.group_size = group_size
         if only != "published":
-            if on_gpu:
-                policy.backbone.pipeline.to(torch.bfloat16)
             source = Pairs("builtin:shapes", images, num_images=16 * images, **options["pairs"])
-            self.trainer = Trainer(policy, [Term(self.objective, source, name="agsm")], steps=1)
-        self.policy = policy
+            self.trainer = Trainer(self.policy, [Term(objective, source, name="agsm")], steps=1)
+        if on_gpu and only != "ours":
+            self.published.to_half()
+        if on_gpu and only != "published":
+            self.policy.backbone.pipeline.to(torch.bfloat16)
 
-    def _check(self, policy: Policy) -> None:
-        """RuntimeError unless both learn the same; of a large model, over one group of two."""
-        few = self.size == "sd15"
-        objective = AGSM(group_size=2) if few else self.objective
-        self.published.group_size, kept = objective.groups.size, self.published.group_size
-        torch.backends.cudnn.allow_tf32 = False
-        self.disagreement = disagreement(policy, self.published, objective, 2 if few else self.images)
-        torch.backends.cudnn.allow_tf32 = True
-        self.published.group_size = kept
-        if max(self.disagreement.values()) > TOLERANCE:
-            raise RuntimeError(f"the two do not learn the same, so there is nothing to compare: {self.disagreement}")
+    def _checked(self, objective: AGSM, count: int) -> dict[str, float]:
+        """How far the two lie apart; RuntimeError unless both learn the same."""
+        self.published.group_size = objective.groups.size
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            found = disagreement(self.policy, self.published, objective, count)
+        if max(found.values()) > TOLERANCE:
+            raise RuntimeError(f"the two do not learn the same, so there is nothing to compare: {found}")
+        return found
 
     def run(self, name: str) -> Any:
         """A step of `ours` or `published`."""
@@ -133,14 +129,6 @@ def _freed(policy: Policy) -> Any:
     for adapter in list(policy.backbone.adapters):
         adapter.detach()
     return policy.backbone.pipeline
-
-
-def _plain(pipeline: Any) -> Any:
-    """The pipeline without the hooks of an earlier `PublishedAGSM`."""
-    for block in (*pipeline.unet.down_blocks, pipeline.unet.mid_block):
-        block._forward_pre_hooks.clear()
-        block._forward_pre_hooks_with_kwargs.clear()
-    return pipeline
 
 
 def main(
@@ -183,26 +171,21 @@ def main(
     found = {
         "step": step,
         "memory": measure.compare_amounts(peaks["ours"], peaks["published"], unit="bytes"),
-        "flops": measure.compare_amounts(flops["ours"], flops["published"], unit="FLOPs"),
+        "flops": measure.compare_amounts(flops["ours"], flops["published"], unit="FLOPs", of="other/ours"),
     }
     achieved = flops["ours"] / step["ours"]
-    figures: dict[str, Any] = {"tflops_achieved": round(achieved / 1e12, 3)}
     peak = measure.peak_flops(device)
     if peak is not None:
-        figures |= {"tflops_peak_bf16": peak / 1e12, "share_of_peak": round(achieved / peak, 3)}
+        found["peak"] = measure.compare_amounts(achieved, peak, unit="FLOPs a second")
     measure.write_result(
         f"agsm_step_{size}_{device}",
-        what=f"AGSM, {images} images x {group_size} prompts, latents {'x'.join(map(str, _latents(sides)))}",
+        what=f"AGSM, {images} images x {group_size} prompts, {sides.policy.backbone.resolution} px",
         device=device,
         results=results,
         comparisons=found,
-        figures=figures,
+        figures={"flops_a_second": round(achieved)},
         disagreement=sides.disagreement,
     )
-
-
-def _latents(sides: Sides) -> tuple[int, ...]:
-    return sides.policy.backbone.latent_shape
 
 
 if __name__ == "__main__":

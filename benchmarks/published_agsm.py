@@ -42,7 +42,7 @@ class TokenRows:
 class PublishedAGSM:
     """The trainer over a StableDiffusionPipeline, which it takes for itself.
 
-    tokens, ema_tokens: initial values, `soft_tokens` and `time_tokens` each. half: float16 weights, autocast and scaler.
+    tokens, ema_tokens: initial values, `soft_tokens` and `time_tokens` each.
     """
 
     def __init__(
@@ -56,27 +56,29 @@ class PublishedAGSM:
         gamma_positive: float = 1.0,
         gamma_negative: float = 1.0,
         ema_decay: float = 0.9999,
-        half: bool = False,
     ) -> None:
         self.pipeline, self.group_size, self.temperature = pipeline, group_size, temperature
         self.gamma_positive, self.gamma_negative, self.ema_decay = gamma_positive, gamma_negative, ema_decay
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
-            if half:
-                module.half()
         self.device: torch.device = pipeline.device
-        self.half = half
         # The copy comes before the hooks, which are the live denoiser's.
         copied = copy.deepcopy(pipeline.unet)
         self.live, self.ema = TokenRows(pipeline.unet, **tokens), TokenRows(copied, **ema_tokens)
         self.parameters = [self.live.soft_tokens, self.live.time_tokens]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, weight_decay=1e-4)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+    def to_half(self) -> None:
+        """From now on, weights in float16 under autocast, with a gradient scaler."""
+        for module in (self.live.unet, self.ema.unet, self.pipeline.vae, self.pipeline.text_encoder):
+            module.half()
+        self.scaler = torch.amp.GradScaler(self.device.type)
 
     def step(self, images: Tensor, prompts: list[str]) -> float:
         """Learn from images [B, 3, H, W] in [0, 1] and their prompts; the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
             loss = self.loss(images, prompts)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -112,9 +114,10 @@ class PublishedAGSM:
 
     def _encode(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         vae, tokenizer = self.pipeline.vae, self.pipeline.tokenizer
-        latents = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
-        length = tokenizer.model_max_length
-        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        pixels = (2 * images - 1).to(self.device, vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        ids = tokenizer(prompts, return_tensors="pt", **padding).input_ids
         return latents, self.pipeline.text_encoder(ids.to(self.device))[0]
 
     def _grid(self, count: int) -> tuple[Tensor, Tensor]:
