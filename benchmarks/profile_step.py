@@ -19,7 +19,6 @@ from bases import EMBEDDED
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.lora import LoRA
@@ -58,15 +57,15 @@ class WeightGradients(TorchDispatchMode):
 def backward_work(policy: Policy, rows: int = 4) -> dict[str, float]:
     """FLOPs of the live prediction of a few rows and of its backward pass, and what WeightGradients counted.
 
-    Activations alone cost about as much backwards as forwards; with weights it would be twice as much.
+    Of activations alone it is about as much (attention's backward is more); with weights' it would be twice as much.
     """
     backbone = policy.backbone
     x_t = torch.randn(rows, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     t = torch.full((rows,), 0.5, device=backbone.device)
     cond = backbone.encode_text(["a red star"]).expand(rows)
-    with FlopCounterMode(display=False) as forward:
+    with measure.flop_counter() as forward:
         prediction = policy.live(x_t, t, cond)
-    with FlopCounterMode(display=False) as backward, WeightGradients() as weights:
+    with measure.flop_counter() as backward, WeightGradients() as weights:
         torch.autograd.grad(prediction.square().sum(), list(policy.parameters().values()), allow_unused=True)
     flops = [float(counter.get_total_flops()) for counter in (forward, backward)]
     return {

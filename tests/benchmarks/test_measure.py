@@ -4,6 +4,7 @@ import sys
 
 import measure
 import pytest
+import torch
 
 
 def test_sides_take_turns_and_each_begins_as_often():
@@ -39,3 +40,13 @@ def test_a_worker_answers_until_it_dies():
     assert worker.step() == measure.Seconds(1.5, 2.5)
     with pytest.raises(RuntimeError, match="exit code 3"):
         worker.step()
+
+
+def test_a_cpu_s_attention_is_counted_with_its_backward_pass():
+    query, key, value = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (4, 6, 6))
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    forward = 2 * 2 * 2 * 4 * 6 * 8  # two products, two heads, a multiplication and an addition each
+    assert measure.flops_of(attend) == 3.5 * forward
