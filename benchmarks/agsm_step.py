@@ -103,7 +103,7 @@ class Sides:
             self.disagreement = self._checked(AGSM(group_size=2) if few else objective, 2 if few else images)
             self.published.group_size = group_size
         if only != "published":
-            source = Pairs("builtin:shapes", images, num_images=16 * images, **options["pairs"])
+            source = Pairs("builtin:shapes", images, **({"num_images": 16 * images} | options["pairs"]))
             self.trainer = Trainer(self.policy, [Term(objective, source, name="agsm")], steps=1)
         if on_gpu and only != "ours":
             self.published.to_half()

@@ -121,7 +121,7 @@ def main(
             "memory": measure.compare_amounts(peaks["ours"], peaks["trl"], unit="bytes"),
             "flops": measure.compare_amounts(flops["ours"], flops["trl"], unit="FLOPs"),
         },
-        figures={"images_a_second": {"ours": images / step["ours"], "trl": images / step["other"]}},
+        figures={"images_a_second": {name: round(images / step[name], 3) for name in ("ours", "other")}},
         software_of_trl=versions | {"trl": "0.11.4"},
     )
 
