@@ -177,7 +177,7 @@ def main(
     began = time.perf_counter()
     found = [measure(curve, repeats, threads) for curve in curves(toy)]
     figures = {
-        "what": f"seconds of a step on {BASE}, soft tokens and LoRA of rank 8 with two banks; threads a process: {threads}",
+        "what": f"seconds of a step on {BASE}, soft tokens and LoRA of rank 8 with two banks, {threads} thread(s) each",
         "command": f"python benchmarks/curves.py --repeats {repeats} --threads {threads}" + (" --toy" if toy else ""),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "load_at_the_end": round(os.getloadavg()[0], 1),
