@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from agsm_rl import launched
 from agsm_rl.errors import UserError, unknown_name
 
 
@@ -20,16 +21,18 @@ class _Commands(TyperGroup):
     """Commands whose UserErrors are messages, not tracebacks."""
 
     def invoke(self, ctx: Any) -> Any:
-        from agsm_rl.stop import Stopped
+        from agsm_rl.stop import Ended
 
         try:
             return super().invoke(ctx)
         except UserError as error:
+            launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
             raise typer.Exit(2) from error
-        except Stopped as stopped:
-            typer.echo(f"agsm-rl: {stopped}", err=True)
-            raise typer.Exit(stopped.exit_code) from stopped
+        except Ended as ended:
+            if ended.tells:
+                typer.echo(f"agsm-rl: {ended}", err=True)
+            raise typer.Exit(ended.exit_code) from ended
         except KeyboardInterrupt as error:
             typer.echo("agsm-rl: interrupted", err=True)
             raise typer.Exit(130) from error
@@ -116,7 +119,8 @@ def train(
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     _without_loading_bars()
     folder = train_recipe(found, run_dir, resume=resume, where=str(path), allow_imports=allowed)
-    typer.echo(f"run folder: {folder}")
+    if launched.is_first():
+        typer.echo(f"run folder: {folder}")
 
 
 @app.command()

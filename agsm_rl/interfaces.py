@@ -306,7 +306,11 @@ class Shard(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better."""
+    """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better.
+
+    One that waits for another process or machine says `elsewhere = True` (it may be left out): rollouts then call it
+    from a thread, a batch at a time, while they draw the next one.
+    """
 
     name: str
     range: tuple[float, float]
