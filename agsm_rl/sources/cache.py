@@ -75,11 +75,9 @@ class EncodingCache:
             return
         if self._kept == "all":
             check_text_stays(adapters, where=self._where)
-        # At the backbone's own precision, so that what is kept does not depend on who made it.
-        with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
-            self._open_latents(backbone, shard)
-            if self._kept == "all":
-                self._open_text(backbone, shard)
+        self._open_latents(backbone, shard)
+        if self._kept == "all":
+            self._open_text(backbone, shard)
         self._backbone = backbone
 
     def latents(self, number: int, column: str) -> Tensor:
@@ -155,7 +153,8 @@ class EncodingCache:
             except UserError as error:
                 contents[number] = str(error)
         if pixels:
-            latents = backbone.encode_images(torch.stack([*pixels.values()]).to(backbone.device))
+            with _own_precision(backbone):
+                latents = backbone.encode_images(torch.stack([*pixels.values()]).to(backbone.device))
             _check_finite(latents, f"{self._where}: the latents of its images", backbone)
             for number, one in zip(pixels, latents.bfloat16().cpu(), strict=True):
                 contents[number] = {"latents": one.contiguous()}
@@ -183,13 +182,19 @@ def unpack(row: Mapping[str, Tensor]) -> Tensor:
 
 
 def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
-    cond = backbone.encode_text(captions)
+    with _own_precision(backbone):
+        cond = backbone.encode_text(captions)
     _check_finite(cond.embeds, "the encoded captions", backbone)
     rows = [pack(embeds) for embeds in cond.embeds]
     if cond.pooled is not None:
         for row, pooled in zip(rows, cond.pooled.bfloat16().cpu(), strict=True):
             row["pooled"] = pooled.contiguous()
     return [*rows]
+
+
+def _own_precision(backbone: Backbone) -> torch.autocast:
+    """Without the run's mixed precision: what is kept must not depend on who made it."""
+    return torch.autocast(backbone.device.type, enabled=False)
 
 
 def _check_finite(encoded: Tensor, what: str, backbone: Backbone) -> None:

@@ -44,6 +44,7 @@ class KeptRows:
         self._length = max(FEWEST_ROWS, ceil(count / FILES))
         self._files = ceil(count / self._length)
         self._opened: dict[int, Any] = {}
+        self._maker: Callable[[list[int]], list[Content]]
 
     def make(self, make: Callable[[list[int]], list[Content]], shard: Shard) -> None:
         """Make what is missing or damaged: `make` gives the contents of the rows of the given numbers.
@@ -51,6 +52,7 @@ class KeptRows:
         Each process begins at another file and passes over those that others are at, until it waits for the last ones.
         UserError when they cannot be written.
         """
+        self._maker = make
         first = self._files * shard.index // shard.count
         order = [(first + number) % self._files for number in range(self._files)]
         for wait in (False, True):
@@ -59,14 +61,20 @@ class KeptRows:
                     self._make_file(number, make, wait=wait)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """The row's tensors; UserError with the reason where it has none, or where its file is damaged."""
+        """The row's tensors; UserError with the reason where it has none.
+
+        A file with a row that does not match its checksum is made again; OSError if that does not help.
+        """
         file, place = divmod(number, self._length)
         row = self._opened[file][place]
-        if row["checksum"] != _checksum(row["tensors"], row["reason"]):
-            raise UserError(
-                f"{self._path(file)}: row {place} does not match its checksum, the file is damaged; delete it, it is "
-                "then made again"
-            )
+        if not _is_whole(row):
+            log.warning("%s is damaged; it is made again", self._path(file))
+            del self._opened[file]
+            self._path(file).unlink(missing_ok=True)
+            self._make_file(file, self._maker, wait=True)
+            row = self._opened[file][place]
+            if not _is_whole(row):
+                raise OSError(f"{self._path(file)} is damaged again as soon as it is written; is the disk sound?")
         if row["reason"] is not None:
             raise UserError(row["reason"])
         return safetensors.torch.load(row["tensors"])
@@ -94,11 +102,9 @@ class KeptRows:
             whole = len(found) == len(self._rows(number)) and found.features == _features()
         except (OSError, ValueError, KeyError, pyarrow.ArrowException):
             whole = False
-        if not whole:
-            log.warning("%s is damaged; it is made again", path)
-            return False
-        self._opened[number] = found
-        return True
+        if whole:
+            self._opened[number] = found
+        return whole
 
     def _make_file(self, number: int, make: Callable[[list[int]], list[Content]], *, wait: bool) -> None:
         path = self._path(number)
@@ -106,6 +112,8 @@ class KeptRows:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), blocking=wait):
                 if not self._open(number):  # another process may have made it meanwhile
+                    if path.exists():
+                        log.warning("%s is damaged; it is made again", path)
                     self._write(number, make)
                     self._open(number)
         except Timeout:
@@ -162,6 +170,10 @@ def _features() -> Any:
     from datasets import Features, Value
 
     return Features({"tensors": Value("binary"), "reason": Value("string"), "checksum": Value("uint32")})
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    return bool(row["checksum"] == _checksum(row["tensors"], row["reason"]))
 
 
 def _checksum(tensors: bytes, reason: str | None) -> int:
