@@ -27,7 +27,10 @@ BF16 = 2**-8
 
 
 class OneProcess:
-    index, count = 0, 1
+    """The only process of a run, or one of several without the others."""
+
+    def __init__(self, index=0, count=1):
+        self.index, self.count = index, count
 
     def gather(self, values):
         return values
@@ -124,6 +127,20 @@ def test_dropped_captions_are_the_empty_prompt_with_the_cache_too(tiny_checkpoin
         losses(policy_of(tiny_checkpoint), objective, Pairs(str(folder), 4, cache=choice)) for choice in (None, "all")
     )
     assert found == pytest.approx(expected, rel=BF16)
+
+
+def test_processes_share_the_cache_and_the_batch_that_one_process_would_take(tiny_checkpoint, folder, cache):
+    policy = policy_of(tiny_checkpoint)
+    whole = bound(Pairs(str(folder), 4, cache="all")).next(policy)
+    parts = []
+    for index in range(2):
+        source = Pairs(str(folder), 4, cache="all")
+        source.bind("source", 0, OneProcess(index, 2))
+        parts.append(source.next(policy))
+    assert whole.prompts == parts[0].prompts + parts[1].prompts
+    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+    assert torch.equal(whole.cond.embeds, torch.cat([part.cond.embeds for part in parts]))
+    assert len(kept(cache, "latents")) == len(kept(cache, "text")) == 1
 
 
 def test_preferences_from_the_cache_train_as_without_it(tiny_checkpoint):
