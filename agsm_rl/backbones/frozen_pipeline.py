@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
@@ -159,6 +160,21 @@ class FrozenPipeline:
     def encode_text(self, prompts: list[str]) -> Cond:
         """Each kind of pipeline has its own."""
         raise NotImplementedError
+
+    def identity(self, of: Literal["images", "text"]) -> str:
+        """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""
+        prefixes: tuple[str, ...] = ("vae",)
+        options: dict[str, Any] = {"backbone": self.name, "resolution": self.resolution, "dtype": str(self._vae.dtype)}
+        if of == "text":
+            prefixes = ("text_encoder", "tokenizer")
+            options = {
+                "backbone": self.name,
+                "t5_length": self.call_options.get("max_sequence_length"),
+                "zeros_for_empty": self.pipeline.config.get("force_zeros_for_empty_prompt"),
+            }
+        components = self.pipeline.components.items()
+        parts = {name: part for name, part in components if name.startswith(prefixes) and part is not None}
+        return digest_parts(parts, options)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
