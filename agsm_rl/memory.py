@@ -1,0 +1,243 @@
+"""The memory that a recipe's run will need, found by rehearsing its steps without numbers (rehearsal.py).
+
+What is counted: weights, adapters, their gradients, AdamW's state and EMA, and at the peak of each phase of a run the
+activations, batches and pictures on the device. What is not: NOT_COUNTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from agsm_rl.build import build_trainer
+from agsm_rl.interfaces import Backbone, Batch, Cond, Metrics
+from agsm_rl.policy import Policy
+from agsm_rl.recipe import Block, Recipe
+from agsm_rl.rehearsal import META, Rehearsal, rehearsing
+from agsm_rl.sampling import guided
+from agsm_rl.scoring import WeightedReward
+from agsm_rl.trainer import Term, Trainer
+
+NOT_COUNTED = (
+    "not counted: reward models, the framework's own memory (on a GPU some 0.5 GiB of CUDA context, its kernels' "
+    "workspace and the allocator's gaps), autocast's copies"
+)
+STEPS_LOOKED_AT = 10_000
+"""Of a run, to see which terms come together."""
+DRAWN_AT_ONCE = 50
+"""Pictures of a sample grid that are drawn at once (drawing.draw)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes: what lies there all the time, by name, and the peak of each phase of the run, what lies there included."""
+
+    resident: dict[str, int]
+    peaks: dict[str, int]
+
+    @property
+    def phase(self) -> str:
+        """The phase with the largest peak."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @property
+    def peak(self) -> int:
+        """The largest of the peaks."""
+        return self.peaks[self.phase]
+
+
+def predict(
+    recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = ()
+) -> tuple[Trainer, Prediction]:
+    """The recipe's trainer on the meta device, and the memory that the run will need.
+
+    UserError as by `build_trainer`, but for weights that are damaged within: they are not read. A backbone that does
+    not take `device: meta` is loaded as it is, and raises UserError here.
+    """
+    rehearsed = _for_rehearsal(recipe)
+    with rehearsing() as rehearsal:
+        rehearsal.phase = "start"
+        trainer = build_trainer(
+            rehearsed, where=where, allow_imports=allow_imports, accelerator=Accelerator(cpu=True)
+        )
+        resident = _stand(trainer)
+        rehearsal.peaks = {}
+        _lighten(trainer, rehearsal)
+        for step in steps_to_see(trainer.terms, recipe.steps):
+            trainer.step = step
+            trainer.run_step()
+        _rehearse_pictures(trainer.policy, recipe, rehearsal)
+    return trainer, Prediction(resident, rehearsal.peaks)
+
+
+def steps_to_see(terms: list[Term], steps: int) -> list[int]:
+    """Steps (from 0) with different sets of terms that are due; none whose set is part of another's."""
+    found: dict[frozenset[str], int] = {}
+    for step in range(min(steps, STEPS_LOOKED_AT)):
+        due = frozenset(term.name for term in terms if term.is_due(step))
+        found.setdefault(due, step)
+    return [step for due, step in found.items() if due and not any(due < other for other in found)]
+
+
+def _for_rehearsal(recipe: Recipe) -> Recipe:
+    """The recipe on the meta device, with no more data than a batch takes."""
+
+    def changed(block: Block) -> Block:
+        options = block.options
+        for name in ("num_images", "num_pairs"):
+            if name in options and options.get("batch_size"):
+                options[name] = min(options[name] or options["batch_size"], options["batch_size"])
+        own = {key: getattr(block, key) for key in type(block).model_fields}
+        return type(block)(**own, **options)
+
+    backbone = type(recipe.backbone)(use=recipe.backbone.use, **recipe.backbone.options | {"device": "meta"})
+    objectives = [
+        term if isinstance(term.source, str) else term.model_copy(update={"source": changed(term.source)})
+        for term in recipe.objectives
+    ]
+    sources = {name: changed(block) for name, block in recipe.sources.items()}
+    return recipe.model_copy(update={"backbone": backbone, "objectives": objectives, "sources": sources})
+
+
+def _stand(trainer: Trainer) -> dict[str, int]:
+    """Bring the trainer into the state after its first step, and say what that takes for good."""
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trained = list(trainer.parameters.values())
+    own = {id(tensor) for tensor in trained}
+    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    frozen = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
+    adapters = size_of(trained)
+    return {
+        "frozen weights": size_of(frozen.values()),
+        "adapters": adapters,
+        "gradients": adapters,
+        "AdamW": 2 * adapters,
+        "EMA": adapters,
+    }
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
+    """What is the same again is not done again, and rewards are not asked: their models would be loaded."""
+    _remember(trainer.policy.backbone, rehearsal)
+    sources: dict[int, _Source] = {}
+    names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
+    for holder in [*trainer.sources.values(), *(term.objective for term in trainer.terms)]:
+        if hasattr(holder, "rewards"):
+            holder.rewards = [replace(one, reward=_StandIn(one.reward)) for one in holder.rewards]
+    for term in trainer.terms:
+        key = id(term.source)
+        if key not in sources:
+            sources[key] = _Source(term.source, rehearsal, f"drawing {names[key]}")
+        term.source = sources[key]
+        term.objective = _Objective(term.objective, rehearsal, f"learning {term.name}")
+
+
+def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
+    def banks() -> tuple[Any, ...]:
+        return tuple(adapter.bank for adapter in backbone.adapters)
+
+    def predicting(x_t: Tensor, t: Tensor, cond: Cond) -> Any:
+        return None if torch.is_grad_enabled() else (x_t.shape, x_t.dtype, cond.embeds.shape, banks())
+
+    def coding(values: Tensor) -> Any:
+        return None if torch.is_grad_enabled() and values.requires_grad else (values.shape, values.dtype)
+
+    for name, key in {"predict": predicting, "decode": coding, "encode_images": coding}.items():
+        setattr(backbone, name, rehearsal.remember(getattr(backbone, name), key))
+    samplers: dict[int, _Sampler] = {}
+    make = backbone.sampler
+
+    def sampler(num_steps: int) -> _Sampler:
+        if num_steps not in samplers:
+            samplers[num_steps] = _Sampler(make(num_steps), rehearsal)
+        return samplers[num_steps]
+
+    setattr(backbone, "sampler", sampler)
+
+
+class _Sampler:
+    """A sampler whose steps without gradients are done once."""
+
+    def __init__(self, sampler: Any, rehearsal: Rehearsal) -> None:
+        self.t = sampler.t
+        self.transition = rehearsal.remember(sampler.transition, self._key)
+
+    def _key(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> Any:
+        return None if torch.is_grad_enabled() and prediction.requires_grad else (x_t.shape, x_t.dtype, eta)
+
+
+class _StandIn:
+    """In a reward's place: differentiable, and without a model."""
+
+    def __init__(self, reward: Any) -> None:
+        self.name, self.range, self.differentiable = reward.name, reward.range, reward.differentiable
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.float().mean(dim=(1, 2, 3))
+
+
+class _Source:
+    """A source whose drawing is a phase."""
+
+    def __init__(self, source: Any, rehearsal: Rehearsal, phase: str) -> None:
+        self._source, self._rehearsal, self._phase = source, rehearsal, phase
+        self.gives, self.metrics = source.gives, source.metrics
+
+    def next(self, policy: Policy) -> Batch:
+        self._rehearsal.phase = self._phase
+        self._rehearsal.touch()
+        batch: Batch = self._source.next(policy)
+        return batch
+
+
+class _Objective:
+    """An objective whose learning is a phase, of which no more parts are done than there are different ones."""
+
+    def __init__(self, objective: Any, rehearsal: Rehearsal, phase: str) -> None:
+        self._objective, self._rehearsal, self._phase = objective, rehearsal, phase
+        self.consumes, self.check = objective.consumes, objective.check
+
+    def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        self._rehearsal.phase = self._phase
+        self._rehearsal.touch()
+        parts = self._objective.split(batch)
+        done: list[int] = []
+        for index, (part, share) in enumerate(parts):
+            if done.count(len(part)) < 2:  # from the second on, gradients are added up
+                done.append(len(part))
+                yield part, share
+
+    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
+        found: tuple[Tensor, Metrics] = self._objective.loss(policy, batch)
+        return found
+
+
+def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> None:
+    """Sample grids and evaluations, as far as the run makes any."""
+    wanted = {}
+    if recipe.evaluate is not None:
+        guidance = max(recipe.evaluate.guidance)
+        wanted["evaluating"] = (min(recipe.evaluate.batch_size, recipe.evaluate.num_images), guidance)
+    if recipe.sample.prompts is not None or recipe.evaluate is not None:
+        wanted["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), recipe.sample.guidance)
+    backbone = policy.backbone
+    for phase, (count, guidance) in wanted.items():
+        rehearsal.phase = phase
+        with torch.no_grad():
+            cond, uncond = backbone.encode_text([f"picture {index}" for index in range(count)]), backbone.encode_text([""])
+            x_t = torch.empty(count, *backbone.latent_shape, device=META)
+            t = torch.empty(count, device=META)
+            x_t = x_t - guided(backbone.predict, x_t, t, cond, uncond, guidance)
+            backbone.decode(x_t)
