@@ -126,10 +126,15 @@ def check(
     allow_import: AllowOption = None,
     allow_command: CommandOption = None,
     allow_host: HostOption = None,
+    fit_vram: Annotated[
+        float | None,
+        typer.Option(metavar="GB", min=0.01, help="Propose settings that fit this memory; exit code 1: none does."),
+    ] = None,
 ) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
-    from agsm_rl.build import build_trainer
-    from agsm_rl.describe import describe
+    from agsm_rl.describe import describe, memory, proposal
+    from agsm_rl.fit_memory import fit
+    from agsm_rl.memory import predict
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
@@ -138,8 +143,18 @@ def check(
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     _without_loading_bars()
-    typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
+    trainer, prediction = predict(found, where=str(path), allow_imports=allowed)
+    typer.echo("\n".join([describe(found, trainer), *memory(trainer, prediction)]))
+    fits = True
+    if fit_vram is not None:
+        if isinstance(prediction, str):
+            raise UserError(f"--fit-vram: {path}: the memory cannot be predicted ({prediction}).")
+        proposed = fit(found, prediction, fit_vram * 2**30, where=str(path), allow_imports=allowed)
+        typer.echo(proposal(proposed, fit_vram * 2**30))
+        fits = proposed.fits
     typer.echo(f"{path}: ok")
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,21 +6,20 @@ activations, batches and pictures on the device. What is not: NOT_COUNTED.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from agsm_rl.build import build_trainer
+from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Cond, Metrics
 from agsm_rl.policy import Policy
 from agsm_rl.recipe import Block, Recipe
-from agsm_rl.rehearsal import META, Rehearsal, rehearsing
+from agsm_rl.rehearsal import META, Rehearsal
 from agsm_rl.sampling import guided
-from agsm_rl.scoring import WeightedReward
 from agsm_rl.trainer import Term, Trainer
 
 NOT_COUNTED = (
@@ -53,26 +52,59 @@ class Prediction:
 
 def predict(
     recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = ()
-) -> tuple[Trainer, Prediction]:
-    """The recipe's trainer on the meta device, and the memory that the run will need.
+) -> tuple[Trainer, Prediction | str]:
+    """The recipe's trainer and the memory that the run will need, or why that cannot be told.
 
-    UserError as by `build_trainer`, but for weights that are damaged within: they are not read. A backbone that does
-    not take `device: meta` is loaded as it is, and raises UserError here.
+    The trainer has shapes alone: its weights are on the meta device, and damage within the weights' files is not seen.
+    UserError as by `build_trainer`. A backbone without a `device` is loaded as it is, and nothing is predicted.
     """
-    rehearsed = _for_rehearsal(recipe)
-    with rehearsing() as rehearsal:
-        rehearsal.phase = "start"
-        trainer = build_trainer(
-            rehearsed, where=where, allow_imports=allow_imports, accelerator=Accelerator(cpu=True)
-        )
-        resident = _stand(trainer)
-        rehearsal.peaks = {}
-        _lighten(trainer, rehearsal)
-        for step in steps_to_see(trainer.terms, recipe.steps):
-            trainer.step = step
-            trainer.run_step()
-        _rehearse_pictures(trainer.policy, recipe, rehearsal)
+    if "device" not in recipe.backbone.options:
+        trainer = build_trainer(recipe, where=where, allow_imports=allow_imports)
+        return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
+    with Rehearsal() as rehearsal:
+        trainer = build_trainer(_for_rehearsal(recipe), where=where, allow_imports=allow_imports)
+        resident = lie_there(trainer)
+        try:
+            _rehearse(trainer, recipe, rehearsal)
+        except UserError:
+            raise
+        except Exception as error:  # whatever other people's parts make of tensors without numbers
+            return trainer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return trainer, Prediction(resident, rehearsal.peaks)
+
+
+def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:
+    """The run's different steps and pictures, as they are after its first step."""
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    rehearsal.peaks = {}
+    _lighten(trainer, rehearsal)
+    for step in steps_to_see(trainer.terms, recipe.steps):
+        trainer.step = step
+        trainer.run_step()
+    _rehearse_pictures(trainer.policy, recipe, rehearsal)
+
+
+def lie_there(trainer: Trainer) -> dict[str, int]:
+    """Bytes that are in use all the time: weights, adapters, gradients, optimiser, EMA."""
+    trained = list(trainer.parameters.values())
+    own = {id(tensor) for tensor in trained}
+    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
+    frozen = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
+    adapters = size_of(trained)
+    return {
+        "frozen weights": size_of(frozen.values()),
+        "adapters": adapters,
+        "gradients": adapters,
+        "AdamW": 2 * adapters,
+        "EMA": adapters,
+    }
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def steps_to_see(terms: list[Term], steps: int) -> list[int]:
@@ -102,30 +134,6 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
     ]
     sources = {name: changed(block) for name, block in recipe.sources.items()}
     return recipe.model_copy(update={"backbone": backbone, "objectives": objectives, "sources": sources})
-
-
-def _stand(trainer: Trainer) -> dict[str, int]:
-    """Bring the trainer into the state after its first step, and say what that takes for good."""
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    trained = list(trainer.parameters.values())
-    own = {id(tensor) for tensor in trained}
-    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    frozen = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
-    adapters = size_of(trained)
-    return {
-        "frozen weights": size_of(frozen.values()),
-        "adapters": adapters,
-        "gradients": adapters,
-        "AdamW": 2 * adapters,
-        "EMA": adapters,
-    }
-
-
-def size_of(tensors: Any) -> int:
-    """Bytes of the tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -46,10 +44,20 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, options = _placed(func, args, dict(kwargs or {}))
-        known, answer = _answered(func, args, options)
-        found = answer if known else func(*args, **options)
-        for tensor in _tensors(found):
+        options: dict[str, Any] = dict(kwargs or {})
+        there = [tensor.is_meta for tensor in _tensors((*args, *options.values()))]
+        found = None
+        if any(there):
+            if not all(there):
+                args, options = _together(func, args, options)
+            found = _answer(func, args, options)
+            if found is None and func in QUICK and not options:
+                found = QUICK[func](*args)
+        else:
+            _keep_exact(func, args, options)
+        if found is None:
+            found = func(*args, **options)
+        for tensor in _tensors(found if isinstance(found, tuple | list) else (found,)):
             if tensor.is_meta:
                 self._count(tensor)
         return found
@@ -113,60 +121,90 @@ class _Shape:
         return torch.empty(self.shape, dtype=self.dtype, device=META)
 
 
-class FusedAttention(TorchFunctionMode):
-    """While entered, attention on the meta device is one kernel, as on CPUs and GPUs, and holds no [tokens, tokens]."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = dict(zip(names, args, strict=False)) | options
-            if given["query"].is_meta:
-                known = {name: given[name] for name in ("is_causal", "scale") if name in given}
-                query, key, value = (given[name] for name in names[:3])
-                return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, **known)[0]
-        return func(*args, **options)
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=is_causal, scale=scale)[0]
 
 
-@contextmanager
-def rehearsing() -> Iterator[Rehearsal]:
-    """Within the block, tensors on the meta device are counted, and attention is the fused kernel."""
-    with FusedAttention(), Rehearsal() as rehearsal:
-        yield rehearsal
+# On CPUs and GPUs attention is one kernel; the meta device would hold all its [tokens, tokens].
+_LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY.impl("scaled_dot_product_attention", _fused, "AutogradMeta")
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in tree_iter(values) if isinstance(value, Tensor))
+def _pointwise(*args: Any) -> Tensor | None:
+    """The result of an elementwise function of tensors of one type, the first of which is as large as it."""
+    first, *others = (one for one in args if isinstance(one, Tensor))
+    if not first.dtype.is_floating_point or any(one.dtype != first.dtype for one in others):
+        return None
+    if others and torch.broadcast_shapes(first.shape, *(one.shape for one in others)) != first.shape:
+        return None
+    return torch.empty_like(first)
+
+
+def _normalised(tensor: Tensor, statistics: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return tensor.new_empty(tensor.shape), tensor.new_empty(statistics), tensor.new_empty(statistics)
+
+
+def _layer_norm(tensor: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _normalised(tensor, (*tensor.shape[: -len(shape)], *(1 for _ in shape)))
+
+
+def _group_norm(tensor: Tensor, _weight: Any, _bias: Any, rows: int, _c: int, _hw: int, groups: int, *_: Any) -> Any:
+    return _normalised(tensor, (rows, groups))
+
+
+def _norm_backward(gradient: Tensor, tensor: Tensor, *rest: Any) -> Any:
+    """With frozen weights the input's gradient alone is asked for."""
+    return (tensor.new_empty(tensor.shape), None, None) if list(rest[-1]) == [True, False, False] else None
+
+
+QUICK: dict[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_layer_norm_backward.default: _norm_backward,
+    aten.native_group_norm_backward.default: _norm_backward,
+    aten.addmm.default: lambda bias, first, second: first.new_empty(first.shape[0], second.shape[1]),
+    aten.linalg_vector_norm.default: lambda tensor, *rest: tensor.new_empty(()) if len(rest) < 2 else None,
+    **{
+        found: _pointwise
+        for name in ("add", "sub", "mul", "div")
+        for found in (getattr(aten, name).Tensor, getattr(aten, name).Scalar)
+    },
+    **dict.fromkeys((aten.silu.default, aten.gelu.default, aten.gelu_backward.default, aten.sqrt.default), _pointwise),
+    **dict.fromkeys((aten.normal_.default, aten.uniform_.default, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default), lambda first, *_: first),
+}
+"""Shapes of what is called most, faster than torch tells them; None where the call is not an ordinary one."""
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
-def _placed(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with all tensors where they can meet: exact numbers of known values on the CPU, others on meta."""
-    tensors = list(_tensors((args, options)))
-    if any(tensor.is_meta for tensor in tensors):
-        if func in INDEXED:
-            args = (args[0], _as_numbers(args[1]), *args[2:])
-        if func is not aten._to_copy.default or len(tensors) > 1:
-            args, options = tree_map_only(Tensor, lambda one: one.to(META) if not one.is_meta else one, (args, options))
-    elif options.get("device") is not None and torch.device(options["device"]) == META:
-        if tensors:
-            exact = _is_exact(options.get("dtype") or tensors[0].dtype)
-        elif options.get("dtype") is not None:
-            exact = _is_exact(options["dtype"])
-        else:
-            exact = func.name().startswith("aten::arange") and all(isinstance(one, int) for one in args)
-        if exact:
-            options["device"] = CPU
-    return args, options
+def _together(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The arguments with all tensors on the meta device; masks of known values are the numbers of their rows there."""
+    if func in INDEXED:
+        args = (args[0], _as_numbers(args[1]), *args[2:])
+    return tree_map_only(Tensor, lambda one: one if one.is_meta else one.to(META), (args, options))
 
 
 def _as_numbers(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Masks of known values as the numbers of their rows."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and not index.is_meta and index.dtype in (torch.bool, torch.uint8):
@@ -176,16 +214,30 @@ def _as_numbers(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _answered(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[bool, Any]:
-    """Whether this asks for a number that is not known, and what is said instead."""
-    first = args[0] if args else None
-    if not (isinstance(first, Tensor) and first.is_meta):
-        return False, None
+def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What would be made on the meta device of known values, or moved there, stays on the CPU if it is exact."""
+    if options.get("device") is None or torch.device(options["device"]) != META:
+        return
+    dtype = options.get("dtype")
+    given = next(_tensors(args), None)
+    if dtype is None and given is not None:
+        dtype = given.dtype
+    if dtype is not None:
+        exact = _is_exact(dtype)
+    else:
+        exact = func.name().startswith("aten::arange") and all(isinstance(one, int) for one in args)
+    if exact:
+        options["device"] = CPU
+
+
+def _answer(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """What is said where a number is asked for that is not known; None where none is."""
+    tensor = args[0]
     if func is aten._local_scalar_dense.default:
-        return True, {torch.bool: True}.get(first.dtype, 1 if _is_exact(first.dtype) else 1.0)
-    if func is aten.eq.Scalar and first.dim() == 0:
-        return True, torch.tensor(False)
+        return True if tensor.dtype == torch.bool else 1 if _is_exact(tensor.dtype) else 1.0
+    if func is aten.eq.Scalar and tensor.dim() == 0:
+        return torch.tensor(False)
     if func is aten._to_copy.default and options.get("device") is not None:
         if torch.device(options["device"]).type == "cpu":
-            return True, torch.zeros(first.shape, dtype=options.get("dtype") or first.dtype)
-    return False, None
+            return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
+    return None
