@@ -104,7 +104,6 @@ def train(
     """Train a recipe; ends with a table of base against trained."""
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
-    from agsm_rl.run import train as train_recipe
     from agsm_rl.shipped import recipe_path
 
     path = recipe_path(recipe)
@@ -114,6 +113,8 @@ def train(
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    from agsm_rl.run import train as train_recipe
+
     _without_loading_bars()
     folder = train_recipe(found, run_dir, resume=resume, where=str(path), allow_imports=allowed)
     typer.echo(f"run folder: {folder}")
@@ -128,13 +129,10 @@ def check(
     allow_host: HostOption = None,
     fit_vram: Annotated[
         float | None,
-        typer.Option(metavar="GB", min=0.01, help="Propose settings that fit this memory; exit code 1: none does."),
+        typer.Option(metavar="GB", min=0.001, help="Propose settings that fit this memory; exit code 1: none does."),
     ] = None,
 ) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
-    from agsm_rl.describe import describe, memory, proposal
-    from agsm_rl.fit_memory import fit
-    from agsm_rl.memory import predict
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
@@ -142,6 +140,11 @@ def check(
     path = recipe_path(recipe)
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    # After the recipe is read: a misspelt key is told before torch and diffusers are loaded.
+    from agsm_rl.describe import describe, memory, proposal
+    from agsm_rl.fit_memory import fit
+    from agsm_rl.memory import predict
+
     _without_loading_bars()
     trainer, prediction = predict(found, where=str(path), allow_imports=allowed)
     typer.echo("\n".join([describe(found, trainer), *memory(trainer, prediction)]))
@@ -166,7 +169,6 @@ def doctor(
     allow_host: HostOption = None,
 ) -> None:
     """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
-    from agsm_rl.doctor import diagnose
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
@@ -175,6 +177,8 @@ def doctor(
     path = recipe_path(target) if run is None else run / "recipe.yaml"
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    from agsm_rl.doctor import diagnose
+
     _without_loading_bars()
     bad = 0
     for finding in diagnose(found, run=run, where=str(path), allow_imports=allowed):

@@ -13,6 +13,7 @@ from agsm_rl.memory import NOT_COUNTED, Prediction, lie_there
 from agsm_rl.recipe import Block, Recipe
 from agsm_rl.trainer import Trainer
 
+
 def describe(recipe: Recipe, trainer: Trainer) -> str:
     """A few lines about a recipe and a trainer built from it, which may be on the meta device."""
     backbone, policy = trainer.policy.backbone, trainer.policy
@@ -69,7 +70,9 @@ def proposal(fit: Fit, budget: float) -> str:
 
 def settings(changes: Mapping[str, Any]) -> str:
     """Changes of a recipe as the command line takes them."""
-    return " ".join(f"--set {key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in changes.items())
+    return " ".join(
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
+    )
 
 
 def listed(rows: Mapping[str, int]) -> str:

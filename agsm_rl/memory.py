@@ -139,7 +139,7 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
 def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
     """What is the same again is not done again, and rewards are not asked: their models would be loaded."""
     _remember(trainer.policy.backbone, rehearsal)
-    sources: dict[int, _Source] = {}
+    sources: dict[int, Any] = {}
     names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
     for holder in [*trainer.sources.values(), *(term.objective for term in trainer.terms)]:
         if hasattr(holder, "rewards"):
@@ -149,7 +149,8 @@ def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
         if key not in sources:
             sources[key] = _Source(term.source, rehearsal, f"drawing {names[key]}")
         term.source = sources[key]
-        term.objective = _Objective(term.objective, rehearsal, f"learning {term.name}")
+        learning: Any = _Objective(term.objective, rehearsal, f"learning {term.name}")
+        term.objective = learning
 
 
 def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
@@ -162,17 +163,19 @@ def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
     def coding(values: Tensor) -> Any:
         return None if torch.is_grad_enabled() and values.requires_grad else (values.shape, values.dtype)
 
-    for name, key in {"predict": predicting, "decode": coding, "encode_images": coding}.items():
+    keys: dict[str, Any] = {"predict": predicting, "decode": coding, "encode_images": coding}
+    for name, key in keys.items():
         setattr(backbone, name, rehearsal.remember(getattr(backbone, name), key))
     samplers: dict[int, _Sampler] = {}
-    make = backbone.sampler
+    whole: Any = backbone
+    make = whole.sampler
 
     def sampler(num_steps: int) -> _Sampler:
         if num_steps not in samplers:
             samplers[num_steps] = _Sampler(make(num_steps), rehearsal)
         return samplers[num_steps]
 
-    setattr(backbone, "sampler", sampler)
+    whole.sampler = sampler
 
 
 class _Sampler:
@@ -222,7 +225,7 @@ class _Objective:
         self._rehearsal.touch()
         parts = self._objective.split(batch)
         done: list[int] = []
-        for index, (part, share) in enumerate(parts):
+        for part, share in parts:
             if done.count(len(part)) < 2:  # from the second on, gradients are added up
                 done.append(len(part))
                 yield part, share
@@ -244,7 +247,8 @@ def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> 
     for phase, (count, guidance) in wanted.items():
         rehearsal.phase = phase
         with torch.no_grad():
-            cond, uncond = backbone.encode_text([f"picture {index}" for index in range(count)]), backbone.encode_text([""])
+            cond = backbone.encode_text([f"picture {index}" for index in range(count)])
+            uncond = backbone.encode_text([""])
             x_t = torch.empty(count, *backbone.latent_shape, device=META)
             t = torch.empty(count, device=META)
             x_t = x_t - guided(backbone.predict, x_t, t, cond, uncond, guidance)

@@ -180,7 +180,10 @@ QUICK: dict[Any, Callable[..., Any]] = {
         for found in (getattr(aten, name).Tensor, getattr(aten, name).Scalar)
     },
     **dict.fromkeys((aten.silu.default, aten.gelu.default, aten.gelu_backward.default, aten.sqrt.default), _pointwise),
-    **dict.fromkeys((aten.normal_.default, aten.uniform_.default, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default), lambda first, *_: first),
+    **dict.fromkeys(
+        (aten.normal_.default, aten.uniform_.default, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default),
+        lambda first, *_: first,
+    ),
 }
 """Shapes of what is called most, faster than torch tells them; None where the call is not an ordinary one."""
 
@@ -237,7 +240,6 @@ def _answer(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any
         return True if tensor.dtype == torch.bool else 1 if _is_exact(tensor.dtype) else 1.0
     if func is aten.eq.Scalar and tensor.dim() == 0:
         return torch.tensor(False)
-    if func is aten._to_copy.default and options.get("device") is not None:
-        if torch.device(options["device"]).type == "cpu":
-            return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
+    if func is aten._to_copy.default and torch.device(options.get("device") or META).type == "cpu":
+        return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
     return None

@@ -28,7 +28,7 @@ COMMANDS = {
     "python": ["-c", "pass"],
     "list": ["-m", "agsm_rl", "list"],
     "imports": ["-c", IMPORTS],
-    "check a recipe with a mistake": ["-m", "agsm_rl", "check", "recipes/agsm.yaml", "--set", "stepz=1"],
+    "check a recipe with a misspelt key": ["-m", "agsm_rl", "check", "recipes/agsm.yaml", "--set", "stepz=1"],
     "check": ["-m", "agsm_rl", "check", "recipes/agsm.yaml"],
     "check, two terms": ["-m", "agsm_rl", "check", "recipes/agsm_plus_ddpo.yaml"],
 }

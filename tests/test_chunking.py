@@ -18,8 +18,8 @@ from agsm_rl.sources.preferences import Preferences
 from agsm_rl.trainer import Term, Trainer
 
 STEPS = 3
-# DDPO's published rate. AdamW divides a gradient by its own size, so an element whose gradient is rounding noise alone may
-# move by a share of the rate: at 1e-3, single elements differ by up to 2e-5.
+# DDPO's published rate. AdamW divides a gradient by its own size, so that an element whose gradient is rounding noise
+# may move by a share of the rate: at 1e-3, single elements differ by up to 2e-5.
 RATE = 3e-4
 
 

@@ -57,7 +57,9 @@ def measured(recipe):
 
 
 def _kept(trainer):
-    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [
+        part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)
+    ]
     own = {id(parameter) for parameter in trainer.parameters.values()}
     yield from (tensor for part in modules for tensor in (*part.parameters(), *part.buffers()) if id(tensor) not in own)
     for parameter in trainer.parameters.values():

@@ -183,8 +183,9 @@ def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any]) ->
     for name, entry in DiffusionPipeline.load_config(source, local_files_only=only).items():
         if name in given or not isinstance(entry, list | tuple) or None in entry:
             continue
-        found = getattr({"diffusers": diffusers, "transformers": transformers}.get(entry[0]), entry[1], None)
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
+        found: Any = getattr(library, entry[1], None)
+        if nn.Module not in getattr(found, "__mro__", ()):
             continue
         if Path(source).is_dir():
             _see_weights(Path(source) / name)
