@@ -24,7 +24,7 @@ class FrozenPipeline:
     resolution: pixels a side; the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3) when left out.
     dtype: of the frozen weights. Latents and predictions keep the caller's dtype, float32, which the losses need.
     gradient_checkpointing: trade a second forward pass for memory.
-    device: the first GPU where there is one, when left out.
+    device: the first GPU where there is one, when left out. `meta`: shapes alone, no weights are read (rehearsal.py).
     local_files_only: never ask the hub.
     unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
@@ -68,6 +68,7 @@ class FrozenPipeline:
                 f"backbone.checkpoint: '{checkpoint}' is a {kind}, which {self.use} does not take; write "
                 f"`use: {KINDS[kind]}`."
             )
+        empty = device is not None and torch.device(device).type == "meta"
         pipeline = load_pipeline(
             checkpoint,
             dtype=DTYPES[dtype],
@@ -75,9 +76,11 @@ class FrozenPipeline:
             denoisers={"unet": unet, "transformer": transformer},
             lora=lora,
             config=config,
+            empty=empty,
         )
-        _check_finite(pipeline, checkpoint)
-        pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not empty:
+            _check_finite(pipeline, checkpoint)
+            pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
