@@ -27,7 +27,7 @@ class Settings:
     """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
     soft tokens are seen, learn to carry it; left to themselves, the up blocks of so small a U-Net carry nearly all."""
     careless_plain: float = world.WEB_MIX.careless_plain
-    """The share of the plain captions that are careless; only where it is large does a denoiser tell plain from cued."""
+    """The share of careless ones among plain captions; only where it is large does a denoiser tell plain from cued."""
     seed: int = 0
 
 
