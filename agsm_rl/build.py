@@ -11,6 +11,7 @@ from agsm_rl.attachment import start_from
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
+from agsm_rl.processes import make_accelerator
 from agsm_rl.recipe import Block, Recipe
 from agsm_rl.resolve import Parts, source_of
 from agsm_rl.trainer import Term, Trainer
@@ -29,7 +30,7 @@ def build_trainer(
 
     fresh: begin with the adapters of `start_from`, where the recipe has one; a continued run has its own already.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or make_accelerator()
     parts = Parts(where=where, allow_imports=allow_imports)
     terms = build_terms(recipe, parts)
     backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))

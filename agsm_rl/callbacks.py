@@ -18,8 +18,10 @@ from agsm_rl.attachment import find_exports, read_export, save_adapters
 from agsm_rl.errors import UserError
 from agsm_rl.held_out import Standing
 from agsm_rl.policy import Policy
+from agsm_rl.processes import ProcessLost
 from agsm_rl.recipe import Recipe
 from agsm_rl.run_folder import MetricsFile, RunFolder
+from agsm_rl.stop import Interrupted
 from agsm_rl.trainer import Trainer
 
 
@@ -104,10 +106,12 @@ class Checkpoints:
     def __init__(self, folder: RunFolder, recipe: Recipe, standing: Standing) -> None:
         self.folder, self.recipe, self.standing = folder, recipe, standing
         self._saved: int | None = None
+        self._due = False
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """Save when it is time, or when the run is being stopped."""
-        if step % self.recipe.checkpoint.every == 0 or trainer.stopping:
+        """Save when it is time, or when the run is being stopped; put off while the step can be no run's end."""
+        self._due = self._due or step % self.recipe.checkpoint.every == 0 or trainer.stopping
+        if self._due and trainer.can_pause:
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -128,7 +132,7 @@ class Checkpoints:
         self._export(trainer.policy, self.folder.adapter, trainer.step)
         if best == trainer.step:
             self._export_best(trainer.policy, best)
-        self._saved = trainer.step
+        self._saved, self._due = trainer.step, False
 
     def mend_best(self, trainer: Trainer) -> None:
         """Write adapter-best/ from its checkpoint where a kill came between the two; UserError if that is gone."""
@@ -183,7 +187,11 @@ def _step_of_export(folder: Path) -> int | None:
 
 
 class GracefulStop:
-    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one ends it at once.
+
+    An evaluation asks between its batches (`check`) and is left there. When another process was lost, the launcher's
+    SIGTERM is ignored from then on: it must not come before the message.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -199,11 +207,18 @@ class GracefulStop:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, ProcessLost):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+
+    def check(self) -> None:
+        """Raise Interrupted when a signal has come."""
+        if self.received is not None:
+            raise Interrupted
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Tell the trainer, and the callbacks after this one, that the run ends here."""

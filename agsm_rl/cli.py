@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from agsm_rl import launched
 from agsm_rl.errors import UserError, unknown_name
 
 
@@ -20,16 +21,18 @@ class _Commands(TyperGroup):
     """Commands whose UserErrors are messages, not tracebacks."""
 
     def invoke(self, ctx: Any) -> Any:
-        from agsm_rl.stop import Stopped
+        from agsm_rl.stop import Ended
 
         try:
             return super().invoke(ctx)
         except UserError as error:
+            launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
             raise typer.Exit(2) from error
-        except Stopped as stopped:
-            typer.echo(f"agsm-rl: {stopped}", err=True)
-            raise typer.Exit(stopped.exit_code) from stopped
+        except Ended as ended:
+            if ended.tells:
+                typer.echo(f"agsm-rl: {ended}", err=True)
+            raise typer.Exit(ended.exit_code) from ended
         except KeyboardInterrupt as error:
             typer.echo("agsm-rl: interrupted", err=True)
             raise typer.Exit(130) from error
@@ -104,7 +107,6 @@ def train(
     """Train a recipe; ends with a table of base against trained."""
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
-    from agsm_rl.run import train as train_recipe
     from agsm_rl.shipped import recipe_path
 
     path = recipe_path(recipe)
@@ -114,9 +116,12 @@ def train(
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    from agsm_rl.run import train as train_recipe
+
     _without_loading_bars()
     folder = train_recipe(found, run_dir, resume=resume, where=str(path), allow_imports=allowed)
-    typer.echo(f"run folder: {folder}")
+    if launched.is_first():
+        typer.echo(f"run folder: {folder}")
 
 
 @app.command()
@@ -126,10 +131,12 @@ def check(
     allow_import: AllowOption = None,
     allow_command: CommandOption = None,
     allow_host: HostOption = None,
+    fit_vram: Annotated[
+        float | None,
+        typer.Option(metavar="GB", min=0.001, help="Propose settings that fit this memory; exit code 1: none does."),
+    ] = None,
 ) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
-    from agsm_rl.build import build_trainer
-    from agsm_rl.describe import describe
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
@@ -137,9 +144,24 @@ def check(
     path = recipe_path(recipe)
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    # After the recipe is read: a misspelt key is told before torch and diffusers are loaded.
+    from agsm_rl.describe import describe, memory, proposal
+    from agsm_rl.fit_memory import fit
+    from agsm_rl.memory import predict
+
     _without_loading_bars()
-    typer.echo(describe(found, build_trainer(found, where=str(path), allow_imports=allowed)))
+    trainer, prediction = predict(found, where=str(path), allow_imports=allowed)
+    typer.echo("\n".join([describe(found, trainer), *memory(trainer, prediction)]))
+    fits = True
+    if fit_vram is not None:
+        if isinstance(prediction, str):
+            raise UserError(f"--fit-vram: {path}: the memory cannot be predicted ({prediction}).")
+        proposed = fit(found, prediction, fit_vram * 2**30, where=str(path), allow_imports=allowed)
+        typer.echo(proposal(proposed, fit_vram * 2**30))
+        fits = proposed.fits
     typer.echo(f"{path}: ok")
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -151,7 +173,6 @@ def doctor(
     allow_host: HostOption = None,
 ) -> None:
     """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
-    from agsm_rl.doctor import diagnose
     from agsm_rl.recipe import Recipe
     from agsm_rl.registry import permissions
     from agsm_rl.shipped import recipe_path
@@ -160,6 +181,8 @@ def doctor(
     path = recipe_path(target) if run is None else run / "recipe.yaml"
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    from agsm_rl.doctor import diagnose
+
     _without_loading_bars()
     bad = 0
     for finding in diagnose(found, run=run, where=str(path), allow_imports=allowed):

@@ -1,26 +1,26 @@
-"""What `agsm-rl check` prints: what would be trained, on what, and the memory that is known beforehand."""
+"""What `agsm-rl check` prints: what would be trained, on what, and the memory that the run will need."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from agsm_rl.fit_memory import MARGIN, Fit
+from agsm_rl.memory import NOT_COUNTED, Prediction, lie_there
 from agsm_rl.recipe import Block, Recipe
 from agsm_rl.trainer import Trainer
 
-NOT_COUNTED = (
-    "not counted: activations (they grow with batch size and resolution; gradient_checkpointing lowers them), the "
-    "batch itself (rollouts keep their whole path), reward models, and the framework's own working memory"
-)
-
 
 def describe(recipe: Recipe, trainer: Trainer) -> str:
-    """A few lines about a recipe and the trainer built from it."""
+    """A few lines about a recipe and a trainer built from it, which may be on the meta device."""
     backbone, policy = trainer.policy.backbone, trainer.policy
     size_in_px = f"{backbone.resolution} x {backbone.resolution} px"
     checkpoint = recipe.backbone.options.get("checkpoint")
-    lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {backbone.device}"]
+    device = recipe.backbone.options.get("device") or trainer.accelerator.device
+    lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]
     for name, block in recipe.adapters.items():
         found = policy.parameters([name]).values()
         lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters trained in {len(found)} tensors")
@@ -37,35 +37,52 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
     for name, block in recipe.sources.items():
         lines.append(f"source      {name}: {_source(block)}")
     lines.append(f"steps       {recipe.steps}, combined by {recipe.combine}, seed {recipe.seed}")
-    return "\n".join([*lines, *memory(trainer)])
+    return "\n".join(lines)
 
 
-def memory(trainer: Trainer) -> list[str]:
-    """Bytes that are sure to be needed: weights, adapters, gradients, optimiser, EMA."""
-    trained = list(trainer.policy.parameters().values())
-    own = {id(tensor) for tensor in trained}
-    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
-    tensors = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
-    frozen, adapters = size(tensors.values()), size(trained)
-    rows = {
-        "frozen weights": frozen,
-        "adapters": adapters,
-        "gradients": adapters,
-        "AdamW": 2 * adapters,
-        "EMA": adapters,
-    }
-    parts = ", ".join(f"{name} {readable(value)}" for name, value in rows.items())
-    return [f"memory      at least {readable(sum(rows.values()))}: {parts}", f"            {NOT_COUNTED}"]
+def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
+    """The peak and its parts; where there is no prediction, what is sure to be needed."""
+    if isinstance(prediction, str):
+        rows = lie_there(trainer)
+        lines = [f"memory      at least {readable(sum(rows.values()))}: {listed(rows)}; activations come on top"]
+        return [*lines, f"            no prediction of the peak: {prediction}", f"            {NOT_COUNTED}"]
+    rows = prediction.resident
+    return [
+        f"memory      {readable(prediction.peak)} at its peak, in {prediction.phase} (predicted; see docs/memory.md)",
+        f"            all the time {readable(sum(rows.values()))}: {listed(rows)}",
+        f"            peaks, that included: {listed(prediction.peaks)}",
+        f"            {NOT_COUNTED}",
+    ]
+
+
+def proposal(fit: Fit, budget: float) -> str:
+    """What `--fit-vram` found."""
+    of = f"{readable(fit.prediction.peak)} at its peak, in {fit.prediction.phase}"
+    if not fit.fits:
+        return (
+            f"vram        does not fit {readable(budget)} with {MARGIN:.0%} to spare: {of}, even with "
+            f"{settings(fit.changes)}. What is left to lower: batch_size, resolution, num_prompts, images_per_prompt"
+        )
+    if not fit.changes:
+        return f"vram        fits {readable(budget)} as it is, with {MARGIN:.0%} to spare"
+    return f"vram        fits {readable(budget)} with {MARGIN:.0%} to spare by {settings(fit.changes)} ({of})"
+
+
+def settings(changes: Mapping[str, Any]) -> str:
+    """Changes of a recipe as the command line takes them."""
+    return " ".join(
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
+    )
+
+
+def listed(rows: Mapping[str, int]) -> str:
+    """Names with their bytes."""
+    return ", ".join(f"{name} {readable(value)}" for name, value in rows.items())
 
 
 def count(tensors: Iterable[Tensor]) -> int:
     """Numbers in the tensors."""
     return sum(tensor.numel() for tensor in tensors)
-
-
-def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def readable(amount: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -102,6 +102,10 @@ class Backbone(Protocol):
         """Images [B, 3, H, W] in [0, 1] → mean latents [B, C, h, w], scaled as the denoiser wants them."""
         ...
 
+    def identity(self, of: Literal["images", "text"]) -> str:
+        """A digest of all that `encode_images` or `encode_text` depends on: weights, sizes, tokenizers."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, H, W] in [0, 1]; differentiable."""
         ...
@@ -188,9 +192,15 @@ class Batch:
 
     prompts: list[str]
     rows: Tensor
+    cond: Cond | None = field(default=None, kw_only=True)
+    """The prompts encoded, a row each, where the source keeps them so; `encode_text` is how to ask for them."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def encode_text(self, backbone: Backbone) -> Cond:
+        """The prompts encoded: those that the source gave, else by the backbone. Objectives use this."""
+        return backbone.encode_text(self.prompts) if self.cond is None else self.cond
 
     def select(self, index: Tensor) -> Self:
         """The given rows as a batch of their own."""
@@ -306,7 +316,11 @@ class Shard(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better."""
+    """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better.
+
+    One that waits for another process or machine says `elsewhere = True` (it may be left out): rollouts then call it
+    from a thread, a batch at a time, while they draw the next one.
+    """
 
     name: str
     range: tuple[float, float]

@@ -25,6 +25,8 @@ class Draw:
 
     def noise_like(self, latents: Tensor, rows: Tensor, *, purpose: str = "noise") -> Tensor:
         """Standard normal noise of the shape of `latents` [B, ...]; row i depends on its number rows[i] alone."""
+        if latents.is_meta:
+            return torch.empty_like(latents)  # a rehearsal: no numbers are wanted
         noise = torch.empty(latents.shape, dtype=torch.float32)
         for index, row in enumerate(rows.tolist()):
             seed = int(stream(self.seed, f"{self.name}/{purpose}", self.step, row).integers(2**63))

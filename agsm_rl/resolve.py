@@ -53,7 +53,7 @@ def resolve(recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[
         from agsm_rl.policy import check_bank
 
         check_bank(done.evaluate.bank, made, where=f"{where}: evaluate.bank")
-    _check_terms(done, parts)
+    _check_terms(done, parts, made)
     _check_rest(done, parts)
     return done
 
@@ -208,13 +208,17 @@ def _free_name(use: str, taken: Collection[str | None]) -> str:
     return name
 
 
-def _check_terms(recipe: Recipe, parts: Parts) -> None:
+def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
+    from agsm_rl.sources.cache import check_text_stays
+
     for index, term in enumerate(recipe.objectives):
         place = f"objectives[{index}]"
         objective = parts.construct("objectives", term, place, seed=recipe.seed)
         block, source_place = source_of(recipe, index)
         _check_path(block, parts, source_place)
         source = parts.construct("sources", block, source_place, seed=recipe.seed)
+        if getattr(source, "cache", None) == "all":
+            check_text_stays(adapters, where=f"{parts.where}: {source_place}.cache")
         gives, batch_size = source.gives, getattr(source, "batch_size", None)
         if term.view is not None:
             view = parts.construct("views", term.view, f"{place}.view", seed=recipe.seed)

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from agsm_rl.agreement import agreements, to_json
 from agsm_rl.build import build_trainer
 from agsm_rl.callbacks import GracefulStop, Metrics, ProgressBar
 from agsm_rl.errors import UserError
+from agsm_rl.processes import GRACE, EndWhenStuck, ProcessLost, make_accelerator
 from agsm_rl.recipe import Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
-from agsm_rl.stop import Stopped
+from agsm_rl.stop import Interrupted, Lost, Stopped
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.watch import WentWrong
 from agsm_rl.watching import Evaluation, SampleGrids
@@ -43,15 +44,15 @@ def train(
 
     `run_dir` None: runs/<recipe's name>-<time>. `callbacks` look on too, and may stop the run. Without `evaluate`,
     nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the
-    recipe or the folder cannot be used, and Stopped after a signal.
+    recipe or the folder cannot be used, Stopped after a signal, and Lost where another process of the run is gone.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
-    accelerator = Accelerator(
+    accelerator = make_accelerator(
         log_with=recipe.track or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.path / "logs")),
     )
-    main = accelerator.is_main_process
+    main, lost = accelerator.is_main_process, False
     try:
         if main:
             folder.check(recipe, resume=resume, allow_imports=allow_imports)
@@ -59,20 +60,28 @@ def train(
         trainer = build_trainer(recipe, where=where, allow_imports=allow_imports, accelerator=accelerator, fresh=fresh)
         if main:
             folder.open(recipe)
-        accelerator.wait_for_everyone()
-        standing = _continue(trainer, folder, console if main else None) if resume else None
-        if main and accelerator.num_processes > 1:
-            console.print(f"{accelerator.num_processes} processes", highlight=False)
         try:
+            trainer.processes.wait()
+            standing = _continue(trainer, folder, console if main else None) if resume else None
+            if main and trainer.processes.count > 1:
+                console.print(f"{trainer.processes.count} processes", highlight=False)
             _start_trackers(accelerator, recipe)
             trainer.callbacks = list(callbacks)
-            evaluation = Evaluation(folder, recipe, Parts(where=where, allow_imports=allow_imports), console)
-            if main and resume:
-                evaluation.resume(trainer, standing)
-            _run(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
+            with GracefulStop() as stop, _ended_when_stuck(trainer, folder):
+                evaluation = Evaluation(
+                    folder, recipe, Parts(where=where, allow_imports=allow_imports), console, check=stop.check
+                )
+                if main and resume:
+                    evaluation.resume(trainer, standing)
+                _run(trainer, recipe, folder, evaluation, stop, console, evaluate=evaluate)
+        except ProcessLost as error:
+            raise _lost(trainer, folder, f"another process ended, or {error}") from error
         except OSError as error:
             raise _failed(folder, trainer, error) from error
         return folder.path
+    except Lost:
+        lost = True
+        raise
     except UserError:
         if main:
             folder.discard_unused()
@@ -80,48 +89,112 @@ def train(
     finally:
         # On a full disk the trackers' last lines are lost too; the run's own error says why.
         with suppress(OSError):
-            accelerator.end_training()
+            if lost:  # taking the group down in order may wait for the process that is gone
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+            else:
+                accelerator.end_training()
         if main:
             folder.close()
 
 
 def _run(
-    trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console, *, evaluate: bool
+    trainer: Trainer,
+    recipe: Recipe,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    stop: GracefulStop,
+    console: Console,
+    *,
+    evaluate: bool,
+) -> None:
+    """Train and compare, on all processes; Stopped after a signal, ProcessLost where another process is gone."""
+    main = trainer.accelerator.is_main_process
+    try:
+        _train(trainer, recipe, folder, evaluation, stop, console)
+        if stop.received is not None and trainer.step < recipe.steps:
+            trainer.processes.wait()  # the checkpoint is written when the launcher sees the first process end
+            raise Stopped(folder.recipe, trainer.step, stop.received, tells=main)
+        if main:
+            _finish(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
+        trainer.processes.wait()
+    except Interrupted as error:
+        assert stop.received is not None
+        during = ", the last, in the evaluation: the steps are kept, the evaluation is made up for"
+        raise Stopped(folder.recipe, trainer.step, stop.received, during=during) from error
+    except KeyboardInterrupt as error:
+        raise Stopped(folder.recipe, trainer.step, stop.received or signal.SIGINT, tells=main) from error
+    except ProcessLost as error:
+        if stop.received is not None:  # the first process was told too, and tells
+            raise Stopped(folder.recipe, trainer.step, stop.received, tells=main) from error
+        raise
+
+
+def _train(
+    trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, stop: GracefulStop, console: Console
 ) -> None:
     main = trainer.accelerator.is_main_process
     grids = SampleGrids(folder, recipe)
-    with GracefulStop() as stop:
-        trainer.callbacks = [stop, *trainer.callbacks]
-        with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
+    trainer.callbacks = [stop, *trainer.callbacks]
+    with ProgressBar(console, steps=recipe.steps, done=trainer.step, enabled=main) as bar:
+        if main:
+            # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
+            # takes long: a kill in an evaluation loses nothing, it is made up for.
+            trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
+            trainer.callbacks += [grids, evaluation]
+            grids.resume(trainer)
+        try:
+            trainer.train()
+        except WentWrong as error:
             if main:
-                # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
-                # takes long: a kill in an evaluation loses nothing, it is made up for.
-                trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
-                trainer.callbacks += [grids, evaluation]
-                grids.resume(trainer)
-            try:
-                trainer.train()
-            except WentWrong as error:
-                if main:
-                    evaluation.events.write(error.event)
-                raise
-    if stop.received is not None and trainer.step < recipe.steps:
-        raise Stopped(folder.recipe, trainer.step, stop.received)
-    try:
-        if main and evaluate and recipe.evaluate is not None:
-            evaluation.finish(trainer)
-        elif main and evaluate:
-            grids.write_before_after(trainer)
-    except KeyboardInterrupt as error:
-        raise Stopped(folder.recipe, trainer.step, signal.SIGINT) from error
-    if main:
-        _tell_agreement(folder)
-    if main and evaluate:
-        if recipe.evaluate is None:
-            console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
-        elif folder.eval.exists():
-            _write_report(folder, console)
-    trainer.accelerator.wait_for_everyone()
+                evaluation.events.write(error.event)
+            raise
+
+
+def _finish(
+    trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console, *, evaluate: bool
+) -> None:
+    """Base against trained, whether the terms agreed, and the report."""
+    if evaluate and recipe.evaluate is not None:
+        evaluation.finish(trainer)
+    elif evaluate:
+        SampleGrids(folder, recipe).write_before_after(trainer)
+    _tell_agreement(folder)
+    if evaluate and recipe.evaluate is None:
+        console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
+    elif evaluate and folder.eval.exists():
+        _write_report(folder, console)
+
+
+def _lost(trainer: Trainer, folder: RunFolder, cause: str) -> Lost:
+    """The end of this process for want of another; two a machine tell, because one of them may be what was lost."""
+    good = [name for name, whole in checkpoint.verdicts(folder.checkpoints).items() if whole]
+    return Lost(
+        folder.recipe,
+        trainer.step,
+        str(trainer.processes),
+        cause,
+        checkpoint=folder.checkpoints / good[0] if good else None,
+        tells=trainer.accelerator.local_process_index < 2,
+    )
+
+
+def _ended_when_stuck(trainer: Trainer, folder: RunFolder) -> AbstractContextManager[Any]:
+    """Where there are several processes, one that waits for another after a signal is ended in time to say so."""
+    if trainer.processes.count == 1:
+        return nullcontext()
+
+    def message(number: int) -> str | None:
+        name = signal.Signals(number).name
+        lost = _lost(
+            trainer,
+            folder,
+            f"{GRACE:.0f} s after {name} its step has not ended, so it waits for a process that is gone (or its steps "
+            "take longer than a launcher waits)",
+        )
+        return str(lost) if lost.tells else None
+
+    return EndWhenStuck(message)
 
 
 def _failed(folder: RunFolder, trainer: Trainer, error: OSError) -> UserError:
@@ -178,6 +251,7 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> d
                 f"{folder.checkpoints}: that of step {step} is no checkpoint of this program and recipe "
                 f"({type(error).__name__}: {error}); delete it to go on from an older one"
             ) from error
+    _check_together(trainer, folder)
     if console is not None:
         for file in (folder.metrics, folder.evaluations, folder.events):
             MetricsFile(file).cut(step)
@@ -186,6 +260,18 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> d
             soft_wrap=True,
         )
     return standing
+
+
+def _check_together(trainer: Trainer, folder: RunFolder) -> None:
+    """UserError, in all processes alike, where some found another checkpoint than the first one did."""
+    steps = trainer.processes.numbers(float(trainer.step)).tolist()
+    if len(set(steps)) > 1:
+        other = next(index for index, step in enumerate(steps) if step != steps[0])
+        raise UserError(
+            f"{folder.path}: process 0 continues after step {steps[0]:.0f}, process {other} after step "
+            f"{steps[other]:.0f}: to go on, all machines must see the same run folder (a shared file system, or a copy "
+            "of it on each)"
+        )
 
 
 def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
@@ -207,6 +293,7 @@ def default_folder(where: str) -> Path:
 
 def _shared(make: Callable[[], Path]) -> Path:
     """What the first process makes, in all processes: their clocks may differ."""
+    make_accelerator()  # before anything is exchanged, which would set the processes up with other timeouts
     values = [str(make())]
     broadcast_object_list(values)
     return Path(values[0])

@@ -2,14 +2,19 @@
 
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from types import TracebackType
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.in_flight import InFlight
 from agsm_rl.interfaces import Reward
 
 Normalise = Literal["raw", "z_score"]
@@ -87,6 +92,50 @@ def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: s
 def scores_of(rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Each reward's own scores [B], by the name that it has in the run."""
     return {one.name: checked_score(one.reward, images, prompts, name=one.name) for one in rewards}
+
+
+class InParts:
+    """Scores of images that are drawn part by part, each part given to `add` as soon as it is there.
+
+    Rewards that run `elsewhere` score a part, in a thread a reward, while the next is drawn; the others wait for
+    `scores`. What fails is told by `scores`.
+    """
+
+    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
+        self._rewards = rewards
+        self._images: list[Tensor] = []
+        self._prompts: list[str] = []
+        self._waiting: dict[str, list[Future[Tensor]]] = {}
+        self._threads: dict[str, InFlight] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for one in self._rewards:
+            if getattr(one.reward, "elsewhere", False):
+                self._threads[one.name] = self._stack.enter_context(InFlight(f"reward {one.name}"))
+                self._waiting[one.name] = []
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, images: Tensor, prompts: list[str]) -> None:
+        """The next images [B, 3, H, W] with their prompts."""
+        self._images.append(images)
+        self._prompts += prompts
+        for one in self._rewards:
+            if one.name in self._threads:
+                call = partial(checked_score, one.reward, images, prompts, name=one.name)
+                self._waiting[one.name].append(self._threads[one.name].submit(call))
+
+    def scores(self) -> dict[str, Tensor]:
+        """Each reward's own scores [N] of all images added, by the name that it has in the run."""
+        here = [one for one in self._rewards if one.name not in self._threads]
+        found = scores_of(here, torch.cat(self._images), self._prompts)
+        found |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
+        return {one.name: found[one.name] for one in self._rewards}
 
 
 def weighted_scores(

@@ -15,6 +15,7 @@ from agsm_rl.combine import Gradient, find_combiner
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Objective, Source, View
 from agsm_rl.policy import Policy
+from agsm_rl.processes import Processes, make_accelerator
 from agsm_rl.randomness import Draw
 from agsm_rl.watch import Watch
 
@@ -85,18 +86,6 @@ class Callback(Protocol):
         ...
 
 
-class AcceleratorShard:
-    """This process among accelerate's (interfaces.Shard)."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.index, self.count = accelerator.process_index, accelerator.num_processes
-
-    def gather(self, values: Tensor) -> Tensor:
-        """The rows of all processes, in order."""
-        return self.accelerator.gather(values)
-
-
 class Trainer:
     """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
 
@@ -124,7 +113,8 @@ class Trainer:
             raise UserError("objectives: there are none, so there is nothing to learn from")
         self.policy, self.terms, self.steps, self.seed = policy, list(terms), steps, seed
         self.combine, self.max_grad_norm = find_combiner(combine), max_grad_norm
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or make_accelerator()
+        self.processes = Processes(self.accelerator)
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
         self.callbacks, self.watch = list(callbacks), watch or Watch()
@@ -143,18 +133,34 @@ class Trainer:
         if len(set(names)) < len(names):
             raise UserError(f"objectives: two terms have one name ({', '.join(names)}); give each its own")
         sources: dict[str, Source] = {}
-        shard = AcceleratorShard(self.accelerator)
         for term in self.terms:
             if not any(term.source is known for known in sources.values()):
                 name = f"sources.{term.source_name}" if term.source_name else term.name
-                term.source.bind(name, self.seed, shard)
+                term.source.bind(name, self.seed, self.processes)
                 sources[name] = term.source
+            self._check_share(term)
         return sources
+
+    def _check_share(self, term: Term) -> None:
+        """UserError where a process's share of the batch cannot be used, though the whole could."""
+        total, count = getattr(term.source, "batch_size", None), self.processes.count
+        share = None if total is None else total // count
+        if share is not None and term.view is not None:
+            share = term.view.batch_size(share)
+        if count == 1 or share is None:
+            return
+        try:
+            term.objective.check(share)
+        except UserError as error:
+            raise UserError(
+                f"{term.name}: on {count} processes each learns from {share} rows, a share of the batch of {total}: "
+                f"{error}; or start fewer processes"
+            ) from error
 
     def train(self) -> None:
         """Run up to `steps`, or until a callback sets `stopping`."""
         self._agree_to_stop()
-        while self.step < self.steps and not self.stopping:
+        while self.step < self.steps and not (self.stopping and self.can_pause):
             started = time.perf_counter()
             metrics = self.run_step()
             metrics["seconds"] = time.perf_counter() - started
@@ -164,11 +170,15 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether a checkpoint of this step, which one process writes, holds all that every process needs to go on."""
+        return self.processes.count == 1 or not any(getattr(one, "unlearned", 0) for one in self.sources.values())
+
     def _agree_to_stop(self) -> None:
         """When one process was told to stop, all stop after the same step."""
-        if self.accelerator.num_processes > 1:
-            told = torch.tensor([float(self.stopping)], device=self.accelerator.device)
-            self.stopping = bool(self.accelerator.reduce(told, "sum") > 0)
+        if self.processes.count > 1:
+            self.stopping = bool(self.processes.numbers(float(self.stopping)).any())
 
     def run_step(self) -> dict[str, float]:
         """One optimiser step over the terms that are due; returns the step's metrics."""
@@ -210,8 +220,7 @@ class Trainer:
 
     def _rows(self, batch: Batch) -> float:
         """Rows that all processes see; 0 as soon as one sees none, so that all pass the term over together."""
-        count = torch.tensor([float(len(batch))], device=self.accelerator.device)
-        counts = self.accelerator.gather(count)
+        counts = self.processes.numbers(float(len(batch)))
         return float(counts.sum()) if bool((counts > 0).all()) else 0.0
 
     def _learn(self, term: Term, batch: Batch) -> tuple[Gradient, dict[str, float]]:
@@ -229,9 +238,8 @@ class Trainer:
                     total[name] = total[name] + value if name in total else value
             for key, figure in ({"loss": loss.detach()} | figures).items():
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
-        for name in total:
-            total[name] = self.accelerator.reduce(total[name], "mean")
-        means = {key: float(self.accelerator.reduce(value, "mean")) for key, value in sums.items()}
+        total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
+        means = dict(zip(sums, map(float, self.processes.mean(list(sums.values()))), strict=True))
         means["grad_norm"] = float(_norm(total))
         return total, means
 

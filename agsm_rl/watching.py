@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from agsm_rl.resolve import Parts
 from agsm_rl.reward_entries import SCORES, directions, in_evaluation
 from agsm_rl.run_folder import MetricsFile, RunFolder, write_text
 from agsm_rl.scoring import checked_score
+from agsm_rl.stop import Interrupted
 from agsm_rl.trainer import Trainer
 from agsm_rl.watch import Event
 
@@ -85,12 +86,21 @@ class SampleGrids:
 class Evaluation:
     """Base against trained, each `evaluate.every` steps and at the end: eval.json, evaluations.jsonl, a picture.
 
-    What is measured is what would be exported. `standing` keeps the best so far; when a rule of the recipe says so, the
+    What is measured is what would be exported. `check` is called before each batch of images and may raise Interrupted.
+    `standing` keeps the best so far; when a rule of the recipe says so, the
     run is ended after the step (`ended` then says why).
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, parts: Parts, console: Console) -> None:
-        self.folder, self.console, self.export = folder, console, recipe.export
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        parts: Parts,
+        console: Console,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.console, self.export, self.check = folder, console, recipe.export, check
         self.options = recipe.evaluate
         entries = in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []
         self.rewards = {
@@ -109,7 +119,7 @@ class Evaluation:
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is time; the last step is left to `finish`."""
         if self._due(step) and step < trainer.steps and not trainer.stopping:
-            self._look(trainer)
+            self._look_or_stop(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Nothing is left to do: a run that was stopped is not compared."""
@@ -123,12 +133,19 @@ class Evaluation:
         if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
             # At several guidances, some lines may have been written already.
             self.history.cut(trainer.step - 1)
-            self._look(trainer)
+            self._look_or_stop(trainer)
         else:
             self._obey(trainer, [event for event in self.standing.verdict() if event.action == "stop"])
 
     def _due(self, step: int) -> bool:
         return bool(self.options and self.options.every and step and step % self.options.every == 0)
+
+    def _look_or_stop(self, trainer: Trainer) -> None:
+        """Evaluate; where a signal cuts it off, the run ends, and makes up for it when it is continued."""
+        try:
+            self._look(trainer)
+        except Interrupted:
+            trainer.stopping = True
 
     def _look(self, trainer: Trainer) -> None:
         found = self.measure(trainer)
@@ -149,7 +166,7 @@ class Evaluation:
                 trainer.stopping, self.ended = True, event
 
     def finish(self, trainer: Trainer) -> None:
-        """The last evaluation, its tables, and the picture."""
+        """The last evaluation, its tables, and the picture; Interrupted where a signal cuts it off."""
         if self.options is None:
             return
         if self._newest is None or self._newest[0] != trainer.step:
@@ -178,9 +195,9 @@ class Evaluation:
         for guidance in self.options.guidance:
             if guidance not in self._base:
                 with trainer.policy.switched_off():
-                    self._base[guidance] = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
+                    self._base[guidance] = self._measure(trainer, guidance)
             with trainer.policy.exported(self.export), trainer.policy.using(self.options.bank):
-                trained = measure(trainer.policy.backbone, self.options, guidance, self.rewards)
+                trained = self._measure(trainer, guidance)
             found.append((self._base[guidance], trained))
             figures = trained.figures()
             self.history.add(trainer.step, {"guidance": guidance} | figures)
@@ -191,6 +208,10 @@ class Evaluation:
         self._newest = (trainer.step, found)
         self._write(trainer.step)
         return found
+
+    def _measure(self, trainer: Trainer, guidance: float) -> Measured:
+        assert self.options is not None
+        return measure(trainer.policy.backbone, self.options, guidance, self.rewards, check=self.check)
 
     def _marked(self, key: str) -> str:
         """`reward/x` as `reward_held_out/x` or `reward_trained/x`."""
@@ -241,12 +262,20 @@ class Measured:
         return self.result.to_json() | {"guidance": self.guidance, "rewards": self.rewards}
 
 
-def measure(backbone: Any, options: Evaluate, guidance: float, rewards: Mapping[str, Reward]) -> Measured:
-    """Draw and judge the suite with the backbone as it stands (adapters on or off)."""
+def measure(
+    backbone: Any,
+    options: Evaluate,
+    guidance: float,
+    rewards: Mapping[str, Reward],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Draw and judge the suite with the backbone as it stands (adapters on or off); `check` comes before each batch."""
     prompts = suite_prompts(options.split, options.num_images, options.seed)
     drawn: list[Tensor] = []
 
     def draw_part(part: list[str], seeds: list[int]) -> Tensor:
+        check()
         images = draw(
             backbone,
             part,

@@ -46,6 +46,7 @@ class VlmJudge:
     range = (0.0, 1.0)
     licence = "the model's own"
     differentiable = False
+    elsewhere = True
 
     def __init__(
         self,

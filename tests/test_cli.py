@@ -1,6 +1,9 @@
 """The command line: what each command gives, and that a mistake is one message and exit code 2."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +109,39 @@ def test_list_gives_every_kind_as_json(command):
     assert set(found) == {"objectives", "rewards", "adapters", "sources", "views", "backbones", "recipes"}
     assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
     assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
+
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "accelerate", "scipy", "numpy")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["check", "mine.yaml", "--set", "stepz=1"]])
+def test_listing_names_and_refusing_a_misspelt_key_load_no_heavy_library(recipe, tmp_path, arguments):
+    code = "\n".join(
+        [
+            "import sys, agsm_rl.cli",
+            f"try: agsm_rl.cli.app({arguments!r})",
+            f"except SystemExit: print(sorted(set(sys.modules) & set({HEAVY!r})), file=sys.stderr)",
+        ]
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_check_proposes_what_fits(command, recipe):
+    small = command("check", recipe, "--fit-vram", 0.001)
+    assert small.exit_code == 1 and "does not fit 1.024 MiB" in small.stdout
+    large = command("check", recipe, "--fit-vram", 4)
+    assert large.exit_code == 0 and "fits 4 GiB as it is" in large.stdout
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut off"])
+def test_check_sees_weights_that_are_not_whole(command, recipe, tiny_checkpoint, tmp_path, harm):
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = weights.read_bytes()[:-1000]
+    weights.unlink() if harm == "gone" else weights.write_bytes(kept)
+    result = command("check", recipe, "--set", f"backbone.checkpoint={base}")
+    assert result.exit_code == 2 and "backbone.checkpoint" in result.stderr and "cannot be loaded" in result.stderr
 
 
 def test_world_writes_an_image_folder(command, tmp_path):

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: killed and continued, and on two processes instead of one."""
+"""Whole runs as a user starts them: killed and continued, and on two and four processes instead of one."""
 
 import json
 import os
@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from agsm_rl import checkpoint
+from agsm_rl.recipe import Recipe
+from agsm_rl.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -135,12 +140,100 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(tiny_checkpo
             assert torch.equal(value, second["policy"][which][name])
 
 
-def test_two_processes_with_half_the_batch_each_equal_one_process_with_all_of_it(recipe, tmp_path):
-    subprocess.run(command(recipe, tmp_path / "one"), check=True, capture_output=True)
-    # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [*launch, *command(recipe, tmp_path / "two")[1:]]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(two, check=True, capture_output=True, timeout=600, env=environment)
-    assert b"2 processes" in done.stderr
-    assert_same_run(tmp_path / "one", tmp_path / "two", 2e-4)
+def launch(count):
+    """The command and environment that start `count` processes on the CPU, where they are not accelerate's business."""
+    options = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", "accelerate.commands.launch", *options], environment
+
+
+@pytest.fixture(scope="module")
+def every_objective(tiny_checkpoint, tmp_path_factory):
+    """A recipe of two steps over all objectives that share batches, and its run on one process."""
+    folder = tmp_path_factory.mktemp("every-objective")
+    # A smooth reward: rounding moves JPEG's size by a whole byte.
+    rollouts = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"sharpness": 1.0}}
+    rollouts |= {"num_prompts": 4, "images_per_prompt": 4, "num_steps": 2, "guidance": 1.0, "updates": 2}
+    grouped = rollouts | {"advantages": "group", "images_per_prompt": 2, "updates": 1, "sample_batch_size": 2}
+    pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8, "num_images": 24}
+    preferences = {"use": "preferences", "dataset": "builtin:shapes-preferences", "batch_size": 4, "num_pairs": 14}
+    backprop = {"rewards": {"sharpness": 1.0}, "num_steps": 2, "guidance": 1.0}
+    content = {
+        "steps": 2,
+        "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+        "adapters": {"tokens": {"use": "soft_tokens"}, "lora": {"use": "lora", "rank": 2, "banks": 2}},
+        "ema": {"decay": 0.9},
+        "sources": {"own": rollouts, "grouped": grouped, "pairs": pairs},
+        "objectives": [
+            {"use": "agsm", "group_size": 2, "source": "pairs"},
+            {"use": "softrepa", "group_size": 2, "source": "pairs"},
+            {"use": "ddpo", "source": "own"},
+            {"use": "diffusion_nft", "source": "own"},
+            {"use": "flow_grpo", "source": "grouped"},
+            {"use": "diffusion_dpo", "source": preferences},
+            {"use": "reward_backprop", **backprop, "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}},
+        ],
+        "sample": {"every": 100, "num_images": 1, "num_steps": 2, "prompts": ["a red star"]},
+        "track": [],
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path, train(Recipe.from_yaml(path), folder / "one")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_more_processes_with_a_share_of_the_batch_each_equal_one_process_with_all_of_it(
+    every_objective, tmp_path, count
+):
+    path, one = every_objective
+    launcher, environment = launch(count)
+    done = subprocess.run(
+        [*launcher, *command(path, tmp_path / "more")[2:]],
+        check=True,
+        capture_output=True,
+        timeout=900,
+        env=environment,
+    )
+    assert f"{count} processes" in done.stderr.decode() and done.stdout.count(b"run folder") == 1
+    assert_same_run(one, tmp_path / "more", 2e-4)
+
+
+def workers_of(launcher):
+    """The launcher's processes by their rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in map(int, children)}
+    return {
+        int(entry[len(b"RANK=") :]): pid
+        for pid, entries in environments.items()
+        for entry in entries
+        if entry.startswith(b"RANK=")
+    }
+
+
+def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path):
+    launcher, environment = launch(2)
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*launcher, *command(recipe, folder, "--set", "steps=100000")[2:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = workers_of(process)
+        os.kill(workers[1], signal.SIGKILL)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    words = " ".join(said.decode().split())
+    assert "agsm-rl: process 0 of 2: lost after step" in words and "--resume" in words and "exitcode : -9" in words
+    assert "agsm_rl/run.py" not in words  # a message, not a traceback of ours
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+    step, _ = checkpoint.newest(folder / "checkpoints")
+    assert step >= 1 and str(folder / "checkpoints" / f"step-{step:08d}.pt") in words

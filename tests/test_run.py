@@ -13,7 +13,7 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
-from agsm_rl import __version__
+from agsm_rl import __version__, watching
 from agsm_rl.attachment import read_export
 from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
@@ -223,3 +223,46 @@ def test_a_report_that_fails_is_told_and_does_not_fail_the_run(make_recipe, tmp_
     assert (folder / "eval.json").is_file() and not (folder / "report.html").exists()
     said = " ".join(quiet.file.getvalue().split())
     assert "report.html was not written (ZeroDivisionError" in said and "agsm-rl report" in said
+
+
+def stopping_in_evaluation(monkeypatch, at):
+    """SIGTERM when the batch number `at` (from 1) of all evaluations is drawn."""
+    drawn = []
+    draw = watching.draw
+
+    def noted(*arguments, **options):
+        drawn.append(1)
+        if len(drawn) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(watching, "draw", noted)
+
+
+EVALUATION = {"every": 2, "num_images": 6, "num_steps": 2, "batch_size": 3, "rewards": ["shapes"]}
+
+
+def test_a_signal_in_the_last_evaluation_keeps_all_steps_and_says_how_to_go_on(
+    make_recipe, tmp_path, quiet, monkeypatch
+):
+    recipe = make_recipe(evaluate=EVALUATION | {"every": None}, sample={"every": 100})
+    stopping_in_evaluation(monkeypatch, 1)
+    with pytest.raises(Stopped, match="after step 4.* in the evaluation.*To continue: .*--resume") as stopped:
+        train(recipe, tmp_path / "run", console=quiet)
+    assert stopped.value.exit_code == 143
+    assert not (tmp_path / "run" / "eval.json").exists()
+    kept = adapter_of(tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True, console=quiet)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 4
+    assert all(torch.equal(kept[name], value) for name, value in adapter_of(tmp_path / "run").items())
+
+
+def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(make_recipe, tmp_path, quiet, monkeypatch):
+    recipe = make_recipe(evaluate=EVALUATION, checkpoint={"every": 100}, sample={"every": 100}, export="ema")
+    whole = train(recipe, tmp_path / "whole", console=quiet)
+    stopping_in_evaluation(monkeypatch, 3)  # base: batches 1 and 2; trained: 3 and 4
+    with pytest.raises(Stopped, match="after step 2. To continue: .*--resume"):
+        train(recipe, tmp_path / "run", console=quiet)
+    train(recipe, tmp_path / "run", resume=True, console=quiet)
+    assert (tmp_path / "run" / "evaluations.jsonl").read_text() == (whole / "evaluations.jsonl").read_text()
+    assert all(torch.equal(adapter_of(whole)[name], value) for name, value in adapter_of(tmp_path / "run").items())

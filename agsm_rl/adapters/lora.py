@@ -8,7 +8,7 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -108,7 +108,9 @@ class LoRA:
         self._models = self._find_models(backbone)
         taken = {name for model in self._models.values() for name in getattr(model, "peft_config", {})}
         self._names = [_free_name(bank, taken) for bank in BANKS[: self.banks]]
-        with torch.random.fork_rng(devices=[]):
+        # For a base without memory, PEFT would leave them on the CPU.
+        place = torch.device("meta") if backbone.device.type == "meta" else nullcontext()
+        with torch.random.fork_rng(devices=[]), place:
             torch.random.default_generator.manual_seed(self.seed)
             for part, model in self._models.items():
                 self._add(model, self._text_targets.get(part, self.target_modules))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
@@ -23,7 +24,7 @@ class FrozenPipeline:
     resolution: pixels a side; the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3) when left out.
     dtype: of the frozen weights. Latents and predictions keep the caller's dtype, float32, which the losses need.
     gradient_checkpointing: trade a second forward pass for memory.
-    device: the first GPU where there is one, when left out.
+    device: the first GPU where there is one, when left out. `meta`: shapes alone, no weights are read (rehearsal.py).
     local_files_only: never ask the hub.
     unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
@@ -67,6 +68,7 @@ class FrozenPipeline:
                 f"backbone.checkpoint: '{checkpoint}' is a {kind}, which {self.use} does not take; write "
                 f"`use: {KINDS[kind]}`."
             )
+        empty = device is not None and torch.device(device).type == "meta"
         pipeline = load_pipeline(
             checkpoint,
             dtype=DTYPES[dtype],
@@ -74,9 +76,11 @@ class FrozenPipeline:
             denoisers={"unet": unet, "transformer": transformer},
             lora=lora,
             config=config,
+            empty=empty,
         )
-        _check_finite(pipeline, checkpoint)
-        pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not empty:
+            _check_finite(pipeline, checkpoint)
+            pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
@@ -159,6 +163,21 @@ class FrozenPipeline:
     def encode_text(self, prompts: list[str]) -> Cond:
         """Each kind of pipeline has its own."""
         raise NotImplementedError
+
+    def identity(self, of: Literal["images", "text"]) -> str:
+        """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""
+        prefixes: tuple[str, ...] = ("vae",)
+        options: dict[str, Any] = {"backbone": self.name, "resolution": self.resolution, "dtype": str(self._vae.dtype)}
+        if of == "text":
+            prefixes = ("text_encoder", "tokenizer")
+            options = {
+                "backbone": self.name,
+                "t5_length": self.call_options.get("max_sequence_length"),
+                "zeros_for_empty": self.pipeline.config.get("force_zeros_for_empty_prompt"),
+            }
+        components = self.pipeline.components.items()
+        parts = {name: part for name, part in components if name.startswith(prefixes) and part is not None}
+        return digest_parts(parts, options)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from agsm_rl.errors import UserError, unknown_name
 
@@ -86,11 +87,13 @@ def load_pipeline(
     denoisers: Mapping[str, str | None] | None = None,
     lora: str | None = None,
     config: str | None = None,
+    empty: bool = False,
 ) -> Any:
     """The checkpoint's pipeline, of one of KINDS; UserError if it cannot be had.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
     config: for a single file, the pipeline folder or hub id that says how its parts are built.
+    empty: on torch's meta device. The parts of a folder or hub id are then built from their configurations alone.
     """
     kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
@@ -101,7 +104,7 @@ def load_pipeline(
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
     parts = {
-        name: _load_denoiser(name, given, kind, None if single else source, options)
+        name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
         for name, given in (denoisers or {}).items()
         if given is not None
     }
@@ -109,6 +112,8 @@ def load_pipeline(
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     found = getattr(diffusers, kind)
     try:
+        if empty and not single:
+            parts = _empty_parts(source, parts, options)
         if single:
             config = config and find_checkpoint(config)
             if config is not None and kind == "StableDiffusion3Pipeline":
@@ -121,7 +126,11 @@ def load_pipeline(
             raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error
         raise _unloadable(where, error, source, local_files_only) from error
     pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
+    if empty:
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.to("meta")
+    if lora is not None and not empty:
         _fuse(pipeline, lora, local_files_only)
     return pipeline
 
@@ -164,7 +173,45 @@ def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str
     }
 
 
-def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: dict[str, Any]) -> Any:
+def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`given` and the models of a pipeline that it lacks, on the meta device: their configurations alone are read.
+
+    Of a folder's weights it is seen that they are there and whole; OSError or SafetensorError if not.
+    """
+    only = options["local_files_only"]
+    made = dict(given)
+    for name, entry in DiffusionPipeline.load_config(source, local_files_only=only).items():
+        if name in given or not isinstance(entry, list | tuple) or None in entry:
+            continue
+        library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
+        found: Any = getattr(library, entry[1], None)
+        if nn.Module not in getattr(found, "__mro__", ()):
+            continue
+        if Path(source).is_dir():
+            _see_weights(Path(source) / name)
+        if entry[0] == "diffusers":
+            with torch.device("meta"):
+                made[name] = found.from_config(found.load_config(source, subfolder=name, local_files_only=only))
+        else:
+            config = found.config_class.from_pretrained(source, subfolder=name, local_files_only=only)
+            with torch.device("meta"):
+                made[name] = found(config)
+        made[name].to(options["dtype"])
+    return made
+
+
+def _see_weights(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"there are no .safetensors in {folder}.")
+    for file in files:
+        with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+            pass
+
+
+def _load_denoiser(
+    name: str, given: str, kind: str, base: str | None, options: dict[str, Any], *, empty: bool = False
+) -> Any:
     """A U-Net or transformer from its own folder, or from that of a pipeline around it."""
     where = f"backbone.{name}: '{given}'"
     wanted = "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
@@ -177,7 +224,11 @@ def _load_denoiser(name: str, given: str, kind: str, base: str | None, options: 
             subfolder, config = None, model.load_config(source, local_files_only=only)
         except OSError:
             subfolder, config = name, model.load_config(source, subfolder=name, local_files_only=only)
-        loaded = model.from_pretrained(source, subfolder=subfolder, use_safetensors=True, **options)
+        if empty:
+            with torch.device("meta"):
+                loaded = model.from_config(config).to(options["dtype"])
+        else:
+            loaded = model.from_pretrained(source, subfolder=subfolder, use_safetensors=True, **options)
         expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
     except FAILURES as error:
         raise _unloadable(where, error, source, only) from error

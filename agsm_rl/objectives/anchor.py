@@ -41,5 +41,5 @@ class Anchor:
         """The distance at a noise and a noise level an image."""
         draw, x0 = policy.draw, batch.latents
         noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
-        x_t, cond = policy.backbone.add_noise(x0, noise, t), policy.backbone.encode_text(batch.prompts)
+        x_t, cond = policy.backbone.add_noise(x0, noise, t), batch.encode_text(policy.backbone)
         return score_anchor_loss(policy.live(x_t, t, cond), policy.reference(x_t, t, cond))

@@ -73,7 +73,7 @@ class DiffusionDPO:
         noise, t = draw.noise_like(batch.chosen, batch.rows), draw.t(batch.rows, batch.chosen.device)
         x0, noise, t = torch.cat([batch.chosen, batch.rejected]), noise.repeat(2, 1, 1, 1), t.repeat(2)
         x_t, target = backbone.add_noise(x0, noise, t), backbone.target(x0, noise, t)
-        cond = backbone.encode_text(batch.prompts)
+        cond = batch.encode_text(backbone)
         cond = Cond.cat([cond, cond])
 
         def errors(prediction: Tensor) -> tuple[Tensor, ...]:

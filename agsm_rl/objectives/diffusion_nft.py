@@ -85,7 +85,7 @@ class DiffusionNFT:
         """The loss of the batch, a noise and a noise level an image."""
         backbone, draw, x0 = policy.backbone, policy.draw, batch.latents
         noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
-        x_t, cond = backbone.add_noise(x0, noise, t), backbone.encode_text(batch.prompts)
+        x_t, cond = backbone.add_noise(x0, noise, t), batch.encode_text(backbone)
         old, target = policy.ema(x_t, t, cond), backbone.target(x0, noise, t)
         reward = self.reward(batch.advantages)
         return nft_loss(policy.live(x_t, t, cond), old, target, reward, beta=self.beta, adaptive=self.adaptive)

@@ -49,7 +49,7 @@ class Groups:
             x_t=policy.backbone.add_noise(x0, noise, t),
             t=t,
             target=policy.backbone.target(x0, noise, t),
-            cond=policy.backbone.encode_text(batch.prompts),
+            cond=batch.encode_text(policy.backbone),
             columns=columns,
             own=own,
         )

@@ -44,7 +44,7 @@ def draw_with_gradients(
     """
     backbone, draw = policy.backbone, policy.draw
     sampler = backbone.sampler(num_steps)
-    cond, uncond = backbone.encode_text(batch.prompts), backbone.encode_text([negative_prompt])
+    cond, uncond = batch.encode_text(backbone), backbone.encode_text([negative_prompt])
     like = torch.empty(len(batch), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
 
     def step(predict: Predict, k: int, x_t: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ L = mean over images of (p(x_t, t, prompt) - v)²,  a noise and a noise level t 
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, PairBatch
+from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
 
@@ -46,9 +47,10 @@ class ScoreMatching:
         """The mean squared error of the batch."""
         backbone, draw, x0 = policy.backbone, policy.draw, batch.latents
         noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
-        shares = draw.uniform(batch.rows, purpose="caption dropout").tolist()
-        prompts = [
-            "" if share < self.caption_dropout else prompt for prompt, share in zip(batch.prompts, shares, strict=True)
-        ]
-        live = policy.live(backbone.add_noise(x0, noise, t), t, backbone.encode_text(prompts))
+        cond = batch.encode_text(backbone)
+        dropped = draw.uniform(batch.rows, purpose="caption dropout") < self.caption_dropout
+        if dropped.any():
+            rows = torch.where(dropped, len(batch), torch.arange(len(batch)))
+            cond = Cond.cat([cond, backbone.encode_text([""])])[rows]
+        live = policy.live(backbone.add_noise(x0, noise, t), t, cond)
         return score_matching_loss(live, backbone.target(x0, noise, t))

@@ -1,7 +1,7 @@
 """Open image data sets by name and bring their images to the backbone's size: everything through `datasets`."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Backbone
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 BUILTIN_ROWS = 4000
@@ -129,6 +130,15 @@ def read_caption(value: Any, column: str, where: str) -> str:
             f"remove that row"
         )
     return value
+
+
+def to_latents(pictures: Sequence[Image.Image | Tensor], backbone: Backbone) -> Tensor:
+    """Pictures encoded by the backbone; or, where a cache gave their latents, these. Float32 [B, C, h, w]."""
+    kept = [picture for picture in pictures if isinstance(picture, Tensor)]
+    if kept:
+        return torch.stack(kept).to(backbone.device).float()
+    pixels = torch.stack([fit(picture, backbone.resolution) for picture in pictures if not isinstance(picture, Tensor)])
+    return backbone.encode_images(pixels.to(backbone.device))
 
 
 def fit(picture: Image.Image, resolution: int) -> Tensor:

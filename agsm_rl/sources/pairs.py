@@ -5,11 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
+from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
 
@@ -23,6 +25,8 @@ class Pairs:
 
     `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
     held (encoded) and shuffled among themselves; 1 keeps the stream's order.
+
+    `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
     """
 
     gives: ClassVar[type[Batch]] = PairBatch
@@ -38,6 +42,7 @@ class Pairs:
         num_images: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        cache: Kept | None = None,
     ) -> None:
         for option, value in {
             "batch_size": batch_size,
@@ -49,6 +54,7 @@ class Pairs:
         self.dataset, self.batch_size, self.split, self.num_images = dataset, batch_size, split, num_images
         self.image_column, self.caption_column = image_column, caption_column
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.cache = check_cache(cache, streaming=streaming)
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
@@ -64,6 +70,7 @@ class Pairs:
         self._columns = images.find_columns(there, self.dataset, self.image_column, self.caption_column)
         where = f"dataset '{self.dataset}'"
         self._rows: Rows
+        self._encodings: EncodingCache | None = None
         if self.streaming:
             self._rows = StreamedRows(found, window=self.shuffle_buffer, seed=seed, name=name, where=where)
         elif len(found) < self.batch_size:
@@ -72,22 +79,39 @@ class Pairs:
                 f"images"
             )
         else:
+            image, caption = self._columns
+            if self.cache is not None:
+                self._encodings = EncodingCache(
+                    found, image_columns=[image], caption_column=caption, kept=self.cache, where=where
+                )
+                found = found.select_columns([caption])
             self._rows = ShuffledRows(found, seed=seed, name=name)
+        self._shard = shard
         self._reader = Reader(self._rows, self._read, shard=shard, where=where)
 
-    def _read(self, row: Row) -> tuple[Image.Image, str]:
+    def _read(self, row: Row) -> tuple[Image.Image | Tensor, str]:
+        """The picture, or its kept latents; and the caption."""
         number, values = row
         where, (image_column, caption_column) = f"dataset '{self.dataset}', row {number}", self._columns
         caption = images.read_caption(values[caption_column], caption_column, where)
+        if self._encodings is not None:
+            return self._encodings.latents(number, image_column), caption
         return images.read_picture(values[image_column], where), caption
 
     def next(self, policy: Policy) -> PairBatch:
-        """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are passed over."""
-        backbone = policy.backbone
+        """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are passed over.
+
+        With a cache, the first batch waits until the whole data set is encoded.
+        """
+        backbone, cond = policy.backbone, None
+        if self._encodings is not None:
+            self._encodings.open(backbone, policy.adapters.values(), self._shard)
         found = self._reader.take(self.batch_size, self._own, device=backbone.device, distinct=self._columns[1])
-        pixels = torch.stack([images.fit(picture, backbone.resolution) for picture, _ in found])
-        latents = backbone.encode_images(pixels.to(backbone.device))
-        return PairBatch([caption for _, caption in found], torch.arange(self._own.start, self._own.stop), latents)
+        captions = [caption for _, caption in found]
+        if self._encodings is not None:
+            cond = self._encodings.text(captions, backbone.device)
+        rows = torch.arange(self._own.start, self._own.stop)
+        return PairBatch(captions, rows, images.to_latents([picture for picture, _ in found], backbone), cond=cond)
 
     def metrics(self) -> dict[str, float]:
         """How many unreadable rows were passed over, if any."""

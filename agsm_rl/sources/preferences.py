@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PreferenceBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources import images
+from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, ShuffledRows, StreamedRows, own_share
 
@@ -46,6 +48,8 @@ class Preferences:
 
     `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
     held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled among themselves; 1 keeps the stream's order.
+
+    `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
     """
 
     gives: ClassVar[type[Batch]] = PreferenceBatch
@@ -59,6 +63,7 @@ class Preferences:
         num_pairs: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        cache: Kept | None = None,
     ) -> None:
         for option, value in {
             "batch_size": batch_size,
@@ -69,6 +74,7 @@ class Preferences:
                 raise UserError(f"{option}: got {value}, but it must be 1 or more")
         self.dataset, self.batch_size, self.split, self.num_pairs = dataset, batch_size, split, num_pairs
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.cache = check_cache(cache, streaming=streaming)
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
@@ -82,6 +88,8 @@ class Preferences:
         )
         self._columns = find_preference_columns(images.column_names(found, self.dataset), self.dataset)
         self._ties = 0
+        self._shard = shard
+        self._encodings: EncodingCache | None = None
         where = f"dataset '{self.dataset}'"
         self._rows: ShuffledRows | StreamedRows
         if self.streaming:
@@ -97,6 +105,16 @@ class Preferences:
                 f"dataset '{self.dataset}': it has {len(kept)} rows{ties}, fewer than batch_size {self.batch_size}; "
                 f"lower batch_size or add preferences"
             )
+        if self.cache is not None:
+            columns = self._columns
+            self._encodings = EncodingCache(
+                found,
+                image_columns=[columns.first, columns.second],
+                caption_column=columns.prompt,
+                kept=self.cache,
+                where=where,
+            )
+            found = found.select_columns([columns.prompt, *([columns.label] if columns.label else [])])
         self._rows = ShuffledRows(found, seed=seed, name=name, kept=kept)
         self._reader = Reader(self._rows, self._read, shard=shard, where=where)
 
@@ -128,29 +146,33 @@ class Preferences:
             )
         return 0 if label == 1 else 1
 
-    def _read(self, row: Row) -> tuple[str, Image.Image, Image.Image]:
-        """The prompt, the chosen and the rejected image."""
+    def _read(self, row: Row) -> tuple[str, Image.Image | Tensor, Image.Image | Tensor]:
+        """The prompt, the chosen and the rejected image, or these images' kept latents."""
         number, values = row
         where, columns = f"dataset '{self.dataset}', row {number}", self._columns
         prompt = images.read_caption(values[columns.prompt], columns.prompt, where)
         first, second = (
-            images.read_picture(values[name], f"{where}, column '{name}'") for name in (columns.first, columns.second)
+            images.read_picture(values[name], f"{where}, column '{name}'")
+            if self._encodings is None
+            else self._encodings.latents(number, name)
+            for name in (columns.first, columns.second)
         )
         return (prompt, first, second) if self._preferred(row) == 0 else (prompt, second, first)
 
     def next(self, policy: Policy) -> PreferenceBatch:
         """The next preferences of this process, latents encoded by the policy's backbone; as with pairs, unreadable
         rows are passed over."""
-        backbone = policy.backbone
+        backbone, cond = policy.backbone, None
+        if self._encodings is not None:
+            self._encodings.open(backbone, policy.adapters.values(), self._shard)
         found = self._reader.take(self.batch_size, self._own, device=backbone.device)
-        chosen, rejected = (
-            backbone.encode_images(
-                torch.stack([images.fit(picture, backbone.resolution) for picture in side]).to(backbone.device)
-            )
-            for side in ([row[1] for row in found], [row[2] for row in found])
-        )
+        prompts = [prompt for prompt, _, _ in found]
+        if self._encodings is not None:
+            cond = self._encodings.text(prompts, backbone.device)
+        chosen = images.to_latents([picture for _, picture, _ in found], backbone)
+        rejected = images.to_latents([picture for _, _, picture in found], backbone)
         rows = torch.arange(self._own.start, self._own.stop)
-        return PreferenceBatch([row[0] for row in found], rows, chosen, rejected)
+        return PreferenceBatch(prompts, rows, chosen, rejected, cond=cond)
 
     def metrics(self) -> dict[str, float]:
         """How many ties were dropped, of the whole data set or of a stream so far (none where there are no labels); how

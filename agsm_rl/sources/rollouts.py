@@ -14,10 +14,11 @@ from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import gaussian_log_prob, step_distribution
-from agsm_rl.scoring import WeightedReward, check_rewards, scores_of, weighted_sum
+from agsm_rl.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompts import open_prompts
+from agsm_rl.sources.rows import check_divides
 
 
 class Rollouts:
@@ -27,7 +28,8 @@ class Rollouts:
     WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
     settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
     learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA.
-    `updates` steps of the trainer learn from each draw, each from its own share of the images.
+    `updates` steps of the trainer learn from each draw, each from its own share of the images. Images are drawn
+    `sample_batch_size` at a time; rewards that run elsewhere score one such batch while the next is drawn.
 
     `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
     while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
@@ -100,10 +102,15 @@ class Rollouts:
         """Images drawn since the run began, over all processes."""
         return self._draws * self.num_prompts * self.images_per_prompt
 
+    @property
+    def unlearned(self) -> int:
+        """Shares of the newest draw that are still to be learned from."""
+        return len(self._pending)
+
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Read the prompts; UserError if there are none."""
-        if self.num_prompts % shard.count or self.batch_size % shard.count:
-            raise UserError(f"{name}: num_prompts {self.num_prompts} does not divide among {shard.count} processes")
+        check_divides("num_prompts", self.num_prompts, shard, name)
+        check_divides("num_prompts * images_per_prompt / updates, which is", self.batch_size, shard, name)
         self._prompts = open_prompts(self.prompts)
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
@@ -129,26 +136,29 @@ class Rollouts:
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
         draw = Draw(self._seed, self._name, self._draws)
-        with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
-            parts = [
-                draw_trajectories(
-                    policy,
-                    [prompts[row] for row in part.tolist()],
-                    draw,
-                    part,
-                    num_steps=self.num_steps,
-                    guidance=self.guidance,
-                    eta=self.eta,
-                    keep_path=self.eta > 0,
-                )
-                for part in rows.split(self.sample_batch_size)
-            ]
-        trajectory = torch.cat([part[0] for part in parts])
-        log_probs = torch.cat([part[1] for part in parts])
-        own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
-        self._check_latents(latents, prompts)
-        # What all processes drew, in one order: so that any number of them gives the same figures.
-        scores = {name: self._shard.gather(score).cpu() for name, score in self._scores(policy, latents, own).items()}
+        parts = []
+        with InParts(self.rewards) as scoring:
+            with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
+                for part in rows.split(self.sample_batch_size):
+                    asked = [prompts[row] for row in part.tolist()]
+                    drawn = draw_trajectories(
+                        policy,
+                        asked,
+                        draw,
+                        part,
+                        num_steps=self.num_steps,
+                        guidance=self.guidance,
+                        eta=self.eta,
+                        keep_path=self.eta > 0,
+                    )
+                    parts.append(drawn)
+                    scoring.add(policy.backbone.decode(drawn[0][:, -1]), asked)
+            trajectory = torch.cat([part[0] for part in parts])
+            log_probs = torch.cat([part[1] for part in parts])
+            own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
+            self._check_latents(latents, prompts)
+            # What all processes drew, in one order: so that any number of them gives the same figures.
+            scores = {name: self._shard.gather(score).cpu() for name, score in scoring.scores().items()}
         worth, advantages = self._worth(scores, prompts)
         found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": latents}
         found |= {"rewards": worth[rows].to(latents.device), "advantages": advantages[rows].to(latents.device)}
@@ -175,10 +185,6 @@ class Rollouts:
                 f"with --resume from an older checkpoint"
             )
         self._metrics["x0_norm"] = float(sizes.max())
-
-    def _scores(self, policy: Policy, latents: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        images = torch.cat([policy.backbone.decode(part) for part in latents.split(self.sample_batch_size)])
-        return scores_of(self.rewards, images, prompts)
 
     def _worth(self, scores: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The weighted sum of rewards and the advantages, [N] each, of all processes' scores [N] by name."""
@@ -224,6 +230,7 @@ class Rollouts:
         return {
             "position": self._order.position,
             "draws": self._draws,
+            "processes": self._shard.count,
             "histories": _plain(self._histories),
             "own_histories": {name: _plain(histories) for name, histories in self._own_histories.items()},
             "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
@@ -232,10 +239,11 @@ class Rollouts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; UserError where that would lose other processes' rollouts."""
-        if state["pending"] and self._shard.count > 1:
+        if state["pending"] and (self._shard.count > 1 or state.get("processes", 1) > 1):
             raise UserError(
-                f"{self._name}: the checkpoint holds the first process's share of rollouts still to be learned from; "
-                f"continue on one process, or from a checkpoint at which `updates` ({self.updates}) were complete"
+                f"{self._name}: the checkpoint was made between the {self.updates} `updates` of a draw, of which it "
+                f"holds one process's share; go on with as many processes as before if that was one, or delete that "
+                f"checkpoint to go on from an older one"
             )
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
         self._histories = self._continued(state["histories"])

@@ -40,10 +40,19 @@ class Rows(Protocol):
 
 def own_share(batch_size: int, shard: Shard, name: str) -> slice:
     """This process's part of a batch's rows; UserError where processes cannot share it evenly."""
-    if batch_size % shard.count:
-        raise UserError(f"{name}: batch_size {batch_size} does not divide among {shard.count} processes")
+    check_divides("batch_size", batch_size, shard, name)
     share = batch_size // shard.count
     return slice(shard.index * share, (shard.index + 1) * share)
+
+
+def check_divides(what: str, total: int, shard: Shard, name: str) -> None:
+    """UserError where the run's processes cannot have equal shares of a total."""
+    if total % shard.count:
+        fitting = [str(count) for count in range(1, shard.count) if total % count == 0]
+        raise UserError(
+            f"{name}: {what} {total} is the total over all processes and does not divide among the {shard.count} that "
+            f"were started; make it a multiple of {shard.count}, or start {' or '.join(fitting)}"
+        )
 
 
 class ShuffledRows:

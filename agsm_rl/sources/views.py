@@ -85,7 +85,7 @@ class ChosenImages:
 
     def __call__(self, batch: PreferenceBatch) -> PairBatch:
         """The chosen images under their prompts."""
-        return PairBatch(batch.prompts, batch.rows, batch.chosen)
+        return PairBatch(batch.prompts, batch.rows, batch.chosen, cond=batch.cond)
 
 
 def _place_in_prompt(batch: RewardedBatch) -> list[int]:

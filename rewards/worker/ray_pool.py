@@ -96,6 +96,7 @@ class RayPoolReward:
 
     name = "ray_pool"
     differentiable = False
+    elsewhere = True
 
     def __init__(
         self,

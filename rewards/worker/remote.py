@@ -63,6 +63,7 @@ class RemoteReward:
     """
 
     differentiable = False
+    elsewhere = True
 
     def __init__(
         self,

@@ -42,12 +42,12 @@ def test_the_loss_is_the_error_of_each_image_at_its_own_noise_level(policy, batc
 
 
 def prompts_seen(policy, objective, batch):
-    """What the objective asks the text encoder for, on the real one."""
-    seen, encode = [], policy.backbone.encode_text
-    policy.backbone.encode_text = lambda prompts: seen.extend(prompts) or encode(prompts)
+    """The prompts that the live prediction is made under."""
+    seen, live = [], policy.live
+    policy.live = lambda x_t, t, cond: seen.extend(cond.prompts) or live(x_t, t, cond)
     for part, _ in objective.split(batch):
         objective.loss(policy, part)
-    policy.backbone.encode_text = encode
+    policy.live = live
     return seen
 
 

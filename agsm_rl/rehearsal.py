@@ -1,0 +1,245 @@
+"""Run a step without its numbers: tensors on torch's meta device have shapes but no memory, and are counted as if.
+
+The real trainer, objectives and backbone run, so that nothing is described a second time. torch has the same idea in
+FakeTensorMode and MemTracker; they do not serve here: a fake integer has no value, but rows are chosen by integers, and
+MemTracker refuses a network that is called twice in a step. Here integers and booleans that are made from known values
+stay real, on the CPU; only floating-point tensors on the meta device are counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+META, CPU = torch.device("meta"), torch.device("cpu")
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class Rehearsal(TorchDispatchMode):
+    """While entered, counts the bytes of living tensors on the meta device: `now`, and `peaks` by the current `phase`.
+
+    Whatever is asked of a number that is not known is answered so that the run goes on: booleans are true, an equality
+    is false, other numbers are 1, and a copy to the CPU is zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.phase = ""
+        self.peaks: dict[str, int] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def touch(self, extra: int = 0) -> None:
+        """Note that `extra` bytes beyond those of now were in use for a moment."""
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + extra)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options: dict[str, Any] = dict(kwargs or {})
+        there = [tensor.is_meta for tensor in _tensors((*args, *options.values()))]
+        found = None
+        if any(there):
+            if not all(there):
+                args, options = _together(func, args, options)
+            found = _answer(func, args, options)
+            if found is None and func in QUICK and not options:
+                found = QUICK[func](*args)
+        else:
+            _keep_exact(func, args, options)
+        if found is None:
+            found = func(*args, **options)
+        for tensor in _tensors(found if isinstance(found, tuple | list) else (found,)):
+            if tensor.is_meta:
+                self._count(tensor)
+        return found
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.touch()
+
+    def remember(self, call: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, which is run for the first of equal arguments only; then its memory and shapes are known.
+
+        `key` gives of the arguments what these depend on; None where the call must be run.
+        """
+        past: dict[Any, tuple[int, Any]] = {}
+
+        def again(*args: Any, **options: Any) -> Any:
+            what = key(*args, **options)
+            if what is None:
+                return call(*args, **options)
+            if what not in past:
+                phase, before = self.phase, self.now
+                self.phase = "remembered"
+                self.touch()
+                try:
+                    found = call(*args, **options)
+                finally:
+                    self.phase, most = phase, self.peaks.pop("remembered")
+                past[what] = most - before, tree_map_only(Tensor, _Shape.of, found)
+                self.peaks[phase] = max(self.peaks.get(phase, 0), most)
+                return found
+            transient, shapes = past[what]
+            self.touch(transient)
+            return tree_map_only(_Shape, _Shape.empty, shapes)
+
+        return again
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is kept of a tensor on the meta device."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Shape:
+        return _Shape(tensor.shape, tensor.dtype)
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=META)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=is_causal, scale=scale)[0]
+
+
+# On CPUs and GPUs attention is one kernel; the meta device would hold all its [tokens, tokens].
+_LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY.impl("scaled_dot_product_attention", _fused, "AutogradMeta")
+
+
+def _pointwise(*args: Any) -> Tensor | None:
+    """The result of an elementwise function of tensors of one type, the first of which is as large as it."""
+    first, *others = (one for one in args if isinstance(one, Tensor))
+    if not first.dtype.is_floating_point or any(one.dtype != first.dtype for one in others):
+        return None
+    if others and torch.broadcast_shapes(first.shape, *(one.shape for one in others)) != first.shape:
+        return None
+    return torch.empty_like(first)
+
+
+def _normalised(tensor: Tensor, statistics: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return tensor.new_empty(tensor.shape), tensor.new_empty(statistics), tensor.new_empty(statistics)
+
+
+def _layer_norm(tensor: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _normalised(tensor, (*tensor.shape[: -len(shape)], *(1 for _ in shape)))
+
+
+def _group_norm(tensor: Tensor, _weight: Any, _bias: Any, rows: int, _c: int, _hw: int, groups: int, *_: Any) -> Any:
+    return _normalised(tensor, (rows, groups))
+
+
+def _norm_backward(gradient: Tensor, tensor: Tensor, *rest: Any) -> Any:
+    """With frozen weights the input's gradient alone is asked for."""
+    return (tensor.new_empty(tensor.shape), None, None) if list(rest[-1]) == [True, False, False] else None
+
+
+QUICK: dict[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_layer_norm_backward.default: _norm_backward,
+    aten.native_group_norm_backward.default: _norm_backward,
+    aten.addmm.default: lambda bias, first, second: first.new_empty(first.shape[0], second.shape[1]),
+    aten.linalg_vector_norm.default: lambda tensor, *rest: tensor.new_empty(()) if len(rest) < 2 else None,
+    **{
+        found: _pointwise
+        for name in ("add", "sub", "mul", "div")
+        for found in (getattr(aten, name).Tensor, getattr(aten, name).Scalar)
+    },
+    **dict.fromkeys((aten.silu.default, aten.gelu.default, aten.gelu_backward.default, aten.sqrt.default), _pointwise),
+    **dict.fromkeys(
+        (aten.normal_.default, aten.uniform_.default, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default),
+        lambda first, *_: first,
+    ),
+}
+"""Shapes of what is called most, faster than torch tells them; None where the call is not an ordinary one."""
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _together(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The arguments with all tensors on the meta device; masks of known values are the numbers of their rows there."""
+    if func in INDEXED:
+        args = (args[0], _as_numbers(args[1]), *args[2:])
+    return tree_map_only(Tensor, lambda one: one if one.is_meta else one.to(META), (args, options))
+
+
+def _as_numbers(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and not index.is_meta and index.dtype in (torch.bool, torch.uint8):
+            found.extend(index.nonzero(as_tuple=True))
+        else:
+            found.append(index)
+    return found
+
+
+def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What would be made on the meta device of known values, or moved there, stays on the CPU if it is exact."""
+    if options.get("device") is None or torch.device(options["device"]) != META:
+        return
+    dtype = options.get("dtype")
+    given = next(_tensors(args), None)
+    if dtype is None and given is not None:
+        dtype = given.dtype
+    if dtype is not None:
+        exact = _is_exact(dtype)
+    else:
+        exact = func.name().startswith("aten::arange") and all(isinstance(one, int) for one in args)
+    if exact:
+        options["device"] = CPU
+
+
+def _answer(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """What is said where a number is asked for that is not known; None where none is."""
+    tensor = args[0]
+    if func is aten._local_scalar_dense.default:
+        return True if tensor.dtype == torch.bool else 1 if _is_exact(tensor.dtype) else 1.0
+    if func is aten.eq.Scalar and tensor.dim() == 0:
+        return torch.tensor(False)
+    if func is aten._to_copy.default and torch.device(options.get("device") or META).type == "cpu":
+        return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
+    return None

@@ -1,0 +1,192 @@
+"""An AGSM step of ours against one of the published trainer's cost model (published_agsm.py).
+
+    python benchmarks/agsm_step.py [--size embedded | sd15] [--device cpu | cuda]
+
+Both learn the same soft tokens from the same images and prompts. First it is checked, in float32, that they agree in
+loss and gradient; then their steps are timed in turn. Peak memory is taken in a process of its own for each. `--agsm`
+and `--pairs` pass options (`key=value`) to our objective and source, so that what makes a run faster can be measured.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import measure
+import torch
+import typer
+from bases import Size, make_pipeline, options_of, resolution_of
+from published_agsm import PublishedAGSM
+from torch import Tensor
+
+from agsm_rl import Policy, Term, Trainer
+from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.backbones import backbone_of
+from agsm_rl.interfaces import PairBatch
+from agsm_rl.objectives.agsm import AGSM
+from agsm_rl.randomness import Draw
+from agsm_rl.shapes import data
+from agsm_rl.sources import images as pictures
+from agsm_rl.sources.pairs import Pairs
+
+TOLERANCE = 1e-4
+"""Of the loss and of the gradient's largest entry, relative: what float32 leaves over between two orders of adding."""
+
+
+def make_policy(size: Size, device: str, **options: Any) -> Policy:
+    """Our side: soft tokens of two banks on a base in float32; the EMA's are a little off the live ones."""
+    resolution = options.pop("resolution", None) or resolution_of(size, device)
+    backbone = backbone_of(make_pipeline(size, device), resolution=resolution, **options)
+    policy = Policy(backbone, {"tokens": SoftTokens(num_tokens=4)})
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
+    return policy
+
+
+def make_published(policy: Policy, pipeline: Any, *, group_size: int) -> PublishedAGSM:
+    """The other side, on a pipeline of its own, with the policy's tokens."""
+    state = {
+        which: {name.removeprefix("tokens."): value for name, value in tokens.items()}
+        for which, tokens in policy.state_dict().items()
+    }
+    return PublishedAGSM(pipeline, state["live"], state["ema"], group_size=group_size)
+
+
+def captioned_images(count: int, resolution: int) -> tuple[Tensor, list[str]]:
+    """Images [B, 3, H, W] in [0, 1] with captions that differ from each other."""
+    found: dict[str, Tensor] = {}
+    for row in data.pairs("train", 4 * count, seed=0):
+        found.setdefault(row["caption"], pictures.fit(row["image"], resolution))
+    chosen = list(found)[:count]
+    return torch.stack([found[caption] for caption in chosen]), chosen
+
+
+def disagreement(policy: Policy, published: PublishedAGSM, objective: AGSM, count: int) -> dict[str, float]:
+    """How far loss and token gradients of the two lie apart over `count` images, relative, in float32."""
+    backbone = policy.backbone
+    images, prompts = captioned_images(count, backbone.resolution)
+    batch = PairBatch(prompts, torch.arange(count), backbone.encode_images(images.to(backbone.device)))
+    policy.draw = Draw(0, "agsm", 0)
+    parameters = list(policy.parameters().values())
+    total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
+    for part, share in objective.split(batch):
+        loss, _ = objective.loss(policy, part)
+        total += share * loss.item()
+        for sum_, value in zip(gradients, torch.autograd.grad(loss * share, parameters), strict=True):
+            sum_ += value
+    t = policy.draw.shared_t(1, backbone.device)
+    timestep = int(backbone.timesteps(t))
+    theirs = published.loss(images, prompts, noise=policy.draw.noise_like(batch.latents, batch.rows), timestep=timestep)
+    expected = torch.autograd.grad(theirs, published.parameters)
+    found = {"loss": abs(total - theirs.item()) / abs(theirs.item())}
+    for name, value, other in zip(policy.parameters(), gradients, expected, strict=True):
+        found[name] = float((value - other).abs().max() / other.abs().max())
+    return found
+
+
+class Sides:
+    """Both trainers over the same size, ready to step; `only` makes one of them."""
+
+    def __init__(
+        self, size: Size, device: str, images: int, group_size: int, only: str | None = None, **options: Any
+    ) -> None:
+        self.policy = make_policy(size, device, **options["backbone"])
+        objective = AGSM(group_size=group_size, **options["agsm"])
+        on_gpu = device.startswith("cuda")
+        if only != "ours":
+            # On its own it may take the policy's pipeline; beside ours it gets another.
+            pipeline = make_pipeline(size, device) if only is None else _freed(self.policy)
+            self.published = make_published(self.policy, pipeline, group_size=group_size)
+            self.pixels, self.prompts = captioned_images(images, self.policy.backbone.resolution)
+        if only is None:
+            few = size == "sd15"
+            self.disagreement = self._checked(AGSM(group_size=2) if few else objective, 2 if few else images)
+            self.published.group_size = group_size
+        if only != "published":
+            source = Pairs("builtin:shapes", images, **({"num_images": 16 * images} | options["pairs"]))
+            self.trainer = Trainer(self.policy, [Term(objective, source, name="agsm")], steps=1)
+        if on_gpu and only != "ours":
+            self.published.to_half()
+        if on_gpu and only != "published":
+            self.policy.backbone.pipeline.to(torch.bfloat16)
+
+    def _checked(self, objective: AGSM, count: int) -> dict[str, float]:
+        """How far the two lie apart; RuntimeError unless both learn the same."""
+        self.published.group_size = objective.groups.size
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            found = disagreement(self.policy, self.published, objective, count)
+        if max(found.values()) > TOLERANCE:
+            raise RuntimeError(f"the two do not learn the same, so there is nothing to compare: {found}")
+        return found
+
+    def run(self, name: str) -> Any:
+        """A step of `ours` or `published`."""
+        return self.trainer.run_step() if name == "ours" else self.published.step(self.pixels, self.prompts)
+
+
+def _freed(policy: Policy) -> Any:
+    """The policy's pipeline, without its adapters."""
+    for adapter in list(policy.backbone.adapters):
+        adapter.detach()
+    return policy.backbone.pipeline
+
+
+def main(
+    size: Size = "embedded",
+    device: Literal["cpu", "cuda"] = "cpu",
+    images: Annotated[int, typer.Option(min=2, help="images a step")] = 4,
+    group_size: Annotated[int, typer.Option(min=2, help="prompts an image")] = 4,
+    resolution: Annotated[int | None, typer.Option(help="the model's own; 64 for sd15 on a CPU")] = None,
+    agsm: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006 — typer's way
+    pairs: Annotated[list[str], typer.Option(help="key=value for our source")] = [],  # noqa: B006
+    gradient_checkpointing: Annotated[bool, typer.Option(help="ours alone")] = False,
+    repeats: Annotated[int, typer.Option(min=1)] = 25,
+    warmup: Annotated[int, typer.Option(min=0)] = 2,
+    results: Path = measure.RESULTS,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure and record."""
+    options: dict[str, Any] = {
+        "backbone": {"resolution": resolution, "gradient_checkpointing": gradient_checkpointing},
+        "agsm": options_of(agsm),
+        "pairs": options_of(pairs),
+    }
+    if memory_of is not None:
+        memory = measure.PeakMemory(device)
+        side = Sides(size, device, images, group_size, only=memory_of, **options)
+        for _ in range(2):
+            side.run(memory_of)
+        print(json.dumps(memory.bytes()))
+        return
+    peaks = {name: measure.in_fresh_process("--memory-of", name) for name in ("ours", "published")}
+    sides = Sides(size, device, images, group_size, **options)
+    names = ("ours", "published")
+    taken = measure.interleave(
+        {name: measure.timed(lambda name=name: sides.run(name), device) for name in names},
+        repeats=repeats,
+        warmup=warmup,
+    )
+    flops = {name: measure.flops_of(lambda name=name: sides.run(name)) for name in names}
+    step = measure.compare_seconds(taken["ours"], taken["published"])
+    found = {
+        "step": step,
+        "memory": measure.compare_amounts(peaks["ours"], peaks["published"], unit="bytes"),
+        "flops": measure.compare_amounts(flops["ours"], flops["published"], unit="FLOPs", of="other/ours"),
+    }
+    achieved = flops["ours"] / step["ours"]
+    peak = measure.peak_flops(device)
+    if peak is not None:
+        found["peak"] = measure.compare_amounts(achieved, peak, unit="FLOPs a second")
+    measure.write_result(
+        f"agsm_step_{size}_{device}",
+        what=f"AGSM, {images} images x {group_size} prompts, {sides.policy.backbone.resolution} px",
+        device=device,
+        results=results,
+        comparisons=found,
+        figures={"flops_a_second": round(achieved)},
+        disagreement=sides.disagreement,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,33 @@
+"""The models that are measured: the embedded base, or Stable Diffusion 1.5's sizes with random weights."""
+
+from typing import Any, Literal
+
+import torch
+from full_size import make_sd15
+
+from agsm_rl.backbones.loading import load_pipeline
+
+Size = Literal["embedded", "sd15"]
+EMBEDDED = "builtin:shapes-sd15"
+
+
+def make_pipeline(size: Size, device: str) -> Any:
+    """A StableDiffusionPipeline in float32, the same one each time."""
+    if size == "embedded":
+        return load_pipeline(EMBEDDED, dtype=torch.float32).to(device)
+    torch.manual_seed(0)
+    pipeline = make_sd15()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def resolution_of(size: Size, device: str) -> int | None:
+    """Pixels a side: the model's own, but few where a CPU runs the large one."""
+    return 64 if size == "sd15" and device == "cpu" else None
+
+
+def options_of(given: list[str]) -> dict[str, Any]:
+    """`key=value` words as a constructor's options; values as YAML reads them."""
+    import yaml
+
+    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in given)}

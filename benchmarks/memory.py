@@ -1,0 +1,203 @@
+"""Predicted against measured peaks of memory, on the CPU.
+
+    python benchmarks/memory.py                 the embedded bases, many settings
+    python benchmarks/memory.py --mid-size      a random U-Net of SD1.5's architecture, a quarter as wide, at 256 px
+
+Measured is what torch's profiler saw the CPU's allocator give out in a step (`measured_mib`; weights and the state of
+the optimiser, which are there before, are added), each case in a process of its own, whose resident memory grew by
+`resident_mib` from before the weights were loaded to its largest. The prediction is `agsm-rl check`'s, of the training
+steps alone. On a GPU nothing was measured. The figures go to benchmarks/results/memory_<what>_cpu.json.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from agsm_rl.build import build_trainer
+from agsm_rl.memory import lie_there, predict
+from agsm_rl.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+LORA = {"lora": {"use": "lora", "rank": 8, "banks": 2}}
+
+
+def pairs(batch_size: int = 8) -> dict[str, Any]:
+    """A source of drawings."""
+    return {"use": "pairs", "dataset": "builtin:shapes", "batch_size": batch_size, "num_images": batch_size}
+
+
+def rollouts(**options: Any) -> dict[str, Any]:
+    """A source of images of the policy's own."""
+    common = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}, "num_steps": 4}
+    return {**common, "num_prompts": 4, "images_per_prompt": 4, "guidance": 3.0, **options}
+
+
+def embedded() -> dict[str, dict[str, Any]]:
+    """Cases on the embedded bases."""
+    sd15, sdxl, sd3 = (f"builtin:shapes-{kind}" for kind in ("sd15", "sdxl", "sd3"))
+    return {
+        "agsm": case("agsm", pairs(), sd15),
+        "agsm, groups_per_pass 1": case("agsm", pairs(), sd15, groups_per_pass=1),
+        "agsm, checkpointing": case("agsm", pairs(), sd15, checkpointing=True),
+        "agsm, soft tokens": case("agsm", pairs(), sd15, adapters={"tokens": {"use": "soft_tokens"}}),
+        "softrepa": case("softrepa", pairs(), sd15),
+        "softrepa, groups_per_pass 1": case("softrepa", pairs(), sd15, groups_per_pass=1),
+        "ddpo": case("ddpo", rollouts(), sd15),
+        "ddpo, images_per_pass 4": case("ddpo", rollouts(), sd15, images_per_pass=4),
+        "ddpo, images_per_pass 1, sample_batch_size 4": case(
+            "ddpo", rollouts(sample_batch_size=4), sd15, images_per_pass=1
+        ),
+        "ddpo, checkpointing": case("ddpo", rollouts(), sd15, checkpointing=True),
+        "reward_backprop": case(
+            "reward_backprop",
+            {"use": "prompts", "prompts": "builtin:shapes-prompts", "batch_size": 4},
+            sd15,
+            rewards={"brightness": 1.0},
+            num_steps=4,
+        ),
+        "agsm on SDXL": case("agsm", pairs(), sdxl),
+        "ddpo on SDXL, checkpointing": case("ddpo", rollouts(), sdxl, checkpointing=True),
+        "agsm on SD3": case("agsm", pairs(4), sd3, t5_length=20),
+        "flow_grpo on SD3, images_per_pass 4": case("flow_grpo", rollouts(), sd3, t5_length=20, images_per_pass=4),
+    }
+
+
+def mid_size(checkpoint: str) -> dict[str, dict[str, Any]]:
+    """Cases on the random U-Net."""
+    few = rollouts(num_prompts=2, images_per_prompt=2, num_steps=2, sample_batch_size=2)
+    return {
+        "agsm": case("agsm", pairs(4), checkpoint, group_size=2),
+        "agsm, groups_per_pass 1": case("agsm", pairs(4), checkpoint, group_size=2, groups_per_pass=1),
+        "agsm, checkpointing": case("agsm", pairs(4), checkpoint, group_size=2, checkpointing=True),
+        "softrepa": case("softrepa", pairs(4), checkpoint, group_size=2),
+        "ddpo": case("ddpo", few, checkpoint),
+        "ddpo, images_per_pass 1": case("ddpo", few, checkpoint, images_per_pass=1),
+        "ddpo, checkpointing": case("ddpo", few, checkpoint, checkpointing=True),
+    }
+
+
+def case(
+    use: str,
+    source: dict[str, Any],
+    checkpoint: str,
+    *,
+    checkpointing: bool = False,
+    adapters: dict[str, Any] | None = None,
+    t5_length: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """A recipe of one term."""
+    backbone = {"use": "stable_diffusion", "checkpoint": checkpoint, "device": "cpu", "t5_length": t5_length}
+    return {
+        "steps": 2,
+        "backbone": {**backbone, "gradient_checkpointing": checkpointing},
+        "adapters": adapters or LORA,
+        "objectives": [{"use": use, "source": source, **options}],
+        "track": [],
+    }
+
+
+def make_mid_size(folder: Path) -> str:
+    """The random pipeline, in a folder."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from agsm_rl.shapes.train_base.layouts import assemble_sd15
+    from agsm_rl.shapes.train_base.text import make_tokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32, block_out_channels=(80, 160, 320, 320), cross_attention_dim=192, attention_head_dim=8,
+        norm_num_groups=16,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, sample_size=256,
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=768, num_hidden_layers=4,
+            num_attention_heads=3, max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    assemble_sd15(vae, text, tokenizer=tokenizer, unet=unet).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(data: dict[str, Any]) -> dict[str, Any]:
+    """Predict a case, then run it."""
+    torch.set_num_threads(1)
+    recipe = Recipe.from_data(data)
+    began = time.process_time()
+    _, prediction = predict(recipe)
+    seconds = time.process_time() - began
+    assert not isinstance(prediction, str), prediction
+    peaks = {phase: peak for phase, peak in prediction.peaks.items() if phase.startswith(("drawing ", "learning "))}
+    before = _resident()
+    trainer = build_trainer(recipe)
+    trainer.run_step()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.run_step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    measured = peak + sum(lie_there(trainer).values())
+    return {
+        "predicted_mib": round(max(peaks.values()) / 2**20, 1),
+        "measured_mib": round(measured / 2**20, 1),
+        "ratio": round(max(peaks.values()) / measured, 3),
+        "resident_mib": round(grown / 2**20, 1),
+        "phase": max(peaks, key=lambda phase: peaks[phase]),
+        "prediction_cpu_seconds": round(seconds, 2),
+    }
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(
+    mid: Annotated[bool, typer.Option("--mid-size", help="the random U-Net instead of the embedded bases")] = False,
+) -> None:
+    """Run the cases and record them."""
+    # Forked, not started anew: libraries are imported once; a process of its own has a peak of its own.
+    processes = multiprocessing.get_context("fork")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = mid_size(make_mid_size(Path(folder) / "base")) if mid else embedded()
+        for name, data in cases.items():
+            with processes.Pool(1) as pool:
+                found[name] = pool.apply(measure, (data,))
+            print(name, found[name], flush=True)
+    figures = {
+        "what": "peak memory of a training step, predicted and measured, float32, LoRA of rank 8 with two banks; "
+        + ("a random U-Net of SD1.5's architecture, widths 80 to 320, 256 px" if mid else "the embedded bases"),
+        "command": "python benchmarks/memory.py" + (" --mid-size" if mid else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
+        "torch": torch.__version__,
+        "cases": found,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"memory_{'mid_size' if mid else 'embedded'}_cpu.json"
+    file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

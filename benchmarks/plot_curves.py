@@ -1,0 +1,44 @@
+# /// script
+# dependencies = ["matplotlib", "numpy"]
+# ///
+"""The curves of benchmarks/curves.py as a picture: `uv run benchmarks/plot_curves.py OUT.png [CURVES.json]`.
+
+Both axes are logarithmic; the dotted line is linear growth from the first point on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+CURVES = Path(__file__).parent / "results" / "curves.json"
+
+
+def main(out: str, curves: str = str(CURVES)) -> None:
+    """Write the picture."""
+    found = json.loads(Path(curves).read_text())["curves"]
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    for place, curve in zip(axes.flat, found, strict=False):
+        x = np.array([point[curve["vary"]] for point in curve["points"]], dtype=float)
+        y = np.array([point["seconds"] for point in curve["points"]])
+        place.loglog(x, y[0] * x / x[0], ":", color="grey")
+        place.loglog(x, y, "o-")
+        place.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        place.minorticks_off()
+        place.set_title(f"{curve['name']}: exponent {curve['exponent']:.2f}", fontsize=9)
+        place.set_ylabel("seconds a step", fontsize=8)
+        place.spines[["top", "right"]].set_visible(False)
+    for place in list(axes.flat)[len(found) :]:
+        place.set_visible(False)
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

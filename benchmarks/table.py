@@ -1,0 +1,108 @@
+"""The tables in README.md, made of results/*.json: `python benchmarks/table.py`.
+
+A measurement that is still to come has empty cells.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- made by table.py -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A comparison within a result, and what is wanted of its ratio."""
+
+    result: str
+    comparison: str
+    words: str
+    goal: str = ""
+
+
+ROWS = (
+    Row("agsm_step_embedded_cpu", "step", "AGSM step, embedded base, CPU: times faster", "≥ 1.3"),
+    Row("agsm_step_embedded_cpu", "flops", "— its FLOPs: times fewer"),
+    Row("agsm_step_embedded_cpu", "memory", "— its peak memory: share of the published"),
+    Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
+    Row("agsm_step_sd15_cpu", "memory", "— its peak memory: share of the published"),
+    Row("agsm_step_sd15_cuda", "step", "AGSM step, SD1.5's size, 512 px, GPU: times faster", "≥ 2"),
+    Row("agsm_step_sd15_cuda", "memory", "— its peak memory: share of the published", "≤ 0.55"),
+    Row("agsm_step_sd15_cuda", "peak", "— its share of the GPU's bf16 peak", "≥ 0.5"),
+    Row("ddpo_step_embedded_cpu", "step", "DDPO, embedded base, CPU: times TRL's images a second", "≥ 1.5"),
+    Row("ddpo_step_embedded_cpu", "memory", "— its peak memory: share of TRL's"),
+    Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images a second"),
+    Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
+    Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),
+    Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.9"),
+    Row("stack_embedded_cpu", "pairs", "AGSM on pairs + DDPO, nothing shared: share of the sum of the two"),
+)
+FULL_SIZES = ("full_size_sd15_cpu", "full_size_sd15_cuda", "full_size_sdxl_cuda", "full_size_sd3_cuda")
+
+
+def make_tables(results: Path) -> str:
+    """Markdown of both tables."""
+    lines = ["| | goal | ratio [95 %] | ours | other | machine |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        lines.append(_line([row.words, row.goal, *_cells(_read(results, row.result), row.comparison)]))
+    lines += ["", "| full size | term | seconds | peak GiB | what | machine |", "|---|---|---|---|---|---|"]
+    for name in FULL_SIZES:
+        lines += _full_size(name, _read(results, name))
+    return "\n".join(lines) + "\n"
+
+
+def _read(results: Path, name: str) -> dict[str, Any] | None:
+    file = results / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(result: dict[str, Any] | None, comparison: str) -> list[str]:
+    """Ratio, ours, other, machine."""
+    found = (result or {}).get("comparisons", {}).get(comparison)
+    if result is None or found is None:
+        return [""] * 4
+    interval = f" [{found['low']:.3g}, {found['high']:.3g}]" if "low" in found else ""
+    amounts = [_amount(found[side], found["unit"]) for side in ("ours", "other")]
+    return [f"{found['ratio']:.3g}{interval}", *amounts, result["machine"]]
+
+
+def _amount(number: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+    if unit == "FLOPs":
+        return f"{number / 1e9:.4g} GFLOPs"
+    if unit == "FLOPs a second":
+        return f"{number / 1e12:.4g} TFLOPs a second"
+    return f"{number:.3g} {unit}"
+
+
+def _full_size(name: str, result: dict[str, Any] | None) -> list[str]:
+    label = name.removeprefix("full_size_").replace("_", ", ")
+    if result is None:
+        return [_line([label, *[""] * 5])]
+    return [
+        _line([label, term, f"{step['seconds']:g}", f"{step['peak_gib']:g}", result["what"], result["machine"]])
+        for term, step in result["steps"].items()
+    ]
+
+
+def put_in(text: str, tables: str) -> str:
+    """`text` with what stands between the marks replaced."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    readme = HERE / "README.md"
+    readme.write_text(put_in(readme.read_text(), make_tables(HERE / "results")))
+
+
+if __name__ == "__main__":
+    main()

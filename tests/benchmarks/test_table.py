@@ -1,0 +1,41 @@
+"""README.md's tables are made of the recorded results."""
+
+import json
+from pathlib import Path
+
+import table
+
+COMPARISON = {"ratio": 1.5, "low": 1.4, "high": 1.6, "ours": 0.1, "other": 0.15, "unit": "s"}
+
+
+def line_of(tables: str, words: str) -> list[str]:
+    """The cells of the line that begins so."""
+    (line,) = (line for line in tables.splitlines() if line.startswith(f"| {words}"))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_a_result_fills_its_line(tmp_path):
+    result = {"machine": "two cores", "comparisons": {"step": COMPARISON}}
+    (tmp_path / "ddpo_step_embedded_cpu.json").write_text(json.dumps(result))
+    cells = line_of(table.make_tables(tmp_path), "DDPO, embedded base, CPU")
+    assert cells[1:] == ["≥ 1.5", "1.5 [1.4, 1.6]", "0.1 s", "0.15 s", "two cores"]
+
+
+def test_a_measurement_still_to_come_has_empty_cells(tmp_path):
+    tables = table.make_tables(tmp_path)
+    assert line_of(tables, "AGSM step, SD1.5's size, 512 px")[1:] == ["≥ 2", "", "", "", ""]
+    assert line_of(tables, "sd3, cuda")[1:] == [""] * 5
+
+
+def test_amounts_are_written_in_their_units(tmp_path):
+    memory = {"ratio": 0.5, "ours": 2**30, "other": 2**31, "unit": "bytes"}
+    result = {"machine": "a GPU", "comparisons": {"step": COMPARISON, "memory": memory}}
+    (tmp_path / "agsm_step_embedded_cpu.json").write_text(json.dumps(result))
+    (tmp_path / "agsm_step_sd15_cpu.json").write_text(json.dumps(result))
+    lines = [line for line in table.make_tables(tmp_path).splitlines() if "peak memory: share of the published" in line]
+    assert "0.5 | 1.00 GiB | 2.00 GiB | a GPU" in lines[0]
+
+
+def test_the_readme_has_the_tables_of_the_recorded_results():
+    text = (Path(table.HERE) / "README.md").read_text()
+    assert text == table.put_in(text, table.make_tables(table.HERE / "results")), "run python benchmarks/table.py"

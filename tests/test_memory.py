@@ -1,0 +1,164 @@
+"""The predicted memory is what a real step takes from the allocator, and what is proposed to fit does."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from agsm_rl.build import build_trainer
+from agsm_rl.fit_memory import MARGIN, changed, fit
+from agsm_rl.memory import predict, steps_to_see
+from agsm_rl.recipe import Recipe
+from agsm_rl.rehearsal import Rehearsal
+from agsm_rl.trainer import Term
+
+PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8, "num_images": 8}
+ROLLOUTS = {
+    "use": "rollouts",
+    "prompts": "builtin:shapes-prompts",
+    "rewards": {"brightness": 1.0},
+    "num_prompts": 2,
+    "images_per_prompt": 4,
+    "num_steps": 4,
+    "guidance": 3.0,
+}
+
+
+@pytest.fixture
+def make_recipe(tiny_checkpoint):
+    """A recipe of one objective on the tiny base, wide enough for activations to count."""
+
+    def make(use, source, *, checkpoint=None, adapters=None, backbone=None, **options):
+        data = {
+            "steps": 2,
+            "backbone": {"use": "stable_diffusion", "checkpoint": str(checkpoint or tiny_checkpoint), "device": "cpu"},
+            "adapters": adapters or {"lora": {"use": "lora", "rank": 2, "banks": 2}, "tokens": {"use": "soft_tokens"}},
+            "objectives": [{"use": use, "source": source, **options}],
+            "track": [],
+        }
+        data["backbone"] |= backbone or {}
+        return Recipe.from_data(data)
+
+    return make
+
+
+def measured(recipe):
+    """Bytes at the peak of a step: what lies there, and what the CPU's allocator was asked for in torch's profile."""
+    trainer = build_trainer(recipe)
+    trainer.run_step()
+    kept = {id(tensor.untyped_storage()): tensor for tensor in _kept(trainer)}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.run_step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def _kept(trainer):
+    modules = [
+        part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)
+    ]
+    own = {id(parameter) for parameter in trainer.parameters.values()}
+    yield from (tensor for part in modules for tensor in (*part.parameters(), *part.buffers()) if id(tensor) not in own)
+    for parameter in trainer.parameters.values():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+        yield from (value for value in trainer.optimizer.state[parameter].values() if value.dim())
+    yield from trainer.policy.state_dict()["ema"].values()
+
+
+def assert_close(recipe):
+    predicted, real = predict(recipe)[1].peak, measured(recipe)
+    assert predicted == pytest.approx(real, rel=0.15), f"predicted {predicted}, measured {real}"
+    return predicted
+
+
+@pytest.mark.parametrize("use", ["agsm", "softrepa"])
+def test_the_peak_of_contrast_is_predicted_for_any_number_of_groups_a_pass(make_recipe, use):
+    peaks = [assert_close(make_recipe(use, PAIRS, group_size=2, groups_per_pass=count)) for count in (None, 2, 1)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_ddpo_is_predicted_for_any_number_of_images_a_pass(make_recipe, checkpointing):
+    backbone = {"gradient_checkpointing": checkpointing}
+    for count in (None, 1):
+        assert_close(make_recipe("ddpo", ROLLOUTS | {"sample_batch_size": 4}, backbone=backbone, images_per_pass=count))
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_the_peak_is_predicted_on_each_kind_of_base(make_recipe, request, kind):
+    checkpoint = request.getfixturevalue({"sdxl": "tiny_xl_checkpoint", "sd3": "tiny_sd3_checkpoint"}[kind])
+    adapters = {"lora": {"use": "lora", "rank": 2}}
+    assert_close(make_recipe("diffusion_nft", ROLLOUTS, checkpoint=checkpoint, adapters=adapters))
+
+
+def test_rewards_are_not_asked_and_weights_are_not_read(make_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("called")
+
+    monkeypatch.setattr("agsm_rl_rewards.brightness.Brightness.__call__", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    trainer, prediction = predict(make_recipe("ddpo", ROLLOUTS))
+    assert prediction.peak > sum(prediction.resident.values()) > 0
+    assert all(parameter.is_meta for parameter in trainer.policy.backbone.denoiser.parameters())
+
+
+def test_what_cannot_be_rehearsed_is_told_and_not_guessed(make_recipe, monkeypatch):
+    def odd(*_, **__):
+        raise NotImplementedError("no meta kernel")
+
+    monkeypatch.setattr("agsm_rl.objectives.ddpo.DDPO.loss", odd)
+    assert predict(make_recipe("ddpo", ROLLOUTS))[1] == "NotImplementedError: no meta kernel"
+
+
+def test_the_proposal_fits_and_halves_passes_before_it_changes_the_base(make_recipe):
+    recipe = make_recipe("agsm", PAIRS, group_size=2)
+    own = predict(recipe)[1]
+    assert fit(recipe, own, own.peak * 2).changes == {}
+    smaller = fit(recipe, own, own.peak)  # which leaves nothing to spare
+    assert smaller.fits and set(smaller.changes) == {"objectives.0.groups_per_pass"}
+    again = predict(changed(recipe, smaller.changes, "recipe", ()))[1]
+    assert again.peak == smaller.prediction.peak <= own.peak / (1 + MARGIN)
+
+
+def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe):
+    recipe = make_recipe("agsm", PAIRS, group_size=2)
+    own = predict(recipe)[1]
+    found = fit(recipe, own, 1000)
+    assert not found.fits and found.prediction.peak < own.peak
+    assert found.changes["backbone.gradient_checkpointing"] and found.changes["backbone.dtype"] == "bfloat16"
+
+
+def test_every_set_of_terms_that_come_together_is_rehearsed_once(make_pairs):
+    from agsm_rl.objectives.agsm import AGSM
+
+    def term(name, **when):
+        return Term(AGSM(), make_pairs(), name=name, **when)
+
+    assert steps_to_see([term("a"), term("b", every=3)], 100) == [0]
+    assert steps_to_see([term("a", every=2), term("b", every=2, offset=1)], 100) == [0, 1]
+    assert steps_to_see([term("a"), term("b", weight={0: 0.0, 50: 0.0, 60: 1.0})], 100) == [51]
+
+
+def test_memory_is_counted_once_a_storage_and_given_back():
+    with Rehearsal() as rehearsal:
+        tensor = torch.empty(10, 100, device="meta")
+        row = tensor[0]
+        assert rehearsal.now == 4000
+        del tensor
+        assert rehearsal.now == 4000
+        del row
+        assert rehearsal.now == 0
+        assert rehearsal.peaks == {"": 4000}
+
+
+def test_known_integers_keep_their_values_beside_tensors_without_any():
+    with Rehearsal():
+        values = torch.empty(4, 3, device="meta")
+        rows = torch.arange(4, device="meta")
+        assert values[rows[rows > 1]].shape == (2, 3)
+        assert values.cpu().tolist() == [[0.0] * 3] * 4
