@@ -263,7 +263,11 @@ class RolloutBatch(RewardedBatch):
 
 
 class Source(Protocol):
-    """Where batches come from. On-policy sampling is just a source."""
+    """Where batches come from. On-policy sampling is just a source.
+
+    One that knows says `batch_size`, the rows of a batch over all processes, and `unlearned`, how many shares of what
+    it drew are still to come: a checkpoint, which one process writes, does not hold those of the others.
+    """
 
     gives: ClassVar[type[Batch]]
 

@@ -87,8 +87,8 @@ class Evaluation:
     """Base against trained, each `evaluate.every` steps and at the end: eval.json, evaluations.jsonl, a picture.
 
     What is measured is what would be exported. `check` is called before each batch of images and may raise Interrupted.
-    `standing` keeps the best so far; when a rule of the recipe says so, the
-    run is ended after the step (`ended` then says why).
+    `standing` keeps the best so far; when a rule of the recipe says so, the run is ended after the step (`ended` then
+    says why).
     """
 
     def __init__(

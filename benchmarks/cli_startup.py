@@ -8,9 +8,7 @@ loading torch, diffusers, transformers and PEFT alone takes, which `check` canno
 The figures go to benchmarks/results/cli_startup.json.
 """
 
-import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -18,11 +16,10 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
+from measure import write_result
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 IMPORTS = "import peft; from diffusers import StableDiffusionPipeline, UNet2DConditionModel"
 COMMANDS = {
     "python": ["-c", "pass"],
@@ -50,17 +47,8 @@ def main(repeats: Annotated[int, typer.Option(min=1, help="Starts of each comman
         name: min((cost(arguments) for _ in range(repeats)), key=lambda one: one["cpu_seconds"])
         for name, arguments in COMMANDS.items()
     }
-    figures = {
-        "what": f"the fastest of {repeats} starts of each command, one thread",
-        "command": f"python benchmarks/cli_startup.py --repeats {repeats}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commands": found,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cli_startup.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    what = f"the fastest of {repeats} starts of each command, one thread"
+    write_result("cli_startup", what=what, device="cpu", commands=found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ linear. Processes are started as users start them, by `accelerate launch`, each 
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import typer
 from agsm_rl_rewards.brightness import Brightness
+from measure import write_result
 
 from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.lora import LoRA
@@ -34,7 +34,6 @@ from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.rollouts import Rollouts
 
-RESULTS = Path(__file__).parent / "results"
 BASE = "builtin:shapes-sd15"
 
 
@@ -176,19 +175,13 @@ def main(
     torch.set_num_threads(threads)
     began = time.perf_counter()
     found = [measure(curve, repeats, threads) for curve in curves(toy)]
-    figures = {
-        "what": f"seconds of a step on {BASE}, soft tokens and LoRA of rank 8 with two banks, {threads} thread(s) each",
-        "command": f"python benchmarks/curves.py --repeats {repeats} --threads {threads}" + (" --toy" if toy else ""),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "load_at_the_end": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-        "curves": found,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ("curves_toy.json" if toy else "curves.json")
-    file.write_text(json.dumps(figures, indent=1) + "\n")
-    print(file)
+    write_result(
+        "curves_toy" if toy else "curves",
+        what=f"seconds of a step on {BASE}, soft tokens and LoRA of rank 8 with two banks, {threads} thread(s) each",
+        device="cpu",
+        minutes=round((time.perf_counter() - began) / 60, 1),
+        curves=found,
+    )
 
 
 if __name__ == "__main__":

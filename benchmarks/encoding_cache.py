@@ -9,8 +9,6 @@ weights. What padding is like, and seconds, are measured on the embedded bases. 
 benchmarks/results/encoding_cache.json.
 """
 
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,9 +20,9 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 import torch
-import transformers
 import typer
 from full_size import clip, make_sd3, make_sd15
+from measure import write_result
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +37,6 @@ from agsm_rl.shapes import data
 from agsm_rl.sources import cache
 from agsm_rl.sources.pairs import Pairs
 
-RESULT = Path(__file__).parent / "results" / "encoding_cache.json"
 COCO_IMAGES, COCO_CAPTIONS = 118_287, 591_753
 PUBLISHED = {"sd15": 1.1e12, "sd3": 9.1e12}
 """Bytes that SoftREPA's preparation of COCO train2017 needs."""
@@ -254,23 +251,16 @@ def main(
 ) -> None:
     """Measure all of it and record it."""
     datasets.disable_progress_bars()
-    figures = {
-        "what": "the encoding cache: bytes a caption (random tensors of the real shapes), operations, padding, seconds",
-        "command": f"python benchmarks/encoding_cache.py --images {images} --rounds {rounds}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads; other work was running beside it",
-        "versions": {
-            "torch": torch.__version__,
-            "datasets": datasets.__version__,
-            "transformers": transformers.__version__,
-        },
-        "softrepa": {"coco_images": COCO_IMAGES, "coco_captions": COCO_CAPTIONS, "bytes": PUBLISHED},
-        "bytes": {base: measure_bytes(base, images) for base in BASES},
-        "operations_in_billions": count_operations(),
-        "padding": {base: look_at_padding(base) for base in ("shapes-sd15", "shapes-sdxl", "shapes-sd3")},
-        "seconds": measure_seconds(rounds),
-    }
-    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write_result(
+        "encoding_cache",
+        what="the encoding cache: bytes a caption (random tensors of the real shapes), operations, padding, seconds",
+        device="cpu",
+        softrepa={"coco_images": COCO_IMAGES, "coco_captions": COCO_CAPTIONS, "bytes": PUBLISHED},
+        bytes={base: measure_bytes(base, images) for base in BASES},
+        operations_in_billions=count_operations(),
+        padding={base: look_at_padding(base) for base in ("shapes-sd15", "shapes-sdxl", "shapes-sd3")},
+        seconds=measure_seconds(rounds),
+    )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,8 @@ figures go to benchmarks/results/full_size_<kind>_<device>.json. Weights are ran
 The configurations are those of stable-diffusion-v1-5, stable-diffusion-xl-base-1.0 and stable-diffusion-3-medium.
 """
 
-import json
-import platform
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,6 +23,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from measure import resident_bytes, write_result
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from agsm_rl import Policy, Term, Trainer
@@ -41,7 +38,6 @@ from agsm_rl.shapes.train_base.text import make_tokenizer
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.rollouts import Rollouts
 
-RESULTS = Path(__file__).parent / "results"
 TEXT_LENGTH = 77
 
 
@@ -171,11 +167,7 @@ class Meter:
         if self.on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        bytes_ = (
-            torch.cuda.max_memory_allocated()
-            if self.on_gpu
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        bytes_ = torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes(peak=True)
         figures = {key: round(value, 6) for key, value in metrics.items() if "/" in key}
         return {"seconds": round(seconds, 2), "peak_gib": round(bytes_ / 2**30, 2), "metrics": figures}
 
@@ -210,23 +202,16 @@ def main(
         trainer = Trainer(policy, [Term(objective, source, name=name)], steps=1)
         steps[name] = meter.run(trainer.run_step)
         print(name, steps[name], flush=True)
-    where = torch.cuda.get_device_name() if meter.on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    figures = {
-        "what": f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "
+    write_result(
+        f"full_size_{kind}_{device.partition(':')[0]}",
+        what=f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "
         f"AGSM: {batch_size} images x 2 prompts; policy gradient: {images} images x {num_steps} sampling steps",
-        "command": f"python benchmarks/full_size.py {kind} --resolution {backbone.resolution} --dtype {dtype} "
-        f"--device {device} --batch-size {batch_size} --images {images} --num-steps {num_steps}",
-        "machine": where,
-        "torch": torch.__version__,
-        "denoiser_parameters": sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in policy.parameters().values()),
-        "latents": list(backbone.latent_shape),
-        "steps": steps,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"full_size_{kind}_{device.partition(':')[0]}.json"
-    file.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+        device=device,
+        denoiser_parameters=sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
+        trained_parameters=sum(parameter.numel() for parameter in policy.parameters().values()),
+        latents=list(backbone.latent_shape),
+        steps=steps,
+    )
 
 
 if __name__ == "__main__":

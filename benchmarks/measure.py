@@ -162,6 +162,14 @@ class PeakMemory:
         return (torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes(peak=True)) - self.before
 
 
+def allocator_peak(run: Callable[[], Any]) -> int:
+    """The most that the CPU's allocator gave out during a run, beyond what was there before; by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda one: one.start_ns())])))
+
+
 def serve(step: Callable[[], Any], device: str) -> None:
     """Be a worker: run `step` whenever told to on stdin and answer in JSON, until stdin ends; see Worker."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is no answer
@@ -251,6 +259,7 @@ def write_result(name: str, *, what: str, device: str, results: Path = RESULTS, 
         "what": what,
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "machine": machine(device),
+        "load_average": round(os.getloadavg()[0], 1),
         "software": software(),
     }
     results.mkdir(parents=True, exist_ok=True)

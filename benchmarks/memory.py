@@ -9,11 +9,7 @@ the optimiser, which are there before, are added), each case in a process of its
 steps alone. On a GPU nothing was measured. The figures go to benchmarks/results/memory_<what>_cpu.json.
 """
 
-import json
 import multiprocessing
-import os
-import platform
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -21,13 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.profiler import ProfilerActivity, profile
+from measure import allocator_peak, resident_bytes, write_result
 
 from agsm_rl.build import build_trainer
 from agsm_rl.memory import lie_there, predict
 from agsm_rl.recipe import Recipe
 
-RESULTS = Path(__file__).parent / "results"
 LORA = {"lora": {"use": "lora", "rank": 8, "banks": 2}}
 
 
@@ -146,18 +141,11 @@ def measure(data: dict[str, Any]) -> dict[str, Any]:
     seconds = time.process_time() - began
     assert not isinstance(prediction, str), prediction
     peaks = {phase: peak for phase, peak in prediction.peaks.items() if phase.startswith(("drawing ", "learning "))}
-    before = _resident()
+    before = resident_bytes()
     trainer = build_trainer(recipe)
     trainer.run_step()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        trainer.run_step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    measured = peak + sum(lie_there(trainer).values())
+    grown = resident_bytes(peak=True) - before
+    measured = allocator_peak(trainer.run_step) + sum(lie_there(trainer).values())
     return {
         "predicted_mib": round(max(peaks.values()) / 2**20, 1),
         "measured_mib": round(measured / 2**20, 1),
@@ -166,11 +154,6 @@ def measure(data: dict[str, Any]) -> dict[str, Any]:
         "phase": max(peaks, key=lambda phase: peaks[phase]),
         "prediction_cpu_seconds": round(seconds, 2),
     }
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(
@@ -186,17 +169,13 @@ def main(
             with processes.Pool(1) as pool:
                 found[name] = pool.apply(measure, (data,))
             print(name, found[name], flush=True)
-    figures = {
-        "what": "peak memory of a training step, predicted and measured, float32, LoRA of rank 8 with two banks; "
+    write_result(
+        f"memory_{'mid_size' if mid else 'embedded'}_cpu",
+        what="peak memory of a training step, predicted and measured, float32, LoRA of rank 8 with two banks; "
         + ("a random U-Net of SD1.5's architecture, widths 80 to 320, 256 px" if mid else "the embedded bases"),
-        "command": "python benchmarks/memory.py" + (" --mid-size" if mid else ""),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
-        "torch": torch.__version__,
-        "cases": found,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"memory_{'mid_size' if mid else 'embedded'}_cpu.json"
-    file.write_text(json.dumps(figures, indent=1) + "\n")
+        device="cpu",
+        cases=found,
+    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ A few seconds and no weights: torch's counter sees the shapes of each product. d
 which go to benchmarks/results/sd3_flops.json. A product of [m, k] and [k, n] counts 2·m·k·n.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from full_size import make_sd3
+from measure import write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 
@@ -21,7 +20,6 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
 
-RESULTS = Path(__file__).parent / "results"
 TEXT_ROWS = 77 + 256
 """CLIP's rows and T5's."""
 
@@ -84,19 +82,16 @@ def main() -> None:
             adapter.attach(backbone_of(pipeline, resolution=512))
             trained[name] = sum(parameter.numel() for _, parameter in adapter.named_parameters())
             adapter.detach()
-    figures = {
-        "what": "FLOPs of one image or one prompt through Stable Diffusion 3 Medium's parts at full size, text of "
+    write_result(
+        "sd3_flops",
+        what="FLOPs of one image or one prompt through Stable Diffusion 3 Medium's parts at full size, text of "
         f"{TEXT_ROWS} rows; T5 XXL and a ViT-H/14 reward tower beside them",
-        "command": "python benchmarks/sd3_flops.py",
-        "torch": torch.__version__,
-        "denoiser_parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
-        "trained_parameters": trained,
-        "flops": parts,
-        "flops_by_resolution": by_resolution,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "sd3_flops.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+        device="cpu",
+        denoiser_parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
+        trained_parameters=trained,
+        flops=parts,
+        flops_by_resolution=by_resolution,
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ROWS = (
     Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.9"),
     Row("stack_embedded_cpu", "pairs", "AGSM on pairs + DDPO, nothing shared: share of the sum of the two"),
 )
-FULL_SIZES = ("full_size_sd15_cpu", "full_size_sd15_cuda", "full_size_sdxl_cuda", "full_size_sd3_cuda")
+FULL_SIZES = tuple(f"full_size_{kind}_{device}" for kind in ("sd15", "sdxl", "sd3") for device in ("cpu", "cuda"))
 
 
 def make_tables(results: Path) -> str:

@@ -102,7 +102,8 @@ def test_every_objective_and_source_has_its_line_here():
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains_every_kind_of_adapter(train_one_step, objective, adapters):
-    train_one_step([objective], ADAPTERS[adapters])
+    metrics = train_one_step([objective], ADAPTERS[adapters])
+    assert metrics["loss"] == metrics[f"{objective}/loss"] and metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(("first", "second"), combinations(OBJECTIVES, 2))

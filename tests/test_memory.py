@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from measure import allocator_peak
 
 from agsm_rl.build import build_trainer
 from agsm_rl.fit_memory import MARGIN, changed, fit
@@ -46,14 +46,7 @@ def measured(recipe):
     trainer = build_trainer(recipe)
     trainer.run_step()
     kept = {id(tensor.untyped_storage()): tensor for tensor in _kept(trainer)}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        trainer.run_step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak + sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    return allocator_peak(trainer.run_step) + sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def _kept(trainer):

@@ -16,7 +16,7 @@ from agsm_rl.interfaces import Adapter
 
 
 def as_now(
-    adapters: Sequence[Adapter], attention: Callable[[], AbstractContextManager[None]] = nullcontext
+    adapters: Sequence[Adapter], attention: Callable[[], AbstractContextManager[None]]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `torch.utils.checkpoint`'s `context_fn`: the contexts of the forward pass and of its recomputation."""
     return nullcontext(), _all([attention(), *(adapter.recall() for adapter in adapters)])
@@ -31,7 +31,7 @@ def _all(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
 
 
 def enable_gradient_checkpointing(
-    denoiser: Any, adapters: Sequence[Adapter], attention: Callable[[], AbstractContextManager[None]] = nullcontext
+    denoiser: Any, adapters: Sequence[Adapter], attention: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """Checkpoint the denoiser's blocks; `adapters` is read at each call, so that later ones are included.
 

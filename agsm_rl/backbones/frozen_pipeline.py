@@ -155,7 +155,7 @@ class FrozenPipeline:
     def _attention(self) -> AbstractContextManager[None]:
         """The attention of predictions, with gradients or without, since log-probabilities are compared across the two.
 
-        On a CPU, fused attention's backward pass in half precision costs more than the rest of a step; plain there.
+        It is plain in half precision on a CPU, where fused attention's backward pass costs more than a step's rest.
         """
         half = self.denoiser.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and half else nullcontext()

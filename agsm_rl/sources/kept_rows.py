@@ -79,10 +79,6 @@ class KeptRows:
             raise UserError(row["reason"])
         return safetensors.torch.load(row["tensors"])
 
-    def bytes(self) -> int:
-        """What the files take on disk."""
-        return sum(self._path(number).stat().st_size for number in range(self._files))
-
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:03d}-of-{self._files:03d}.arrow"
 

@@ -20,6 +20,7 @@ from typing import Any
 import typer
 from filelock import FileLock
 
+from agsm_rl.cli_options import without_loading_bars
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.run import train
@@ -142,11 +143,7 @@ def _end_with_parent() -> None:
 
 def main(job: Path) -> None:
     """Run the cell of a job file; ends with its sweep, so stdin must stay open."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    without_loading_bars()
     _end_with_parent()
     try:
         run_cell(Job.read(job))

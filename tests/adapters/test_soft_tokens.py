@@ -1,6 +1,7 @@
 """Soft tokens: where they go, what they are made of, and that without them the base is exact."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -262,7 +263,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
     plain = gradients()
     runs = count_block_runs(backbone)
-    enable_gradient_checkpointing(backbone.denoiser, backbone.adapters)
+    enable_gradient_checkpointing(backbone.denoiser, backbone.adapters, nullcontext)
     checkpointed = gradients()
     assert runs["number"] == 2 * len(banks)  # it really did run the block again
     assert sum(gradient.abs().sum() for gradient in plain) > 0
