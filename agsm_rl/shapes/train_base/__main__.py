@@ -36,6 +36,9 @@ def main(
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="a base with the same latents and noise schedule, whose predictions are learned")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
@@ -56,7 +59,10 @@ def main(
         pipeline = _assemble(settings, layout, work, images, vae)
     else:
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
-    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images)
+    taught_by = None if teacher is None else backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
+    train_denoiser(
+        settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images, teacher=taught_by
+    )
     pipeline.save_pretrained(out)
     _forget_places(out)
     shutil.copy(work / "log.jsonl", out / "training_log.jsonl")

@@ -27,8 +27,13 @@ def train_denoiser(
     backbone: Backbone,
     requirements: list[world.Requirement],
     images: Tensor,
+    teacher: Backbone | None = None,
 ) -> None:
-    """Train the backbone's denoiser in place on uint8 images [N, 3, 32, 32]; it ends frozen, with the EMA's weights."""
+    """Train the backbone's denoiser in place on uint8 images [N, 3, 32, 32]; it ends frozen, with the EMA's weights.
+
+    With a teacher, a base of the same latents, noise schedule and kind of prediction, the target is what the teacher
+    predicts for the same caption: free of the noise that hides how little a rare or weak word changes.
+    """
     denoiser = backbone.denoiser.requires_grad_(True).train()
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=layout.learning_rate, weight_decay=1e-3, fused=True)
@@ -54,9 +59,15 @@ def train_denoiser(
         t = layout.noise_levels(torch.rand(len(x0), generator=generator))
         one = torch.ones(len(x0), 1, 1, 1)
         weight = layout.weight(backbone.add_noise(one, torch.zeros_like(one), t).flatten())
+        x_t = backbone.add_noise(x0, noise, t)
+        if teacher is None:
+            target = backbone.target(x0, noise, t)
+        else:
+            with torch.no_grad():
+                target = teacher.predict(x_t, t, teacher.encode_text(captions))
         with layout.precision():
-            prediction = backbone.predict(backbone.add_noise(x0, noise, t), t, cond)
-        error = (prediction - backbone.target(x0, noise, t)).square().mean(dim=(1, 2, 3))
+            prediction = backbone.predict(x_t, t, cond)
+        error = (prediction - target).square().mean(dim=(1, 2, 3))
         loss = (weight * error).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
