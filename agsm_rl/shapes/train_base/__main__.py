@@ -85,21 +85,25 @@ def _assemble(
     settings: Settings, layout: Layout, work: Path, images: Tensor, *, vae: Path | None, text: Path | None
 ) -> Any:
     """The pipeline with a denoiser of random weights, after the stages before it or with what they made before."""
-    if text is None:
+    if vae is None:
+        autoencoder = train_autoencoder(settings, work, images)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
+    made = None if text is None else load_pipeline(str(text), dtype=torch.float32)
+    if made is None:
         encoders = [
             train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
             for name, reader in layout.readers.items()
         ]
     else:
-        made = load_pipeline(str(text), dtype=torch.float32)
-        parts = ("text_encoder", "text_encoder_2", "text_encoder_3")[: len(layout.readers)]
-        encoders = [getattr(made, part).requires_grad_(False).eval() for part in parts]
-    if vae is None:
-        autoencoder = train_autoencoder(settings, work, images)
-    else:
-        autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
+        parts = [part for name, part in made.components.items() if name.startswith("text_encoder")]
+        encoders = [part.requires_grad_(False).eval() for part in parts]
     torch.manual_seed(settings.seed + 3)
-    return layout.assemble(autoencoder, *encoders)
+    pipeline = layout.assemble(autoencoder, *encoders)
+    if made is not None:  # its own tokenizers: those made here may give parts of words other numbers
+        tokenizers = {name: part for name, part in made.components.items() if name.startswith("tokenizer")}
+        pipeline.register_modules(**tokenizers)
+    return pipeline
 
 
 LOADED_FROM = ("_name_or_path", "is_local", "local_files_only")
