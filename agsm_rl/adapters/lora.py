@@ -44,6 +44,7 @@ class LoRA:
     """
 
     kind: ClassVar[str] = "lora"
+    mixes_banks: ClassVar[bool] = False
 
     def __init__(
         self,

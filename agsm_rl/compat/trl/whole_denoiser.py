@@ -15,6 +15,7 @@ class WholeDenoiser:
     """The denoiser's own weights, trained in place. A copy of the base's stays in CPU memory for switching off."""
 
     kind: ClassVar[str] = "whole_denoiser"
+    mixes_banks: ClassVar[bool] = False
     banks = 1
     changes_text = False
 
