@@ -38,9 +38,7 @@ def inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Any]:
 def gradients(policy: Policy, prediction: Tensor) -> list[Tensor]:
     weight = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(1))
     parameters = list(policy.parameters().values())
-    return list(
-        torch.autograd.grad((weight * prediction).sum(), parameters, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad((weight * prediction).sum(), parameters, allow_unused=True, materialize_grads=True))
 
 
 def bank_by_bank(policy: Policy, which: str = "live") -> Tensor:
@@ -64,9 +62,7 @@ def count_calls(backbone: Backbone) -> list[int]:
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_rows_of_different_banks_are_predicted_and_learned_as_bank_by_bank(
-    each_backbone: Backbone, kinds: str
-) -> None:
+def test_rows_of_different_banks_are_predicted_and_learned_as_bank_by_bank(each_backbone: Backbone, kinds: str) -> None:
     policy = make_policy(each_backbone, kinds)
     together, separate = policy.live(*inputs(each_backbone), bank=BANKS), bank_by_bank(policy)
     assert_close(together, separate)
