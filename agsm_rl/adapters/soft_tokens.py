@@ -179,7 +179,7 @@ class SoftTokens:
         if self.bank is None:
             return None
         # Read at each call: the EMA copy is used by swapping the parameters' data.
-        banks = self._parameters["soft_tokens"]
+        banks: Tensor = self._parameters["soft_tokens"]
         banks = banks if self._layers is None else banks[:, layer]
         if isinstance(self.bank, tuple) and self.banks == 2:
             is_negative = torch.tensor([bank == "negative" for bank in self.bank])

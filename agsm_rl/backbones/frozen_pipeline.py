@@ -105,7 +105,7 @@ class FrozenPipeline:
         if self.part != "unet":
             raise UserError("backbone.memory_format: only a U-Net is made of convolutions; leave it out for SD3.")
         for module in (self.denoiser, self.pipeline.vae, self._vae):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_pipeline(

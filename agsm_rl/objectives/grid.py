@@ -77,8 +77,8 @@ class Grid:
         count = self.columns.shape[1]
         image = torch.arange(len(self.x_t), device=self.x_t.device).repeat_interleave(count)
         bank = tuple("positive" if column == own else others for own in self.own.tolist() for column in range(count))
-        found = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
-        return found.unflatten(0, self.columns.shape)
+        found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
+        return found.reshape(*self.columns.shape, *found.shape[1:])
 
 
 def group_columns(batch_size: int, group_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -206,11 +206,10 @@ def draw_scene(
         centers = [(a + (b - a) * x, a + (b - a) * y) for (a, b), (x, y) in zip(places, drawn, strict=True)]
         if not overlap and not _apart(centers, radii):
             continue
-        if requirement.relation and not _stands(np.subtract(*centers[:2]), requirement.relation):
+        if requirement.relation and not _stands(np.subtract(centers[0], centers[1]), requirement.relation):
             continue
         objects = (
-            DrawnObject(shape, color, x, y, r)
-            for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
+            DrawnObject(shape, color, x, y, r) for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
         )
         return Scene(requirement, tuple(objects))
     raise ValueError(f"no place found for {requirement}")
