@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from agsm_rl.policy import Policy
 
 Bank = Literal["positive", "negative"]
+Banks = tuple[Bank, ...]
+"""A bank for each row of a prediction."""
 Metrics = dict[str, Tensor]
 
 
@@ -132,7 +134,9 @@ class Adapter(Protocol):
 
     kind: ClassVar[str]
     """The name under which a recipe asks for it and an exported file declares it."""
-    bank: Bank | None
+    mixes_banks: ClassVar[bool]
+    """Whether one prediction can use another bank in each of its rows; a policy predicts bank by bank where not."""
+    bank: Bank | Banks | None
     """What predictions use at this moment; None while switched off or detached."""
     banks: int
     """1, which serves under both names, or 2."""
@@ -160,10 +164,11 @@ class Adapter(Protocol):
         """The trained parameters; names are stable over runs."""
         ...
 
-    def using(self, bank: Bank | None) -> AbstractContextManager[None]:
+    def using(self, bank: Bank | Banks | None) -> AbstractContextManager[None]:
         """Within the block, predictions use this bank; None switches the adapter off.
 
-        An adapter with one bank uses it for both names. Blocks nest.
+        An adapter with one bank uses it for both names. Blocks nest. A bank a row is asked only of one that
+        `mixes_banks`, and then for predictions of as many rows.
         """
         ...
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Backbone, Bank, Cond
+from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Cond
 from agsm_rl.randomness import Draw
 
 
@@ -61,24 +61,42 @@ class Policy:
             found |= {f"{name}.{key}": parameter for key, parameter in self.adapters[name].named_parameters()}
         return found
 
-    def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
-        """The prediction being trained, [B, C, h, w]."""
-        with self.using(bank):
-            return self._predict(x_t, t, cond)
+    def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank | Banks = "positive") -> Tensor:
+        """The prediction being trained, [B, C, h, w]; `bank` is one for all rows or one for each."""
+        return self._predict(x_t, t, cond, bank)
 
     @torch.no_grad()
-    def ema(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank = "positive") -> Tensor:
+    def ema(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank | Banks = "positive") -> Tensor:
         """The prediction under the EMA parameters; no gradient."""
-        with self.ema_weights(), self.using(bank):
-            return self._predict(x_t, t, cond)
+        with self.ema_weights():
+            return self._predict(x_t, t, cond, bank)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The base model's prediction, all adapters off; no gradient."""
         with self.switched_off():
-            return self._predict(x_t, t, cond)
+            return self._predict_as_now(x_t, t, cond)
 
-    def _predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, bank: Bank | Banks) -> Tensor:
+        """In one pass; in one for each bank where rows want different ones and an adapter cannot mix them."""
+        if isinstance(bank, str):
+            with self.using(bank):
+                return self._predict_as_now(x_t, t, cond)
+        if len(bank) != len(x_t):
+            raise ValueError(f"{len(bank)} banks for {len(x_t)} rows")
+        if len(set(bank)) == 1:
+            return self._predict(x_t, t, cond, bank[0])
+        if all(adapter.mixes_banks or adapter.banks == 1 for adapter in self.adapters.values()):
+            with ExitStack() as stack:
+                for adapter in self.adapters.values():
+                    stack.enter_context(adapter.using(bank if adapter.mixes_banks else "positive"))
+                return self._predict_as_now(x_t, t, cond)
+        rows = {one: [row for row, its in enumerate(bank) if its == one] for one in dict.fromkeys(bank)}
+        found = torch.cat([self._predict(x_t[mine], t[mine], cond[mine], one) for one, mine in rows.items()])
+        order = [row for mine in rows.values() for row in mine]
+        return found[sorted(range(len(order)), key=order.__getitem__)]
+
+    def _predict_as_now(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The backbone's prediction; the prompts are encoded anew where an adapter changes the text encoders."""
         if any(adapter.changes_text for adapter in self.adapters.values()):
             if len(cond.prompts) != len(cond):

@@ -239,18 +239,17 @@ class Trainer:
             for key, figure in ({"loss": loss.detach()} | figures).items():
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
         total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
-        means = dict(zip(sums, map(float, self.processes.mean(list(sums.values()))), strict=True))
-        means["grad_norm"] = float(_norm(total))
-        return total, means
+        means = dict(zip(sums, self.processes.mean(list(sums.values())), strict=True))
+        return total, _numbers(means | {"grad_norm": _norm(total)})
 
     def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
         """Tell the watch which of the adapters that this step's terms train get a gradient that is not all 0."""
         trained = {name for term in learned for name in (term.trains or self.policy.adapters)}
-        reached = {}
+        found: dict[str, Tensor] = {}
         for adapter in sorted(trained):
             values = [gradient[name] for name in self.policy.parameters([adapter]) if name in gradient]
-            reached[adapter] = any(bool(value.count_nonzero()) for value in values)
-        self.watch.look_at_adapters(self.step + 1, reached)
+            found[adapter] = sum((value.count_nonzero() for value in values), torch.zeros(()))
+        self.watch.look_at_adapters(self.step + 1, {name: number > 0 for name, number in _numbers(found).items()})
 
     def _apply(self, gradient: Gradient, metrics: dict[str, float]) -> None:
         if not gradient:
@@ -305,6 +304,15 @@ def _rate_of(learning_rate: float | Mapping[str, float], adapter: str) -> float:
     if adapter not in learning_rate:
         raise UserError(f"optimizer.learning_rate: it names no rate for the adapter '{adapter}'")
     return learning_rate[adapter]
+
+
+def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as numbers, fetched together: a GPU is waited for once, not for each figure."""
+    if not figures:
+        return {}
+    device = next(iter(figures.values())).device
+    together = torch.stack([figure.to(device, torch.float32) for figure in figures.values()])
+    return dict(zip(figures, together.tolist(), strict=True))
 
 
 def _norm(gradient: Gradient) -> Tensor:

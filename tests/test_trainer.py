@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
@@ -250,3 +251,21 @@ def test_terms_with_an_offset_alternate(make_policy, make_pairs):
         metrics = trainer.run_step()
         ran.append({key.removesuffix("/loss") for key in metrics if key.endswith("/loss")})
     assert ran == [{"even"}, {"odd"}, {"even"}, {"odd", "late"}, {"even", "late"}]
+
+
+def test_a_term_s_figures_are_fetched_in_one_go(make_policy, make_pairs):
+    trainer = Trainer(make_policy(), [Term(AGSM(group_size=2), make_pairs(), name="agsm")], steps=1)
+    fetches = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+                fetches.append(func)
+            return func(*args, **(kwargs or {}))
+
+    batch = trainer.terms[0].source.next(trainer.policy)
+    with Counting():
+        _, figures = trainer._learn(trainer.terms[0], batch)
+    assert {"loss", "grad_norm", "positive_loss", "negative_loss", "win_rate"} <= figures.keys()
+    assert all(isinstance(value, float) for value in figures.values())
+    assert not fetches

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Bank
+from agsm_rl.interfaces import Backbone, Bank, Banks
 
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
 # Tensors of the second bank stand under this prefix, which `pipe.load_lora_weights` passes over.
@@ -44,6 +44,7 @@ class LoRA:
     """
 
     kind: ClassVar[str] = "lora"
+    mixes_banks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class LoRA:
         self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks
         self.target_modules, self.seed = tuple(target_modules), seed
         self.changes_text = text_encoders
-        self.bank: Bank | None = None
+        self.bank: Bank | Banks | None = None
         self._backbone: Backbone | None = None
         self._text_of_export: dict[str, tuple[str, ...]] = {}
         self._text_targets: dict[str, tuple[str, ...]] = {}
@@ -183,8 +184,8 @@ class LoRA:
                 yield f"{bank}.{name}.lora_B", layer.lora_B[peft_name].weight
 
     @contextmanager
-    def using(self, bank: Bank | None) -> Iterator[None]:
-        """Add this bank's part within the block; None adds nothing."""
+    def using(self, bank: Bank | Banks | None) -> Iterator[None]:
+        """Add this bank's part within the block; None adds nothing. ValueError for a bank a row (`mixes_banks`)."""
         previous = self.bank
         self._switch(bank)
         try:
@@ -196,7 +197,9 @@ class LoRA:
         """A context, to be entered later, with the bank of now."""
         return self.using(self.bank)
 
-    def _switch(self, bank: Bank | None) -> None:
+    def _switch(self, bank: Bank | Banks | None) -> None:
+        if isinstance(bank, tuple):
+            raise ValueError("PEFT's active adapters are those of all rows: a LoRA's bank is one for all")
         wanted = None if bank is None else self._names[BANKS.index(bank) % self.banks]
         if wanted != self._active:
             ours = [] if wanted is None else [wanted]

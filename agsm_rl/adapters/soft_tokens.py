@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from agsm_rl.adapters.token_places import argument_positions, places_in
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Bank
+from agsm_rl.interfaces import Backbone, Bank, Banks
 
 TIME_ROWS = 100
 TIMESTEPS_A_ROW = 10
@@ -35,6 +35,7 @@ class SoftTokens:
     """
 
     kind: ClassVar[str] = "soft_tokens"
+    mixes_banks: ClassVar[bool] = True
     changes_text = False  # the rows are added behind the text encoders
 
     def __init__(
@@ -55,7 +56,7 @@ class SoftTokens:
             raise UserError(f"soft_tokens.jitter: {jitter}; it must be 0 or more.")
         self.num_tokens, self.banks, self.time_tokens, self.jitter = num_tokens, banks, time_tokens, jitter
         self.layers, self.seed = layers, seed
-        self.bank: Bank | None = None
+        self.bank: Bank | Banks | None = None
         self._backbone: Backbone | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._hooks: list[Any] = []
@@ -123,8 +124,8 @@ class SoftTokens:
         yield from self._parameters.items()
 
     @contextmanager
-    def using(self, bank: Bank | None) -> Iterator[None]:
-        """Insert this bank's tokens within the block; None inserts nothing."""
+    def using(self, bank: Bank | Banks | None) -> Iterator[None]:
+        """Insert this bank's tokens within the block, or each row's own bank's; None inserts nothing."""
         previous, self.bank = self.bank, bank
         try:
             yield
@@ -136,7 +137,7 @@ class SoftTokens:
         return self._as_at(self.bank, self._timestep)
 
     @contextmanager
-    def _as_at(self, bank: Bank | None, timestep: Any) -> Iterator[None]:
+    def _as_at(self, bank: Bank | Banks | None, timestep: Any) -> Iterator[None]:
         previous, self._timestep = self._timestep, timestep
         try:
             with self.using(bank):
@@ -178,8 +179,15 @@ class SoftTokens:
         if self.bank is None:
             return None
         # Read at each call: the EMA copy is used by swapping the parameters' data.
-        tokens = self._parameters["soft_tokens"][1 if self.bank == "negative" and self.banks == 2 else 0]
-        tokens = tokens[None] if self._layers is None else tokens[layer][None]
+        banks: Tensor = self._parameters["soft_tokens"]
+        banks = banks if self._layers is None else banks[:, layer]
+        if isinstance(self.bank, tuple) and self.banks == 2:
+            is_negative = torch.tensor([bank == "negative" for bank in self.bank])
+            # To a GPU without waiting for what it is still at.
+            is_negative = is_negative.to(text.device, non_blocking=True)[:, None, None]
+            tokens = torch.where(is_negative, banks[1], banks[0])
+        else:
+            tokens = banks[1 if self.bank == "negative" and self.banks == 2 else 0][None]
         if self.time_tokens:
             timestep = torch.as_tensor(self._timestep, device=text.device).reshape(-1)
             rows = (timestep.long() // TIMESTEPS_A_ROW).clamp(0, TIME_ROWS - 1)

@@ -28,6 +28,7 @@ def load_backbone(
     lora: str | None = None,
     config: str | None = None,
     t5_length: int | None = None,
+    memory_format: Literal["channels_last"] | None = None,
 ) -> Backbone:
     """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
 
@@ -46,6 +47,7 @@ def load_backbone(
         lora=lora,
         config=config,
         t5_length=t5_length,
+        memory_format=memory_format,
     )
 
 

@@ -32,6 +32,8 @@ class FrozenPipeline:
         Text encoders that an SD3 file leaves out are taken from there too.
     t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
+    memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
+        take them in half precision. The same results within rounding; torch's own layout when left out.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
     """
 
@@ -59,6 +61,7 @@ class FrozenPipeline:
         lora: str | None = None,
         config: str | None = None,
         t5_length: int | None = None,
+        memory_format: Literal["channels_last"] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
@@ -84,6 +87,8 @@ class FrozenPipeline:
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
+        if memory_format is not None:
+            self._lay_out(memory_format)
         self._check_width(checkpoint)
 
     @property
@@ -93,6 +98,14 @@ class FrozenPipeline:
 
     def _shorten_text(self, t5_length: int) -> None:
         raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5; leave it out.")
+
+    def _lay_out(self, memory_format: str) -> None:
+        if memory_format != "channels_last":
+            raise UserError(f"backbone.memory_format: got {memory_format!r}; allowed: channels_last, or leave it out.")
+        if self.part != "unet":
+            raise UserError("backbone.memory_format: only a U-Net is made of convolutions; leave it out for SD3.")
+        for module in (self.denoiser, self.pipeline.vae, self._vae):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_pipeline(

@@ -74,16 +74,11 @@ class Grid:
 
         Own prompts use the bank `positive`, the others the bank `others`.
         """
-        image = torch.arange(len(self.x_t), device=self.x_t.device)[:, None].expand_as(self.columns)
-        is_own = torch.nn.functional.one_hot(self.own, self.columns.shape[1]).bool()
-        everything = torch.ones_like(is_own)
-        passes = [("positive", everything)] if others == "positive" else [("positive", is_own), (others, ~is_own)]
-        grid = self.x_t.new_zeros(*self.columns.shape, *self.x_t.shape[1:])
-        for bank, chosen in passes:
-            rows = image[chosen]
-            found = predict(self.x_t[rows], self.t[rows], self.cond[self.columns[chosen]], bank=bank)
-            grid = grid.index_put(chosen.nonzero(as_tuple=True), found)
-        return grid
+        count = self.columns.shape[1]
+        image = torch.arange(len(self.x_t), device=self.x_t.device).repeat_interleave(count)
+        bank = tuple("positive" if column == own else others for own in self.own.tolist() for column in range(count))
+        found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
+        return found.reshape(*self.columns.shape, *found.shape[1:])
 
 
 def group_columns(batch_size: int, group_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,11 @@ GenEval's metadata form (arXiv 2310.11513), so that the same checker idea serves
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -120,6 +123,7 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
+@cache
 def is_unseen_combination(count: int, color: str, shape: str) -> bool:
     """True for the colour-shape-count combinations that no training image contains (about one in six)."""
     return _share(f"unseen:{count}:{color}:{shape}") < 1 / 6
@@ -195,24 +199,25 @@ def draw_scene(
             kinds += [(group.shape, color)] * group.count
         if len(kinds) != total:
             continue
-        radii = rng.uniform(low, high, size=total)
-        centers = np.array([rng.uniform(r + 0.5, IMAGE_SIZE - r - 0.5, size=2) for r in radii])
+        # Plain numbers: of some hundred tries most are given up at the first two objects.
+        radii = rng.uniform(low, high, size=total).tolist()
+        places = [(r + 0.5, IMAGE_SIZE - r - 0.5) for r in radii]
+        drawn = rng.random((total, 2)).tolist()
+        centers = [(a + (b - a) * x, a + (b - a) * y) for (a, b), (x, y) in zip(places, drawn, strict=True)]
         if not overlap and not _apart(centers, radii):
             continue
-        if requirement.relation and not _stands(centers[0] - centers[1], requirement.relation):
+        if requirement.relation and not _stands(np.subtract(centers[0], centers[1]), requirement.relation):
             continue
         objects = (
-            DrawnObject(shape, color, float(x), float(y), float(r))
-            for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
+            DrawnObject(shape, color, x, y, r) for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
         )
         return Scene(requirement, tuple(objects))
     raise ValueError(f"no place found for {requirement}")
 
 
-def _apart(centers: np.ndarray, radii: np.ndarray, gap: float = 1.6) -> bool:
-    distance = np.linalg.norm(centers[:, None] - centers[None], axis=-1)
-    enough = distance >= radii[:, None] + radii[None] + gap
-    return bool(np.all(enough | np.eye(len(radii), dtype=bool)))
+def _apart(centers: list[tuple[float, float]], radii: list[float], gap: float = 1.6) -> bool:
+    pairs = combinations(zip(centers, radii, strict=True), 2)
+    return all(math.dist(first, second) >= r + s + gap for (first, r), (second, s) in pairs)
 
 
 def _stands(offset: np.ndarray, relation: str) -> bool:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from agsm_rl.backbones import load_backbone
 from agsm_rl.drawing import draw
+from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
@@ -88,3 +90,36 @@ def test_latents_of_a_rollout_lead_back_to_its_noise(each_backbone: Backbone) ->
         x_t, target = each_backbone.add_noise(x0, noise, now), each_backbone.target(x0, noise, now)
         mean, _ = sampler.transition(k, x_t, target, eta=0.0)
         torch.testing.assert_close(mean, each_backbone.add_noise(x0, noise, later), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tiny_checkpoint", "tiny_xl_checkpoint"])
+def test_channels_last_changes_nothing_but_rounding(kind: str, request: pytest.FixtureRequest) -> None:
+    where = str(request.getfixturevalue(kind))
+    plain = load_backbone(where, device="cpu")
+    laid_out = load_backbone(where, device="cpu", memory_format="channels_last")
+    for model in (laid_out.denoiser, laid_out.pipeline.vae):
+        kernels = [one.weight for one in model.modules() if isinstance(one, torch.nn.Conv2d)]
+        assert all(one.is_contiguous(memory_format=torch.channels_last) for one in kernels)
+    images, x_t, t = torch.rand(2, 3, 16, 16), normal(2, *plain.latent_shape), torch.tensor([0.2, 0.7])
+    cond = plain.encode_text(PROMPTS)
+    for one, other in (
+        (plain.encode_images(images), laid_out.encode_images(images)),
+        (plain.predict(x_t, t, cond), laid_out.predict(x_t, t, cond)),
+        (plain.decode(x_t), laid_out.decode(x_t)),
+        (
+            draw(plain, PROMPTS, [3, 4], guidance=3.0, num_steps=3),
+            draw(laid_out, PROMPTS, [3, 4], guidance=3.0, num_steps=3),
+        ),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert plain.identity("images") == laid_out.identity("images")
+
+
+def test_channels_last_is_refused_for_a_transformer_and_as_another_word(
+    tiny_checkpoint: Path, tiny_sd3_checkpoint: Path
+) -> None:
+    with pytest.raises(UserError, match=r"backbone\.memory_format: only a U-Net is made of convolutions"):
+        load_backbone(str(tiny_sd3_checkpoint), device="cpu", memory_format="channels_last")
+    with pytest.raises(UserError, match=r"backbone\.memory_format: got 'nhwc'; allowed: channels_last"):
+        load_backbone(str(tiny_checkpoint), device="cpu", memory_format="nhwc")

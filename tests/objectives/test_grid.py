@@ -6,6 +6,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.grid import Groups, apart, group_columns
+from agsm_rl.policy import Policy
 
 
 @pytest.fixture
@@ -22,24 +23,27 @@ def test_each_image_is_held_against_its_own_group():
 
 
 @pytest.mark.parametrize(
-    ("others", "expected", "calls"),
-    [
-        ("negative", [[1, -1], [-1, 1], [1, -1], [-1, 1]], [("positive", 4), ("negative", 4)]),
-        ("positive", [[1, 1]] * 4, [("positive", 8)]),
-    ],
+    ("others", "expected"),
+    [("negative", [[1, -1], [-1, 1], [1, -1], [-1, 1]]), ("positive", [[1, 1]] * 4)],
 )
 def test_own_prompts_are_predicted_with_the_positive_bank_and_others_with_the_one_asked_for(
-    policy, batch, others, expected, calls
+    policy, batch, others, expected
 ):
-    seen = []
-
     def predict(x, t, c, *, bank):
-        seen.append((bank, len(x)))
-        return torch.full_like(x, 1.0 if bank == "positive" else -1.0)
+        signs = torch.tensor([1.0 if one == "positive" else -1.0 for one in bank])
+        return signs[:, None, None, None].expand_as(x)
 
     found = Groups(2, None).grid(policy, batch).predict(predict, others=others)
     assert found[:, :, 0, 0, 0].tolist() == expected
-    assert seen == calls
+
+
+def test_the_whole_grid_is_one_pass_with_soft_tokens_and_a_pass_a_bank_with_lora(make_backbone, make_adapters, batch):
+    for name, rows in (("tokens", [8]), ("lora", [4, 4])):
+        policy = Policy(make_backbone(), {name: make_adapters()[name]})
+        seen = []
+        policy.backbone.denoiser.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))  # noqa: B023
+        Groups(2, None).grid(policy, batch).predict(policy.live)
+        assert seen == rows
 
 
 def test_a_cell_is_the_prediction_of_its_image_under_its_prompt(policy, batch):

@@ -31,6 +31,15 @@ def test_rows_are_fixed_by_seed_and_number_alone() -> None:
     assert np.array_equal(few[4]["image"], many[4]["image"])
 
 
+def test_a_seed_gives_the_drawings_that_the_bases_were_trained_on() -> None:
+    scene, caption = data._pair("train", 0, 3, "plain")
+    assert caption == "a drawing of a triangle and a star"
+    assert [(item.shape, item.color) for item in scene.objects] == [("triangle", "purple"), ("star", "red")]
+    placed = [(item.x, item.y, item.radius) for item in scene.objects]
+    expected = [(23.317406306, 23.234046972, 5.953516737), (12.088501460, 11.683333071, 4.746560739)]
+    np.testing.assert_allclose(placed, expected, rtol=0, atol=1e-8)
+
+
 def test_splits_share_no_drawing() -> None:
     drawn = [{row["image"].tobytes() for row in data.pairs(split, 30, seed=1)} for split in ("train", "validation")]
     assert not drawn[0] & drawn[1]

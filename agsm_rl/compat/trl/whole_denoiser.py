@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Bank
+from agsm_rl.interfaces import Backbone, Bank, Banks
 
 
 class WholeDenoiser:
     """The denoiser's own weights, trained in place. A copy of the base's stays in CPU memory for switching off."""
 
     kind: ClassVar[str] = "whole_denoiser"
+    mixes_banks: ClassVar[bool] = False
     banks = 1
     changes_text = False
 
     def __init__(self) -> None:
-        self.bank: Bank | None = None
+        self.bank: Bank | Banks | None = None
         self._backbone: Backbone | None = None
         self._base: dict[str, Tensor] = {}
 
@@ -57,7 +58,7 @@ class WholeDenoiser:
         yield from self._backbone.denoiser.named_parameters()
 
     @contextmanager
-    def using(self, bank: Bank | None) -> Iterator[None]:
+    def using(self, bank: Bank | Banks | None) -> Iterator[None]:
         """Within the block, the trained weights (either bank), or for None the base's."""
         previous = self.bank
         self._switch(bank)
@@ -70,7 +71,7 @@ class WholeDenoiser:
         """A context, to be entered later, with the weights of now."""
         return self.using(self.bank)
 
-    def _switch(self, bank: Bank | None) -> None:
+    def _switch(self, bank: Bank | Banks | None) -> None:
         if (bank is None) != (self.bank is None):
             torch.clear_autocast_cache()
             for name, parameter in self.named_parameters():
