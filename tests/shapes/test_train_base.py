@@ -5,13 +5,19 @@ import subprocess
 import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
-from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones import backbone_of, load_backbone
+from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.shapes.train_base.autoencoder import rescale
+from agsm_rl.shapes.train_base.inheritance import begin_as
+from agsm_rl.shapes.train_base.layouts import LAYOUTS
 from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_t5_tokenizer, make_tokenizer, tokenize
-from agsm_rl.shapes.world import vocabulary
+from agsm_rl.shapes.world import careful_caption, draw_requirement, vocabulary
 
 CLASSES = {
     "sd15": "StableDiffusionPipeline",
@@ -57,6 +63,37 @@ def test_a_base_is_trained_on_from_where_another_ended(tiny_checkpoint, tmp_path
     for part in ("vae", "text_encoder"):
         kept = getattr(further, part).state_dict()
         assert all(torch.equal(value, kept[key]) for key, value in getattr(begun, part).state_dict().items())
+
+
+def test_a_unet_that_inherits_draws_as_its_teacher_though_other_encoders_read_the_prompt():
+    teacher, made = load_backbone("builtin:shapes-sd15"), load_backbone("builtin:shapes-sdxl").pipeline
+    vae = AutoencoderKL.from_config(teacher.pipeline.vae.config)
+    student = backbone_of(LAYOUTS["sdxl"].assemble(vae, made.text_encoder, made.text_encoder_2))
+    rng = np.random.default_rng(0)
+    requirements = [draw_requirement(rng) for _ in range(400)]
+    x_t, t = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((8,), 0.6)
+    captions = [careful_caption(requirement, rng) for requirement in requirements[:8]]
+
+    def distance() -> float:
+        with torch.no_grad():
+            own = student.predict(x_t, t, student.encode_text(captions))
+            return float((own - teacher.predict(x_t, t, teacher.encode_text(captions))).square().mean())
+
+    before = distance()
+    assert begin_as(teacher, student, requirements) > 0.9
+    assert distance() < 0.02 * before
+
+
+@pytest.mark.slow
+def test_a_base_that_inherits_is_trained_on_what_its_teacher_predicts_and_stored_in_half_precision(tmp_path):
+    shipped = [find_checkpoint(f"builtin:shapes-{kind}") for kind in ("sd15", "sdxl")]
+    made_before = ["--vae", shipped[0], "--teacher", shipped[0], "--text", shipped[1]]
+    run_script("sdxl", tmp_path / "work", tmp_path / "out", 1, "--inherit", "--learning-rate", "1e-4", *made_before)
+    stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert row["loss"] < 0.1  # a teacher's predictions are near from the start; true noise never is
 
 
 def test_every_word_of_the_world_is_a_token_of_its_own():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.loading import load_pipeline
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
+from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as
 from agsm_rl.shapes.train_base.layouts import LAYOUTS, Layout, make_text_tokenizer
 from agsm_rl.shapes.train_base.stages import Settings, draw_data
 from agsm_rl.shapes.train_base.text import train_text_encoder
@@ -35,10 +37,15 @@ def main(
     ] = Settings.careless_plain,
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
+    text: Annotated[Path | None, typer.Option(help="a base made before, whose text encoders are taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="a base with the same latents and noise schedule, whose predictions are learned")
     ] = None,
+    inherit: Annotated[
+        bool, typer.Option(help="begin with the teacher's weights (a U-Net with the same blocks)")
+    ] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="the denoiser's; its layout's when left out")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
@@ -53,27 +60,40 @@ def main(
         seed=seed,
     )
     layout = LAYOUTS[kind]
+    if learning_rate is not None:
+        layout = replace(layout, learning_rate=learning_rate)
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
     if begin is None:
-        pipeline = _assemble(settings, layout, work, images, vae)
+        pipeline = _assemble(settings, layout, work, images, vae=vae, text=text)
     else:
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
+    backbone = backbone_of(pipeline)
     taught_by = None if teacher is None else backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
-    train_denoiser(
-        settings, work, f"denoiser_{kind}", layout, backbone_of(pipeline), requirements, images, teacher=taught_by
-    )
+    if inherit:
+        if taught_by is None:
+            raise typer.BadParameter("there is no --teacher to inherit from")
+        begin_as(taught_by, backbone, requirements[:CAPTIONS])
+    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone, requirements, images, teacher=taught_by)
+    backbone.denoiser.to(layout.stored)
     pipeline.save_pretrained(out)
     _forget_places(out)
     shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
 
 
-def _assemble(settings: Settings, layout: Layout, work: Path, images: Tensor, vae: Path | None) -> Any:
-    """The pipeline with a denoiser of random weights, after the stages before it."""
-    encoders = [
-        train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
-        for name, reader in layout.readers.items()
-    ]
+def _assemble(
+    settings: Settings, layout: Layout, work: Path, images: Tensor, *, vae: Path | None, text: Path | None
+) -> Any:
+    """The pipeline with a denoiser of random weights, after the stages before it or with what they made before."""
+    if text is None:
+        encoders = [
+            train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
+            for name, reader in layout.readers.items()
+        ]
+    else:
+        made = load_pipeline(str(text), dtype=torch.float32)
+        parts = ("text_encoder", "text_encoder_2", "text_encoder_3")[: len(layout.readers)]
+        encoders = [getattr(made, part).requires_grad_(False).eval() for part in parts]
     if vae is None:
         autoencoder = train_autoencoder(settings, work, images)
     else:

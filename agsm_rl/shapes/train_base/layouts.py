@@ -60,18 +60,20 @@ class Layout:
     weight: Callable[[Tensor], Tensor]
     """The share of the image in x_t, √ᾱ or 1 − σ → the weight of the squared error of the prediction."""
     learning_rate: float = 6e-4
+    stored: torch.dtype = torch.float32
+    """Of the denoiser's file; a pipeline is float32 again when it is loaded. A base must not exceed 25 MB."""
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     """The context of the predictions in training."""
     prepare: Callable[[Any, int], None] = lambda backbone, step: None
     """What is set on the backbone before each step."""
 
 
-def make_unet(*, widths: tuple[int, int] = (64, 128), **options: Any) -> UNet2DConditionModel:
+def make_unet(**options: Any) -> UNet2DConditionModel:
     """Two levels with two transformer layers a block where soft tokens are seen (down, mid), one in the up blocks."""
     return UNet2DConditionModel(
         sample_size=world.IMAGE_SIZE // DOWNSAMPLING,
         layers_per_block=1,
-        block_out_channels=widths,
+        block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         transformer_layers_per_block=[2, 2],
@@ -123,7 +125,6 @@ def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusio
     rescale(vae, scaling_factor=0.13025)
     ids = 16
     unet = make_unet(
-        widths=(64, 112),
         cross_attention_dim=2 * TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -133,7 +134,7 @@ def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusio
     tokenizer = make_tokenizer()
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=without_projection(first),
+        text_encoder=first if isinstance(first, CLIPTextModel) else without_projection(first),
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
@@ -208,7 +209,7 @@ def _alternate_text_length(backbone: Any, step: int) -> None:
 TWO_CLIPS = {"clip_1": PenultimateStates, "clip_2": PenultimateStates}
 LAYOUTS = {
     "sd15": Layout({"text": LastStates}, assemble_sd15, lambda uniform: uniform, _as_v_prediction),
-    "sdxl": Layout(TWO_CLIPS, assemble_sdxl, lambda uniform: uniform, _as_v_prediction),
+    "sdxl": Layout(TWO_CLIPS, assemble_sdxl, lambda uniform: uniform, _as_v_prediction, stored=torch.float16),
     "sd3": Layout(
         {**TWO_CLIPS, "t5": T5States},
         assemble_sd3,
