@@ -209,8 +209,7 @@ def draw_scene(
         if requirement.relation and not _stands(np.subtract(*centers[:2]), requirement.relation):
             continue
         objects = (
-            DrawnObject(shape, color, x, y, r)
-            for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
+            DrawnObject(shape, color, x, y, r) for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
         )
         return Scene(requirement, tuple(objects))
     raise ValueError(f"no place found for {requirement}")
