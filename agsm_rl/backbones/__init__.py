@@ -29,6 +29,7 @@ def load_backbone(
     config: str | None = None,
     t5_length: int | None = None,
     memory_format: Literal["channels_last"] | None = None,
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
 ) -> Backbone:
     """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
 
@@ -48,6 +49,7 @@ def load_backbone(
         config=config,
         t5_length=t5_length,
         memory_format=memory_format,
+        compile=compile,
     )
 
 

@@ -1,6 +1,7 @@
 """What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder."""
 
 import copy
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +15,9 @@ from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupport
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
 
+logger = logging.getLogger(__name__)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+VARIANTS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +38,9 @@ class FrozenPipeline:
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
         take them in half precision. The same results within rounding; torch's own layout when left out.
+    compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs. It pays on long runs: the first
+        steps take minutes. Where nothing can be compiled (a CPU without a C++ compiler), a warning says so and it is
+        left out.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
     """
 
@@ -62,6 +69,7 @@ class FrozenPipeline:
         config: str | None = None,
         t5_length: int | None = None,
         memory_format: Literal["channels_last"] | None = None,
+        compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
@@ -89,6 +97,8 @@ class FrozenPipeline:
             self._shorten_text(t5_length)
         if memory_format is not None:
             self._lay_out(memory_format)
+        if compile is not None:
+            self._compile(compile)
         self._check_width(checkpoint)
 
     @property
@@ -106,6 +116,20 @@ class FrozenPipeline:
             raise UserError("backbone.memory_format: only a U-Net is made of convolutions; leave it out for SD3.")
         for module in (self.denoiser, self.pipeline.vae, self._vae):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _compile(self, mode: str) -> None:
+        if mode not in COMPILE_MODES:
+            raise unknown_name("backbone.compile", mode, "a mode of torch.compile", COMPILE_MODES)
+        if self.device.type == "meta":
+            return
+        try:
+            torch.compile(torch.nn.functional.silu, mode=mode)(torch.ones(64, device=self.device))
+        except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler fails with
+            logger.warning("backbone.compile: left out, nothing can be compiled here: %s", str(error).splitlines()[0])
+            return
+        # A bank, and gradients on or off, each make a variant; beyond the limit nothing more is compiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        self.denoiser.compile(mode=mode)
 
     @classmethod
     def from_pipeline(

@@ -1,5 +1,6 @@
 """What holds for SD1.5, SDXL and SD3 alike, through the convention alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,32 @@ def test_channels_last_is_refused_for_a_transformer_and_as_another_word(
         load_backbone(str(tiny_sd3_checkpoint), device="cpu", memory_format="channels_last")
     with pytest.raises(UserError, match=r"backbone\.memory_format: got 'nhwc'; allowed: channels_last"):
         load_backbone(str(tiny_checkpoint), device="cpu", memory_format="nhwc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_denoiser_learns_the_same(tiny_checkpoint: Path) -> None:
+    found = []
+    for mode in (None, "default"):
+        backbone = load_backbone(str(tiny_checkpoint), device="cpu", compile=mode)
+        assert (backbone.denoiser._compiled_call_impl is None) == (mode is None)
+        x_t, cond = normal(2, *backbone.latent_shape).requires_grad_(True), backbone.encode_text(PROMPTS)
+        prediction = backbone.predict(x_t, torch.tensor([0.2, 0.7]), cond)
+        found.append((prediction.detach(), *torch.autograd.grad(prediction.square().mean(), x_t)))
+    torch.compiler.reset()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_so_and_all_works_as_ever(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    backbone = load_backbone(str(tiny_checkpoint), device="cpu", compile="default")
+    assert "backbone.compile: left out, nothing can be compiled here: no C++ compiler" in caplog.text
+    assert "trace" not in caplog.text and backbone.denoiser._compiled_call_impl is None
+    with pytest.raises(UserError, match=r"backbone\.compile: .*fastest"):
+        load_backbone(str(tiny_checkpoint), device="cpu", compile="fastest")
