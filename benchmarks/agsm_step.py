@@ -107,8 +107,11 @@ class Sides:
             self.trainer = Trainer(self.policy, [Term(objective, source, name="agsm")], steps=1)
         if on_gpu and only != "ours":
             self.published.to_half()
-        if on_gpu and only != "published":
-            self.policy.backbone.pipeline.to(torch.bfloat16)
+        if only != "published":
+            if on_gpu or options["half"]:
+                self.policy.backbone.pipeline.to(torch.bfloat16)
+            if options["compile"]:
+                self.policy.backbone.denoiser.compile()
 
     def _checked(self, objective: AGSM, count: int) -> dict[str, float]:
         """How far the two lie apart; RuntimeError unless both learn the same."""
@@ -140,6 +143,9 @@ def main(
     agsm: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006 — typer's way
     pairs: Annotated[list[str], typer.Option(help="key=value for our source")] = [],  # noqa: B006
     gradient_checkpointing: Annotated[bool, typer.Option(help="ours alone")] = False,
+    half: Annotated[bool, typer.Option(help="ours in bfloat16 on a CPU, as it always is on a GPU")] = False,
+    compile: Annotated[bool, typer.Option(help="ours alone, by torch.compile; give more --warmup")] = False,
+    tag: Annotated[str, typer.Option(help="end of the result's name, where options make it another measurement")] = "",
     repeats: Annotated[int, typer.Option(min=1)] = 25,
     warmup: Annotated[int, typer.Option(min=0)] = 2,
     results: Path = measure.RESULTS,
@@ -150,6 +156,8 @@ def main(
         "backbone": {"resolution": resolution, "gradient_checkpointing": gradient_checkpointing},
         "agsm": options_of(agsm),
         "pairs": options_of(pairs),
+        "half": half,
+        "compile": compile,
     }
     if memory_of is not None:
         memory = measure.PeakMemory(device)
@@ -178,7 +186,7 @@ def main(
     if peak is not None:
         found["peak"] = measure.compare_amounts(achieved, peak, unit="FLOPs a second")
     measure.write_result(
-        f"agsm_step_{size}_{device}",
+        f"agsm_step_{size}_{device}{tag}",
         what=f"AGSM, {images} images x {group_size} prompts, {sides.policy.backbone.resolution} px",
         device=device,
         results=results,

@@ -24,6 +24,8 @@ class Row:
 
 ROWS = (
     Row("agsm_step_embedded_cpu", "step", "AGSM step, embedded base, CPU: times faster", "≥ 1.3"),
+    Row("agsm_step_embedded_cpu_cache", "step", "— ours from the encoding cache"),
+    Row("agsm_step_embedded_cpu_options", "step", "— ours from the cache, in bfloat16, compiled"),
     Row("agsm_step_embedded_cpu", "flops", "— its FLOPs: times fewer"),
     Row("agsm_step_embedded_cpu", "memory", "— its peak memory: share of the published"),
     Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
