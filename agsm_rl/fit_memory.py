@@ -110,6 +110,9 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
                 most = rows // int(term.options["group_size"]) if name == "groups_per_pass" else rows
                 size = min(most, term.options[name] or most)
                 found[f"learning {term.name}"] = {f"objectives.{index}.{name}": size}
+        if "steps_per_pass" in term.options:
+            steps = {f"objectives.{index}.steps_per_pass": term.options["steps_per_pass"]}
+            found.setdefault(f"learning {term.name}", {}).update(steps)
         if "sample_batch_size" in block.options:
             named = term.source if isinstance(term.source, str) else term.name
             path = place.replace("[", ".").replace("]", "") + ".sample_batch_size"

@@ -1,7 +1,7 @@
 """Drawing from a policy and the probability of what was drawn: shared by rollouts and policy-gradient objectives."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,25 @@ def step_distribution(
     t = sampler.t[k].to(x_t.device).expand(len(x_t))
     prediction = guided(predict, x_t, t, cond, uncond, guidance)
     return sampler.transition(k, x_t, prediction, eta=eta)
+
+
+def step_distributions(
+    predict: Predict,
+    sampler: Sampler,
+    steps: Sequence[int],
+    states: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    *,
+    guidance: float,
+    eta: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """`step_distribution` of several steps in one prediction; `states` [B, S, C, h, w] are where each begins."""
+    count, rows = len(steps), states.flatten(0, 1)
+    t = torch.stack([sampler.t[k] for k in steps]).to(states.device).repeat(len(states))
+    each = cond if count == 1 else cond[torch.arange(len(cond)).repeat_interleave(count)]
+    predictions = guided(predict, rows, t, each, uncond, guidance).unflatten(0, (-1, count))
+    return [sampler.transition(k, states[:, place], predictions[:, place], eta=eta) for place, k in enumerate(steps)]
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
