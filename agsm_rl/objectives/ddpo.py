@@ -15,8 +15,8 @@ from agsm_rl.objectives.policy_gradient import (
     by_steps,
     check_options,
     clipped_policy_loss,
+    live_steps,
     log_probs_of,
-    rollout_steps,
     step_log_prob,
 )
 from agsm_rl.policy import Policy
@@ -67,6 +67,6 @@ class DDPO:
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The clipped loss over the batch's steps."""
-        log_prob = log_probs_of(batch, rollout_steps(policy, policy.live, batch, self._text))
+        log_prob = log_probs_of(batch, live_steps(policy, batch, self._text))
         old = batch.log_probs[:, list(batch.steps)]
         return clipped_policy_loss(log_prob, old, batch.advantages[:, None], clip_range=self.clip_range)

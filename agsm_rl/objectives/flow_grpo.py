@@ -19,6 +19,7 @@ from agsm_rl.objectives.policy_gradient import (
     by_steps,
     check_options,
     clipped_policy_loss,
+    live_steps,
     log_probs_of,
     rollout_steps,
 )
@@ -93,7 +94,7 @@ class FlowGRPO:
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The loss over the batch's steps; without a `kl_weight`, it has no metric `kl`."""
-        live = rollout_steps(policy, policy.live, batch, self._text)
+        live = live_steps(policy, batch, self._text)
         log_prob, old = log_probs_of(batch, live), batch.log_probs[:, list(batch.steps)]
         advantages = batch.advantages[:, None]
         if not self.kl_weight:

@@ -58,8 +58,11 @@ def by_steps(
 ) -> list[tuple[RolloutBatch, float]]:
     """A part `steps_per_pass` denoising steps of `images_per_pass` images: so many activations are held at a time.
 
-    Of the steps, the share `timestep_fraction`, evenly spaced.
+    Of the steps, the share `timestep_fraction`, evenly spaced. Where the rollouts kept their graph, the activations of
+    all images are held already, and a backward pass frees those of all images: they are not cut.
     """
+    if batch.graph is not None and batch.graph.holds(batch.steps):
+        images_per_pass = None
     count = max(1, round(timestep_fraction * len(batch.steps)))
     places = torch.linspace(0, len(batch.steps) - 1, count).round().long()
     chosen = [tuple(batch.steps[place] for place in some.tolist()) for some in places.split(steps_per_pass)]
@@ -104,6 +107,12 @@ def rollout_steps(
         guidance=batch.guidance,
         eta=batch.eta,
     )
+
+
+def live_steps(policy: Policy, batch: RolloutBatch, text: PassText) -> list[tuple[Tensor, Tensor]]:
+    """`rollout_steps` under `policy.live`: those that the draw came to, where it kept their graph."""
+    kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
+    return rollout_steps(policy, policy.live, batch, text) if kept is None else kept
 
 
 def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]) -> Tensor:
