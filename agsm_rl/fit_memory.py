@@ -90,9 +90,13 @@ def _within_bytes(peak: int, budget: float) -> bool:
 
 
 def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """What may be changed beside passes: nothing, gradient checkpointing, and bfloat16 too."""
+    """What may be changed beside passes: nothing; graphs are not kept; gradient checkpointing; and bfloat16 too."""
     extra: dict[str, Any] = {}
     yield dict(extra)
+    kept = {f"{path}.keep_graph": False for path, block in _sources(recipe).items() if block.options.get("keep_graph")}
+    if kept:
+        extra |= kept
+        yield dict(extra)
     for name, value in (("gradient_checkpointing", True), ("dtype", "bfloat16")):
         if recipe.backbone.options.get(name, value) in (False, "float32"):
             extra[f"backbone.{name}"] = value
@@ -110,13 +114,26 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
                 most = rows // int(term.options["group_size"]) if name == "groups_per_pass" else rows
                 size = min(most, term.options[name] or most)
                 found[f"learning {term.name}"] = {f"objectives.{index}.{name}": size}
+        if "steps_per_pass" in term.options:
+            steps = {f"objectives.{index}.steps_per_pass": term.options["steps_per_pass"]}
+            found.setdefault(f"learning {term.name}", {}).update(steps)
         if "sample_batch_size" in block.options:
             named = term.source if isinstance(term.source, str) else term.name
-            path = place.replace("[", ".").replace("]", "") + ".sample_batch_size"
-            found[f"drawing {named}"] = {path: block.options["sample_batch_size"]}
+            found[f"drawing {named}"] = {f"{_path(place)}.sample_batch_size": block.options["sample_batch_size"]}
     if recipe.evaluate is not None:
         found["evaluating"] = {"evaluate.batch_size": min(recipe.evaluate.batch_size, recipe.evaluate.num_images)}
     return found
+
+
+def _sources(recipe: Recipe) -> dict[str, Block]:
+    """The recipe's sources by their key paths."""
+    found = [source_of(recipe, index) for index in range(len(recipe.objectives))]
+    return {_path(place): block for block, place in found}
+
+
+def _path(place: str) -> str:
+    """`objectives[0].source` as a key path."""
+    return place.replace("[", ".").replace("]", "")
 
 
 def _rows(block: Block, view: Block | None, parts: Parts, place: str) -> int | None:

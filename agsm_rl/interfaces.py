@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from agsm_rl.policy import Policy
+    from agsm_rl.sampling import KeptGraph
 
 Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]
@@ -249,7 +250,7 @@ class RewardedBatch(PairBatch):
 
 @dataclass(frozen=True)
 class RolloutBatch(RewardedBatch):
-    """Images with the path of K noisy steps that led to them; all without gradients.
+    """Images with the path of K noisy steps that led to them; all tensors without gradients.
 
     `latents` [B, C, h, w] are the finished images' latents; `trajectory` [B, K + 1, C, h, w] the states from noise to
     them; `log_probs` [B, K]; `steps` those among the K that are learned from.
@@ -263,8 +264,10 @@ class RolloutBatch(RewardedBatch):
     eta: float
     negative_prompt: str = ""
     """What guidance leads away from."""
+    graph: KeptGraph | None = None
+    """The steps' distributions under the live policy, with gradients, where the source kept them."""
 
-    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt")
+    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph")
 
 
 class Source(Protocol):

@@ -1,7 +1,7 @@
 """Drawing from a policy and the probability of what was drawn: shared by rollouts and policy-gradient objectives."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,36 @@ from torch import Tensor
 from agsm_rl.interfaces import Cond, Sampler
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+class KeptGraph:
+    """Each step's distribution as a draw came to it, with the graph back to the parameters, for the first who asks.
+
+    A backward pass goes through a graph once; who asks after the first computes the distribution anew.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._first, self._count = int(rows[0]), len(rows)
+        self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, k: int, mean: Tensor, std: Tensor) -> None:
+        """Keep step k of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
+        self._steps.setdefault(k, []).append((mean, std))
+
+    def holds(self, steps: Sequence[int]) -> bool:
+        """Whether nobody has asked for any of these steps."""
+        return all(k in self._steps for k in steps)
+
+    def take(self, steps: Sequence[int], rows: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Means [B, C, h, w] and standard deviations (0-d) of the steps, for rows by their numbers; each only once."""
+        if not self.holds(steps):
+            return None
+        found = []
+        for k in steps:
+            parts = self._steps.pop(k)
+            mean = parts[0][0] if len(parts) == 1 else torch.cat([mean for mean, _ in parts])
+            found.append((mean if len(rows) == self._count else mean[rows - self._first], parts[0][1]))
+        return found
 
 
 def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
@@ -30,6 +60,25 @@ def step_distribution(
     t = sampler.t[k].to(x_t.device).expand(len(x_t))
     prediction = guided(predict, x_t, t, cond, uncond, guidance)
     return sampler.transition(k, x_t, prediction, eta=eta)
+
+
+def step_distributions(
+    predict: Predict,
+    sampler: Sampler,
+    steps: Sequence[int],
+    states: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    *,
+    guidance: float,
+    eta: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """`step_distribution` of several steps in one prediction; `states` [B, S, C, h, w] are where each begins."""
+    count, rows = len(steps), states.flatten(0, 1)
+    t = torch.stack([sampler.t[k] for k in steps]).to(states.device).repeat(len(states))
+    each = cond if count == 1 else cond[torch.arange(len(cond)).repeat_interleave(count)]
+    predictions = guided(predict, rows, t, each, uncond, guidance).unflatten(0, (-1, count))
+    return [sampler.transition(k, states[:, place], predictions[:, place], eta=eta) for place, k in enumerate(steps)]
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def make_trainer(settings: dict[str, Any], prompts: Path) -> Trainer:
         num_steps=settings["num_steps"],
         guidance=settings["guidance"],
         sample_batch_size=settings["sample_batch_size"],
+        keep_graph=settings["keep_graph"],
     )
     objective = DDPO(images_per_pass=settings["train_batch_size"], **settings["ddpo"])
     policy = Policy(backbone, {"lora": LoRA(rank=4)})
@@ -72,6 +73,7 @@ def main(
     sample_batch_size: Annotated[int | None, typer.Option(help="images drawn at once; all when left out")] = None,
     train_batch_size: Annotated[int | None, typer.Option(help="images learned from at once; as many")] = None,
     ddpo: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006 — typer's way
+    keep_graph: Annotated[bool, typer.Option(help="our rollouts keep the graph of their draw")] = False,
     repeats: Annotated[int, typer.Option(min=1)] = 9,
     warmup: Annotated[int, typer.Option(min=1)] = 1,
     results: Path = measure.RESULTS,
@@ -92,6 +94,7 @@ def main(
         "guidance": guidance,
         "sample_batch_size": sample_batch_size,
         "train_batch_size": train_batch_size,
+        "keep_graph": keep_graph,
     }
     workers = {
         "ours": [sys.executable, __file__, "--serve", json.dumps(settings | {"ddpo": options_of(ddpo)})],
@@ -111,9 +114,9 @@ def main(
     step = measure.compare_seconds(taken["ours"], taken["trl"])
     embedded = checkpoint == EMBEDDED
     measure.write_result(
-        f"ddpo_step_{'embedded' if embedded else 'other'}_{device}",
+        f"ddpo_step_{'embedded' if embedded else 'other'}_{device}{'_keep_graph' * keep_graph}",
         what=f"DDPO, {images} images x {num_steps} sampling steps, guidance {guidance:g}, {sample_batch_size} images "
-        f"drawn and {train_batch_size} learned from at once",
+        f"drawn and {train_batch_size} learned from at once" + ", our graph of the draw kept" * keep_graph,
         device=device,
         results=results,
         comparisons={

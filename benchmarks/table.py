@@ -35,6 +35,8 @@ ROWS = (
     Row("agsm_step_sd15_cuda", "peak", "— its share of the GPU's bf16 peak", "≥ 0.5"),
     Row("ddpo_step_embedded_cpu", "step", "DDPO, embedded base, CPU: times TRL's images a second", "≥ 1.5"),
     Row("ddpo_step_embedded_cpu", "memory", "— its peak memory: share of TRL's"),
+    Row("ddpo_step_embedded_cpu_keep_graph", "step", "— with `keep_graph`: times TRL's images a second"),
+    Row("ddpo_step_embedded_cpu_keep_graph", "memory", "— with `keep_graph`, its peak memory: share of TRL's"),
     Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images a second"),
     Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
     Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),

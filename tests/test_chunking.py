@@ -83,6 +83,14 @@ def test_flow_grpo_in_passes_of_few_images_trains_as_all_at_once(tiny_sd3_checkp
     check(make_policy, FlowGRPO, make_rollouts, (1, 3), "images_per_pass")
 
 
+@pytest.mark.parametrize("objective", [DDPO, FlowGRPO])
+def test_several_steps_in_a_pass_train_as_one_at_a_time(each_checkpoint, make_rollouts, objective):
+    def make_policy():
+        return Policy(load_backbone(str(each_checkpoint), device="cpu"), {"lora": LoRA(rank=2)}, ema_decay=0.9)
+
+    check(make_policy, objective, lambda: make_rollouts(guidance=3.0), (3, 4), "steps_per_pass")
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_rollouts_drawn_few_at_a_time_train_as_those_drawn_all_at_once(make_policy, make_rollouts, guidance):
     policy = make_policy()

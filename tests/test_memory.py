@@ -118,6 +118,22 @@ def test_the_proposal_fits_and_halves_passes_before_it_changes_the_base(make_rec
     assert again.peak == smaller.prediction.peak <= own.peak / (1 + MARGIN)
 
 
+def test_several_steps_a_pass_are_predicted_and_taken_back_where_they_do_not_fit(make_recipe):
+    recipe = make_recipe("ddpo", ROLLOUTS | {"sample_batch_size": 4}, images_per_pass=4, steps_per_pass=4)
+    assert_close(recipe)
+    own = predict(recipe)[1]
+    found = fit(recipe, own, own.peak)
+    assert found.fits and found.changes["objectives.0.steps_per_pass"] == 2
+
+
+def test_a_kept_graph_is_predicted_and_given_up_before_the_base_is_changed(make_recipe):
+    recipe = make_recipe("ddpo", ROLLOUTS | {"keep_graph": True, "sample_batch_size": 4})
+    assert_close(recipe)
+    own = predict(recipe)[1]
+    found = fit(recipe, own, own.peak)
+    assert found.fits and found.changes == {"objectives.0.source.keep_graph": False}
+
+
 def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe):
     recipe = make_recipe("agsm", PAIRS, group_size=2)
     own = predict(recipe)[1]

@@ -36,6 +36,7 @@ class CrossAttentionPlaces:
     layers: int | None = None
 
     def __init__(self, denoiser: Any) -> None:
+        self.denoiser: nn.Module = denoiser
         blocks = (*denoiser.down_blocks, denoiser.mid_block)
         self.blocks = [block for block in blocks if getattr(block, "has_cross_attention", False)]
         self.width: int = denoiser.config.cross_attention_dim
@@ -44,12 +45,17 @@ class CrossAttentionPlaces:
 
     def hook(self, tokens: Tokens) -> list[Any]:
         """Begin to insert; returns what undoes it by `remove()`."""
-        return [
+        longer = LongerText(tokens)
+        handles: list[Any] = [
             block.register_forward_pre_hook(
-                partial(_insert, tokens=tokens, positions=argument_positions(block)), with_kwargs=True
+                partial(_insert, longer=longer, positions=argument_positions(block)), with_kwargs=True
             )
             for block in self.blocks
         ]
+        # Bank, timestep and parameters are those of a call of the denoiser: nothing is kept beyond it.
+        handles.append(self.denoiser.register_forward_pre_hook(longer.forget))
+        handles.append(self.denoiser.register_forward_hook(longer.forget))
+        return handles
 
 
 class JointPlaces:
@@ -98,20 +104,46 @@ def argument_positions(module: nn.Module) -> dict[str, int]:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class LongerText:
+    """The text [B, S, D] with soft tokens after BOS; the same for all blocks of a U-Net, and so made once a call."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.num_tokens, self._tokens = tokens.num_tokens, tokens
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, text: Tensor) -> Tensor | None:
+        """[B, S + n, D]; None while the tokens are switched off."""
+        if self._made is not None and self._made[0] is text:
+            return self._made[1]
+        rows = self._tokens.rows_for(text, 0)
+        if rows is None:
+            return None
+        longer = torch.cat([text[:, :1], rows, text[:, 1:]], dim=1)
+        # With gradients each block makes its own: gradient checkpointing runs a block again by itself.
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._made = text, longer
+        return longer
+
+    def forget(self, *_: Any) -> None:
+        """A call of the denoiser begins or has ended."""
+        if not torch.compiler.is_compiling():
+            self._made = None
+
+
 def _insert(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, tokens: Tokens, positions: dict[str, int]
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, longer: LongerText, positions: dict[str, int]
 ) -> Arguments | None:
     """A U-Net block's arguments with soft tokens after BOS; unchanged arguments (None) when switched off."""
     call = _Call(list(args), dict(kwargs), positions)
     text = call.get("encoder_hidden_states")
-    rows = tokens.rows_for(text, 0)
-    if rows is None:
+    text = longer(text)
+    if text is None:
         return None
-    call.set("encoder_hidden_states", torch.cat([text[:, :1], rows, text[:, 1:]], dim=1))
+    call.set("encoder_hidden_states", text)
     mask = call.get("encoder_attention_mask")
     if mask is not None:
         # By now the mask is a bias [B, 1, S] added to the attention scores: 0 is "seen".
-        seen = mask.new_zeros(*mask.shape[:-1], tokens.num_tokens)
+        seen = mask.new_zeros(*mask.shape[:-1], longer.num_tokens)
         call.set("encoder_attention_mask", torch.cat([mask[..., :1], seen, mask[..., 1:]], dim=-1))
     return tuple(call.args), call.kwargs
 

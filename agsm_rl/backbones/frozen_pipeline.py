@@ -194,8 +194,11 @@ class FrozenPipeline:
 
         It is plain in half precision on a CPU, where fused attention's backward pass costs more than a step's rest.
         """
-        half = self.denoiser.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and half else nullcontext()
+        if self.device.type != "cpu":
+            return nullcontext()
+        # Of the first weight: diffusers' `dtype` looks at every module, which takes a percent of a small base's step.
+        half = next(self.denoiser.parameters()).dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        return sdpa_kernel(SDPBackend.MATH) if half else nullcontext()
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Each kind of pipeline has its own."""

@@ -13,7 +13,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
-from agsm_rl.sampling import gaussian_log_prob, step_distribution
+from agsm_rl.sampling import KeptGraph, gaussian_log_prob, step_distribution
 from agsm_rl.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
@@ -36,6 +36,14 @@ class Rollouts:
     as GRPO does. A reward with `normalise: z_score` is normalised so by itself, before the sum; a sum of such rewards
     alone is then normalised once more over all images of the draw. By `group` that is GDPO (arXiv 2601.05242).
     Advantages are clipped to ± `advantage_clip`.
+
+    `keep_graph`: a policy gradient's step is taken at the parameters that drew the images, and so the predictions of
+    the draw are those to be learned from. With this they are recorded with their graph, and are not computed again:
+    the same gradient for a forward and a backward pass a step instead of two and one. The activations of all images and
+    steps are then held together, whatever `sample_batch_size` and `images_per_pass`: it is for small models and few
+    steps, or for gradient checkpointing (`agsm-rl check` tells the memory). It needs `updates: 1`, `drawn_by: live` and
+    `eta` above 0. Of several policy gradients on one source the first that learns in a step gains by it. DiffusionNFT
+    and AGSM do not use it.
     """
 
     gives: type[RewardedBatch] = RolloutBatch
@@ -57,6 +65,7 @@ class Rollouts:
         history: int = 32,
         min_history: int = 16,
         sample_batch_size: int = 64,
+        keep_graph: bool = False,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,
@@ -84,7 +93,9 @@ class Rollouts:
             )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
-        self.prompts, self.rewards = prompts, check_rewards(rewards)
+        if keep_graph:
+            _check_keeps_graph(updates=updates, drawn_by=drawn_by, eta=eta)
+        self.prompts, self.rewards, self.keep_graph = prompts, check_rewards(rewards), keep_graph
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
@@ -136,6 +147,7 @@ class Rollouts:
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
         draw = Draw(self._seed, self._name, self._draws)
+        graph = KeptGraph(rows) if self.keep_graph else None
         parts = []
         with InParts(self.rewards) as scoring:
             with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
@@ -150,6 +162,7 @@ class Rollouts:
                         guidance=self.guidance,
                         eta=self.eta,
                         keep_path=self.eta > 0,
+                        graph=graph,
                     )
                     parts.append(drawn)
                     scoring.add(policy.backbone.decode(drawn[0][:, -1]), asked)
@@ -172,6 +185,7 @@ class Rollouts:
             steps=tuple(range(self.num_steps)),
             guidance=self.guidance,
             eta=self.eta,
+            graph=graph,
         )
 
     def _check_latents(self, latents: Tensor, prompts: list[str]) -> None:
@@ -257,6 +271,25 @@ class Rollouts:
         return {prompt: deque(past, maxlen=self.history) for prompt, past in histories.items()}
 
 
+def _check_keeps_graph(*, updates: int, drawn_by: str, eta: float) -> None:
+    """UserError where the predictions of a draw are not those that are learned from."""
+    if updates > 1:
+        raise UserError(
+            f"keep_graph: true, but with `updates: {updates}` the later updates learn at other parameters than those "
+            "that drew; set `updates: 1`, or leave keep_graph out"
+        )
+    if drawn_by != "live":
+        raise UserError(
+            f"keep_graph: true, but `drawn_by: {drawn_by}` draws by parameters that are not trained; set `drawn_by: "
+            "live`, or leave keep_graph out"
+        )
+    if eta == 0:
+        raise UserError(
+            "keep_graph: true, but with `eta: 0` no path is kept, and no policy gradient can learn from it; set `eta` "
+            "above 0, or leave keep_graph out"
+        )
+
+
 def _plain(histories: Histories) -> dict[str, list[float]]:
     return {prompt: list(past) for prompt, past in histories.items()}
 
@@ -283,10 +316,12 @@ def draw_trajectories(
     eta: float,
     negative_prompt: str = "",
     keep_path: bool = True,
+    graph: KeptGraph | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
 
-    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w].
+    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
+    gradients from its mean to the parameters; none go from one step to another.
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
@@ -295,7 +330,11 @@ def draw_trajectories(
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
     for k in range(num_steps):
         x_t = states[-1]
-        mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
+        with nullcontext() if graph is None else torch.enable_grad():
+            mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
+        if graph is not None:
+            graph.add(k, mean, std)
+            mean = mean.detach()
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
         states.append((mean + std * noise).to(x_t.dtype))
         log_probs.append(gaussian_log_prob(states[-1], mean, std))

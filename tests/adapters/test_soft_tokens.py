@@ -318,6 +318,28 @@ def test_tokens_of_another_base_are_refused_with_its_name(backbone: StableDiffus
     assert all(torch.equal(before[name], value) for name, value in tokens.export()[0].items())
 
 
+def test_the_text_with_tokens_is_made_once_a_call_and_anew_in_the_next(
+    backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = attached(backbone)
+    x_t, cond, asked = rows(), backbone.encode_text(PROMPTS), []
+    rows_for = tokens.rows_for
+    monkeypatch.setattr(tokens, "rows_for", lambda *arguments: asked.append(1) or rows_for(*arguments))
+
+    def seen(t: float, bank: Any = "positive") -> Tensor:
+        with torch.no_grad(), tokens.using(bank):
+            return backbone.predict(x_t, torch.tensor([t, t]), cond)
+
+    first = seen(0.1)
+    assert len(asked) == 1
+    # The same text in each of these; what else the tokens depend on is another.
+    others = [seen(0.5), seen(0.1, "negative"), seen(0.1, None)]
+    assert all(not torch.equal(first, other) for other in others)
+    assert torch.equal(seen(0.1), first)
+    perturb(tokens, seed=1)
+    assert not torch.equal(seen(0.1), first)
+
+
 def test_a_denoiser_without_cross_attention_is_refused(backbone: StableDiffusion) -> None:
     for block in (*backbone.denoiser.down_blocks, backbone.denoiser.mid_block):
         block.has_cross_attention = False

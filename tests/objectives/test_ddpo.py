@@ -7,6 +7,7 @@ import torch
 
 from agsm_rl.errors import UserError
 from agsm_rl.objectives.ddpo import DDPO, clipped_policy_loss, step_log_prob
+from agsm_rl.policy import Policy
 from agsm_rl.sampling import gaussian_log_prob, guided
 
 
@@ -54,6 +55,35 @@ def test_fresh_rollouts_have_ratio_one(policy, rollouts, guidance):
     batch = rollouts.next(policy)
     _, metrics = DDPO().loss(policy, batch)
     assert metrics["ratio_deviation"].item() < 1e-5
+
+
+@pytest.mark.parametrize("steps_per_pass", [1, 3])
+def test_fresh_rollouts_have_ratio_one_on_each_kind_of_base(
+    each_backbone, make_adapters, make_rollouts, steps_per_pass
+):
+    policy = Policy(each_backbone, make_adapters())
+    batch = make_rollouts(bind=True, guidance=3.0).next(policy)
+    for part, _ in DDPO(steps_per_pass=steps_per_pass).split(batch):
+        assert DDPO().loss(policy, part)[1]["ratio_deviation"].item() < 1e-5
+
+
+def test_steps_are_cut_into_passes_whose_shares_are_their_numbers(policy, rollouts):
+    parts = DDPO(steps_per_pass=3, images_per_pass=2).split(rollouts.next(policy))
+    assert [(part.steps, len(part), share) for part, share in parts] == [
+        ((0, 1, 2), 2, 0.375),
+        ((3,), 2, 0.125),
+        ((0, 1, 2), 2, 0.375),
+        ((3,), 2, 0.125),
+    ]
+
+
+def test_the_text_of_a_pass_is_encoded_once_for_all_its_steps(policy, rollouts, monkeypatch):
+    batch, objective, asked = rollouts.next(policy), DDPO(images_per_pass=2), []
+    encode = policy.backbone.encode_text
+    monkeypatch.setattr(policy.backbone, "encode_text", lambda prompts: asked.append(prompts) or encode(prompts))
+    for part, _ in objective.split(batch):
+        objective.loss(policy, part)
+    assert asked == [batch.prompts[:2], [""], batch.prompts[2:], [""]]
 
 
 def test_changed_parameters_move_the_ratio_away_from_one(policy, rollouts):
@@ -125,7 +155,14 @@ def test_guidance_of_one_is_the_conditional_prediction_alone():
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip_range": 0}, {"timestep_fraction": 0}, {"timestep_fraction": 1.5}, {"images_per_pass": 0}]
+    "options",
+    [
+        {"clip_range": 0},
+        {"timestep_fraction": 0},
+        {"timestep_fraction": 1.5},
+        {"images_per_pass": 0},
+        {"steps_per_pass": 0},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):

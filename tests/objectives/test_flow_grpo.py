@@ -1,5 +1,7 @@
 """Flow-GRPO: DDPO's clipped loss plus the KL of each step to the base, on any sampler's Gaussian steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.errors import UserError
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.flow_grpo import FlowGRPO, flow_grpo_loss, step_kl
-from agsm_rl.objectives.policy_gradient import rollout_step
+from agsm_rl.objectives.policy_gradient import rollout_steps
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
 
@@ -76,7 +78,7 @@ def test_the_kl_of_a_policy_is_that_of_its_steps_to_the_base_models(policy, make
         without = bare.predict(x_t, t, uncond)
         prediction = without + 3.0 * (bare.predict(x_t, t, cond) - without)
         reference, std = sampler.transition(k, x_t, prediction, eta=1.0)
-        mean, _ = rollout_step(policy, policy.live, batch, k)
+        mean, _ = rollout_steps(policy, policy.live, replace(batch, steps=(k,)))[0]
         part = FlowGRPO().split(batch)[k][0]
         _, metrics = FlowGRPO().loss(policy, part)
     expected = ((mean - reference) ** 2).mean() / (2 * std**2)

@@ -1,0 +1,115 @@
+"""Rollouts that keep the graph of their draw: the gradient is that of predictions computed anew, and none are."""
+
+import pytest
+import torch
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.backbones import load_backbone
+from agsm_rl.errors import UserError
+from agsm_rl.objectives.agsm import AGSM
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.objectives.flow_grpo import FlowGRPO
+from agsm_rl.policy import Policy
+from agsm_rl.sources.views import BestImages
+from agsm_rl.trainer import Term, Trainer
+
+
+@pytest.fixture
+def make_moved(make_adapters):
+    """Policies away from their base, so that Flow-GRPO's KL has a gradient."""
+
+    def make(backbone, adapters=None):
+        policy = Policy(backbone, adapters or make_adapters(), ema_decay=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in policy.parameters().values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return policy
+
+    return make
+
+
+def gradient(policy, objective, batch):
+    """Of the whole batch, in the objective's parts, as one vector."""
+    parameters = list(policy.parameters().values())
+    total = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    for part, share in objective.split(batch):
+        loss, _ = objective.loss(policy, part)
+        found = torch.autograd.grad(loss * share, parameters, allow_unused=True, materialize_grads=True)
+        total += torch.cat([value.flatten() for value in found])
+    return total
+
+
+def assert_same_gradient(policy, make_rollouts, objective, *, within=1e-6, **options):
+    options = {"guidance": 3.0, "advantages": "group"} | options
+    anew, kept = (make_rollouts(bind=True, keep_graph=keep, **options).next(policy) for keep in (False, True))
+    assert torch.equal(anew.trajectory, kept.trajectory) and torch.equal(anew.log_probs, kept.log_probs)
+    expected = gradient(policy, objective, anew)
+    assert expected.norm() > 0
+    assert (gradient(policy, objective, kept) - expected).norm() < within * expected.norm()
+
+
+@pytest.mark.parametrize("objective", [DDPO(), FlowGRPO(kl_weight=0.5)], ids=["ddpo", "flow_grpo"])
+def test_the_gradient_is_that_of_predictions_computed_anew(each_backbone, make_moved, make_rollouts, objective):
+    assert_same_gradient(make_moved(each_backbone), make_rollouts, objective)
+
+
+def test_it_is_so_with_gradient_checkpointing(tiny_checkpoint, make_moved, make_rollouts):
+    backbone = load_backbone(str(tiny_checkpoint), device="cpu", gradient_checkpointing=True)
+    assert_same_gradient(make_moved(backbone), make_rollouts, DDPO())
+
+
+def test_it_is_so_with_trained_text_encoders(make_backbone, make_moved, make_rollouts):
+    policy = make_moved(make_backbone(), {"lora": LoRA(rank=2, text_encoders=True)})
+    assert_same_gradient(policy, make_rollouts, DDPO())
+
+
+def test_it_is_so_in_any_passes_and_with_a_fraction_of_the_steps(make_backbone, make_moved, make_rollouts):
+    policy = make_moved(make_backbone())
+    # Other numbers of rows in a pass are added up in another order.
+    for objective in (DDPO(timestep_fraction=0.5, images_per_pass=1), FlowGRPO(kl_weight=0.5, steps_per_pass=3)):
+        assert_same_gradient(policy, make_rollouts, objective, within=1e-5, sample_batch_size=3)
+
+
+def test_some_rows_of_the_draw_have_their_own_gradient(make_backbone, make_moved, make_rollouts):
+    policy, few = make_moved(make_backbone()), torch.tensor([3, 1])
+    anew, kept = (make_rollouts(bind=True, keep_graph=keep).next(policy).select(few) for keep in (False, True))
+    torch.testing.assert_close(gradient(policy, DDPO(), kept), gradient(policy, DDPO(), anew), rtol=1e-4, atol=1e-6)
+
+
+def test_no_prediction_is_computed_a_second_time(policy, make_rollouts, monkeypatch):
+    batch = make_rollouts(bind=True, keep_graph=True).next(policy)
+    monkeypatch.setattr(policy.backbone, "predict", None)
+    monkeypatch.setattr(policy.backbone, "encode_text", None)
+    assert gradient(policy, DDPO(), batch).norm() > 0
+
+
+def test_terms_that_share_a_kept_draw_learn_as_without(make_policy, make_rollouts):
+    """The first policy gradient uses up the graph, the second computes anew, and AGSM swaps in the EMA in between."""
+
+    def trained(keep_graph):
+        policy, source = make_policy(), make_rollouts(keep_graph=keep_graph, images_per_prompt=4)
+        terms = [
+            Term(AGSM(group_size=2), source, name="agsm", view=BestImages(share=0.5, min_advantage=-5.0)),
+            Term(DDPO(), source, name="ddpo", trains=["lora"], every=2),
+            Term(FlowGRPO(), source, name="flow_grpo"),
+        ]
+        trainer = Trainer(policy, terms, steps=3, learning_rate=3e-4)
+        metrics = trainer.run_step()
+        trainer.train()
+        return metrics, policy.parameters(), trainer.state_dict()
+
+    (expected, anew, _), (found, kept, state) = trained(False), trained(True)
+    for name in ("agsm", "ddpo", "flow_grpo"):
+        assert found[f"{name}/rows" if name == "agsm" else f"{name}/ratio"] > 0
+        assert found[f"{name}/grad_norm"] == pytest.approx(expected[f"{name}/grad_norm"], rel=1e-6)
+    for name, parameter in anew.items():
+        torch.testing.assert_close(kept[name], parameter, rtol=0, atol=1e-5)
+    assert all(source["pending"] == [] for source in state["sources"].values())
+
+
+@pytest.mark.parametrize(
+    "options", [{"updates": 2}, {"drawn_by": "ema"}, {"eta": 0.0}], ids=lambda one: next(iter(one))
+)
+def test_it_is_refused_where_the_draw_is_not_what_is_learned_from(make_rollouts, options):
+    with pytest.raises(UserError, match=f"keep_graph: true, but .*`{next(iter(options))}"):
+        make_rollouts(keep_graph=True, **options)
