@@ -46,16 +46,17 @@ class CrossAttentionPlaces:
     def hook(self, tokens: Tokens) -> list[Any]:
         """Begin to insert; returns what undoes it by `remove()`."""
         longer = LongerText(tokens)
-        handles: list[Any] = [
-            block.register_forward_pre_hook(
-                partial(_insert, longer=longer, positions=argument_positions(block)), with_kwargs=True
-            )
-            for block in self.blocks
+        return [
+            # Bank, timestep and parameters are those of a call of the denoiser: nothing is kept beyond it.
+            self.denoiser.register_forward_pre_hook(longer.begin),
+            self.denoiser.register_forward_hook(longer.end, always_call=True),
+            *(
+                block.register_forward_pre_hook(
+                    partial(_insert, longer=longer, positions=argument_positions(block)), with_kwargs=True
+                )
+                for block in self.blocks
+            ),
         ]
-        # Bank, timestep and parameters are those of a call of the denoiser: nothing is kept beyond it.
-        handles.append(self.denoiser.register_forward_pre_hook(longer.forget))
-        handles.append(self.denoiser.register_forward_hook(longer.forget))
-        return handles
 
 
 class JointPlaces:
@@ -109,6 +110,7 @@ class LongerText:
 
     def __init__(self, tokens: Tokens) -> None:
         self.num_tokens, self._tokens = tokens.num_tokens, tokens
+        self._in_call = False
         self._made: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, text: Tensor) -> Tensor | None:
@@ -120,14 +122,19 @@ class LongerText:
             return None
         longer = torch.cat([text[:, :1], rows, text[:, 1:]], dim=1)
         # With gradients each block makes its own: gradient checkpointing runs a block again by itself.
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self._in_call and not torch.is_grad_enabled():
             self._made = text, longer
         return longer
 
-    def forget(self, *_: Any) -> None:
-        """A call of the denoiser begins or has ended."""
+    def begin(self, *_: Any) -> None:
+        """A call of the denoiser begins; a block that is run by itself makes its own text."""
         if not torch.compiler.is_compiling():
-            self._made = None
+            self._in_call, self._made = True, None
+
+    def end(self, *_: Any) -> None:
+        """It has ended."""
+        if not torch.compiler.is_compiling():
+            self._in_call, self._made = False, None
 
 
 def _insert(
