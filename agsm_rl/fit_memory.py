@@ -47,7 +47,7 @@ def fit(
     if _within(prediction, budget):
         return Fit({}, prediction, True)
     knobs = _knobs(recipe, Parts(where=where, allow_imports=allow_imports))
-    smallest = {path: 1 for paths in knobs.values() for path, size in paths.items() if size > 1}
+    smallest = {path: 1 for paths in knobs.values() for path in paths}
 
     def tried(changes: Mapping[str, Any]) -> Prediction:
         found = predict(changed(recipe, changes, where, allow_imports), where=where, allow_imports=allow_imports)[1]
@@ -97,14 +97,15 @@ def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
     if kept:
         extra |= kept
         yield dict(extra)
-    for name, value in (("gradient_checkpointing", True), ("dtype", "bfloat16")):
+    compiled = recipe.backbone.options.get("compile") is not None  # which checkpointing does not go with
+    for name, value in (("gradient_checkpointing", True), ("dtype", "bfloat16"))[compiled:]:
         if recipe.backbone.options.get(name, value) in (False, "float32"):
             extra[f"backbone.{name}"] = value
             yield dict(extra)
 
 
 def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
-    """Phase → path of the option that bounds its memory → its value, or what it comes to where it is left out."""
+    """Phase → path of an option that bounds its memory → its value, or what it comes to if left out; those above 1."""
     found: dict[str, dict[str, int]] = {}
     for index, term in enumerate(recipe.objectives):
         block, place = source_of(recipe, index)
@@ -122,7 +123,7 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
             found[f"drawing {named}"] = {f"{_path(place)}.sample_batch_size": block.options["sample_batch_size"]}
     if recipe.evaluate is not None:
         found["evaluating"] = {"evaluate.batch_size": min(recipe.evaluate.batch_size, recipe.evaluate.num_images)}
-    return found
+    return {phase: {path: size for path, size in paths.items() if size > 1} for phase, paths in found.items()}
 
 
 def _sources(recipe: Recipe) -> dict[str, Block]:

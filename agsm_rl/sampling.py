@@ -18,7 +18,7 @@ class KeptGraph:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._first, self._count = int(rows[0]), len(rows)
+        self._first = int(rows[0])
         self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, k: int, mean: Tensor, std: Tensor) -> None:
@@ -37,7 +37,7 @@ class KeptGraph:
         for k in steps:
             parts = self._steps.pop(k)
             mean = parts[0][0] if len(parts) == 1 else torch.cat([mean for mean, _ in parts])
-            found.append((mean if len(rows) == self._count else mean[rows - self._first], parts[0][1]))
+            found.append((mean[rows.to(mean.device) - self._first], parts[0][1]))
         return found
 
 

@@ -64,6 +64,7 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
 def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     recipe = read_yaml(path / "recipe.yaml")
     block = dict(recipe.get("backbone") or {}) | ({"checkpoint": base} if base else {}) | more
+    block.pop("compile", None)  # it pays over a training, not over a few pictures
     found = _opened(block, where=str(path / "recipe.yaml"), name=str(path), adapter=path)
     drawing = recipe.get("sample") or {}
     found.guidance = float(drawing.get("guidance", found.guidance))

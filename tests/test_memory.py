@@ -126,6 +126,18 @@ def test_several_steps_a_pass_are_predicted_and_taken_back_where_they_do_not_fit
     assert found.fits and found.changes["objectives.0.steps_per_pass"] == 2
 
 
+def test_what_is_1_already_is_no_proposal(make_recipe):
+    recipe = make_recipe("ddpo", ROLLOUTS | {"sample_batch_size": 4})
+    own = predict(recipe)[1]
+    assert "objectives.0.steps_per_pass" not in fit(recipe, own, 1000).changes
+
+
+def test_checkpointing_is_not_proposed_beside_compile(make_recipe):
+    recipe = make_recipe("agsm", PAIRS, group_size=2)
+    recipe.backbone.options["compile"] = "default"
+    assert "backbone.gradient_checkpointing" not in fit(recipe, predict(recipe)[1], 1000).changes
+
+
 def test_a_kept_graph_is_predicted_and_given_up_before_the_base_is_changed(make_recipe):
     recipe = make_recipe("ddpo", ROLLOUTS | {"keep_graph": True, "sample_batch_size": 4})
     assert_close(recipe)

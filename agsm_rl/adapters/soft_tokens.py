@@ -179,15 +179,15 @@ class SoftTokens:
         if self.bank is None:
             return None
         # Read at each call: the EMA copy is used by swapping the parameters' data.
-        banks: Tensor = self._parameters["soft_tokens"]
-        banks = banks if self._layers is None else banks[:, layer]
+        values: Tensor = self._parameters["soft_tokens"]
+        values = values if self._layers is None else values[:, layer]
         if isinstance(self.bank, tuple) and self.banks == 2:
             is_negative = torch.tensor([bank == "negative" for bank in self.bank])
             # To a GPU without waiting for what it is still at.
             is_negative = is_negative.to(text.device, non_blocking=True)[:, None, None]
-            tokens = torch.where(is_negative, banks[1], banks[0])
+            tokens = torch.where(is_negative, values[1], values[0])
         else:
-            tokens = banks[1 if self.bank == "negative" and self.banks == 2 else 0][None]
+            tokens = values[1 if self.bank == "negative" and self.banks == 2 else 0][None]
         if self.time_tokens:
             timestep = torch.as_tensor(self._timestep, device=text.device).reshape(-1)
             rows = (timestep.long() // TIMESTEPS_A_ROW).clamp(0, TIME_ROWS - 1)

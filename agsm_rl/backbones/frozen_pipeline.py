@@ -17,7 +17,7 @@ from agsm_rl.interfaces import Adapter, Cond
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-VARIANTS = 32
+RECOMPILE_LIMIT = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,13 +38,16 @@ class FrozenPipeline:
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
         take them in half precision. The same results within rounding; torch's own layout when left out.
-    compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs. It pays on long runs: the first
-        steps take minutes. Where nothing can be compiled (a CPU without a C++ compiler), a warning says so and it is
-        left out.
+    compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (which nobody has tried on a GPU
+        yet). It pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
+        compiler), a warning says so and it is left out. Not with gradient_checkpointing. A draw and the step that
+        learns from it round differently: for a policy gradient in half precision, let the rollouts `keep_graph`.
     Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
     """
 
     name: str
+    compiled = False
+    """Whether predictions are written where the next one may be (CUDA graphs), and so must be copied."""
     use: ClassVar[str]
     """Under which a recipe asks for this class."""
     wraps: ClassVar[tuple[str, ...]]
@@ -98,7 +101,7 @@ class FrozenPipeline:
         if memory_format is not None:
             self._lay_out(memory_format)
         if compile is not None:
-            self._compile(compile)
+            self._compile(compile, gradient_checkpointing=gradient_checkpointing)
         self._check_width(checkpoint)
 
     @property
@@ -117,19 +120,26 @@ class FrozenPipeline:
         for module in (self.denoiser, self.pipeline.vae, self._vae):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _compile(self, mode: str) -> None:
+    def _compile(self, mode: str, *, gradient_checkpointing: bool) -> None:
         if mode not in COMPILE_MODES:
             raise unknown_name("backbone.compile", mode, "a mode of torch.compile", COMPILE_MODES)
+        if gradient_checkpointing:
+            raise UserError(
+                "backbone.compile: torch.compile cannot compile blocks that are checkpointed as here; leave out compile, "
+                "or gradient_checkpointing."
+            )
         if self.device.type == "meta":
             return
         try:
             torch.compile(torch.nn.functional.silu, mode=mode)(torch.ones(64, device=self.device))
         except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler fails with
-            logger.warning("backbone.compile: left out, nothing can be compiled here: %s", str(error).splitlines()[0])
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            logger.warning("backbone.compile: left out, nothing can be compiled here: %s", why)
             return
         # A bank, and gradients on or off, each make a variant; beyond the limit nothing more is compiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         self.denoiser.compile(mode=mode)
+        self.compiled = True
 
     @classmethod
     def from_pipeline(

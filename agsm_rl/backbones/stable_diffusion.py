@@ -96,7 +96,7 @@ class StableDiffusion(FrozenPipeline):
                 added_cond_kwargs=self._added(x_t, cond, dtype),
                 return_dict=False,
             )[0]
-        return prediction.to(x_t.dtype)
+        return prediction.to(x_t.dtype, copy=self.compiled)
 
     def _added(self, x_t: Tensor, cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None:
         if cond.pooled is None:

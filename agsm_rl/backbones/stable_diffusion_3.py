@@ -89,7 +89,7 @@ class StableDiffusion3(FrozenPipeline):
                 pooled_projections=cond.pooled.to(dtype),
                 return_dict=False,
             )[0]
-        return prediction.to(x_t.dtype)
+        return prediction.to(x_t.dtype, copy=self.compiled)
 
     def sampler(self, num_steps: int) -> FlowSampler:
         """The pipeline's own schedule with its shift."""

@@ -76,7 +76,12 @@ class Grid:
         """
         count = self.columns.shape[1]
         image = torch.arange(len(self.x_t), device=self.x_t.device).repeat_interleave(count)
-        bank = tuple("positive" if column == own else others for own in self.own.tolist() for column in range(count))
+        # Without asking the device for `own`.
+        bank = tuple(
+            "positive" if column == row % count else others
+            for row in range(len(image) // count)
+            for column in range(count)
+        )
         found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
         return found.reshape(*self.columns.shape, *found.shape[1:])
 

@@ -77,16 +77,16 @@ class PassText:
     """The text of the images of a pass, encoded for its first steps and kept for the others; of one pass at a time."""
 
     def __init__(self) -> None:
-        self._backbone: Backbone | None = None
-        self._prompts: list[str] | None = None
+        self._of: tuple[object, ...] = ()
         self._found: tuple[Cond, Cond] | None = None
 
     def __call__(self, backbone: Backbone, batch: RolloutBatch) -> tuple[Cond, Cond]:
         """The prompts [B rows] and the negative prompt [1 row]."""
-        # Parts of the same images share one list of prompts, so that what is kept is never of another batch.
-        if self._found is None or self._backbone is not backbone or self._prompts is not batch.prompts:
+        # Parts of the same images share these objects, so that what is kept is never of another batch.
+        of = (backbone, batch.prompts, batch.cond, batch.negative_prompt)
+        if self._found is None or any(one is not other for one, other in zip(of, self._of, strict=True)):
             self._found = batch.encode_text(backbone), backbone.encode_text([batch.negative_prompt])
-            self._backbone, self._prompts = backbone, batch.prompts
+            self._of = of
         return self._found
 
 

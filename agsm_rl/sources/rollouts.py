@@ -42,8 +42,9 @@ class Rollouts:
     the same gradient for a forward and a backward pass a step instead of two and one. The activations of all images and
     steps are then held together, whatever `sample_batch_size` and `images_per_pass`: it is for small models and few
     steps, or for gradient checkpointing (`agsm-rl check` tells the memory). It needs `updates: 1`, `drawn_by: live` and
-    `eta` above 0. Of several policy gradients on one source the first that learns in a step gains by it. DiffusionNFT
-    and AGSM do not use it.
+    `eta` above 0. Of several policy gradients on one source the first that learns in a step gains by it: put it first,
+    for what stands before it learns beside the whole graph. Every draw pays for it, also where no policy gradient is
+    due; DiffusionNFT and AGSM do not use it.
     """
 
     gives: type[RewardedBatch] = RolloutBatch

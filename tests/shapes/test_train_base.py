@@ -115,3 +115,11 @@ def test_another_scale_and_shift_change_neither_latents_nor_pictures(tiny_checkp
     torch.testing.assert_close((after.mean - 0.1) * 1.5, before.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after.std * 1.5, before.std, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--inherit"], ["--begin", "one", "--inherit", "--teacher", "other"]])
+def test_options_that_do_not_go_together_are_told_before_anything_is_made(options, tmp_path):
+    command = [sys.executable, "-m", "agsm_rl.shapes.train_base", "sdxl", tmp_path / "work", tmp_path / "out", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--inherit begins with a" in done.stderr
+    assert not (tmp_path / "work").exists()

@@ -70,8 +70,9 @@ def test_it_is_so_in_any_passes_and_with_a_fraction_of_the_steps(make_backbone, 
         assert_same_gradient(policy, make_rollouts, objective, within=1e-5, sample_batch_size=3)
 
 
-def test_some_rows_of_the_draw_have_their_own_gradient(make_backbone, make_moved, make_rollouts):
-    policy, few = make_moved(make_backbone()), torch.tensor([3, 1])
+@pytest.mark.parametrize("rows", [[3, 1], [3, 1, 0, 2]], ids=["some", "all, in another order"])
+def test_chosen_rows_of_the_draw_have_their_own_gradient(make_backbone, make_moved, make_rollouts, rows):
+    policy, few = make_moved(make_backbone()), torch.tensor(rows)
     anew, kept = (make_rollouts(bind=True, keep_graph=keep).next(policy).select(few) for keep in (False, True))
     torch.testing.assert_close(gradient(policy, DDPO(), kept), gradient(policy, DDPO(), anew), rtol=1e-4, atol=1e-6)
 

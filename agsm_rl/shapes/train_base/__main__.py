@@ -49,6 +49,10 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
+    if inherit and (teacher is None or begin is not None):
+        raise typer.BadParameter("--inherit begins with a --teacher's weights, and not with those of --begin")
+    if begin is not None and (text is not None or vae is not None):
+        raise typer.BadParameter("--begin has text encoders and an autoencoder of its own: leave out --text and --vae")
     torch.set_num_threads(threads)
     settings = Settings(
         scenes,
@@ -70,10 +74,9 @@ def main(
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
     taught_by = None if teacher is None else backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
-    if inherit:
-        if taught_by is None:
-            raise typer.BadParameter("there is no --teacher to inherit from")
-        begin_as(taught_by, backbone, requirements[:CAPTIONS])
+    if inherit and taught_by is not None:
+        fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
+        print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
     train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone, requirements, images, teacher=taught_by)
     backbone.denoiser.to(layout.stored)
     pipeline.save_pretrained(out)
