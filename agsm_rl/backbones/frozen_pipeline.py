@@ -125,7 +125,7 @@ class FrozenPipeline:
             raise unknown_name("backbone.compile", mode, "a mode of torch.compile", COMPILE_MODES)
         if gradient_checkpointing:
             raise UserError(
-                "backbone.compile: torch.compile cannot compile blocks that are checkpointed as here; leave out compile, "
+                "backbone.compile: torch.compile cannot compile blocks that are checkpointed here; leave out compile, "
                 "or gradient_checkpointing."
             )
         if self.device.type == "meta":
