@@ -3,7 +3,8 @@
 # ///
 """The curves of benchmarks/curves.py as a picture: `uv run benchmarks/plot_curves.py OUT.png [CURVES.json]`.
 
-Both axes are logarithmic; the dotted line is linear growth from the first point on.
+Both axes are logarithmic; the dotted line is linear growth from the first point on (with processes that share a fixed
+batch: the time divided by their number).
 """
 
 import json
@@ -28,11 +29,13 @@ def main(out: str, curves: str = str(CURVES)) -> None:
     for place, curve in zip(axes.flat, found, strict=False):
         x = np.array([point[curve["vary"]] for point in curve["points"]], dtype=float)
         y = np.array([point["seconds"] for point in curve["points"]])
-        place.loglog(x, y[0] * x / x[0], ":", color="grey")
+        ideal = -1.0 if curve["exponent"] < 0 else 1.0
+        place.loglog(x, y[0] * (x / x[0]) ** ideal, ":", color="grey")
         place.loglog(x, y, "o-")
         place.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        place.set_yticks(y, [f"{value:.2g}" for value in y], minor=False)
         place.minorticks_off()
-        place.set_title(f"{curve['name']}: exponent {curve['exponent']:.2f}", fontsize=9)
+        place.set_title(f"{curve['name']}\nexponent {curve['exponent']:.2f}", fontsize=9)
         place.set_ylabel("seconds a step", fontsize=8)
         place.spines[["top", "right"]].set_visible(False)
     for place in list(axes.flat)[len(found) :]:
