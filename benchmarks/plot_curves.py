@@ -29,11 +29,12 @@ def main(out: str, curves: str = str(CURVES)) -> None:
     for place, curve in zip(axes.flat, found, strict=False):
         x = np.array([point[curve["vary"]] for point in curve["points"]], dtype=float)
         y = np.array([point["seconds"] for point in curve["points"]])
-        ideal = -1.0 if curve["exponent"] < 0 else 1.0
-        place.loglog(x, y[0] * (x / x[0]) ** ideal, ":", color="grey")
+        ideal = y[0] * (x / x[0]) ** (-1.0 if curve["exponent"] < 0 else 1.0)
+        place.loglog(x, ideal, ":", color="grey")
         place.loglog(x, y, "o-")
         place.set_xticks(x, [f"{value:g}" for value in x], minor=False)
-        place.set_yticks(y, [f"{value:.2g}" for value in y], minor=False)
+        ticks = [y[0], ideal[-1], *(y[-1:] if abs(np.log(y[-1] / y[0])) > 0.3 else [])]
+        place.set_yticks(ticks, [f"{value:.2g}" for value in ticks], minor=False)
         place.minorticks_off()
         place.set_title(f"{curve['name']}\nexponent {curve['exponent']:.2f}", fontsize=9)
         place.set_ylabel("seconds a step", fontsize=8)
