@@ -202,16 +202,17 @@ def main(
         trainer = Trainer(policy, [Term(objective, source, name=name)], steps=1)
         steps[name] = meter.run(trainer.run_step)
         print(name, steps[name], flush=True)
-    write_result(
-        f"full_size_{kind}_{device.partition(':')[0]}",
-        what=f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "
-        f"AGSM: {batch_size} images x 2 prompts; policy gradient: {images} images x {num_steps} sampling steps",
-        device=device,
-        denoiser_parameters=sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
-        trained_parameters=sum(parameter.numel() for parameter in policy.parameters().values()),
-        latents=list(backbone.latent_shape),
-        steps=steps,
-    )
+        # After each: what was measured stays if the next one, which takes minutes on a CPU, is broken off.
+        write_result(
+            f"full_size_{kind}_{device.partition(':')[0]}",
+            what=f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "
+            f"AGSM: {batch_size} images x 2 prompts; policy gradient: {images} images x {num_steps} sampling steps",
+            device=device,
+            denoiser_parameters=sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
+            trained_parameters=sum(parameter.numel() for parameter in policy.parameters().values()),
+            latents=list(backbone.latent_shape),
+            steps=steps,
+        )
 
 
 if __name__ == "__main__":
