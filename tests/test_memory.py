@@ -133,8 +133,7 @@ def test_what_is_1_already_is_no_proposal(make_recipe):
 
 
 def test_checkpointing_is_not_proposed_beside_compile(make_recipe):
-    recipe = make_recipe("agsm", PAIRS, group_size=2)
-    recipe.backbone.options["compile"] = "default"
+    recipe = make_recipe("agsm", PAIRS, group_size=2, backbone={"compile": "default"})
     assert "backbone.gradient_checkpointing" not in fit(recipe, predict(recipe)[1], 1000).changes
 
 
