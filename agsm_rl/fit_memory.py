@@ -97,9 +97,11 @@ def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
     if kept:
         extra |= kept
         yield dict(extra)
-    compiled = recipe.backbone.options.get("compile") is not None  # which checkpointing does not go with
-    for name, value in (("gradient_checkpointing", True), ("dtype", "bfloat16"))[compiled:]:
-        if recipe.backbone.options.get(name, value) in (False, "float32"):
+    own = recipe.backbone.options
+    # Checkpointed blocks cannot be compiled.
+    further = {} if own.get("compile") else {"gradient_checkpointing": True}
+    for name, value in (further | {"dtype": "bfloat16"}).items():
+        if own.get(name, value) in (False, "float32"):
             extra[f"backbone.{name}"] = value
             yield dict(extra)
 

@@ -86,10 +86,10 @@ class Policy:
             raise ValueError(f"{len(bank)} banks for {len(x_t)} rows")
         if len(set(bank)) == 1:
             return self._predict(x_t, t, cond, bank[0])
-        if all(_mixes(adapter) or adapter.banks == 1 for adapter in self.adapters.values()):
+        if all(adapter.mixes_banks or adapter.banks == 1 for adapter in self.adapters.values()):
             with ExitStack() as stack:
                 for adapter in self.adapters.values():
-                    stack.enter_context(adapter.using(bank if _mixes(adapter) else "positive"))
+                    stack.enter_context(adapter.using(bank if adapter.mixes_banks else "positive"))
                 return self._predict_as_now(x_t, t, cond)
         rows = {one: [row for row, its in enumerate(bank) if its == one] for one in dict.fromkeys(bank)}
         found = torch.cat([self._predict(x_t[mine], t[mine], cond[mine], one) for one, mine in rows.items()])
@@ -169,8 +169,3 @@ class Policy:
                 raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to go on from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
-
-
-def _mixes(adapter: Adapter) -> bool:
-    """Whether it takes a bank a row; one that was written before that was asked does not say."""
-    return getattr(adapter, "mixes_banks", False)

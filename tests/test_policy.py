@@ -127,13 +127,3 @@ def test_a_lora_cannot_be_asked_for_a_bank_a_row(backbone: Backbone) -> None:
     policy = make_policy(backbone, "lora")
     with pytest.raises(ValueError, match="a LoRA's bank is one for all"), policy.adapters["lora"].using(BANKS):
         pass
-
-
-def test_an_adapter_that_does_not_say_is_asked_bank_by_bank(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = make_policy(backbone, "tokens")
-    x_t, t, cond = inputs(backbone)
-    mixed = policy.live(x_t, t, cond, bank=BANKS)
-    monkeypatch.delattr(SoftTokens, "mixes_banks")
-    torch.testing.assert_close(policy.live(x_t, t, cond, bank=BANKS), mixed)

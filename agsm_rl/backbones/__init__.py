@@ -29,7 +29,7 @@ def load_backbone(
     config: str | None = None,
     t5_length: int | None = None,
     memory_format: Literal["channels_last"] | None = None,
-    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
+    compile: Literal["default", "reduce-overhead"] | None = None,
 ) -> Backbone:
     """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
 

@@ -16,7 +16,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", "reduce-overhead")
 RECOMPILE_LIMIT = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +72,7 @@ class FrozenPipeline:
         config: str | None = None,
         t5_length: int | None = None,
         memory_format: Literal["channels_last"] | None = None,
-        compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
+        compile: Literal["default", "reduce-overhead"] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)

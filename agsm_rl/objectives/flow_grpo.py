@@ -7,22 +7,12 @@ SDXL a DDIM step. log π and the KL are means over latent elements. A, relative 
 is the rollouts' affair: `advantages: group`.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, RolloutBatch
-from agsm_rl.objectives.policy_gradient import (
-    PassText,
-    by_steps,
-    check_options,
-    clipped_policy_loss,
-    live_steps,
-    log_probs_of,
-    rollout_steps,
-)
+from agsm_rl.interfaces import Metrics, RolloutBatch
+from agsm_rl.objectives.policy_gradient import PolicyGradient, clipped_policy_loss, log_probs_of
 from agsm_rl.policy import Policy
 
 
@@ -46,17 +36,13 @@ def flow_grpo_loss(
     return loss + kl_weight * kl.mean(), metrics | {"kl": kl.detach().mean()}
 
 
-class FlowGRPO:
-    """Flow-GRPO on rollouts of any backbone, with the guidance that they were drawn with.
+class FlowGRPO(PolicyGradient):
+    """Flow-GRPO on rollouts of any backbone; options as in PolicyGradient, and `kl_weight`, at 0 without a reference.
 
     Published for SD3.5 (the authors' configurations): `clip_range` 1e-4, and 1e-5 without guidance; `kl_weight` 0.04
-    for GenEval and text rendering, 0.01 for PickScore; rollouts of 10 steps, 24 images a prompt. At `kl_weight` 0 the
-    reference is not computed. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly
-    spaced (published: 0.99). `images_per_pass` bounds memory: fewer images at once, the same gradient. `steps_per_pass`
-    steps of each go through the denoiser at once: the same gradient, for a GPU that few images leave idle.
+    for GenEval and text rendering, 0.01 for PickScore; `timestep_fraction` 0.99; rollouts of 10 steps, 24 images a
+    prompt.
     """
-
-    consumes: ClassVar[type[Batch]] = RolloutBatch
 
     def __init__(
         self,
@@ -67,7 +53,7 @@ class FlowGRPO:
         images_per_pass: int | None = None,
         steps_per_pass: int = 1,
     ) -> None:
-        check_options(
+        super().__init__(
             clip_range=clip_range,
             timestep_fraction=timestep_fraction,
             images_per_pass=images_per_pass,
@@ -75,31 +61,16 @@ class FlowGRPO:
         )
         if kl_weight < 0:
             raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more (published: 0.04)")
-        self.clip_range, self.kl_weight = clip_range, kl_weight
-        self.timestep_fraction, self.images_per_pass = timestep_fraction, images_per_pass
-        self.steps_per_pass = steps_per_pass
-        self._text = PassText()
-
-    def check(self, batch_size: int) -> None:
-        """Any number of rollouts will do."""
-
-    def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
-        """A part `steps_per_pass` denoising steps of `images_per_pass` images."""
-        return by_steps(
-            batch,
-            timestep_fraction=self.timestep_fraction,
-            images_per_pass=self.images_per_pass,
-            steps_per_pass=self.steps_per_pass,
-        )
+        self.kl_weight = kl_weight
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The loss over the batch's steps; without a `kl_weight`, it has no metric `kl`."""
-        live = live_steps(policy, batch, self._text)
+        live = self.live_steps(policy, batch)
         log_prob, old = log_probs_of(batch, live), batch.log_probs[:, list(batch.steps)]
         advantages = batch.advantages[:, None]
         if not self.kl_weight:
             return clipped_policy_loss(log_prob, old, advantages, clip_range=self.clip_range)
-        reference = rollout_steps(policy, policy.reference, batch, self._text)
+        reference = self.steps_under(policy, policy.reference, batch)
         pairs = zip(live, reference, strict=True)
         kl = torch.stack([step_kl(mean, base, std) for (mean, std), (base, _) in pairs], dim=1)
         return flow_grpo_loss(log_prob, old, advantages, kl, clip_range=self.clip_range, kl_weight=self.kl_weight)

@@ -52,6 +52,7 @@ class Groups:
             cond=batch.encode_text(policy.backbone),
             columns=columns,
             own=own,
+            is_own=tuple((columns == torch.arange(len(batch), device=x0.device)[:, None]).flatten().tolist()),
         )
 
 
@@ -59,7 +60,8 @@ class Groups:
 class Grid:
     """Noised images x_t [B, C, h, w] at levels `t` [B], `target` [B, C, h, w], and the prompts of each: cond[columns].
 
-    `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt.
+    `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt; `is_own` says of
+    each of the B·P predictions whether it is under that one, without a device that would have to be asked.
     """
 
     x_t: Tensor
@@ -68,6 +70,7 @@ class Grid:
     cond: Cond
     columns: Tensor
     own: Tensor
+    is_own: tuple[bool, ...]
 
     def predict(self, predict: Any, *, others: Bank = "negative") -> Tensor:
         """Predictions [B, P, C, h, w]; `predict` is a Policy's `live` or `ema`.
@@ -76,12 +79,7 @@ class Grid:
         """
         count = self.columns.shape[1]
         image = torch.arange(len(self.x_t), device=self.x_t.device).repeat_interleave(count)
-        # Without asking the device for `own`.
-        bank = tuple(
-            "positive" if column == row % count else others
-            for row in range(len(image) // count)
-            for column in range(count)
-        )
+        bank = tuple("positive" if own else others for own in self.is_own)
         found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
         return found.reshape(*self.columns.shape, *found.shape[1:])
 

@@ -5,12 +5,13 @@ the split of a batch by steps. Nothing here asks which backbone's sampler made t
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Cond, Metrics, RolloutBatch
+from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
 from agsm_rl.sampling import Predict, gaussian_log_prob, step_distributions
@@ -41,78 +42,90 @@ def clipped_policy_loss(
     }
 
 
-def check_options(
-    *, clip_range: float, timestep_fraction: float, images_per_pass: int | None, steps_per_pass: int
-) -> None:
-    """UserError at the first option that cannot be."""
-    if clip_range <= 0:
-        raise UserError(f"clip_range: got {clip_range}, but it must be above 0 (published: 1e-4)")
-    if not 0 < timestep_fraction <= 1:
-        raise UserError(f"timestep_fraction: got {timestep_fraction}, but it must lie in (0, 1]")
-    check_at_least_one("images_per_pass", images_per_pass)
-    check_at_least_one("steps_per_pass", steps_per_pass)
+class PolicyGradient:
+    """An objective over rollouts that learns from their steps in passes, with the guidance that they were drawn with.
 
-
-def by_steps(
-    batch: RolloutBatch, *, timestep_fraction: float, images_per_pass: int | None, steps_per_pass: int
-) -> list[tuple[RolloutBatch, float]]:
-    """A part `steps_per_pass` denoising steps of `images_per_pass` images: so many activations are held at a time.
-
-    Of the steps, the share `timestep_fraction`, evenly spaced. Where the rollouts kept their graph, the activations of
-    all images are held already, and a backward pass frees those of all images: they are not cut.
+    `clip_range` is PPO's. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly spaced.
+    `images_per_pass` bounds memory: fewer images at once, the same gradient. `steps_per_pass` steps of each go through
+    the denoiser at once: the same gradient, for a GPU that few images leave idle.
     """
-    if batch.graph is not None and batch.graph.holds(batch.steps):
-        images_per_pass = None
-    count = max(1, round(timestep_fraction * len(batch.steps)))
-    places = torch.linspace(0, len(batch.steps) - 1, count).round().long()
-    chosen = [tuple(batch.steps[place] for place in some.tolist()) for some in places.split(steps_per_pass)]
-    return [
-        (replace(part, steps=steps), share * len(steps) / count)
-        for part, share in in_passes(batch, images_per_pass)
-        for steps in chosen
-    ]
 
+    consumes: ClassVar[type[Batch]] = RolloutBatch
 
-class PassText:
-    """The text of the images of a pass, encoded for its first steps and kept for the others; of one pass at a time."""
+    def __init__(
+        self,
+        *,
+        clip_range: float = 1e-4,
+        timestep_fraction: float = 1.0,
+        images_per_pass: int | None = None,
+        steps_per_pass: int = 1,
+    ) -> None:
+        if clip_range <= 0:
+            raise UserError(f"clip_range: got {clip_range}, but it must be above 0 (published: 1e-4)")
+        if not 0 < timestep_fraction <= 1:
+            raise UserError(f"timestep_fraction: got {timestep_fraction}, but it must lie in (0, 1]")
+        check_at_least_one("images_per_pass", images_per_pass)
+        check_at_least_one("steps_per_pass", steps_per_pass)
+        self.clip_range = clip_range
+        self.timestep_fraction, self.images_per_pass = timestep_fraction, images_per_pass
+        self.steps_per_pass = steps_per_pass
+        self._encoded_of: tuple[object, ...] = ()
+        self._encoded: tuple[Cond, Cond] | None = None
 
-    def __init__(self) -> None:
-        self._of: tuple[object, ...] = ()
-        self._found: tuple[Cond, Cond] | None = None
+    def check(self, batch_size: int) -> None:
+        """Any number of rollouts will do."""
 
-    def __call__(self, backbone: Backbone, batch: RolloutBatch) -> tuple[Cond, Cond]:
-        """The prompts [B rows] and the negative prompt [1 row]."""
+    def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
+        """A part `steps_per_pass` denoising steps of `images_per_pass` images: so many activations are held at a time.
+
+        Where the rollouts kept their graph, the activations of all images are held already, and a backward pass frees
+        those of all images: they are not cut.
+        """
+        kept = batch.graph is not None and batch.graph.holds(batch.steps)
+        count = max(1, round(self.timestep_fraction * len(batch.steps)))
+        places = torch.linspace(0, len(batch.steps) - 1, count).round().long()
+        chosen = [tuple(batch.steps[place] for place in some.tolist()) for some in places.split(self.steps_per_pass)]
+        return [
+            (replace(part, steps=steps), share * len(steps) / count)
+            for part, share in in_passes(batch, None if kept else self.images_per_pass)
+            for steps in chosen
+        ]
+
+    def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
+        """`rollout_steps` under `policy.live`: those that the draw came to, where it kept their graph."""
+        kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
+        return self.steps_under(policy, policy.live, batch) if kept is None else kept
+
+    def steps_under(self, policy: Policy, predict: Predict, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
+        """`rollout_steps`, the text of a pass's images encoded for its first steps and kept for the others."""
         # Parts of the same images share these objects, so that what is kept is never of another batch.
-        of = (backbone, batch.prompts, batch.cond, batch.negative_prompt)
-        if self._found is None or any(one is not other for one, other in zip(of, self._of, strict=True)):
-            self._found = batch.encode_text(backbone), backbone.encode_text([batch.negative_prompt])
-            self._of = of
-        return self._found
+        of = (policy.backbone, batch.prompts, batch.cond, batch.negative_prompt)
+        if self._encoded is None or any(one is not other for one, other in zip(of, self._encoded_of, strict=True)):
+            self._encoded, self._encoded_of = _encode(policy, batch), of
+        return rollout_steps(policy, predict, batch, self._encoded)
+
+
+def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
+    """The prompts [B rows] and the negative prompt [1 row]."""
+    return batch.encode_text(policy.backbone), policy.backbone.encode_text([batch.negative_prompt])
 
 
 def rollout_steps(
-    policy: Policy, predict: Predict, batch: RolloutBatch, text: PassText | None = None
+    policy: Policy, predict: Predict, batch: RolloutBatch, encoded: tuple[Cond, Cond] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each of the batch's steps, mean [B, C, h, w] and standard deviation (0-d) under `policy.live` or another.
 
-    Guidance is applied as it was in sampling.
+    Guidance is applied as it was in sampling. `encoded`: prompts and negative prompt, where they are there already.
     """
-    backbone = policy.backbone
     return step_distributions(
         predict,
-        backbone.sampler(batch.num_steps),
+        policy.backbone.sampler(batch.num_steps),
         batch.steps,
         batch.trajectory[:, list(batch.steps)],
-        *(text or PassText())(backbone, batch),
+        *(encoded or _encode(policy, batch)),
         guidance=batch.guidance,
         eta=batch.eta,
     )
-
-
-def live_steps(policy: Policy, batch: RolloutBatch, text: PassText) -> list[tuple[Tensor, Tensor]]:
-    """`rollout_steps` under `policy.live`: those that the draw came to, where it kept their graph."""
-    kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
-    return rollout_steps(policy, policy.live, batch, text) if kept is None else kept
 
 
 def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]) -> Tensor:

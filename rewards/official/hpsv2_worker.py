@@ -31,9 +31,12 @@ from agsm_rl_worker import Refused, serve
 
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
-# A CUDA build of torchvision beside a CPU build of torch cannot register its operators, and its import wants these two.
+# Where torchvision's operators cannot be loaded (its CUDA build beside a CPU build of torch), its import wants these
+# two; where they can, a second definition would end the process.
 torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
-if not torch.cuda.is_available():
+try:
+    torch.ops.load_library(next(Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*")))
+except OSError:
     torchvision_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torchvision_operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

@@ -85,10 +85,10 @@ def test_a_unet_that_inherits_draws_as_its_teacher_though_other_encoders_read_th
 
 
 @pytest.mark.slow
-def test_a_base_that_inherits_is_trained_on_what_its_teacher_predicts_and_stored_in_half_precision(tmp_path):
+def test_a_base_with_a_teacher_is_trained_on_what_that_predicts_and_stored_in_half_precision(tmp_path):
     shipped = [find_checkpoint(f"builtin:shapes-{kind}") for kind in ("sd15", "sdxl")]
     made_before = ["--vae", shipped[0], "--teacher", shipped[0], "--text", shipped[1]]
-    run_script("sdxl", tmp_path / "work", tmp_path / "out", 1, "--inherit", "--learning-rate", "1e-4", *made_before)
+    run_script("sdxl", tmp_path / "work", tmp_path / "out", 1, "--learning-rate", "1e-4", *made_before)
     stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
@@ -117,9 +117,10 @@ def test_another_scale_and_shift_change_neither_latents_nor_pictures(tiny_checkp
     torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [["--inherit"], ["--begin", "one", "--inherit", "--teacher", "other"]])
-def test_options_that_do_not_go_together_are_told_before_anything_is_made(options, tmp_path):
+@pytest.mark.parametrize("part", ["--vae", "--text", "--teacher"])
+def test_parts_of_others_are_refused_beside_a_base_to_go_on_from_before_anything_is_made(part, tmp_path):
+    options = ["--begin", "one", part, "other"]
     command = [sys.executable, "-m", "agsm_rl.shapes.train_base", "sdxl", tmp_path / "work", tmp_path / "out", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "--inherit begins with a" in done.stderr
+    assert done.returncode == 2 and "--begin has all parts of its own" in done.stderr
     assert not (tmp_path / "work").exists()

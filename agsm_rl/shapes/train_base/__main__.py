@@ -40,19 +40,15 @@ def main(
     text: Annotated[Path | None, typer.Option(help="a base made before, whose text encoders are taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="a base with the same latents and noise schedule, whose predictions are learned")
+        Path | None,
+        typer.Option(help="a base with a U-Net of the same blocks, latents and schedule: begins as it, learns from it"),
     ] = None,
-    inherit: Annotated[
-        bool, typer.Option(help="begin with the teacher's weights (a U-Net with the same blocks)")
-    ] = False,
     learning_rate: Annotated[float | None, typer.Option(help="the denoiser's; its layout's when left out")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of the shapes world and write its pipeline folder."""
-    if inherit and (teacher is None or begin is not None):
-        raise typer.BadParameter("--inherit begins with a --teacher's weights, and not with those of --begin")
-    if begin is not None and (text is not None or vae is not None):
-        raise typer.BadParameter("--begin has text encoders and an autoencoder of its own: leave out --text and --vae")
+    if begin is not None and any(part is not None for part in (vae, text, teacher)):
+        raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text and --teacher")
     torch.set_num_threads(threads)
     settings = Settings(
         scenes,
@@ -74,7 +70,7 @@ def main(
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
     taught_by = None if teacher is None else backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
-    if inherit and taught_by is not None:
+    if taught_by is not None:
         fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
         print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
     train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone, requirements, images, teacher=taught_by)
