@@ -27,7 +27,7 @@ def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
         for place, view in enumerate(views):
             start = f"{names[0]} {{verb}} the share of {what}" if place == 0 else "it {verb} it"
             parts.append(f"at {view.label} {_sentence(start, found, view, names[0], verdict)}")
-        return _capital("; ".join(parts)) + "."
+        return f"{_on(loaded)} {'; '.join(parts)}."
     if len(names) * len(views) <= NAMED:
         parts = []
         for view in views:
@@ -67,10 +67,15 @@ def _with_own_guidance(loaded: Loaded, view: View, found: Findings, verdict: str
     at = f"(at guidance {view.guidance[first]:g}, the base at {view.guidance[BASE]:g})"
     told = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
     if not others:
-        return _capital(told) + "."
+        return f"{_on(loaded)} {told}."
     change = _between(found, verdict, view, first, others[0])
     rest = f"; its lead over {others[0]}, the next on validation prompts, is {_points(change)} points" if change else ""
-    return _capital(f"{told}{rest}.")
+    return f"{_on(loaded)} {told}{rest}."
+
+
+def _on(loaded: Loaded) -> str:
+    """How a sentence begins whose next word is a variant's name, which is told as it is written."""
+    return f"On {loaded.evaluation.split.replace('_', '-')} prompts,"
 
 
 def _sentence(start: str, found: Findings, view: View, name: str, verdict: str) -> str:
@@ -117,7 +122,3 @@ def signed(value: float) -> str:
 
 def _listed(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + f" and {parts[-1]}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -136,14 +136,14 @@ def test_each_models_guidance_is_chosen_on_the_validation_prompts_alone(tmp_path
     ]
     measured = entries(run)
     assert change["overall"][0] == pytest.approx(share(measured[1.0]) - share(measured[2.0]["base"]), abs=2e-6)
-    assert "Mine (at guidance 1, the base at 2)" in found.text
+    assert "prompts, mine (at guidance 1, the base at 2)" in found.text
 
 
 def test_a_leader_is_named_by_the_validation_prompts_not_by_these(tmp_path):
     same = {1.0: (0.3, 0.5)}
     one = write_run(tmp_path / "lucky", scores={1.0: (0.3, 0.7)}, validation=same)
     other = write_run(tmp_path / "better", scores=same, validation={1.0: (0.3, 0.7)}, rank=4)
-    assert page(one, other).text.count("Better (at guidance 1, the base at 1) raises") == 1
+    assert page(one, other).text.count("On held-out prompts, better (at guidance 1, the base at 1) raises") == 1
 
 
 def test_cells_that_are_not_done_are_told_and_not_counted(sweep):
