@@ -3,8 +3,8 @@
 # ///
 """The study's main picture, by the report's own estimates: `python docs/study/picture.py SWEEP OUT.png`.
 
-Left: score against guidance. Right: what AGSM adds to each other objective, and what that one adds to AGSM, every model at
-the guidance that was chosen on validation prompts.
+Left: score against guidance. Right: what AGSM adds to each other objective, and what that one adds to AGSM, every model
+at the guidance that was chosen on validation prompts.
 """
 
 import sys
@@ -59,7 +59,9 @@ def main(sweep: str, out: str) -> None:
         x = [view.guidance[name] + 0.03 * (place - 3) for view in at]
         y = [100 * one.value for one in scores]
         bars = [[100 * (one.value - one.low) for one in scores], [100 * (one.high - one.value) for one in scores]]
-        left.errorbar(x, y, yerr=bars, color=colour, marker=marker, markersize=5, linewidth=1.4, elinewidth=0.8, label=label)
+        left.errorbar(
+            x, y, yerr=bars, color=colour, marker=marker, markersize=5, linewidth=1.4, elinewidth=0.8, label=label
+        )
     left.set_xticks([view.guidance[BASE] for view in at])
     left.set_xlabel("classifier-free guidance")
     left.set_ylabel("held-out images exactly right, %")
