@@ -241,9 +241,10 @@ function drawGuidance() {
   );
   const values = [...new Set(rows.map((row) => row.guidance))].sort((one, other) => one - other);
   const box = place("guidance-chart");
-  const spread = values.length > 1 ? (values[values.length - 1] - values[0]) * 0.012 : 0.02;
   const order = visible();
-  // Side by side, so that intervals at one guidance do not cover each other.
+  // Side by side, so that intervals at one guidance do not cover each other, but all near their guidance.
+  const [range, nearest] = values.length > 1 ? [values[values.length - 1] - values[0], d3.min(d3.pairs(values), ([one, next]) => next - one)] : [1.6, 1];
+  const spread = Math.min(0.012 * range, (0.35 * nearest) / order.length);
   for (const row of rows) row.x = row.guidance + (order.indexOf(row.model) - (order.length - 1) / 2) * spread;
   const own = data.views.find((one) => one.key === "own");
   const best = own ? rows.filter((row) => row.guidance === (row.model.base ? own.guidance.base : own.guidance.variants[row.name])) : [];
@@ -338,7 +339,10 @@ function drawGap() {
   const box = place("gap-charts");
   box.replaceChildren();
   const rows = [];
-  for (const model of variants()) {
+  // Beside variants that learn from a reward, the others have nothing to show here.
+  const learns = (model) => data.runs.some((run) => run.variant === model.name && Object.keys(trainedRewards(run)).length);
+  const some = variants().filter(learns);
+  for (const model of some.length ? some : variants()) {
     const runs = data.runs.filter((run) => run.variant === model.name);
     const guidance = guidanceOf(model);
     const judge = (run) => heldOut(run, guidance, (row) => row[state.verdict]);
