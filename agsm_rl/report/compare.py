@@ -1,10 +1,10 @@
 """Scores and paired differences with 95 % intervals, over training seeds and prompts.
 
 Every run of a variant draws the same prompts, so seeds and prompts are crossed, not nested: both are drawn anew, each
-on its own (prompts within their tag), and a resample is the table of the drawn seeds by the drawn prompts (Owen, The
-pigeonhole bootstrap, Annals of Applied Statistics 2007; it errs on the wide side). A few seeds look more alike than
-they are; the seeds' deviations are widened by √(S / (S − 1)) for that. With one seed there is nothing to draw over
-seeds: the intervals are over images only, the same as in eval.json.
+on its own (prompts within their tag, a prompt with all its images), and a resample is the table of the drawn seeds by
+the drawn prompts (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; it errs on the wide side). A few
+seeds look more alike than they are; the seeds' deviations are widened by √(S / (S − 1)) for that. With one seed there
+is nothing to draw over seeds: the intervals are over images only, the same as in eval.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDING = 1e-9
 """A narrower interval is none: resamples that are all alike differ by rounding."""
 
 Table = NDArray[Any]
-"""Marks of a variant: [seeds, prompts], true where right."""
+"""Marks of a variant: [seeds, images], true where right."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is estimated: a score, or its difference from `minus`, row by row and image by image. [S, P] each."""
+    """What is estimated: a score, or its difference from `minus`, row by row and image by image. [S, N] each."""
 
     marks: Table
     minus: Table | None = None
@@ -60,14 +60,19 @@ class Quantity:
         return paired_difference(list(self.minus[0][chosen]), list(marks))
 
 
-def estimate(quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str]) -> dict[Any, Estimate]:
-    """The estimates of all quantities. `tags` is the tag of each prompt, `names` the tags in order."""
+def estimate(
+    quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str], prompts: Sequence[str] | None = None
+) -> dict[Any, Estimate]:
+    """The estimates of all quantities. `tags` and `prompts` are those of each image, `names` the tags in order.
+
+    Images of one prompt are drawn together; without `prompts`, each image is a prompt of its own.
+    """
     rows = {name: np.flatnonzero(np.array([tag == name for tag in tags])) for name in names}
     found = {key: _over_images(one, rows) for key, one in quantities.items() if len(one.marks) == 1}
     sizes = {len(one.marks) for one in quantities.values()} - {1}
     for size in sorted(sizes):
         group = {key: one for key, one in quantities.items() if len(one.marks) == size}
-        found |= _over_seeds(group, rows)
+        found |= _over_seeds(group, rows, prompts or range(len(tags)))
     return {key: found[key] for key in quantities}
 
 
@@ -77,24 +82,30 @@ def _over_images(quantity: Quantity, rows: Mapping[str, Table]) -> Estimate:
     return Estimate(overall, tags, (overall.value,))
 
 
-def _over_seeds(quantities: Mapping[Any, Quantity], rows: Mapping[str, Table]) -> dict[Any, Estimate]:
+def _over_seeds(
+    quantities: Mapping[Any, Quantity], rows: Mapping[str, Table], prompts: Sequence[Any]
+) -> dict[Any, Estimate]:
     """Several seeds: one bootstrap for all quantities, which see the same resamples."""
     values = np.stack([one.values for one in quantities.values()])
     count = values.shape[1]
+    # Of each tag's images: the number of its prompt among the tag's.
+    prompt_of = [np.unique([prompts[row] for row in chosen], return_inverse=True)[1] for chosen in rows.values()]
+    sizes = [int(numbers.max()) + 1 for numbers in prompt_of]
 
-    def statistic(seeds: Table, *prompts: Table, axis: int = -1) -> Table:
+    def statistic(seeds: Table, *drawn_prompts: Table, axis: int = -1) -> Table:
         """The quantities' scores [K, tags + 1, resamples], the mean over tags first."""
         parts = []
         seed_weights = _shares(seeds, count)
-        for chosen, drawn in zip(rows.values(), prompts, strict=True):
-            by_seed = values[:, :, chosen] @ _shares(drawn, len(chosen)).T
+        for chosen, drawn, numbers, size in zip(rows.values(), drawn_prompts, prompt_of, sizes, strict=True):
+            weights = _shares(drawn, size)[:, numbers]
+            by_seed = values[:, :, chosen] @ (weights / weights.sum(axis=1, keepdims=True)).T
             center = by_seed.mean(axis=1)
             deviation = (by_seed * seed_weights.T).sum(axis=1) - center
             parts.append(center + np.sqrt(count / (count - 1)) * deviation)
         found = np.stack(parts, axis=1)
         return np.concatenate([found.mean(axis=1, keepdims=True), found], axis=1)
 
-    samples = (np.arange(count), *(np.arange(len(chosen)) for chosen in rows.values()))
+    samples = (np.arange(count), *(np.arange(size) for size in sizes))
     interval = stats.bootstrap(
         samples,
         statistic,

@@ -47,7 +47,7 @@ def find(loaded: Loaded, views: list[View]) -> Findings:
         for view in views:
             quantities |= _difference_quantities(loaded, found, view, verdict)
     evaluation = loaded.evaluation
-    for key, value in estimate(quantities, evaluation.tags, evaluation.tag_names).items():
+    for key, value in estimate(quantities, evaluation.tags, evaluation.tag_names, evaluation.prompts).items():
         if len(key) == 2:
             found.scores[key] = value
         else:

@@ -46,8 +46,8 @@ def reach(loaded: Loaded) -> str:
     plural = "" if max(counts) == 1 else "s"
     each = " a variant" if len(counts) > 1 else ""
     drawn = (
-        f"{len(evaluation.prompts)} {evaluation.split.replace('_', '-')} prompts, the same noise for all models; "
-        f"{seeds} training seed{plural}{each}."
+        f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {evaluation.split.replace('_', '-')} "
+        f"prompts, the same noise for all models; {seeds} training seed{plural}{each}."
     )
     if max(counts) == 1:
         return f"{drawn} The 95 % intervals are over images only: another training seed may differ by more."
@@ -69,7 +69,7 @@ def _with_own_guidance(loaded: Loaded, view: View, found: Findings, verdict: str
     if not others:
         return f"{_on(loaded)} {told}."
     change = _between(found, verdict, view, first, others[0])
-    rest = f"; its lead over {others[0]}, the next on validation prompts, is {_points(change)} points" if change else ""
+    rest = f"; minus {others[0]}, the next on validation prompts: {_points(change)} points" if change else ""
     return f"{_on(loaded)} {told}{rest}."
 
 

@@ -60,6 +60,27 @@ def test_the_interval_is_that_of_drawing_seeds_and_prompts_anew():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.02)
 
 
+def test_images_of_one_prompt_are_drawn_together():
+    rng, seeds = np.random.default_rng(5), 3
+    sizes = np.array([1, 2, 5, 9, 3, 10])
+    prompts = [f"prompt {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    right = np.array([0.1, 0.9, 0.2, 0.8, 0.5, 1.0])[[int(prompt.split()[1]) for prompt in prompts]]
+    score = rng.random((seeds, len(prompts))) < right
+    tags = ["counting"] * len(prompts)
+    apart = estimate({"score": Quantity(score)}, tags, ["counting"])["score"].overall
+    together = estimate({"score": Quantity(score)}, tags, ["counting"], prompts)["score"].overall
+    assert together.value == apart.value and together.high - together.low > 1.3 * (apart.high - apart.low)
+    # The same by plain loops over the prompts.
+    columns = [[at for at, prompt in enumerate(prompts) if prompt == f"prompt {number}"] for number in range(6)]
+    drawn = []
+    for _ in range(3000):
+        images = np.concatenate([columns[number] for number in rng.integers(6, size=6)])
+        by_seed = score[:, images].mean(axis=1)
+        drawn.append(by_seed.mean() + np.sqrt(3 / 2) * (by_seed[rng.integers(3, size=3)].mean() - by_seed.mean()))
+    low, high = np.clip(np.quantile(drawn, [0.025, 0.975]), 0, 1)
+    assert (together.low, together.high) == pytest.approx((low, high), abs=0.03)
+
+
 def test_seeds_that_disagree_widen_the_interval():
     prompts = 200
     alike = np.tile(marks(0, 1, prompts), (4, 1))
