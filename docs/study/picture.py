@@ -64,7 +64,7 @@ def main(sweep: str, out: str) -> None:
         )
     left.set_xticks([view.guidance[BASE] for view in at])
     left.set_xlabel("classifier-free guidance")
-    left.set_ylabel("exactly right on held-out prompts, mean over tags, %")
+    left.set_ylabel("exactly right (held-out), mean over tags, %")
     left.legend(fontsize=7.5, ncols=2, frameon=False, loc="lower right")
     left.set_ylim(bottom=18)
     rows: list[tuple[str, Interval, str]] = []
