@@ -53,9 +53,7 @@ def _own(loaded: Loaded) -> tuple[View | None, str]:
     if len(found) < len(chosen):
         return None, "No guidance was chosen on validation prompts: those were drawn at other guidances than these."
     size = len(loaded.runs[0].validation.prompts) if loaded.runs[0].validation else 0
-    note = (
-        f"Each model's own guidance is the one at which it scores highest on {size} images of validation prompts."
-    )
+    note = f"Each model's own guidance is the one at which it scores highest on {size} images of validation prompts."
     return View(OWN, "each model at its own guidance", found), note
 
 
