@@ -38,6 +38,15 @@ class Estimate:
     tags: dict[str, Interval]
     by_seed: tuple[float, ...]
 
+    def mirrored(self) -> Estimate:
+        """Of a difference: the same with the two models exchanged."""
+        tags = {name: _mirrored(part) for name, part in self.tags.items()}
+        return Estimate(_mirrored(self.overall), tags, tuple(-value for value in self.by_seed))
+
+
+def _mirrored(part: Interval) -> Interval:
+    return Interval(-part.value, -part.high, -part.low)
+
 
 @dataclass(frozen=True)
 class Quantity:

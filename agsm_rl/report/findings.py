@@ -30,8 +30,12 @@ class Findings:
         return self.scores[verdict, (name, view.guidance[name])]
 
     def difference(self, verdict: str, view: View, name: str, minus: str = BASE) -> Estimate | None:
-        """Of two models in a view; None where they have no seed in common."""
-        return self.differences.get((verdict, (name, view.guidance[name]), (minus, view.guidance[minus])))
+        """Of two models in a view, either way round; None where they have no seed in common."""
+        one, other = (name, view.guidance[name]), (minus, view.guidance[minus])
+        if (verdict, one, other) in self.differences:
+            return self.differences[verdict, one, other]
+        back = self.differences.get((verdict, other, one))
+        return None if back is None else back.mirrored()
 
 
 def find(loaded: Loaded, views: list[View]) -> Findings:

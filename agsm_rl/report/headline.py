@@ -68,8 +68,8 @@ def _with_own_guidance(loaded: Loaded, view: View, found: Findings, verdict: str
     told = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
     if not others:
         return f"{_on(loaded)} {told}."
-    change = _between(found, verdict, view, first, others[0])
-    rest = f"; minus {others[0]}, the next on validation prompts: {_points(change)} points" if change else ""
+    change = found.difference(verdict, view, first, others[0])
+    rest = f"; minus {others[0]}, the next on validation prompts: {_points(change.overall)} points" if change else ""
     return f"{_on(loaded)} {told}{rest}."
 
 
@@ -99,15 +99,6 @@ def _against_base(found: Findings, verdict: str, view: View, name: str) -> Estim
     change = found.difference(verdict, view, name)
     assert change is not None
     return change
-
-
-def _between(found: Findings, verdict: str, view: View, name: str, other: str) -> Interval | None:
-    """One variant's score minus the other's, which is kept in one direction only."""
-    change = found.difference(verdict, view, name, other)
-    if change:
-        return change.overall
-    back = found.difference(verdict, view, other, name)
-    return Interval(-back.overall.value, -back.overall.high, -back.overall.low) if back else None
 
 
 def _points(part: Interval) -> str:

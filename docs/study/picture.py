@@ -15,10 +15,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.report.findings import Findings, find
+from agsm_rl.report.findings import find
 from agsm_rl.report.load import load
-from agsm_rl.report.views import BASE, View, make_views
+from agsm_rl.report.views import BASE, make_views
 
 VERDICT = "strict"
 CURVES = {
@@ -35,16 +34,6 @@ STACKS = {
     "Diffusion-DPO": ("diffusion_dpo", "agsm_plus_dpo"),
     "DiffusionNFT": ("diffusion_nft", "agsm_plus_nft"),
 }
-
-
-def difference(found: Findings, view: View, name: str, minus: str) -> Interval:
-    """One variant's score minus another's."""
-    change = found.difference(VERDICT, view, name, minus)
-    if change is not None:
-        return change.overall
-    back = found.difference(VERDICT, view, minus, name)
-    assert back is not None, f"{name} and {minus} have no seed in common"
-    return Interval(-back.overall.value, -back.overall.high, -back.overall.low)
 
 
 def main(sweep: str, out: str) -> None:
@@ -67,11 +56,13 @@ def main(sweep: str, out: str) -> None:
     left.set_ylabel("exactly right (held-out), mean over tags, %")
     left.legend(fontsize=7.5, ncols=2, frameon=False, loc="lower right")
     left.set_ylim(bottom=18)
-    rows: list[tuple[str, Interval, str]] = []
+    rows = []
     for label, (alone, stack) in STACKS.items():
-        rows.append((f"AGSM adds to {label}", difference(found, own, stack, alone), "#009e73"))
-        rows.append((f"{label} adds to AGSM", difference(found, own, stack, "agsm"), "#0072b2"))
-    for place, (_, part, colour) in enumerate(rows):
+        rows.append((f"AGSM adds to {label}", found.difference(VERDICT, own, stack, alone), "#009e73"))
+        rows.append((f"{label} adds to AGSM", found.difference(VERDICT, own, stack, "agsm"), "#0072b2"))
+    for place, (label, change, colour) in enumerate(rows):
+        assert change is not None, f"{label}: no seed in common"
+        part = change.overall
         right.plot([100 * part.low, 100 * part.high], [-place, -place], color=colour, linewidth=2.2)
         right.plot([100 * part.value], [-place], "o", color=colour)
         words = f"{100 * part.value:+.1f} [{100 * part.low:+.1f}, {100 * part.high:+.1f}]".replace("-", "−")

@@ -93,8 +93,10 @@ def test_seeds_that_disagree_widen_the_interval():
 def test_swapping_two_models_mirrors_their_difference():
     tags, one, other = tags_of(60), marks(0, 3, 60, 0.7), marks(1, 3, 60, 0.4)
     found = estimate({"there": Quantity(one, other), "back": Quantity(other, one)}, tags, NAMES)
-    there, back = found["there"].overall, found["back"].overall
-    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    there, back = found["there"], found["back"].mirrored()
+    for one, other in [(there.overall, back.overall), *((there.tags[name], back.tags[name]) for name in NAMES)]:
+        assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+    assert there.by_seed == pytest.approx(back.by_seed)
 
 
 def test_verdicts_that_never_change_still_leave_doubt():

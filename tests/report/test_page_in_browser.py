@@ -153,6 +153,12 @@ def test_runs_are_picked_and_variants_hidden(browser, report):
     assert complaints(browser) == []
 
 
+def test_only_what_learns_from_a_reward_stands_against_it(browser, report):
+    show(browser, report)
+    titles = [title.text for title in browser.find_elements(By.CSS_SELECTOR, "#gap-charts h3")]
+    assert titles and all(title.startswith("agsm and ddpo") for title in titles)
+
+
 def test_a_narrower_window_draws_narrower_charts(browser, report):
     show(browser, report, width=1200)
     width = "return document.querySelector('#guidance-chart svg.plot').getBoundingClientRect().width"
