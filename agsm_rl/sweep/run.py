@@ -94,6 +94,8 @@ class Runner:
     def run(self, cells: list[Cell]) -> None:
         """Run all cells that are not done, those first that stand first, each after the one that it starts from."""
         self.board.add(cells)
+        for cell in cells:
+            self.look(cell)
         by_name = {cell.name: cell for cell in cells}
         place = {name: index for index, name in enumerate(by_name)}
         graph = TopologicalSorter({cell.name: [cell.after] if cell.after else [] for cell in cells})
@@ -117,18 +119,21 @@ class Runner:
                 self.finish(by_name[name], future)
                 graph.done(name)
 
-    def start(self, cell: Cell) -> Future[Outcome] | None:
-        """Begin a cell; None when there is nothing to run: it is done, or what it starts from has failed."""
-        job = job_of(self.plan, cell)
-        result = read_result(self.plan.run(cell.name), job.fingerprint)
+    def look(self, cell: Cell) -> None:
+        """Note a cell that is done already, wherever it stands in the order."""
+        result = read_result(self.plan.run(cell.name), job_of(self.plan, cell).fingerprint)
         if result is not None:
             self.board.found_done(cell.name, result)
+
+    def start(self, cell: Cell) -> Future[Outcome] | None:
+        """Begin a cell; None when there is nothing to run: it is done, or what it starts from has failed."""
+        if self.board.states[cell.name].status == "done":
             return None
         if cell.after is not None and self.board.states[cell.after].status == "failed":
             self.board.end(cell.name, result=None, error=f"not started, because '{cell.after}' failed")
             return None
         file = self.plan.folder / "jobs" / f"{cell.name}.yaml"
-        job.write(file)
+        job_of(self.plan, cell).write(file)
         self.board.start(cell.name)
         return self.executor.submit(file, self.plan.folder / "logs" / f"{cell.name}.log")
 

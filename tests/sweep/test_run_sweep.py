@@ -108,6 +108,14 @@ def test_only_new_cells_run_when_seeds_and_variants_are_added(sweep):
     assert ran == ["plain-seed3", "half-seed3"]
 
 
+def test_cells_that_are_done_count_from_the_start_wherever_they_stand(sweep):
+    sweep(axes={"objective": {"half": TWO["objective"]["half"]}}, evaluate=EVALUATE[:1])
+    _, ran = sweep(axes=TWO, evaluate=EVALUATE[:1])
+    assert ran == ["plain-seed0"]
+    assert "plain-seed0: done" in (RUN / "sweep.log").read_text()
+    assert "(2 of 2" in (RUN / "sweep.log").read_text().splitlines()[-1]
+
+
 def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, measured):
     sweep(axes=TWO)
     folder = cell("plain-seed0")
