@@ -34,7 +34,7 @@ def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
             changes = [f"{name} {_points(_against_base(found, verdict, view, name).overall)}" for name in names]
             parts.append(f"at {view.label} {_listed(changes)}")
         return f"Against the base, in points of the share of {what}: {'; '.join(parts)}."
-    parts = [f"at {view.label} {_counted(found, view, names, verdict)}" for view in views]
+    parts = [f"at {view.label}: {_counted(found, view, names, verdict)}" for view in views]
     return f"Of {len(names)} variants meant to raise the base's share of {what}, {'; '.join(parts)}."
 
 
