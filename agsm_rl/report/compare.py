@@ -70,18 +70,18 @@ class Quantity:
 
 
 def estimate(
-    quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str], prompts: Sequence[str] | None = None
+    quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str], prompts: Sequence[str]
 ) -> dict[Any, Estimate]:
     """The estimates of all quantities. `tags` and `prompts` are those of each image, `names` the tags in order.
 
-    Images of one prompt are drawn together; without `prompts`, each image is a prompt of its own.
+    Images of one prompt are drawn together.
     """
     rows = {name: np.flatnonzero(np.array([tag == name for tag in tags])) for name in names}
     found = {key: _over_images(one, rows) for key, one in quantities.items() if len(one.marks) == 1}
     sizes = {len(one.marks) for one in quantities.values()} - {1}
     for size in sorted(sizes):
         group = {key: one for key, one in quantities.items() if len(one.marks) == size}
-        found |= _over_seeds(group, rows, prompts or range(len(tags)))
+        found |= _over_seeds(group, rows, prompts)
     return {key: found[key] for key in quantities}
 
 
@@ -92,7 +92,7 @@ def _over_images(quantity: Quantity, rows: Mapping[str, Table]) -> Estimate:
 
 
 def _over_seeds(
-    quantities: Mapping[Any, Quantity], rows: Mapping[str, Table], prompts: Sequence[Any]
+    quantities: Mapping[Any, Quantity], rows: Mapping[str, Table], prompts: Sequence[str]
 ) -> dict[Any, Estimate]:
     """Several seeds: one bootstrap for all quantities, which see the same resamples."""
     values = np.stack([one.values for one in quantities.values()])

@@ -18,9 +18,14 @@ def tags_of(prompts: int) -> list[str]:
     return [NAMES[number % 3 > 0] for number in range(prompts)]
 
 
+def over_images(quantities, tags, names):
+    """The estimates where each image has a prompt of its own."""
+    return estimate(quantities, tags, names, [f"prompt {number}" for number in range(len(tags))])
+
+
 def test_with_one_seed_the_intervals_are_those_of_eval_json():
     tags, after, before = tags_of(90), marks(0, 1, 90, 0.6), marks(1, 1, 90, 0.4)
-    found = estimate({"score": Quantity(after), "change": Quantity(after, before)}, tags, NAMES)
+    found = over_images({"score": Quantity(after), "change": Quantity(after, before)}, tags, NAMES)
     rows = {name: [number for number, tag in enumerate(tags) if tag == name] for name in NAMES}
     scores = [wilson(int(after[0][rows[name]].sum()), len(rows[name])) for name in NAMES]
     changes = [paired_difference(list(before[0][rows[name]]), list(after[0][rows[name]])) for name in NAMES]
@@ -30,7 +35,7 @@ def test_with_one_seed_the_intervals_are_those_of_eval_json():
 
 def test_the_estimate_is_the_mean_over_tags_of_the_mean_over_seeds_and_prompts():
     tags, after, before = tags_of(60), marks(0, 3, 60, 0.7), marks(1, 3, 60, 0.4)
-    found = estimate({"change": Quantity(after, before)}, tags, NAMES)["change"]
+    found = over_images({"change": Quantity(after, before)}, tags, NAMES)["change"]
     by_tag = {}
     for name in NAMES:
         values = [float(after[s, p]) - float(before[s, p]) for s in range(3) for p in range(60) if tags[p] == name]
@@ -45,7 +50,7 @@ def test_the_interval_is_that_of_drawing_seeds_and_prompts_anew():
     effect = np.array([-0.2, -0.05, 0.1, 0.15])[:, None]
     after, before = rng.random((seeds, prompts)) < 0.5 + effect, rng.random((seeds, prompts)) < 0.4
     tags, difference = tags_of(prompts), after.astype(float) - before
-    found = estimate({"change": Quantity(after, before)}, tags, NAMES)["change"].overall
+    found = over_images({"change": Quantity(after, before)}, tags, NAMES)["change"].overall
     # The same by plain loops: a seed's deviation counts sqrt(4 / 3) times, the mean over seeds as it is.
     groups = [[number for number, tag in enumerate(tags) if tag == name] for name in NAMES]
     drawn = []
@@ -67,7 +72,7 @@ def test_images_of_one_prompt_are_drawn_together():
     right = np.array([0.1, 0.9, 0.2, 0.8, 0.5, 1.0])[[int(prompt.split()[1]) for prompt in prompts]]
     score = rng.random((seeds, len(prompts))) < right
     tags = ["counting"] * len(prompts)
-    apart = estimate({"score": Quantity(score)}, tags, ["counting"])["score"].overall
+    apart = over_images({"score": Quantity(score)}, tags, ["counting"])["score"].overall
     together = estimate({"score": Quantity(score)}, tags, ["counting"], prompts)["score"].overall
     assert together.value == apart.value and together.high - together.low > 1.3 * (apart.high - apart.low)
     # The same by plain loops over the prompts.
@@ -85,14 +90,14 @@ def test_seeds_that_disagree_widen_the_interval():
     prompts = 200
     alike = np.tile(marks(0, 1, prompts), (4, 1))
     apart = np.stack([marks(seed, 1, prompts, share)[0] for seed, share in enumerate((0.2, 0.4, 0.6, 0.8))])
-    found = estimate({"alike": Quantity(alike), "apart": Quantity(apart)}, ["counting"] * prompts, ["counting"])
+    found = over_images({"alike": Quantity(alike), "apart": Quantity(apart)}, ["counting"] * prompts, ["counting"])
     widths = {key: value.overall.high - value.overall.low for key, value in found.items()}
     assert widths["apart"] > 2 * widths["alike"]
 
 
 def test_swapping_two_models_mirrors_their_difference():
     tags, one, other = tags_of(60), marks(0, 3, 60, 0.7), marks(1, 3, 60, 0.4)
-    found = estimate({"there": Quantity(one, other), "back": Quantity(other, one)}, tags, NAMES)
+    found = over_images({"there": Quantity(one, other), "back": Quantity(other, one)}, tags, NAMES)
     there, back = found["there"], found["back"].mirrored()
     for one, other in [(there.overall, back.overall), *((there.tags[name], back.tags[name]) for name in NAMES)]:
         assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
@@ -101,9 +106,9 @@ def test_swapping_two_models_mirrors_their_difference():
 
 def test_verdicts_that_never_change_still_leave_doubt():
     same = marks(0, 3, 30)
-    change = estimate({"change": Quantity(same, same)}, ["counting"] * 30, ["counting"])["change"]
+    change = over_images({"change": Quantity(same, same)}, ["counting"] * 30, ["counting"])["change"]
     assert change.overall.value == 0 and change.overall.low < -0.02 and change.overall.high > 0.02
-    perfect = estimate({"score": Quantity(np.ones((3, 30), bool))}, ["counting"] * 30, ["counting"])["score"]
+    perfect = over_images({"score": Quantity(np.ones((3, 30), bool))}, ["counting"] * 30, ["counting"])["score"]
     assert perfect.overall.value == 1 and perfect.overall.low < 0.95
 
 
@@ -111,14 +116,14 @@ def test_no_interval_reaches_past_what_a_share_can_be():
     best, worst = np.array([[True] * 7 + [False], [True] * 4 + [False] * 4]), np.zeros((2, 8), bool)
     worst[0, 0] = True
     quantities = {"best": Quantity(best), "worst": Quantity(worst), "change": Quantity(best, worst)}
-    found = {key: value.overall for key, value in estimate(quantities, ["counting"] * 8, ["counting"]).items()}
+    found = {key: value.overall for key, value in over_images(quantities, ["counting"] * 8, ["counting"]).items()}
     assert found["best"].high <= 1 and found["worst"].low >= 0 and found["change"].high <= 1
 
 
 def test_what_else_is_estimated_does_not_alter_an_interval():
     tags, one, other = tags_of(60), marks(0, 3, 60, 0.7), marks(1, 3, 60, 0.4)
-    alone = estimate({"one": Quantity(one)}, tags, NAMES)["one"]
-    among = estimate({"other": Quantity(other), "one": Quantity(one), "few": Quantity(one[:2])}, tags, NAMES)["one"]
+    alone = over_images({"one": Quantity(one)}, tags, NAMES)["one"]
+    among = over_images({"other": Quantity(other), "one": Quantity(one), "few": Quantity(one[:2])}, tags, NAMES)["one"]
     assert (alone.overall.low, alone.overall.high) == pytest.approx((among.overall.low, among.overall.high))
 
 
@@ -131,6 +136,6 @@ def test_the_interval_covers_the_truth_at_least_about_as_often_as_it_says(seeds,
         effect = 0.05 + rng.uniform(-0.3, 0.3, prompts)[None] + rng.normal(0, spread, (seeds, 1))
         luck = rng.random((seeds, prompts))
         after, before = luck < 0.4 + effect / 2, luck > 1 - (0.4 - effect / 2)
-        part = estimate({"change": Quantity(after, before)}, ["counting"] * prompts, ["counting"])["change"].overall
+        part = over_images({"change": Quantity(after, before)}, ["counting"] * prompts, ["counting"])["change"].overall
         hits += part.low <= 0.05 <= part.high
     assert hits / repeats >= 0.89
