@@ -158,8 +158,7 @@ def _named(runs: list[Run]) -> list[Run]:
     """Runs of one recipe but for the seed are one variant, named by what their folders' names share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        trained = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
-        groups.setdefault(json.dumps(trained, sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(_but_for_seed(run), sort_keys=True, default=str), []).append(run)
     names: dict[str, str] = {}
     for key, members in groups.items():
         name, taken, count = _shared_name(members), set(names.values()), 1
@@ -170,9 +169,17 @@ def _named(runs: list[Run]) -> list[Run]:
     return [replace(run, variant=names[key]) for key, members in groups.items() for run in members]
 
 
+def _but_for_seed(run: Run) -> dict[str, Any]:
+    """What is trained. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
+    kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
+    if kept.get("start_from"):
+        kept["start_from"] = str(kept["start_from"]).removesuffix(f"-seed{run.seed}")
+    return kept
+
+
 def _shared_name(runs: list[Run]) -> str:
     if len(runs) == 1:
-        return runs[0].name
+        return runs[0].name.removesuffix(f"-seed{runs[0].seed}")
     shared = os.path.commonprefix([run.name for run in runs])
     shared = re.sub(r"([-_. ]*(seed|s)?[-_. ]*\d*)+$", "", shared)
     return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe["objectives"])

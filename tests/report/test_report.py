@@ -8,6 +8,7 @@ from importlib.resources import files
 from statistics import mean
 
 import pytest
+import yaml
 from making_runs import TAGS, evaluation, write_run, write_sweep
 from typer.testing import CliRunner
 
@@ -170,6 +171,22 @@ def test_runs_of_one_recipe_are_one_variant_over_seeds(tmp_path):
     assert [(one["name"], one["seeds"]) for one in found.data["variants"]] == [("agsm", [0, 1]), ("ddpo", [0])]
     change = next(one for one in found.data["differences"] if not one["base"])
     assert len(change["by_seed"]) == 1  # only seed 0 is common
+
+
+def test_a_chains_runs_are_one_variant_where_each_goes_on_from_its_own_seed(tmp_path):
+    runs = [write_run(tmp_path / f"then-seed{seed}", seed=seed) for seed in (0, 1, 2)]
+    for run, start in zip(runs, (0, 1, 0), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"start_from": f"cells/first-seed{start}"}))
+    found = page(*runs)
+    # The third goes on from another seed's run: it is something else, which only shares the name.
+    named = [(one["name"], one["seeds"]) for one in found.data["variants"]]
+    assert named == [("then", [0, 1]), ("then (2)", [2])]
+
+
+def test_a_sweeps_cell_of_one_seed_has_the_variants_name(tmp_path):
+    runs = [write_run(tmp_path / "agsm-seed3", seed=3), write_run(tmp_path / "run-seed0", seed=1, rank=4)]
+    assert [one["name"] for one in page(*runs).data["variants"]] == ["agsm", "run-seed0"]
 
 
 def test_curves_have_steps_seconds_and_images_so_far(tmp_path):
