@@ -1,7 +1,8 @@
 """The tables of README.md beside this, by the report's own estimates: `python docs/study/tables.py [SWEEP ...]`.
 
-Unpack the archives first: `for one in docs/study/*.tar.xz; do tar xf $one -C docs/study; done`. A table's comment in
-the page, `<!-- table ... -->`, says in YAML what is in it; what follows up to `<!-- end -->` is written anew.
+It reads the cells as the archives unpack them: `for one in docs/study/*.tar.xz; do tar xf $one -C docs/study; done`. A
+table's comment in the page, `<!-- table ... -->`, says in YAML what is in it; what follows up to `<!-- end -->` is
+written anew.
 
     sweep: whose cells a bare name means; another's are written `sweep/variant`
     rows:  label by variant, what is in brackets at its end only here; each variant's scores, and those minus the base's
@@ -35,7 +36,11 @@ VERDICT, TAG = "strict", "counting"
 def cells_of(name: str, sweep: str) -> list[Path]:
     """The finished cells of `variant`, or of `sweep/variant`."""
     elsewhere, _, variant = name.rpartition("/")
-    return [file.parent for file in sorted((HERE / (elsewhere or sweep) / "cells").glob(f"{variant}-seed*/cell.json"))]
+    place = HERE / (elsewhere or sweep) / "cells"
+    found = [file.parent for file in sorted(place.glob(f"{variant}-seed*/cell.json"))]
+    if not found:
+        raise SystemExit(f"{place}: has no finished cell of {variant}; unpack {elsewhere or sweep}.tar.xz here first.")
+    return found
 
 
 class Table:
@@ -48,8 +53,11 @@ class Table:
         self.tag_names = loaded.evaluation.tag_names
         self.views = make_views(loaded)[0]
         self.found = find(loaded, self.views)
-        variants = {run.path: variant for variant in loaded.variants for run in variant.runs}
-        self.variants = {name: variants[several[0]] for name, several in cells.items()}
+        by_cells = {tuple(run.path for run in one.runs): one for one in loaded.variants}
+        for name, several in cells.items():
+            if tuple(several) not in by_cells:
+                raise SystemExit(f"{name}: its cells' recipes differ in more than the seed.")
+        self.variants = {name: by_cells[tuple(several)] for name, several in cells.items()}
         self.names = {BASE: BASE} | {name: variant.name for name, variant in self.variants.items()}
         self.runs: dict[str, Sequence[Run]] = {name: variant.runs for name, variant in self.variants.items()}
 
@@ -65,8 +73,8 @@ class Table:
     def scores(self) -> list[str]:
         """A row a variant: its score and what it is above the base; at the other guidances the score alone."""
         shown, others = self._shown()
-        rewards = next(iter(self.runs.values()))[0].evaluation
-        extra = list(rewards.trained[rewards.guidances[0]].rewards)
+        first = next(iter(self.runs.values()))[0].evaluation
+        rewards = list(first.trained[first.guidances[0]].rewards)
         head = ["", "seeds"]
         for view in shown:
             own = ["own guidance"] if view.key == OWN else []
@@ -80,9 +88,11 @@ class Table:
                 row.append(_share(score))
                 row += _points(self._minus(view, name)) if name else ["", ""]
             row += [f"{100 * self.found.score(VERDICT, view, self.names[name]).overall.value:.1f}" for view in others]
-            row += [self._reward(name, one) for one in extra]
+            row += [self._reward(name, first.guidances[0], one) for one in rewards]
             rows.append(row)
-        return _markdown([*head, *(_at(view) for view in others), *extra], rows)
+        return _markdown(
+            [*head, *(_at(view) for view in others), *(f"{one} at {first.guidances[0]:g}" for one in rewards)], rows
+        )
 
     def by_tag(self, names: Sequence[str]) -> list[str]:
         """Each variant's score in each tag, in the first view."""
@@ -104,7 +114,7 @@ class Table:
         return _markdown(head, rows)
 
     def _shown(self) -> tuple[list[View], list[View]]:
-        """The views that are shown with intervals, and the rest: beside an own guidance the lowest alone has them."""
+        """The views that are shown with intervals, and the rest: beside an own guidance only the first has them."""
         if self.views[0].key != OWN:
             return self.views, []
         return self.views[:2], self.views[2:]
@@ -114,10 +124,10 @@ class Table:
         assert found is not None, f"{name} and {other} have no seed in common"
         return found
 
-    def _reward(self, name: str, reward: str) -> str:
+    def _reward(self, name: str, guidance: float, reward: str) -> str:
         runs = self.runs[name or next(iter(self.runs))]
         judged = [run.evaluation.trained if name else run.evaluation.base for run in runs]
-        return f"{np.mean([next(iter(one.values())).rewards[reward] for one in judged]):.4f}"
+        return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
 
 
 def _at(view: View) -> str:
@@ -141,6 +151,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def main(only: Sequence[str]) -> None:
     """Write the tables of these sweeps, or all."""
     page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    sweeps = {yaml.safe_load(block[2])["sweep"] for block in BLOCK.finditer(text)}
+    if unknown := set(only) - sweeps:
+        raise SystemExit(f"{page}: has no table of {', '.join(sorted(unknown))}; it has {', '.join(sorted(sweeps))}.")
 
     def written(block: re.Match[str]) -> str:
         asked = yaml.safe_load(block[2])
@@ -148,7 +162,7 @@ def main(only: Sequence[str]) -> None:
             return block[0]
         return "\n".join([block[1].rstrip(), *Table(asked).lines(asked), block[3]])
 
-    page.write_text(BLOCK.sub(written, page.read_text(encoding="utf-8")), encoding="utf-8")
+    page.write_text(BLOCK.sub(written, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
