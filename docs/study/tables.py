@@ -23,7 +23,7 @@ from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import find
 from agsm_rl.report.headline import signed
-from agsm_rl.report.load import Run, load
+from agsm_rl.report.load import load
 from agsm_rl.report.views import BASE, OWN, View, make_views
 
 HERE = Path(__file__).parent
@@ -59,7 +59,6 @@ class Table:
                 raise SystemExit(f"{name}: its cells' recipes differ in more than the seed.")
         self.variants = {name: by_cells[tuple(several)] for name, several in cells.items()}
         self.names = {BASE: BASE} | {name: variant.name for name, variant in self.variants.items()}
-        self.runs: dict[str, Sequence[Run]] = {name: variant.runs for name, variant in self.variants.items()}
 
     def lines(self, asked: Mapping[str, Any]) -> list[str]:
         """All that is asked for, as Markdown."""
@@ -73,7 +72,7 @@ class Table:
     def scores(self) -> list[str]:
         """A row a variant: its score and what it is above the base; at the other guidances the score alone."""
         shown, others = self._shown()
-        first = next(iter(self.runs.values()))[0].evaluation
+        first = next(iter(self.variants.values())).runs[0].evaluation
         rewards = list(first.trained[first.guidances[0]].rewards)
         head = ["", "seeds"]
         for view in shown:
@@ -81,7 +80,7 @@ class Table:
             head += [*own, f"{_at(view)}, %", "minus the base", TAG]
         rows = []
         for name, label in self.labels.items():
-            row = [label, str(len(self.runs[name])) if name else ""]
+            row = [label, str(len(self.variants[name].runs)) if name else ""]
             for view in shown:
                 score = self.found.score(VERDICT, view, self.names[name]).overall
                 row += [f"{view.guidance[self.names[name]]:g}"] if view.key == OWN else []
@@ -125,7 +124,7 @@ class Table:
         return found
 
     def _reward(self, name: str, guidance: float, reward: str) -> str:
-        runs = self.runs[name or next(iter(self.runs))]
+        runs = self.variants[name or next(iter(self.variants))].runs
         judged = [run.evaluation.trained if name else run.evaluation.base for run in runs]
         return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
 
