@@ -19,6 +19,11 @@ from agsm_rl.recipe import Recipe
 MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
 
 
+def seed_suffix(seed: int) -> str:
+    """How the folder of one of several runs over seeds ends: a sweep names its cells so, a report groups them by it."""
+    return f"-seed{seed}"
+
+
 class RunFolder:
     """The paths of a run folder and its lock. Constructing it touches nothing; `open` does."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from agsm_rl.errors import UserError
 from agsm_rl.recipe_file import read_yaml
 from agsm_rl.report.evaluation import Evaluation, read_evaluation
-from agsm_rl.run_folder import RunFolder
+from agsm_rl.run_folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
 DONE = "done"
@@ -173,13 +173,13 @@ def _but_for_seed(run: Run) -> dict[str, Any]:
     """What is trained. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
     if kept.get("start_from"):
-        kept["start_from"] = str(kept["start_from"]).removesuffix(f"-seed{run.seed}")
+        kept["start_from"] = str(kept["start_from"]).removesuffix(seed_suffix(run.seed))
     return kept
 
 
 def _shared_name(runs: list[Run]) -> str:
     if len(runs) == 1:
-        return runs[0].name.removesuffix(f"-seed{runs[0].seed}")
+        return runs[0].name.removesuffix(seed_suffix(runs[0].seed))
     shared = os.path.commonprefix([run.name for run in runs])
     shared = re.sub(r"([-_. ]*(seed|s)?[-_. ]*\d*)+$", "", shared)
     return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe["objectives"])

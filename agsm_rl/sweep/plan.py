@@ -16,6 +16,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.recipe_file import apply_overrides, read_yaml, remove_value, set_value, split_path
 from agsm_rl.resolve import Parts, complete_evaluation
+from agsm_rl.run_folder import seed_suffix
 from agsm_rl.shipped import PREFIX, recipe_path
 from agsm_rl.sweep.budget import MOST_STEPS, steps_for
 from agsm_rl.sweep.spec import OWN_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
@@ -102,7 +103,7 @@ def make_plan(
 def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
     """The cell of a choice on each axis; UserError naming it when its recipe cannot work."""
     variant = _label(plan, choice)
-    name = f"{variant}-seed{seed}"
+    name = variant + seed_suffix(seed)
     where = f"{plan.where}: cell '{name}'"
     data = deepcopy(plan.base)
     for key, value in plan.sweep.set.items():
@@ -215,7 +216,7 @@ def _start(
     if given in axis.variants:
         if given == choice[axis.key]:
             raise UserError(f"{where}: start_from: '{given}' would start from itself.")
-        name = f"{_label(plan, choice | {axis.key: given})}-seed{seed}"
+        name = _label(plan, choice | {axis.key: given}) + seed_suffix(seed)
         return str(plan.run(name)), name
     try:
         find_exports(Path(str(given)))
