@@ -27,6 +27,10 @@ FRAME = "application/x-agsm-rl-frame"
 TOKEN_VARIABLE = "AGSM_RL_REWARD_TOKEN"
 PASSING = {408, 429, 502, 503, 504}
 """Statuses after which the same request may succeed."""
+ADVICE = {
+    401: f"; set {TOKEN_VARIABLE} to the token that serve-reward told",
+    413: "; score fewer images at once, or serve it with a larger --max-megabytes",
+}
 
 
 class HttpLink:
@@ -71,7 +75,8 @@ class HttpLink:
 
     def _exchange(self, connection: http.client.HTTPConnection, body: bytes, limit: int) -> tuple[int, str, bytes]:
         headers = {"Content-Type": FRAME, "Authorization": f"Bearer {os.environ.get(TOKEN_VARIABLE, '')}"}
-        connection.request("POST", f"{self._url.path.rstrip('/')}/frame", body, headers)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
+            connection.request("POST", f"{self._url.path.rstrip('/')}/frame", body, headers)
         response = connection.getresponse()
         found = response.read(limit + 1)
         if len(found) > limit:
@@ -87,8 +92,7 @@ class HttpLink:
         said = f"{self._url.geturl()}: status {status}: {_told(body)}"
         if status in PASSING:
             raise Fault(said, broken=False)
-        advice = f"; set {TOKEN_VARIABLE} to the token that serve-reward told" if status == 401 else ""
-        raise UserError(f"reward 'http': {said}{advice}")
+        raise UserError(f"reward 'http': {said}{ADVICE.get(status, '')}")
 
 
 class HttpReward(RemoteReward):

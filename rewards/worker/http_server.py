@@ -120,18 +120,21 @@ class FrameServer:
 
     async def _body(self, request: Request) -> bytearray:
         limit, body = self.limits.body, bytearray()
-        if int(request.headers.get("content-length", 0)) > limit:
-            raise HTTPException(413, f"the body is over the limit of {limit} bytes")
+        over = int(request.headers.get("content-length", 0)) > limit
         try:
             async with asyncio.timeout(self.limits.read):
+                # What is too much is taken in and dropped: who is cut off while sending may never read why.
                 async for part in request.stream():
-                    body += part
-                    if len(body) > limit:
-                        raise HTTPException(413, f"the body is over the limit of {limit} bytes")
+                    over = over or len(body) + len(part) > limit
+                    if not over:
+                        body += part
         except ClientDisconnect as error:
             raise HTTPException(400, "the client is gone") from error
         except TimeoutError as error:
-            raise HTTPException(408, f"the body took more than {self.limits.read:g} s") from error
+            if not over:
+                raise HTTPException(408, f"the body took more than {self.limits.read:g} s") from error
+        if over:
+            raise HTTPException(413, f"the body is over the limit of {limit} bytes")
         return body
 
     @contextlib.asynccontextmanager

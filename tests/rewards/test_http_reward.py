@@ -145,6 +145,22 @@ def test_a_body_without_a_length_is_counted_as_it_comes(serve):
     assert status == 413
 
 
+def test_a_batch_that_is_too_large_is_told_at_once(serve, monkeypatch):
+    url, images = serve(Sharpness(), body=20_000), torch.zeros(16, 3, 256, 256)
+    client = HttpReward(url=url, retries=50, backoff=60.0)
+    with pytest.raises(UserError, match="status 413: .*over the limit.*; score fewer images at once"):
+        client(images, [""] * 16)
+    request = http.client.HTTPConnection.request
+
+    def cut_off(*arguments):  # as by a server that does not wait for the end
+        request(*arguments)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", cut_off)
+    with pytest.raises(UserError, match="status 413"):
+        client(images, [""] * 16)
+
+
 def slowly(url, start):
     """What a client gets that sends `start`, and then nothing."""
     host, _, port = url.removeprefix("http://").partition(":")
