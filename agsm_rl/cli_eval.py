@@ -35,6 +35,9 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="shapes: train, validation or held_out (default).")] = None,
     guidance: GuidanceOption = None,
     num_steps: StepsOption = None,
+    prompt_suffix: Annotated[
+        str, typer.Option(metavar="TEXT", help="Put behind each prompt, e.g. ', best quality'; not seen by measures.")
+    ] = "",
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the base's own.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
@@ -103,14 +106,15 @@ def evaluate(
     if suite == "shapes" and not keeps:
         opened = open_target(target, base=base, options=backbone)
         how = {"seed": seed, "guidance": guidance, "num_steps": num_steps, "split": split or "held_out"}
-        evaluate_target(opened, compare=compare, json_file=json_file, bank=bank, num_images=num_images or 600, **how)
+        how |= {"bank": bank, "prompt_suffix": prompt_suffix, "num_images": num_images or 600}
+        evaluate_target(opened, compare=compare, json_file=json_file, **how)
         return
     if bank != "positive":
         raise UserError(f"--bank {bank}: goes with --suite shapes, without --images, --shard and --against.")
     options = Options(
         images=images,
         num_images=num_images,
-        how=How(seed, guidance, num_steps, batch_size),
+        how=How(seed, guidance, num_steps, batch_size, prompt_suffix),
         shard=shard,
         against=against,
         compare=compare,

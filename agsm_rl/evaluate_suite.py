@@ -229,12 +229,13 @@ def _described(found: _Found) -> dict[str, Any]:
 
 
 def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
-    """The second target is drawn as the first: guidance and steps are only then no part of the difference."""
+    """The second target is drawn as the first: guidance, steps and suffix are only then no part of the difference."""
     return How(
         seed=drawing.get("seed", how.seed),
         guidance=drawing.get("guidance") if how.guidance is None else how.guidance,
         num_steps=how.num_steps or drawing.get("num_steps"),
         batch_size=how.batch_size,
+        prompt_suffix=how.prompt_suffix or drawing.get("prompt_suffix", ""),
     )
 
 

@@ -20,7 +20,7 @@ from agsm_rl.watching import measure, to_json
 def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:
     """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise.
 
-    `how`: num_images, split, bank, seed, guidance and num_steps, the last two the target's own where None.
+    `how`: num_images, split, bank, prompt_suffix, seed; guidance and num_steps, the target's own where None.
     """
     own = {"guidance": target.guidance, "num_steps": target.num_steps}
     try:

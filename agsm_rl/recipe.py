@@ -102,7 +102,8 @@ class Evaluate(Section):
 
     `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
     first guidance.
-    `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation.
+    `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation. `prompt_suffix`: what both read
+    behind each prompt (", best quality"); images are judged by the prompt alone.
     """
 
     suite: Literal["shapes"] = "shapes"
@@ -113,6 +114,7 @@ class Evaluate(Section):
     num_steps: int = Field(20, ge=1)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
+    prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
     seed: int = Field(0, ge=0)
     batch_size: int = Field(50, ge=1)
 

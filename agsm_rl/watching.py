@@ -278,7 +278,7 @@ def measure(
         check()
         images = draw(
             backbone,
-            part,
+            [prompt + options.prompt_suffix for prompt in part],
             seeds,
             guidance=guidance,
             num_steps=options.num_steps,
@@ -316,7 +316,7 @@ def to_json(
             entry |= {"base": base.to_json(), "difference": asdict(compare(base.result, trained.result))}
         entries.append(entry)
     how: dict[str, Any] = {"split": options.split, "seed": options.seed, "num_steps": options.num_steps}
-    how["bank"] = options.bank
+    how |= {"bank": options.bank, "prompt_suffix": options.prompt_suffix}
     how |= {} if step is None else {"step": step}
     return entries[0] | how | ({"other_guidances": entries[1:]} if entries[1:] else {})
 

@@ -32,12 +32,13 @@ ELSEWHERE = ("device", "dtype", "resolution", "gradient_checkpointing", "local_f
 
 @dataclass(frozen=True)
 class How:
-    """How images are drawn; None is the target's own choice."""
+    """How images are drawn; None is the target's own choice. `prompt_suffix` is read behind each prompt."""
 
     seed: int = 0
     guidance: float | None = None
     num_steps: int | None = None
     batch_size: int = 8
+    prompt_suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def pinned(target: Target, how: How) -> dict[str, Any]:
                 "seed": how.seed,
                 "guidance": target.guidance if how.guidance is None else how.guidance,
                 "num_steps": how.num_steps or target.num_steps,
+                "prompt_suffix": how.prompt_suffix,
                 "resolution": target.backbone.resolution,
                 "call_options": target.backbone.call_options,
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
@@ -128,7 +130,7 @@ def draw_images(
             part = missing[start : start + how.batch_size]
             images = draw(
                 target.backbone,
-                [item.prompt for item in part],
+                [item.prompt + how.prompt_suffix for item in part],
                 [seed_of(how.seed, item.prompt_index, item.number) for item in part],
                 guidance=settings["guidance"],
                 num_steps=settings["num_steps"],

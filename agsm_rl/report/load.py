@@ -170,8 +170,10 @@ def _named(runs: list[Run]) -> list[Run]:
 
 
 def _but_for_seed(run: Run) -> dict[str, Any]:
-    """What is trained. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
+    """What is measured. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
+    evaluated = run.recipe.get("evaluate") or {}
+    kept |= {"bank": evaluated.get("bank", "positive"), "prompt_suffix": evaluated.get("prompt_suffix", "")}
     if kept.get("start_from"):
         kept["start_from"] = str(kept["start_from"]).removesuffix(seed_suffix(run.seed))
     return kept

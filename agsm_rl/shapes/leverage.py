@@ -103,17 +103,13 @@ def main(
 
 def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
     """Print a table's rows: strict / lenient % right of plain and cued prompts, and of plain ones with the adapter."""
-    from agsm_rl.drawing import draw
-    from agsm_rl.evaluate.shapes import compare, evaluate, suite_prompts
-
-    prompts = suite_prompts(split, num_images, seed=0)
+    from agsm_rl.evaluate.shapes import compare
+    from agsm_rl.recipe import Evaluate
+    from agsm_rl.watching import measure
 
     def suite(cue: str) -> ShapesResult:
-        def drawn(texts: list[str], seeds: list[int]) -> Tensor:
-            cued = [text + cue for text in texts]
-            return draw(policy.backbone, cued, seeds, guidance=guidance, num_steps=20)
-
-        return evaluate(drawn, prompts)
+        options = Evaluate.model_validate({"split": split, "num_images": num_images, "prompt_suffix": cue})
+        return measure(policy.backbone, options, guidance, {}).result
 
     with policy.switched_off():
         found = {"plain": suite(""), "cued": suite(CUE)}

@@ -184,6 +184,16 @@ def test_a_chains_runs_are_one_variant_where_each_goes_on_from_its_own_seed(tmp_
     assert named == [("then", [0, 1]), ("then (2)", [2])]
 
 
+def test_runs_that_were_measured_behind_another_suffix_are_another_variant(tmp_path):
+    runs = [write_run(tmp_path / name / "agsm-seed0") for name in ("plain", "same", "cued")]
+    for run, evaluate in zip(runs, (None, {"bank": "positive"}, {"prompt_suffix": ", verified"}), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": evaluate}))
+    assert [one["name"] for one in page(runs[0], runs[2]).data["variants"]] == ["agsm", "agsm (2)"]
+    with pytest.raises(UserError, match="the same recipe with the same seed"):
+        page(*runs[:2])
+
+
 def test_a_sweeps_cell_of_one_seed_has_the_variants_name(tmp_path):
     runs = [write_run(tmp_path / "agsm-seed3", seed=3), write_run(tmp_path / "run-seed0", seed=1, rank=4)]
     assert [one["name"] for one in page(*runs).data["variants"]] == ["agsm", "run-seed0"]

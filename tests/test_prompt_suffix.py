@@ -1,0 +1,93 @@
+"""What is read behind each prompt of an evaluation: drawn with, not judged by, and told."""
+
+import json
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from agsm_rl.backbones import load_backbone
+from agsm_rl.build import build_trainer
+from agsm_rl.cli import app
+from agsm_rl.drawing import draw
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan
+from agsm_rl.evaluate.image_folder import open_picture
+from agsm_rl.evaluate.shapes import suite_prompts
+from agsm_rl.recipe import Evaluate, Recipe
+from agsm_rl.resolve import Parts
+from agsm_rl.run_folder import RunFolder
+from agsm_rl.target import open_target
+from agsm_rl.watching import Evaluation, measure, to_json
+
+SUFFIX = ", verified"
+
+
+def test_a_recipe_s_evaluation_draws_base_and_trained_with_it_and_judges_by_the_prompt(tiny_checkpoint, tmp_path):
+    source = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 8}
+    recipe = Recipe.from_data(
+        {
+            "steps": 1,
+            "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
+            "adapters": {"lora": {"use": "lora", "rank": 2}},
+            "objectives": [{"use": "score_matching", "source": source}],
+            "evaluate": {"num_images": 3, "num_steps": 2, "rewards": ["shapes"], "prompt_suffix": SUFFIX},
+            "track": [],
+        }
+    )
+    trainer = build_trainer(recipe)
+    watching = Evaluation(RunFolder(tmp_path), recipe, Parts(where="recipe"), Console(file=StringIO()))
+    ((base, trained),) = watching.measure(trainer)
+    prompts = suite_prompts("held_out", 3, 0)
+    read = [prompt + SUFFIX for prompt in prompts]
+    wanted = draw(trainer.policy.backbone, read, [0, 1, 2], guidance=3.0, num_steps=2)
+    # An adapter that has not learned yet changes nothing.
+    assert torch.equal(base.images, wanted) and torch.equal(trained.images, wanted)
+    plain = measure(trainer.policy.backbone, Evaluate(num_images=3, num_steps=2), 3.0, {})
+    assert not torch.equal(plain.images, wanted)
+    assert [row.prompt for row in trained.result.verdicts] == prompts and "shapes" in trained.rewards
+    assert to_json([(base, trained)], recipe.evaluate)["prompt_suffix"] == SUFFIX
+
+
+def test_settings_without_it_are_written_as_they_were_before_there_was_one():
+    assert "prompt_suffix" not in Evaluate().model_dump(mode="json")
+    assert Evaluate(prompt_suffix=SUFFIX).model_dump(mode="json")["prompt_suffix"] == SUFFIX
+
+
+def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(tiny_checkpoint, tmp_path):
+    target = open_target(str(tiny_checkpoint), options={"device": "cpu"})
+    asked, folders = {0: {"prompt": "a red star"}}, {"behind": SUFFIX, "plain": ""}
+    for name, suffix in folders.items():
+        how = How(num_steps=2, prompt_suffix=suffix)
+        draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Shard())
+    whole = plan(tmp_path / "whole", {0: {"prompt": "a red star" + SUFFIX}}, 1)
+    draw_images(whole, tmp_path / "whole", target, How(num_steps=2), Shard())
+    behind, plain, wanted = (
+        open_picture(tmp_path / name / "00000/samples/0000.png").tobytes() for name in ("behind", "plain", "whole")
+    )
+    assert behind == wanted != plain
+    assert json.loads((tmp_path / "behind/00000/metadata.jsonl").read_text()) == asked[0]
+    for name, other in (("behind", ""), ("plain", SUFFIX)):
+        with pytest.raises(UserError, match="prompt_suffix"):
+            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, How(0, None, 2, 8, other), Shard())
+
+
+def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
+    kept = {}
+    for name, options in {"kept": ["--images", str(tmp_path / "im")], "not_kept": []}.items():
+        how = ["--num-images", "2", "--num-steps", "2", "--json", str(tmp_path / f"{name}.json")]
+        done = CliRunner().invoke(app, ["eval", str(tiny_checkpoint), *how, "--prompt-suffix", SUFFIX, *options])
+        assert done.exit_code == 0, done.output
+        kept[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert kept["kept"]["drawing"]["prompt_suffix"] == kept["not_kept"]["prompt_suffix"] == SUFFIX
+    picture = draw(
+        load_backbone(str(tiny_checkpoint)),
+        [suite_prompts("held_out", 2, 0)[0] + SUFFIX],
+        [0],
+        guidance=kept["kept"]["drawing"]["guidance"],
+        num_steps=2,
+    )[0]
+    first = open_picture(next(iter(sorted((tmp_path / "im").rglob("*.png")))))
+    assert abs(torch.tensor(list(first.getdata())) - 255 * picture.flatten(1).T).max() <= 1
