@@ -224,7 +224,7 @@ def _result(found: _Found, work: _Work) -> Result:
 def _described(found: _Found) -> dict[str, Any]:
     """Which target, and what decided its images; null where another tool drew them and did not say."""
     drawing = found.drawing or {}
-    plain = {key: drawing.get(key) for key in ("seed", "guidance", "num_steps", "resolution")}
+    plain = {key: drawing.get(key) for key in ("seed", "guidance", "num_steps", "prompt_suffix", "resolution")}
     return {"target": found.name, **plain, "drawing": found.drawing}
 
 
@@ -235,7 +235,7 @@ def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
         guidance=drawing.get("guidance") if how.guidance is None else how.guidance,
         num_steps=how.num_steps or drawing.get("num_steps"),
         batch_size=how.batch_size,
-        prompt_suffix=how.prompt_suffix or drawing.get("prompt_suffix", ""),
+        prompt_suffix=drawing.get("prompt_suffix", how.prompt_suffix),
     )
 
 
@@ -245,6 +245,8 @@ def _check_options(target: str, options: Options) -> None:
     taken = is_image_folder(Path(target)) or target.endswith(".jsonl")
     if options.compare and taken:
         raise UserError(f"--compare: {target} has no base; name what to compare with by --against.")
+    if options.how.prompt_suffix and taken:
+        raise UserError(f"--prompt-suffix: {target} is drawn already; leave it out.")
     if options.images is not None and taken and not options.against:
         raise UserError(f"--images {options.images}: {target} is drawn already; leave --images out.")
     if options.shard is not None and options.images is None and not taken:

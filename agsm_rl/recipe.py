@@ -103,7 +103,7 @@ class Evaluate(Section):
     `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
     first guidance.
     `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation. `prompt_suffix`: what both read
-    behind each prompt (", best quality"); images are judged by the prompt alone.
+    behind each prompt (", best quality"); images are judged by the prompt alone. Sample grids have none.
     """
 
     suite: Literal["shapes"] = "shapes"

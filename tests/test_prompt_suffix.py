@@ -13,12 +13,13 @@ from agsm_rl.build import build_trainer
 from agsm_rl.cli import app
 from agsm_rl.drawing import draw
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan
+from agsm_rl.evaluate.draw_folder import PINNED, How, Shard, draw_images, plan
 from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.evaluate.shapes import suite_prompts
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.resolve import Parts
 from agsm_rl.run_folder import RunFolder
+from agsm_rl.sweep.plan import make_plan
 from agsm_rl.target import open_target
 from agsm_rl.watching import Evaluation, measure, to_json
 
@@ -69,9 +70,16 @@ def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(
     )
     assert behind == wanted != plain
     assert json.loads((tmp_path / "behind/00000/metadata.jsonl").read_text()) == asked[0]
+    # A folder from before there were suffixes is one without.
+    file = tmp_path / "plain" / PINNED
+    settings = json.loads(file.read_text())
+    assert settings.pop("prompt_suffix") == ""
+    file.write_text(json.dumps(settings))
+    draw_images(plan(tmp_path / "plain", asked, 2), tmp_path / "plain", target, How(num_steps=2), Shard())
     for name, other in (("behind", ""), ("plain", SUFFIX)):
-        with pytest.raises(UserError, match="prompt_suffix"):
-            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, How(0, None, 2, 8, other), Shard())
+        how = How(num_steps=2, prompt_suffix=other)
+        with pytest.raises(UserError, match="drawn with prompt_suffix"):
+            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Shard())
 
 
 def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
@@ -91,3 +99,14 @@ def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
     )[0]
     first = open_picture(next(iter(sorted((tmp_path / "im").rglob("*.png")))))
     assert abs(torch.tensor(list(first.getdata())) - 255 * picture.flatten(1).T).max() <= 1
+
+
+def test_images_that_are_drawn_already_and_cells_of_a_sweep_are_given_none(tiny_checkpoint, tmp_path, capsys):
+    target = open_target(str(tiny_checkpoint), options={"device": "cpu"})
+    draw_images(plan(tmp_path / "im", {0: {"prompt": "a red star"}}, 1), tmp_path / "im", target, How(), Shard())
+    with pytest.raises(SystemExit, match="2"):
+        app(["eval", str(tmp_path / "im"), "--prompt-suffix", SUFFIX])
+    assert "im is drawn already; leave it out" in capsys.readouterr().err
+    (tmp_path / "s.yaml").write_text(f"recipe: builtin:agsm\naxes: {{evaluate.prompt_suffix: ['', '{SUFFIX}']}}\n")
+    with pytest.raises(UserError, match="what is measured is the same for all cells"):
+        make_plan(str(tmp_path / "s.yaml"), folder=tmp_path)

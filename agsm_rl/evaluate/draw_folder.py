@@ -151,7 +151,7 @@ def read_pinned(folder: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: it is not JSON ({error}); remove {folder} and draw again.") from error
-    return dict(content)
+    return {"prompt_suffix": ""} | content  # a folder that is older than suffixes says nothing of them
 
 
 def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -32,13 +32,16 @@ class Judged:
 class Evaluation:
     """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
 
-    `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order.
+    `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
+    behind each prompt, `bank` is what the trained model drew with.
     """
 
     suite: str
     split: str
     seed: int
     num_steps: int
+    prompt_suffix: str
+    bank: str
     prompts: tuple[str, ...]
     tags: tuple[str, ...]
     tag_names: tuple[str, ...]
@@ -105,6 +108,8 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         split=str(content["split"]),
         seed=int(content["seed"]),
         num_steps=int(content["num_steps"]),
+        prompt_suffix=str(content.get("prompt_suffix", "")),
+        bank=str(content.get("bank", "positive")),
         prompts=tuple(prompt for prompt, _ in asked),
         tags=tuple(asked_tags),
         tag_names=tuple(dict.fromkeys([*(tag for tag in content["tags"] if tag in asked_tags), *asked_tags])),

@@ -172,8 +172,7 @@ def _named(runs: list[Run]) -> list[Run]:
 def _but_for_seed(run: Run) -> dict[str, Any]:
     """What is measured. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
-    evaluated = run.recipe.get("evaluate") or {}
-    kept |= {"bank": evaluated.get("bank", "positive"), "prompt_suffix": evaluated.get("prompt_suffix", "")}
+    kept["bank"] = run.evaluation.bank
     if kept.get("start_from"):
         kept["start_from"] = str(kept["start_from"]).removesuffix(seed_suffix(run.seed))
     return kept
@@ -203,7 +202,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
                 raise UserError(
                     f"{first.path} and {run.path}: were evaluated on different {what}{shown}, so their images are no "
-                    "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps)."
+                    "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
+                    "prompt_suffix)."
                 )
     common = set.intersection(*(set(run.evaluation.trained) for run in runs))
     if not common:
@@ -217,6 +217,7 @@ SAME: dict[str, Callable[[Run], Any]] = {
     "noise seeds": lambda run: run.evaluation.seed,
     "numbers of prompts": lambda run: len(run.evaluation.prompts),
     "prompts": lambda run: (run.evaluation.prompts, run.evaluation.tags),
+    "prompt suffixes": lambda run: run.evaluation.prompt_suffix,
     "numbers of sampling steps": lambda run: run.evaluation.num_steps,
     "verdicts": lambda run: run.evaluation.verdicts,
     "bases": lambda run: run.recipe.get("backbone", {}).get("checkpoint"),

@@ -9,7 +9,7 @@ of the predicted image (an unweighted trial teaches the tokens only what changes
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import typer
@@ -76,7 +76,7 @@ def main(
     num_images: int = 600,
     guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
     seed: int = 0,
-    split: Annotated[str, typer.Option(help="whose prompts are judged: validation or held_out")] = "validation",
+    split: Annotated[Literal["validation", "held_out"], typer.Option(help="whose prompts are judged")] = "validation",
     out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
     t5_length: Annotated[int | None, typer.Option(help="SD3: tokens that the T5 reads; fewer are faster")] = None,
 ) -> None:

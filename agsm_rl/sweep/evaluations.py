@@ -1,7 +1,7 @@
 """The evaluations of a cell, each kept as soon as it is made, and the base's, which all cells of a sweep share.
 
-The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance): whichever
-cell comes first does it, others that come meanwhile wait for it and read the file.
+The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance, suffix):
+whichever cell comes first does it, others that come meanwhile wait for it and read the file.
 """
 
 from __future__ import annotations

@@ -244,6 +244,8 @@ def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str
 def _change(data: dict[str, Any], key: str, value: Any, *, where: str) -> None:
     """Set what stands at a dotted key. null takes it out, unless null is a value there (optimizer.max_grad_norm)."""
     path = split_path(key)
+    if path[0] == "evaluate":
+        raise UserError(f"{where}: what is measured is the same for all cells; say it in the sweep's own `evaluate`.")
     if value is None and not _takes_null(path):
         remove_value(data, path, where=where)
     else:

@@ -5,7 +5,8 @@ table's comment in the page, `<!-- table ... -->`, says in YAML what is in it; w
 written anew.
 
     sweep: whose cells a bare name means; another's are written `sweep/variant`
-    rows:  label by variant, what is in brackets at its end only here; each variant's scores, and those minus the base's
+    rows:  label by variant, what is in brackets at its end only here; each variant's scores, and what they are above
+           the base's; under "" what the base is called, if it is another
     minus: pairs of variants, whose differences are shown below
     tags:  variants whose scores are shown tag by tag
 """
@@ -48,7 +49,7 @@ class Table:
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self.labels: dict[str, str] = {BASE: "base"} | asked["rows"]
-        cells = {name: cells_of(name, asked["sweep"]) for name in asked["rows"]}
+        cells = {name: cells_of(name, asked["sweep"]) for name in asked["rows"] if name != BASE}
         loaded = load([cell for several in cells.values() for cell in several])
         self.tag_names = loaded.evaluation.tag_names
         self.views = make_views(loaded)[0]

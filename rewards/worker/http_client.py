@@ -75,6 +75,7 @@ class HttpLink:
 
     def _exchange(self, connection: http.client.HTTPConnection, body: bytes, limit: int) -> tuple[int, str, bytes]:
         headers = {"Content-Type": FRAME, "Authorization": f"Bearer {os.environ.get(TOKEN_VARIABLE, '')}"}
+        connection.connect()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
             connection.request("POST", f"{self._url.path.rstrip('/')}/frame", body, headers)
         response = connection.getresponse()

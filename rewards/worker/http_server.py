@@ -120,13 +120,18 @@ class FrameServer:
 
     async def _body(self, request: Request) -> bytearray:
         limit, body = self.limits.body, bytearray()
+        told = f"the body is over the limit of {limit} bytes"
         over = int(request.headers.get("content-length", 0)) > limit
+        if over and "expect" in request.headers:  # its sender waits for an answer first
+            raise HTTPException(413, told)
         try:
             async with asyncio.timeout(self.limits.read):
                 # What is too much is taken in and dropped: who is cut off while sending may never read why.
                 async for part in request.stream():
                     over = over or len(body) + len(part) > limit
-                    if not over:
+                    if over:
+                        body.clear()
+                    else:
                         body += part
         except ClientDisconnect as error:
             raise HTTPException(400, "the client is gone") from error
@@ -134,7 +139,7 @@ class FrameServer:
             if not over:
                 raise HTTPException(408, f"the body took more than {self.limits.read:g} s") from error
         if over:
-            raise HTTPException(413, f"the body is over the limit of {limit} bytes")
+            raise HTTPException(413, told)
         return body
 
     @contextlib.asynccontextmanager

@@ -184,14 +184,11 @@ def test_a_chains_runs_are_one_variant_where_each_goes_on_from_its_own_seed(tmp_
     assert named == [("then", [0, 1]), ("then (2)", [2])]
 
 
-def test_runs_that_were_measured_behind_another_suffix_are_another_variant(tmp_path):
-    runs = [write_run(tmp_path / name / "agsm-seed0") for name in ("plain", "same", "cued")]
-    for run, evaluate in zip(runs, (None, {"bank": "positive"}, {"prompt_suffix": ", verified"}), strict=True):
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": evaluate}))
-    assert [one["name"] for one in page(runs[0], runs[2]).data["variants"]] == ["agsm", "agsm (2)"]
-    with pytest.raises(UserError, match="the same recipe with the same seed"):
-        page(*runs[:2])
+def test_a_run_that_was_drawn_with_the_negative_bank_is_another_variant(tmp_path):
+    runs = [write_run(tmp_path / name / "agsm-seed0") for name in ("plain", "negative")]
+    content = json.loads((runs[1] / "eval.json").read_text())
+    (runs[1] / "eval.json").write_text(json.dumps(content | {"bank": "negative"}))
+    assert [one["name"] for one in page(*runs).data["variants"]] == ["agsm", "agsm (2)"]
 
 
 def test_a_sweeps_cell_of_one_seed_has_the_variants_name(tmp_path):
@@ -257,6 +254,7 @@ UNPAIRED = {
     "different numbers of prompts .60 and 12": lambda run: remade(run, [f"other {i}" for i in range(12)]),
     "different prompts, so": lambda run: remade(run, [f"other {i}" for i in range(60)]),
     "different numbers of sampling steps .20 and 50": lambda run: changed(run, num_steps=50),
+    "different prompt suffixes . and , verified": lambda run: changed(run, prompt_suffix=", verified"),
     "no common guidance .*1.*: 4": lambda run: changed(run, guidance=4.0),
 }
 

@@ -141,7 +141,8 @@ def test_wrong_paths_methods_and_compression_are_refused(serve):
 
 def test_a_body_without_a_length_is_counted_as_it_comes(serve):
     url = serve(Sharpness(), body=20_000)
-    status, _, _ = post(url, iter([b"x" * 1000] * 100))
+    # More than lies in buffers on the way: it is heard to its end before it is refused.
+    status, _, _ = post(url, iter([b"x" * 2**20] * 24))
     assert status == 413
 
 
@@ -175,6 +176,23 @@ def test_who_sends_slowly_is_cut_off(serve):
     assert slowly(url, b"") == b""
     head = f"POST /frame HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\nabc"
     assert b" 408 " in slowly(url, head.encode()).splitlines()[0]
+
+
+def test_who_announces_too_much_is_told_so_however_slow_and_before_it_sends_if_it_asks(serve):
+    head = f"POST /frame HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 30000\r\n"
+    url = serve(Sharpness(), body=20_000, read=0.3)
+    assert b" 413 " in slowly(url, f"{head}\r\nabc".encode()).splitlines()[0]
+    url = serve(Sharpness(), body=20_000, read=60.0)
+    assert b" 413 " in slowly(url, f"{head}Expect: 100-continue\r\n\r\n".encode()).splitlines()[0]
+
+
+def test_a_connection_that_cannot_be_made_is_told_as_that(monkeypatch):
+    def reset(*arguments, **options):
+        raise ConnectionResetError(104, "reset at once")
+
+    monkeypatch.setattr(socket, "create_connection", reset)
+    with pytest.raises(UserError, match="no scores after 2 tries; at last: .*reset at once"):
+        HttpReward(url="http://127.0.0.1:1", **QUICK)(torch.ones(1, 3, 2, 2), [""])
 
 
 def test_a_reward_that_hangs_has_a_time_limit_and_others_are_told(serve):

@@ -2,8 +2,10 @@
 
 import torch
 
+from agsm_rl.adapters.lora import LoRA
 from agsm_rl.interfaces import Backbone
-from agsm_rl.shapes.leverage import image_share
+from agsm_rl.policy import Policy
+from agsm_rl.shapes.leverage import image_share, report
 
 
 def test_the_share_turns_an_error_of_the_prediction_into_one_of_the_image(each_backbone: Backbone) -> None:
@@ -19,3 +21,11 @@ def test_the_share_turns_an_error_of_the_prediction_into_one_of_the_image(each_b
     error = each_backbone.target(moved, balanced, t) - each_backbone.target(x0, noise, t)
     share = image_share(each_backbone, x0, t)
     torch.testing.assert_close(share * error.abs(), (moved - x0).abs(), rtol=1e-2, atol=1e-5)
+
+
+def test_its_rows_tell_plain_cued_and_adapted_prompts_apart(backbone: Backbone, capsys) -> None:
+    policy = Policy(backbone, {"lora": LoRA(rank=2)}, ema_decay=0.9)
+    report(policy, 4, 2.0, "validation", adapted=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines if line[0] == "|"] == ["plain", "cued", "adapted"]
+    assert lines[-1].startswith("2 adapted - plain, strict: +0.0 [")  # an adapter that has not learned yet
