@@ -115,19 +115,12 @@ def _run(
         if stop.received is not None and trainer.step < recipe.steps:
             trainer.processes.wait()  # the checkpoint is written when the launcher sees the first process end
             raise Stopped(folder.recipe, trainer.step, stop.received, tells=main)
-        if main:
-            _finish(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
-        trainer.processes.wait()
-    except Interrupted as error:
-        assert stop.received is not None
-        during = ", the last, in the evaluation: the steps are kept, the evaluation is made up for"
-        raise Stopped(folder.recipe, trainer.step, stop.received, during=during) from error
+        finished = not main or _finish(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
+        if not trainer.processes.numbers(float(finished)).all():
+            during = ", the last, in the evaluation: the steps are kept, the evaluation is made up for"
+            raise Stopped(folder.recipe, trainer.step, stop.received or signal.SIGTERM, during=during, tells=main)
     except KeyboardInterrupt as error:
         raise Stopped(folder.recipe, trainer.step, stop.received or signal.SIGINT, tells=main) from error
-    except ProcessLost as error:
-        if stop.received is not None:  # the first process was told too, and tells
-            raise Stopped(folder.recipe, trainer.step, stop.received, tells=main) from error
-        raise
 
 
 def _train(
@@ -153,10 +146,13 @@ def _train(
 
 def _finish(
     trainer: Trainer, recipe: Recipe, folder: RunFolder, evaluation: Evaluation, console: Console, *, evaluate: bool
-) -> None:
-    """Base against trained, whether the terms agreed, and the report."""
+) -> bool:
+    """Base against trained, whether the terms agreed, and the report; False where a signal cut it off."""
     if evaluate and recipe.evaluate is not None:
-        evaluation.finish(trainer)
+        try:
+            evaluation.finish(trainer)
+        except Interrupted:
+            return False
     elif evaluate:
         SampleGrids(folder, recipe).write_before_after(trainer)
     _tell_agreement(folder)
@@ -164,6 +160,7 @@ def _finish(
         console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
     elif evaluate and folder.eval.exists():
         _write_report(folder, console)
+    return True
 
 
 def _lost(trainer: Trainer, folder: RunFolder, cause: str) -> Lost:

@@ -211,7 +211,8 @@ def workers_of(launcher):
     }
 
 
-def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path, killed):
     launcher, environment = launch(2)
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -222,18 +223,46 @@ def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, t
     )
     try:
         deadline = time.monotonic() + 600
-        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 2:
+        # The third step's line comes after a checkpoint of the second: draws are learned from whole.
+        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         workers = workers_of(process)
-        os.kill(workers[1], signal.SIGKILL)
+        os.kill(workers[killed], signal.SIGKILL)
         _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode != 0
     words = " ".join(said.decode().split())
-    assert "agsm-rl: process 0 of 2: lost after step" in words and "--resume" in words and "exitcode : -9" in words
+    assert f"agsm-rl: process {1 - killed} of 2: lost after step" in words
+    assert "--resume" in words and "exitcode : -9" in words
     assert "agsm_rl/run.py" not in words  # a message, not a traceback of ours
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
     step, _ = checkpoint.newest(folder / "checkpoints")
     assert step >= 1 and str(folder / "checkpoints" / f"step-{step:08d}.pt") in words
+
+
+def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tmp_path):
+    launcher, environment = launch(2)
+    folder = tmp_path / "run"
+    more = ["--set", "steps=2", "--set", "evaluate.num_images=3000"]
+    process = subprocess.Popen(
+        [*launcher, *command(recipe, folder, *more)[2:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    words = " ".join(said.decode().split())
+    assert words.count("agsm-rl: stopped by SIGTERM after step 2, the last, in the evaluation") == 1
+    assert "lost after step" not in words and "agsm_rl/run.py" not in words
+    step, _ = checkpoint.newest(folder / "checkpoints")
+    assert step == 2 and not (folder / "eval.json").exists()

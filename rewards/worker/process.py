@@ -77,7 +77,8 @@ class PipeLink:
         os.set_blocking(process.stdin.fileno(), False)
         os.set_blocking(process.stdout.fileno(), False)
         self._process, self._greeted = process, False
-        threading.Thread(target=_keep_words, args=(process.stderr, self._words), daemon=True).start()
+        self._reader = threading.Thread(target=_keep_words, args=(process.stderr, self._words), daemon=True)
+        self._reader.start()
         # Runs at the interpreter's end, too.
         self._finalizer = weakref.finalize(self, _end, process)
 
@@ -103,7 +104,7 @@ class PipeLink:
 
     def last_words(self) -> str:
         if self._process is not None and self._process.poll() is not None:
-            time.sleep(0.05)  # let the last line arrive
+            self._reader.join(1.0)  # let the last line arrive; a child of the worker may hold the pipe open
         return " | ".join(self._words)
 
     def _write(self, data: Buffer, deadline: float, limit: str) -> None:

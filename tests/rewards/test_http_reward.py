@@ -171,7 +171,7 @@ def slowly(url, start):
 
 
 def test_who_sends_slowly_is_cut_off(serve):
-    url = serve(Sharpness(), read=0.3)
+    url = serve(Sharpness(), read=2.0)
     assert slowly(url, b"POST /frame HTT") == b""
     assert slowly(url, b"") == b""
     head = f"POST /frame HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\nabc"
@@ -180,7 +180,7 @@ def test_who_sends_slowly_is_cut_off(serve):
 
 def test_who_announces_too_much_is_told_so_however_slow_and_before_it_sends_if_it_asks(serve):
     head = f"POST /frame HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 30000\r\n"
-    url = serve(Sharpness(), body=20_000, read=0.3)
+    url = serve(Sharpness(), body=20_000, read=2.0)
     assert b" 413 " in slowly(url, f"{head}\r\nabc".encode()).splitlines()[0]
     url = serve(Sharpness(), body=20_000, read=60.0)
     assert b" 413 " in slowly(url, f"{head}Expect: 100-continue\r\n\r\n".encode()).splitlines()[0]
@@ -199,7 +199,6 @@ def test_a_reward_that_hangs_has_a_time_limit_and_others_are_told(serve):
     reward, free = Settable(), threading.Event()
     reward.act = lambda images, prompts: free.wait(20) and images[:, 0, 0, 0]
     url = serve(reward, score=0.3)
-    assert post(url, hello())[0] == 200
     assert post(url, question())[0] == 504
     assert post(url, question())[0] == 504
     free.set()

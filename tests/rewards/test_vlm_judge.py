@@ -152,6 +152,9 @@ def test_a_server_that_hangs_is_given_up(endpoint):
     with pytest.raises(UserError, match=r"did not answer, 2 tries of 0\.1 s: .*[Tt]imed out.*Is the server running"):
         judge(endpoint, timeout=0.1, retries=1)(IMAGES[:1], ["a star"])
     release.set()
+    end = time.monotonic() + 20  # the second try was given up, and may not have been read yet
+    while len(endpoint.asked) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
     assert len(endpoint.asked) == 2
 
 

@@ -174,19 +174,29 @@ def test_a_lasting_fault_is_told_after_the_tries(faulty, fault):
     assert reward(images(2, 3.0), ["right:1", "x"]).tolist() == [3.0, 4.0]
 
 
-def test_a_worker_killed_from_outside_in_a_call_is_started_again(script):
-    reward = script("""
+def test_a_worker_killed_from_outside_in_a_call_is_started_again(script, tmp_path):
+    reward = script(f"""
         import time
+        from pathlib import Path
+        inside = Path({str(tmp_path / "inside")!r})
         class Slow:
             def __call__(self, images, prompts):
-                time.sleep(0.3)
+                if "wait" in prompts and not inside.exists():
+                    inside.touch()
+                    time.sleep(600)
                 return [5.0] * len(prompts)
         serve(Slow)
-    """)
+    """, timeout=60.0)  # fmt: skip
     assert reward(images(), ["", ""]).tolist() == [5.0, 5.0]
     first = reward._link.pid
-    threading.Timer(0.1, os.kill, [first, signal.SIGKILL]).start()
-    assert reward(images(), ["", ""]).tolist() == [5.0, 5.0]
+
+    def kill_in_the_call():
+        while not (tmp_path / "inside").exists():
+            time.sleep(0.01)
+        os.kill(first, signal.SIGKILL)
+
+    threading.Thread(target=kill_in_the_call, daemon=True).start()
+    assert reward(images(), ["wait", ""]).tolist() == [5.0, 5.0]
     assert reward._link.pid != first
 
 
@@ -288,7 +298,7 @@ def alive(pid):
     """Whether the process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it was reaped between opening and reading
         return False
 
 
