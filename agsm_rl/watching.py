@@ -179,7 +179,7 @@ class Evaluation:
         assert self._newest is not None
         found, out = self._newest[1], Console()
         for base, trained in found:
-            behind = f" with {self.options.prompt_suffix!r} behind them" if self.options.prompt_suffix else ""
+            behind = f" with “{self.options.prompt_suffix}” behind them" if self.options.prompt_suffix else ""
             out.rule(f"guidance {trained.guidance:g}, {self.options.split} prompts{behind}")
             print_table(base.result, trained.result, console=out)
             if trained.rewards:

@@ -45,9 +45,10 @@ def reach(loaded: Loaded) -> str:
     seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     plural = "" if max(counts) == 1 else "s"
     each = " a variant" if len(counts) > 1 else ""
+    behind = f" with “{evaluation.prompt_suffix}” behind them" if evaluation.prompt_suffix else ""
     drawn = (
         f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {evaluation.split.replace('_', '-')} "
-        f"prompts, the same noise for all models; {seeds} training seed{plural}{each}."
+        f"prompts{behind}, the same noise for all models; {seeds} training seed{plural}{each}."
     )
     if max(counts) == 1:
         return f"{drawn} The 95 % intervals are over images only: another training seed may differ by more."

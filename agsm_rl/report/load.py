@@ -191,12 +191,6 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first = runs[0]
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
-        twin = seen.setdefault((run.variant, run.seed), run)
-        if twin is not run:
-            raise UserError(
-                f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
-                "would count as two. Leave one out."
-            )
         for what, of in SAME.items():
             if of(run) != of(first):
                 shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
@@ -205,6 +199,12 @@ def check_comparable(runs: Sequence[Run]) -> None:
                     "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
                     "prompt_suffix)."
                 )
+        twin = seen.setdefault((run.variant, run.seed), run)
+        if twin is not run:
+            raise UserError(
+                f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
+                "would count as two. Leave one out."
+            )
     common = set.intersection(*(set(run.evaluation.trained) for run in runs))
     if not common:
         found = "; ".join(f"{run.path}: {', '.join(f'{g:g}' for g in run.evaluation.guidances)}" for run in runs)

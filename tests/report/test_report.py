@@ -184,6 +184,13 @@ def test_a_chains_runs_are_one_variant_where_each_goes_on_from_its_own_seed(tmp_
     assert named == [("then", [0, 1]), ("then (2)", [2])]
 
 
+def test_the_first_screen_says_what_stood_behind_the_prompts(tmp_path):
+    run = write_run(tmp_path / "agsm-seed0")
+    content = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps(content | {"prompt_suffix": ", verified"}))
+    assert "prompts with “, verified” behind them, the same noise" in page(run).text
+
+
 def test_a_run_that_was_drawn_with_the_negative_bank_is_another_variant(tmp_path):
     runs = [write_run(tmp_path / name / "agsm-seed0") for name in ("plain", "negative")]
     content = json.loads((runs[1] / "eval.json").read_text())
