@@ -114,7 +114,7 @@ class Evaluate(Section):
     num_steps: int = Field(20, ge=1)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
-    prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
+    prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)  # older cells stay finished
     seed: int = Field(0, ge=0)
     batch_size: int = Field(50, ge=1)
 
