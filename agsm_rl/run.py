@@ -112,9 +112,10 @@ def _run(
     main = trainer.accelerator.is_main_process
     try:
         _train(trainer, recipe, folder, evaluation, stop, console)
-        if stop.received is not None and trainer.step < recipe.steps:
-            trainer.processes.wait()  # the checkpoint is written when the launcher sees the first process end
-            raise Stopped(folder.recipe, trainer.step, stop.received, tells=main)
+        # A signal may have come to one process only; and the checkpoint is to be written before any of them ends.
+        told = trainer.processes.numbers(float(stop.received is not None)).any()
+        if told and trainer.step < recipe.steps:
+            raise Stopped(folder.recipe, trainer.step, stop.received or signal.SIGTERM, tells=main)
         finished = not main or _finish(trainer, recipe, folder, evaluation, console, evaluate=evaluate)
         if not trainer.processes.numbers(float(finished)).all():
             during = ", the last, in the evaluation: the steps are kept, the evaluation is made up for"

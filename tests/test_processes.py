@@ -211,41 +211,9 @@ def workers_of(launcher):
     }
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path, killed):
+def said_after(signal_it, recipe, folder, *more, lines):
+    """What two processes of a run say, one of which got a signal when so many steps' figures were written."""
     launcher, environment = launch(2)
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [*launcher, *command(recipe, folder, "--set", "steps=100000")[2:]],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        # The third step's line comes after a checkpoint of the second: draws are learned from whole.
-        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        workers = workers_of(process)
-        os.kill(workers[killed], signal.SIGKILL)
-        _, said = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    words = " ".join(said.decode().split())
-    assert f"agsm-rl: process {1 - killed} of 2: lost after step" in words
-    assert "--resume" in words and "exitcode : -9" in words
-    assert "agsm_rl/run.py" not in words  # a message, not a traceback of ours
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
-    step, _ = checkpoint.newest(folder / "checkpoints")
-    assert step >= 1 and str(folder / "checkpoints" / f"step-{step:08d}.pt") in words
-
-
-def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tmp_path):
-    launcher, environment = launch(2)
-    folder = tmp_path / "run"
-    more = ["--set", "steps=2", "--set", "evaluate.num_images=3000"]
     process = subprocess.Popen(
         [*launcher, *command(recipe, folder, *more)[2:]],
         stdout=subprocess.DEVNULL,
@@ -254,15 +222,51 @@ def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tm
     )
     try:
         deadline = time.monotonic() + 600
-        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < 2:
+        while not (folder / "metrics.jsonl").exists() or len(metrics_of_partial(folder)) < lines:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        workers = workers_of(process)
+        signal_it(process, workers)
         _, said = process.communicate(timeout=300)
     finally:
         process.kill()
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
     words = " ".join(said.decode().split())
+    assert "agsm_rl/run.py" not in words  # messages, not tracebacks of ours
+    return words
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path, killed):
+    def kill(process, workers):
+        os.kill(workers[killed], signal.SIGKILL)
+
+    # The third step's line comes after a checkpoint of the second: draws are learned from whole.
+    words = said_after(kill, recipe, tmp_path / "run", "--set", "steps=100000", lines=3)
+    assert f"agsm-rl: process {1 - killed} of 2: lost after step" in words
+    assert "--resume" in words and "exitcode : -9" in words
+    step, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert step >= 1 and str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}.pt") in words
+
+
+def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tmp_path):
+    def stop(process, workers):
+        process.send_signal(signal.SIGTERM)
+
+    more = ["--set", "steps=2", "--set", "evaluate.num_images=3000"]
+    words = said_after(stop, recipe, tmp_path / "run", *more, lines=2)
     assert words.count("agsm-rl: stopped by SIGTERM after step 2, the last, in the evaluation") == 1
-    assert "lost after step" not in words and "agsm_rl/run.py" not in words
-    step, _ = checkpoint.newest(folder / "checkpoints")
-    assert step == 2 and not (folder / "eval.json").exists()
+    assert "lost after step" not in words
+    step, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert step == 2 and not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_a_signal_to_one_process_stops_all_in_order(recipe, tmp_path):
+    def stop_one(process, workers):
+        os.kill(workers[1], signal.SIGTERM)
+
+    more = ["--set", "steps=100000", "--set", "evaluate.num_images=3000"]
+    words = said_after(stop_one, recipe, tmp_path / "run", *more, lines=2)
+    assert words.count("agsm-rl: stopped by SIGTERM after step") == 1
+    assert "lost after step" not in words and "in the evaluation" not in words

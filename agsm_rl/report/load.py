@@ -217,7 +217,7 @@ SAME: dict[str, Callable[[Run], Any]] = {
     "noise seeds": lambda run: run.evaluation.seed,
     "numbers of prompts": lambda run: len(run.evaluation.prompts),
     "prompts": lambda run: (run.evaluation.prompts, run.evaluation.tags),
-    "prompt suffixes": lambda run: run.evaluation.prompt_suffix,
+    "prompt suffixes": lambda run: f"“{run.evaluation.prompt_suffix}”",
     "numbers of sampling steps": lambda run: run.evaluation.num_steps,
     "verdicts": lambda run: run.evaluation.verdicts,
     "bases": lambda run: run.recipe.get("backbone", {}).get("checkpoint"),

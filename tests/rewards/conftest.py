@@ -1,8 +1,13 @@
-"""The native rewards with tiny weights."""
+"""The native rewards with tiny weights, and a reward that is served."""
 
+import threading
+import time
 from typing import Any
 
 import pytest
+from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE
+from agsm_rl_rewards.worker.http_server import FrameServer, Limits, listen
+from http_serving import TOKEN
 from tiny_rewards import TINY
 
 
@@ -22,3 +27,25 @@ def make_reward(tiny_options):
 def each_reward(request, make_reward):
     """Each native reward in turn."""
     return make_reward(request.param)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve a reward in a thread; gives the address. The client's token is set."""
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    running = []
+
+    def start(reward, **limits):
+        listening = listen("127.0.0.1", 0)
+        server = FrameServer(reward, token=TOKEN, limits=Limits(**limits)).uvicorn()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            time.sleep(0.005)
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(timeout=20)
