@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from agsm_rl import launched
+from agsm_rl import __version__, launched
 from agsm_rl.cli_eval import evaluate
 from agsm_rl.cli_options import (
     AllowOption,
@@ -61,8 +61,18 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"agsm-rl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _quiet() -> None:
+def _before_all(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
     # Notices of the libraries about themselves are no messages to our users.
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",

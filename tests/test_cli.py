@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -45,6 +46,10 @@ def assert_told(result, *words):
     assert len(result.stderr.strip().splitlines()) == 1
     for word in words:
         assert word in result.stderr
+
+
+def test_the_version_is_told(command):
+    assert command("--version").output == f"agsm-rl {version('agsm-rl')}\n"
 
 
 def test_check_tells_what_would_be_trained_and_the_memory(command, recipe, tmp_path):
