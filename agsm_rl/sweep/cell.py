@@ -70,12 +70,18 @@ def run_cell(job: Job) -> None:
 
 
 def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not begun again."""
+    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not begun again.
+
+    What is evaluated afterwards is none of it: guidances and splits may be added later.
+    """
     done = folder.path / "trained.json"
-    identity = json.dumps({"recipe": recipe.to_yaml(), "limit": job.training_limit})
+    identity = json.dumps(
+        {"recipe": recipe.model_copy(update={"evaluate": None}).to_yaml(), "limit": job.training_limit}
+    )
     if done.is_file():
         kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         if kept["recipe"] == _digest(identity):
+            write_text(folder.recipe, recipe.to_yaml())
             return kept
     _wait_for(folder)
     if folder.path.is_dir() and not folder.recipe.is_file():

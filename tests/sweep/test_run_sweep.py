@@ -140,6 +140,21 @@ def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, mea
         assert all(after[name].equal(before[name]) for name in before)
 
 
+def test_when_a_guidance_and_a_split_are_added_they_alone_are_measured(sweep, measured):
+    sweep(evaluate=EVALUATE[:1])
+    checkpoints = cell("mine-seed0") / "checkpoints"
+    for file in checkpoints.iterdir():
+        file.unlink()
+    measured.clear()
+    board, _ = sweep(evaluate=[EVALUATE[0] | {"guidance": [1.0, 2.0]}, EVALUATE[1]])
+    assert board.count("done") == 1
+    assert measured == [("validation", True), ("validation", False), ("held_out", True), ("held_out", False)]
+    assert not any(checkpoints.iterdir())
+    found = [(one["split"], one["guidance"]) for one in summary()["cells"][0]["evaluations"]]
+    assert found == [("validation", 1.0), ("validation", 2.0), ("held_out", 1.0)]
+    assert Recipe.from_yaml(cell("mine-seed0") / "recipe.yaml").evaluate.split == "held_out"
+
+
 def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
     cell("plain-seed0").mkdir(parents=True)
     (cell("plain-seed0") / ".recipe.yaml.1.new").write_text("st")
