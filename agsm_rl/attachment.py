@@ -86,6 +86,15 @@ def find_exports(path: Path) -> list[Path]:
     return files
 
 
+def read_exports(path: str | os.PathLike[str]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+    """Tensors and metadata of each adapter of a run folder or a folder of exported adapters, by the adapter's name."""
+    exports = {}
+    for file in find_exports(Path(path)):
+        tensors, metadata = read_export(file)
+        exports[metadata.get("name", file.stem)] = (tensors, metadata)
+    return exports
+
+
 def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of an exported adapter; UserError if it is broken or was not exported by agsm-rl."""
     tensors, metadata = read_safetensors(file)
@@ -115,20 +124,30 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> None:
     """Fill attached adapters, by name, from a run folder or a folder of exported adapters.
 
-    UserError when one of them is not there, is of another kind or shape, or for another base. Exported adapters that
-    have no namesake are left alone.
+    Those that are not there begin new, as soft tokens on top of a LoRA that another run trained. UserError when nothing
+    is continued, when a name seems misspelt, or when what is there is of another kind or shape, or for another base.
+    Exported adapters that have no namesake are left alone.
     """
-    exports = {}
-    for file in find_exports(Path(path)):
-        tensors, metadata = read_export(file)
-        exports[metadata.get("name", file.stem)] = (tensors, metadata)
-    for name, adapter in adapters.items():
-        if name not in exports:
-            raise UserError(f"{path}: it holds no adapter '{name}'; it holds: {', '.join(exports)}. Name it like those")
+    exports = read_exports(path)
+    kinds = {name: metadata["kind"] for name, (_, metadata) in exports.items()}
+    for name in names_continued({name: one.kind for name, one in adapters.items()}, kinds, where=str(path)):
         tensors, metadata = exports[name]
-        if metadata["kind"] != adapter.kind:
-            raise UserError(f"{path}: its adapter '{name}' is a {metadata['kind']}, here it is a {adapter.kind}")
-        adapter.load_export(tensors, metadata)
+        if metadata["kind"] != adapters[name].kind:
+            raise UserError(f"{path}: its adapter '{name}' is a {metadata['kind']}, here it is a {adapters[name].kind}")
+        adapters[name].load_export(tensors, metadata)
+
+
+def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: str) -> list[str]:
+    """Which of a run's adapters (kind by name) go on from those of `where`.
+
+    UserError if none does, or if one that would begin new is of the kind of one there that would be dropped: a slip of
+    the name, after which the run would have lost what it starts from.
+    """
+    for name, kind in own.items():
+        dropped = [other for other in there if other not in own and there[other] == kind]
+        if name not in there and (dropped or not set(own) & set(there)):
+            raise UserError(f"{where}: it holds no adapter '{name}'; it holds: {', '.join(there)}. Name it like those")
+    return [name for name in own if name in there]
 
 
 def save_adapters(

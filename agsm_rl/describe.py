@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from agsm_rl.attachment import read_exports
 from agsm_rl.fit_memory import MARGIN, Fit
 from agsm_rl.memory import NOT_COUNTED, Prediction, lie_there
 from agsm_rl.recipe import Block, Recipe
@@ -23,9 +24,13 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
     lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]
     for name, block in recipe.adapters.items():
         found = policy.parameters([name]).values()
-        lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters trained in {len(found)} tensors")
+        done = "trained" if any(term.trains is None or name in term.trains for term in recipe.objectives) else "frozen"
+        lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters {done} in {len(found)} tensors")
     if recipe.start_from is not None:
-        lines.append(f"start       from the adapters of {recipe.start_from}")
+        there = read_exports(recipe.start_from)
+        new = [name for name in recipe.adapters if name not in there]
+        words = f"; new: {', '.join(new)}" if new else ""
+        lines.append(f"start       from the adapters of {recipe.start_from}{words}")
     for term in recipe.objectives:
         source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
         source += f" through {term.view.use}" if term.view else ""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from agsm_rl import __version__, watching
 from agsm_rl.attachment import read_export
 from agsm_rl.build import build_trainer
+from agsm_rl.describe import describe
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.run import train
@@ -183,12 +184,35 @@ def test_a_continued_run_does_not_start_over_from_the_other_run(make_recipe, tmp
     assert all(torch.equal(before[name], value) for name, value in adapter_of(whole).items())
 
 
+def test_adapters_that_the_start_lacks_begin_new_beside_those_that_it_has(make_recipe, tmp_path, quiet):
+    """As AGSM's soft tokens on top of a LoRA that a reward has trained, which stays as it is."""
+    first = train(make_recipe(), tmp_path / "first", console=quiet)
+    lora = {"use": "lora", "rank": 2, "banks": 2}
+    changes = {"start_from": str(first), "adapters": {"lora": lora, "tokens": {"use": "soft_tokens", "num_tokens": 2}}}
+    recipe = make_recipe(**changes)
+    recipe.objectives[0].trains = ["tokens"]
+    trainer = build_trainer(recipe)
+    assert "new: tokens" in describe(recipe, trainer) and "parameters frozen" in describe(recipe, trainer)
+    new = trainer.policy.state_dict()["live"]
+    whole = train(recipe, tmp_path / "whole", console=quiet)
+    before, after = adapter_of(first), adapter_of(whole)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], value) for name, value in after.items())
+    tokens = load_file(whole / "adapter" / "tokens.safetensors")
+    fresh = {name.removeprefix("tokens."): value for name, value in new.items() if name.startswith("tokens.")}
+    assert fresh and not all(torch.equal(fresh[name], tokens[name]) for name in fresh)
+
+
 def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet):
     with pytest.raises(UserError, match="start_from: .*there is no such file or folder"):
         build_trainer(make_recipe(start_from=str(tmp_path / "nothing")))
     first = train(make_recipe(), tmp_path / "first", console=quiet)
     with pytest.raises(UserError, match="it holds no adapter 'mine'; it holds: lora"):
         build_trainer(make_recipe(start_from=str(first), adapters={"mine": {"use": "lora", "rank": 2, "banks": 2}}))
+    adapters = {"mine": {"use": "lora", "rank": 2}, "lora": {"use": "lora", "rank": 2, "banks": 2}}
+    build_trainer(make_recipe(start_from=str(first), adapters=adapters))
+    adapters = {"tokens": {"use": "soft_tokens"}}
+    with pytest.raises(UserError, match="it holds no adapter 'tokens'; it holds: lora"):
+        build_trainer(make_recipe(start_from=str(first), adapters=adapters))
     with pytest.raises(UserError, match="its adapter 'lora' is a lora, here it is a soft_tokens"):
         build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "soft_tokens"}}))
     with pytest.raises(UserError, match="another rank or base"):

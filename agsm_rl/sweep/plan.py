@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from agsm_rl.attachment import find_exports
+from agsm_rl.attachment import find_exports, names_continued
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Evaluate, Recipe
 from agsm_rl.recipe_file import apply_overrides, read_yaml, remove_value, set_value, split_path
@@ -189,14 +189,15 @@ def _check_cells(plan: Plan, cells: list[Cell]) -> None:
 
 
 def _check_same_adapters(plan: Plan, cell: Cell, start: Cell) -> None:
-    """What a cell starts from must have its adapters, which are filled by name."""
-    there = start.recipe.to_data()["adapters"]
-    for name, block in cell.recipe.to_data()["adapters"].items():
-        if there.get(name) != block:
-            got = there.get(name, "none of that name")
+    """What a cell goes on from must be as its own adapter of that name."""
+    own, there = cell.recipe.to_data()["adapters"], start.recipe.to_data()["adapters"]
+    kinds, kinds_there = ({name: block["use"] for name, block in one.items()} for one in (own, there))
+    where = f"{plan.where}: cell '{cell.name}': start_from"
+    for name in names_continued(kinds, kinds_there, where=f"{where}: {start.name}"):
+        if there[name] != own[name]:
             raise UserError(
-                f"{plan.where}: cell '{cell.name}': start_from: its adapter '{name}' is {block}, but that of "
-                f"'{start.name}' is {got}; give both variants the same."
+                f"{where}: its adapter '{name}' is {own[name]}, but that of '{start.name}' is {there[name]}; give both "
+                "variants the same."
             )
 
 

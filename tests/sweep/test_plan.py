@@ -68,6 +68,12 @@ def test_a_variant_starts_from_the_cell_of_the_same_seed_and_other_axes(plan):
     assert cells[then.after].after is None
 
 
+def test_a_variant_may_add_an_adapter_to_those_that_it_starts_from(plan):
+    tokens = {"start_from": "first", "adapters.tokens": {"use": "soft_tokens"}, "objectives.0.trains": ["tokens"]}
+    found = plan(axes={"objective": {"first": {}, "then": tokens}}).cells[1]
+    assert list(found.recipe.adapters) == ["lora", "tokens"]
+
+
 def test_the_resolved_sweep_is_the_same_sweep(plan, tmp_path):
     axes = {"objective": {"ramp": {"objectives.0.weight": {0: 0.0, 2: 1.0}}, "ddpo": DDPO}}
     found = plan(axes=axes, seeds=2, budget={"images": 64}, set={"sample.num_images": 3})
@@ -155,6 +161,10 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         (
             {"axes": {"a": {"b": {}, "c": {"start_from": "b", "adapters.lora.rank": 4}}}},
             r"cell 'c-seed0': start_from: its adapter 'lora' is .*'rank': 4.*that of 'b-seed0' is .*'rank': 2",
+        ),
+        (
+            {"axes": {"a": {"b": {}, "c": {"start_from": "b", "adapters": {"lroa": {"use": "lora", "rank": 2}}}}}},
+            r"cell 'c-seed0': start_from: b-seed0: it holds no adapter 'lroa'; it holds: lora",
         ),
         ({"seeds": 0}, r"seeds: got 0"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] has one twice"),
