@@ -121,8 +121,8 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> None:
-    """Fill attached adapters, by name, from a run folder or a folder of exported adapters.
+def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> list[str]:
+    """Fill attached adapters, by name, from a run folder or a folder of exported adapters; the names of those.
 
     Those that are not there begin new, as soft tokens on top of a LoRA that another run trained. UserError when nothing
     is continued, when a name seems misspelt, or when what is there is of another kind or shape, or for another base.
@@ -130,11 +130,13 @@ def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) ->
     """
     exports = read_exports(path)
     kinds = {name: metadata["kind"] for name, (_, metadata) in exports.items()}
-    for name in names_continued({name: one.kind for name, one in adapters.items()}, kinds, where=str(path)):
+    continued = names_continued({name: one.kind for name, one in adapters.items()}, kinds, where=str(path))
+    for name in continued:
         tensors, metadata = exports[name]
         if metadata["kind"] != adapters[name].kind:
             raise UserError(f"{path}: its adapter '{name}' is a {metadata['kind']}, here it is a {adapters[name].kind}")
         adapters[name].load_export(tensors, metadata)
+    return continued
 
 
 def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: str) -> list[str]:
@@ -143,11 +145,20 @@ def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: 
     UserError if none does, or if one that would begin new is of the kind of one there that would be dropped: a slip of
     the name, after which the run would have lost what it starts from.
     """
+    continued = [name for name in own if name in there]
+    dropped = {kind: name for name, kind in there.items() if name not in own}
+    holds = ", ".join(f"{name} ({kind})" for name, kind in there.items())
     for name, kind in own.items():
-        dropped = [other for other in there if other not in own and there[other] == kind]
-        if name not in there and (dropped or not set(own) & set(there)):
-            raise UserError(f"{where}: it holds no adapter '{name}'; it holds: {', '.join(there)}. Name it like those")
-    return [name for name in own if name in there]
+        if name not in there and kind in dropped:
+            raise UserError(
+                f"{where}: it holds no adapter '{name}'; it holds: {holds}. Name it '{dropped[kind]}', or keep both"
+            )
+    if not continued:
+        raise UserError(
+            f"{where}: nothing of it is continued: it holds {holds}, and the adapters here are {', '.join(own)}. Name "
+            "those that are to be kept among `adapters`, as they were trained; `trains` says which of them learn"
+        )
+    return continued
 
 
 def save_adapters(

@@ -39,8 +39,10 @@ def build_trainer(
         for name, block in recipe.adapters.items()
     }
     policy = _located(where, lambda: Policy(backbone, adapters, ema_decay=recipe.ema.decay))
+    new = list(adapters)
     if fresh and recipe.start_from is not None:
-        _located(f"{where}: start_from", lambda: start_from(policy.adapters, recipe.start_from))
+        continued = _located(f"{where}: start_from", lambda: start_from(policy.adapters, recipe.start_from))
+        new = [name for name in adapters if name not in continued]
         policy.restart_ema()
     optimizer = recipe.optimizer
     trainer: Trainer = _located(
@@ -59,6 +61,11 @@ def build_trainer(
             watch=Watch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         ),
     )
+    if fresh and (idle := [name for name in new if name not in trainer.trained]):
+        raise UserError(
+            f"{where}: start_from: {recipe.start_from} has no adapter '{idle[0]}', so it begins new, and no term "
+            "trains it; name it in a term's `trains`, or take it out"
+        )
     return trainer
 
 

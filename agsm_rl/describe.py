@@ -24,7 +24,7 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
     lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]
     for name, block in recipe.adapters.items():
         found = policy.parameters([name]).values()
-        done = "trained" if any(term.trains is None or name in term.trains for term in recipe.objectives) else "frozen"
+        done = "trained" if name in trainer.trained else "frozen"
         lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters {done} in {len(found)} tensors")
     if recipe.start_from is not None:
         there = read_exports(recipe.start_from)

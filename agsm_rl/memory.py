@@ -88,16 +88,15 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:
 
 def lie_there(trainer: Trainer) -> dict[str, int]:
     """Bytes that are in use all the time: weights, adapters, gradients, optimiser, EMA."""
-    trained = list(trainer.parameters.values())
-    own = {id(tensor) for tensor in trained}
+    own = {id(tensor): tensor for tensor in trainer.policy.parameters().values()}
     modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
     frozen = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
-    adapters = size_of(trained)
+    adapters, trained = size_of(own.values()), size_of(trainer.parameters.values())
     return {
         "frozen weights": size_of(frozen.values()),
         "adapters": adapters,
-        "gradients": adapters,
-        "AdamW": 2 * adapters,
+        "gradients": trained,
+        "AdamW": 2 * trained,
         "EMA": adapters,
     }
 

@@ -52,7 +52,7 @@ class Policy:
         self._shadow = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
 
     def parameters(self, adapters: list[str] | None = None) -> dict[str, nn.Parameter]:
-        """The trained parameters by "adapter.parameter", of the named adapters or of all."""
+        """The adapters' parameters by "adapter.parameter", of the named adapters or of all."""
         chosen = list(self.adapters) if adapters is None else adapters
         found: dict[str, nn.Parameter] = {}
         for name in chosen:

@@ -89,7 +89,7 @@ class Ema(Section):
 
 
 class Optimizer(Section):
-    """AdamW; `learning_rate` is one number, or one an adapter by name."""
+    """AdamW; `learning_rate` is one number, or one by name for each adapter that a term trains."""
 
     learning_rate: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1e-3
     weight_decay: float = Field(1e-4, ge=0)

@@ -235,6 +235,14 @@ def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
         for name in term.trains or []:
             if name not in recipe.adapters:
                 raise unknown_name(f"{parts.where}: {place}.trains", name, "an adapter of this recipe", recipe.adapters)
+    for name in recipe.adapters:
+        if recipe.start_from is None and not any(name in (term.trains or [name]) for term in recipe.objectives):
+            raise refuse(
+                parts.where,
+                f"adapters.{name}",
+                "no term trains it, and there is no `start_from` that it could come from; name it in a term's "
+                "`trains`, or take it out",
+            )
 
 
 def _check_path(block: Block, parts: Parts, place: str) -> None:
@@ -284,7 +292,7 @@ def _check_rest(recipe: Recipe, parts: Parts) -> None:
                 raise unknown_name(
                     f"{parts.where}: optimizer.learning_rate", name, "an adapter of this recipe", recipe.adapters
                 )
-            if name not in rates:
+            if name not in rates and any(name in (term.trains or [name]) for term in recipe.objectives):
                 raise refuse(parts.where, "optimizer.learning_rate", f"it names no rate for the adapter '{name}'")
     _check_rules(recipe, parts)
     for index, name in enumerate(recipe.track):

@@ -89,8 +89,8 @@ class Callback(Protocol):
 class Trainer:
     """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
 
-    `learning_rate` is one number or one per adapter, {adapter: number}. Gradients are clipped to `max_grad_norm`
-    (None: not). `watch` says what is done about numbers that go wrong.
+    `learning_rate` is one number or one per trained adapter, {adapter: number}. Gradients are clipped to
+    `max_grad_norm` (None: not). `watch` says what is done about numbers that go wrong.
     """
 
     def __init__(
@@ -119,10 +119,14 @@ class Trainer:
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
         self.callbacks, self.watch = list(callbacks), watch or Watch()
         self.step, self.stopping = 0, False
-        self.parameters = policy.parameters()
+        self.trained = [name for name in policy.adapters if any(name in (term.trains or [name]) for term in terms)]
+        """Adapters that some term trains; the others are frozen, e.g. a LoRA that another run trained."""
+        self.parameters = policy.parameters(self.trained)
+        for name, parameter in policy.parameters().items():
+            parameter.requires_grad_(name in self.parameters)
         groups = [
             {"params": list(policy.parameters([name]).values()), "lr": _rate_of(learning_rate, name)}
-            for name in policy.adapters
+            for name in self.trained
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=weight_decay, betas=betas)
         self.sources = self._bind_sources()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from measure import allocator_peak
 
+from agsm_rl.attachment import save_adapters
 from agsm_rl.build import build_trainer
 from agsm_rl.fit_memory import MARGIN, changed, fit
 from agsm_rl.memory import predict, steps_to_see
@@ -27,12 +28,13 @@ ROLLOUTS = {
 def make_recipe(tiny_checkpoint):
     """A recipe of one objective on the tiny base, wide enough for activations to count."""
 
-    def make(use, source, *, checkpoint=None, adapters=None, backbone=None, **options):
+    def make(use, source, *, checkpoint=None, adapters=None, backbone=None, start_from=None, **options):
         data = {
             "steps": 2,
             "backbone": {"use": "stable_diffusion", "checkpoint": str(checkpoint or tiny_checkpoint), "device": "cpu"},
             "adapters": adapters or {"lora": {"use": "lora", "rank": 2, "banks": 2}, "tokens": {"use": "soft_tokens"}},
             "objectives": [{"use": use, "source": source, **options}],
+            "start_from": start_from and str(start_from),
             "track": [],
         }
         data["backbone"] |= backbone or {}
@@ -67,6 +69,17 @@ def assert_close(recipe):
     predicted, real = predict(recipe)[1].peak, measured(recipe)
     assert predicted == pytest.approx(real, rel=0.15), f"predicted {predicted}, measured {real}"
     return predicted
+
+
+def test_a_frozen_adapter_has_neither_gradients_nor_an_optimisers_state(make_recipe, tmp_path):
+    lora = {"lora": {"use": "lora", "rank": 2, "banks": 2}}
+    first = build_trainer(make_recipe("agsm", PAIRS, adapters=lora))
+    save_adapters(first.policy.adapters, tmp_path, metadata={})
+    adapters = lora | {"tokens": {"use": "soft_tokens"}}
+    recipe = make_recipe("agsm", PAIRS, adapters=adapters, start_from=tmp_path, trains=["tokens"])
+    assert_close(recipe)
+    rows = predict(recipe)[1].resident
+    assert 2 * rows["gradients"] == rows["AdamW"] and rows["gradients"] < rows["adapters"] == rows["EMA"]
 
 
 @pytest.mark.parametrize("use", ["agsm", "softrepa"])

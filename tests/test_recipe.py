@@ -174,6 +174,7 @@ WRONG = {
     "watch.zero_varience=stop": "watch: 'zero_varience'.*Did you mean 'zero_variance'",
     "export=emma": "export: got 'emma'.*'live' or 'ema'",
     "optimizer.learning_rate={lora: 1e-3}": "optimizer.learning_rate: it names no rate for the adapter 'tokens'",
+    "objectives.0.trains=[lora]": "adapters.tokens: no term trains it, and there is no `start_from`",
     "combine=smu": "combine: 'smu' is not a combiner.*'sum'",
     "track=[tensorbord]": r"track\[0\]: 'tensorbord' is not a tracker.*'tensorboard'",
     "seed=!!python/name:os.system": "YAML tags .* are not allowed",
@@ -187,6 +188,11 @@ WRONG = {
 def test_each_mistake_is_told_with_its_place_and_remedy(write, override):
     with pytest.raises(UserError, match=WRONG[override]):
         Recipe.from_yaml(write(), [override])
+
+
+def test_a_frozen_adapter_needs_no_learning_rate(write):
+    changes = ["start_from=runs/first", "objectives.0.trains=[lora]", "optimizer.learning_rate={lora: 1e-3}"]
+    assert Recipe.from_yaml(write(), changes).optimizer.learning_rate == {"lora": 1e-3}
 
 
 def test_a_rule_on_what_is_only_measured_at_the_end_is_refused(write):

@@ -193,6 +193,7 @@ def test_adapters_that_the_start_lacks_begin_new_beside_those_that_it_has(make_r
     recipe.objectives[0].trains = ["tokens"]
     trainer = build_trainer(recipe)
     assert "new: tokens" in describe(recipe, trainer) and "parameters frozen" in describe(recipe, trainer)
+    assert all(name.startswith("tokens.") for name in trainer.parameters) and trainer.trained == ["tokens"]
     new = trainer.policy.state_dict()["live"]
     whole = train(recipe, tmp_path / "whole", console=quiet)
     before, after = adapter_of(first), adapter_of(whole)
@@ -209,9 +210,13 @@ def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet
     with pytest.raises(UserError, match="it holds no adapter 'mine'; it holds: lora"):
         build_trainer(make_recipe(start_from=str(first), adapters={"mine": {"use": "lora", "rank": 2, "banks": 2}}))
     adapters = {"mine": {"use": "lora", "rank": 2}, "lora": {"use": "lora", "rank": 2, "banks": 2}}
-    build_trainer(make_recipe(start_from=str(first), adapters=adapters))
+    recipe = make_recipe(start_from=str(first), adapters=adapters)
+    build_trainer(recipe)
+    recipe.objectives[0].trains = ["lora"]
+    with pytest.raises(UserError, match="has no adapter 'mine', so it begins new, and no term trains it"):
+        build_trainer(recipe)
     adapters = {"tokens": {"use": "soft_tokens"}}
-    with pytest.raises(UserError, match="it holds no adapter 'tokens'; it holds: lora"):
+    with pytest.raises(UserError, match=r"nothing of it is continued: it holds lora \(lora\).*are tokens. Name"):
         build_trainer(make_recipe(start_from=str(first), adapters=adapters))
     with pytest.raises(UserError, match="its adapter 'lora' is a lora, here it is a soft_tokens"):
         build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "soft_tokens"}}))

@@ -107,6 +107,9 @@ def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, f
 
 def _check_reached(trainer: Trainer, reached: dict[str, float]) -> Iterator[Finding]:
     for adapter in trainer.policy.adapters:
+        if adapter not in trainer.trained:
+            yield green(f"adapter '{adapter}' is frozen", "no term trains it: it stays as `start_from` has it")
+            continue
         names = list(trainer.policy.parameters([adapter]))
         without = [name for name in names if not reached.get(name)]
         what = f"adapter '{adapter}' learns"

@@ -72,13 +72,13 @@ def run_cell(job: Job) -> None:
 def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not begun again.
 
-    What is evaluated afterwards is none of it: guidances and splits may be added later.
+    What is evaluated afterwards is none of it: guidances and splits may be added later, while the adapter is there.
     """
     done = folder.path / "trained.json"
     identity = json.dumps(
         {"recipe": recipe.model_copy(update={"evaluate": None}).to_yaml(), "limit": job.training_limit}
     )
-    if done.is_file():
+    if done.is_file() and any(folder.adapter.glob("[!.]*.safetensors")):
         kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         if kept["recipe"] == _digest(identity):
             write_text(folder.recipe, recipe.to_yaml())

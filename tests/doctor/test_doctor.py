@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.attachment import save_adapters
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.build import build_trainer
 from agsm_rl.cli import app
 from agsm_rl.doctor import diagnose, files
 from agsm_rl.doctor.rewards import golden_images, stored_scores
@@ -163,6 +165,17 @@ def test_parameters_that_nothing_trains_are_named(content):
     content["adapters"] = {"lora": {"use": "lora", "rank": 2, "banks": 2}}
     (line,) = reds(content).values()
     assert "lora.negative." in line and "banks: 1" in line
+
+
+def test_a_frozen_adapter_is_green(content, tmp_path):
+    lora = {"lora": content["adapters"]["lora"]}
+    first = Recipe.from_data(content | {"adapters": lora})
+    save_adapters(build_trainer(first).policy.adapters, tmp_path / "first", metadata={})
+    for term in content["objectives"]:
+        term["trains"] = ["tokens"]
+    found = list(diagnose(Recipe.from_data(content | {"start_from": str(tmp_path / "first")})))
+    assert all(finding.good for finding in found)
+    assert any("'lora' is frozen" in finding.what for finding in found)
 
 
 def test_rewards_without_variance_are_told(content):

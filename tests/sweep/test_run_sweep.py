@@ -1,6 +1,7 @@
 """Running a sweep: what is left behind, what is done again and what is not, failures, dependencies, and the budget."""
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -153,6 +154,16 @@ def test_when_a_guidance_and_a_split_are_added_they_alone_are_measured(sweep, me
     found = [(one["split"], one["guidance"]) for one in summary()["cells"][0]["evaluations"]]
     assert found == [("validation", 1.0), ("validation", 2.0), ("held_out", 1.0)]
     assert Recipe.from_yaml(cell("mine-seed0") / "recipe.yaml").evaluate.split == "held_out"
+
+
+def test_a_cell_whose_adapter_is_gone_is_trained_anew_when_it_is_to_be_measured_further(sweep, measured):
+    sweep(evaluate=EVALUATE[:1])
+    before = steps_of("mine-seed0")
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(cell("mine-seed0") / name)
+    board, _ = sweep(evaluate=EVALUATE)
+    assert (board.count("done"), steps_of("mine-seed0")) == (1, before)
+    assert list((cell("mine-seed0") / "adapter").glob("*.safetensors"))
 
 
 def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
