@@ -39,11 +39,8 @@ def build_trainer(
         for name, block in recipe.adapters.items()
     }
     policy = _located(where, lambda: Policy(backbone, adapters, ema_decay=recipe.ema.decay))
-    new = list(adapters)
-    if fresh and recipe.start_from is not None:
-        continued = _located(f"{where}: start_from", lambda: start_from(policy.adapters, recipe.start_from))
-        new = [name for name in adapters if name not in continued]
-        policy.restart_ema()
+    if fresh and (start := recipe.start_from) is not None:
+        _located(f"{where}: start_from", lambda: _begin(policy, start, trained=recipe.trained))
     optimizer = recipe.optimizer
     trainer: Trainer = _located(
         where,
@@ -61,12 +58,19 @@ def build_trainer(
             watch=Watch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         ),
     )
-    if fresh and (idle := [name for name in new if name not in trainer.trained]):
-        raise UserError(
-            f"{where}: start_from: {recipe.start_from} has no adapter '{idle[0]}', so it begins new, and no term "
-            "trains it; name it in a term's `trains`, or take it out"
-        )
     return trainer
+
+
+def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
+    """With the adapters of `start_from`; one that it lacks must be trained."""
+    continued = start_from(policy.adapters, start)
+    for name in policy.adapters:
+        if name not in continued and name not in trained:
+            raise UserError(
+                f"{start} has no adapter '{name}', so it begins new, and no term trains it; name it in a term's "
+                "`trains`, or take it out"
+            )
+    policy.restart_ema()
 
 
 def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:

@@ -244,6 +244,11 @@ class Recipe(Section):
             raise explain(error, where=f"{where}: ") from error
         return resolve(recipe, where=where, allow_imports=allow_imports)
 
+    @property
+    def trained(self) -> list[str]:
+        """The adapters that some term trains; the others stay as `start_from` has them."""
+        return [name for name in self.adapters if any(name in (term.trains or [name]) for term in self.objectives)]
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data, which `from_data` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json")

@@ -236,7 +236,7 @@ def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
             if name not in recipe.adapters:
                 raise unknown_name(f"{parts.where}: {place}.trains", name, "an adapter of this recipe", recipe.adapters)
     for name in recipe.adapters:
-        if recipe.start_from is None and not any(name in (term.trains or [name]) for term in recipe.objectives):
+        if recipe.start_from is None and name not in recipe.trained:
             raise refuse(
                 parts.where,
                 f"adapters.{name}",
@@ -292,7 +292,7 @@ def _check_rest(recipe: Recipe, parts: Parts) -> None:
                 raise unknown_name(
                     f"{parts.where}: optimizer.learning_rate", name, "an adapter of this recipe", recipe.adapters
                 )
-            if name not in rates and any(name in (term.trains or [name]) for term in recipe.objectives):
+            if name not in rates and name in recipe.trained:
                 raise refuse(parts.where, "optimizer.learning_rate", f"it names no rate for the adapter '{name}'")
     _check_rules(recipe, parts)
     for index, name in enumerate(recipe.track):
