@@ -13,6 +13,7 @@ from agsm_rl.backbones.ddim import DDIMSampler, ddim_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Cond
+from agsm_rl.precision import at_least_float32
 
 
 class StableDiffusion(FrozenPipeline):
@@ -61,14 +62,14 @@ class StableDiffusion(FrozenPipeline):
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             if not self._is_xl:
                 embeds, _ = self.pipeline.encode_prompt(unique, self.device, 1, do_classifier_free_guidance=False)
-                return Cond(_at_least_float32(embeds[rows]), prompts=tuple(prompts))
+                return Cond(at_least_float32(embeds[rows]), prompts=tuple(prompts))
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 unique, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
             if "" in unique and self.pipeline.config.force_zeros_for_empty_prompt:
                 embeds[unique.index("")] = 0
                 pooled[unique.index("")] = 0
-            return Cond(_at_least_float32(embeds[rows]), _at_least_float32(pooled[rows]), tuple(prompts))
+            return Cond(at_least_float32(embeds[rows]), at_least_float32(pooled[rows]), tuple(prompts))
 
     def timesteps(self, t: Tensor) -> Tensor:
         """The network's timesteps ⌊1000·t⌋ [B] for noise levels t [B] in [0, 1)."""
@@ -111,5 +112,3 @@ class StableDiffusion(FrozenPipeline):
         return DDIMSampler(self.pipeline.scheduler.config, num_steps, self.device)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

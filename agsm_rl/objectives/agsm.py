@@ -14,8 +14,9 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups
+from agsm_rl.objectives.grid import Groups, own_prompts
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 PREFERENCES = ("plackett_luce", "bradley_terry")
 
@@ -41,8 +42,9 @@ def guided_score_loss(
     Metrics: `positive_loss`, `negative_loss`; `win_rate`, the share of images whose own prompt has the largest weight;
     `margin`, own weight minus the largest other. Win rate rises whether or not the pictures get better.
     """
-    ema, target = ema.detach().float(), target.detach().float()[:, None]
-    is_own = torch.nn.functional.one_hot(own, live.shape[1]).bool()
+    live, ema = at_least_float32(live), at_least_float32(ema.detach())
+    target = at_least_float32(target.detach())[:, None]
+    is_own = own_prompts(own, live.shape[1])
     reward = -((target - ema) ** 2).mean(dim=(2, 3, 4))
     weights = torch.softmax(reward / temperature, dim=1)
     if preference == "plackett_luce":
@@ -51,7 +53,7 @@ def guided_score_loss(
         delta = _bradley_terry(ema, reward / temperature, is_own)
 
     def error(guided: Tensor, chosen: Tensor) -> Tensor:
-        return ((live.float() - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()
+        return ((live - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()
 
     positive = error(target + gamma_positive * delta, is_own)
     loss = positive

@@ -11,11 +11,12 @@ from torch import Tensor
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 
 def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]:
     """Mean squared distance of `live` from `reference`, both [B, C, H, W]; gradient through `live` alone."""
-    return ((live.float() - reference.detach().float()) ** 2).mean(), {}
+    return ((at_least_float32(live) - at_least_float32(reference.detach())) ** 2).mean(), {}
 
 
 class Anchor:

@@ -15,6 +15,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, PreferenceBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 
 def diffusion_dpo_loss(
@@ -34,8 +35,8 @@ def diffusion_dpo_loss(
     half: 0.5 at the start); `margin`, the argument of σ; `chosen_change` and `rejected_change`, the policy's error
     minus the reference's: the loss also falls when both rise, the rejected one faster.
     """
-    chosen = chosen_error - reference_chosen_error.detach()
-    rejected = rejected_error - reference_rejected_error.detach()
+    chosen = at_least_float32(chosen_error) - at_least_float32(reference_chosen_error.detach())
+    rejected = at_least_float32(rejected_error) - at_least_float32(reference_rejected_error.detach())
     margin = -beta / 2 * (chosen - rejected)
     return -logsigmoid(margin).mean(), {
         "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),

@@ -13,6 +13,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, RewardedBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 
 def nft_loss(
@@ -27,8 +28,10 @@ def nft_loss(
     Metrics: `positive_error` and `negative_error`, the mean squared errors of v⁺ and v⁻; `reward`, its mean; `old_gap`,
     mean (p - v_old)², how far the policy has gone from the one that drew the images.
     """
-    live, old = live.float(), old.detach().float()
-    target, reward = target.detach().float(), reward.detach().float()
+    if reward.shape != live.shape[:1]:
+        raise ValueError(f"reward: got the shape {tuple(reward.shape)}; one an image is wanted, ({len(live)},)")
+    live, old = at_least_float32(live), at_least_float32(old.detach())
+    target, reward = at_least_float32(target.detach()), at_least_float32(reward.detach())
 
     def error(implicit: Tensor) -> Tensor:
         difference = implicit - target

@@ -84,6 +84,11 @@ class Grid:
         return found.reshape(*self.columns.shape, *found.shape[1:])
 
 
+def own_prompts(own: Tensor, count: int) -> Tensor:
+    """Where in a grid each image's own prompt is, [B, count], from the columns `own` [B] of any integer type."""
+    return torch.nn.functional.one_hot(own.long(), count).bool()
+
+
 def group_columns(batch_size: int, group_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Which prompts each image is held against: its own group's. Columns [B, P] and `own` [B]."""
     rows = torch.arange(batch_size, device=device)

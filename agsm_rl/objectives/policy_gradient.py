@@ -14,6 +14,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 from agsm_rl.sampling import Predict, gaussian_log_prob, step_distributions
 
 
@@ -22,13 +23,16 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7), as DDPO uses it.
 
-    All of one shape, or broadcasting to it; gradient through `log_prob` alone. `clip_range` > 0; it is tiny
-    (published: 1e-4) because log-probabilities are means over latent elements.
+    All of one shape, or broadcasting to that of `log_prob`; gradient through `log_prob` alone. `clip_range` > 0; it is
+    tiny (published: 1e-4) because log-probabilities are means over latent elements.
 
     Metrics: `ratio` (mean), `ratio_deviation` (mean |ρ - 1|), `clip_fraction`, `approximate_kl` = mean ½(log ρ)².
     """
-    old_log_prob, advantages = old_log_prob.detach(), advantages.detach()
-    difference = log_prob - old_log_prob
+    if torch.broadcast_shapes(log_prob.shape, old_log_prob.shape, advantages.shape) != log_prob.shape:
+        shapes = ", ".join(str(tuple(one.shape)) for one in (log_prob, old_log_prob, advantages))
+        raise ValueError(f"log_prob, old_log_prob, advantages: their shapes {shapes} must go into the first one's")
+    old_log_prob, advantages = at_least_float32(old_log_prob.detach()), at_least_float32(advantages.detach())
+    difference = at_least_float32(log_prob) - old_log_prob
     ratio = difference.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)

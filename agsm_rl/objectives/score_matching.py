@@ -12,11 +12,12 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 
 def score_matching_loss(live: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """Mean squared error of predictions `live` from `target`, both [B, C, H, W]; gradient through `live` alone."""
-    return ((live.float() - target.detach().float()) ** 2).mean(), {}
+    return ((at_least_float32(live) - at_least_float32(target.detach())) ** 2).mean(), {}
 
 
 class ScoreMatching:

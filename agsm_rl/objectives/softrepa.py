@@ -12,8 +12,9 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups
+from agsm_rl.objectives.grid import Groups, own_prompts
 from agsm_rl.policy import Policy
+from agsm_rl.precision import at_least_float32
 
 
 def softrepa_loss(
@@ -33,10 +34,10 @@ def softrepa_loss(
     Metrics: `contrastive_loss`, `positive_loss` (own prompts' error); `win_rate`, the share of images whose own prompt
     predicts best; `margin`, own logit minus the largest other.
     """
-    errors = ((live.float() - target.detach().float()[:, None]) ** 2).mean(dim=(2, 3, 4))
+    errors = ((at_least_float32(live) - at_least_float32(target.detach())[:, None]) ** 2).mean(dim=(2, 3, 4))
     logits = scale * torch.exp(-errors / temperature)
-    contrastive = torch.nn.functional.cross_entropy(logits, own)
-    is_own = torch.nn.functional.one_hot(own, live.shape[1]).bool()
+    contrastive = torch.nn.functional.cross_entropy(logits, own.long())
+    is_own = own_prompts(own, live.shape[1])
     positive = errors[is_own].mean()
     metrics = {"contrastive_loss": contrastive.detach(), "positive_loss": positive.detach()}
     if live.shape[1] > 1:

@@ -106,7 +106,7 @@ def _over_seeds(
         parts = []
         seed_weights = _shares(seeds, count)
         for chosen, drawn, numbers, size in zip(rows.values(), drawn_prompts, prompt_of, sizes, strict=True):
-            weights = _shares(drawn, size)[:, numbers]
+            weights = _shares(drawn % size, size)[:, numbers]
             by_seed = values[:, :, chosen] @ (weights / weights.sum(axis=1, keepdims=True)).T
             center = by_seed.mean(axis=1)
             deviation = (by_seed * seed_weights.T).sum(axis=1) - center
@@ -114,7 +114,8 @@ def _over_seeds(
         found = np.stack(parts, axis=1)
         return np.concatenate([found.mean(axis=1, keepdims=True), found], axis=1)
 
-    samples = (np.arange(count), *(np.arange(size) for size in sizes))
+    # The bootstrap wants two of what it draws: a tag's only prompt stands for two alike.
+    samples = (np.arange(count), *(np.arange(max(size, 2)) for size in sizes))
     interval = stats.bootstrap(
         samples,
         statistic,

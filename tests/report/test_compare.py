@@ -139,3 +139,11 @@ def test_the_interval_covers_the_truth_at_least_about_as_often_as_it_says(seeds,
         part = over_images({"change": Quantity(after, before)}, ["counting"] * prompts, ["counting"])["change"].overall
         hits += part.low <= 0.05 <= part.high
     assert hits / repeats >= 0.89
+
+
+def test_a_tag_with_one_prompt_has_an_interval_over_the_seeds():
+    # As small an evaluation as there is: one image of each tag.
+    found = over_images({"score": Quantity(np.array([[1, 0], [1, 1]]) > 0)}, list(NAMES), NAMES)["score"]
+    assert found.overall.value == 0.75 and found.tags["colors"].value == 0.5
+    assert found.tags["colors"].low == 0 and found.tags["colors"].high == 1
+    assert found.tags["counting"] == wilson(1, 1)
