@@ -28,6 +28,8 @@ NOT_COUNTED = (
 )
 STEPS_LOOKED_AT = 10_000
 """Of a run, to see which terms come together."""
+NOTHING_DUE = "steps in which no term is due"
+"""The phase of a run that learns and draws nothing."""
 DRAWN_AT_ONCE = 50
 """Pictures of a sample grid that are drawn at once (drawing.draw)."""
 
@@ -70,7 +72,7 @@ def predict(
             raise
         except Exception as error:  # whatever other people's parts make of tensors without numbers
             return trainer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return trainer, Prediction(resident, rehearsal.peaks)
+    return trainer, Prediction(resident, rehearsal.peaks or {NOTHING_DUE: sum(resident.values())})
 
 
 def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:

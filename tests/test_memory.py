@@ -43,6 +43,12 @@ def make_recipe(tiny_checkpoint):
     return make
 
 
+def test_a_run_in_which_no_term_is_due_needs_what_lies_there(make_recipe):
+    _, found = predict(make_recipe("agsm", PAIRS, weight=0))
+    assert found.peak == sum(found.resident.values()) > 0
+    assert found.phase == "steps in which no term is due"
+
+
 def measured(recipe):
     """Bytes at the peak of a step: what lies there, and what the CPU's allocator was asked for in torch's profile."""
     trainer = build_trainer(recipe)
