@@ -68,6 +68,11 @@ def of_step(folder: Path, step: int) -> dict[str, Any] | None:
     return _load(path) if is_whole(path) else None
 
 
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the folder's checkpoints, the newest first, damaged ones included."""
+    return [_step_of(path) for path in _all(folder)]
+
+
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from agsm_rl.cli_options import (
     without_loading_bars,
 )
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.limits import MAX_SEED
 
 
 class _Commands(TyperGroup):
@@ -40,6 +42,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
+            launched.let_the_first_speak()
+            typer.echo(f"agsm-rl: {error}", err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:  # a file that cannot be read or written; its text names it
             launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
             raise typer.Exit(2) from error
@@ -74,6 +80,7 @@ def _before_all(
     ] = False,
 ) -> None:
     # Notices of the libraries about themselves are no messages to our users.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
@@ -187,7 +194,7 @@ def sample(
     target: TargetArgument,
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     number: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from the noise of seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn from the noise of seed + i.")] = 0,
     out: Annotated[Path, typer.Option("-o", help="Folder for the pictures.")] = Path("samples"),
     guidance: GuidanceOption = None,
     num_steps: StepsOption = None,
@@ -199,8 +206,10 @@ def sample(
     from agsm_rl.target import open_target
 
     without_loading_bars()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"-o {out}: there is a file of that name; give a folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before anything is loaded and drawn
+    except OSError as error:
+        raise UserError(f"-o {out}: no folder can be there ({error.strerror}); give another.") from error
     opened = open_target(target, base=base)
     with opened.using(bank):
         images = draw(
@@ -224,15 +233,16 @@ app.command(name="eval")(evaluate)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...|SWEEP", help="Run folders, or one sweep's folder.")],
     out: Annotated[
-        Path | None, typer.Option("-o", metavar="FILE.html", help="Default: report.html in a run's or sweep's folder.")
+        Path | None,
+        typer.Option(
+            "-o", metavar="FILE.html", help="Default: report.html in the run's or sweep's folder; of several, here."
+        ),
     ] = None,
 ) -> None:
     """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
     from agsm_rl.report.page import write_report
 
-    if out is None and len(runs) > 1:
-        raise UserError("-o: say where the report of several runs goes, e.g. -o report.html")
-    file = out or runs[0] / "report.html"
+    file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise UserError(f"-o {file}: that is a folder; give a file.")
     if out is not None and not out.absolute().parent.is_dir():
@@ -278,21 +288,22 @@ def sweep(
 @app.command(name="list")
 def list_names(
     kind: Annotated[
-        str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones or recipes")
+        str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones, recipes or sweeps")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """What recipes may use, and the recipes that are shipped."""
     from agsm_rl import registry
-    from agsm_rl.shipped import PREFIX, shipped_recipes
+    from agsm_rl.shipped import PREFIX, shipped_recipes, shipped_sweeps
 
-    kinds = [*registry.KINDS, "recipes"]
+    shipped = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
+    kinds = [*registry.KINDS, *shipped]
     if kind is not None and kind not in kinds:
         raise unknown_name("list", kind, "a kind", kinds)
     found: dict[str, list[dict[str, str]]] = {}
     for one in [kind] if kind else kinds:
-        if one == "recipes":
-            rows = [{"name": PREFIX + name, "target": str(file)} for name, file in shipped_recipes().items()]
+        if one in shipped:
+            rows = [{"name": PREFIX + name, "target": str(file)} for name, file in shipped[one]().items()]
         else:
             rows = [
                 {"name": e.name, "target": e.target, "package": e.package} for e in registry.available(one).values()
@@ -312,7 +323,7 @@ def world(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     split: Annotated[str, typer.Option(help="train, validation or held_out")] = "train",
     num_images: Annotated[int, typer.Option(min=1)] = 1000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Write the shapes world to disk as an image folder that `datasets` reads."""
     from agsm_rl.shapes.data import write_image_folder

@@ -16,6 +16,7 @@ from agsm_rl.cli_options import (
     without_loading_bars,
 )
 from agsm_rl.errors import UserError
+from agsm_rl.limits import MAX_SEED
 
 
 def evaluate(
@@ -39,7 +40,7 @@ def evaluate(
         str, typer.Option(metavar="TEXT", help="Put behind each prompt, e.g. ', best quality'; not seen by measures.")
     ] = "",
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the base's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the base's weights.")
@@ -57,7 +58,8 @@ def evaluate(
     detector: Annotated[str | None, typer.Option(help="geneval: a Mask2Former for COCO instances.")] = None,
     classifier: Annotated[str | None, typer.Option(help="geneval: a CLIP, for colours.")] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[:OPTION=VALUE,…]", help="rewards: by name. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME[:OPTION=VALUE,…]", help="rewards: by name; default: a run's own. Repeatable."),
     ] = None,
     rewards_file: Annotated[
         Path | None, typer.Option("--rewards", metavar="FILE", help="rewards: a YAML of {name: weight, …}.")
@@ -122,5 +124,5 @@ def evaluate(
         backbone=backbone,
     )
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
-    made = make_suite(suite, given, num_images=num_images, seed=seed, allow_imports=allowed)
+    made = make_suite(suite, given, target=target, num_images=num_images, seed=seed, allow_imports=allowed)
     evaluate_suite(target, made, options, json_file=json_file)

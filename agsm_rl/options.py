@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from agsm_rl.errors import UserError
+from agsm_rl.limits import MAX_SEED
 
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _UNION_TAG = re.compile(
     r"^(str|int|float|bool|none|Block|constrained-\w+|\w+-(before|after|wrap)\(.*\)|(dict|list|tuple)\[.*\])$"
 )
@@ -96,7 +98,7 @@ def options_model(cls: Any) -> type[Section]:
         if parameter.name == "rewards":
             annotation = Annotated[dict[str, GivenReward], Field(min_length=1)]
         if parameter.name == "seed":
-            annotation, default = int | None, None
+            annotation, default = Seed | None, None
         found[parameter.name] = (annotation, default)
     model: type[Section] = create_model(f"{cls.__name__}Options", __base__=Section, **found)
     return model

@@ -12,7 +12,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from agsm_rl.errors import UserError
-from agsm_rl.options import Section, explain
+from agsm_rl.limits import MAX_SAMPLING_STEPS
+from agsm_rl.options import Section, Seed, explain
 from agsm_rl.recipe_file import apply_overrides, read_yaml
 
 HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
@@ -111,11 +112,11 @@ class Evaluate(Section):
     num_images: int = Field(200, ge=1)
     rewards: list[str] | dict[str, dict[str, Any] | None] = []
     guidance: Annotated[list[float], Field(min_length=1)] = [3.0]
-    num_steps: int = Field(20, ge=1)
+    num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
     prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)  # older cells stay finished
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     batch_size: int = Field(50, ge=1)
 
     @field_validator("guidance", mode="before")
@@ -142,8 +143,8 @@ class Samples(Section):
     prompts: Annotated[list[str], Field(min_length=1)] | None = None
     num_images: int = Field(8, ge=1)
     guidance: float = 3.0
-    num_steps: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
+    seed: Seed = 0
 
 
 class Checkpoints(Section):
@@ -190,7 +191,7 @@ class Recipe(Section):
     """A run: everything that `agsm-rl train` needs to know."""
 
     version: Literal[1] = 1
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     steps: int = Field(ge=1)
     backbone: Block
     adapters: dict[Name, Block]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,14 +174,13 @@ def _check_rules(recipe: Recipe, parts: Parts) -> None:
 
 def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
     terms: list[TermBlock] = []
-    taken = {term.name for term in recipe.objectives}
+    names = _names(recipe.objectives)
     for index, term in enumerate(recipe.objectives):
         place = f"objectives[{index}]"
         done = parts.complete("objectives", term, place)
         assert isinstance(done, TermBlock)
         if done.name is None:
-            done.name = _free_name(done.use.rpartition(":")[2], taken)
-            taken.add(done.name)
+            done.name = names[index]
         elif done.name in {known.name for known in terms}:
             raise refuse(parts.where, f"{place}.name", f"'{done.name}' is the name of another term; give each its own")
         if isinstance(done.source, Block):
@@ -198,6 +197,20 @@ def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
             done.view = parts.complete("views", done.view, f"{place}.view")
         terms.append(done)
     return terms
+
+
+def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
+    """By its place, the name of each term that has none.
+
+    Noise hangs on the name, so those that never learn are named last: a term of weight 0 is as no term.
+    """
+    taken = {term.name for term in terms}
+    names = {}
+    for index in sorted(range(len(terms)), key=lambda index: terms[index].weight == 0):
+        if terms[index].name is None:
+            names[index] = _free_name(terms[index].use.rpartition(":")[2], taken)
+            taken.add(names[index])
+    return names
 
 
 def _free_name(use: str, taken: Collection[str | None]) -> str:
@@ -281,6 +294,12 @@ def _view_of(view: str) -> str:
 def _check_rest(recipe: Recipe, parts: Parts) -> None:
     from agsm_rl.combine import find_combiner
 
+    if recipe.backbone.options.get("dtype") == "float16":
+        raise refuse(
+            parts.where,
+            "backbone.dtype",
+            "'float16' is for drawing: gradients are not scaled here; train in bfloat16 or float32",
+        )
     try:
         find_combiner(recipe.combine)
     except UserError as error:

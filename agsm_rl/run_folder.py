@@ -66,6 +66,14 @@ class RunFolder:
                 f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
         check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+        from agsm_rl.checkpoint import steps_in
+
+        done = max(steps_in(self.checkpoints), default=0)
+        if done > recipe.steps:
+            raise UserError(
+                f"{self.path}: {done} steps of the run are made and kept, more than `steps: {recipe.steps}`. Give "
+                f"{done} or more; for a shorter run, choose another --run-dir."
+            )
         if any(self.adapter.glob("[!.]*.safetensors")) and not any(self.checkpoints.glob("step-*.pt")):
             # adapter/ is written after a checkpoint; starting from nothing would pass for going on.
             raise UserError(

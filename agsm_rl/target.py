@@ -8,17 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
 from agsm_rl.build import build_backbone
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank
+from agsm_rl.options import Section, explain
 from agsm_rl.policy import check_bank, using
-from agsm_rl.recipe import Block
+from agsm_rl.recipe import Block, Samples
 from agsm_rl.recipe_file import read_yaml
 from agsm_rl.resolve import Parts
 
 BUILTIN_DRAWING = (3.0, 20)
 """Guidance and steps that suit the small bases, where nothing else is said."""
+
+
+class _Drawn(Section):
+    """What a run's recipe says of drawing with it."""
+
+    backbone: Block
+    sample: Samples | None = None
 
 
 @dataclass
@@ -62,13 +72,17 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
 
 
 def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
-    recipe = read_yaml(path / "recipe.yaml")
-    block = dict(recipe.get("backbone") or {}) | ({"checkpoint": base} if base else {}) | more
+    recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
+    try:
+        # Only what is needed: the rest may be of another version, or name parts that are not installed here.
+        given = _Drawn.model_validate({key: recipe[key] for key in _Drawn.model_fields if key in recipe})
+    except ValidationError as error:
+        raise explain(error, where=f"{where}: ") from error
+    block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more
     block.pop("compile", None)  # it pays over a training, not over a few pictures
-    found = _opened(block, where=str(path / "recipe.yaml"), name=str(path), adapter=path)
-    drawing = recipe.get("sample") or {}
-    found.guidance = float(drawing.get("guidance", found.guidance))
-    found.num_steps = int(drawing.get("num_steps", found.num_steps))
+    found = _opened(block, where=where, name=str(path), adapter=path)
+    if given.sample is not None:
+        found.guidance, found.num_steps = given.sample.guidance, given.sample.num_steps
     return found
 
 

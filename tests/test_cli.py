@@ -109,11 +109,21 @@ def test_a_run_is_continued_from_its_own_recipe(command, recipe):
     assert (result.exit_code, result.stdout.strip()) == (0, "run folder: run")
 
 
+def test_a_run_cannot_be_continued_to_fewer_steps_than_it_has(command, recipe, tmp_path):
+    assert command("train", recipe, "--run-dir", "run", "--set", "steps=2").exit_code == 0
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    assert_told(command("train", "run/recipe.yaml", "--resume", "--set", "steps=1"), "2 steps", "steps: 1")
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+
+
 def test_list_gives_every_kind_as_json(command):
     found = json.loads(command("list", "--json").stdout)
-    assert set(found) == {"objectives", "rewards", "adapters", "sources", "views", "backbones", "recipes"}
+    assert set(found) == {"objectives", "rewards", "adapters", "sources", "views", "backbones", "recipes", "sweeps"}
     assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
     assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
+    names = {kind: [row["name"] for row in found[kind]] for kind in ("recipes", "sweeps")}
+    assert "builtin:agsm" in names["recipes"] and "builtin:study/smoke" in names["sweeps"]
+    assert not set(names["recipes"]) & set(names["sweeps"])
 
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "accelerate", "scipy", "numpy")
@@ -194,6 +204,30 @@ def test_wrong_targets_suites_and_kinds_are_told(command, tmp_path):
     assert_told(command("sample", "builtin:nothing", "a red star"), "builtin:nothing")
     assert_told(command("eval", "empty", "--suite", "shape"), "--suite", "Did you mean 'shapes'?")
     assert_told(command("list", "objectivs"), "Did you mean 'objectives'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("steps: 1", "backbone: this key is needed"),
+        ("backbone: {use: 3}", "backbone.use: got 3"),
+        ("backbone: {use: stable_diffusion, checkpoint: x}\nsample: {guidance: high}", "sample.guidance: got 'high'"),
+    ],
+)
+def test_a_run_whose_recipe_was_damaged_is_told(command, tmp_path, text, word):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text(text)
+    assert_told(command("sample", "run", "a red star"), "run/recipe.yaml", word)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(command, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert_told(command("sample", "nowhere", "a red star", "-o", "file/x"), "-o file/x", "no folder can be there")
+    assert_told(command("world", "file/x"), "Not a directory", "file/x")
+
+
+def test_guidance_is_finite(command):
+    assert_told(command("sample", "nowhere", "a red star", "--guidance", "nan"), "--guidance", "nan")
 
 
 def test_a_truncated_adapter_is_told(command, tmp_path):

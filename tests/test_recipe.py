@@ -58,6 +58,13 @@ def test_an_objective_used_twice_gets_two_names():
     assert [term.name for term in Recipe.from_data(content).objectives] == ["agsm", "ddpo", "agsm_2"]
 
 
+def test_a_term_that_never_learns_takes_no_name_from_one_that_does():
+    # Noise hangs on the name.
+    content = copy.deepcopy(CONTENT)
+    content["objectives"].insert(0, copy.deepcopy(content["objectives"][0]) | {"weight": 0})
+    assert [term.name for term in Recipe.from_data(content).objectives] == ["agsm_2", "agsm", "ddpo"]
+
+
 def test_rollouts_serve_an_objective_that_wants_pairs():
     content = copy.deepcopy(CONTENT)
     content["objectives"][0]["source"] = "own_images"

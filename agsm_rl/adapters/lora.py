@@ -58,6 +58,8 @@ class LoRA:
     ) -> None:
         if rank < 1:
             raise UserError(f"lora.rank: {rank}; at least 1 is needed.")
+        if alpha is not None and alpha <= 0:
+            raise UserError(f"lora.alpha: {alpha}; it must be above 0 (the rank, when left out).")
         if banks not in (1, 2):
             raise UserError(f"lora.banks: {banks}; allowed: 1, 2.")
         self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks

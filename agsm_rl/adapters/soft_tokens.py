@@ -16,6 +16,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank, Banks
 
 TIME_ROWS = 100
+MAX_TOKENS = 1024
+"""Far beyond what has been tried; a slip of the finger would ask for all memory."""
 TIMESTEPS_A_ROW = 10
 INITIAL_STD = 0.02
 BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
@@ -48,8 +50,8 @@ class SoftTokens:
         layers: int | None = None,
         seed: int = 0,
     ) -> None:
-        if num_tokens < 1:
-            raise UserError(f"soft_tokens.num_tokens: {num_tokens}; at least 1 is needed.")
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise UserError(f"soft_tokens.num_tokens: {num_tokens}; allowed: 1 to {MAX_TOKENS} (published: 4).")
         if banks not in (1, 2):
             raise UserError(f"soft_tokens.banks: {banks}; allowed: 1, 2.")
         if not 0 <= jitter < float("inf"):

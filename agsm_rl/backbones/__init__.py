@@ -2,9 +2,7 @@
 
 from typing import Any, Literal
 
-import torch
-
-from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+from agsm_rl.backbones.frozen_pipeline import Device, FrozenPipeline
 from agsm_rl.backbones.loading import KINDS, find_kind, unsupported
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
@@ -21,7 +19,7 @@ def load_backbone(
     resolution: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     gradient_checkpointing: bool = False,
-    device: str | torch.device | None = None,
+    device: Device | None = None,
     local_files_only: bool = False,
     unet: str | None = None,
     transformer: str | None = None,

@@ -3,9 +3,10 @@
 import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +20,29 @@ logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")
 RECOMPILE_LIMIT = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_device(device: str | torch.device) -> str | torch.device:
+    """The device; ValueError where it is the name of none. Whether this machine has it shows when it is used."""
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"'{device}' is no device; give cpu, cuda, cuda:1, mps, or leave it out") from error
+    return device
+
+
+Device = Annotated[str | torch.device, AfterValidator(check_device)]
+
+
+def _moved(pipeline: Any, device: str | torch.device) -> Any:
+    try:
+        return pipeline.to(device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"backbone.device: {device} cannot be used here ({reason}); leave it out for what this machine has, or "
+            "give cpu."
+        ) from error
 
 
 class FrozenPipeline:
@@ -64,7 +88,7 @@ class FrozenPipeline:
         resolution: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         gradient_checkpointing: bool = False,
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         local_files_only: bool = False,
         unet: str | None = None,
         transformer: str | None = None,
@@ -82,7 +106,7 @@ class FrozenPipeline:
                 f"backbone.checkpoint: '{checkpoint}' is a {kind}, which {self.use} does not take; write "
                 f"`use: {KINDS[kind]}`."
             )
-        empty = device is not None and torch.device(device).type == "meta"
+        empty = device is not None and torch.device(check_device(device)).type == "meta"
         pipeline = load_pipeline(
             checkpoint,
             dtype=DTYPES[dtype],
@@ -94,7 +118,7 @@ class FrozenPipeline:
         )
         if not empty:
             _check_finite(pipeline, checkpoint)
-            pipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            pipeline = _moved(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
@@ -166,9 +190,11 @@ class FrozenPipeline:
         self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
         config = self.denoiser.config
         factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
-        self.resolution = resolution or config.sample_size * factor
-        if self.resolution % multiple:
-            raise UserError(f"backbone.resolution: {resolution} is not a multiple of {multiple}, the size of a latent.")
+        self.resolution = config.sample_size * factor if resolution is None else resolution
+        if self.resolution < multiple or self.resolution % multiple:
+            raise UserError(
+                f"backbone.resolution: {resolution} is no positive multiple of {multiple}, the size of a latent."
+            )
         channels = pipeline.vae.config.latent_channels
         if config.in_channels != channels:
             raise UserError(

@@ -110,5 +110,3 @@ class StableDiffusion(FrozenPipeline):
     def sampler(self, num_steps: int) -> DDIMSampler:
         """DDIM on the pipeline's own noise schedule."""
         return DDIMSampler(self.pipeline.scheduler.config, num_steps, self.device)
-
-

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.evaluate.prompts import BUILTIN, read_prompts
 from agsm_rl.evaluate.suite import Suite
+
+if TYPE_CHECKING:
+    from agsm_rl.recipe import Evaluate
 
 SUITES = ("shapes", "geneval", "rewards", "fid")
 # Options of single suites: the option's name, and the suites that it goes with.
@@ -52,18 +58,34 @@ class SuiteOptions:
 
 
 def make_suite(
-    suite: str, given: SuiteOptions, *, num_images: int | None, seed: int, allow_imports: Collection[str] = ()
+    suite: str,
+    given: SuiteOptions,
+    *,
+    target: str,
+    num_images: int | None,
+    seed: int,
+    allow_imports: Collection[str] = (),
 ) -> Suite:
-    """The suite; UserError for options that it cannot be made from."""
+    """The suite; UserError for options that it cannot be made from.
+
+    A run folder as `target` is measured by its own rewards and on its own prompts where none are given.
+    """
     given.check(suite)
     if suite == "geneval":
         from agsm_rl.evaluate.geneval import CLASSIFIER, DETECTOR, GenEval
 
         return GenEval(detector=given.detector or DETECTOR, classifier=given.classifier or CLASSIFIER)
     if suite == "rewards":
-        from agsm_rl.evaluate.rewards import Rewards, parse_rewards
+        from agsm_rl.evaluate.rewards import Rewards, parse_rewards, rewards_of
 
-        specs = parse_rewards(given.reward, given.rewards_file, allow_imports=allow_imports)
+        own = _own_evaluation(Path(target))
+        if own is not None and given.prompts is None:
+            given = replace(given, prompts=BUILTIN, prompt_split=given.prompt_split or own.split)
+        specs = (
+            rewards_of(own, where=str(Path(target) / "recipe.yaml"), allow_imports=allow_imports)
+            if own is not None and own.rewards and not (given.reward or given.rewards_file)
+            else parse_rewards(given.reward, given.rewards_file, allow_imports=allow_imports)
+        )
         return Rewards(specs, _prompts(given, num_images), allow_imports=allow_imports)
     if suite == "fid":
         from agsm_rl.evaluate.fid import FID
@@ -76,10 +98,24 @@ def make_suite(
     return Shapes(split=given.split or "held_out", num_images=num_images or 600, seed=seed)
 
 
+def _own_evaluation(target: Path) -> Evaluate | None:
+    """What a run folder's recipe evaluates."""
+    file = target / "recipe.yaml"
+    if not file.is_file():
+        return None
+    from agsm_rl.options import explain
+    from agsm_rl.recipe import Evaluate
+    from agsm_rl.recipe_file import read_yaml
+
+    try:
+        said = read_yaml(file).get("evaluate")
+        return None if said is None else Evaluate.model_validate(said)
+    except ValidationError as error:
+        raise explain(error, where=f"{file}: evaluate") from error
+
+
 def _prompts(given: SuiteOptions, num_images: int | None) -> Mapping[int, Mapping[str, Any]]:
     """The prompts; none where the target is a folder of images, which has its own."""
-    from agsm_rl.evaluate.prompts import read_prompts
-
     if given.prompts is None:
         return {}
     return read_prompts(given.prompts, column=given.prompt_column, split=given.prompt_split, limit=num_images)

@@ -26,7 +26,9 @@ from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
 from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
 from agsm_rl.interfaces import Reward
 from agsm_rl.options import validated
+from agsm_rl.recipe import Evaluate
 from agsm_rl.resolve import Parts
+from agsm_rl.reward_entries import in_evaluation
 from agsm_rl.scoring import checked_score
 
 NUM_IMAGES = 200
@@ -66,6 +68,12 @@ def parse_rewards(
     if twice:
         raise UserError(f"--reward {twice[0]}: it is named twice; name each once.")
     return found
+
+
+def rewards_of(evaluate: Evaluate, *, where: str, allow_imports: Collection[str] = ()) -> list[RewardSpec]:
+    """Those that a run's recipe evaluates; each counts once in `overall`."""
+    parts = Parts(where=f"{where}: evaluate.rewards", allow_imports=allow_imports)
+    return [_spec(entry.use, entry.options, 1.0, parts) for entry in in_evaluation(evaluate.rewards)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
+from agsm_rl.limits import MAX_SAMPLING_STEPS
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
 from agsm_rl.sampling import KeptGraph, gaussian_log_prob, step_distribution
@@ -81,8 +82,10 @@ class Rollouts:
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: got {value}, but it must be above 0")
-        if eta < 0:
-            raise UserError(f"eta: got {eta}, but it must be 0 or more (published: 1)")
+        if num_steps > MAX_SAMPLING_STEPS:
+            raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta: got {eta}, but it must lie in [0, 1] (published: 1)")
         if drawn_by not in ("live", "ema"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
         if advantages not in ("history", "group"):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from agsm_rl.errors import UserError
-from agsm_rl.options import Section, explain, unknown_key
+from agsm_rl.options import Section, Seed, explain, unknown_key
 from agsm_rl.recipe import Evaluate, Name
 
 VALUES = (str, int, float, bool, type(None))
@@ -59,7 +59,7 @@ class Search(Section):
     maximise: Literal["strict", "overall"] = "strict"
     split: Literal["train", "validation"] = "validation"
     guidance: float | None = None
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -88,7 +88,7 @@ class Sweep(Section):
     recipe: str | dict[str, Any]
     set: dict[str, Any] = {}
     axes: dict[str, Any] = {}
-    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 1
+    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 1
     budget: Budget | None = None
     search: Search | None = None
     evaluate: list[dict[str, Any]] | dict[str, Any] | None = None

@@ -219,13 +219,15 @@ def test_recipes_are_there_with_what_differs(sweep):
 # ---- the file -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_report_beside_a_run_or_where_it_is_told(tmp_path, sweep):
+def test_the_command_writes_the_report_beside_a_run_or_here_or_where_it_is_told(tmp_path, sweep, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "mine")
     done = CliRunner().invoke(app, ["report", str(run)])
     assert done.exit_code == 0 and (run / "report.html").is_file()
-    done = CliRunner().invoke(
-        app, ["report", str(run), str(write_run(tmp_path / "other", rank=4)), "-o", str(tmp_path / "a.html")]
-    )
+    other = write_run(tmp_path / "other", rank=4)
+    done = CliRunner().invoke(app, ["report", str(run), str(other)])
+    assert done.exit_code == 0 and done.output.strip() == "report.html" and (tmp_path / "report.html").is_file()
+    done = CliRunner().invoke(app, ["report", str(run), str(other), "-o", str(tmp_path / "a.html")])
     assert done.exit_code == 0 and done.output.strip() == str(tmp_path / "a.html")
     assert CliRunner().invoke(app, ["report", str(sweep), "-o", str(tmp_path / "b.html")]).exit_code == 0
 
@@ -233,7 +235,7 @@ def test_the_command_writes_the_report_beside_a_run_or_where_it_is_told(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}", "{run}"], "say where the report"),
+        (["{run}", "{run}"], "the same run twice"),
         (["{run}", "-o", "{run}"], "give a file"),
         (["{run}", "-o", "{run}/no/a.html"], "there is no folder"),
         (["{run}/samples"], "is no run folder"),
