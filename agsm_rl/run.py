@@ -157,9 +157,7 @@ def _finish(
     elif evaluate:
         SampleGrids(folder, recipe).write_before_after(trainer)
     _tell_agreement(folder)
-    if evaluate and recipe.evaluate is None:
-        console.print("no report.html: the recipe has no `evaluate:`", highlight=False)
-    elif evaluate and folder.eval.exists():
+    if evaluate and (recipe.evaluate is None or folder.eval.exists()):
         _write_report(folder, console)
     return True
 

@@ -246,6 +246,12 @@ def test_a_run_on_its_own_images_counts_them(make_recipe, tmp_path, quiet):
     assert [row["images"] for row in rows] == [4, 4, 8, 8, 12]
 
 
+def test_a_run_that_evaluates_nothing_has_a_report_of_its_curves_and_samples(make_recipe, tmp_path, quiet):
+    folder = train(make_recipe(steps=1), tmp_path / "run", console=quiet)
+    page = (folder / "report.html").read_text()
+    assert "How run learned." in page and "run: samples" in page and "agsm/grad_norm" in page
+
+
 def test_a_report_that_fails_is_told_and_does_not_fail_the_run(make_recipe, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr("agsm_rl.report.page.write_report", lambda *_: 1 / 0)
     folder = train(make_recipe(evaluate={"num_images": 6, "num_steps": 2}), tmp_path / "run", console=quiet)

@@ -30,6 +30,8 @@ LABEL = "GenEval-compatible (agreement with the reference detector not measured)
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 IMAGES_PER_PROMPT = 4
 RESULTS = "results.jsonl"
+IMAGE_KEYS = ("filename", "prompt", "tag", "correct", "reason")
+"""Of a verdict, what eval.json has too, so that a report can pair it with another model's."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class GenEvalResult:
             "correct_images": interval_json(wilson(sum(row.correct for row in self.rows), len(self.rows))),
             "num_prompts": len(prompts),
             "prompts_with_a_correct_image": sum(any(row.correct for row in rows) for rows in prompts),
+            "images": [{key: getattr(row, key) for key in IMAGE_KEYS} for row in self.rows],
         }
 
     def show(self, console: Console, other: GenEvalResult | None = None) -> None:

@@ -15,17 +15,23 @@ from agsm_rl.errors import UserError
 
 VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
 """The judge's verdicts by their key in eval.json, the one that counts first."""
+OF_SUITE = {"geneval": ("GenEval", {"correct": "right (by GenEval's rules)"})}
+"""Suites that have one set of prompts and one verdict: what these are called."""
 
 Marks = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One model's images at one guidance: a mark an image by each verdict, the judge's reasons, mean rewards."""
+    """One model's images at one guidance: a mark an image by each verdict, the judge's reasons, mean rewards.
+
+    `files` are the images' own, where the evaluation says them.
+    """
 
     marks: dict[str, Marks]
     reasons: tuple[str, ...]
     rewards: dict[str, float]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,17 @@ class Evaluation:
     @property
     def verdicts(self) -> list[str]:
         """Those that the suite gives."""
-        return list(next(iter(self.trained.values())).marks)
+        return [name for judged in list(self.trained.values())[:1] for name in judged.marks]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What these are called."""
+        names = OF_SUITE[self.suite][1] if self.suite in OF_SUITE else VERDICTS
+        return {name: names[name] for name in self.verdicts}
+
+
+NOTHING = Evaluation("", "", 0, 0, "", "positive", (), (), (), {}, {}, None, ())
+"""Of a run whose recipe evaluates nothing."""
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -88,7 +104,7 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
     if not content.get("images"):
         raise UserError(
             f"{path}: its suite {content.get('suite')!r} has no verdict an image, so nothing can be paired. A report "
-            "wants an evaluation of the suite 'shapes' with `images` in it."
+            "wants an evaluation of the suite shapes or geneval with `images` in it."
         )
     if "base" not in content:
         raise UserError(
@@ -102,10 +118,10 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
     for entry in entries:
         if _asked(entry) != asked or _asked(entry["base"]) != asked:
             raise UserError(f"{path}: its guidances were measured on different prompts; evaluate the run again.")
-    asked_tags = [tag for _, tag in asked]
+    asked_tags, suite = [tag for _, tag in asked], str(content["suite"])
     return Evaluation(
-        suite=str(content["suite"]),
-        split=str(content["split"]),
+        suite=suite,
+        split=OF_SUITE[suite][0] if suite in OF_SUITE else str(content["split"]),
         seed=int(content["seed"]),
         num_steps=int(content["num_steps"]),
         prompt_suffix=str(content.get("prompt_suffix", "")),
@@ -131,7 +147,8 @@ def _judged(entry: Mapping[str, Any]) -> Judged:
     if not marks:
         raise KeyError(f"images[0] has no verdict ({' or '.join(VERDICTS)})")
     reasons = tuple(str(row.get("reason", "")) for row in rows)
-    return Judged(marks, reasons, {str(name): float(value) for name, value in entry.get("rewards", {}).items()})
+    rewards = {str(name): float(value) for name, value in entry.get("rewards", {}).items()}
+    return Judged(marks, reasons, rewards, tuple(str(row["filename"]) for row in rows if "filename" in row))
 
 
 def _mark(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
-from agsm_rl.report.evaluation import VERDICTS
 from agsm_rl.report.findings import Findings
 from agsm_rl.report.load import Loaded
 from agsm_rl.report.views import BASE, OWN, View, scores_on_validation
@@ -17,8 +16,11 @@ FEW = 5
 
 def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
     """The sentence, on the first verdict."""
+    if not loaded.evaluated:
+        of = loaded.variants[0].name if len(loaded.variants) == 1 else f"{len(loaded.variants)} variants"
+        return f"How {of} learned. Nothing was evaluated, so there are curves alone."
     verdict = loaded.evaluation.verdicts[0]
-    what = f"images that are {VERDICTS[verdict].partition(' (')[0]}"
+    what = f"images that are {loaded.evaluation.labels[verdict].partition(' (')[0]}"
     names = [variant.name for variant in loaded.variants]
     if views[0].key == OWN:
         return _with_own_guidance(loaded, views[0], found, verdict, what)
@@ -40,6 +42,12 @@ def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
 
 def reach(loaded: Loaded) -> str:
     """On how many images and seeds, and what the intervals cover."""
+    if not loaded.evaluated:
+        run = loaded.runs[0].path
+        return (
+            f"To compare with the base: agsm-rl eval {run} --suite geneval --compare --json {run}/eval.json, and the "
+            "report again."
+        )
     evaluation = loaded.evaluation
     counts = [len(variant.runs) for variant in loaded.variants]
     seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agsm_rl.errors import UserError
+from agsm_rl.report.evaluation import OF_SUITE
 from agsm_rl.report.load import Run
 from agsm_rl.run_folder import RunFolder
 
@@ -56,7 +57,7 @@ def evaluations(run: Run) -> list[Row]:
     of = run.evaluation
     last = of.step if of.step is not None else int(run.recipe.get("steps", 0))
     found: dict[tuple[float, int], Row] = {}
-    for row in read_rows(RunFolder(run.path).evaluations):
+    for row in read_rows(RunFolder(run.path).evaluations) if of.suite not in OF_SUITE else []:
         guidance, step = float(row.get("guidance", math.nan)), int(row["step"])
         if guidance in of.trained:
             rewards = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}

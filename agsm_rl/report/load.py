@@ -12,7 +12,7 @@ from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe_file import read_yaml
-from agsm_rl.report.evaluation import Evaluation, read_evaluation
+from agsm_rl.report.evaluation import NOTHING, Evaluation, read_evaluation
 from agsm_rl.run_folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
@@ -75,6 +75,11 @@ class Loaded:
         return [run for variant in self.variants for run in variant.runs]
 
     @property
+    def evaluated(self) -> bool:
+        """Whether there are verdicts; otherwise there are only curves."""
+        return self.evaluation is not NOTHING
+
+    @property
     def evaluation(self) -> Evaluation:
         """The first run's: its prompts, split and seed are everybody's."""
         return self.runs[0].evaluation
@@ -88,7 +93,7 @@ def load(paths: Sequence[Path]) -> Loaded:
     if sweeps:
         title, runs, cells = _sweep(paths[0])
     else:
-        runs, cells = _named([_run(path) for path in paths]), []
+        runs, cells = _named([_run(path, curves_alone=True) for path in paths]), []
         title = ", ".join(dict.fromkeys(run.variant for run in runs))
     check_comparable(runs)
     order = dict.fromkeys(run.variant for run in runs)
@@ -100,18 +105,19 @@ def load(paths: Sequence[Path]) -> Loaded:
     return Loaded(title, variants, tuple(cells), tuple(guidances), tuple(_notes(runs, guidances)))
 
 
-def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
+def _run(path: Path, *, variant: str = "", name: str = "", curves_alone: bool = False) -> Run:
     folder = RunFolder(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such folder.")
     if not path.is_dir() or not folder.recipe.is_file():
         raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
-    if not folder.eval.is_file():
-        raise UserError(
-            f"{path}: has no eval.json: the run is not finished, or its recipe evaluates nothing. Finish it by "
-            f"`agsm-rl train {folder.recipe} --resume`, or give the recipe an `evaluate:`."
-        )
     recipe = read_yaml(folder.recipe)
+    measured = folder.eval.is_file()
+    curves_alone = curves_alone and recipe.get("evaluate") is None and folder.metrics.is_file()
+    if not measured and not curves_alone:
+        raise UserError(
+            f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
+        )
     validation = path / "eval-validation.json"
     return Run(
         name=name or path.resolve().name,
@@ -119,7 +125,7 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
         variant=variant,
         seed=int(recipe.get("seed", 0)),
         recipe=recipe,
-        evaluation=read_evaluation(folder.eval),
+        evaluation=read_evaluation(folder.eval) if measured else NOTHING,
         validation=read_evaluation(validation) if validation.is_file() else None,
     )
 
@@ -191,6 +197,12 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first = runs[0]
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
+        if (run.evaluation is NOTHING) != (first.evaluation is NOTHING):
+            without, other = (run, first) if run.evaluation is NOTHING else (first, run)
+            raise UserError(
+                f"{without.path}: was not evaluated, but {other.path} was. Evaluate it alike (`agsm-rl eval "
+                f"{without.path} --suite … --compare --json {without.path}/eval.json`), or report it apart."
+            )
         for what, of in SAME.items():
             if of(run) != of(first):
                 shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
@@ -205,6 +217,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
                 "would count as two. Leave one out."
             )
+    if first.evaluation is NOTHING:
+        return
     common = set.intersection(*(set(run.evaluation.trained) for run in runs))
     if not common:
         found = "; ".join(f"{run.path}: {', '.join(f'{g:g}' for g in run.evaluation.guidances)}" for run in runs)

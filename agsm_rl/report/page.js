@@ -11,7 +11,7 @@ const DASHES = ["", "6,3", "2,3"];
 
 const models = [BASE, ...data.variants.map((variant, index) => ({ ...variant, base: false, index }))];
 const state = {
-  view: data.views[0].key,
+  view: data.views[0]?.key, // none where nothing was evaluated
   verdict: Object.keys(data.verdicts)[0],
   hidden: new Set(),
   minus: -1,
@@ -470,7 +470,8 @@ function chip(model) {
 }
 
 function draw() {
-  for (const part of [drawPicture, drawScores, drawDifferences, drawGuidance, drawTraining, drawGap, drawGradients, drawPictures]) part();
+  const ofEvaluations = [drawPicture, drawScores, drawDifferences, drawGuidance, drawGap, drawPictures];
+  for (const part of [...(state.view ? ofEvaluations : []), drawTraining, drawGradients]) part();
 }
 
 /** Paper is narrower than a screen: draw for it, then for the screen again. */

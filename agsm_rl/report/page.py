@@ -21,11 +21,10 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
-from agsm_rl.report.evaluation import VERDICTS
 from agsm_rl.report.findings import Findings, find
 from agsm_rl.report.headline import headline, reach, signed
 from agsm_rl.report.load import Loaded, load
-from agsm_rl.report.pictures import pictures
+from agsm_rl.report.pictures import pictures, sheets
 from agsm_rl.report.views import BASE, View, make_views
 from agsm_rl.run_folder import write_text
 
@@ -58,7 +57,9 @@ def render(loaded: Loaded) -> str:
         notes=[*notes, *loaded.notes],
         data=page_data(loaded, views, found),
         plain=_plain(loaded, views, found),
-        verdict=VERDICTS[loaded.evaluation.verdicts[0]],
+        evaluated=loaded.evaluated,
+        verdict=next(iter(loaded.evaluation.labels.values()), ""),
+        sheets=sheets(loaded),
         cells=loaded.cells,
         unused=sum(not cell.used for cell in loaded.cells),
         runs=loaded.runs,
@@ -78,7 +79,7 @@ def page_data(loaded: Loaded, views: list[View], found: Findings) -> dict[str, A
     """What the page's charts and tables are drawn from: shares and differences of shares, as numbers in [-1, 1]."""
     evaluation, runs = loaded.evaluation, loaded.runs
     return {
-        "verdicts": {name: VERDICTS[name] for name in evaluation.verdicts},
+        "verdicts": evaluation.labels,
         "tags": {name: evaluation.tags.count(name) for name in evaluation.tag_names},
         "views": [{"key": view.key, "label": view.label, "guidance": _named(view.guidance)} for view in views],
         "variants": [{"name": one.name, "seeds": one.seeds} for one in loaded.variants],
@@ -131,9 +132,9 @@ def _rounded(value: float) -> float:
 
 def _plain(loaded: Loaded, views: list[View], found: Findings) -> list[dict[str, Any]]:
     """The main figures for readers without scripts: by view, a row a model."""
-    verdict = loaded.evaluation.verdicts[0]
     tables = []
     for view in views:
+        verdict = loaded.evaluation.verdicts[0]
         base = found.score(verdict, view, BASE).overall
         rows: list[tuple[str, float, Interval, Interval | None]] = [(BASE_NAME, view.guidance[BASE], base, None)]
         for variant in loaded.variants:

@@ -1,4 +1,4 @@
-"""The suite's first images as drawn by base and variants from the same noise, with the judge's verdicts.
+"""A few of the suite's images as drawn by base and variants from the same noise, with the judge's verdicts.
 
 A variant is shown by its first seed. Images are read and written anew, so that nothing but pixels gets into the page;
 equal ones (the base's, in every run) are kept once.
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from agsm_rl.errors import UserError
-from agsm_rl.report.evaluation import Judged
+from agsm_rl.report.evaluation import OF_SUITE, Evaluation, Judged
 from agsm_rl.report.load import Loaded, Run
 from agsm_rl.report.views import BASE, measured_of
 from agsm_rl.run_folder import RunFolder
 
 LARGEST = 192
 """Pixels of the longer side; larger images are made smaller."""
+SHEET = 1536
+"""The same of a grid of samples."""
 LOSSLESS = 96
 """Up to this size images are PNG; above, WebP is a tenth of it."""
 MOST_IMAGES, FEWEST_PROMPTS = 400, 8
@@ -33,33 +37,59 @@ def pictures(loaded: Loaded) -> dict[str, Any]:
     An entry is {image, verdicts…, reason}; a model whose run kept no images has none.
     """
     images: dict[str, str] = {}
-    count = _prompts_shown(loaded)
+    first = loaded.evaluation
+    numbers = _numbers(first, _prompts_shown(loaded))
     shown: dict[str, dict[str, Any]] = {}
     for variant in loaded.variants:
         run = variant.runs[0]
         for guidance in measured_of(variant):
-            folder = RunFolder(run.path).samples / "eval" / f"guidance-{guidance:g}"
             models = shown.setdefault(f"{guidance:g}", {})
-            sides = {BASE: ("base", run.evaluation.base), variant.name: ("trained", run.evaluation.trained)}
-            for name, (side, judged) in sides.items():
-                if name not in models and (folder / side).is_dir():
-                    models[name] = _entries(folder / side, run, judged[guidance], count, images)
-    first = loaded.evaluation
-    prompts = [{"prompt": first.prompts[i], "tag": first.tags[i]} for i in range(count)]
+            for name, side in ((BASE, "base"), (variant.name, "trained")):
+                entries = [] if name in models else _entries(run, guidance, side, numbers, images)
+                if any(entries):
+                    models[name] = entries
+    prompts = [{"prompt": first.prompts[number], "tag": first.tags[number]} for number in numbers]
     return {"prompts": prompts, "images": images, "shown": {key: models for key, models in shown.items() if models}}
+
+
+def sheets(loaded: Loaded) -> list[tuple[str, str]]:
+    """Where nothing was evaluated: each variant's sample grid as a data URI, base above trained or the newest."""
+    found = []
+    for variant in loaded.variants if not loaded.evaluated else ():
+        samples = RunFolder(variant.runs[0].path).samples
+        files = [samples / "before_after.png", *sorted(samples.glob("step-*.png"), reverse=True)]
+        found += [(variant.name, _data_uri(file, largest=SHEET)) for file in files if file.is_file()][:1]
+    return found
 
 
 def _prompts_shown(loaded: Loaded) -> int:
     """Fewer prompts where many variants are to be shown."""
     models = sum(len(measured_of(variant)) for variant in loaded.variants) + len(loaded.guidances)
+    if not models:
+        return 0
     return min(16, len(loaded.evaluation.prompts), max(FEWEST_PROMPTS, MOST_IMAGES // models))
 
 
-def _entries(folder: Path, run: Run, judged: Judged, count: int, images: dict[str, str]) -> list[dict[str, Any] | None]:
+def _numbers(evaluation: Evaluation, count: int) -> list[int]:
+    """The images that are shown: the first ones; of a suite that goes tag by tag, prompts' first ones, tags in turn."""
+    if evaluation.suite not in OF_SUITE:
+        return list(range(count))
+    firsts: dict[tuple[str, str], int] = {}
+    for number, asked in enumerate(zip(evaluation.tags, evaluation.prompts, strict=True)):
+        firsts.setdefault(asked, number)
+    by_tag = [[number for (tag, _), number in firsts.items() if tag == name] for name in evaluation.tag_names]
+    in_turn = [number for turn in zip_longest(*by_tag) for number in turn if number is not None]
+    return in_turn[:count]
+
+
+def _entries(
+    run: Run, guidance: float, side: str, numbers: Sequence[int], images: dict[str, str]
+) -> list[dict[str, Any] | None]:
+    judged: Judged = getattr(run.evaluation, side)[guidance]
     entries: list[dict[str, Any] | None] = []
-    for number in range(count):
-        path = folder / f"{number:04d}.png"
-        if not path.is_file():
+    for number in numbers:
+        path = _file(run, guidance, side, judged, number)
+        if path is None:
             entries.append(None)
             continue
         uri = _data_uri(path)
@@ -70,7 +100,18 @@ def _entries(folder: Path, run: Run, judged: Judged, count: int, images: dict[st
     return entries
 
 
-def _data_uri(path: Path) -> str:
+def _file(run: Run, guidance: float, side: str, judged: Judged, number: int) -> Path | None:
+    """An image's file in the run's folder; None if there is none."""
+    if judged.files:
+        path = Path(judged.files[number])
+        inside = path.resolve().is_relative_to(run.path.resolve())
+    else:
+        path = RunFolder(run.path).samples / "eval" / f"guidance-{guidance:g}" / side / f"{number:04d}.png"
+        inside = True
+    return path if inside and path.is_file() else None
+
+
+def _data_uri(path: Path, *, largest: int = LARGEST) -> str:
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
@@ -79,7 +120,7 @@ def _data_uri(path: Path) -> str:
             f"{path}: is no image that can be read ({error}); delete it, or evaluate the run again."
         ) from error
     small = max(picture.size) <= LOSSLESS
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((largest, largest))
     file = BytesIO()
     if small:
         picture.save(file, format="PNG", optimize=True)

@@ -10,12 +10,14 @@ from PIL import Image
 from tiny_detectors import save_tiny_clip, save_tiny_detector
 from typer.testing import CliRunner
 
+from agsm_rl.attachment import save_adapters
 from agsm_rl.cli import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.geneval import GenEval, read_results, write_results
 from agsm_rl.evaluate.geneval_detector import CLASSIFIER, DETECTOR, STORED_ABOVE
 from agsm_rl.evaluate.geneval_rules import COLORS
 from agsm_rl.evaluate.image_folder import Measurements, read_images
+from agsm_rl.report.evaluation import read_evaluation
 
 
 def recomputed(objects, asked):
@@ -113,6 +115,19 @@ def test_the_whole_suite_over_drawn_images_and_its_verdicts_are_those_of_the_sto
     expected = {metadata["prompt"]: recomputed(seen, metadata) for metadata, seen in stored(tmp_path / "im")}
     assert {line["prompt"]: line["correct"] for line in lines} == expected and len(expected) == 8
     assert all(line["correct"] is (line["reason"] == "") for line in lines)
+
+
+def test_base_against_trained_is_what_a_report_reads(command, models, tiny_checkpoint, tmp_path, make_policy):
+    save_adapters(make_policy().adapters, tmp_path / "adapter", metadata={})
+    how = ("--images", "im", "--num-images", 6, "--num-steps", 1, "--guidance", 2, "--json", "e.json")
+    result = command("adapter", "--base", tiny_checkpoint, *models, *how, "--compare")
+    assert result.exit_code == 0, result.output
+    found = read_evaluation(tmp_path / "e.json")
+    assert (found.suite, found.split, found.guidances, found.verdicts) == ("geneval", "GenEval", [2.0], ["correct"])
+    lines = read_results(tmp_path / "im/results.jsonl").rows
+    assert list(found.trained[2.0].marks["correct"]) == [line.correct for line in lines]
+    for judged in (found.base[2.0], found.trained[2.0]):
+        assert len(judged.files) == 6 and all((tmp_path / file).is_file() for file in judged.files)
 
 
 def test_prompts_that_the_detector_sees_give_right_and_wrong_images_as_recomputed(command, models, tmp_path):

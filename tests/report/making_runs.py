@@ -1,12 +1,15 @@
 """Run folders as `agsm-rl train` leaves them, made without a model: verdicts by chance, curves by formula."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
+from agsm_rl.evaluate.geneval import GenEvalResult, ImageResult
 from agsm_rl.evaluate.shapes import ImageVerdict, ShapesResult
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -61,6 +64,7 @@ def write_run(
     recipe |= {
         "adapters": {"lora": {"use": "lora", "rank": rank}},
         "objectives": [{"use": t, "name": t} for t in terms],
+        "evaluate": {"suite": "shapes"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "eval.json").write_text(json.dumps(evaluation(prompts, scores, seed)))
@@ -92,6 +96,40 @@ def write_run(
                 ImageDraw.Draw(picture).ellipse((4, 4, 20 + number, 24), fill=color)
                 picture.save(path)
     return folder
+
+
+def not_evaluated(run: Path) -> Path:
+    """Leave of a run what one has whose recipe evaluates nothing: its grid of samples, base above trained."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": None}))
+    (run / "eval.json").unlink()
+    (run / "evaluations.jsonl").unlink()
+    shutil.rmtree(run / "samples" / "eval")
+    Image.new("RGB", (128, 64), "seagreen").save(run / "samples" / "before_after.png")
+    return run
+
+
+def by_geneval(run: Path, *, trained: float, seed: int = 0, prompts: int = 24) -> Path:
+    """Put an eval.json of GenEval's suite into a run: four images a prompt, tags one after the other."""
+    rng, rows = np.random.default_rng(seed), []
+    for index in range(prompts):
+        tag = TAGS[index * len(TAGS) // prompts]
+        for number in range(4):
+            place = run / "geneval" / f"{index:05d}" / "samples" / f"{number:04d}.png"
+            rows.append(ImageResult(str(place), tag, f"a photo of {index}", True, "", {}, {}))
+    marks = {"trained": rng.random(len(rows)) < trained, "base": rng.random(len(rows)) < 0.3}
+    results = {
+        side: GenEvalResult(tuple(replace(row, correct=bool(mark)) for row, mark in zip(rows, found, strict=True)))
+        for side, found in marks.items()
+    }
+    how = {"seed": 0, "guidance": 4.0, "num_steps": 28, "prompt_suffix": "", "resolution": 1024}
+    content = results["trained"].to_json() | how | {"base": results["base"].to_json() | how}
+    (run / "eval.json").write_text(json.dumps(content))
+    for row in rows:
+        place = Path(row.filename)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "teal").save(place)
+    return run
 
 
 def write_sweep(

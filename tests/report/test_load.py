@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from making_runs import evaluation, write_run, write_sweep
+from making_runs import evaluation, not_evaluated, write_run, write_sweep
 
 from agsm_rl.errors import UserError
 from agsm_rl.report.load import load
@@ -70,6 +70,12 @@ def test_runs_on_other_bases_are_refused(tmp_path):
     recipe = (other / "recipe.yaml").read_text()
     (other / "recipe.yaml").write_text(recipe.replace("shapes-sd15", "shapes-sd3"))
     with pytest.raises(UserError, match="different bases .builtin:shapes-sd15 and builtin:shapes-sd3"):
+        load([one, other])
+
+
+def test_a_run_that_was_not_evaluated_is_not_compared_with_one_that_was(tmp_path):
+    one, other = write_run(tmp_path / "one"), not_evaluated(write_run(tmp_path / "other", rank=4))
+    with pytest.raises(UserError, match="other: was not evaluated, but .*one was"):
         load([one, other])
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from making_runs import write_run, write_sweep
+from making_runs import by_geneval, not_evaluated, write_run, write_sweep
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import HOSTILE, hostile_sweep
@@ -28,7 +28,7 @@ def report(tmp_path_factory):
     return folder / "report.html"
 
 
-def show(browser, file: Path, *, width: int = 1200, scheme: str = "light"):
+def show(browser, file: Path, *, width: int = 1200, scheme: str = "light", ready: str = "#pictures-grid > *"):
     """Open the file, at a width and in a colour scheme; what the last test left in the log is dropped."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
@@ -36,7 +36,7 @@ def show(browser, file: Path, *, width: int = 1200, scheme: str = "light"):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(file.absolute().as_uri())
-    WebDriverWait(browser, 30).until(lambda opened: opened.find_elements(By.CSS_SELECTOR, "#pictures-grid > *"))
+    WebDriverWait(browser, 30).until(lambda opened: opened.find_elements(By.CSS_SELECTOR, ready))
 
 
 def complaints(browser) -> list[str]:
@@ -68,6 +68,21 @@ def test_it_shows_every_chart_without_a_complaint(browser, report, scheme, width
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(overflow) <= 0
     assert len(keep(browser, f"{scheme}-{width}")) > 20_000
+
+
+def test_without_an_evaluation_it_shows_what_there_is_without_a_complaint(browser, tmp_path):
+    write_report([not_evaluated(write_run(tmp_path / "mine"))], tmp_path / "a.html")
+    show(browser, tmp_path / "a.html", ready="#training-chart > *")
+    assert complaints(browser) == []
+    shown = [one.get_attribute("id") for one in browser.find_elements(By.TAG_NAME, "section") if one.is_displayed()]
+    assert shown == ["training", "gradients", "sheets", "recipes", "runs"]
+
+
+def test_of_geneval_it_shows_every_chart_without_a_complaint(browser, tmp_path):
+    write_report([by_geneval(write_run(tmp_path / "mine"), trained=0.8)], tmp_path / "a.html")
+    show(browser, tmp_path / "a.html")
+    assert complaints(browser) == []
+    assert browser.find_elements(By.CSS_SELECTOR, "#pictures-grid img[src^='data:image/png']")
 
 
 def test_dark_and_light_follow_the_reader(browser, report):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from statistics import mean
 
 import pytest
-from making_runs import TAGS, write_run, write_sweep
+from making_runs import TAGS, by_geneval, not_evaluated, write_run, write_sweep
 from typer.testing import CliRunner
 
 from agsm_rl.cli import app
@@ -176,6 +176,38 @@ def test_the_first_screen_says_what_stood_behind_the_prompts(tmp_path):
     content = json.loads((run / "eval.json").read_text())
     (run / "eval.json").write_text(json.dumps(content | {"prompt_suffix": ", verified"}))
     assert "prompts with “, verified” behind them, the same noise" in page(run).text
+
+
+def test_a_run_that_evaluates_nothing_has_its_curves_and_samples(tmp_path):
+    found = page(not_evaluated(write_run(tmp_path / "mine")), not_evaluated(write_run(tmp_path / "other", rank=4)))
+    assert "How 2 variants learned." in found.text and "agsm-rl eval" in found.text
+    assert found.data["views"] == found.data["scores"] == found.data["differences"] == []
+    assert [run["curves"]["step"][-1] for run in found.data["runs"]] == [40, 40]
+    assert sum(str(one).startswith("data:image/webp") for one in found.references) == 2
+
+
+def test_what_geneval_judged_is_compared_as_the_own_suite_is(tmp_path):
+    runs = [
+        by_geneval(write_run(tmp_path / f"mine-seed{seed}", seed=seed), trained=0.8, seed=seed) for seed in (0, 1)
+    ] + [by_geneval(write_run(tmp_path / "other-seed0", rank=4), trained=0.5, seed=2)]
+    found = page(*runs)
+    assert found.data["verdicts"] == {"correct": "right (by GenEval's rules)"}
+    assert "96 images of 24 GenEval prompts" in found.text
+    scores = {one["model"]: one["overall"][0] for one in found.data["scores"]}
+    contents = [json.loads((run / "eval.json").read_text()) for run in runs]
+    assert scores["mine"] == pytest.approx(mean(content["overall"] for content in contents[:2]), abs=1e-6)
+    assert scores["other"] == pytest.approx(contents[2]["overall"], abs=1e-6)
+    # One prompt of each tag after the other, so that pictures show all tags.
+    assert [row["tag"] for row in found.data["pictures"]["prompts"][:6]] == list(TAGS)
+    assert all(found.data["pictures"]["shown"]["4"]["variants"]["mine"])
+
+
+def test_pictures_outside_a_run_s_folder_are_not_taken(tmp_path):
+    run = by_geneval(write_run(tmp_path / "mine"), trained=0.8)
+    (run / "geneval").rename(tmp_path / "elsewhere")
+    content = (run / "eval.json").read_text()
+    (run / "eval.json").write_text(content.replace(str(run / "geneval"), str(tmp_path / "elsewhere")))
+    assert page(run).data["pictures"]["images"] == {}
 
 
 def test_curves_have_steps_seconds_and_images_so_far(tmp_path):
