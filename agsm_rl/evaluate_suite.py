@@ -137,7 +137,7 @@ class _Work:
         """Images that are there already; None if the target is something that draws."""
         path = Path(target)
         if is_image_folder(path):
-            if self.options.num_images is not None:
+            if self.options.num_images is not None and target != self.options.against:
                 raise UserError(
                     f"--num-images: {target} is a folder of images, which is evaluated whole; leave it out."
                 )

@@ -98,7 +98,7 @@ class GenEvalResult:
             "correct_images": interval_json(wilson(sum(row.correct for row in self.rows), len(self.rows))),
             "num_prompts": len(prompts),
             "prompts_with_a_correct_image": sum(any(row.correct for row in rows) for rows in prompts),
-            "images": [{key: getattr(row, key) for key in IMAGE_KEYS} for row in self.rows],
+            "images": [{key: getattr(row, key) for key in IMAGE_KEYS} for row in sorted(self.rows, key=_place)],
         }
 
     def show(self, console: Console, other: GenEvalResult | None = None) -> None:
@@ -260,6 +260,11 @@ def _by_prompt(rows: Sequence[ImageResult]) -> list[list[ImageResult]]:
     for row in rows:
         groups.setdefault(json.dumps(row.metadata, sort_keys=True), []).append(row)
     return list(groups.values())
+
+
+def _place(row: ImageResult) -> tuple[str, ...]:
+    """Where an image is in its folder: two targets' images are in one order, whoever drew them."""
+    return Path(row.filename).parts[-3:]
 
 
 def _share(rows: Sequence[ImageResult]) -> float:

@@ -106,10 +106,12 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
             f"{path}: its suite {content.get('suite')!r} has no verdict an image, so nothing can be paired. A report "
             "wants an evaluation of the suite shapes or geneval with `images` in it."
         )
+    if "base" not in content and _is_the_base(content.get("other", {}), content):
+        content = {**content, "base": content["other"]}
     if "base" not in content:
         raise UserError(
-            f"{path}: it measures one model alone. A report wants base against trained on the same prompts and noise, "
-            "as `agsm-rl train` and `agsm-rl eval --compare --json` write it."
+            f"{path}: it does not measure the base too. A report wants base against trained on the same prompts and "
+            "noise, as `agsm-rl train`, `agsm-rl eval --compare --json`, or `--against` the base's images write it."
         )
     entries = [content, *content.get("other_guidances", [])]
     trained = {float(entry["guidance"]): _judged(entry) for entry in entries}
@@ -133,6 +135,17 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         trained=trained,
         step=None if content.get("step") is None else int(content["step"]),
         agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
+    )
+
+
+def _is_the_base(other: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether another target's images are the base's, drawn once for several runs from the same noise."""
+    theirs, ours = other.get("drawing") or {}, content.get("drawing") or {}
+    same = ("backbone", "guidance", "num_steps", "prompt_suffix")
+    return (
+        content.get("same_noise") is True
+        and theirs.get("adapters") == {}
+        and all(theirs.get(key) == ours.get(key) for key in same)
     )
 
 

@@ -93,7 +93,7 @@ def load(paths: Sequence[Path]) -> Loaded:
     if sweeps:
         title, runs, cells = _sweep(paths[0])
     else:
-        runs, cells = _named([_run(path, curves_alone=True) for path in paths]), []
+        runs, cells = _named([_run(path) for path in paths]), []
         title = ", ".join(dict.fromkeys(run.variant for run in runs))
     check_comparable(runs)
     order = dict.fromkeys(run.variant for run in runs)
@@ -105,7 +105,7 @@ def load(paths: Sequence[Path]) -> Loaded:
     return Loaded(title, variants, tuple(cells), tuple(guidances), tuple(_notes(runs, guidances)))
 
 
-def _run(path: Path, *, variant: str = "", name: str = "", curves_alone: bool = False) -> Run:
+def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
     folder = RunFolder(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such folder.")
@@ -113,8 +113,7 @@ def _run(path: Path, *, variant: str = "", name: str = "", curves_alone: bool = 
         raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
     recipe = read_yaml(folder.recipe)
     measured = folder.eval.is_file()
-    curves_alone = curves_alone and recipe.get("evaluate") is None and folder.metrics.is_file()
-    if not measured and not curves_alone:
+    if not measured and (recipe.get("evaluate") is not None or not folder.metrics.is_file()):
         raise UserError(
             f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
         )
@@ -154,6 +153,10 @@ def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
             except UserError as mistake:
                 cell = replace(cell, used=False, why=str(mistake))
         cells.append(cell)
+    if len({run.evaluation is NOTHING for run in runs}) == 2:
+        left = {run.name for run in runs if run.evaluation is NOTHING}
+        runs = [run for run in runs if run.name not in left]
+        cells = [replace(one, used=False, why="was not evaluated") if one.name in left else one for one in cells]
     if not runs:
         states = ", ".join(f"{cell.name}: {cell.status}" for cell in cells[:8]) or "it has no cells"
         raise UserError(f"{path}: no cell of the sweep is finished ({states}); run `agsm-rl sweep` again.")

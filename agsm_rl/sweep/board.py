@@ -141,7 +141,7 @@ class Board:
             "recipe": sweep.recipe if isinstance(sweep.recipe, str) else None,
             "budget": sweep.budget.model_dump(exclude_none=True) if sweep.budget else None,
             "seeds": sweep.seed_list,
-            "reported": plan.reported.split,
+            "reported": plan.reported_split,
             "evaluate": [one.model_dump(mode="json", exclude={"every"}) for one in plan.evaluations],
             "base": list(base.values()),
             **self.extra,
@@ -151,7 +151,8 @@ class Board:
     def __rich__(self) -> RenderableType:
         """The live table: totals, what runs, what failed, the best so far."""
         with self._lock:
-            return Group(self._totals(), self._running(), *self._failed(), self._best())
+            best = [self._best()] if self.plan.evaluations else []
+            return Group(self._totals(), self._running(), *self._failed(), *best)
 
     def _totals(self) -> Text:
         left = self.seconds_left()
@@ -227,10 +228,10 @@ def _last_step(file: Any) -> int:
         return 0
 
 
-def _chosen_split(plan: Plan) -> str:
+def _chosen_split(plan: Plan) -> str | None:
     """By which cells are ranked: validation, where it is measured."""
     splits = [one.split for one in plan.evaluations]
-    return "validation" if "validation" in splits else plan.reported.split
+    return "validation" if "validation" in splits else plan.reported_split
 
 
 def _best_row(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _best_row(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_text(plan: Plan, result: dict[str, Any] | None) -> str:
-    if result is None:
+    if result is None or not plan.evaluations:
         return ""
     row = _best_row(plan, result)
     return f"; {row['split']}, strict: {100 * row['strict']:.1f} % at guidance {row['guidance']:g}"

@@ -95,7 +95,7 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         where=job.cell,
         allow_imports=frozenset(job.allow_imports),
         callbacks=limits,
-        evaluate=False,
+        evaluate=not job.evaluations,  # otherwise all of it is done here; else a last look at samples and curves
     )
     rows = metric_rows(folder)
     steps = int(rows[-1]["step"])

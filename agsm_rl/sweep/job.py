@@ -23,7 +23,7 @@ class Job:
     base: str
     recipe: dict[str, Any]
     evaluations: list[dict[str, Any]]
-    reported: str
+    reported: str | None
     seconds: float | None
     allow_imports: list[str]
     cwd: str
@@ -58,7 +58,7 @@ def job_of(plan: Plan, cell: Cell) -> Job:
         base=str(plan.folder / "base"),
         recipe=cell.recipe.to_data(),
         evaluations=[one.model_dump(mode="json") for one in plan.evaluations],
-        reported=plan.reported.split,
+        reported=plan.reported_split,
         seconds=cell.seconds,
         allow_imports=sorted(plan.allow_imports),
         cwd=str(Path.cwd()),

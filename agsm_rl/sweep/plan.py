@@ -54,10 +54,16 @@ class Plan:
         return self.sweep.name or stem(self.where)
 
     @property
-    def reported(self) -> Evaluate:
-        """The evaluation that goes into eval.json: the held-out one, or else the last."""
+    def reported(self) -> Evaluate | None:
+        """The evaluation that goes into eval.json: the held-out one, or else the last; None if there is none."""
         held_out = [one for one in self.evaluations if one.split == "held_out"]
-        return (held_out or self.evaluations)[-1]
+        found = held_out or self.evaluations
+        return found[-1] if found else None
+
+    @property
+    def reported_split(self) -> str | None:
+        """On what that is."""
+        return None if self.reported is None else self.reported.split
 
     def run(self, cell: str) -> Path:
         """A cell's run folder."""
@@ -120,7 +126,7 @@ def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
         if axis.variants and changes.get("start_from") is not None:
             data["start_from"], after = _start(plan, axis, choice, changes["start_from"], seed, where=where)
     data["seed"] = seed
-    data["evaluate"] = plan.reported.model_dump(mode="json")
+    data["evaluate"] = None if plan.reported is None else plan.reported.model_dump(mode="json")
     recipe, seconds = _within_budget(plan, data, share, where=where)
     return Cell(name, variant, choice, seed, recipe, seconds, after)
 
@@ -138,13 +144,13 @@ def _base_recipe(sweep: Sweep, path: Path) -> dict[str, Any]:
 
 def _what_is_evaluated(sweep: Sweep, base: dict[str, Any], *, where: str) -> Any:
     """The sweep's `evaluate`, or the base recipe's without its intervals."""
-    if sweep.evaluate is not None and sweep.evaluate != []:
+    if sweep.evaluate is not None:
         return sweep.evaluate
     own = base.get("evaluate")
     if not isinstance(own, dict):
         raise UserError(
             f"{where}: evaluate: nothing is evaluated, so cells could not be compared; add e.g. "
-            "[{split: held_out, guidance: [1.0, 3.0], num_images: 600}]."
+            "[{split: held_out, guidance: [1.0, 3.0], num_images: 600}], or say by [] that you measure them yourself."
         )
     return {key: value for key, value in own.items() if key != "every"}
 

@@ -130,6 +130,24 @@ def test_base_against_trained_is_what_a_report_reads(command, models, tiny_check
         assert len(judged.files) == 6 and all((tmp_path / file).is_file() for file in judged.files)
 
 
+def test_a_base_that_is_drawn_once_is_what_each_run_is_compared_with(
+    command, models, tiny_checkpoint, tmp_path, make_policy
+):
+    how = ("--num-images", 6, "--num-steps", 1, "--guidance", 2)
+    assert command(tiny_checkpoint, *models, *how, "--images", "base").exit_code == 0
+    save_adapters(make_policy().adapters, tmp_path / "adapter", metadata={})
+    against = ("--images", "im", "--json", "e.json", "--against")
+    result = command("adapter", "--base", tiny_checkpoint, *models, *how, *against, "base")
+    assert result.exit_code == 0, result.output
+    assert all("base/" in file for file in read_evaluation(tmp_path / "e.json").base[2.0].files)
+    # Another trained model is no base.
+    content = json.loads((tmp_path / "e.json").read_text())
+    content["other"]["drawing"]["adapters"] = {"tokens.safetensors": "0"}
+    (tmp_path / "e.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not measure the base too"):
+        read_evaluation(tmp_path / "e.json")
+
+
 def test_prompts_that_the_detector_sees_give_right_and_wrong_images_as_recomputed(command, models, tmp_path):
     rng = np.random.default_rng(0)
     objects = ["clock", "cake", "zebra", "banana", "backpack", "cow"]

@@ -92,7 +92,7 @@ BROKEN = {
     "is not JSON": lambda run: (run / "eval.json").write_text("{") and run,
     "is no evaluation of base against trained": lambda run: (run / "eval.json").write_text("[]") and run,
     "no verdict an image": lambda run: changed(run, images=[]),
-    "measures one model alone": lambda run: remade_alone(run),
+    "does not measure the base too": lambda run: remade_alone(run),
     "a verdict is true or false": lambda run: changed(run, images=[{"prompt": "", "tag": "", "strict": 1}]),
     "line 1 is no line of a run's metrics": lambda run: (run / "metrics.jsonl").write_text("?\n{}\n") and run,
     "is no image that can be read": lambda run: broken_image(run),

@@ -6,12 +6,14 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from making_runs import write_run
 from rich.console import Console
 from safetensors.torch import load_file
 from sweep_parts import EVALUATE
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
+from agsm_rl.report.load import load
 from agsm_rl.run_folder import MetricsFile, RunFolder
 from agsm_rl.sweep import evaluations
 from agsm_rl.sweep.cell import TimeLimit
@@ -45,6 +47,21 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(evaluations, "measure", noting)
     return made
+
+
+def test_a_sweep_that_measures_nothing_leaves_cells_to_be_measured_and_a_report_of_their_curves(sweep, measured):
+    board, _ = sweep(axes=TWO, name="mine", evaluate=[])
+    assert board.count("done") == 2 and measured == []
+    assert (summary()["reported"], summary()["evaluate"]) == (None, [])
+    assert (cell("half-seed0") / "samples" / "before_after.png").is_file()
+    loaded = load([RUN])
+    assert not loaded.evaluated and [variant.name for variant in loaded.variants] == ["plain", "half"]
+    assert sweep(axes=TWO, name="mine", evaluate=[])[1] == []  # all of it is done
+    # A cell that is measured afterwards is in the report; the other one is told.
+    shutil.copy(write_run(Path("judged")) / "eval.json", cell("half-seed0"))
+    loaded = load([RUN])
+    assert loaded.evaluated and [run.name for run in loaded.runs] == ["half-seed0"]
+    assert [(one.name, one.why) for one in loaded.cells if not one.used] == [("plain-seed0", "was not evaluated")]
 
 
 def test_a_finished_sweep_leaves_run_folders_and_a_summary(sweep):
