@@ -125,7 +125,8 @@ def test_base_against_trained_is_what_a_report_reads(command, models, tiny_check
     found = read_evaluation(tmp_path / "e.json")
     assert (found.suite, found.split, found.guidances, found.verdicts) == ("geneval", "GenEval", [2.0], ["correct"])
     lines = read_results(tmp_path / "im/results.jsonl").rows
-    assert list(found.trained[2.0].marks["correct"]) == [line.correct for line in lines]
+    judged = found.trained[2.0]
+    assert dict(zip(judged.files, judged.marks["correct"], strict=True)) == {row.filename: row.correct for row in lines}
     for judged in (found.base[2.0], found.trained[2.0]):
         assert len(judged.files) == 6 and all((tmp_path / file).is_file() for file in judged.files)
 
