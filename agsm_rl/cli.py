@@ -206,10 +206,9 @@ def sample(
     from agsm_rl.target import open_target
 
     without_loading_bars()
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # before anything is loaded and drawn
-    except OSError as error:
-        raise UserError(f"-o {out}: no folder can be there ({error.strerror}); give another.") from error
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"-o {out}: {place} is a file; give a folder.")
     opened = open_target(target, base=base)
     with opened.using(bank):
         images = draw(
