@@ -45,7 +45,9 @@ class _Commands(TyperGroup):
             launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
             raise typer.Exit(2) from error
-        except OSError as error:  # a file that cannot be read or written; its text names it
+        except OSError as error:
+            if error.filename is None:  # no file's fault
+                raise
             launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
             raise typer.Exit(2) from error

@@ -52,9 +52,11 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
     _check_options(target, options)
     work = _Work.begin(suite, options)
     with _image_place(options) as place:
-        found = work.on(target, place)
         other = None
-        if options.against or options.compare:
+        if options.against and is_image_folder(Path(options.against)) and not _is_drawn(target):
+            other = work.on(options.against, place)  # what is drawn is drawn as these were
+        found = work.on(target, place, like=other)
+        if other is None and (options.against or options.compare):
             other = work.on(options.against, place / ("against" if options.against else "base"), like=found)
         work.wait()
         if not work.gathers and options.shard is None:
@@ -70,6 +72,7 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
             return {}
         content = _tell(found, other, work)
     if json_file is not None:
+        _relate(content, json_file.parent)
         write_text(json_file, json.dumps(content, indent=1) + "\n")
     return content
 
@@ -137,7 +140,7 @@ class _Work:
         """Images that are there already; None if the target is something that draws."""
         path = Path(target)
         if is_image_folder(path):
-            if self.options.num_images is not None and target != self.options.against:
+            if self.options.num_images is not None:
                 raise UserError(
                     f"--num-images: {target} is a folder of images, which is evaluated whole; leave it out."
                 )
@@ -212,6 +215,14 @@ def _tell(found: _Found, other: _Found | None, work: _Work) -> dict[str, Any]:
     return content
 
 
+def _relate(content: dict[str, Any], folder: Path) -> None:
+    """Have the images' files told from the JSON's own folder, so that both can be moved together."""
+    for part in (content, content.get("base", {}), content.get("other", {})):
+        for row in part.get("images", []):
+            if "filename" in row and Path(row["filename"]).exists():
+                row["filename"] = os.path.relpath(row["filename"], folder)
+
+
 def _result(found: _Found, work: _Work) -> Result:
     if found.results is not None:
         return found.results
@@ -242,7 +253,7 @@ def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
 def _check_options(target: str, options: Options) -> None:
     if options.against and options.compare:
         raise UserError("--against and --compare: give one; --compare is against the target's own base.")
-    taken = is_image_folder(Path(target)) or target.endswith(".jsonl")
+    taken = _is_drawn(target)
     if options.compare and taken:
         raise UserError(f"--compare: {target} has no base; name what to compare with by --against.")
     if options.how.prompt_suffix and taken:
@@ -253,6 +264,10 @@ def _check_options(target: str, options: Options) -> None:
         raise UserError("--shard: the shares need a folder to meet in; name it by --images.")
     if options.images is not None and options.images.exists() and not options.images.is_dir():
         raise UserError(f"--images {options.images}: there is a file of that name; give a folder.")
+
+
+def _is_drawn(target: str) -> bool:
+    return is_image_folder(Path(target)) or target.endswith(".jsonl")
 
 
 @contextmanager

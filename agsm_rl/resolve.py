@@ -206,11 +206,16 @@ def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
     """
     taken = {term.name for term in terms}
     names = {}
-    for index in sorted(range(len(terms)), key=lambda index: terms[index].weight == 0):
+    for index in sorted(range(len(terms)), key=lambda index: _never_learns(terms[index])):
         if terms[index].name is None:
             names[index] = _free_name(terms[index].use.rpartition(":")[2], taken)
             taken.add(names[index])
     return names
+
+
+def _never_learns(term: TermBlock) -> bool:
+    weights = term.weight.values() if isinstance(term.weight, dict) else [term.weight]
+    return not any(weights)
 
 
 def _free_name(use: str, taken: Collection[str | None]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
 from agsm_rl.build import build_backbone
@@ -24,11 +24,20 @@ BUILTIN_DRAWING = (3.0, 20)
 """Guidance and steps that suit the small bases, where nothing else is said."""
 
 
+class _Sample(Section):
+    model_config = ConfigDict(extra="ignore")
+
+    guidance: float = Samples().guidance
+    num_steps: int = Samples().num_steps
+
+
 class _Drawn(Section):
-    """What a run's recipe says of drawing with it."""
+    """What a run's recipe says of drawing with it; the rest may be of another version, or name parts not installed."""
+
+    model_config = ConfigDict(extra="ignore")
 
     backbone: Block
-    sample: Samples | None = None
+    sample: _Sample | None = None
 
 
 @dataclass
@@ -74,8 +83,7 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
 def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
-        # Only what is needed: the rest may be of another version, or name parts that are not installed here.
-        given = _Drawn.model_validate({key: recipe[key] for key in _Drawn.model_fields if key in recipe})
+        given = _Drawn.model_validate(recipe)
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
     block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more

@@ -222,7 +222,9 @@ def test_a_run_whose_recipe_was_damaged_is_told(command, tmp_path, text, word):
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(command, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert_told(command("sample", "nowhere", "a red star", "-o", "file/x"), "-o file/x", "file is a file; give a folder")
+    assert_told(
+        command("sample", "nowhere", "a red star", "-o", "file/x"), "-o file/x", "file is a file; give a folder"
+    )
     assert_told(command("world", "file/x"), "Not a directory", "file/x")
 
 

@@ -58,10 +58,11 @@ def test_an_objective_used_twice_gets_two_names():
     assert [term.name for term in Recipe.from_data(content).objectives] == ["agsm", "ddpo", "agsm_2"]
 
 
-def test_a_term_that_never_learns_takes_no_name_from_one_that_does():
+@pytest.mark.parametrize("weight", [0, {0: 0.0, 5: 0.0}])
+def test_a_term_that_never_learns_takes_no_name_from_one_that_does(weight):
     # Noise hangs on the name.
     content = copy.deepcopy(CONTENT)
-    content["objectives"].insert(0, copy.deepcopy(content["objectives"][0]) | {"weight": 0})
+    content["objectives"].insert(0, copy.deepcopy(content["objectives"][0]) | {"weight": weight})
     assert [term.name for term in Recipe.from_data(content).objectives] == ["agsm_2", "agsm", "ddpo"]
 
 

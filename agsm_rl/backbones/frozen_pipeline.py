@@ -37,6 +37,8 @@ Device = Annotated[str | torch.device, AfterValidator(check_device)]
 def _moved(pipeline: Any, device: str | torch.device) -> Any:
     try:
         return pipeline.to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.evaluate.prompts import BUILTIN, read_prompts
+from agsm_rl.evaluate.prompts import read_prompts
 from agsm_rl.evaluate.suite import Suite
 
 if TYPE_CHECKING:
@@ -77,16 +77,20 @@ def make_suite(
         return GenEval(detector=given.detector or DETECTOR, classifier=given.classifier or CLASSIFIER)
     if suite == "rewards":
         from agsm_rl.evaluate.rewards import Rewards, parse_rewards, rewards_of
+        from agsm_rl.evaluate.shapes import suite_prompts
 
-        own = _own_evaluation(Path(target))
-        if own is not None and given.prompts is None:
-            given = replace(given, prompts=BUILTIN, prompt_split=given.prompt_split or own.split)
+        named = given.reward or given.rewards_file
+        own = None if named and given.prompts else _own_evaluation(Path(target))
+        prompts, where = _prompts(given, num_images), str(Path(target) / "recipe.yaml")
+        if own is not None and not prompts:
+            texts = suite_prompts(own.split, num_images or own.num_images, own.seed)
+            prompts = {index: {"prompt": text} for index, text in enumerate(texts)}
         specs = (
-            rewards_of(own, where=str(Path(target) / "recipe.yaml"), allow_imports=allow_imports)
-            if own is not None and own.rewards and not (given.reward or given.rewards_file)
+            rewards_of(own, where=where, allow_imports=allow_imports)
+            if own is not None and own.rewards and not named
             else parse_rewards(given.reward, given.rewards_file, allow_imports=allow_imports)
         )
-        return Rewards(specs, _prompts(given, num_images), allow_imports=allow_imports)
+        return Rewards(specs, prompts, allow_imports=allow_imports)
     if suite == "fid":
         from agsm_rl.evaluate.fid import FID
 

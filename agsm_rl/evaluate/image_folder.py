@@ -20,6 +20,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.run_folder import write_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Whatever a file's name says: Pillow would hand others, such as PostScript, to other programs."""
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 
 
@@ -70,7 +72,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def open_picture(path: Path) -> Image.Image:
     """The whole picture in RGB, upright; UserError if it is torn or no picture."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: it cannot be read as a picture ({error}); draw or copy it again.") from error

@@ -71,9 +71,10 @@ def parse_rewards(
 
 
 def rewards_of(evaluate: Evaluate, *, where: str, allow_imports: Collection[str] = ()) -> list[RewardSpec]:
-    """Those that a run's recipe evaluates; each counts once in `overall`."""
+    """Those that a run's recipe evaluates; each counts once in `overall`, whatever it is called there."""
     parts = Parts(where=f"{where}: evaluate.rewards", allow_imports=allow_imports)
-    return [_spec(entry.use, entry.options, 1.0, parts) for entry in in_evaluation(evaluate.rewards)]
+    specs = [_spec(entry.use, entry.options, 1.0, parts) for entry in in_evaluation(evaluate.rewards)]
+    return list({spec.label: spec for spec in specs}.values())
 
 
 @dataclass(frozen=True)

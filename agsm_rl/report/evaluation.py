@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Evaluation:
     """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
 
     `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
-    behind each prompt, `bank` is what the trained model drew with.
+    behind each prompt, `bank` is what the trained model drew with. `adapters`: the SHA-256 of its files, where told.
     """
 
     suite: str
@@ -55,6 +55,7 @@ class Evaluation:
     trained: dict[float, Judged]
     step: int | None
     agreement: tuple[str, ...]
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def score(self, judged: Judged, verdict: str) -> float:
         """Share right, the mean over tags."""
@@ -101,7 +102,8 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
-    if not content.get("images"):
+    names = OF_SUITE[str(content["suite"])][1] if content["suite"] in OF_SUITE else VERDICTS
+    if not content.get("images") or not any(name in content["images"][0] for name in names):
         raise UserError(
             f"{path}: its suite {content.get('suite')!r} has no verdict an image, so nothing can be paired. A report "
             "wants an evaluation of the suite shapes or geneval with `images` in it."
@@ -114,8 +116,8 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
             "noise, as `agsm-rl train`, `agsm-rl eval --compare --json`, or `--against` the base's images write it."
         )
     entries = [content, *content.get("other_guidances", [])]
-    trained = {float(entry["guidance"]): _judged(entry) for entry in entries}
-    base = {float(entry["guidance"]): _judged(entry["base"]) for entry in entries}
+    trained = {float(entry["guidance"]): _judged(entry, names) for entry in entries}
+    base = {float(entry["guidance"]): _judged(entry["base"], names) for entry in entries}
     asked = _asked(content)
     for entry in entries:
         if _asked(entry) != asked or _asked(entry["base"]) != asked:
@@ -135,18 +137,24 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         trained=trained,
         step=None if content.get("step") is None else int(content["step"]),
         agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
+        adapters=dict((content.get("drawing") or {}).get("adapters", {})),
     )
 
 
 def _is_the_base(other: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
     """Whether another target's images are the base's, drawn once for several runs from the same noise."""
     theirs, ours = other.get("drawing") or {}, content.get("drawing") or {}
-    same = ("backbone", "guidance", "num_steps", "prompt_suffix")
     return (
         content.get("same_noise") is True
         and theirs.get("adapters") == {}
-        and all(theirs.get(key) == ours.get(key) for key in same)
+        and _loaded(theirs) == _loaded(ours)
+        and all(theirs.get(key) == ours.get(key) for key in ("guidance", "num_steps", "prompt_suffix", "dtype"))
     )
+
+
+def _loaded(drawing: Mapping[str, Any]) -> dict[str, Any]:
+    """What a backbone was loaded from; `use` may say the same in two ways, and what is null is not said by all."""
+    return {key: value for key, value in drawing.get("backbone", {}).items() if value is not None and key != "use"}
 
 
 def _asked(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -154,14 +162,13 @@ def _asked(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(row["prompt"]), str(row["tag"])) for row in entry["images"]]
 
 
-def _judged(entry: Mapping[str, Any]) -> Judged:
+def _judged(entry: Mapping[str, Any], names: Mapping[str, str]) -> Judged:
     rows = entry["images"]
-    marks = {name: np.array([_mark(row[name]) for row in rows]) for name in VERDICTS if name in rows[0]}
-    if not marks:
-        raise KeyError(f"images[0] has no verdict ({' or '.join(VERDICTS)})")
+    marks = {name: np.array([_mark(row[name]) for row in rows]) for name in names if name in rows[0]}
     reasons = tuple(str(row.get("reason", "")) for row in rows)
     rewards = {str(name): float(value) for name, value in entry.get("rewards", {}).items()}
-    return Judged(marks, reasons, rewards, tuple(str(row["filename"]) for row in rows if "filename" in row))
+    files = tuple(str(row["filename"]) for row in rows if "filename" in row)
+    return Judged(marks, reasons, rewards, files if len(files) == len(rows) else ())
 
 
 def _mark(value: Any) -> bool:

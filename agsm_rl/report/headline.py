@@ -43,10 +43,9 @@ def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
 def reach(loaded: Loaded) -> str:
     """On how many images and seeds, and what the intervals cover."""
     if not loaded.evaluated:
-        run = loaded.runs[0].path
         return (
-            f"To compare with the base: agsm-rl eval {run} --suite geneval --compare --json {run}/eval.json, and the "
-            "report again."
+            "To compare with the base: agsm-rl eval RUN --suite geneval --compare --images RUN/geneval --json "
+            "RUN/eval.json, and the report again."
         )
     evaluation = loaded.evaluation
     counts = [len(variant.runs) for variant in loaded.variants]

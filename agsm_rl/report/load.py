@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -117,16 +118,28 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
         raise UserError(
             f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
         )
-    validation = path / "eval-validation.json"
+    evaluation = read_evaluation(folder.eval) if measured else NOTHING
+    _check_measured(evaluation, folder)
+    validation = read_evaluation(other) if (other := path / "eval-validation.json").is_file() else None
     return Run(
         name=name or path.resolve().name,
         path=path,
         variant=variant,
         seed=int(recipe.get("seed", 0)),
         recipe=recipe,
-        evaluation=read_evaluation(folder.eval) if measured else NOTHING,
-        validation=read_evaluation(validation) if validation.is_file() else None,
+        evaluation=evaluation,
+        validation=validation if validation is not None and validation.suite == evaluation.suite else None,
     )
+
+
+def _check_measured(evaluation: Evaluation, folder: RunFolder) -> None:
+    """UserError when what was measured is not what the run came to, because it has gone on since."""
+    for name, digest in evaluation.adapters.items():
+        file = folder.adapter / name
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise UserError(
+                f"{folder.eval}: measures another {name} than {file}: the run has gone on since. Measure it again."
+            )
 
 
 def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
@@ -206,7 +219,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 f"{without.path}: was not evaluated, but {other.path} was. Evaluate it alike (`agsm-rl eval "
                 f"{without.path} --suite … --compare --json {without.path}/eval.json`), or report it apart."
             )
-        for what, of in SAME.items():
+        for what, of in SAME.items() if first.evaluation is not NOTHING else ():
             if of(run) != of(first):
                 shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
                 raise UserError(

@@ -413,7 +413,7 @@ function drawPictures() {
     return { model, rows: at && (model.base ? at.base : at.variants[model.name]) };
   });
   const kept = shown.filter((one) => one.rows);
-  if (!kept.length) return fill("pictures-grid", empty("The runs shown kept no single images at this guidance (samples/eval in their folders)."));
+  if (!kept.length) return fill("pictures-grid", empty("The runs shown kept no single images at this guidance (in their folders: samples/eval, or where eval.json says)."));
   const cards = data.pictures.prompts.flatMap((prompt, number) => {
     const shots = kept.map((one) => ({ model: one.model, shot: one.rows[number] })).filter((one) => one.shot);
     const marks = new Set(shots.map((one) => one.shot[state.verdict]));

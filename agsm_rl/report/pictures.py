@@ -14,9 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from agsm_rl.errors import UserError
+from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.report.evaluation import OF_SUITE, Evaluation, Judged
 from agsm_rl.report.load import Loaded, Run
 from agsm_rl.report.views import BASE, measured_of
@@ -56,9 +54,10 @@ def sheets(loaded: Loaded) -> list[tuple[str, str]]:
     """Where nothing was evaluated: each variant's sample grid as a data URI, base above trained or the newest."""
     found = []
     for variant in loaded.variants if not loaded.evaluated else ():
-        samples = RunFolder(variant.runs[0].path).samples
-        files = [samples / "before_after.png", *sorted(samples.glob("step-*.png"), reverse=True)]
-        found += [(variant.name, _data_uri(file, largest=SHEET)) for file in files if file.is_file()][:1]
+        run = variant.runs[0]
+        steps = sorted(RunFolder(run.path).samples.glob("step-*.png"), reverse=True)
+        files = [_inside(run, f"samples/{name}") for name in ("before_after.png", *(step.name for step in steps))]
+        found += [(variant.name, _data_uri(file, largest=SHEET)) for file in files if file is not None][:1]
     return found
 
 
@@ -102,23 +101,21 @@ def _entries(
 
 def _file(run: Run, guidance: float, side: str, judged: Judged, number: int) -> Path | None:
     """An image's file in the run's folder; None if there is none."""
-    if judged.files:
-        path = Path(judged.files[number])
-        inside = path.resolve().is_relative_to(run.path.resolve())
-    else:
-        path = RunFolder(run.path).samples / "eval" / f"guidance-{guidance:g}" / side / f"{number:04d}.png"
-        inside = True
-    return path if inside and path.is_file() else None
+    name = f"samples/eval/guidance-{guidance:g}/{side}/{number:04d}.png"
+    return _inside(run, judged.files[number] if judged.files else name)
+
+
+def _inside(run: Run, name: str) -> Path | None:
+    """The file if it is there; a stranger's folder may name, or link to, what lies elsewhere: that is none."""
+    try:
+        path = run.path / name
+        return path if path.resolve().is_relative_to(run.path.resolve()) and path.is_file() else None
+    except ValueError:  # a null byte
+        return None
 
 
 def _data_uri(path: Path, *, largest: int = LARGEST) -> str:
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(
-            f"{path}: is no image that can be read ({error}); delete it, or evaluate the run again."
-        ) from error
+    picture = open_picture(path)
     small = max(picture.size) <= LOSSLESS
     picture.thumbnail((largest, largest))
     file = BytesIO()

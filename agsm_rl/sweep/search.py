@@ -46,7 +46,7 @@ def search(runner: Runner) -> None:
     )
     known: list[FrozenTrial] = study.get_trials(deepcopy=False)
     # A sampler begins its random numbers anew in each session: with the same seed it would suggest the same again.
-    study.sampler = optuna.samplers.TPESampler(seed=options.seed + len(known), constant_liar=True)
+    study.sampler = optuna.samplers.TPESampler(seed=(options.seed + len(known)) % 2**32, constant_liar=True)
     _queue_again(
         study, [trial for trial in known if trial.state == TrialState.RUNNING or BROKEN_OFF in trial.user_attrs]
     )

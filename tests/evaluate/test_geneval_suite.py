@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from tiny_detectors import save_tiny_clip, save_tiny_detector
 from typer.testing import CliRunner
@@ -136,17 +137,24 @@ def test_a_base_that_is_drawn_once_is_what_each_run_is_compared_with(
 ):
     how = ("--num-images", 6, "--num-steps", 1, "--guidance", 2)
     assert command(tiny_checkpoint, *models, *how, "--images", "base").exit_code == 0
-    save_adapters(make_policy().adapters, tmp_path / "adapter", metadata={})
-    against = ("--images", "im", "--json", "e.json", "--against")
-    result = command("adapter", "--base", tiny_checkpoint, *models, *how, *against, "base")
+    backbone = {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "unet": None, "device": "cpu"}
+    save_adapters(make_policy().adapters, tmp_path / "run/adapter", metadata={})
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump({"backbone": backbone}))
+    # Guidance and steps are those that the base was drawn with, not the run's own.
+    images = ("--images", "run/geneval", "--json", "run/e.json")
+    result = command("run", *models, *images, "--against", "base")
     assert result.exit_code == 0, result.output
-    assert all("base/" in file for file in read_evaluation(tmp_path / "e.json").base[2.0].files)
+    found = read_evaluation(tmp_path / "run/e.json")
+    assert (found.guidances, found.num_steps, len(found.prompts)) == ([2.0], 1, 6)
+    for judged, place in ((found.base[2.0], "base"), (found.trained[2.0], "run/geneval")):
+        assert all((tmp_path / "run" / file).resolve().is_relative_to(tmp_path / place) for file in judged.files)
+    assert command("run", *models, *images, "--against", "base", "--num-images", 4).exit_code == 2
     # Another trained model is no base.
-    content = json.loads((tmp_path / "e.json").read_text())
+    content = json.loads((tmp_path / "run/e.json").read_text())
     content["other"]["drawing"]["adapters"] = {"tokens.safetensors": "0"}
-    (tmp_path / "e.json").write_text(json.dumps(content))
+    (tmp_path / "run/e.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="does not measure the base too"):
-        read_evaluation(tmp_path / "e.json")
+        read_evaluation(tmp_path / "run/e.json")
 
 
 def test_prompts_that_the_detector_sees_give_right_and_wrong_images_as_recomputed(command, models, tmp_path):

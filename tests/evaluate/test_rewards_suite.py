@@ -13,7 +13,7 @@ from agsm_rl.attachment import save_adapters
 from agsm_rl.cli import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.rewards import RewardsResult, parse_rewards
-from agsm_rl.shapes.data import prompts
+from agsm_rl.evaluate.shapes import suite_prompts
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_more_images_than_prompts_are_further_images_of_them(command, tmp_path, 
 def test_a_run_is_measured_by_its_own_rewards_on_its_own_prompts(command, tmp_path, tiny_checkpoint, make_policy):
     content = {
         "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
-        "evaluate": {"split": "validation", "rewards": {"light": {"use": "brightness"}}},
+        "evaluate": {"split": "validation", "seed": 5, "rewards": {"light": {"use": "brightness"}}},
     }
     save_adapters(make_policy().adapters, tmp_path / "run/adapter", metadata={})
     (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(content))
@@ -139,7 +139,7 @@ def test_a_run_is_measured_by_its_own_rewards_on_its_own_prompts(command, tmp_pa
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "e.json").read_text())
     assert list(found["tags"]) == ["brightness"]
-    assert {row["prompt"] for row in found["images"]} <= set(prompts("validation", 3, seed=0))
+    assert [row["prompt"] for row in found["images"]] == suite_prompts("validation", 3, 5)
     given = command("run", *how, "--reward", "jpeg_compressibility")
     assert given.exit_code == 0 and list(json.loads((tmp_path / "e.json").read_text())["tags"]) == [
         "jpeg_compressibility"

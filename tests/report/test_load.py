@@ -95,7 +95,7 @@ BROKEN = {
     "does not measure the base too": lambda run: remade_alone(run),
     "a verdict is true or false": lambda run: changed(run, images=[{"prompt": "", "tag": "", "strict": 1}]),
     "line 1 is no line of a run's metrics": lambda run: (run / "metrics.jsonl").write_text("?\n{}\n") and run,
-    "is no image that can be read": lambda run: broken_image(run),
+    "cannot be read as a picture": lambda run: broken_image(run),
 }
 
 

@@ -9,9 +9,11 @@ from statistics import mean
 
 import pytest
 from making_runs import TAGS, by_geneval, not_evaluated, write_run, write_sweep
+from PIL import Image
 from typer.testing import CliRunner
 
 from agsm_rl.cli import app
+from agsm_rl.errors import UserError
 from agsm_rl.report.load import load
 from agsm_rl.report.page import render, write_report
 
@@ -208,6 +210,43 @@ def test_pictures_outside_a_run_s_folder_are_not_taken(tmp_path):
     content = (run / "eval.json").read_text()
     (run / "eval.json").write_text(content.replace(str(run / "geneval"), str(tmp_path / "elsewhere")))
     assert page(run).data["pictures"]["images"] == {}
+
+
+def test_a_link_out_of_a_run_s_folder_is_not_followed(tmp_path):
+    run, other = write_run(tmp_path / "mine"), not_evaluated(write_run(tmp_path / "other"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    for picture in [*run.rglob("0*.png"), *other.rglob("*.png")]:
+        picture.unlink()
+        picture.symlink_to(tmp_path / "private.png")
+    assert page(run).data["pictures"]["images"] == {}
+    assert not any(str(one).startswith("data:image") for one in page(other).references)
+
+
+@pytest.mark.parametrize("harm", ["null byte", "not all", "a verdict of another suite"])
+def test_what_is_odd_in_an_evaluation_by_geneval_costs_pictures_at_most(tmp_path, harm):
+    run = by_geneval(write_run(tmp_path / "mine"), trained=0.8)
+    content = json.loads((run / "eval.json").read_text())
+    for row in [*content["images"], *content["base"]["images"]]:
+        row |= {"filename": "a\0b"} if harm == "null byte" else {"strict": True} if harm.startswith("a verdict") else {}
+    if harm == "not all":
+        del content["images"][3]["filename"]
+    (run / "eval.json").write_text(json.dumps(content))
+    found = page(run).data
+    assert list(found["verdicts"]) == ["correct"]
+    assert bool(found["pictures"]["shown"].get("4", {}).get("variants")) is harm.startswith("a verdict")
+
+
+def test_a_run_that_went_on_after_it_was_measured_is_told(tmp_path):
+    run = by_geneval(write_run(tmp_path / "mine"), trained=0.8)
+    content = json.loads((run / "eval.json").read_text())
+    (run / "adapter").mkdir()
+    (run / "adapter" / "tokens.safetensors").write_bytes(b"of step 2")
+    digests = {"tokens.safetensors": hashlib.sha256(b"of step 2").hexdigest()}
+    (run / "eval.json").write_text(json.dumps(content | {"drawing": {"adapters": digests}}))
+    assert load([run]).evaluated
+    (run / "adapter" / "tokens.safetensors").write_bytes(b"of step 3")
+    with pytest.raises(UserError, match="gone on since"):
+        load([run])
 
 
 def test_curves_have_steps_seconds_and_images_so_far(tmp_path):
