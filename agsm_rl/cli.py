@@ -41,12 +41,8 @@ class _Commands(TyperGroup):
 
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            launched.let_the_first_speak()
-            typer.echo(f"agsm-rl: {error}", err=True)
-            raise typer.Exit(2) from error
-        except OSError as error:
-            if error.filename is None:  # no file's fault
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:  # no file's fault
                 raise
             launched.let_the_first_speak()
             typer.echo(f"agsm-rl: {error}", err=True)
