@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.image_folder import sha256
 from agsm_rl.recipe_file import read_yaml
 from agsm_rl.report.evaluation import NOTHING, Evaluation, read_evaluation
 from agsm_rl.run_folder import RunFolder, seed_suffix
@@ -136,7 +136,7 @@ def _check_measured(evaluation: Evaluation, folder: RunFolder) -> None:
     """UserError when what was measured is not what the run came to, because it has gone on since."""
     for name, digest in evaluation.adapters.items():
         file = folder.adapter / name
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if file.is_file() and sha256(file) != digest:
             raise UserError(
                 f"{folder.eval}: measures another {name} than {file}: the run has gone on since. Measure it again."
             )
