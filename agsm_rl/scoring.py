@@ -16,6 +16,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.in_flight import InFlight
 from agsm_rl.interfaces import Reward
+from agsm_rl.precision import own_precision
 
 Normalise = Literal["raw", "z_score"]
 
@@ -39,11 +40,11 @@ class WeightedReward:
 
 
 def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
-    """The rewards as WeightedRewards; UserError if there are none, two of one name, or all have weight 0."""
-    found = [
-        one if isinstance(one, WeightedReward) else WeightedReward(one[0], float(one[1]), one[0].name)
-        for one in rewards
-    ]
+    """The rewards as WeightedRewards, a plain function as a FunctionReward; UserError if none can be learned from.
+
+    That is where there are none, two have one name, or all have weight 0.
+    """
+    found = [one if isinstance(one, WeightedReward) else _weighted(*one) for one in rewards]
     if not found:
         raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
     names = [one.name for one in found]
@@ -62,6 +63,14 @@ def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> l
     return found
 
 
+def _weighted(reward: Reward, weight: float) -> WeightedReward:
+    if not hasattr(reward, "name"):
+        from agsm_rl_rewards.functions import FunctionReward
+
+        reward = FunctionReward(reward)
+    return WeightedReward(reward, float(weight), reward.name)
+
+
 def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: str | None = None) -> Tensor:
     """The reward's scores [B]; UserError naming the reward when it fails, or they have another shape or are not finite.
 
@@ -69,7 +78,9 @@ def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: s
     """
     who = f"reward '{name or reward.name}'"
     try:
-        score = reward(images, prompts)
+        # A reward's scale is its own network's: the same in training as where the run's images are judged.
+        with own_precision(images.device):
+            score = reward(images, prompts)
     except UserError:
         raise
     except Exception as error:

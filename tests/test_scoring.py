@@ -75,3 +75,28 @@ def test_a_weighted_reward_unpacks_as_the_pair_that_it_was_given_as():
 def test_reward_backpropagation_refuses_a_normalised_reward():
     with pytest.raises(UserError, match="normalise 'z_score' is for rollouts.*leave it raw"):
         RewardBackprop([WeightedReward(Brightness(), 1.0, "brightness", "z_score")])
+
+
+def test_a_reward_s_network_computes_in_its_own_precision_under_the_run_s_mixed_precision():
+    weight = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+
+    def network(images, prompts):
+        return torch.nn.functional.linear(images.flatten(1), weight)[:, 0]
+
+    images = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    rewards = check_rewards([(network, 1.0)])
+    expected, _ = weighted_scores(rewards, images, ["a"] * 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images, []).dtype == torch.bfloat16
+        found, _ = weighted_scores(rewards, images, ["a"] * 4)
+    assert torch.equal(found, expected)
+
+
+def test_a_plain_function_is_a_reward_in_python_too():
+    def red(images, prompts):
+        return [float(image[0].mean()) for image in images]
+
+    (one,) = check_rewards([(red, 2.0)])
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert one.name == "red" and one.weight == 2.0
+    torch.testing.assert_close(checked_score(one.reward, images, ["a", "b"]), images[:, 0].mean(dim=(1, 2)))

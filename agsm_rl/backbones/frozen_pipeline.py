@@ -15,6 +15,7 @@ from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
+from agsm_rl.precision import own_precision
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")
@@ -259,9 +260,13 @@ class FrozenPipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it."""
+        """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it.
+
+        In the VAE's own precision, so that latents that are kept and those of a run are the same.
+        """
         config = self._vae.config
-        latents = self._vae.encode((2 * images - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
+        with own_precision(self.device):
+            latents = self._vae.encode((2 * images - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
         return ((latents - (config.shift_factor or 0.0)) * config.scaling_factor).to(images.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups, own_prompts
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32
+from agsm_rl.precision import at_least_float32, own_precision
 
 PREFERENCES = ("plackett_luce", "bradley_terry")
 
@@ -47,10 +47,12 @@ def guided_score_loss(
     is_own = own_prompts(own, live.shape[1])
     reward = -((target - ema) ** 2).mean(dim=(2, 3, 4))
     weights = torch.softmax(reward / temperature, dim=1)
-    if preference == "plackett_luce":
-        delta = ema - torch.einsum("bp,bpchw->bchw", weights, ema)[:, None]
-    else:
-        delta = _bradley_terry(ema, reward / temperature, is_own)
+    # Δ is a small difference of like predictions: half precision would round much of it away.
+    with own_precision(ema.device):
+        if preference == "plackett_luce":
+            delta = ema - torch.einsum("bp,bpchw->bchw", weights, ema)[:, None]
+        else:
+            delta = _bradley_terry(ema, reward / temperature, is_own)
 
     def error(guided: Tensor, chosen: Tensor) -> Tensor:
         return ((live - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Cond, Shard
+from agsm_rl.precision import own_precision
 from agsm_rl.sources import images
 from agsm_rl.sources.kept_rows import Content, KeptRows
 
@@ -153,8 +154,7 @@ class EncodingCache:
             except UserError as error:
                 contents[number] = str(error)
         if pixels:
-            with _own_precision(backbone):
-                latents = backbone.encode_images(torch.stack([*pixels.values()]).to(backbone.device))
+            latents = backbone.encode_images(torch.stack([*pixels.values()]).to(backbone.device))
             _check_finite(latents, f"{self._where}: the latents of its images", backbone)
             for number, one in zip(pixels, latents.bfloat16().cpu(), strict=True):
                 contents[number] = {"latents": one.contiguous()}
@@ -182,7 +182,7 @@ def unpack(row: Mapping[str, Tensor]) -> Tensor:
 
 
 def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
-    with _own_precision(backbone):
+    with own_precision(backbone.device):  # what is kept must not depend on who made it
         cond = backbone.encode_text(captions)
     _check_finite(cond.embeds, "the encoded captions", backbone)
     rows = [pack(embeds) for embeds in cond.embeds]
@@ -190,11 +190,6 @@ def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
         for row, pooled in zip(rows, cond.pooled.bfloat16().cpu(), strict=True):
             row["pooled"] = pooled.contiguous()
     return [*rows]
-
-
-def _own_precision(backbone: Backbone) -> torch.autocast:
-    """Without the run's mixed precision: what is kept must not depend on who made it."""
-    return torch.autocast(backbone.device.type, enabled=False)
 
 
 def _check_finite(encoded: Tensor, what: str, backbone: Backbone) -> None:

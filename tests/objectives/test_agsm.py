@@ -149,3 +149,14 @@ def test_impossible_options_are_refused(options):
 def test_a_batch_of_broken_groups_is_refused():
     with pytest.raises(UserError, match="no multiple of group_size 4"):
         AGSM().check(6)
+
+
+@pytest.mark.parametrize("preference", ["plackett_luce", "bradley_terry"])
+def test_mixed_precision_does_not_round_the_guidance(preference):
+    live, ema, target, own = grid()
+    ema = ema[:, :1] + 0.01 * ema  # predictions under different prompts are much alike
+    live.requires_grad_(True)
+    loss, _ = guided_score_loss(live, ema, target, own=own, preference=preference)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = guided_score_loss(live, ema, target, own=own, preference=preference)
+    assert torch.equal(mixed, loss)
