@@ -223,6 +223,8 @@ class Batch:
 
     shared: ClassVar[tuple[str, ...]] = ()
     """Fields that do not have one entry a row."""
+    given_by: ClassVar[str] = ""
+    """For messages: which options of a source give such a batch, where it is a question of options."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class RolloutBatch(RewardedBatch):
     """The steps' distributions under the live policy, with gradients, where the source kept them."""
 
     shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph")
+    given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"
 
 
 class Source(Protocol):
@@ -342,7 +345,10 @@ class Reward(Protocol):
 
 
 class Objective(Protocol):
-    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out."""
+    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out.
+
+    One that takes no noise levels from `policy.draw` says `draws_t = False`: a term's `t` is then refused.
+    """
 
     consumes: ClassVar[type[Batch]]
 

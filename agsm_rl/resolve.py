@@ -20,6 +20,7 @@ from agsm_rl.recipe import Block, Evaluate, Recipe, TermBlock, refuse
 from agsm_rl.reward_entries import SCORES, RewardEntry, in_evaluation, in_source
 
 if TYPE_CHECKING:
+    from agsm_rl.interfaces import Batch
     from agsm_rl.scoring import WeightedReward
 
 TRACKERS = {
@@ -277,7 +278,7 @@ def _check_path(block: Block, parts: Parts, place: str) -> None:
         )
 
 
-def _mismatch(use: str, block: Block, consumes: type, gives: type, parts: Parts, place: str) -> UserError:
+def _mismatch(use: str, block: Block, consumes: type[Batch], gives: type[Batch], parts: Parts, place: str) -> UserError:
     fitting = registry.names_that("sources", lambda found: issubclass(found.gives, consumes))
     works = f"sources that work: {', '.join(fitting)}" if fitting else "no installed source gives that"
     views = registry.names_that("views", lambda found: issubclass(found.gives, consumes))
@@ -285,7 +286,8 @@ def _mismatch(use: str, block: Block, consumes: type, gives: type, parts: Parts,
     return refuse(
         parts.where,
         place,
-        f"'{use}' learns from a {consumes.__name__}, but '{block.use}' gives a {gives.__name__}; {works}.",
+        f"'{use}' learns from a {consumes.__name__}, but '{block.use}' gives a {gives.__name__}; "
+        f"{works}{consumes.given_by}.",
     )
 
 

@@ -81,6 +81,12 @@ def step_distributions(
     return [sampler.transition(k, states[:, place], predictions[:, place], eta=eta) for place, k in enumerate(steps)]
 
 
+def noisy_steps(sampler: Sampler, num_steps: int, *, eta: float) -> tuple[int, ...]:
+    """The steps that leave something to chance (standard deviation above 0), of all `num_steps`."""
+    nothing = torch.zeros(1, 1, 1, 1)
+    return tuple(k for k in range(num_steps) if sampler.transition(k, nothing, nothing, eta=eta)[1] > 0)
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std²) averaged (not summed) over the elements of each row, [B]; x and mean [B, ...], std 0-d.
 

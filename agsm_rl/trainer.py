@@ -54,6 +54,7 @@ class Term:
         if not issubclass(gives, consumes):
             raise UserError(
                 f"{self.name}: it learns from a {consumes.__name__}, but its {giver} gives a {gives.__name__}"
+                f"{consumes.given_by}"
             )
         if self.every < 1:
             raise UserError(f"{self.name}: every is {self.every}, but it must be 1 or more")
@@ -61,6 +62,11 @@ class Term:
             raise UserError(f"{self.name}: offset is {self.offset}, but it must be 0 or more")
         if not 0 <= self.t[0] < self.t[1] <= 1:
             raise UserError(f"{self.name}: t is {list(self.t)}, but it must be [low, high] with 0 <= low < high <= 1")
+        if tuple(self.t) != (0.0, 1.0) and not getattr(self.objective, "draws_t", True):
+            raise UserError(
+                f"{self.name}: t is {list(self.t)}, but it learns from the steps by which images are drawn, and takes "
+                f"no noise levels; leave t out"
+            )
 
     def weight_at(self, step: int) -> float:
         """The weight at a step (counted from 0)."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from agsm_rl_rewards.brightness import Brightness
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agsm_rl.adapters.lora import LoRA
@@ -13,6 +14,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.objectives.flow_grpo import FlowGRPO
+from agsm_rl.objectives.reward_backprop import RewardBackprop
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
 
@@ -214,6 +217,12 @@ def test_two_terms_of_one_name_are_refused(make_policy, make_pairs):
 def test_a_source_that_gives_another_batch_than_the_objective_consumes_is_refused(make_pairs):
     with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a PairBatch"):
         Term(DDPO(), make_pairs(), name="ddpo")
+
+
+@pytest.mark.parametrize("objective", [DDPO(), FlowGRPO(), RewardBackprop([(Brightness(), 1.0)])])
+def test_a_range_of_noise_levels_is_refused_where_none_are_drawn(make_rollouts, objective):
+    with pytest.raises(UserError, match=r"term: t is \[0.5, 1.0\], but .* leave t out"):
+        Term(objective, make_rollouts(), name="term", t=(0.5, 1.0))
 
 
 def test_a_shared_source_draws_the_same_whichever_terms_learn_from_it(make_policy, make_rollouts):

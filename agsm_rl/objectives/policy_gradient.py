@@ -55,6 +55,7 @@ class PolicyGradient:
     """
 
     consumes: ClassVar[type[Batch]] = RolloutBatch
+    draws_t: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -85,6 +86,10 @@ class PolicyGradient:
         Where the rollouts kept their graph, the activations of all images are held already, and a backward pass frees
         those of all images: they are not cut.
         """
+        if not batch.steps:
+            raise UserError(
+                f"none of the {batch.num_steps} sampling steps has noise; set the rollouts' num_steps to 2 or more"
+            )
         kept = batch.graph is not None and batch.graph.holds(batch.steps)
         count = max(1, round(self.timestep_fraction * len(batch.steps)))
         places = torch.linspace(0, len(batch.steps) - 1, count).round().long()

@@ -71,6 +71,7 @@ class RewardBackprop:
     """
 
     consumes: ClassVar[type[Batch]] = Batch
+    draws_t: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
 from agsm_rl.limits import MAX_SAMPLING_STEPS
 from agsm_rl.policy import Policy
 from agsm_rl.randomness import Draw
-from agsm_rl.sampling import KeptGraph, gaussian_log_prob, step_distribution
+from agsm_rl.sampling import KeptGraph, gaussian_log_prob, noisy_steps, step_distribution
 from agsm_rl.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
@@ -28,7 +28,9 @@ class Rollouts:
     `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs or
     WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
     settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
-    learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA.
+    learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA,
+    whose path no policy gradient can learn from (its ratios are to the parameters that drew), so that none is kept.
+    Steps without noise, such as a flow's last, are not among those that are learned from.
     `updates` steps of the trainer learn from each draw, each from its own share of the images. Images are drawn
     `sample_batch_size` at a time; rewards that run elsewhere score one such batch while the next is drawn.
 
@@ -104,7 +106,8 @@ class Rollouts:
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
         self.sample_batch_size, self.drawn_by, self.advantages = sample_batch_size, drawn_by, advantages
-        if eta == 0:
+        self.keep_path = eta > 0 and drawn_by == "live"
+        if not self.keep_path:
             self.gives = RewardedBatch
 
     @property
@@ -165,7 +168,7 @@ class Rollouts:
                         num_steps=self.num_steps,
                         guidance=self.guidance,
                         eta=self.eta,
-                        keep_path=self.eta > 0,
+                        keep_path=self.keep_path,
                         graph=graph,
                     )
                     parts.append(drawn)
@@ -179,14 +182,14 @@ class Rollouts:
         worth, advantages = self._worth(scores, prompts)
         found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": latents}
         found |= {"rewards": worth[rows].to(latents.device), "advantages": advantages[rows].to(latents.device)}
-        if self.eta == 0:
+        if not self.keep_path:
             return RewardedBatch(**found)
         return RolloutBatch(
             **found,
             trajectory=trajectory,
             log_probs=log_probs,
             num_steps=self.num_steps,
-            steps=tuple(range(self.num_steps)),
+            steps=noisy_steps(policy.backbone.sampler(self.num_steps), self.num_steps, eta=self.eta),
             guidance=self.guidance,
             eta=self.eta,
             graph=graph,
@@ -268,7 +271,10 @@ class Rollouts:
         # Checkpoints of earlier versions have none: their rewards were all raw.
         own = state.get("own_histories", {})
         self._own_histories = {name: self._continued(histories) for name, histories in own.items()}
-        self._pending = deque(self.gives(**kept) for kept in state["pending"])
+        # Checkpoints of earlier versions hold the path of what the EMA drew too.
+        wanted = {item.name for item in fields(self.gives)}
+        parts = [{name: value for name, value in kept.items() if name in wanted} for kept in state["pending"]]
+        self._pending = deque(self.gives(**part) for part in parts)
         self._metrics = dict(state["metrics"])
 
     def _continued(self, histories: Mapping[str, list[float]]) -> Histories:
@@ -325,7 +331,7 @@ def draw_trajectories(
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
 
     Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
-    gradients from its mean to the parameters; none go from one step to another.
+    gradients from its mean to the parameters; none go from one step to another. Steps without noise are not added.
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
@@ -337,7 +343,8 @@ def draw_trajectories(
         with nullcontext() if graph is None else torch.enable_grad():
             mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
         if graph is not None:
-            graph.add(k, mean, std)
+            if std > 0:
+                graph.add(k, mean, std)
             mean = mean.detach()
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
         states.append((mean + std * noise).to(x_t.dtype))

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from agsm_rl.adapters.lora import LoRA
 from agsm_rl.errors import UserError
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.policy import Policy
 from agsm_rl.scoring import checked_score
 from agsm_rl.sources.rollouts import Rollouts
 
@@ -138,3 +141,29 @@ def test_a_prompt_file_without_prompts_is_refused(tmp_path, make_rollouts):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="the file has no prompts"):
         make_rollouts(prompts=str(tmp_path / "empty.txt"), bind=True)
+
+
+def test_a_checkpoint_that_kept_the_path_of_what_the_ema_drew_is_gone_on_with(policy, make_rollouts):
+    with_path, without = make_rollouts(updates=2, bind=True), make_rollouts(updates=2, drawn_by="ema", bind=True)
+    with_path.next(policy)
+    without.load_state_dict(with_path.state_dict())
+    assert torch.equal(without.next(policy).latents, with_path.next(policy).latents)
+
+
+def test_a_flow_s_last_step_which_has_no_noise_is_not_learned_from(sd3_backbone, make_rollouts):
+    policy = Policy(sd3_backbone, {"lora": LoRA(rank=2)})
+    batch = make_rollouts(bind=True, num_steps=10, keep_graph=True).next(policy)
+    assert batch.num_steps == 10 and batch.steps == tuple(range(9))
+    parts = DDPO(timestep_fraction=0.2).split(batch)
+    assert [part.steps for part, _ in parts] == [(0,), (8,)]
+    for part, _ in parts:
+        loss, _ = DDPO().loss(policy, part)
+        gradients = torch.autograd.grad(loss, list(policy.parameters().values()), allow_unused=True)
+        assert any(found is not None and found.abs().max() > 0 for found in gradients)
+
+
+def test_a_single_step_of_a_flow_is_refused_by_a_policy_gradient(sd3_backbone, make_rollouts):
+    policy = Policy(sd3_backbone, {"lora": LoRA(rank=2)})
+    batch = make_rollouts(bind=True, num_steps=1).next(policy)
+    with pytest.raises(UserError, match="num_steps to 2 or more"):
+        DDPO().split(batch)

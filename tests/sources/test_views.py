@@ -113,11 +113,14 @@ def test_a_term_whose_view_leaves_no_rows_is_passed_over(make_policy, make_rollo
     assert all(torch.equal(before[name], value) for name, value in policy.parameters().items())
 
 
-def test_rollouts_without_noise_keep_no_path_and_ddpo_refuses_them(make_policy, make_rollouts):
-    source = make_rollouts(eta=0.0, bind=True)
+@pytest.mark.parametrize("how", [{"eta": 0.0}, {"drawn_by": "ema"}], ids=["without noise", "by the EMA"])
+def test_rollouts_that_no_policy_gradient_can_learn_from_keep_no_path_and_ddpo_refuses_them(
+    make_policy, make_rollouts, how
+):
+    source = make_rollouts(bind=True, **how)
     batch = source.next(make_policy())
     assert type(batch) is RewardedBatch
-    with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a RewardedBatch"):
+    with pytest.raises(UserError, match="learns from a RolloutBatch, but its source gives a RewardedBatch.*drawn_by"):
         Term(DDPO(), source, name="ddpo")
 
 
