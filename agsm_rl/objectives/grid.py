@@ -34,7 +34,7 @@ class Groups:
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
         """Parts of `per_pass` groups with their shares. Images of one prompt go to different groups."""
         self.check(len(batch))
-        order = apart(batch.prompts)
+        order = apart(batch.prompts, self.size)
         batch = batch if order == sorted(order) else batch.select(torch.tensor(order))
         return in_passes(batch, None if self.per_pass is None else self.per_pass * self.size)
 
@@ -96,11 +96,16 @@ def group_columns(batch_size: int, group_size: int, device: torch.device | None 
     return columns, rows % group_size
 
 
-def apart(prompts: list[str]) -> list[int]:
-    """An order of the rows in which equal prompts stand far from each other: a prompt is no negative of itself."""
-    seen: Counter[str] = Counter()
-    rounds = []
-    for prompt in prompts:
-        rounds.append(seen[prompt])
-        seen[prompt] += 1
-    return sorted(range(len(prompts)), key=lambda row: rounds[row])
+def apart(prompts: list[str], size: int) -> list[int]:
+    """An order of the rows by which groups of `size` hold no prompt twice, or as seldom as can be.
+
+    A prompt is no negative of itself. Where all prompts differ, rows stay as they are.
+    """
+    counts = Counter(prompts)
+    if len(counts) == len(prompts):
+        return list(range(len(prompts)))
+    # Rows of one prompt next to each other, then dealt out to the groups in turn; the most frequent ones first.
+    places = {prompt: place for place, (prompt, _) in enumerate(counts.most_common())}
+    rows = sorted(range(len(prompts)), key=lambda row: places[prompts[row]])
+    groups = len(prompts) // size
+    return [row for group in range(groups) for row in rows[group::groups]]

@@ -63,8 +63,20 @@ def test_one_noise_level_is_shared_by_the_batch_and_by_its_passes(policy, batch)
 
 
 def test_images_of_one_prompt_go_to_different_groups():
-    assert apart(["a", "a", "b", "b"]) == [0, 2, 1, 3]
-    assert apart(["a", "b", "c"]) == [0, 1, 2]
+    assert apart(["a", "a", "b", "b"], 2) == [0, 2, 1, 3]
+    assert apart(["a", "b", "c", "d"], 2) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size"),
+    [("bcaada", 2), ("bcaada", 3), ("aaabcd", 2), ("aabbccdd", 2), ("aabbccdd", 4), ("abababcd", 4), ("abcdefaa", 2)],
+)
+def test_no_group_holds_a_prompt_twice_where_that_can_be(prompts, size):
+    order = apart(list(prompts), size)
+    assert sorted(order) == list(range(len(prompts)))
+    groups = [[prompts[row] for row in order[first : first + size]] for first in range(0, len(order), size)]
+    most = -(-max(map(prompts.count, prompts)) // len(groups))
+    assert max(group.count(prompt) for group in groups for prompt in group) == most
 
 
 def test_broken_groups_and_groups_of_one_are_refused(batch):
