@@ -181,7 +181,8 @@ class SoftTokens:
         if self.bank is None:
             return None
         # Read at each call: the EMA copy is used by swapping the parameters' data.
-        values: Tensor = self._parameters["soft_tokens"]
+        # On the text's device: `pipe.to` moves the pipeline's own parts alone.
+        values = self._parameters["soft_tokens"].to(text.device)
         values = values if self._layers is None else values[:, layer]
         if isinstance(self.bank, tuple) and self.banks == 2:
             is_negative = torch.tensor([bank == "negative" for bank in self.bank])
@@ -193,7 +194,7 @@ class SoftTokens:
         if self.time_tokens:
             timestep = torch.as_tensor(self._timestep, device=text.device).reshape(-1)
             rows = (timestep.long() // TIMESTEPS_A_ROW).clamp(0, TIME_ROWS - 1)
-            times = self._parameters["time_tokens"][rows]
+            times = self._parameters["time_tokens"].to(text.device)[rows]
             tokens = tokens + times.unflatten(-1, (self._layers or 1, -1))[:, layer, None]
         return tokens.to(text.dtype).expand(len(text), -1, -1)
 

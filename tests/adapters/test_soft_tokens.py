@@ -380,3 +380,14 @@ def test_tokens_begin_equal_as_published_and_differ_with_jitter(backbone):
         bank = dict(tokens.named_parameters())["soft_tokens"][0]
         assert torch.equal(bank[0], bank[1]) is equal
         tokens.detach()
+
+
+def test_the_tokens_are_where_the_text_is(backbone: StableDiffusion) -> None:
+    """As after `pipe.to("cuda")`, which moves the pipeline's own parts: meta stands for the other device."""
+    tokens = SoftTokens(num_tokens=2)
+    tokens.attach(backbone)
+    text = torch.empty(2, 4, tokens._parameters["soft_tokens"].shape[-1], device="meta")
+    for bank in ("positive", ("positive", "negative")):
+        with tokens.using(bank):
+            tokens._timestep = torch.tensor(10, device="meta")
+            assert tokens.rows_for(text, 0).device.type == "meta"
