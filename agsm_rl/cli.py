@@ -5,7 +5,6 @@ A mistake of the user's (UserError) ends with one message on stderr and exit cod
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from typer.core import TyperGroup
 
 from agsm_rl import __version__, launched
 from agsm_rl.cli_eval import evaluate
+from agsm_rl.cli_list import list_names
 from agsm_rl.cli_options import (
     AllowOption,
     BankOption,
@@ -29,7 +29,7 @@ from agsm_rl.cli_options import (
     TargetArgument,
     without_loading_bars,
 )
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import UserError
 from agsm_rl.limits import MAX_SEED
 
 
@@ -282,37 +282,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command(name="list")
-def list_names(
-    kind: Annotated[
-        str | None, typer.Argument(help="objectives, rewards, adapters, sources, backbones, recipes or sweeps")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """What recipes may use, and the recipes that are shipped."""
-    from agsm_rl import registry
-    from agsm_rl.shipped import PREFIX, shipped_recipes, shipped_sweeps
-
-    shipped = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
-    kinds = [*registry.KINDS, *shipped]
-    if kind is not None and kind not in kinds:
-        raise unknown_name("list", kind, "a kind", kinds)
-    found: dict[str, list[dict[str, str]]] = {}
-    for one in [kind] if kind else kinds:
-        if one in shipped:
-            rows = [{"name": PREFIX + name, "target": str(file)} for name, file in shipped[one]().items()]
-        else:
-            rows = [
-                {"name": e.name, "target": e.target, "package": e.package} for e in registry.available(one).values()
-            ]
-        found[one] = rows
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-        return
-    for one, rows in found.items():
-        typer.echo(f"{one}:")
-        for row in rows:
-            typer.echo(f"  {row['name']:<28}{row['target']}")
+app.command(name="list")(list_names)
 
 
 @app.command()

@@ -201,11 +201,17 @@ class _Work:
                 advance(len(part))
 
 
+def _stdout() -> Console:
+    """A pipe or a file is given whole tables, however wide; a terminal shortens what does not fit."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+
 def _tell(found: _Found, other: _Found | None, work: _Work) -> dict[str, Any]:
     """Print the tables, write results.jsonl, and make eval.json's content."""
     result = _result(found, work)
     rest = None if other is None else _result(other, work)
-    result.show(Console(), rest)
+    result.show(_stdout(), rest)
     content = result.to_json() | _described(found) | {"versions": versions()}
     if other is not None and rest is not None:
         same = found.drawing is not None and other.drawing is not None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
+from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.build import build_backbone
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank
@@ -71,7 +72,8 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
     path, more = Path(target), dict(options or {})
     if (path / "recipe.yaml").is_file():
         return _open_run(path, base, more)
-    if path.suffix == ".safetensors" or (path.is_dir() and not (path / "model_index.json").is_file()):
+    is_adapter = path.suffix == ".safetensors" and not is_single_file(path)
+    if is_adapter or (path.is_dir() and not (path / "model_index.json").is_file()):
         return _open_adapter(path, base, more)
     if base is not None:
         raise UserError(

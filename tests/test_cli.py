@@ -235,3 +235,23 @@ def test_guidance_is_finite(command):
 def test_a_truncated_adapter_is_told(command, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\x00\x00")
     assert_told(command("sample", "broken.safetensors", "a red star", "--base", "x"), "broken.safetensors", "truncated")
+
+
+def test_list_tells_what_a_name_means_and_its_options(command):
+    told = command("list", "agsm").stdout
+    assert "Published: 4 groups of 4" in told
+    assert "temperature: float = 0.1" in told and "groups_per_pass: int | None = null" in told
+    options = {
+        option["name"]: option
+        for option in json.loads(command("list", "rollouts", "--json").stdout)["sources"]["options"]
+    }
+    assert options["eta"] == {"name": "eta", "type": "float", "default": "1.0"}
+    assert "default" not in options["prompts"]
+    assert_told(command("list", "agsmm"), "Did you mean 'agsm'?")
+
+
+@pytest.mark.parametrize("kind", ["objectives", "rewards", "adapters", "sources", "views", "backbones"])
+def test_every_registered_name_can_be_described(command, kind):
+    for row in json.loads(command("list", kind, "--json").stdout)[kind]:
+        found = json.loads(command("list", row["name"], "--json").stdout)[kind]
+        assert found["about"] and all(option["name"].isidentifier() for option in found["options"])

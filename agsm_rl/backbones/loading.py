@@ -29,6 +29,7 @@ KINDS = {
 """Pipelines that can be loaded, and the backbone of each."""
 DENOISERS = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
 # What a single file's tensors are called in each layout.
+DENOISER = "model.diffusion_model."
 SINGLE_FILES = {
     "joint_blocks.": "StableDiffusion3Pipeline",
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
@@ -135,12 +136,22 @@ def load_pipeline(
     return pipeline
 
 
+def is_single_file(path: Path) -> bool:
+    """Whether this is a readable .safetensors file that holds a pipeline in the original layout; by its names alone."""
+    if not path.is_file():
+        return False
+    try:
+        return any(name.startswith(DENOISER) for name in _tensor_names(path, str(path)))
+    except UserError:
+        return False
+
+
 def _kind_of_file(file: Path, where: str) -> str:
     if file.suffix != ".safetensors":
         raise UserError(f"{where}: of single files only .safetensors are read; a pickled one could run code.")
     names = _tensor_names(file, where)
     for part, kind in SINGLE_FILES.items():
-        if any(name.removeprefix("model.diffusion_model.").startswith(part) for name in names):
+        if any(name.removeprefix(DENOISER).startswith(part) for name in names):
             return kind
     raise UserError(
         f"{where} is no whole SD1.5, SDXL or SD3 checkpoint in the original layout (its first tensor is "

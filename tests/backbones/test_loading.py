@@ -23,6 +23,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.policy import Policy
+from agsm_rl.target import open_target
 
 
 def load(checkpoint: Path | str, **options: Any) -> Any:
@@ -163,6 +164,17 @@ def test_a_single_file_without_its_configuration_asks_for_it_while_the_hub_may_n
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set. Give `config:`"):
         load(file)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+def test_a_single_file_can_be_drawn_from_and_judged_as_a_folder_can(
+    kind: str, tiny_checkpoint: Path, tiny_xl_checkpoint: Path, published_sd3: Path, tmp_path: Path
+) -> None:
+    folder = {"sd15": tiny_checkpoint, "sdxl": tiny_xl_checkpoint, "sd3": published_sd3}[kind]
+    file = original_file(folder, tmp_path / "single.safetensors")
+    found = open_target(str(file), options={"config": str(folder)})
+    assert found.handle is None and found.files == ()
+    torch.testing.assert_close(draw(found.backbone.pipeline), draw(load(folder).pipeline), rtol=0, atol=1e-5)
 
 
 def test_a_single_file_takes_another_denoiser_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
