@@ -12,9 +12,12 @@ import typer
 
 from agsm_rl import registry
 from agsm_rl.errors import unknown_name
+from agsm_rl.options import options_model
 from agsm_rl.shipped import PREFIX, shipped_recipes, shipped_sweeps
 
 SHIPPED = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
+PLAIN = ("builtins", "typing", "abc")
+"""Modules of bases that say nothing of options."""
 
 
 def list_names(
@@ -22,8 +25,8 @@ def list_names(
         str | None,
         typer.Argument(
             metavar="[KIND|NAME]",
-            help="objectives, rewards, adapters, sources, views, backbones, recipes or sweeps; or one of the names, "
-            "for its options and what they mean.",
+            help="objectives, rewards, adapters, sources, views, backbones, recipes or sweeps; or one of the first six "
+            "kinds' names, for its options and what they mean.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -37,7 +40,7 @@ def list_names(
     if not homes:
         names = [name for kind in registry.KINDS for name in registry.available(kind)]
         raise unknown_name("list", what, "a kind or a registered name", [*kinds, *names])
-    found = {kind: _described(registry.load(kind, what, where="list")) for kind in homes}
+    found = {kind: _described(registry.load(kind, what, where="list"), f"list {what}") for kind in homes}
     if as_json:
         typer.echo(json.dumps({kind: {"name": what} | one for kind, one in found.items()}, indent=1))
         return
@@ -65,22 +68,20 @@ def _print_names(found: dict[str, list[dict[str, str]]], as_json: bool) -> None:
             typer.echo(f"  {row['name']:<28}{row['target']}")
 
 
-def _described(found: Any) -> dict[str, Any]:
-    """What the class says of itself, and its constructor's arguments, which are a block's options."""
-    types = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+def _described(found: Any, where: str) -> dict[str, Any]:
+    """What the class and its bases say of themselves, and its constructor's arguments, which are a block's options."""
+    classes = found.__mro__ if inspect.isclass(found) else [found]
+    about = [inspect.cleandoc(one.__doc__) for one in classes if one.__doc__ and one.__module__ not in PLAIN]
     options = []
-    for parameter in inspect.signature(found).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        option = {"name": parameter.name, "type": _in_words(parameter.name, types.get(parameter.name, Any))}
-        if parameter.default is not parameter.empty:
-            option["default"] = json.dumps(parameter.default, default=str)
+    for name, field in options_model(found, where=where).model_fields.items():
+        option = {"name": name, "type": _in_words(field.annotation)}
+        if not field.is_required():
+            option["default"] = json.dumps(field.default, default=str)
         options.append(option)
-    return {"about": inspect.getdoc(found) or "", "options": options}
+    return {"about": "\n\n".join(about), "options": options}
 
 
-def _in_words(name: str, annotation: Any) -> str:
-    if name == "rewards":
-        return "{name: weight, or options}"
-    # Without the modules in which types stand.
-    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(annotation))
+def _in_words(annotation: Any) -> str:
+    """Without constraints, and without the modules in which types stand."""
+    (plain,) = typing.get_type_hints(type("", (), {"__annotations__": {"it": annotation}})).values()
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(plain))

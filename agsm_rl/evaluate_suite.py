@@ -204,7 +204,7 @@ class _Work:
 def _stdout() -> Console:
     """A pipe or a file is given whole tables, however wide; a terminal shortens what does not fit."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 160))
+    return console if console.is_terminal else Console(width=10_000)
 
 
 def _tell(found: _Found, other: _Found | None, work: _Work) -> dict[str, Any]:

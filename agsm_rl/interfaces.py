@@ -68,7 +68,7 @@ class Sampler(Protocol):
     """Noise level before each step, [K], descending."""
 
     def transition(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
-        """Mean [B, C, H, W] and standard deviation (0-d; 0 when `eta` is 0) of step `k`."""
+        """Mean [B, C, H, W] and standard deviation (0-d; 0 when `eta` is 0) of step `k`, for tensors of any device."""
         ...
 
 

@@ -187,7 +187,9 @@ class _Sampler:
         self.transition = rehearsal.remember(sampler.transition, self._key)
 
     def _key(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> Any:
-        return None if torch.is_grad_enabled() and prediction.requires_grad else (x_t.shape, x_t.dtype, eta)
+        if not x_t.is_meta or (torch.is_grad_enabled() and prediction.requires_grad):
+            return None
+        return (x_t.shape, x_t.dtype, eta)
 
 
 class _StandIn:

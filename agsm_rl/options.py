@@ -82,13 +82,23 @@ def unknown_key(key: str, allowed: list[str]) -> str:
     return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
 
 
-@cache
-def options_model(cls: Any) -> type[Section]:
+def options_model(cls: Any, *, where: str) -> type[Section]:
     """The schema of a class's constructor: an option an argument, with its type and default.
 
-    Two arguments are special: `rewards` is given by name in a recipe ({name: weight}, or {name: {use, weight,
-    normalise, options…}}), and `seed` may be left out (null), which means the recipe's seed.
+    UserError where its types cannot be known. Two arguments are special: `rewards` is given by name in a recipe ({name:
+    weight}, or {name: {use, weight, normalise, options…}}), and `seed` may be left out (null), which means the recipe's
+    seed.
     """
+    try:
+        return _options_model(cls)
+    except NameError as error:
+        raise UserError(
+            f"{where}: the constructor of {cls.__module__}:{cls.__qualname__} has an unknown type: {error}"
+        ) from error
+
+
+@cache
+def _options_model(cls: Any) -> type[Section]:
     found: dict[str, Any] = {}
     for parameter in inspect.signature(cls, eval_str=True).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -107,13 +117,9 @@ def options_model(cls: Any) -> type[Section]:
 def validated(cls: Any, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """The options of a class with every default filled in, as plain data; UserError at the first wrong one."""
     try:
-        return options_model(cls).model_validate(dict(given)).model_dump(mode="json")
+        return options_model(cls, where=where).model_validate(dict(given)).model_dump(mode="json")
     except ValidationError as error:
         raise explain(error, where=where) from error
-    except NameError as error:
-        raise UserError(
-            f"{where}: the constructor of {cls.__module__}:{cls.__qualname__} has an unknown type: {error}"
-        ) from error
 
 
 def explain(error: ValidationError, *, where: str) -> UserError:

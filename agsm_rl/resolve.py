@@ -229,10 +229,12 @@ def _free_name(use: str, taken: Collection[str | None]) -> str:
 
 def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
     from agsm_rl.sources.cache import check_text_stays
+    from agsm_rl.trainer import check_range
 
     for index, term in enumerate(recipe.objectives):
         place = f"objectives[{index}]"
         objective = parts.construct("objectives", term, place, seed=recipe.seed)
+        check_range(term.t, objective, where=f"{parts.where}: {place}.t")
         block, source_place = source_of(recipe, index)
         _check_path(block, parts, source_place)
         source = parts.construct("sources", block, source_place, seed=recipe.seed)

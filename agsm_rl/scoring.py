@@ -40,7 +40,7 @@ class WeightedReward:
 
 
 def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
-    """The rewards as WeightedRewards, a plain function as a FunctionReward; UserError if none can be learned from.
+    """The rewards as WeightedRewards, functions wrapped as in a recipe; UserError if none can be learned from.
 
     That is where there are none, two have one name, or all have weight 0.
     """
@@ -52,7 +52,7 @@ def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> l
         if names.count(one.name) > 1:
             raise UserError(
                 f"rewards: two are called '{one.name}'; give one a name of its own, as in "
-                f"`rewards: {{mine: {{use: {one.name}, weight: 1.0}}}}`"
+                f"`rewards: {{mine: {{use: {one.name}, weight: 1.0}}}}`; in Python, WeightedReward(reward, 1.0, 'mine')"
             )
         if one.normalise not in get_args(Normalise):
             raise unknown_name(
@@ -65,9 +65,9 @@ def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> l
 
 def _weighted(reward: Reward, weight: float) -> WeightedReward:
     if not hasattr(reward, "name"):
-        from agsm_rl_rewards.functions import FunctionReward
+        from agsm_rl_rewards.functions import as_reward
 
-        reward = FunctionReward(reward)
+        reward = as_reward(reward)
     return WeightedReward(reward, float(weight), reward.name)
 
 

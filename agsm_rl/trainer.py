@@ -62,11 +62,7 @@ class Term:
             raise UserError(f"{self.name}: offset is {self.offset}, but it must be 0 or more")
         if not 0 <= self.t[0] < self.t[1] <= 1:
             raise UserError(f"{self.name}: t is {list(self.t)}, but it must be [low, high] with 0 <= low < high <= 1")
-        if tuple(self.t) != (0.0, 1.0) and not getattr(self.objective, "draws_t", True):
-            raise UserError(
-                f"{self.name}: t is {list(self.t)}, but it learns from the steps by which images are drawn, and takes "
-                f"no noise levels; leave t out"
-            )
+        check_range(self.t, self.objective, where=f"{self.name}: t")
 
     def weight_at(self, step: int) -> float:
         """The weight at a step (counted from 0)."""
@@ -78,6 +74,15 @@ class Term:
     def is_due(self, step: int) -> bool:
         """Whether it learns in a step (counted from 0)."""
         return step >= self.offset and (step - self.offset) % self.every == 0 and self.weight_at(step) != 0
+
+
+def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> None:
+    """UserError for a range of noise levels where the objective draws none."""
+    if tuple(t) != (0.0, 1.0) and not getattr(objective, "draws_t", True):
+        raise UserError(
+            f"{where} is {list(t)}, but {type(objective).__name__} learns from the steps by which images are drawn, "
+            "and takes no noise levels; leave it out"
+        )
 
 
 class Callback(Protocol):

@@ -18,7 +18,7 @@ from agsm_rl.errors import UserError
 
 
 class ClipScore(NativeReward):
-    """CLIPScore [B] in [0, scale]; `path` is a CLIP's folder or hub id."""
+    """CLIPScore [B] in [0, scale]; `path` is a CLIP's folder or hub id, `prefix` stands before each prompt."""
 
     name = "clip_score"
     range = (0.0, 100.0)

@@ -46,6 +46,11 @@ def is_plain(found: Any) -> bool:
     return list(inspect.signature(found).parameters) == ["images", "prompts"]
 
 
+def as_reward(function: Any) -> Any:
+    """The reward of a function that is given in Python, in either form."""
+    return trl_style.TRLReward(function) if trl_style.is_trl_style(function) else FunctionReward(function)
+
+
 def reward_maker(found: Any) -> Any:
     """What makes the reward that a recipe names: a class of rewards itself; for a function, what wraps it."""
     if trl_style.is_trl_style(found):

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 class PickScore(NativeReward):
-    """PickScore [B], about 15 to 25 for pictures; differences of two images' scores are log-odds of being picked."""
+    """PickScore [B], about 15 to 25 for pictures; differences of two images' scores are log-odds of being picked.
+
+    `path`: the folder or hub id of its CLIP.
+    """
 
     name = "pick_score"
     range = (-100.0, 100.0)

@@ -34,12 +34,12 @@ EXAMPLE = "Does this picture show {prompt}? Answer yes or no."
 class VlmJudge:
     """Scores [B]: a probability in [0, 1], or a number from `lowest` to `highest`. Each image is a request of its own.
 
-    `url`: the endpoint's base, e.g. http://localhost:8000/v1. `question`: what is asked, with {prompt} where the prompt
-    belongs. `answer`: `yes_no` needs an endpoint that gives logprobs; `score` takes the first number of the reply.
-    `api_key_env`: the environment variable that holds the key; the key itself never stands in a recipe.
-    `timeout`: seconds for one try. `retries`: further tries, `backoff` · 1, 2, 4, … seconds apart (or as the server
-    asks). `at_once`: requests under way together. `max_tokens`: of a reply, for `score`.
-    UserError when an image cannot be scored: there is never a made-up score.
+    `url`: the endpoint's base, e.g. http://localhost:8000/v1. `model`: its name there. `question`: what is asked, with
+    {prompt} where the prompt belongs. `answer`: `yes_no` needs an endpoint that gives logprobs; `score` takes the first
+    number of the reply. `api_key_env`: the environment variable that holds the key; the key itself never stands in a
+    recipe. `timeout`: seconds for one try. `retries`: further tries, `backoff` · 1, 2, 4, … seconds apart (or as the
+    server asks). `at_once`: requests under way together. `max_tokens`: of a reply, for `score`. UserError when an image
+    cannot be scored: there is never a made-up score.
     """
 
     name = "vlm_judge"

@@ -164,6 +164,12 @@ def test_a_kept_graph_is_predicted_and_given_up_before_the_base_is_changed(make_
     assert found.fits and found.changes == {"objectives.0.source.keep_graph": False}
 
 
+def test_of_a_flow_s_kept_graph_the_step_without_noise_is_no_part(make_recipe, tiny_sd3_checkpoint):
+    source = ROLLOUTS | {"keep_graph": True, "num_steps": 2, "guidance": 1.0}
+    recipe = make_recipe("ddpo", source, checkpoint=tiny_sd3_checkpoint, backbone={"t5_length": 20})
+    assert_close(recipe)
+
+
 def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe):
     recipe = make_recipe("agsm", PAIRS, group_size=2)
     own = predict(recipe)[1]

@@ -148,6 +148,7 @@ WRONG = {
     "objectives.0.weight={}": r"objectives\[0\].weight: .*empty",
     "objectives.0.every=0": r"objectives\[0\].every: got 0",
     "objectives.0.t=[0.5, 0.5]": r"objectives\[0\].t: .*low < high",
+    "objectives.1.t=[0.5, 1.0]": r"objectives\[1\].t is \[0.5, 1.0\], but DDPO learns from the steps.*leave it out",
     "objectives.0.t=[0, 2]": r"objectives\[0\].t: .*got \[0.0, 2.0\]",
     "objectives=[]": "objectives: there are none",
     "objectives.1.name=a b": r"objectives\[1\].name: 'a b' cannot be a name",

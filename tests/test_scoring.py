@@ -92,11 +92,17 @@ def test_a_reward_s_network_computes_in_its_own_precision_under_the_run_s_mixed_
     assert torch.equal(found, expected)
 
 
-def test_a_plain_function_is_a_reward_in_python_too():
+def test_a_function_of_either_form_is_a_reward_in_python_too():
     def red(images, prompts):
         return [float(image[0].mean()) for image in images]
 
     (one,) = check_rewards([(red, 2.0)])
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def long(prompts, completions, **columns):
+        return [float(len(prompt)) for prompt in prompts]
+
+    (trl,) = check_rewards([(long, 1.0)])
+    assert checked_score(trl.reward, torch.zeros(2, 3, 4, 4), ["a", "bbb"]).tolist() == [1.0, 3.0]
     assert one.name == "red" and one.weight == 2.0
     torch.testing.assert_close(checked_score(one.reward, images, ["a", "b"]), images[:, 0].mean(dim=(1, 2)))

@@ -221,7 +221,7 @@ def test_a_source_that_gives_another_batch_than_the_objective_consumes_is_refuse
 
 @pytest.mark.parametrize("objective", [DDPO(), FlowGRPO(), RewardBackprop([(Brightness(), 1.0)])])
 def test_a_range_of_noise_levels_is_refused_where_none_are_drawn(make_rollouts, objective):
-    with pytest.raises(UserError, match=r"term: t is \[0.5, 1.0\], but .* leave t out"):
+    with pytest.raises(UserError, match=r"term: t is \[0.5, 1.0\], but .* leave it out"):
         Term(objective, make_rollouts(), name="term", t=(0.5, 1.0))
 
 

@@ -51,6 +51,10 @@ def load_backbone(
     )
 
 
+# What the options mean stands once, and is told by `agsm-rl list stable_diffusion` too.
+load_backbone.__doc__ = f"{load_backbone.__doc__}\n{FrozenPipeline.__doc__}"
+
+
 def backbone_of(pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False) -> Backbone:
     """The backbone of a loaded pipeline, by its class; UserError for a pipeline of an unsupported kind."""
     for found in CLASSES.values():

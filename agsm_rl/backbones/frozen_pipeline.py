@@ -262,7 +262,7 @@ class FrozenPipeline:
     def encode_images(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it.
 
-        In the VAE's own precision, so that latents that are kept and those of a run are the same.
+        In the VAE's own precision, whatever the run's: it is what latents that are kept are made in.
         """
         config = self._vae.config
         with own_precision(self.device):

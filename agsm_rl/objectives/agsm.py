@@ -85,8 +85,10 @@ class AGSM:
     """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
     Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise
-    an image and one t a step. `groups_per_pass` bounds memory: fewer groups at once, the same gradient. The paper's
-    ablations: `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`, `preference: bradley_terry`.
+    an image and one t a step. `temperature`, `gamma_positive` and `gamma_negative` are those of `guided_score_loss`:
+    how sharp the weights are (0.1), and how far targets are moved (1; `gamma_negative` 0.1 for SD3). `groups_per_pass`
+    bounds memory: fewer groups at once, the same gradient. The paper's ablations: `gamma_negative: 0` (ψ⁺ only), an
+    adapter with `banks: 1`, `preference: bradley_terry`.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

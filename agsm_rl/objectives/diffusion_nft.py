@@ -52,8 +52,10 @@ def nft_loss(
 class DiffusionNFT:
     """DiffusionNFT on rewarded images; the old policy is the EMA, which may draw them too (`drawn_by: ema`).
 
-    Rewards become r = ½ + ½·clip(advantage / `advantage_scale`, -1, 1). Any sampler will do: with `eta: 0` rollouts
-    keep no path. `rows_per_pass` bounds memory: fewer images at once, the same gradient.
+    Rewards become r = ½ + ½·clip(advantage / `advantage_scale`, -1, 1). `beta` > 0 is the size of the implicit
+    policies' step (the paper's experiments: 0.1 to 1), `adaptive` its self-normalised weight of each image. Any sampler
+    will do: with `eta: 0` rollouts keep no path. `rows_per_pass` bounds memory: fewer images at once, the same
+    gradient.
     """
 
     consumes: ClassVar[type[Batch]] = RewardedBatch

@@ -4,7 +4,6 @@ A batch is cut into groups; each image is held against the prompts of its group.
 prompts, and one noise level a step, shared by the batch.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +100,10 @@ def apart(prompts: list[str], size: int) -> list[int]:
 
     A prompt is no negative of itself. Where all prompts differ, rows stay as they are.
     """
-    counts = Counter(prompts)
-    if len(counts) == len(prompts):
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(places) == len(prompts):
         return list(range(len(prompts)))
-    # Rows of one prompt next to each other, then dealt out to the groups in turn; the most frequent ones first.
-    places = {prompt: place for place, (prompt, _) in enumerate(counts.most_common())}
+    # Rows of one prompt next to each other, then dealt out to the groups in turn.
     rows = sorted(range(len(prompts)), key=lambda row: places[prompts[row]])
     groups = len(prompts) // size
     return [row for group in range(groups) for row in rows[group::groups]]

@@ -67,7 +67,8 @@ class RewardBackprop:
 
     `last_steps` K: gradients flow through the last K of `num_steps` denoising steps. 1 is DRaFT-1; a pair [a, b] draws
     K anew for each update, uniformly from a to b, as AlignProp's paper does. `eta` 0 leaves nothing to chance after the
-    first noise. `images_per_pass` bounds memory: fewer images at once, the same gradient.
+    first noise. Images are drawn with `guidance` away from `negative_prompt`. `images_per_pass` bounds memory: fewer
+    images at once, the same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = Batch

@@ -50,8 +50,9 @@ def softrepa_loss(
 class SoftREPA:
     """SoftREPA over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
-    One bank, `positive`, is used for all prompts: an adapter needs no second one. `positive_weight` 10 is published for
-    SD1.5 and SDXL, 0 for SD3. `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
+    One bank, `positive`, is used for all prompts: an adapter needs no second one. The logits are `scale` · exp(−error /
+    `temperature`), published with 4 and 0.07. `positive_weight` 10 is published for SD1.5 and SDXL, 0 for SD3.
+    `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

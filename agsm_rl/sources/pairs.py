@@ -22,6 +22,8 @@ class Pairs:
     `dataset`: `builtin:shapes`, a folder of images with metadata.jsonl or metadata.csv, a parquet file, or a name that
     `datasets.load_dataset` takes. Images are resized by their shorter side and cropped in the centre. The captions of a
     batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
+    `split`: the data set's; `num_images`: its first so many alone. `image_column`, `caption_column`: their names; a
+    usual one is looked for where the latter is left out.
 
     `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
     held (encoded) and shuffled among themselves; 1 keeps the stream's order.

@@ -44,7 +44,8 @@ class Preferences:
     `datasets.load_dataset` takes. Its columns are TRL's `prompt`, `chosen`, `rejected` (a folder's metadata names the
     files as `chosen_file_name`, `rejected_file_name`), or Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, where a
     label of 1 prefers jpg_0, 0 jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them.
-    Images are resized by their shorter side and cropped in the centre. `num_pairs`: the first so many rows alone.
+    Images are resized by their shorter side and cropped in the centre. `split`: the data set's; `num_pairs`: its first
+    so many rows alone.
 
     `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
     held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled among themselves; 1 keeps the stream's order.

@@ -29,10 +29,10 @@ class Rollouts:
     WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
     settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
     learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA,
-    whose path no policy gradient can learn from (its ratios are to the parameters that drew), so that none is kept.
-    Steps without noise, such as a flow's last, are not among those that are learned from.
-    `updates` steps of the trainer learn from each draw, each from its own share of the images. Images are drawn
-    `sample_batch_size` at a time; rewards that run elsewhere score one such batch while the next is drawn.
+    whose path is not kept: a policy gradient's ratios to it leave the clip range at once, and nothing is learned. Steps
+    without noise, such as a flow's last, are not among those that are learned from. `updates` steps of the trainer
+    learn from each draw, each from its own share of the images. Images are drawn `sample_batch_size` at a time; rewards
+    that run elsewhere score one such batch while the next is drawn.
 
     `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
     while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
@@ -338,12 +338,13 @@ def draw_trajectories(
     cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
+    noisy = noisy_steps(sampler, num_steps, eta=eta) if graph is not None else ()
     for k in range(num_steps):
         x_t = states[-1]
         with nullcontext() if graph is None else torch.enable_grad():
             mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
         if graph is not None:
-            if std > 0:
+            if k in noisy:
                 graph.add(k, mean, std)
             mean = mean.detach()
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0

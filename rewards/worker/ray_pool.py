@@ -91,7 +91,8 @@ class RayPoolReward:
     """Scores [B] of images [B, 3, H, W] in [0, 1] by `workers` actors with a part of the batch each.
 
     reward, options: a registered reward and its constructor's arguments. num_cpus, num_gpus: of each actor. address: of
-    a running Ray; null is the one that RAY_ADDRESS names, or a new one here. The rest and the errors: RemoteReward.
+    a running Ray; null is the one that RAY_ADDRESS names, or a new one here. timeout, start_timeout, retries, backoff
+    and the errors: as in RemoteReward.
     """
 
     name = "ray_pool"
