@@ -138,12 +138,17 @@ def published_sd3(tmp_path: Path) -> Path:
     return tmp_path / "sd3"
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+@pytest.fixture(params=["tiny_checkpoint", "tiny_xl_checkpoint", "published_sd3"])
+def single_file_and_folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """Each kind's pipeline as a file in the original layout, and as the folder that it was made from."""
+    folder = request.getfixturevalue(request.param)
+    return original_file(folder, tmp_path / "single.safetensors"), folder
+
+
 def test_a_single_file_in_the_original_layout_draws_what_its_folder_draws(
-    kind: str, tiny_checkpoint: Path, tiny_xl_checkpoint: Path, published_sd3: Path, tmp_path: Path
+    single_file_and_folder: tuple[Path, Path],
 ) -> None:
-    folder = {"sd15": tiny_checkpoint, "sdxl": tiny_xl_checkpoint, "sd3": published_sd3}[kind]
-    file = original_file(folder, tmp_path / "single.safetensors")
+    file, folder = single_file_and_folder
     found = load(file, config=str(folder))
     wanted = load(folder)
     assert type(found) is type(wanted) and found.name == wanted.name
@@ -166,12 +171,8 @@ def test_a_single_file_without_its_configuration_asks_for_it_while_the_hub_may_n
         load(file)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
-def test_a_single_file_can_be_drawn_from_and_judged_as_a_folder_can(
-    kind: str, tiny_checkpoint: Path, tiny_xl_checkpoint: Path, published_sd3: Path, tmp_path: Path
-) -> None:
-    folder = {"sd15": tiny_checkpoint, "sdxl": tiny_xl_checkpoint, "sd3": published_sd3}[kind]
-    file = original_file(folder, tmp_path / "single.safetensors")
+def test_a_single_file_can_be_drawn_from_and_judged_as_a_folder_can(single_file_and_folder: tuple[Path, Path]) -> None:
+    file, folder = single_file_and_folder
     found = open_target(str(file), options={"config": str(folder)})
     assert found.handle is None and found.files == ()
     torch.testing.assert_close(draw(found.backbone.pipeline), draw(load(folder).pipeline), rtol=0, atol=1e-5)
