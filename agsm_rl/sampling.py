@@ -12,18 +12,19 @@ Predict = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 class KeptGraph:
-    """Each step's distribution as a draw came to it, with the graph back to the parameters, for the first who asks.
+    """The distributions of `steps` as a draw came to them, with the graph to the parameters, for the first who asks.
 
     A backward pass goes through a graph once; who asks after the first computes the distribution anew.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self._first = int(rows[0])
+    def __init__(self, rows: Tensor, steps: Sequence[int]) -> None:
+        self._first, self._wanted = int(rows[0]), steps
         self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, k: int, mean: Tensor, std: Tensor) -> None:
-        """Keep step k of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
-        self._steps.setdefault(k, []).append((mean, std))
+        """Keep step k, if it is wanted, of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
+        if k in self._wanted:
+            self._steps.setdefault(k, []).append((mean, std))
 
     def holds(self, steps: Sequence[int]) -> bool:
         """Whether nobody has asked for any of these steps."""

@@ -154,7 +154,8 @@ class Rollouts:
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
         draw = Draw(self._seed, self._name, self._draws)
-        graph = KeptGraph(rows) if self.keep_graph else None
+        steps = noisy_steps(policy.backbone.sampler(self.num_steps), self.num_steps, eta=self.eta)
+        graph = KeptGraph(rows, steps) if self.keep_graph else None
         parts = []
         with InParts(self.rewards) as scoring:
             with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
@@ -189,7 +190,7 @@ class Rollouts:
             trajectory=trajectory,
             log_probs=log_probs,
             num_steps=self.num_steps,
-            steps=noisy_steps(policy.backbone.sampler(self.num_steps), self.num_steps, eta=self.eta),
+            steps=steps,
             guidance=self.guidance,
             eta=self.eta,
             graph=graph,
@@ -331,21 +332,19 @@ def draw_trajectories(
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
 
     Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
-    gradients from its mean to the parameters; none go from one step to another. Steps without noise are not added.
+    gradients from its mean to the parameters; none go from one step to another.
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
     cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
-    noisy = noisy_steps(sampler, num_steps, eta=eta) if graph is not None else ()
     for k in range(num_steps):
         x_t = states[-1]
         with nullcontext() if graph is None else torch.enable_grad():
             mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
         if graph is not None:
-            if k in noisy:
-                graph.add(k, mean, std)
+            graph.add(k, mean, std)
             mean = mean.detach()
         noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
         states.append((mean + std * noise).to(x_t.dtype))
