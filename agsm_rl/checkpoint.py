@@ -38,7 +38,9 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, best:
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise _unwritten(folder, path, error) from error
-    for old in [old for old in _all(folder)[keep:] if _step_of(old) != best]:
+    # Newer ones are damaged, passed over when the run was resumed before them: they must not push out the good.
+    kept = [old for old in _all(folder) if _step_of(old) <= step]
+    for old in [old for old in kept[keep:] if _step_of(old) != best]:
         old.unlink()
         _checksum_path(old).unlink(missing_ok=True)
     return path

@@ -41,7 +41,9 @@ def evaluate(
     ] = "",
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the base's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images drawn at a time. Default: shapes 50, or 8 where images are kept.")
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the base's weights.")
     ] = None,
@@ -101,6 +103,7 @@ def evaluate(
     from agsm_rl.evaluate.image_folder import is_image_folder
     from agsm_rl.evaluate_suite import Options, evaluate_suite
     from agsm_rl.evaluate_target import evaluate_target
+    from agsm_rl.recipe import Evaluate
     from agsm_rl.target import open_target
 
     backbone = {key: value for key, value in (("dtype", dtype), ("resolution", resolution)) if value is not None}
@@ -109,6 +112,7 @@ def evaluate(
         opened = open_target(target, base=base, options=backbone)
         how = {"seed": seed, "guidance": guidance, "num_steps": num_steps, "split": split or "held_out"}
         how |= {"bank": bank, "prompt_suffix": prompt_suffix, "num_images": num_images or 600}
+        how |= {"batch_size": batch_size or Evaluate.model_fields["batch_size"].default}
         evaluate_target(opened, compare=compare, json_file=json_file, **how)
         return
     if bank != "positive":
@@ -116,7 +120,7 @@ def evaluate(
     options = Options(
         images=images,
         num_images=num_images,
-        how=How(seed, guidance, num_steps, batch_size, prompt_suffix),
+        how=How(seed, guidance, num_steps, batch_size or How.batch_size, prompt_suffix),
         shard=shard,
         against=against,
         compare=compare,

@@ -49,7 +49,7 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
     With a share of the work (`shard`) only that share is drawn and measured, and {} is returned; the same command
     without it gathers what all shares left in `images`. Under `accelerate launch` the first process gathers.
     """
-    _check_options(target, options)
+    _check_options(target, suite, options)
     work = _Work.begin(suite, options)
     with _image_place(options) as place:
         other = None
@@ -153,7 +153,7 @@ class _Work:
                 )
             self.suite.check(images)
             return _Found(target, images, drawing, folder=path)
-        if self.suite.name == "fid" and path.is_dir() and pictures_in(path):
+        if _is_plain(target, self.suite):
             images = [Drawn(picture, 0, k, {"prompt": ""}) for k, picture in enumerate(pictures_in(path))]
             return _Found(target, images, None)
         return None
@@ -256,10 +256,10 @@ def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
     )
 
 
-def _check_options(target: str, options: Options) -> None:
+def _check_options(target: str, suite: Suite, options: Options) -> None:
     if options.against and options.compare:
         raise UserError("--against and --compare: give one; --compare is against the target's own base.")
-    taken = _is_drawn(target)
+    taken = _is_drawn(target) or _is_plain(target, suite)
     if options.compare and taken:
         raise UserError(f"--compare: {target} has no base; name what to compare with by --against.")
     if options.how.prompt_suffix and taken:
@@ -274,6 +274,11 @@ def _check_options(target: str, options: Options) -> None:
 
 def _is_drawn(target: str) -> bool:
     return is_image_folder(Path(target)) or target.endswith(".jsonl")
+
+
+def _is_plain(target: str, suite: Suite) -> bool:
+    """A folder of pictures without prompts, which FID alone can do with."""
+    return suite.name == "fid" and Path(target).is_dir() and bool(pictures_in(Path(target)))
 
 
 @contextmanager

@@ -304,7 +304,10 @@ class Source(Protocol):
 
 
 class View(Protocol):
-    """What one term sees of a batch that several share: some of its rows, or other batches made of them."""
+    """What one term sees of a batch that several share: some of its rows, or other batches made of them.
+
+    One that cannot do with every source has a `check(source)`, which raises UserError.
+    """
 
     consumes: ClassVar[type[Batch]]
     gives: ClassVar[type[Batch]]

@@ -107,7 +107,9 @@ class Parts:
         return self.call(found, options, place)
 
     def call(self, found: Any, options: dict[str, Any], place: str) -> Any:
-        """`found(**options)`, its complaints told with their place."""
+        """`found(**options)`, its complaints told with their place; a seed that nobody gave is its own default."""
+        if options.get("seed", 0) is None:
+            options = {key: value for key, value in options.items() if key != "seed"}
         try:
             return found(**options)
         except UserError as error:
@@ -229,7 +231,7 @@ def _free_name(use: str, taken: Collection[str | None]) -> str:
 
 def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
     from agsm_rl.sources.cache import check_text_stays
-    from agsm_rl.trainer import check_range
+    from agsm_rl.trainer import check_range, check_view
 
     for index, term in enumerate(recipe.objectives):
         place = f"objectives[{index}]"
@@ -245,6 +247,7 @@ def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
             view = parts.construct("views", term.view, f"{place}.view", seed=recipe.seed)
             if not issubclass(gives, view.consumes):
                 raise _mismatch(term.view.use, block, view.consumes, gives, parts, f"{place}.view")
+            check_view(view, source, where=f"{parts.where}: {place}.view")
             gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
         if not issubclass(gives, objective.consumes):
             raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")

@@ -91,7 +91,10 @@ class RunFolder:
         self._take()
         for name in (".*.new", "checkpoints/*.partial", "adapter*/.*.new", "adapter*/.tmp*", "samples/.*.new"):
             for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
-                aside.unlink(missing_ok=True)
+                if aside.is_dir():  # an export of the best evaluation
+                    shutil.rmtree(aside)
+                else:
+                    aside.unlink(missing_ok=True)
         write_text(self.recipe, recipe.to_yaml())
 
     def discard_unused(self) -> None:
@@ -99,7 +102,7 @@ class RunFolder:
 
         A folder in which anything else stands is left as it is.
         """
-        if not self._new or not self.path.is_dir():
+        if not self._new or not self._lock.is_locked or not self.path.is_dir():  # another's, if we have no lock
             return
         names = {item.name for item in self.path.iterdir()} - {"recipe.yaml", "logs"}
         if all(_is_left_over(name) for name in names):

@@ -100,6 +100,11 @@ def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: s
     return score.float().to(images.device)
 
 
+def scoring_device() -> torch.device:
+    """Where images are scored that come from files or from another process: a GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def scores_of(rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Each reward's own scores [B], by the name that it has in the run."""
     return {one.name: checked_score(one.reward, images, prompts, name=one.name) for one in rewards}

@@ -50,6 +50,7 @@ class Term:
                     f"{self.name}: its view needs a {self.view.consumes.__name__}, but its source gives a "
                     f"{gives.__name__}"
                 )
+            check_view(self.view, self.source, where=f"{self.name}: view")
             gives, giver = self.view.gives, "view"
         if not issubclass(gives, consumes):
             raise UserError(
@@ -83,6 +84,17 @@ def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> 
             f"{where} is {list(t)}, but {type(objective).__name__} learns from the steps by which images are drawn, "
             "and takes no noise levels; leave it out"
         )
+
+
+def check_view(view: View, source: Source, *, where: str) -> None:
+    """UserError for a source through which the view would never see anything."""
+    check = getattr(view, "check", None)
+    if check is None:
+        return
+    try:
+        check(source)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 class Callback(Protocol):
@@ -214,12 +226,16 @@ class Trainer:
             if term.view is not None:
                 batch = term.view(batch)
                 metrics[f"{term.name}/rows"] = self._rows(batch)
-            if not metrics.get(f"{term.name}/rows", 1.0):
-                continue
-            gradient, figures = self._learn(term, batch)
+            gradient: Gradient | None = None
+            figures: dict[str, float] = {}
+            if metrics.get(f"{term.name}/rows", 1.0):
+                gradient, figures = self._learn(term, batch)
             figures |= term.source.metrics()
             metrics |= {f"{term.name}/{key}": value for key, value in figures.items()}
-            if not self.watch.term_passes(self.step + 1, term.name, figures):
+            passes = self.watch.term_passes(self.step + 1, term.name, figures)
+            if gradient is None:
+                continue
+            if not passes:
                 # Its source has moved on as ever; its gradient is not applied.
                 metrics[f"{term.name}/skipped"] = 1.0
                 continue

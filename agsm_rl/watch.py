@@ -123,8 +123,10 @@ class Watch:
             words = f"step {step}: {who}: its {what} is {value}; nothing was changed by "
             if self.actions["non_finite"] == "stop" or count > self.non_finite_skips:
                 often = f" (after {count - 1} skipped steps in a row)" if count > 1 else ""
-                words += f"this step{often}. Lower optimizer.learning_rate, or go on with --resume from the newest "
-                raise WentWrong(Event(step, "non_finite", subject, value, "stop", words + "checkpoint"))
+                words += f"this step{often}. Begin a new run with a lower optimizer.learning_rate (with `start_from: "
+                words += "<this run>` it goes on from what this one exported last), or leave such steps out: --resume "
+                words += "--set watch.non_finite=skip"
+                raise WentWrong(Event(step, "non_finite", subject, value, "stop", words))
             self.events.append(Event(step, "non_finite", subject, value, "skip", words + "it, it was left out"))
             return False
         self._skipped.pop(subject, None)

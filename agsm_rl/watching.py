@@ -295,8 +295,11 @@ def measure(
         name: torch.cat(
             [
                 checked_score(
-                    reward, images[at : at + options.batch_size], prompts[at : at + options.batch_size], name=name
-                )
+                    reward,
+                    images[at : at + options.batch_size].to(backbone.device),
+                    prompts[at : at + options.batch_size],
+                    name=name,
+                ).cpu()
                 for at in parts
             ]
         )

@@ -19,7 +19,7 @@ from agsm_rl_rewards.tokens import Tokens
 from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, unchanged
 from torch import Tensor
 
-from agsm_rl.errors import unknown_name
+from agsm_rl.errors import UserError, unknown_name
 
 Version = Literal["2.0", "2.1"]
 FILES: dict[str, str] = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -110,6 +110,13 @@ def cleaned(prompt: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
+def check_version(path: str, version: Version, *, reward: str) -> None:
+    """UserError for the other version's official file: both load alike, and their scores cannot be compared."""
+    for other, name in FILES.items():
+        if other != version and Path(path).name == name:
+            raise UserError(f"reward '{reward}': {name} has version {other}; got version \"{version}\". Change either.")
+
+
 class HPSv2(NativeReward):
     """Human Preference Scores [B] in [-1, 1]. `version` is "2.0" or "2.1".
 
@@ -134,6 +141,7 @@ class HPSv2(NativeReward):
         if version not in get_args(Version):
             raise unknown_name("version", str(version), "a version of HPSv2 (in quotes)", get_args(Version))
         self.version, self.sizes = version, with_changes(PUBLISHED, architecture)
+        check_version(path, version, reward=self.name)
         self.weights = WeightFile(self.name, "path", path, FILES[version])
         self.tokenizer = WeightFile(self.name, "tokenizer", tokenizer, "tokenizer.json")
         for file in (self.weights, self.tokenizer):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
+from agsm_rl_rewards.hpsv2 import Version, check_version
 from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
 
 from agsm_rl.errors import unknown_name
-
-Version = Literal["2.0", "2.1"]
 
 
 class OfficialHPSv2(LockedScriptReward):
@@ -31,6 +30,7 @@ class OfficialHPSv2(LockedScriptReward):
         name = "hpsv2_official"
         if version not in get_args(Version):
             raise unknown_name(f"reward '{name}': version", str(version), "a version (in quotes)", get_args(Version))
+        check_version(path, version, reward=name)
         super().__init__(
             HERE / "hpsv2_worker.py",
             name=name,

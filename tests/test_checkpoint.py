@@ -49,6 +49,15 @@ def test_when_all_are_damaged_it_stops_instead_of_starting_again(tmp_path):
         checkpoint.newest(tmp_path)
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_what_a_resumed_run_saves(tmp_path):
+    for step in (200, 300, 400):
+        path = checkpoint.save(tmp_path, step, {"step": step}, keep=3)
+        if step > 200:
+            path.write_bytes(b"damaged")
+    checkpoint.save(tmp_path, 250, {"step": 250}, keep=1)
+    assert checkpoint.newest(tmp_path)[0] == 250
+
+
 def test_a_kill_during_a_write_leaves_the_older_checkpoint(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1})
     (tmp_path / "step-00000002.partial").write_bytes(b"half")

@@ -86,6 +86,15 @@ def test_a_second_run_in_the_same_folder_is_refused(make_recipe, tmp_path, quiet
         train(make_recipe(steps=1), tmp_path / "run", console=quiet)
 
 
+def test_what_a_kill_left_written_aside_is_no_hindrance(make_recipe, tmp_path, quiet):
+    folder = train(make_recipe(steps=1), tmp_path / "run", console=quiet)
+    (folder / ".adapter-best.new").mkdir()
+    (folder / ".adapter-best.new" / "tokens.safetensors").write_bytes(b"half")
+    (folder / ".eval.json.1.new").write_text("{")
+    train(make_recipe(steps=2), folder, resume=True, console=quiet)
+    assert not list(folder.glob(".*.new"))
+
+
 def test_each_exported_adapter_says_where_it_comes_from(make_recipe, tmp_path, quiet, tiny_checkpoint):
     pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
     terms = [{"use": "agsm", "source": pairs}, {"use": "score_matching", "source": pairs}]

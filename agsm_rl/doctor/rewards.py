@@ -43,9 +43,10 @@ def stored_scores(target: str, options: Mapping[str, Any]) -> tuple[list[float],
 
 
 def configured_rewards(terms: Sequence[Term]) -> list[Any]:
-    """The rewards that the terms' objectives and sources hold, each with the same options once."""
+    """The rewards that the terms' objectives and sources hold, each once with the same options, if it shows them."""
     owners: list[Any] = [owner for term in terms for owner in (term.source, term.objective)]
-    found = {_identity(reward): reward for owner in owners for reward, _ in getattr(owner, "rewards", ())}
+    rewards = [reward for owner in owners for reward, _ in getattr(owner, "rewards", ())]
+    found = {_identity(reward) if _shows_options(reward) else id(reward): reward for reward in rewards}
     return list(found.values())
 
 
@@ -55,6 +56,11 @@ def check_rewards(rewards: Sequence[Any]) -> Iterator[Finding]:
         yield green("rewards", "the recipe has none")
     for reward in rewards:
         yield _check(reward)
+
+
+def _shows_options(reward: Any) -> bool:
+    """Whether it keeps all that it was made with under its own names."""
+    return vars(reward).keys() >= inspect.signature(type(reward)).parameters.keys()
 
 
 def _identity(reward: Any) -> tuple[str, str]:

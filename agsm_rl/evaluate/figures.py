@@ -17,6 +17,11 @@ def interval_json(part: Interval) -> dict[str, float | None]:
     return {"score": part.value, "low": _or_null(part.low), "high": _or_null(part.high)}
 
 
+def change_json(part: Interval) -> dict[str, float | None]:
+    """value, low and high of a difference; null for a bound that cannot be had."""
+    return {"value": part.value, "low": _or_null(part.low), "high": _or_null(part.high)}
+
+
 def plain_table(title: str, columns: Sequence[str]) -> Table:
     """A table that fits 80 columns; the first column is text, the others are figures."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)

@@ -29,7 +29,10 @@ def read_prompts(
         _need(path)
         texts = _column(_load(LOADERS[path.suffix], prompts, None, path), prompts, column, limit)
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {prompts}: it is no text in UTF-8 ({error}); save it so.") from error
         texts = [line for line in lines if line][:limit]
     elif path.suffix == ".txt" or (prompts.startswith((".", "/", "~")) and not path.is_dir()):
         raise _missing(prompts)

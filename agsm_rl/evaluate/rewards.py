@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.figures import interval_json, number, percent, plain_table
+from agsm_rl.evaluate.figures import change_json, interval_json, number, percent, plain_table
 from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
 from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
 from agsm_rl.interfaces import Reward
@@ -29,7 +29,7 @@ from agsm_rl.options import validated
 from agsm_rl.recipe import Evaluate
 from agsm_rl.resolve import Parts
 from agsm_rl.reward_entries import in_evaluation
-from agsm_rl.scoring import checked_score
+from agsm_rl.scoring import checked_score, scoring_device
 
 NUM_IMAGES = 200
 
@@ -143,10 +143,10 @@ class RewardsResult:
         found = {}
         for label in self.scores:
             change, wins = self._compared(other, label)
-            found[label] = {"difference": asdict(change), "win_rate": interval_json(wins)}
+            found[label] = {"difference": change_json(change), "win_rate": interval_json(wins)}
         weighted, theirs = self._weighted(), other._weighted()
         overall = mean_over_prompts([weighted[index] - theirs[index] for index in weighted])
-        return {"difference": {"overall": asdict(overall)}, "rewards": found}
+        return {"difference": {"overall": change_json(overall)}, "rewards": found}
 
     def _compared(self, other: RewardsResult, label: str) -> tuple[Interval, Interval]:
         ours, theirs = self.scores[label], other.scores[label]
@@ -212,7 +212,7 @@ class Rewards:
         for label, kept in self._kept.items():
             left = [item for item in images if kept.read(item.path) is None]
             for part in _by_size([(item, _tensor(item)) for item in left]):
-                stacked = torch.stack([image for _, image in part])
+                stacked = torch.stack([image for _, image in part]).to(scoring_device())
                 scores = checked_score(self._models[label], stacked, [item.prompt for item, _ in part])
                 for (item, _), score in zip(part, scores.tolist(), strict=True):
                     kept.write(item.path, score)
@@ -234,22 +234,25 @@ class Rewards:
 
 def _parse(text: str, parts: Parts) -> RewardSpec:
     """`name`, `name:key=value,…`, `module:Class` or `module:Class:key=value,…`."""
-    head, colon, tail = text.rpartition(":")
-    name, listed = (head, tail) if colon and "=" in tail else (text, "")
+    parted = re.fullmatch(r"(.*?):(\w+=.*)", text, re.DOTALL)  # the first colon before an option: an URL has more
+    name, listed = parted.groups() if parted else (text, "")
     options: dict[str, Any] = {}
     for piece in filter(None, listed.split(",")):
         key, equals, value = piece.partition("=")
         if not equals:
             raise UserError(f"--reward {text}: '{piece}' is no option; write NAME:option=value,option=value.")
         # The constructor's types turn texts into numbers; only what no text can be is read as YAML.
-        options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
+        try:
+            options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
+        except yaml.YAMLError as error:
+            raise UserError(f"--reward {text}: {key}: {value!r} cannot be read as YAML ({error}).") from error
     return _spec(name, options, 1.0, parts)
 
 
 def _read_yaml(file: Path, parts: Parts) -> list[RewardSpec]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as YAML ({error}).") from error
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content:

@@ -18,13 +18,14 @@ from agsm_rl.shapes.judge import judge
 
 @dataclass(frozen=True)
 class ShapesFigures:
-    """A ShapesResult, told as the other suites tell theirs."""
+    """A ShapesResult, told as the other suites tell theirs. `split`: whose prompts these are; null for others."""
 
     result: ShapesResult
+    split: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The content of eval.json."""
-        return self.result.to_json()
+        return self.result.to_json() | {"split": self.split}
 
     def show(self, console: Console, other: ShapesFigures | None = None) -> None:
         """Print the lenient and the strict table."""
@@ -83,4 +84,5 @@ class Shapes:
             if row is None:
                 raise UserError(f"{item.path}: it has no verdict yet; run the evaluation again to its end.")
             rows.append(ImageVerdict(**row))
-        return ShapesFigures(ShapesResult(tuple(rows)))
+        of_the_split = [row.prompt for row in rows] == suite_prompts(self.split, len(rows), self.seed)
+        return ShapesFigures(ShapesResult(tuple(rows)), self.split if of_the_split else None)

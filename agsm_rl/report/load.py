@@ -18,6 +18,8 @@ from agsm_rl.run_folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
 DONE = "done"
+NOT_THE_BASE_S = ("device", "dtype", "gradient_checkpointing", "local_files_only", "memory_format", "compile")
+"""A backbone's options that say how it is computed; what this changes in the base's images is told in a note."""
 WATCHING = ("evaluate", "sample", "checkpoint", "track")
 """A recipe's keys that do not alter what is trained."""
 
@@ -119,8 +121,10 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
             f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
         )
     evaluation = read_evaluation(folder.eval) if measured else NOTHING
-    _check_measured(evaluation, folder)
+    _check_measured(evaluation, folder, folder.eval)
     validation = read_evaluation(other) if (other := path / "eval-validation.json").is_file() else None
+    if validation is not None:
+        _check_measured(validation, folder, other)
     return Run(
         name=name or path.resolve().name,
         path=path,
@@ -132,13 +136,13 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
     )
 
 
-def _check_measured(evaluation: Evaluation, folder: RunFolder) -> None:
+def _check_measured(evaluation: Evaluation, folder: RunFolder, measured: Path) -> None:
     """UserError when what was measured is not what the run came to, because it has gone on since."""
     for name, digest in evaluation.adapters.items():
         file = folder.adapter / name
         if file.is_file() and sha256(file) != digest:
             raise UserError(
-                f"{folder.eval}: measures another {name} than {file}: the run has gone on since. Measure it again."
+                f"{measured}: measures another {name} than {file}: the run has gone on since. Measure it again."
             )
 
 
@@ -201,10 +205,11 @@ def _but_for_seed(run: Run) -> dict[str, Any]:
 
 
 def _shared_name(runs: list[Run]) -> str:
+    """What is left without the seeds; or else what the names begin with alike."""
     if len(runs) == 1:
         return runs[0].name.removesuffix(seed_suffix(runs[0].seed))
-    shared = os.path.commonprefix([run.name for run in runs])
-    shared = re.sub(r"([-_. ]*(seed|s)?[-_. ]*\d*)+$", "", shared)
+    first, *others = [re.sub(rf"[-_. ]*(seed|s)?[-_. ]?{run.seed}$", "", run.name) for run in runs]
+    shared = first if {first} == set(others) else os.path.commonprefix([run.name for run in runs]).rstrip("-_. ")
     return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe["objectives"])
 
 
@@ -219,11 +224,13 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 f"{without.path}: was not evaluated, but {other.path} was. Evaluate it alike (`agsm-rl eval "
                 f"{without.path} --suite … --compare --json {without.path}/eval.json`), or report it apart."
             )
-        for what, of in SAME.items() if first.evaluation is not NOTHING else ():
-            if of(run) != of(first):
-                shown = "" if what == "prompts" else f" ({of(first)} and {of(run)})"
+        if first.evaluation is not NOTHING:
+            unlike = difference(first.evaluation, run.evaluation)
+            if unlike is None and _base(first) != _base(run):
+                unlike = f"bases ({_base(first)} and {_base(run)})"
+            if unlike is not None:
                 raise UserError(
-                    f"{first.path} and {run.path}: were evaluated on different {what}{shown}, so their images are no "
+                    f"{first.path} and {run.path}: were evaluated on different {unlike}, so their images are no "
                     "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
                     "prompt_suffix)."
                 )
@@ -241,17 +248,32 @@ def check_comparable(runs: Sequence[Run]) -> None:
         raise UserError(f"the runs were evaluated at no common guidance ({found}); evaluate them alike.")
 
 
-SAME: dict[str, Callable[[Run], Any]] = {
-    "suites": lambda run: run.evaluation.suite,
-    "splits": lambda run: run.evaluation.split,
-    "noise seeds": lambda run: run.evaluation.seed,
-    "numbers of prompts": lambda run: len(run.evaluation.prompts),
-    "prompts": lambda run: (run.evaluation.prompts, run.evaluation.tags),
-    "prompt suffixes": lambda run: f"“{run.evaluation.prompt_suffix}”",
-    "numbers of sampling steps": lambda run: run.evaluation.num_steps,
-    "verdicts": lambda run: run.evaluation.verdicts,
-    "bases": lambda run: run.recipe.get("backbone", {}).get("checkpoint"),
+SAME: dict[str, Callable[[Evaluation], Any]] = {
+    "suites": lambda one: one.suite,
+    "splits": lambda one: one.split,
+    "noise seeds": lambda one: one.seed,
+    "numbers of prompts": lambda one: len(one.prompts),
+    "prompts": lambda one: (one.prompts, one.tags),
+    "prompt suffixes": lambda one: f"“{one.prompt_suffix}”",
+    "numbers of sampling steps": lambda one: one.num_steps,
+    "verdicts": lambda one: one.verdicts,
 }
+
+
+def difference(one: Evaluation, other: Evaluation) -> str | None:
+    """In what two evaluations are unlike, so that their images are no pairs; None where they are pairs."""
+    for what, of in SAME.items():
+        if of(one) != of(other):
+            return what if what == "prompts" else f"{what} ({of(one)} and {of(other)})"
+    return None
+
+
+def _base(run: Run) -> str:
+    """What the backbone is made of: its checkpoint and what else decides what it draws, but for rounding."""
+    block = run.recipe.get("backbone", {})
+    further = {key: value for key, value in block.items() if key not in NOT_THE_BASE_S and value is not None}
+    further = {key: value for key, value in further.items() if key not in ("use", "checkpoint")}
+    return str(block.get("checkpoint")) + "".join(f", {key}: {value}" for key, value in sorted(further.items()))
 
 
 def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:

@@ -81,9 +81,11 @@ function el(tag, attributes = {}, ...children) {
   return made;
 }
 
-function mark(model) {
+const mark = (model) => drawnMark(symbol(model), colour(model));
+
+function drawnMark(symbol, colour) {
   const svg = d3.create("svg").attr("width", 14).attr("height", 14).attr("viewBox", "-7 -7 14 14").attr("aria-hidden", "true");
-  svg.append("path").attr("d", d3.symbol(symbol(model), 70)()).style("fill", colour(model));
+  svg.append("path").attr("d", d3.symbol(symbol, 70)()).style("fill", colour);
   return svg.node();
 }
 
@@ -372,8 +374,7 @@ function addMultiple(box, title, series, zero) {
   const cell = el("figure", {}, el("h3", {}, title));
   box.append(cell);
   const kinds = [...new Map(shown.map((one) => [one.kind, one])).values()];
-  const swatch = (one) => el("span", { class: "key" }, mark({ index: +one.colour.match(/\d/)[0] }), one.kind);
-  for (const one of kinds) one.symbol ??= SYMBOLS[+one.colour.match(/\d/)[0]];
+  const swatch = (one) => el("span", { class: "key" }, drawnMark(one.symbol ?? SYMBOLS[0], one.colour), one.kind);
   cell.append(lineChart(shown, { width: widthOf(cell), height: 210, x: "steps", y: "", zero }), legend(kinds.map(swatch)));
 }
 

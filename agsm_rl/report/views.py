@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agsm_rl.report.evaluation import Evaluation, Marks
-from agsm_rl.report.load import Loaded, Run, Variant
+from agsm_rl.report.load import Loaded, Run, Variant, difference
 
 BASE = ""
 """The base's place among the variants, which all have names."""
@@ -40,8 +40,22 @@ def make_views(loaded: Loaded) -> tuple[list[View], list[str]]:
             "No guidance was chosen on validation prompts, because not every run has an eval-validation.json "
             f"({missing})."
         ]
+    if unlike := _unlike_validations(loaded.runs):
+        return views, [f"No guidance was chosen on validation prompts, because the runs' own were not alike: {unlike}."]
     own, note = _own(loaded)
     return ([own, *views], [note]) if own else (views, [note])
+
+
+def _unlike_validations(runs: Sequence[Run]) -> str:
+    """In what the runs' validations are unlike, or not on validation prompts; empty where all is well."""
+    found = [(run, run.validation) for run in runs if run.validation is not None]
+    for run, validation in found:
+        if validation.split != "validation":
+            return f"{run.name}'s are of the split {validation.split}"
+        unlike = difference(found[0][1], validation)
+        if unlike is not None:
+            return f"{found[0][0].name} and {run.name} have different {unlike}"
+    return ""
 
 
 def _own(loaded: Loaded) -> tuple[View | None, str]:

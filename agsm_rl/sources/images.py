@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from agsm_rl.errors import UserError
@@ -117,9 +117,18 @@ def read_picture(value: Any, where: str) -> Image.Image:
             picture = value
         else:
             raise ValueError(f"it holds {value!r:.60}")
-        return picture.convert("RGB")
+        return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGB")
     except Exception as error:  # whatever a decoder makes of a stranger's bytes
         raise UserError(f"{where}: its image cannot be read ({error}); mend or remove that row") from error
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits as 8, which `convert` would clip to white; ValueError for numbers without a known range."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits")
+    return picture
 
 
 def read_caption(value: Any, column: str, where: str) -> str:
@@ -142,12 +151,12 @@ def to_latents(pictures: Sequence[Image.Image | Tensor], backbone: Backbone) -> 
 
 
 def fit(picture: Image.Image, resolution: int) -> Tensor:
-    """Resize the shorter side to `resolution` (bicubic, antialiased), crop the centre; float [3, R, R] in [0, 1]."""
+    """The central square at `resolution` (bicubic, antialiased); float [3, R, R] in [0, 1]."""
     width, height = picture.size
     if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        picture = picture.crop((left, top, left + resolution, top + resolution))
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        # The square alone is enlarged: of a strip of pixels the whole would be gigabytes.
+        square = (left, top, left + side, top + side)
+        picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC, box=square)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -92,6 +92,11 @@ class Rollouts:
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
         if advantages not in ("history", "group"):
             raise unknown_name("advantages", advantages, "a way to normalise rewards", ("history", "group"))
+        if advantages == "history" and history < min_history:
+            raise UserError(
+                f"history: got {history}, but min_history is {min_history}: a prompt would never have rewards enough "
+                f"of its own; give {min_history} or more, or a smaller min_history"
+            )
         if advantages == "group" and images_per_prompt < 2:
             raise UserError(
                 "images_per_prompt: got 1, but `advantages: group` compares a prompt's images with each other; give 2 "
@@ -203,8 +208,8 @@ class Rollouts:
             bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
             raise UserError(
                 f"{self._name}: {len(bad)} of the {len(sizes)} images drawn are not finite, the first for the prompt "
-                f"'{prompts[bad[0]]}': the trained parameters have blown up. Lower optimizer.learning_rate and go on "
-                f"with --resume from an older checkpoint"
+                f"'{prompts[bad[0]]}': the trained parameters have blown up. Begin a new run with a lower "
+                f"optimizer.learning_rate; with `start_from: <a run>` it goes on from what that run exported"
             )
         self._metrics["x0_norm"] = float(sizes.max())
 

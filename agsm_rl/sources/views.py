@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch
+from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch, Source
 
 
 class BestImages:
@@ -27,6 +27,12 @@ class BestImages:
         if not 0 < share <= 1:
             raise UserError(f"share: got {share}, but it must lie in (0, 1]")
         self.share, self.min_advantage = share, min_advantage
+
+    def check(self, source: Source) -> None:
+        """UserError where no image could ever pass."""
+        total = getattr(source, "batch_size", None)
+        if total is not None and not self.batch_size(total):
+            raise UserError(f"share: {self.share:g} of {total} images is none; give more, or draw more images")
 
     def batch_size(self, total: int) -> int:
         """Rows that are left of `total`."""
@@ -51,6 +57,15 @@ class BestAgainstWorst:
 
     consumes: ClassVar[type[Batch]] = RewardedBatch
     gives: ClassVar[type[Batch]] = PreferenceBatch
+
+    def check(self, source: Source) -> None:
+        """UserError where no prompt has two images in a step."""
+        images, updates = getattr(source, "images_per_prompt", 2), getattr(source, "updates", 1)
+        if images <= updates:
+            raise UserError(
+                f"a step has one image a prompt at most (images_per_prompt {images}, updates {updates}), so there is "
+                f"nothing to compare; give at least {2 * updates} images_per_prompt"
+            )
 
     def batch_size(self, total: int) -> None:
         """It depends on how many prompts tie."""

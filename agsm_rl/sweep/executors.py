@@ -6,7 +6,6 @@ It ends by itself when the sweep is gone: it reads the end of a pipe that only t
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agsm_rl.errors import UserError
+from agsm_rl.on_ray import import_ray, start_ray
 
 TOLD = 5
 """Lines of a failed cell's log that are shown."""
@@ -130,11 +129,8 @@ def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd
 @contextmanager
 def _ray(workers: int | None) -> Iterator[Executor]:
     """Cells as tasks of the cluster that RAY_ADDRESS names, or of a Ray on this machine alone."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--executor ray: Ray is not installed; run `pip install 'agsm-rl[ray]'`.") from error
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray = import_ray("--executor ray")
+    start_ray(who="--executor ray")
     try:
         yield RayExecutor(workers)
     finally:

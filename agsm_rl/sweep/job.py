@@ -16,7 +16,7 @@ from agsm_rl.sweep.plan import Cell, Plan
 
 @dataclass(frozen=True)
 class Job:
-    """All that is needed to train and evaluate a cell. Folders are as the sweep was given them, from `cwd`."""
+    """All that is needed to train and evaluate a cell. Folders are as the sweep was given them."""
 
     cell: str
     run: str
@@ -26,7 +26,6 @@ class Job:
     reported: str | None
     seconds: float | None
     allow_imports: list[str]
-    cwd: str
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +60,6 @@ def job_of(plan: Plan, cell: Cell) -> Job:
         reported=plan.reported_split,
         seconds=cell.seconds,
         allow_imports=sorted(plan.allow_imports),
-        cwd=str(Path.cwd()),
     )
 
 

@@ -123,7 +123,7 @@ def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
                 continue
             _change(data, key, value, where=f"{where}: {key}")
         share *= changes.get("budget_share", 1.0)
-        if axis.variants and changes.get("start_from") is not None:
+        if axis.variants and "start_from" in changes:
             data["start_from"], after = _start(plan, axis, choice, changes["start_from"], seed, where=where)
     data["seed"] = seed
     data["evaluate"] = None if plan.reported is None else plan.reported.model_dump(mode="json")
@@ -217,19 +217,21 @@ def _check_no_circle(plan: Plan, cell: Cell, by_name: dict[str, Cell]) -> None:
 
 
 def _start(
-    plan: Plan, axis: Axis, choice: dict[str, Any], given: Any, seed: int, *, where: str
-) -> tuple[str, str | None]:
+    plan: Plan, axis: Axis, choice: dict[str, Any], given: str | None, seed: int, *, where: str
+) -> tuple[str | None, str | None]:
     """What stands in the recipe's start_from, and the cell that it is the result of (None: a finished run's folder)."""
+    if given is None:
+        return None, None
     if given in axis.variants:
         if given == choice[axis.key]:
             raise UserError(f"{where}: start_from: '{given}' would start from itself.")
         name = _label(plan, choice | {axis.key: given}) + seed_suffix(seed)
         return str(plan.run(name)), name
     try:
-        find_exports(Path(str(given)))
+        find_exports(Path(given))
     except UserError as error:
-        raise unknown_variant(str(given), axis, where=where) from error
-    return str(given), None
+        raise unknown_variant(given, axis, where=where) from error
+    return given, None
 
 
 def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str) -> tuple[Recipe, float | None]:

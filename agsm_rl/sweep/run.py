@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import heapq
+import math
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
@@ -22,7 +25,7 @@ from agsm_rl.run_folder import check_same, write_text
 from agsm_rl.stop import Stopped
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor, Outcome
-from agsm_rl.sweep.job import job_of, read_result
+from agsm_rl.sweep.job import Job, job_of, read_result
 from agsm_rl.sweep.plan import Cell, Plan
 
 HEADER = "# Resolved: the base recipe and all that is evaluated are written out. Go on with it by `agsm-rl sweep`.\n"
@@ -80,11 +83,13 @@ def _run(runner: Runner) -> None:
 
 
 class Runner:
-    """Runs cells on an executor and keeps the board."""
+    """Runs cells on an executor and keeps the board. A search runs several trials' cells from threads of its own."""
 
     def __init__(self, plan: Plan, board: Board, executor: Executor) -> None:
         self.plan, self.board, self.executor = plan, board, executor
         self.stopping = False
+        self._running: dict[str, Future[Outcome]] = {}
+        self._lock = threading.RLock()
 
     def stop(self) -> None:
         """Tell all cells to write a checkpoint and end; nothing is begun or noted any more."""
@@ -126,7 +131,19 @@ class Runner:
             self.board.found_done(cell.name, result)
 
     def start(self, cell: Cell) -> Future[Outcome] | None:
-        """Begin a cell; None when there is nothing to run: it is done, or what it starts from has failed."""
+        """Begin a cell, or join it where it runs for another trial of the same values.
+
+        None when there is nothing to run: it is done, or what it starts from has failed.
+        """
+        with self._lock:
+            if cell.name not in self._running:
+                future = self._submit(cell)
+                if future is None:
+                    return None
+                self._running[cell.name] = future
+            return self._running[cell.name]
+
+    def _submit(self, cell: Cell) -> Future[Outcome] | None:
         if self.board.states[cell.name].status == "done":
             return None
         if cell.after is not None and self.board.states[cell.after].status == "failed":
@@ -138,9 +155,12 @@ class Runner:
         return self.executor.submit(file, self.plan.folder / "logs" / f"{cell.name}.log")
 
     def finish(self, cell: Cell, future: Future[Outcome]) -> None:
-        """Note how a cell ended, unless it was by our own wish."""
-        if self.stopping:
-            return
+        """Note how a cell ended, once, unless it was by our own wish."""
+        with self._lock:
+            if self._running.pop(cell.name, None) is not None and not self.stopping:
+                self._note(cell, future)
+
+    def _note(self, cell: Cell, future: Future[Outcome]) -> None:
         try:
             outcome = future.result()
         except Exception as error:  # noqa: BLE001 - whatever an executor fails with, the other cells go on
@@ -161,25 +181,47 @@ def _check_folder(plan: Plan) -> None:
         raise UserError(f"{plan.folder}: is a file; give a folder as --dir.")
     if plan.folder.is_dir() and any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
         raise UserError(f"{plan.folder}: is not empty and no sweep's folder; choose another --dir.")
-    steps = {cell.name: cell.recipe.steps for cell in plan.cells}
-    kept = {cell.name: _kept_recipe(plan, cell) for cell in plan.cells}
+    wanted = {cell.name: _Length(cell.recipe.steps, cell.seconds) for cell in plan.cells}
+    kept = {cell.name: _kept_length(plan, cell) for cell in plan.cells}
     for cell in plan.cells:
         found = kept[cell.name]
         if found is None:
             continue
-        if found.steps > cell.recipe.steps:
-            raise _other_steps(plan, cell, cell.name, steps[cell.name])
+        if found.is_more_than(wanted[cell.name]):
+            raise _other_length(plan, cell, cell.name, wanted[cell.name])
         # What a cell has begun with must still be what it would begin with.
         start = kept[cell.after] if cell.after else None
-        if cell.after and start is not None and start.steps != steps[cell.after]:
-            raise _other_steps(plan, cell, cell.after, steps[cell.after])
+        if cell.after and start is not None and start != wanted[cell.after]:
+            raise _other_length(plan, cell, cell.after, wanted[cell.after])
 
 
-def _other_steps(plan: Plan, cell: Cell, changed: str, steps: int) -> UserError:
+class _Length(NamedTuple):
+    """How long a cell trains: steps, or seconds where these are its budget."""
+
+    steps: int
+    seconds: float | None
+
+    def is_more_than(self, other: _Length) -> bool:
+        """Whether what was begun goes beyond the other."""
+        return self.steps > other.steps or (self.seconds or 0) > (other.seconds or math.inf)
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps" if self.seconds is None else f"{self.seconds:g} seconds"
+
+
+def _other_length(plan: Plan, cell: Cell, changed: str, length: _Length) -> UserError:
     return UserError(
-        f"{plan.run(changed)}: was begun with another number of steps than the {steps} it has now, and cell "
+        f"{plan.run(changed)}: was begun with another budget than the {length} it has now, and cell "
         f"'{cell.name}' cannot go on with that; choose another --dir, or remove these cells."
     )
+
+
+def _kept_length(plan: Plan, cell: Cell) -> _Length | None:
+    """How long a cell was to train when it was begun; None if it was not."""
+    kept, file = _kept_recipe(plan, cell), plan.folder / "jobs" / f"{cell.name}.yaml"
+    if kept is None:
+        return None
+    return _Length(kept.steps, Job.read(file).seconds if file.is_file() else cell.seconds)
 
 
 def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:

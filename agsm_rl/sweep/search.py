@@ -1,12 +1,13 @@
 """Axes that are ranges: Optuna suggests, cells are run, and what they score on the validation split is told to it.
 
 Every axis takes part, named variants and lists as choices. A trial is one choice on all axes, run on every seed; its
-value is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off is tried again
-with the same values, so its cells go on from their checkpoints.
+value is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off or failed is
+tried again with the same values, so its cells go on from their checkpoints; trials of equal values share their cells.
 """
 
 from __future__ import annotations
 
+import json
 from statistics import mean
 from typing import Any
 
@@ -17,7 +18,8 @@ from agsm_rl.sweep.spec import Axis
 
 DIGITS = 4
 """Suggested numbers are rounded to so many, so that a cell's name tells the value in full."""
-BROKEN_OFF = "broken off"
+SETTINGS = "settings"
+"""What the values of a study's trials hang on, kept with it."""
 
 
 def check_installed() -> None:
@@ -44,24 +46,18 @@ def search(runner: Runner) -> None:
         storage=JournalStorage(JournalFileBackend(str(plan.folder / "search.log"))),
         load_if_exists=True,
     )
+    _check_settings(study, runner)
     known: list[FrozenTrial] = study.get_trials(deepcopy=False)
     # A sampler begins its random numbers anew in each session: with the same seed it would suggest the same again.
     study.sampler = optuna.samplers.TPESampler(seed=(options.seed + len(known)) % 2**32, constant_liar=True)
-    _queue_again(
-        study, [trial for trial in known if trial.state == TrialState.RUNNING or BROKEN_OFF in trial.user_attrs]
-    )
+    _queue_again(study, [trial for trial in known if trial.state in (TrialState.RUNNING, TrialState.FAIL)])
     done = [trial for trial in known if trial.state == TrialState.COMPLETE]
     for trial in done:
         runner.run(_cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes}))
 
     def objective(trial: Any) -> float:
         cells = _cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes})
-        try:
-            runner.run(cells)
-        finally:
-            # However it ends: by the signal's exception here, or by the runner's return in a thread.
-            if runner.stopping:
-                trial.set_user_attr(BROKEN_OFF, True)
+        runner.run(cells)
         if runner.stopping:
             raise RuntimeError("the sweep was stopped")
         scores = [_score(runner, cell) for cell in cells]
@@ -75,8 +71,24 @@ def search(runner: Runner) -> None:
         runner.board.tell(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
 
 
+def _check_settings(study: Any, runner: Runner) -> None:
+    """UserError when the sweep has changed since the study's first trial, whose values would be another sweep's."""
+    given = runner.plan.to_data()
+    search = {key: given["search"].get(key) for key in ("maximise", "split", "guidance")}
+    now = {key: given.get(key) for key in ("recipe", "set", "axes", "seeds", "budget", "evaluate")} | {"search": search}
+    now = json.loads(json.dumps(now, default=str))
+    kept = study.user_attrs.get(SETTINGS, now)
+    for key, value in now.items():
+        if kept[key] != value:
+            raise UserError(
+                f"{runner.plan.folder}: its search was begun with another `{key}`, so its trials cannot be gone on "
+                "with; choose another --dir. (`search.trials` may grow.)"
+            )
+    study.set_user_attr(SETTINGS, now)
+
+
 def _queue_again(study: Any, trials: list[Any]) -> None:
-    """Have trials that were broken off tried again with the same values, each once."""
+    """Have trials that were broken off or failed tried again with the same values, each once."""
     from optuna.trial import TrialState
 
     before = study.user_attrs.get("queued again", [])

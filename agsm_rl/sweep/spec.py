@@ -125,7 +125,7 @@ def _axis(key: str, value: Any, *, where: str) -> Axis:
                     f"blocks, name the variants: {{first: {{{key}: …}}, second: {{{key}: …}}}}."
                 )
         return Axis(key, values=value)
-    if isinstance(value, dict) and value and not set(value) - set(Range.model_fields):
+    if isinstance(value, dict) and value and not set(value) - set(Range.model_fields) and not _holds_changes(value):
         try:
             return Axis(key, range=Range.model_validate(value))
         except ValidationError as error:
@@ -140,11 +140,22 @@ def _axis(key: str, value: Any, *, where: str) -> Axis:
     )
 
 
+def _holds_changes(value: dict[str, Any]) -> bool:
+    """Variants may be called low and high."""
+    return all(isinstance(changes, dict) for changes in value.values())
+
+
 def _check_variant(name: str, changes: Any, *, place: str) -> None:
     if not all(letter.isalnum() and letter.isascii() or letter in "_-." for letter in name):
         raise UserError(f"{place}.{name}: names of variants are made of letters, digits, _, - and .")
     if not isinstance(changes, dict | None):
         raise UserError(f"{place}.{name}: got {changes!r}; a variant is a mapping {{key.path: value, …}}, or {{}}.")
+    for key in changes or {}:
+        if not isinstance(key, str):
+            raise UserError(f"{place}.{name}: got the key {key!r}; a key is a dotted path of the recipe.")
+    start = (changes or {}).get("start_from")
+    if not isinstance(start, str | None):
+        raise UserError(f"{place}.{name}.start_from: got {start!r}; it is a variant's name, a run's folder, or null.")
     share = (changes or {}).get("budget_share", 1)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise UserError(f"{place}.{name}.budget_share: got {share!r}; it is a number in (0, 1].")

@@ -7,8 +7,7 @@ Needs `pip install 'agsm-rl[ray]'`. Actors speak the worker's frames, so that th
 
 from __future__ import annotations
 
-import logging
-import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +20,10 @@ from torch import Tensor
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError
+from agsm_rl.on_ray import import_ray, start_ray
+
+WHO = "reward 'ray_pool'"
+_starting = threading.Lock()
 
 
 class RewardActor:
@@ -32,23 +35,6 @@ class RewardActor:
     def answer(self, question: bytes) -> bytes:
         """The answer to a frame."""
         return b"".join(self.endpoint.answer(decode(question)))
-
-
-def start_ray(address: str | None) -> None:
-    """Join the Ray at `address` or RAY_ADDRESS, or start one here, which listens on loopback only.
-
-    UserError when it cannot be reached or started. Ray's reports of its use to its makers are off.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None and not os.environ.get("RAY_ADDRESS"):
-        how |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    else:
-        how["address"] = address
-    try:
-        _ray().init(**how)
-    except Exception as error:  # Ray raises plain Exception when it is slow to start
-        raise UserError(f"reward 'ray_pool': Ray cannot be started or reached: {error}") from error
 
 
 class ActorLink:
@@ -64,8 +50,9 @@ class ActorLink:
 
     def open(self) -> None:
         ray = _ray()
-        if not ray.is_initialized():
-            start_ray(self._address)
+        with _starting:  # a pool's links are opened at once
+            if not ray.is_initialized():
+                start_ray(self._address, who=WHO)
         self._actor = ray.remote(RewardActor).options(**self._resources).remote(self._name, self._options)
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
@@ -156,8 +143,4 @@ def _reward_class(name: str) -> Any:
 
 
 def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("reward 'ray_pool' needs Ray, which is not here; run `pip install 'agsm-rl[ray]'`") from error
-    return ray
+    return import_ray(WHO)

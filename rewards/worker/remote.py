@@ -151,8 +151,9 @@ class RemoteReward:
             self._link.close()
             raise UserError(f"reward '{self.name}': {message}")
         if op == "error":
-            # While it starts there is nothing to go on with; later, the next batch may well succeed.
-            raise Fault(message, broken=wanted == "hello")
+            # While it starts there is nothing to go on with, nor after its memory ran out; else the next batch may well
+            # succeed.
+            raise Fault(message, broken=wanted == "hello" or frame.header.get("spent") is True)
         if op != wanted:
             raise Fault(f"it answered with '{op[:40]}' where '{wanted}' was wanted")
         return frame

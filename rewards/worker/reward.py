@@ -67,7 +67,19 @@ class WorkerReward(RemoteReward):
 def side_path(*, keep: bool = False) -> dict[str, str | None]:
     """The environment in which a worker finds agsm_rl_worker.py; keep: beside what is on PYTHONPATH already."""
     ours = os.environ.get("PYTHONPATH") if keep else None
-    return {"PYTHONPATH": os.pathsep.join([SIDE, ours] if ours else [SIDE]), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join([SIDE, ours] if ours else [SIDE])
+    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | _own_gpu()
+
+
+def _own_gpu() -> dict[str, str | None]:
+    """Of several training processes on this machine, each one's workers take its GPU, which is "cuda" to them."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return {}
+    rank, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return {"CUDA_VISIBLE_DEVICES": str(rank)}
+    listed = visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": listed[rank % len(listed)]}
 
 
 def _prepared(script: str | None, command: Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, str | None]]:

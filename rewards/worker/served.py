@@ -8,6 +8,7 @@ import torch
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Refused
 
 from agsm_rl.errors import UserError
+from agsm_rl.scoring import scoring_device
 
 
 class Served:
@@ -21,6 +22,7 @@ class Served:
     @torch.no_grad()
     def __call__(self, images: Any, prompts: list[str]) -> Any:
         try:
-            return self.reward(torch.from_numpy(images), prompts).detach().float().cpu()
+            pixels = torch.from_numpy(images).to(scoring_device())
+            return self.reward(pixels, prompts).detach().float().cpu()
         except UserError as error:
             raise Refused(str(error)) from error

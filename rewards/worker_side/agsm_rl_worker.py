@@ -182,7 +182,7 @@ class Endpoint:
             traceback.print_exc(file=sys.stderr)
             self.spent = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            return encode({"op": "error", "id": number, "message": said[:2000]})
+            return encode({"op": "error", "id": number, "message": said[:2000], "spent": self.spent})
 
     def _hello(self, header: dict[str, Any]) -> dict[str, Any]:
         spoken, options = header.get("protocol"), header.get("options", {})

@@ -100,6 +100,25 @@ def test_a_constant_reward_and_one_that_fails_are_caught(content, tmp_path, monk
         assert word in line and "remedy: " in line
 
 
+def test_each_reward_is_checked_that_has_options_of_its_own(content, tmp_path, monkeypatch):
+    for kind in ("good", "fails"):
+        (tmp_path / f"{kind}.py").write_text(
+            "from agsm_rl_worker import serve\n"
+            f"kind = {kind!r}\n"
+            "class Scores:\n"
+            "    def __call__(self, images, prompts):\n"
+            "        return list(range(len(prompts))) if kind == 'good' else 1 / 0\n"
+            "serve(Scores)\n"
+        )
+    how = {"use": "worker", "retries": 0}
+    content["objectives"][1]["source"]["rewards"] = {
+        kind: how | {"script": str(tmp_path / f"{kind}.py")} for kind in ("fails", "good")
+    }
+    allowed = {f"command:{tmp_path / kind}.py" for kind in ("good", "fails")}
+    found = reds(content, allow_imports=allowed)
+    assert "ZeroDivisionError" in found["reward 'fails'"]
+
+
 def test_a_reward_that_scores_otherwise_than_stored_is_caught(content, monkeypatch):
     monkeypatch.setattr(Brightness, "__call__", lambda self, images, prompts: images.square().mean(dim=(1, 2, 3)))
     (line,) = reds(content).values()

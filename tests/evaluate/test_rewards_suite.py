@@ -209,6 +209,8 @@ def test_a_reward_that_gives_everything_the_same_score_is_named(command, tmp_pat
 def test_options_take_the_types_of_the_constructor(counted):
     (spec,) = parse_rewards(["counted_rewards:Counted:scale=2,mode=2.1,size=null"], allow_imports=["counted_rewards"])
     assert (spec.options, spec.weight) == ({"scale": 2.0, "mode": "2.1", "size": None}, 1.0)
+    (spec,) = parse_rewards(["http:url=http://127.0.0.1:8765,retries=2"])
+    assert (spec.name, spec.options) == ("http", {"url": "http://127.0.0.1:8765", "retries": 2})
 
 
 def test_a_yaml_weighs_rewards_into_the_overall_figure(command, tmp_path):
@@ -238,9 +240,9 @@ def test_rewards_that_cannot_be_are_told(given, word):
         parse_rewards(given)
 
 
-@pytest.mark.parametrize("text", ["- a", "brightness: x", "brightness: [", "{}", "brightness: true"])
+@pytest.mark.parametrize("text", ["- a", "brightness: x", "brightness: [", "{}", "brightness: true", "näme: 1"])
 def test_a_yaml_that_is_no_rewards_is_named(tmp_path, text):
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="r.yaml"):
         parse_rewards([], tmp_path / "r.yaml")
 

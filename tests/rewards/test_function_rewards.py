@@ -10,6 +10,7 @@ from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward
 from agsm_rl.recipe import Recipe
+from agsm_rl.resolve import Parts
 
 CODE = """
 def red(images, prompts):
@@ -90,3 +91,15 @@ def test_a_function_that_says_so_is_ascended_by_its_gradient(recipe_data):
     assert build_trainer(recipe, allow_imports=["own_scores"]).run_step()["reward_backprop/grad_norm"] > 0
     with pytest.raises(UserError, match="'words' has no gradient"):
         Recipe.from_data(recipe_data(term | {"rewards": {"own_scores:words": 1.0}}), allow_imports=["own_scores"])
+
+
+def test_a_seed_that_nobody_gives_is_the_rewards_own(monkeypatch, tmp_path):
+    (tmp_path / "seeded_rewards.py").write_text(
+        "class Seeded:\n"
+        "    name, range, differentiable = 'seeded', (0.0, 1.0), False\n"
+        "    def __init__(self, *, seed: int = 7): self.seed = seed\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = Parts(where="x", allow_imports=["seeded_rewards"])
+    made = parts.reward("seeded_rewards:Seeded", "y", {"seed": None})
+    assert (made.seed, parts.reward("seeded_rewards:Seeded", "y", {"seed": 3}).seed) == (7, 3)

@@ -49,6 +49,13 @@ def test_hpsv2_is_open_clips_cosine_of_the_letterboxed_picture(make_reward, tiny
     assert found.std() > 0.01
 
 
+def test_the_other_version_s_official_file_is_refused(tiny_options, make_reward):
+    file = f"{tiny_options['hpsv2']['path']}/HPS_v2.1_compressed.pt"
+    assert make_reward("hpsv2", path=file, version="2.1").version == "2.1"
+    with pytest.raises(UserError, match='HPS_v2.1_compressed.pt has version 2.1; got version "2.0"'):
+        make_reward("hpsv2", path=file, version="2.0")
+
+
 def test_image_reward_is_the_head_of_the_text_that_sees_the_image(make_reward, tiny_options):
     weights = torch.load(f"{tiny_options['image_reward']['path']}/ImageReward.pt")
     ids = token_ids(tiny_options["image_reward"]["tokenizer"], PROMPTS, 35)

@@ -2,13 +2,19 @@
 
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from agsm_rl_rewards.jpeg import JpegCompressibility
-from agsm_rl_rewards.worker.ray_pool import RayPoolReward, start_ray
+from agsm_rl_rewards.worker import ray_pool
+from agsm_rl_rewards.worker.ray_pool import ActorLink, RayPoolReward
 
 from agsm_rl.errors import UserError
+from agsm_rl.on_ray import start_ray
 
 
 def test_what_cannot_be_pooled_is_told_before_ray_starts(monkeypatch):
@@ -31,10 +37,27 @@ def test_a_pool_needs_leave_for_what_its_reward_does_and_for_a_cluster():
     assert RayPoolReward.permissions({"reward": "shapes", "options": None, "address": None}) == []
 
 
+def test_links_that_are_opened_at_once_start_ray_once(monkeypatch):
+    started = threading.Event()
+    ray = MagicMock(is_initialized=started.is_set)
+
+    def start(address, *, who):
+        assert not started.is_set()
+        time.sleep(0.05)
+        started.set()
+
+    monkeypatch.setattr(ray_pool, "_ray", lambda: ray)
+    monkeypatch.setattr(ray_pool, "start_ray", start)
+    links = [ActorLink("shapes", {}, address=None, resources={}) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(ActorLink.open, links))
+    assert all(link.is_open for link in links)
+
+
 @pytest.fixture(scope="module")
 def local_ray():
     ray = pytest.importorskip("ray")
-    start_ray(None)
+    start_ray(who="test")
     yield ray
     ray.shutdown()
 

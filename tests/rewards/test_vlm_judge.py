@@ -210,6 +210,13 @@ def test_a_password_in_netrc_does_not_take_the_keys_place(endpoint, monkeypatch,
     assert [asked[1].get("Authorization") for asked in endpoint.asked] == ["Bearer secret-123", None]
 
 
+def test_what_this_machine_serves_is_not_asked_for_through_a_proxy(endpoint, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    assert judge(endpoint)(IMAGES[:1], ["a star"]).tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("url", "wanted"),
     [

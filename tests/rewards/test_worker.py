@@ -369,3 +369,24 @@ def test_a_thousand_calls_under_random_faults_are_all_right_or_an_error(faulty):
             wrong.append((name, scores))
     assert wrong == []
     assert errors > 0 and faults > 25
+
+
+@pytest.mark.parametrize(
+    ("processes", "rank", "visible", "wanted"),
+    [("1", "0", None, None), ("2", "1", None, "1"), ("2", "1", "4,6", "6"), ("2", "0", "GPU-7", "GPU-7")],
+)
+def test_workers_of_several_processes_take_their_process_s_gpu(script, monkeypatch, processes, rank, visible, wanted):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    reward = script("""
+        import os
+        class Told:
+            def __call__(self, images, prompts):
+                raise Refused("sees " + str(os.environ.get("CUDA_VISIBLE_DEVICES")))
+        serve(Told)
+    """)
+    with pytest.raises(UserError, match=f"sees {wanted}$"):
+        reward(images(), ["", ""])

@@ -1,14 +1,15 @@
 """Pairs: order, shares of processes, resizing, and messages about broken data sets."""
 
 import json
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from agsm_rl.errors import UserError
-from agsm_rl.sources.images import fit
+from agsm_rl.sources.images import fit, read_picture
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.pairs import Pairs
 
@@ -86,6 +87,30 @@ def test_fitting_keeps_the_centre_and_the_proportions():
     fitted = fit(Image.fromarray(picture), 10)
     assert fitted.shape == (3, 10, 10)
     assert fitted[:, :, 2:8].min() > 0.95
+
+
+def test_a_strip_of_pixels_is_fitted_without_being_enlarged_as_a_whole():
+    assert fit(Image.new("RGB", (1, 40_000), "white"), 512).min() == 1
+
+
+def test_greys_of_sixteen_bits_keep_their_shades():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    file = BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    found = np.array(read_picture(file.getvalue(), "row 0"))
+    assert found.shape == (4, 256, 3)
+    assert np.abs(found[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+    with pytest.raises(UserError, match="row 0: .*mode F, whose range is not known"):
+        read_picture(Image.new("F", (4, 4)), "row 0")
+
+
+def test_a_picture_stands_upright_however_its_bytes_are_kept():
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+    for value in (file.getvalue(), {"bytes": file.getvalue(), "path": None}):
+        assert read_picture(value, "row 0").size == (10, 20)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_a_reward_that_returns_nonsense_is_named(value, message):
         ({"rewards": []}, "rewards"),
         ({"advantages": "grup"}, "'grup' is not a way to normalise rewards.*Did you mean 'group'"),
         ({"advantages": "group", "images_per_prompt": 1}, "images_per_prompt: got 1.*advantages: history"),
+        ({"history": 8}, "history: got 8, but min_history is 16"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -110,7 +110,32 @@ def test_a_term_whose_view_leaves_no_rows_is_passed_over(make_policy, make_rollo
     metrics = trainer.run_step()
     assert metrics["agsm/rows"] == 0
     assert "agsm/loss" not in metrics
+    assert "agsm/reward" in metrics
     assert all(torch.equal(before[name], value) for name, value in policy.parameters().items())
+
+
+def test_a_view_that_could_never_see_anything_is_refused(make_rollouts):
+    alone = make_rollouts(images_per_prompt=2, updates=2)
+    with pytest.raises(UserError, match="dpo: view: a step has one image a prompt at most.*at least 4"):
+        Term(DiffusionDPO(), alone, name="dpo", view=BestAgainstWorst())
+    with pytest.raises(UserError, match="agsm: view: share: 0.1 of 2 images is none"):
+        Term(AGSM(group_size=2), alone, name="agsm", view=BestImages(share=0.1))
+
+
+def test_images_that_are_all_worth_the_same_are_told_also_where_no_pair_is_left(make_policy, make_rollouts):
+    source = make_rollouts(rewards=[(Fixed(), 1.0)])
+    trainer = Trainer(make_policy(), [Term(DiffusionDPO(), source, name="dpo", view=BestAgainstWorst())], steps=1)
+    assert trainer.run_step()["dpo/rows"] == 0
+    assert [event.watch for event in trainer.watch.events] == ["constant_reward"]
+
+
+class Fixed:
+    """Gives every image the same."""
+
+    name, range, differentiable = "fixed", (0.0, 1.0), False
+
+    def __call__(self, images, prompts):
+        return torch.full((len(prompts),), 0.5)
 
 
 @pytest.mark.parametrize("how", [{"eta": 0.0}, {"drawn_by": "ema"}], ids=["without noise", "by the EMA"])
@@ -172,6 +197,10 @@ def test_a_view_in_a_recipe_is_completed_and_its_rows_must_suit_the_objective():
     term = {"use": "agsm", "source": "own", "view": {"use": "best_images", "share": 0.04}}
     with pytest.raises(UserError, match="batch_size 3 is no multiple of group_size 4"):
         Recipe.from_data(RECIPE | {"objectives": [term]})
+    term = {"use": "diffusion_dpo", "source": "own", "view": {"use": "best_against_worst"}}
+    own = {"own": RECIPE["sources"]["own"] | {"images_per_prompt": 1}}
+    with pytest.raises(UserError, match=r"objectives\[0\]\.view: a step has one image a prompt at most"):
+        Recipe.from_data(RECIPE | {"sources": own, "objectives": [term]})
 
 
 def test_a_view_of_pairs_is_refused_with_what_would_work():
