@@ -277,8 +277,9 @@ def _is_drawn(target: str) -> bool:
 
 
 def _is_plain(target: str, suite: Suite) -> bool:
-    """A folder of pictures without prompts, which FID alone can do with."""
-    return suite.name == "fid" and Path(target).is_dir() and bool(pictures_in(Path(target)))
+    """A folder of pictures without prompts, which FID alone can do with; a model's folder may hold some too."""
+    path = Path(target)
+    return suite.name == "fid" and bool(pictures_in(path)) and not (path / "model_index.json").is_file()
 
 
 @contextmanager

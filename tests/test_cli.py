@@ -1,5 +1,6 @@
 """The command line: what each command gives, and that a mistake is one message and exit code 2."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import yaml
 from diffusers import AutoPipelineForText2Image
 from typer.testing import CliRunner
 
-from agsm_rl import attach
+from agsm_rl import attach, watching
 from agsm_rl.cli import app
 from agsm_rl.drawing import to_picture, write_picture
 
@@ -83,6 +84,33 @@ def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe,
     assert measured.exit_code == 0, measured.output
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["num_images"] == found["base"]["num_images"] == 6
+    exported = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "run/adapter").iterdir()
+    }
+    assert found["drawing"]["adapters"] == exported and found["drawing"]["num_steps"] == 2
+
+
+def test_images_of_two_targets_make_an_evaluation_that_a_report_takes(command, recipe, tmp_path, tiny_checkpoint):
+    assert command("train", recipe, "--run-dir", "run").exit_code == 0
+    how = ("--num-images", 12, "--num-steps", 2, "--guidance", 2)
+    assert command("eval", tiny_checkpoint, *how, "--images", "base").exit_code == 0
+    result = command("eval", "run", "--against", "base", "--images", "mine", "--json", "run/eval.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run/eval.json").read_text())["split"] == "held_out"
+    assert command("report", "run").exit_code == 0
+
+
+def test_images_are_drawn_so_many_at_a_time_as_is_said(command, tiny_checkpoint, monkeypatch):
+    drawn = []
+
+    def draw(backbone, prompts, seeds, **how):
+        drawn.append(len(prompts))
+        return torch.zeros(len(prompts), 3, 32, 32)
+
+    monkeypatch.setattr(watching, "draw", draw)
+    for given in ((), ("--batch-size", 2)):
+        assert command("eval", tiny_checkpoint, "--num-images", 6, *given).exit_code == 0
+    assert drawn == [6, 2, 2, 2]
 
 
 def test_a_plain_pipeline_with_the_run_attached_draws_what_sample_draws(command, recipe, tmp_path, tiny_checkpoint):

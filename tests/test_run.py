@@ -20,7 +20,7 @@ from agsm_rl.describe import describe
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import Recipe
 from agsm_rl.run import train
-from agsm_rl.run_folder import MetricsFile
+from agsm_rl.run_folder import MetricsFile, RunFolder
 from agsm_rl.stop import Stopped
 from agsm_rl.trainer import Trainer
 
@@ -84,6 +84,19 @@ def test_a_second_run_in_the_same_folder_is_refused(make_recipe, tmp_path, quiet
     train(make_recipe(steps=1), tmp_path / "run", console=quiet)
     with pytest.raises(UserError, match="is not empty.*--resume"):
         train(make_recipe(steps=1), tmp_path / "run", console=quiet)
+
+
+def test_a_run_that_came_second_leaves_the_folder_of_the_first(make_recipe, tmp_path):
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    for folder in (first, second):
+        folder.check(make_recipe(), resume=False)
+    first.open(make_recipe())
+    with pytest.raises(UserError, match="is busy"):
+        second.open(make_recipe())
+    second.discard_unused()
+    assert first.recipe.is_file()
+    first.discard_unused()
+    assert not first.path.exists()
 
 
 def test_what_a_kill_left_written_aside_is_no_hindrance(make_recipe, tmp_path, quiet):

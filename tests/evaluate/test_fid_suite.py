@@ -95,6 +95,14 @@ def test_what_is_missing_is_told_before_anything_is_drawn(command, tmp_path, tin
     assert not (tmp_path / "im").exists()
 
 
+def test_a_plain_folder_of_pictures_has_no_base(command, tmp_path):
+    for name in ("real", "mine"):
+        write_pictures(tmp_path / name, 3, 0)
+    plain = str(tmp_path / "mine" / "part0")
+    result = command(plain, "--reference", "real", "--compare")
+    assert result.exit_code == 2 and "has no base" in result.stderr
+
+
 def test_weights_that_would_run_code_are_refused(tmp_path):
     torch.save({"a": MeanAndSpread()}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="bad.pth: it is not the Inception weights"):

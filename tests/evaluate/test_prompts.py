@@ -76,6 +76,9 @@ def test_wrong_columns_and_empty_prompts_are_told(tmp_path):
     (tmp_path / "b.txt").write_text("\n \n")
     with pytest.raises(UserError, match="no prompts"):
         read_prompts(str(tmp_path / "b.txt"))
+    (tmp_path / "d.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="d.txt: it is no text in UTF-8"):
+        read_prompts(str(tmp_path / "d.txt"))
     (tmp_path / "c.jsonl").write_text("{")
     with pytest.raises(UserError, match="cannot be opened"):
         read_prompts(str(tmp_path / "c.jsonl"))

@@ -71,6 +71,19 @@ def test_against_another_target_the_difference_is_paired_and_a_tie_is_half_a_win
     )
 
 
+def test_what_one_prompt_cannot_tell_is_null_in_the_json(command, tmp_path):
+    folder_of(tmp_path / "ours", OURS[:1])
+    folder_of(tmp_path / "theirs", THEIRS[:1])
+    more = ("--suite", "rewards", "--reward", "brightness", "--json", "e.json")
+    assert command("ours", *more, "--against", "theirs").exit_code == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    content = json.loads((tmp_path / "e.json").read_text(), parse_constant=refuse)
+    assert content["rewards"]["brightness"]["difference"]["low"] is None
+
+
 def test_two_models_are_drawn_on_the_same_prompts_and_noise(command, tmp_path, tiny_checkpoint):
     (tmp_path / "mine.txt").write_text("a red star\n\n a blue circle \ntwo squares\n")
     arguments = (tiny_checkpoint, "--suite", "rewards", "--reward", "brightness", "--reward", "jpeg_compressibility")
@@ -231,6 +244,7 @@ def test_a_yaml_weighs_rewards_into_the_overall_figure(command, tmp_path):
         (["shapes:verdict=x"], "verdict"),
         (["shapes:verdict=lenient,x"], "'x' is no option"),
         (["os:system"], "--allow-import os"),
+        (["shapes:verdict=[a"], "verdict: '[a' cannot be read as YAML".replace("[", r"\[")),
         (["brightness", "brightness"], "named twice"),
         ([], "there is no reward"),
     ],

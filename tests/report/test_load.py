@@ -73,6 +73,45 @@ def test_runs_on_other_bases_are_refused(tmp_path):
         load([one, other])
 
 
+@pytest.mark.parametrize("option", [{"lora": "mine.safetensors"}, {"unet": "other"}, {"t5_length": 77}])
+def test_what_else_makes_a_base_is_part_of_it_and_how_it_is_computed_is_not(tmp_path, option):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", rank=4)
+    content = yaml.safe_load((other / "recipe.yaml").read_text())
+    how = {"device": "cpu", "dtype": "bfloat16", "compile": "default", "unet": None}
+    (other / "recipe.yaml").write_text(yaml.safe_dump(content | {"backbone": content["backbone"] | how}))
+    assert len(load([one, other]).variants) == 2
+    (other / "recipe.yaml").write_text(yaml.safe_dump(content | {"backbone": content["backbone"] | option}))
+    (key,) = option
+    with pytest.raises(UserError, match=f"different bases .builtin:shapes-sd15 and builtin:shapes-sd15, {key}: "):
+        load([one, other])
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["lr0.1-seed0", "lr0.1-seed1"], "lr0.1"),
+        (["agsm_t10-0", "agsm_t10-1"], "agsm_t10"),
+        (["sd15_s0", "sd15_s1"], "sd15"),
+        (["tokens first", "tokens second"], "tokens"),
+        (["2024-01-15_12-30-45_x", "2024-01-15_12-31-02_y"], "2024-01-15_12-3"),
+        (["first", "second"], "agsm + ddpo"),
+    ],
+)
+def test_runs_over_seeds_are_named_by_what_is_left_without_them(tmp_path, names, shared):
+    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(names)]
+    assert [one.name for one in load(runs).variants] == [shared]
+
+
+def test_an_evaluation_on_validation_prompts_must_be_of_what_the_run_came_to(tmp_path):
+    run = write_run(tmp_path / "one", validation={1.0: (0.3, 0.5)})
+    content = json.loads((run / "eval-validation.json").read_text())
+    (run / "eval-validation.json").write_text(json.dumps(content | {"drawing": {"adapters": {"a.safetensors": "0"}}}))
+    (run / "adapter").mkdir()
+    (run / "adapter" / "a.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="eval-validation.json: measures another a.safetensors"):
+        load([run])
+
+
 def test_a_run_that_was_not_evaluated_is_not_compared_with_one_that_was(tmp_path):
     one, other = write_run(tmp_path / "one"), not_evaluated(write_run(tmp_path / "other", rank=4))
     with pytest.raises(UserError, match="other: was not evaluated, but .*one was"):

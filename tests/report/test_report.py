@@ -147,6 +147,19 @@ def test_a_leader_is_named_by_the_validation_prompts_not_by_these(tmp_path):
     assert page(one, other).text.count("On held-out prompts, better (at guidance 1, the base at 1) raises") == 1
 
 
+@pytest.mark.parametrize("how", [{"split": "train"}, {"seed": 3}, {"prompt_suffix": ", verified"}])
+def test_no_guidance_is_chosen_where_validations_are_not_alike(tmp_path, how):
+    same = {1.0: (0.3, 0.5), 2.0: (0.3, 0.6)}
+    one = write_run(tmp_path / "one", scores=same, validation=same)
+    other = write_run(tmp_path / "other", scores=same, validation=same, rank=4)
+    assert page(one, other).data["views"][0]["key"] == "own"
+    content = json.loads((other / "eval-validation.json").read_text())
+    (other / "eval-validation.json").write_text(json.dumps(content | how))
+    found = page(one, other)
+    assert [view["key"] for view in found.data["views"]] == ["1", "2"]
+    assert "because the runs' own were not alike" in found.text
+
+
 def test_cells_that_are_not_done_are_told_and_not_counted(sweep):
     found = page(sweep)
     assert "2 of 6 cells of the sweep are not in these figures" in found.text

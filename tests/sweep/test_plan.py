@@ -68,6 +68,17 @@ def test_a_variant_starts_from_the_cell_of_the_same_seed_and_other_axes(plan):
     assert cells[then.after].after is None
 
 
+def test_a_variant_may_begin_from_nothing_where_the_recipe_begins_from_a_run(plan):
+    axes = {"start": {"after": {}, "scratch": {"start_from": None}}}
+    cells = plan(axes=axes, set={"start_from": "before"}).cells
+    assert [cell.recipe.start_from for cell in cells] == ["before", None]
+
+
+def test_variants_may_be_called_low_and_high(plan):
+    axes = {"rate": {name: {"optimizer.learning_rate": value} for name, value in (("low", 1e-4), ("high", 1e-3))}}
+    assert [cell.variant for cell in plan(axes=axes).cells] == ["low", "high"]
+
+
 def test_a_variant_may_add_an_adapter_to_those_that_it_starts_from(plan):
     tokens = {"start_from": "first", "adapters.tokens": {"use": "soft_tokens"}, "objectives.0.trains": ["tokens"]}
     found = plan(axes={"objective": {"first": {}, "then": tokens}}).cells[1]
@@ -141,6 +152,8 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ({"axes": {"a": {"b c": {}}}}, r"axes.a.b c: names of variants are made of"),
         ({"axes": {"a": {"b": 3}}}, r"axes.a.b: got 3; a variant is a mapping"),
         ({"axes": {"a": {"b": {"budget_share": 2}}}}, r"a.b.budget_share: got 2; it is a number in \(0, 1\]"),
+        ({"axes": {"a": {"b": {5: 1}}}}, r"axes.a.b: got the key 5; a key is a dotted path"),
+        ({"axes": {"a": {"b": {"start_from": ["c"]}}}}, r"a.b.start_from: got \['c'\]; it is a variant's name"),
         ({"axes": {"a": {"b": {"steps": 0}}}}, r"cell 'b-seed0': steps: got 0"),
         ({"axes": {"a": {"b": {"objectives.0.use": "agms"}}}}, r"cell 'b-seed0': objectives\[0\].use: 'agms'.*'agsm'"),
         (

@@ -265,8 +265,15 @@ def test_a_sweep_that_was_changed_is_refused(sweep):
     sweep(evaluate=EVALUATE[:1])
     with pytest.raises(UserError, match=r"mine-seed0.recipe.yaml: the run was started with optimizer.*another --dir"):
         sweep(set={"optimizer.learning_rate": 0.5})
-    with pytest.raises(UserError, match="another number of steps than the 1 it has now"):
+    with pytest.raises(UserError, match="another budget than the 1 steps it has now"):
         sweep(budget={"steps": 1})
+
+
+def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_is_gone_on_with(sweep):
+    sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[:1])
+    with pytest.raises(UserError, match="mine-seed0: was begun with another budget than the 1e-07 seconds"):
+        sweep(budget={"seconds": 1e-7}, evaluate=EVALUATE[:1])
+    assert sweep(budget={"seconds": 2e-6}, evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
 
 
 def test_a_chain_is_not_continued_from_a_start_that_has_changed(sweep):

@@ -1,12 +1,18 @@
 """Axes that are searched: trials are cells, the best is told, and broken-off trials are tried again."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
 from sweep_parts import EVALUATE
 
+from agsm_rl.errors import UserError
+from agsm_rl.sweep.board import Board
+from agsm_rl.sweep.executors import Outcome
+from agsm_rl.sweep.plan import make_cell
 from agsm_rl.sweep.run import Runner
 
 pytest.importorskip("optuna")
@@ -61,9 +67,55 @@ def test_a_trial_that_was_broken_off_is_tried_again_with_the_same_values(sweep, 
     assert ran == []
 
 
+def test_a_trial_that_failed_is_tried_again_with_the_same_values(sweep, monkeypatch):
+    monkeypatch.setattr("agsm_rl.sweep.search._score", lambda runner, cell: None)
+    _, failed = sweep(**SEARCHED, search={"trials": 1})
+    assert "best" not in summary()
+    monkeypatch.setattr("agsm_rl.sweep.search._score", lambda runner, cell: 1.0)
+    sweep(**SEARCHED, search={"trials": 1})
+    assert [row["cell"] for row in summary()["cells"]] == failed
+    assert summary()["best"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seeds": 2}, "seeds"),
+        ({"search": {"trials": 1, "maximise": "overall"}}, "search"),
+        ({"set": {"optimizer.max_grad_norm": 2.0}}, "set"),
+        ({"axes": SEARCHED["axes"] | {"kind": {"a": {}, "b": {}}}}, "axes"),
+    ],
+)
+def test_a_search_that_was_changed_is_refused(sweep, scores, changes, key):
+    sweep(**SEARCHED, search={"trials": 1})
+    with pytest.raises(UserError, match=f"its search was begun with another `{key}`.*another --dir"):
+        sweep(**SEARCHED | {"search": {"trials": 1}} | changes)
+
+
+def test_trials_of_the_same_values_share_a_running_cell_and_it_is_noted_once(plan):
+    class Waiting:
+        submitted: ClassVar[list[str]] = []
+
+        def submit(self, job, log):
+            self.submitted.append(job.stem)
+            return Future()
+
+    found = plan(**SEARCHED, search={"trials": 1})
+    found.folder.mkdir(parents=True)
+    cell = make_cell(found, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
+    runner = Runner(found, Board(found, Console(quiet=True), capacity=1), Waiting())
+    runner.board.add([cell])
+    future = runner.start(cell)
+    assert runner.start(cell) is future and Waiting.submitted == [cell.name]
+    future.set_result(Outcome(2, 1.0, "no luck"))
+    runner.finish(cell, future)
+    assert "no luck" in runner.board.states[cell.name].error
+    runner.board.states[cell.name].error = "noted"
+    runner.finish(cell, future)
+    assert runner.board.states[cell.name].error == "noted"
+
+
 def test_the_score_is_the_mean_of_validation_at_its_best_guidance(plan):
-    from agsm_rl.sweep.board import Board
-    from agsm_rl.sweep.plan import make_cell
     from agsm_rl.sweep.search import _score
 
     evaluate = [{"split": "validation", "guidance": [1.0, 2.0]}, {"split": "held_out", "guidance": [1.0]}]
