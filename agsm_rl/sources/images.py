@@ -124,7 +124,7 @@ def read_picture(value: Any, where: str) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Greys of 16 bits as 8, which `convert` would clip to white; ValueError for numbers without a known range."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+    if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits")
