@@ -21,6 +21,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Adapter
 from agsm_rl.registry import load
 
+BASE_OPTIONS = ("unet", "transformer", "lora", "config", "variant", "t5_length", "resolution", "dtype")
+"""Options of a backbone that say, beside its checkpoint, on what an adapter was trained; an export tells them."""
 # The name under which `pipe.load_lora_weights(folder)` looks for it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -48,8 +50,8 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
     """Put exported adapters on a diffusers pipeline.
 
     path: a run folder (its `adapter/`), a folder of exported adapters, or one .safetensors file.
-    Raises UserError when a file is missing, broken, not one of ours, or for another base; nothing is
-    attached then.
+    Raises UserError when a file is missing, broken, not one of ours, or for another base, or the pipeline's weights are
+    offloaded layer by layer; nothing is attached then.
     """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
     modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
@@ -60,6 +62,11 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
     )
     try:
         backbone = backbone_of(pipeline)
+        if pipeline.device.type == "meta":
+            raise UserError(
+                f"{path}: cannot be attached to a pipeline after enable_sequential_cpu_offload(), which leaves no "
+                "weights to put it on. Attach first, then offload; or use enable_model_cpu_offload()."
+            )
         for name, (tensors, metadata) in exports.items():
             adapter = load("adapters", metadata["kind"], where=f"{name}.safetensors").from_export(tensors, metadata)
             adapter.attach(backbone)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agsm_rl import checkpoint
-from agsm_rl.attachment import find_exports, read_export, save_adapters
+from agsm_rl.attachment import BASE_OPTIONS, find_exports, read_export, save_adapters
 from agsm_rl.errors import UserError
 from agsm_rl.held_out import Standing
 from agsm_rl.policy import Policy
@@ -169,6 +169,7 @@ class Checkpoints:
         metadata = {
             "checkpoint": str(backbone.options.get("checkpoint", "")),
             "backbone": backbone.use,
+            "backbone_options": json.dumps({key: backbone.options.get(key) for key in BASE_OPTIONS}),
             "objectives": json.dumps([term.use for term in self.recipe.objectives]),
             "recipe_sha256": hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest(),
             "step": str(step),

@@ -64,9 +64,10 @@ def proposal(fit: Fit, budget: float) -> str:
     """What `--fit-vram` found."""
     of = f"{readable(fit.prediction.peak)} at its peak, in {fit.prediction.phase}"
     if not fit.fits:
+        even = f", even with {settings(fit.changes)}" if fit.changes else ""
         return (
-            f"vram        does not fit {readable(budget)} with {MARGIN:.0%} to spare: {of}, even with "
-            f"{settings(fit.changes)}. What is left to lower: batch_size, resolution, num_prompts, images_per_prompt"
+            f"vram        does not fit {readable(budget)} with {MARGIN:.0%} to spare: {of}{even}. "
+            "What is left to lower: batch_size, resolution, num_prompts, images_per_prompt"
         )
     if not fit.changes:
         return f"vram        fits {readable(budget)} as it is, with {MARGIN:.0%} to spare"

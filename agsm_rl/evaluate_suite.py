@@ -107,11 +107,11 @@ class _Work:
             return _Work(suite, options, Shard.parse(options.shard), False, Console(stderr=True))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return _Work(suite, options, Shard(), True, Console(stderr=True))
-        from accelerate import Accelerator
+        from agsm_rl.processes import make_accelerator
 
         if options.images is None:
             raise UserError("--images: several processes need a folder to share; name one.")
-        processes = Accelerator()
+        processes = make_accelerator()
         main = processes.is_main_process
         shard = Shard(processes.process_index, processes.num_processes)
         return _Work(suite, options, shard, main, Console(stderr=True, quiet=not main), processes)

@@ -28,7 +28,7 @@ UNET = "lora_unet_"
 PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 OURS = (".lora_A.weight", ".lora_B.weight")
-ORIGIN = ("base", "backbone", "checkpoint", "objectives", "recipe_sha256", "step", "version")
+ORIGIN = ("base", "backbone", "backbone_options", "checkpoint", "objectives", "recipe_sha256", "step", "version")
 """What an export's metadata tells of where it comes from; all else is of the form."""
 
 
@@ -37,7 +37,8 @@ def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
     if any(name.startswith("transformer.") for name in own):
         raise UserError(
-            "--to kohya: a form for U-Nets (SD1.5, SDXL). ComfyUI and diffusers take SD3's LoRA as it was exported"
+            "--to kohya: a form for U-Nets (SD1.5, SDXL). diffusers takes SD3's LoRA as it was exported; so does "
+            "ComfyUI, but for its alpha: give it the strength alpha / rank there"
         )
     converted = convert_state_dict_to_kohya(own)
     if metadata.get("base") == "stable_diffusion":  # an only text encoder has no number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
-from agsm_rl.attachment import Handle, attach, find_exports, read_export, read_safetensors
+from agsm_rl.attachment import BASE_OPTIONS, Handle, attach, find_exports, read_export, read_safetensors
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.build import build_backbone
 from agsm_rl.errors import UserError
@@ -107,7 +108,18 @@ def _open_adapter(path: Path, base: str | None, more: dict[str, Any]) -> Target:
             f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder)."
         )
     block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
+    if base is None:
+        block |= _trained_on(metadata, files[0])
     return _opened(block | more, where=str(path), adapter=path)
+
+
+def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """What else an export says of its base: another U-Net in it, a fused LoRA, its dtype."""
+    try:
+        told = json.loads(metadata.get("backbone_options", "{}"))
+        return {key: told[key] for key in BASE_OPTIONS if told.get(key) is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: its metadata 'backbone_options' is broken ({error}); add --base.") from error
 
 
 def _is_foreign(file: Path) -> bool:

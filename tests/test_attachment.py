@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -73,6 +74,27 @@ def test_attached_adapters_draw_what_the_trained_ones_draw(
     base = draw(pipeline)
     attach(pipeline, tmp_path)
     assert torch.equal(draw(pipeline), draw(backbone.pipeline)) and not torch.equal(draw(pipeline), base)
+
+
+def test_a_pipeline_that_is_offloaded_afterwards_draws_the_same(tiny_checkpoint: Path, exported: Path) -> None:
+    plain, offloaded = plain_pipeline(tiny_checkpoint), plain_pipeline(tiny_checkpoint)
+    for pipeline in (plain, offloaded):
+        attach(pipeline, exported)
+    for module in (offloaded.text_encoder, offloaded.unet, offloaded.vae):
+        cpu_offload(module, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(draw(offloaded), draw(plain))
+    with pytest.raises(UserError, match="Attach first, then offload"):
+        attach(offloaded, exported)
+
+
+def test_a_pipeline_whose_models_are_offloaded_in_turn_draws_the_same(tiny_checkpoint: Path, exported: Path) -> None:
+    plain, offloaded = plain_pipeline(tiny_checkpoint), plain_pipeline(tiny_checkpoint)
+    hook = None
+    for module in (offloaded.text_encoder, offloaded.unet, offloaded.vae):
+        _, hook = cpu_offload_with_hook(module, "cpu", prev_module_hook=hook)
+    for pipeline in (plain, offloaded):
+        attach(pipeline, exported)
+    assert torch.equal(draw(offloaded), draw(plain))
 
 
 def test_detach_gives_the_pipeline_back_bit_for_bit(tiny_checkpoint: Path, exported: Path) -> None:

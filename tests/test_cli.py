@@ -90,6 +90,20 @@ def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe,
     assert found["drawing"]["adapters"] == exported and found["drawing"]["num_steps"] == 2
 
 
+def test_an_adapter_alone_is_drawn_with_on_the_base_that_it_was_trained_on(command, recipe, tmp_path, tiny_checkpoint):
+    pipeline = AutoPipelineForText2Image.from_pretrained(tiny_checkpoint)
+    for parameter in pipeline.unet.parameters():
+        parameter.data *= 1.05
+    pipeline.unet.save_pretrained(tmp_path / "other")
+    assert command("train", recipe, "--run-dir", "run", "--set", "backbone.unet=other").exit_code == 0
+    how = ("a red star", "--num-steps", 2, "--guidance", 3)
+    asked = {"of_run": ["run"], "of_adapter": ["run/adapter"], "of_base": ["run/adapter", "--base", tiny_checkpoint]}
+    for out, target in asked.items():
+        assert command("sample", *target, *how, "-o", out).exit_code == 0
+    drawn = [(tmp_path / out / "seed-0.png").read_bytes() for out in asked]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_images_of_two_targets_make_an_evaluation_that_a_report_takes(command, recipe, tmp_path, tiny_checkpoint):
     assert command("train", recipe, "--run-dir", "run").exit_code == 0
     how = ("--num-images", 12, "--num-steps", 2, "--guidance", 2)

@@ -37,6 +37,7 @@ class LoRA:
     rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts).
     banks: 1, which serves under both names; 2 gives the negative prompts their own.
     target_modules: ends of the denoiser's module names; the attention projections, as in diffusers' scripts and DDPO.
+    SD3's text stream has its own besides (add_q_proj, add_k_proj, add_v_proj, to_add_out), which are not among them.
     text_encoders: also the attention projections of the CLIPs, with the same rank and alpha; prompts are then encoded
     anew for each prediction. Layers that have no say (the last of SDXL's first CLIP) are left out. SD3's T5 stays as
     it is: `pipe.load_lora_weights` has no place for a LoRA of it.

@@ -1,8 +1,8 @@
 """What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder."""
 
-import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -20,6 +20,8 @@ from agsm_rl.precision import own_precision
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")
 RECOMPILE_LIMIT = 32
+PIXELS_AT_ONCE = 2 * 1024**2
+"""That the VAE encodes together: two images of SDXL's size, eight of SD1.5's."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,6 +63,7 @@ class FrozenPipeline:
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
     config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
         Text encoders that an SD3 file leaves out are taken from there too.
+    variant: of the weights' files, as in `from_pretrained` (`fp16`); a folder that has no others needs no telling.
     t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
@@ -97,6 +100,7 @@ class FrozenPipeline:
         transformer: str | None = None,
         lora: str | None = None,
         config: str | None = None,
+        variant: str | None = None,
         t5_length: int | None = None,
         memory_format: Literal["channels_last"] | None = None,
         compile: Literal["default", "reduce-overhead"] | None = None,
@@ -117,6 +121,7 @@ class FrozenPipeline:
             denoisers={"unet": unet, "transformer": transformer},
             lora=lora,
             config=config,
+            variant=variant,
             empty=empty,
         )
         if not empty:
@@ -183,7 +188,7 @@ class FrozenPipeline:
         self.pipeline: Any = pipeline
         self.denoiser: nn.Module = getattr(pipeline, self.part)
         self.adapters: list[Adapter] = []
-        self.device = torch.device(pipeline.device)
+        self.device = torch.device(pipeline._execution_device)  # an offloaded one's weights wait elsewhere
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -207,12 +212,18 @@ class FrozenPipeline:
         if pipeline.vae.config.get("latents_mean") is not None:
             raise UserError("backbone.checkpoint: its VAE has latents_mean, which is not supported.")
         self.latent_shape = (channels, self.resolution // factor, self.resolution // factor)
-        self._vae = pipeline.vae
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            # SDXL's VAE overflows in float16. The pipeline casts its own when it draws; this copy takes gradients.
-            self._vae = copy.deepcopy(pipeline.vae).float()
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
+
+    @cached_property
+    def _vae(self) -> Any:
+        """The pipeline's, but that SDXL's overflows in float16: the pipeline casts it when it draws, here is a copy."""
+        own = self.pipeline.vae
+        if not own.config.force_upcast or own.dtype != torch.float16:
+            return own
+        made = type(own).from_config(own.config).requires_grad_(False).eval()
+        made.load_state_dict(own.state_dict())
+        return made.to(self.device)
 
     def _check_width(self, checkpoint: str) -> None:
         """The text's width must be what the denoiser's attention takes."""
@@ -262,11 +273,17 @@ class FrozenPipeline:
     def encode_images(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it.
 
-        In the VAE's own precision, whatever the run's: it is what latents that are kept are made in.
+        In the VAE's own precision, whatever the run's: it is what latents that are kept are made in. Large images go a
+        few at a time, so that encoding is no peak of memory.
         """
         config = self._vae.config
+        at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
         with own_precision(self.device):
-            latents = self._vae.encode((2 * images - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
+            parts = [
+                self._vae.encode((2 * part - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
+                for part in images.split(at_once)
+            ]
+        latents = torch.cat(parts)
         return ((latents - (config.shift_factor or 0.0)) * config.scaling_factor).to(images.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:

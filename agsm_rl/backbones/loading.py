@@ -4,6 +4,7 @@ Weights are read from safetensors alone, because a pickled checkpoint could run 
 LoRA fused in, so that post-training begins at published weights (Diffusion-DPO's U-Net, SPO's, a style LoRA).
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -88,13 +90,15 @@ def load_pipeline(
     denoisers: Mapping[str, str | None] | None = None,
     lora: str | None = None,
     config: str | None = None,
+    variant: str | None = None,
     empty: bool = False,
 ) -> Any:
     """The checkpoint's pipeline, of one of KINDS; UserError if it cannot be had.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
-    config: for a single file, the pipeline folder or hub id that says how its parts are built.
-    empty: on torch's meta device. The parts of a folder or hub id are then built from their configurations alone.
+    config: for a single file, the pipeline folder or hub id that says how its parts are built. variant: of the files,
+    such as fp16; that of a folder with no others is found. empty: on torch's meta device. The parts of a folder or hub
+    id are then built from their configurations alone.
     """
     kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
@@ -104,6 +108,7 @@ def load_pipeline(
     if single and config is None and local_files_only:
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
+    of_files = {"variant": variant or _only_variant(Path(source) / _denoiser_of(kind))}
     parts = {
         name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
         for name, given in (denoisers or {}).items()
@@ -114,14 +119,14 @@ def load_pipeline(
     found = getattr(diffusers, kind)
     try:
         if empty and not single:
-            parts = _empty_parts(source, parts, options)
+            parts = _empty_parts(source, parts, options, of_files["variant"])
         if single:
             config = config and find_checkpoint(config)
             if config is not None and kind == "StableDiffusion3Pipeline":
                 parts |= _text_encoders_beside(Path(source), config, where, options)
             pipeline = found.from_single_file(source, config=config, **options, **parts)
         else:
-            pipeline = found.from_pretrained(source, use_safetensors=True, **options, **parts)
+            pipeline = found.from_pretrained(source, use_safetensors=True, **of_files, **options, **parts)
     except FAILURES as error:
         if single and config is None and isinstance(error, OSError) and is_offline_mode():
             raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error
@@ -131,7 +136,9 @@ def load_pipeline(
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to("meta")
-    if lora is not None and not empty:
+    if lora is not None and empty:
+        _see_lora(lora)
+    elif lora is not None:
         _fuse(pipeline, lora, local_files_only)
     return pipeline
 
@@ -184,7 +191,7 @@ def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str
     }
 
 
-def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any], variant: str | None) -> dict[str, Any]:
     """`given` and the models of a pipeline that it lacks, on the meta device: their configurations alone are read.
 
     Of a folder's weights it is seen that they are there and whole; OSError or SafetensorError if not.
@@ -199,7 +206,7 @@ def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any]) ->
         if nn.Module not in getattr(found, "__mro__", ()):
             continue
         if Path(source).is_dir():
-            _see_weights(Path(source) / name)
+            _see_weights(Path(source) / name, variant)
         if entry[0] == "diffusers":
             with torch.device("meta"):
                 made[name] = found.from_config(found.load_config(source, subfolder=name, local_files_only=only))
@@ -211,13 +218,39 @@ def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any]) ->
     return made
 
 
-def _see_weights(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
+def _denoiser_of(kind: str) -> str:
+    """The denoiser's name in a pipeline of that kind."""
+    return "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of a folder's files, such as fp16 of `model.fp16.safetensors`, where it has those of no other."""
+    found = {_variant_of(file) for file in folder.glob("*.safetensors")}
+    return found.pop() if len(found) == 1 else None
+
+
+def _variant_of(file: Path) -> str | None:
+    """Of a part of several too: `model.fp16-00001-of-00002.safetensors`, or the other way round as it once was."""
+    named = re.fullmatch(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.safetensors", file.name)
+    return named.group(1) if named else None
+
+
+def _see_weights(folder: Path, variant: str | None) -> None:
+    there = sorted(folder.glob("*.safetensors"))
+    # Where a part has no files of the variant, diffusers takes its plain ones.
+    files = [file for file in there if _variant_of(file) == variant] or [
+        file for file in there if not _variant_of(file)
+    ]
     if not files:
-        raise FileNotFoundError(f"there are no .safetensors in {folder}.")
+        raise FileNotFoundError(f"there are no .safetensors in {folder}{' but for variants' if there else ''}.")
     for file in files:
         with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
             pass
+    for index in folder.glob("*.index*.json"):
+        parts = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        for part in sorted(parts):
+            if _variant_of(part) == _variant_of(files[0]) and not part.is_file():
+                raise FileNotFoundError(f"{part}, a part of {index.name}, is not there.")
 
 
 def _load_denoiser(
@@ -225,9 +258,8 @@ def _load_denoiser(
 ) -> Any:
     """A U-Net or transformer from its own folder, or from that of a pipeline around it."""
     where = f"backbone.{name}: '{given}'"
-    wanted = "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
-    if name != wanted:
-        raise UserError(f"backbone.{name}: a {kind} has no {name}; give the replacement as backbone.{wanted}.")
+    if name != _denoiser_of(kind):
+        raise UserError(f"backbone.{name}: a {kind} has no {name}; give it as backbone.{_denoiser_of(kind)}.")
     model, source = getattr(diffusers, DENOISERS[name]), find_checkpoint(given)
     only = options["local_files_only"]
     try:
@@ -239,7 +271,10 @@ def _load_denoiser(
             with torch.device("meta"):
                 loaded = model.from_config(config).to(options["dtype"])
         else:
-            loaded = model.from_pretrained(source, subfolder=subfolder, use_safetensors=True, **options)
+            variant = _only_variant(Path(source) / (subfolder or ""))
+            loaded = model.from_pretrained(
+                source, subfolder=subfolder, variant=variant, use_safetensors=True, **options
+            )
         expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
     except FAILURES as error:
         raise _unloadable(where, error, source, only) from error
@@ -265,8 +300,20 @@ def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
         pipeline.load_lora_weights(lora, **options)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    except (*FAILURES, RuntimeError) as error:
+    except (*FAILURES, RuntimeError, HTTPError) as error:
         raise _unloadable(where, error, lora, local_files_only) from error
+
+
+def _see_lora(lora: str) -> None:
+    """UserError where it is plain without loading it that a LoRA is not there, or is none."""
+    where, path = f"backbone.lora: '{lora}'", Path(lora)
+    if not path.exists():
+        if HUB_ID.fullmatch(lora):
+            return
+        raise _unloadable(where, FileNotFoundError(), lora)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not any("lora" in name for file in files for name in _tensor_names(file, where)):
+        raise _unloadable(where, ValueError("it holds no tensors of a LoRA."), lora)
 
 
 def _unconfigured(where: str, cause: str) -> UserError:
@@ -274,6 +321,15 @@ def _unconfigured(where: str, cause: str) -> UserError:
         f"{where} is a single file, which does not say how its parts are built: {cause}. Give `config:`, the folder of "
         "a diffusers pipeline of its kind (its weights are not needed)."
     )
+
+
+def _is_of_the_net(error: BaseException | None) -> bool:
+    """Whether it began with a hub that gave no answer, which diffusers tells as a file that is missing."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | HTTPError) and not isinstance(error, HfHubHTTPError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _unloadable(where: str, error: Exception, source: str, local_files_only: bool = False) -> UserError:
@@ -284,7 +340,7 @@ def _unloadable(where: str, error: Exception, source: str, local_files_only: boo
             f"{cause.splitlines()[0]} SD3 is also published without its text encoders; give `config:` the folder or "
             "hub id of a whole pipeline: they are then taken from there."
         )
-    if isinstance(error, OSError) and not Path(source).exists():
+    if isinstance(error, OSError | HTTPError) and not Path(source).exists():
         if not HUB_ID.fullmatch(source):
             cause = "there is no such file or folder."
         elif local_files_only or is_offline_mode():
@@ -292,6 +348,8 @@ def _unloadable(where: str, error: Exception, source: str, local_files_only: boo
                 "it is not (or not whole) in the hub's cache here, and the hub may not be asked: local_files_only or "
                 "HF_HUB_OFFLINE is set."
             )
+        elif _is_of_the_net(error):
+            cause = "it is not in the hub's cache here, and the hub cannot be reached."
     return UserError(
         f"{where} cannot be loaded: {cause}\nGive an existing folder, a .safetensors file, a hub id (owner/name), or "
         "a builtin base such as builtin:shapes-sd15."

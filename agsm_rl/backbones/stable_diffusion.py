@@ -74,7 +74,8 @@ class StableDiffusion(FrozenPipeline):
     def timesteps(self, t: Tensor) -> Tensor:
         """The network's timesteps ⌊1000·t⌋ [B] for noise levels t [B] in [0, 1)."""
         # n / 1000 in float32 may lie just below n / 1000; a thousandth of a timestep is far above that error.
-        return (t.double() * self._num_timesteps + 1e-3).floor().long().clamp(0, self._num_timesteps - 1)
+        wide = torch.float32 if t.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return (t.to(wide) * self._num_timesteps + 1e-3).floor().long().clamp(0, self._num_timesteps - 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = √ᾱ·x0 + √(1 − ᾱ)·noise [B, C, h, w]."""

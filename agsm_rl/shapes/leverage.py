@@ -96,7 +96,7 @@ def main(
         if trainer.step % 100 == 0:
             print(trainer.step, {key: round(value, 5) for key, value in metrics.items()}, flush=True)
     if out is not None:
-        save_adapters(policy.adapters, out, metadata={"base": base})
+        save_adapters(policy.adapters, out, metadata={"checkpoint": base})
     for scale in guidance:
         report(policy, num_images, scale, split, adapted=steps > 0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agsm_rl.backbones import load_backbone
+from agsm_rl.backbones import frozen_pipeline, load_backbone
 from agsm_rl.drawing import draw
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
@@ -39,6 +39,16 @@ def test_images_in_latents_are_scaled_and_shifted_as_the_vae_says(each_backbone:
         decoded = vae.decode(latents / scale + shift).sample
     torch.testing.assert_close(latents, expected)
     torch.testing.assert_close(each_backbone.decode(latents), (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_large_images_are_encoded_a_few_at_a_time(each_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    together, sizes = each_backbone.encode_images(images), []
+    encode = each_backbone.pipeline.vae.encode
+    monkeypatch.setattr(each_backbone.pipeline.vae, "encode", lambda part: sizes.append(len(part)) or encode(part))
+    monkeypatch.setattr(frozen_pipeline, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    torch.testing.assert_close(each_backbone.encode_images(images), together)
+    assert sizes == [2, 2, 1]
 
 
 @torch.no_grad()

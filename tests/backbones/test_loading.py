@@ -1,7 +1,11 @@
 """Where a base may come from: other denoisers, a LoRA fused in, single files in the original layout, and refusals."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -106,6 +110,66 @@ def test_a_lora_is_fused_as_diffusers_fuses_it_and_leaves_no_trace(
     for model in (fused.denoiser, *fused.text_encoders.values()):
         assert not hasattr(model, "peft_config") and not any(isinstance(m, BaseTunerLayer) for m in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_folder_of_one_variant_is_read_and_of_several_the_one_that_is_asked_for(
+    each_checkpoint: Path, tmp_path: Path
+) -> None:
+    whole, half = AutoPipelineForText2Image.from_pretrained(each_checkpoint), tmp_path / "half"
+    whole.save_pretrained(half, variant="fp16")
+    for device in ("cpu", "meta"):
+        load(half, device=device)
+    assert torch.equal(draw(load(half).pipeline), draw(whole))
+    other = AutoPipelineForText2Image.from_pretrained(other_pipeline(each_checkpoint, tmp_path / "other"))
+    other.save_pretrained(half)
+    assert torch.equal(draw(load(half).pipeline), draw(other))
+    assert torch.equal(draw(load(half, variant="fp16").pipeline), draw(whole))
+    part = part_of(load(each_checkpoint))
+    replaced = tmp_path / "replaced"
+    getattr(other, part).save_pretrained(replaced, variant="fp16")
+    assert torch.equal(draw(load(each_checkpoint, **{part: str(replaced)}).pipeline), draw(other))
+
+
+def test_a_part_of_a_denoiser_that_is_not_there_is_seen_without_reading_any(
+    each_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(each_checkpoint, tmp_path / "copy")
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder)
+    denoiser = folder / part_of(load(each_checkpoint))
+    (denoiser / "diffusion_pytorch_model.safetensors").unlink()
+    getattr(pipeline, denoiser.name).save_pretrained(denoiser, max_shard_size="100KB")
+    parts = sorted(denoiser.glob("*.safetensors"))
+    assert len(parts) > 1
+    load(folder, device="meta")
+    parts[-1].unlink()
+    with pytest.raises(UserError, match=f"{parts[-1].name}, a part of .*, is not there"):
+        load(folder, device="meta")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_file_that_is_no_lora_is_told_before_anything_is_trained(
+    tiny_checkpoint: Path, tmp_path: Path, device: str
+) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"backbone.lora: '.*none.safetensors' cannot be loaded"):
+        load(tiny_checkpoint, lora=str(tmp_path / "none.safetensors"), device=device)
+
+
+@pytest.mark.parametrize("options", [{"checkpoint": "someone/some-model"}, {"lora": "someone/some-model"}])
+def test_a_hub_that_cannot_be_reached_is_one_message(tiny_checkpoint: Path, options: dict[str, str]) -> None:
+    code = f"""
+        from agsm_rl.backbones import load_backbone
+        from agsm_rl.errors import UserError
+        try:
+            load_backbone(**({{"checkpoint": {str(tiny_checkpoint)!r}, "device": "cpu"}} | {options!r}))
+        except UserError as error:
+            print(error)
+    """
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", dedent(code)], env=os.environ | nowhere, capture_output=True, text=True, check=True
+    )
+    assert "the hub cannot be reached" in told.stdout
 
 
 def test_a_lora_that_is_not_there_or_for_another_base_is_told(
