@@ -21,7 +21,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Adapter
 from agsm_rl.registry import load
 
-BASE_OPTIONS = ("unet", "transformer", "lora", "config", "variant", "t5_length", "resolution", "dtype")
+BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
 """Options of a backbone that say, beside its checkpoint, on what an adapter was trained; an export tells them."""
 # The name under which `pipe.load_lora_weights(folder)` looks for it.
 LORA_FILE = "pytorch_lora_weights.safetensors"

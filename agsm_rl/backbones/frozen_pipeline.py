@@ -53,7 +53,8 @@ def _moved(pipeline: Any, device: str | torch.device) -> Any:
 class FrozenPipeline:
     """A frozen diffusers pipeline; see `interfaces.Backbone` for the convention.
 
-    checkpoint: a pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
+    checkpoint: a pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`). A
+        folder's files may all be of one variant, such as fp16.
     resolution: pixels a side; the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3) when left out.
     dtype: of the frozen weights. Latents and predictions keep the caller's dtype, float32, which the losses need.
     gradient_checkpointing: trade a second forward pass for memory.
@@ -63,7 +64,6 @@ class FrozenPipeline:
     lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
     config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
         Text encoders that an SD3 file leaves out are taken from there too.
-    variant: of the weights' files, as in `from_pretrained` (`fp16`); a folder that has no others needs no telling.
     t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
         own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
     memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
@@ -100,7 +100,6 @@ class FrozenPipeline:
         transformer: str | None = None,
         lora: str | None = None,
         config: str | None = None,
-        variant: str | None = None,
         t5_length: int | None = None,
         memory_format: Literal["channels_last"] | None = None,
         compile: Literal["default", "reduce-overhead"] | None = None,
@@ -121,7 +120,6 @@ class FrozenPipeline:
             denoisers={"unet": unet, "transformer": transformer},
             lora=lora,
             config=config,
-            variant=variant,
             empty=empty,
         )
         if not empty:

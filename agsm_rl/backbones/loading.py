@@ -90,15 +90,15 @@ def load_pipeline(
     denoisers: Mapping[str, str | None] | None = None,
     lora: str | None = None,
     config: str | None = None,
-    variant: str | None = None,
     empty: bool = False,
 ) -> Any:
     """The checkpoint's pipeline, of one of KINDS; UserError if it cannot be had.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
-    config: for a single file, the pipeline folder or hub id that says how its parts are built. variant: of the files,
-    such as fp16; that of a folder with no others is found. empty: on torch's meta device. The parts of a folder or hub
-    id are then built from their configurations alone.
+    config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
+    torch's meta device. The parts of a folder or hub id are then built from their configurations alone.
+
+    Of a folder whose files are all of one variant, such as fp16, these are read.
     """
     kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
@@ -108,7 +108,7 @@ def load_pipeline(
     if single and config is None and local_files_only:
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
-    of_files = {"variant": variant or _only_variant(Path(source) / _denoiser_of(kind))}
+    variant = _only_variant(Path(source) / _denoiser_of(kind))
     parts = {
         name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
         for name, given in (denoisers or {}).items()
@@ -119,14 +119,14 @@ def load_pipeline(
     found = getattr(diffusers, kind)
     try:
         if empty and not single:
-            parts = _empty_parts(source, parts, options, of_files["variant"])
+            parts = _empty_parts(source, parts, options, variant)
         if single:
             config = config and find_checkpoint(config)
             if config is not None and kind == "StableDiffusion3Pipeline":
                 parts |= _text_encoders_beside(Path(source), config, where, options)
             pipeline = found.from_single_file(source, config=config, **options, **parts)
         else:
-            pipeline = found.from_pretrained(source, use_safetensors=True, **of_files, **options, **parts)
+            pipeline = found.from_pretrained(source, use_safetensors=True, variant=variant, **options, **parts)
     except FAILURES as error:
         if single and config is None and isinstance(error, OSError) and is_offline_mode():
             raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error

@@ -18,7 +18,7 @@ from agsm_rl.run_folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
 DONE = "done"
-NOT_THE_BASE_S = ("device", "dtype", "gradient_checkpointing", "local_files_only", "memory_format", "compile")
+HOW_COMPUTED = ("device", "dtype", "gradient_checkpointing", "local_files_only", "memory_format", "compile")
 """A backbone's options that say how it is computed; what this changes in the base's images is told in a note."""
 WATCHING = ("evaluate", "sample", "checkpoint", "track")
 """A recipe's keys that do not alter what is trained."""
@@ -271,9 +271,9 @@ def difference(one: Evaluation, other: Evaluation) -> str | None:
 def _base(run: Run) -> str:
     """What the backbone is made of: its checkpoint and what else decides what it draws, but for rounding."""
     block = run.recipe.get("backbone", {})
-    further = {key: value for key, value in block.items() if key not in NOT_THE_BASE_S and value is not None}
-    further = {key: value for key, value in further.items() if key not in ("use", "checkpoint")}
-    return str(block.get("checkpoint")) + "".join(f", {key}: {value}" for key, value in sorted(further.items()))
+    own = {"use", "checkpoint", *HOW_COMPUTED}
+    further = sorted((key, value) for key, value in block.items() if key not in own and value is not None)
+    return str(block.get("checkpoint")) + "".join(f", {key}: {value}" for key, value in further)
 
 
 def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:

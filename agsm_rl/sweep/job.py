@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ class Job:
 
     @staticmethod
     def read(file: Path) -> Job:
-        """The job in a file."""
-        return Job(**yaml.safe_load(file.read_text(encoding="utf-8")))
+        """The job in a file, which may be an earlier version's."""
+        known = {field.name for field in fields(Job)}
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return Job(**{key: value for key, value in content.items() if key in known})
 
 
 def job_of(plan: Plan, cell: Cell) -> Job:

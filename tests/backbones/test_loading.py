@@ -112,9 +112,7 @@ def test_a_lora_is_fused_as_diffusers_fuses_it_and_leaves_no_trace(
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_folder_of_one_variant_is_read_and_of_several_the_one_that_is_asked_for(
-    each_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_one_variant_is_read_and_of_several_the_plain_one(each_checkpoint: Path, tmp_path: Path) -> None:
     whole, half = AutoPipelineForText2Image.from_pretrained(each_checkpoint), tmp_path / "half"
     whole.save_pretrained(half, variant="fp16")
     for device in ("cpu", "meta"):
@@ -123,7 +121,6 @@ def test_a_folder_of_one_variant_is_read_and_of_several_the_one_that_is_asked_fo
     other = AutoPipelineForText2Image.from_pretrained(other_pipeline(each_checkpoint, tmp_path / "other"))
     other.save_pretrained(half)
     assert torch.equal(draw(load(half).pipeline), draw(other))
-    assert torch.equal(draw(load(half, variant="fp16").pipeline), draw(whole))
     part = part_of(load(each_checkpoint))
     replaced = tmp_path / "replaced"
     getattr(other, part).save_pretrained(replaced, variant="fp16")
