@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agsm_rl.attachment import attach
+    from agsm_rl.export.attach import attach
     from agsm_rl.policy import Policy
     from agsm_rl.trainer import Term, Trainer
 
 __all__ = ["Policy", "Term", "Trainer", "attach"]
 __version__ = "0.1.0"
 
-_HOMES = {"Policy": "policy", "Term": "trainer", "Trainer": "trainer", "attach": "attachment"}
+_HOMES = {"Policy": "policy", "Term": "trainer", "Trainer": "trainer", "attach": "export.attach"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from agsm_rl.policy import Policy
-    from agsm_rl.sampling import KeptGraph
+    from agsm_rl.training.sampling import KeptGraph
 
 Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Cond
-from agsm_rl.randomness import Draw
+from agsm_rl.training.randomness import Draw
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from agsm_rl.combine import Gradient, find_combiner
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Objective, Source, View
 from agsm_rl.policy import Policy
-from agsm_rl.processes import Processes, make_accelerator
-from agsm_rl.randomness import Draw
-from agsm_rl.watch import Watch
+from agsm_rl.training.anomalies import Watch
+from agsm_rl.training.combine import Gradient, find_combiner
+from agsm_rl.training.processes import Processes, make_accelerator
+from agsm_rl.training.randomness import Draw
 
 
 @dataclass

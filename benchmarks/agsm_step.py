@@ -23,10 +23,10 @@ from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.agsm import AGSM
-from agsm_rl.randomness import Draw
 from agsm_rl.shapes import data
 from agsm_rl.sources import images as pictures
 from agsm_rl.sources.pairs import Pairs
+from agsm_rl.training.randomness import Draw
 
 TOLERANCE = 1e-4
 """Of the loss and of the gradient's largest entry, relative: what float32 leaves over between two orders of adding."""

@@ -19,9 +19,9 @@ import torch
 import typer
 from measure import allocator_peak, resident_bytes, write_result
 
-from agsm_rl.build import build_trainer
-from agsm_rl.memory import lie_there, predict
-from agsm_rl.recipe import Recipe
+from agsm_rl.doctor.memory.predict import lie_there, predict
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 
 LORA = {"lora": {"use": "lora", "rank": 8, "banks": 2}}
 

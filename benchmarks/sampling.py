@@ -17,8 +17,8 @@ from bases import Size, make_pipeline, resolution_of
 
 import agsm_rl
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import save_adapters
 from agsm_rl.backbones import backbone_of
+from agsm_rl.export.attach import save_adapters
 from agsm_rl.sources.prompts import BUILTIN_PROMPTS, open_prompts
 
 

@@ -11,17 +11,17 @@ from typer.testing import CliRunner
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import save_adapters
-from agsm_rl.build import build_backbone, build_trainer
-from agsm_rl.cli import app
-from agsm_rl.drawing import draw, to_picture
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.shapes import suite_prompts
-from agsm_rl.recipe import Evaluate, Recipe
-from agsm_rl.resolve import Parts
-from agsm_rl.run_folder import RunFolder
+from agsm_rl.evaluate.drawing import draw, to_picture
+from agsm_rl.evaluate.suites.shapes import suite_prompts
+from agsm_rl.export.attach import save_adapters
+from agsm_rl.recipe.build import build_backbone, build_trainer
+from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.run.evaluation import Evaluation, to_json
+from agsm_rl.run.folder import RunFolder
 from agsm_rl.sweep.evaluations import Evaluations
-from agsm_rl.watching import Evaluation, to_json
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from agsm_rl import registry
-from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 
 OBJECTIVES = sorted(registry.BUILTIN["objectives"])
 

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from agsm_rl.evaluate.geneval_detector import object_names
+from agsm_rl.evaluate.suites.geneval_detector import object_names
 from agsm_rl.shapes.train_base.text import make_tokenizer
 
 

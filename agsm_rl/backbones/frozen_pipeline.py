@@ -15,7 +15,7 @@ from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond
-from agsm_rl.precision import own_precision
+from agsm_rl.training.precision import own_precision
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")

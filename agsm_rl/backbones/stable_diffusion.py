@@ -13,7 +13,7 @@ from agsm_rl.backbones.ddim import DDIMSampler, ddim_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Cond
-from agsm_rl.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32
 
 
 class StableDiffusion(FrozenPipeline):

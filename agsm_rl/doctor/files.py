@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from agsm_rl import checkpoint
-from agsm_rl.attachment import find_exports, read_export
 from agsm_rl.backbones.loading import BUILTINS
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Recipe
+from agsm_rl.export.attach import find_exports, read_export
+from agsm_rl.recipe.schema import Recipe
+from agsm_rl.run import checkpoints
 from agsm_rl.trainer import Trainer
 
 CHECKSUMS = BUILTINS / "SHA256SUMS"
@@ -51,7 +51,7 @@ def shipped_checksums() -> dict[str, str]:
 
 def check_run(run: Path) -> Iterator[Finding]:
     """Each checkpoint against its checksum, and the exported adapters."""
-    for name, whole in checkpoint.verdicts(run / "checkpoints").items():
+    for name, whole in checkpoints.verdicts(run / "checkpoints").items():
         if whole:
             yield green(f"checkpoint {name}", "matches its checksum")
         else:
@@ -72,7 +72,7 @@ def check_run(run: Path) -> Iterator[Finding]:
 
 def load_run(trainer: Trainer, run: Path) -> Iterator[Finding]:
     """Put the newest good checkpoint into the trainer."""
-    found = checkpoint.newest(run / "checkpoints")
+    found = checkpoints.newest(run / "checkpoints")
     if found is None:
         yield red("run folder", f"{run / 'checkpoints'} holds no checkpoint", "train it, or continue with --resume")
         return

@@ -12,8 +12,8 @@ from torch import Tensor
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.interfaces import Batch, RewardedBatch, RolloutBatch
 from agsm_rl.objectives.policy_gradient import step_log_prob
-from agsm_rl.randomness import Draw
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.randomness import Draw
 
 RATIO_TOLERANCE = 1e-5
 ROWS = 8

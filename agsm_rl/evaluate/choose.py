@@ -14,7 +14,7 @@ from agsm_rl.evaluate.prompts import read_prompts
 from agsm_rl.evaluate.suite import Suite
 
 if TYPE_CHECKING:
-    from agsm_rl.recipe import Evaluate
+    from agsm_rl.recipe.schema import Evaluate
 
 SUITES = ("shapes", "geneval", "rewards", "fid")
 # Options of single suites: the option's name, and the suites that it goes with.
@@ -72,12 +72,12 @@ def make_suite(
     """
     given.check(suite)
     if suite == "geneval":
-        from agsm_rl.evaluate.geneval import CLASSIFIER, DETECTOR, GenEval
+        from agsm_rl.evaluate.suites.geneval import CLASSIFIER, DETECTOR, GenEval
 
         return GenEval(detector=given.detector or DETECTOR, classifier=given.classifier or CLASSIFIER)
     if suite == "rewards":
-        from agsm_rl.evaluate.rewards import Rewards, parse_rewards, rewards_of
-        from agsm_rl.evaluate.shapes import suite_prompts
+        from agsm_rl.evaluate.suites.rewards import Rewards, parse_rewards, rewards_of
+        from agsm_rl.evaluate.suites.shapes import suite_prompts
 
         named = given.reward or given.rewards_file
         own = None if named and given.prompts else _own_evaluation(Path(target))
@@ -92,12 +92,12 @@ def make_suite(
         )
         return Rewards(specs, prompts, allow_imports=allow_imports)
     if suite == "fid":
-        from agsm_rl.evaluate.fid import FID
+        from agsm_rl.evaluate.suites.fid import FID
 
         if given.reference is None:
             raise UserError("--suite fid: give the folder of real images to compare with by --reference.")
         return FID(given.reference, _prompts(given, num_images), weights=given.inception)
-    from agsm_rl.evaluate.shapes_images import Shapes
+    from agsm_rl.evaluate.suites.shapes_images import Shapes
 
     return Shapes(split=given.split or "held_out", num_images=num_images or 600, seed=seed)
 
@@ -107,9 +107,9 @@ def _own_evaluation(target: Path) -> Evaluate | None:
     file = target / "recipe.yaml"
     if not file.is_file():
         return None
-    from agsm_rl.options import explain
-    from agsm_rl.recipe import Evaluate
-    from agsm_rl.recipe_file import read_yaml
+    from agsm_rl.recipe.options import explain
+    from agsm_rl.recipe.schema import Evaluate
+    from agsm_rl.recipe.yaml_file import read_yaml
 
     try:
         said = read_yaml(file).get("evaluate")

@@ -17,12 +17,12 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl import __version__
-from agsm_rl.drawing import draw, to_picture, write_picture
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.run_folder import write_text
-from agsm_rl.target import Target
+from agsm_rl.evaluate.target import Target
+from agsm_rl.run.folder import write_text
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"

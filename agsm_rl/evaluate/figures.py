@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.evaluate.shapes import Scores
+from agsm_rl.evaluate.suites.shapes import Scores
 
 
 def interval_json(part: Interval) -> dict[str, float | None]:

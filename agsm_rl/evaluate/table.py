@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.evaluate.shapes import Scores, ShapesResult, compare
+from agsm_rl.evaluate.suites.shapes import Scores, ShapesResult, compare
 
 SCALE = 3
 GAP, FRAME, LABEL_HEIGHT, LABEL_SIZE = 8, 3, 40, 11

@@ -16,7 +16,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups, own_prompts
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32, own_precision
+from agsm_rl.training.precision import at_least_float32, own_precision
 
 PREFERENCES = ("plackett_luce", "bradley_terry")
 

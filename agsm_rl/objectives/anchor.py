@@ -11,7 +11,7 @@ from torch import Tensor
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32
 
 
 def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]:

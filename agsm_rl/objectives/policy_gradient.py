@@ -14,8 +14,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32
-from agsm_rl.sampling import Predict, gaussian_log_prob, step_distributions
+from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.sampling import Predict, gaussian_log_prob, step_distributions
 
 
 def clipped_policy_loss(

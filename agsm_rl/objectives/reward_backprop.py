@@ -17,9 +17,9 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, Reward
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import Draw
-from agsm_rl.sampling import Predict, step_distribution
-from agsm_rl.scoring import WeightedReward, check_rewards, weighted_scores
+from agsm_rl.training.randomness import Draw
+from agsm_rl.training.sampling import Predict, step_distribution
+from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_scores
 
 
 def reward_backprop_loss(rewards: Tensor) -> tuple[Tensor, Metrics]:

@@ -12,7 +12,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32
 
 
 def score_matching_loss(live: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:

@@ -14,7 +14,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups, own_prompts
 from agsm_rl.policy import Policy
-from agsm_rl.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32
 
 
 def softrepa_loss(

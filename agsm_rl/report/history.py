@@ -13,7 +13,7 @@ import numpy as np
 from agsm_rl.errors import UserError
 from agsm_rl.report.evaluation import OF_SUITE
 from agsm_rl.report.load import Run
-from agsm_rl.run_folder import RunFolder
+from agsm_rl.run.folder import RunFolder
 
 MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 240, 60, 4000
 """Points a curve, and (roughly) of all runs' curves of one metric together."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import sha256
-from agsm_rl.recipe_file import read_yaml
+from agsm_rl.recipe.yaml_file import read_yaml
 from agsm_rl.report.evaluation import NOTHING, Evaluation, read_evaluation
-from agsm_rl.run_folder import RunFolder, seed_suffix
+from agsm_rl.run.folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
 DONE = "done"

@@ -26,7 +26,7 @@ from agsm_rl.report.headline import headline, reach, signed
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.pictures import pictures, sheets
 from agsm_rl.report.views import BASE, View, make_views
-from agsm_rl.run_folder import write_text
+from agsm_rl.run.folder import write_text
 
 SCRIPTS = ("assets/d3.min.js", "assets/plot.umd.min.js", "page.js")
 BASE_NAME = "base"

@@ -18,7 +18,7 @@ from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.report.evaluation import OF_SUITE, Evaluation, Judged
 from agsm_rl.report.load import Loaded, Run
 from agsm_rl.report.views import BASE, measured_of
-from agsm_rl.run_folder import RunFolder
+from agsm_rl.run.folder import RunFolder
 
 LARGEST = 192
 """Pixels of the longer side; larger images are made smaller."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Cond, Shard
-from agsm_rl.precision import own_precision
 from agsm_rl.sources import images
 from agsm_rl.sources.kept_rows import Content, KeptRows
+from agsm_rl.training.precision import own_precision
 
 FORMAT = 1
 """Part of each key: raise it when the same inputs are encoded or kept otherwise."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agsm_rl.randomness import stream
+from agsm_rl.training.randomness import stream
 
 
 class Order:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
-from agsm_rl.limits import MAX_SAMPLING_STEPS
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import Draw
-from agsm_rl.sampling import KeptGraph, gaussian_log_prob, noisy_steps, step_distribution
-from agsm_rl.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompts import open_prompts
 from agsm_rl.sources.rows import check_divides
+from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+from agsm_rl.training.randomness import Draw
+from agsm_rl.training.sampling import KeptGraph, gaussian_log_prob, noisy_steps, step_distribution
+from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 
 
 class Rollouts:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Shard
-from agsm_rl.randomness import stream
 from agsm_rl.sources.order import Order
+from agsm_rl.training.randomness import stream
 
 Row = tuple[int, Mapping[str, Any]]
 """A row's number in the data set, and its columns."""

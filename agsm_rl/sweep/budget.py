@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from agsm_rl.build import build_terms
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PreferenceBatch, Source
-from agsm_rl.recipe import Recipe
-from agsm_rl.resolve import Parts
+from agsm_rl.recipe.build import build_terms
+from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.sources.rollouts import Rollouts
 
 MOST_STEPS = 10_000_000

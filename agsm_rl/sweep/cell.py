@@ -20,12 +20,12 @@ from typing import Any
 import typer
 from filelock import FileLock
 
-from agsm_rl.cli_options import without_loading_bars
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Evaluate, Recipe
-from agsm_rl.run import train
-from agsm_rl.run_folder import RunFolder, write_text
-from agsm_rl.stop import Stopped
+from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.run.folder import RunFolder, write_text
+from agsm_rl.run.lifecycle import train
+from agsm_rl.run.quiet import without_loading_bars
+from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.evaluations import Evaluations
 from agsm_rl.sweep.job import Job

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agsm_rl.on_ray import import_ray, start_ray
+from agsm_rl_rewards.worker.ray_cluster import import_ray, start_ray
 
 TOLD = 5
 """Lines of a failed cell's log that are shown."""

@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from agsm_rl.attachment import find_exports, names_continued
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Evaluate, Recipe
-from agsm_rl.recipe_file import apply_overrides, read_yaml, remove_value, set_value, split_path
-from agsm_rl.resolve import Parts, complete_evaluation
-from agsm_rl.run_folder import seed_suffix
-from agsm_rl.shipped import PREFIX, recipe_path
+from agsm_rl.export.attach import find_exports, names_continued
+from agsm_rl.recipe.resolve import Parts, complete_evaluation
+from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.recipe.shipped import PREFIX, recipe_path
+from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
+from agsm_rl.run.folder import seed_suffix
 from agsm_rl.sweep.budget import MOST_STEPS, steps_for
 from agsm_rl.sweep.spec import OWN_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.live import Live
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Recipe
-from agsm_rl.run_folder import check_same, write_text
-from agsm_rl.stop import Stopped
+from agsm_rl.recipe.schema import Recipe
+from agsm_rl.run.folder import check_same, write_text
+from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor, Outcome
 from agsm_rl.sweep.job import Job, job_of, read_result

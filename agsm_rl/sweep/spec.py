@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from agsm_rl.errors import UserError
-from agsm_rl.options import Section, Seed, explain, unknown_key
-from agsm_rl.recipe import Evaluate, Name
+from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
+from agsm_rl.recipe.schema import Evaluate, Name
 
 VALUES = (str, int, float, bool, type(None))
 OWN_KEYS = ("start_from", "budget_share")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from agsm_rl_rewards.worker.ray_cluster import import_ray, start_ray
 from agsm_rl_rewards.worker.remote import Fault, RemoteReward, check_images
 from agsm_rl_rewards.worker.served import Served
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Endpoint, Frame, ProtocolError, decode
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError
-from agsm_rl.on_ray import import_ray, start_ray
 
 WHO = "reward 'ray_pool'"
 _starting = threading.Lock()

@@ -8,7 +8,7 @@ import torch
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Refused
 
 from agsm_rl.errors import UserError
-from agsm_rl.scoring import scoring_device
+from agsm_rl.training.scoring import scoring_device
 
 
 class Served:

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import attach, read_export, save_adapters
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
-from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
+from agsm_rl.export.attach import attach, read_export, save_adapters
 from agsm_rl.interfaces import Adapter, Backbone, Cond
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
-from agsm_rl.recipe import Recipe
-from agsm_rl.sampling import guided
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.sampling import guided
 
 PROMPTS = ["a red circle", "two blue squares"]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from agsm_rl.backbones import frozen_pipeline, load_backbone
-from agsm_rl.drawing import draw
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.drawing import draw
 from agsm_rl.interfaces import Backbone
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
-from agsm_rl.sampling import guided
+from agsm_rl.training.sampling import guided
 
 PROMPTS = ["a red circle", "two blue squares"]
 

@@ -20,14 +20,14 @@ from transformers import CLIPTextModelWithProjection
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import save_adapters
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.target import open_target
+from agsm_rl.export.attach import save_adapters
 from agsm_rl.interfaces import Backbone
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.policy import Policy
-from agsm_rl.target import open_target
 
 
 def load(checkpoint: Path | str, **options: Any) -> Any:

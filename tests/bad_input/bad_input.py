@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from agsm_rl.cli import app
+from agsm_rl.cli.commands import app
 
 
 @pytest.fixture

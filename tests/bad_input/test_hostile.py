@@ -205,7 +205,7 @@ def test_a_data_set_cannot_read_or_write_outside_its_folder(train, content, tmp_
 def test_an_export_s_metadata_can_name_neither_code_nor_a_path(train, command, content, mark, tmp_path):
     assert train(content, "--set", "steps=1").exit_code == 0
     tensors = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
-    from agsm_rl.attachment import read_export
+    from agsm_rl.export.attach import read_export
 
     _, metadata = read_export(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
     for key in ("kind", "backbone"):
@@ -230,11 +230,11 @@ def test_a_stranger_s_run_folder_can_name_no_code(command, train, content, mark,
 
 def test_a_checkpoint_whose_tensors_are_a_trap_does_not_run(command, train, content, mark, tmp_path):
     assert train(content, "--set", "steps=1").exit_code == 0
-    from agsm_rl import checkpoint
+    from agsm_rl.run import checkpoints
 
     (path,) = (tmp_path / "run" / "checkpoints").glob("*.pt")
     torch.save({"policy": Trap(mark), "step": 1}, path)
-    path.with_suffix(".sha256").write_text(checkpoint._digest(path))
+    path.with_suffix(".sha256").write_text(checkpoints._digest(path))
     result = command("train", "run/recipe.yaml", "--resume", "--set", "steps=2")
     assert_refused(result, "no checkpoint of this program")
     assert command("doctor", "run").exit_code == 1

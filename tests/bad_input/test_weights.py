@@ -11,7 +11,7 @@ import torch
 from bad_input import assert_refused
 from safetensors.torch import load_file, save_file
 
-from agsm_rl import checkpoint
+from agsm_rl.run import checkpoints
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -155,14 +155,14 @@ def resealed(run: Path, data: bytes) -> None:
     """Put other content into the checkpoint, and its checksum beside it, as an attacker would."""
     (path,) = (run / "checkpoints").glob("*.pt")
     path.write_bytes(data)
-    path.with_suffix(".sha256").write_text(checkpoint._digest(path))
+    path.with_suffix(".sha256").write_text(checkpoints._digest(path))
 
 
 def rewritten(run: Path, change: Any) -> None:
     (path,) = (run / "checkpoints").glob("*.pt")
     state = torch.load(path, weights_only=True)
     torch.save(change(state), path)
-    path.with_suffix(".sha256").write_text(checkpoint._digest(path))
+    path.with_suffix(".sha256").write_text(checkpoints._digest(path))
 
 
 def _nan(state: Any) -> Any:

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from agsm_rl.compat.trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 from agsm_rl.errors import UserError
-from agsm_rl.sampling import step_distribution
+from agsm_rl.training.sampling import step_distribution
 
 PROMPTS = ["a red star", "a blue circle", "two green squares"]
 

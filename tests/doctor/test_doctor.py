@@ -15,15 +15,16 @@ from typer.testing import CliRunner
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.attachment import save_adapters
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
-from agsm_rl.build import build_trainer
-from agsm_rl.cli import app
-from agsm_rl.doctor import diagnose, files
+from agsm_rl.cli.commands import app
+from agsm_rl.doctor import files
+from agsm_rl.doctor.diagnosis import diagnose
 from agsm_rl.doctor.rewards import golden_images, stored_scores
-from agsm_rl.recipe import Recipe
+from agsm_rl.export.attach import save_adapters
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.registry import BUILTIN, load
-from agsm_rl.run import train
+from agsm_rl.run.lifecycle import train
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agsm_rl.adapters.lora import LoRA
-from agsm_rl.attachment import save_adapters
-from agsm_rl.cli import app
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate import draw_folder
 from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan, read_pinned, seed_of
 from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images, sha256
+from agsm_rl.evaluate.target import open_target
+from agsm_rl.export.attach import save_adapters
 from agsm_rl.policy import Policy
-from agsm_rl.target import open_target
 
 ASKED = {0: {"prompt": "a red star"}, 3: {"prompt": "a blue circle"}, 5: {"prompt": "two squares"}}
 WHOLE = Shard()

@@ -8,7 +8,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.objectives.ddpo import DDPO, clipped_policy_loss, step_log_prob
 from agsm_rl.policy import Policy
-from agsm_rl.sampling import gaussian_log_prob, guided
+from agsm_rl.training.sampling import gaussian_log_prob, guided
 
 
 def test_the_log_probability_is_the_normal_density_averaged_over_elements():

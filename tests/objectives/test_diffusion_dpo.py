@@ -8,7 +8,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PreferenceBatch
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO, diffusion_dpo_loss
-from agsm_rl.randomness import Draw
+from agsm_rl.training.randomness import Draw
 
 
 def errors(count=5, seed=0):

@@ -13,11 +13,11 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
 from agsm_rl.objectives.reward_backprop import RewardBackprop, reward_backprop_loss
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import Draw
-from agsm_rl.recipe import Recipe
-from agsm_rl.sampling import step_distribution
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.sources.prompts import Prompts
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.randomness import Draw
+from agsm_rl.training.sampling import step_distribution
 
 PROMPTS = ["a red star", "a blue circle", "two green squares"]
 BATCH = Batch(PROMPTS, torch.arange(3))

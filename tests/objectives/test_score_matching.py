@@ -6,7 +6,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.score_matching import ScoreMatching, score_matching_loss
-from agsm_rl.randomness import Draw
+from agsm_rl.training.randomness import Draw
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from making_runs import TAGS, by_geneval, not_evaluated, write_run, write_sweep
 from PIL import Image
 from typer.testing import CliRunner
 
-from agsm_rl.cli import app
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.report.load import load
 from agsm_rl.report.page import render, write_report

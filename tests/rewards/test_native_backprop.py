@@ -7,15 +7,15 @@ from tiny_rewards import TINY
 from agsm_rl import registry
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.backbones import load_backbone
-from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
 from agsm_rl.objectives.reward_backprop import RewardBackprop
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import Draw
-from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.sources.prompts import Prompts
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.randomness import Draw
 
 
 @pytest.fixture

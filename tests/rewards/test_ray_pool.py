@@ -11,10 +11,10 @@ import pytest
 import torch
 from agsm_rl_rewards.jpeg import JpegCompressibility
 from agsm_rl_rewards.worker import ray_pool
+from agsm_rl_rewards.worker.ray_cluster import start_ray
 from agsm_rl_rewards.worker.ray_pool import ActorLink, RayPoolReward
 
 from agsm_rl.errors import UserError
-from agsm_rl.on_ray import start_ray
 
 
 def test_what_cannot_be_pooled_is_told_before_ray_starts(monkeypatch):

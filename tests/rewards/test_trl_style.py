@@ -6,9 +6,9 @@ from agsm_rl_rewards.jpeg import JpegCompressibility
 from agsm_rl_rewards.trl_style import TRLReward
 from PIL import Image
 
-from agsm_rl.build import build_trainer
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.schema import Recipe
 
 
 def test_prompts_and_pil_images_go_in_by_keyword_and_scores_come_out():

@@ -5,7 +5,7 @@ import pytest
 
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.loading import BUILTINS
-from agsm_rl.drawing import draw
+from agsm_rl.evaluate.drawing import draw
 from agsm_rl.shapes import world
 from agsm_rl.shapes.judge import judge
 

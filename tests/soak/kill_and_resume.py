@@ -34,15 +34,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_pipelines import save_tiny
 
-from agsm_rl import checkpoint
-from agsm_rl.attachment import write_export
 from agsm_rl.errors import UserError
-from agsm_rl.recipe import Recipe
-from agsm_rl.run import train
-from agsm_rl.run_folder import RunFolder
+from agsm_rl.export.attach import write_export
+from agsm_rl.recipe.schema import Recipe
+from agsm_rl.run import checkpoints
+from agsm_rl.run.evaluation import Evaluation, SampleGrids
+from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.lifecycle import train
 from agsm_rl.sources.rollouts import Rollouts
 from agsm_rl.trainer import Trainer
-from agsm_rl.watching import Evaluation, SampleGrids
 
 PHASES = ("start", "step", "rollout", "checkpoint", "adapter export", "evaluation", "sample grid", "between")
 TOLERANCE = 1e-6
@@ -102,13 +102,13 @@ class Marker:
 
 def mark_phases(marker: Marker) -> None:
     """Only observes: each function does what it did."""
-    import agsm_rl.attachment as attachment
+    import agsm_rl.export.attach as attachment
 
     Trainer.run_step = marker.around("step", Trainer.run_step)
     Rollouts._draw = marker.around("rollout", Rollouts._draw)
     Evaluation.measure = marker.around("evaluation", Evaluation.measure)
     SampleGrids.draw = marker.around("sample grid", SampleGrids.draw)
-    checkpoint.save = marker.around("checkpoint", checkpoint.save)
+    checkpoints.save = marker.around("checkpoint", checkpoints.save)
     attachment.write_export = marker.around("adapter export", write_export)
 
 
@@ -198,7 +198,7 @@ def compare(whole: Path, resumed: Path) -> dict[str, float]:
     found["eval.json"] = difference(*(json.loads((run / "eval.json").read_text()) for run in runs), "eval.json")
     for file in sorted((whole / "adapter").iterdir()):
         found[f"adapter/{file.name}"] = difference(*(load_file(run / "adapter" / file.name) for run in runs), file.name)
-    found["last checkpoint"] = difference(*(checkpoint.newest(run / "checkpoints") for run in runs), "checkpoint")
+    found["last checkpoint"] = difference(*(checkpoints.newest(run / "checkpoints") for run in runs), "checkpoint")
     return found
 
 

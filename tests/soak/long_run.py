@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_pipelines import save_tiny
 
-from agsm_rl.callbacks import Metrics
-from agsm_rl.recipe import Recipe
-from agsm_rl.run import train
+from agsm_rl.recipe.schema import Recipe
+from agsm_rl.run.callbacks import Metrics
+from agsm_rl.run.lifecycle import train
 
 LIMIT = 0.02
 

@@ -7,8 +7,8 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.errors import UserError
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
-from agsm_rl.scoring import checked_score
 from agsm_rl.sources.rollouts import Rollouts
+from agsm_rl.training.scoring import checked_score
 
 
 def test_a_draw_holds_the_path_from_noise_to_the_finished_images(policy, rollouts):

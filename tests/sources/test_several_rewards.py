@@ -7,7 +7,7 @@ from agsm_rl_rewards.brightness import Brightness
 from agsm_rl_rewards.sharpness import Sharpness
 
 from agsm_rl.errors import UserError
-from agsm_rl.scoring import WeightedReward
+from agsm_rl.training.scoring import WeightedReward
 
 PROMPTS = ["a", "b", "a", "b", "c", "a", "b", "c", "c"]
 SCORES = {

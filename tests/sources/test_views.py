@@ -8,10 +8,10 @@ from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
-from agsm_rl.randomness import Draw
-from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.schema import Recipe
 from agsm_rl.sources.views import BestAgainstWorst, BestImages
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.randomness import Draw
 
 
 def rewarded(rewards: list[float], prompts: list[str], advantages: list[float] | None = None) -> RewardedBatch:
@@ -150,8 +150,8 @@ def test_rollouts_that_no_policy_gradient_can_learn_from_keep_no_path_and_ddpo_r
 
 
 def test_rollouts_without_noise_end_where_the_path_of_noiseless_steps_ends(make_policy, make_rollouts):
-    from agsm_rl.randomness import Draw
     from agsm_rl.sources.rollouts import draw_trajectories
+    from agsm_rl.training.randomness import Draw
 
     how = {"num_steps": 3, "guidance": 1.0, "eta": 0.0}
     policy, rows = make_policy(), torch.arange(2)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sweep_parts import EVALUATE
 from typer.testing import CliRunner
 
-from agsm_rl.cli import app
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.sweep.executors import open_executor, threads_each
 

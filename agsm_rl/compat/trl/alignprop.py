@@ -17,7 +17,7 @@ from agsm_rl.interfaces import Batch, Metrics, Shard
 from agsm_rl.objectives.passes import in_passes
 from agsm_rl.objectives.reward_backprop import draw_with_gradients
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import stream
+from agsm_rl.training.randomness import stream
 
 NAME = "trl/alignprop"
 """Under which random numbers are drawn."""

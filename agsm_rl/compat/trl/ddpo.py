@@ -20,9 +20,9 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, RolloutBatch, Shard
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
-from agsm_rl.randomness import Draw, stream
 from agsm_rl.sources.advantages import normalised_by_prompt
 from agsm_rl.sources.rollouts import draw_trajectories
+from agsm_rl.training.randomness import Draw, stream
 
 NAME = "trl/ddpo"
 """Under which random numbers are drawn."""

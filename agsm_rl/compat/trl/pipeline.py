@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.adapters.lora import LoRA
-from agsm_rl.attachment import LORA_FILE, save_adapters
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.compat.trl.whole_denoiser import WholeDenoiser
 from agsm_rl.errors import UserError
+from agsm_rl.export.attach import LORA_FILE, save_adapters
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.policy import Policy
 

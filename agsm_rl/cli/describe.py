@@ -1,0 +1,107 @@
+"""What `agsm-rl check` prints: what would be trained, on what, and the memory that the run will need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from agsm_rl.doctor.memory.fit import MARGIN, Fit
+from agsm_rl.doctor.memory.predict import NOT_COUNTED, Prediction, lie_there
+from agsm_rl.export.attach import read_exports
+from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.trainer import Trainer
+
+
+def describe(recipe: Recipe, trainer: Trainer) -> str:
+    """A few lines about a recipe and a trainer built from it, which may be on the meta device."""
+    backbone, policy = trainer.policy.backbone, trainer.policy
+    size_in_px = f"{backbone.resolution} x {backbone.resolution} px"
+    checkpoint = recipe.backbone.options.get("checkpoint")
+    device = recipe.backbone.options.get("device") or trainer.accelerator.device
+    lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]
+    for name, block in recipe.adapters.items():
+        found = policy.parameters([name]).values()
+        done = "trained" if name in trainer.trained else "frozen"
+        lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters {done} in {len(found)} tensors")
+    if recipe.start_from is not None:
+        there = read_exports(recipe.start_from)
+        new = [name for name in recipe.adapters if name not in there]
+        words = f"; new: {', '.join(new)}" if new else ""
+        lines.append(f"start       from the adapters of {recipe.start_from}{words}")
+    for term in recipe.objectives:
+        source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
+        source += f" through {term.view.use}" if term.view else ""
+        which = "all adapters" if term.trains is None else ", ".join(term.trains)
+        weight = term.weight if isinstance(term.weight, dict) else f"{term.weight:g}"
+        often = "each step" if term.every == 1 else f"each {term.every}th step"
+        often += f" from step {term.offset}" if term.offset else ""
+        lines.append(f"term        {term.name}: {term.use} on {source}, weight {weight}, {often}, trains {which}")
+    for name, block in recipe.sources.items():
+        lines.append(f"source      {name}: {_source(block)}")
+    lines.append(f"steps       {recipe.steps}, combined by {recipe.combine}, seed {recipe.seed}")
+    return "\n".join(lines)
+
+
+def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
+    """The peak and its parts; where there is no prediction, what is sure to be needed."""
+    if isinstance(prediction, str):
+        rows = lie_there(trainer)
+        lines = [f"memory      at least {readable(sum(rows.values()))}: {listed(rows)}; activations come on top"]
+        return [*lines, f"            no prediction of the peak: {prediction}", f"            {NOT_COUNTED}"]
+    rows = prediction.resident
+    return [
+        f"memory      {readable(prediction.peak)} at its peak, in {prediction.phase} (predicted; see docs/memory.md)",
+        f"            all the time {readable(sum(rows.values()))}: {listed(rows)}",
+        f"            peaks, that included: {listed(prediction.peaks)}",
+        f"            {NOT_COUNTED}",
+    ]
+
+
+def proposal(fit: Fit, budget: float) -> str:
+    """What `--fit-vram` found."""
+    of = f"{readable(fit.prediction.peak)} at its peak, in {fit.prediction.phase}"
+    if not fit.fits:
+        even = f", even with {settings(fit.changes)}" if fit.changes else ""
+        return (
+            f"vram        does not fit {readable(budget)} with {MARGIN:.0%} to spare: {of}{even}. "
+            "What is left to lower: batch_size, resolution, num_prompts, images_per_prompt"
+        )
+    if not fit.changes:
+        return f"vram        fits {readable(budget)} as it is, with {MARGIN:.0%} to spare"
+    return f"vram        fits {readable(budget)} with {MARGIN:.0%} to spare by {settings(fit.changes)} ({of})"
+
+
+def settings(changes: Mapping[str, Any]) -> str:
+    """Changes of a recipe as the command line takes them."""
+    return " ".join(
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
+    )
+
+
+def listed(rows: Mapping[str, int]) -> str:
+    """Names with their bytes."""
+    return ", ".join(f"{name} {readable(value)}" for name, value in rows.items())
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Numbers in the tensors."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def readable(amount: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"
+
+
+def _source(block: Block) -> str:
+    options = block.options
+    of = options.get("dataset") or options.get("prompts") or ""
+    rewards = options.get("rewards")
+    return f"{block.use} of {of}" + (f" with rewards {rewards}" if rewards else "")

@@ -1,0 +1,57 @@
+"""`agsm-rl doctor`: does what a recipe names work as it should, here and now? A finding a line, red or green, with a
+remedy. Nothing is trained or written, and no objective, reward or adapter is known here by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from agsm_rl.doctor.finding import Finding, green, red
+from agsm_rl.errors import UserError
+from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.rewards import in_evaluation
+from agsm_rl.recipe.schema import Recipe
+
+
+def diagnose(
+    recipe: Recipe, *, run: Path | None = None, where: str = "recipe", allow_imports: Collection[str] = ()
+) -> Iterator[Finding]:
+    """All findings about a recipe, or about a run folder (its checkpoints and the adapters as trained), one by one.
+
+    Raises UserError when the recipe cannot be built at all; what is merely wrong is a red finding.
+    """
+    from agsm_rl.doctor.adapters import base_prediction, check_adapters
+    from agsm_rl.doctor.files import check_bases, check_run, load_run
+    from agsm_rl.doctor.learning import check_learning
+    from agsm_rl.doctor.rewards import check_rewards, configured_rewards
+    from agsm_rl.recipe.build import build_backbone, build_terms, build_trainer
+
+    parts = Parts(where=where, allow_imports=allow_imports)
+    yield from guarded("bases", lambda: check_bases(recipe))
+    rewards = configured_rewards(build_terms(recipe, parts))
+    for entry in in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []:
+        rewards.append(parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options))
+    yield from guarded("rewards", lambda: check_rewards(rewards))
+    if run is not None:
+        yield from guarded("run folder", lambda: check_run(run))
+    # By itself, before anything was attached: what "off" is compared with.
+    base = base_prediction(build_backbone(recipe.backbone, parts=parts))
+    trainer = build_trainer(recipe, where=where, allow_imports=allow_imports, fresh=run is None)
+    if run is not None:
+        yield from guarded("run folder", lambda: load_run(trainer, run))
+    yield from guarded("adapters", lambda: check_adapters(trainer.policy, base, trained=run is not None))
+    yield from guarded("learning", lambda: check_learning(trainer))
+
+
+def guarded(what: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings; an error on the way is a finding too, so that the other checks still run."""
+    try:
+        yield from findings()
+    except UserError as error:
+        yield red(what, str(error), "mend what the message names")
+    except Exception as error:
+        yield red(what, f"{type(error).__name__}: {error}", "this should not happen; please report it")
+
+
+__all__ = ["Finding", "diagnose", "green", "red"]

@@ -1,0 +1,1 @@
+"""How much memory a recipe needs, without loading a weight."""

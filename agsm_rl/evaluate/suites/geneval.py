@@ -1,0 +1,278 @@
+"""GenEval's suite (arXiv 2310.11513): 553 prompts, 4 images each; the score is the mean over six tags.
+
+"GenEval-compatible": the prompts, layouts and rules are GenEval's, the detector is the same network in transformers'
+weights. How closely its verdicts agree with the reference detector's has not been measured; `--against` a reference
+results.jsonl of the same images measures it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.figures import interval_json, share_table
+from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
+from agsm_rl.evaluate.intervals import Interval, mean_of, mean_of_groups, paired_difference, wilson
+from agsm_rl.evaluate.suites.geneval_detector import (
+    CLASSIFIER,
+    DETECTOR,
+    STORED_ABOVE,
+    Detector,
+    detections,
+    object_names,
+)
+from agsm_rl.evaluate.suites.geneval_rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
+from agsm_rl.evaluate.suites.shapes import Scores
+from agsm_rl.run.folder import write_text
+
+LABEL = "GenEval-compatible (agreement with the reference detector not measured)"
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+IMAGES_PER_PROMPT = 4
+RESULTS = "results.jsonl"
+IMAGE_KEYS = ("filename", "prompt", "tag", "correct", "reason")
+"""Of a verdict, what eval.json has too, so that a report can pair it with another model's."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """A line of results.jsonl: the verdict on one image, and the detections that counted by class.
+
+    details: {class: [[left, top, right, bottom, confidence], …]}.
+    """
+
+    filename: str
+    tag: str
+    prompt: str
+    correct: bool
+    reason: str
+    metadata: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The numbers of the prompt and of the image, from `…/00000/samples/0000.png`."""
+        path = Path(self.filename)
+        try:
+            return int(path.parents[1].name), int(path.stem)
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"results: '{self.filename}' is not in GenEval's layout (…/00000/samples/0000.png), so it cannot be "
+                "paired with another target's image."
+            ) from error
+
+
+@dataclass(frozen=True)
+class GenEvalResult:
+    """The verdicts on one target's images."""
+
+    rows: tuple[ImageResult, ...]
+
+    @property
+    def by_tag(self) -> dict[str, list[ImageResult]]:
+        """The verdicts of each tag that occurs, tags in GenEval's order."""
+        order = [*TAGS, *dict.fromkeys(row.tag for row in self.rows if row.tag not in TAGS)]
+        found = {tag: [row for row in self.rows if row.tag == tag] for tag in order}
+        return {tag: rows for tag, rows in found.items() if rows}
+
+    @property
+    def scores(self) -> Scores:
+        """Shares of right images by tag, and their mean."""
+        counts = {tag: (sum(row.correct for row in rows), len(rows)) for tag, rows in self.by_tag.items()}
+        tags = {tag: wilson(*count) for tag, count in counts.items()}
+        return Scores(mean_of(list(tags.values())), tags, counts)
+
+    def over_prompts(self) -> Interval:
+        """The overall score with its interval over prompts: how it might be on other prompts of the same kinds."""
+        return mean_of_groups([[_share(rows) for rows in _by_prompt(part)] for part in self.by_tag.values()])
+
+    def to_json(self) -> dict[str, Any]:
+        """eval.json's content."""
+        prompts = _by_prompt(self.rows)
+        return {
+            "suite": "geneval",
+            "label": LABEL,
+            "num_images": len(self.rows),
+            **self.scores.to_json(),
+            "over_prompts": interval_json(self.over_prompts()),
+            "correct_images": interval_json(wilson(sum(row.correct for row in self.rows), len(self.rows))),
+            "num_prompts": len(prompts),
+            "prompts_with_a_correct_image": sum(any(row.correct for row in rows) for rows in prompts),
+            "images": [{key: getattr(row, key) for key in IMAGE_KEYS} for row in sorted(self.rows, key=_place)],
+        }
+
+    def show(self, console: Console, other: GenEvalResult | None = None) -> None:
+        """Print shares by tag; with `other`, both and the paired difference."""
+        changes = self._differences(other) if other else None
+        scores = [other.scores, self.scores] if other else [self.scores]
+        console.print(share_table("GenEval-compatible, %, 95 % intervals", scores, changes))
+
+    def against(self, other: GenEvalResult) -> dict[str, Any]:
+        """This minus the other by tag and overall, and the share of images on which the verdicts agree."""
+        overall, tags = self._differences(other)
+        pairs = self._pairs(other)
+        same = sum(theirs.correct == ours.correct for theirs, ours in pairs)
+        return {
+            "difference": {"overall": asdict(overall), "tags": {tag: asdict(part) for tag, part in tags.items()}},
+            "same_verdict": interval_json(wilson(same, len(pairs))),
+        }
+
+    def _pairs(self, other: GenEvalResult) -> list[tuple[ImageResult, ImageResult]]:
+        theirs = {row.key: row for row in other.rows}
+        ours = {row.key: row for row in self.rows}
+        if {key: row.prompt for key, row in theirs.items()} != {key: row.prompt for key, row in ours.items()}:
+            raise UserError(
+                f"the two results are not on the same prompts and images ({len(theirs)} and {len(ours)} of them); "
+                "draw both with the same --num-images."
+            )
+        return [(theirs[key], row) for key, row in ours.items()]
+
+    def _differences(self, other: GenEvalResult) -> tuple[Interval, dict[str, Interval]]:
+        pairs = self._pairs(other)
+        tags = {}
+        for tag in self.by_tag:
+            part = [(theirs.correct, ours.correct) for theirs, ours in pairs if ours.tag == tag]
+            tags[tag] = paired_difference([before for before, _ in part], [after for _, after in part])
+        return mean_of(list(tags.values())), tags
+
+
+class GenEval:
+    """The suite. Detections are kept beside the images, so that verdicts by other rules need no detector.
+
+    detector, classifier: folders or hub ids (Mask2Former for COCO instances, CLIP).
+    """
+
+    name = "geneval"
+
+    def __init__(self, *, detector: str = DETECTOR, classifier: str = CLASSIFIER, rules: Rules = GENEVAL) -> None:
+        self.detector, self.classifier, self.rules = detector, classifier, rules
+        self.num_images = IMAGES_PER_PROMPT * len(self.asked())
+        self._kept = Measurements("detections", {"detector": detector, "classifier": classifier, "above": STORED_ABOVE})
+
+    @cached_property
+    def _models(self) -> Detector:
+        return Detector(self.detector, self.classifier)
+
+    def asked(self) -> dict[int, dict[str, Any]]:
+        """GenEval's prompts by their line, the tags interleaved: the first n of them are balanced as the whole is."""
+        data = files("agsm_rl.evaluate.suites") / "geneval_data" / "evaluation_metadata.jsonl"
+        found = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
+        of_tag = {tag: [index for index, row in found.items() if row["tag"] == tag] for tag in TAGS}
+        places = {index: (k + 0.5) / len(part) for part in of_tag.values() for k, index in enumerate(part)}
+        return {index: found[index] for index in sorted(found, key=lambda index: (places[index], index))}
+
+    def prepare(self) -> None:
+        """Load the detector and the colour classifier."""
+        assert self._models
+
+    def check(self, images: Sequence[Drawn]) -> None:
+        """UserError unless each prompt's metadata says what should be there, in GenEval's words."""
+        names = set(object_names())
+        for item in {item.prompt_index: item for item in images}.values():
+            fault = _fault(item.metadata, names)
+            if fault:
+                place = item.path.parents[1]
+                raise UserError(
+                    f"{place / 'metadata.jsonl'}: {fault}; take it from GenEval's evaluation_metadata.jsonl."
+                )
+
+    def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
+        """Those without detections."""
+        return [item for item in images if self._kept.read(item.path) is None]
+
+    def measure(self, images: Sequence[Drawn]) -> None:
+        """Detect, and classify the colours of classes whose colour is asked for."""
+        for item in images:
+            picture = open_picture(item.path)
+            colored = {wanted["class"] for wanted in item.metadata.get("include", []) if "color" in wanted}
+            self._kept.write(item.path, {"size": list(picture.size), "seen": self._models(picture, colored)})
+
+    def result(self, images: Sequence[Drawn]) -> GenEvalResult:
+        """The verdicts, by the kept detections."""
+        rows = []
+        for item in images:
+            kept = self._kept.read(item.path)
+            if kept is None:
+                raise UserError(f"{item.path}: it has no detections yet; run the evaluation again to its end.")
+            found = detections(kept["seen"])
+            verdict = judge(found, item.metadata, self.rules)
+            details = {
+                name: [[*one.box, one.score] for one in group]
+                for name, group in confident(found, item.metadata["tag"], self.rules).items()
+            }
+            what = (item.metadata["tag"], item.prompt, verdict.correct, verdict.reason)
+            rows.append(ImageResult(str(item.path), *what, metadata=item.metadata, details=details))
+        return GenEvalResult(tuple(rows))
+
+
+def write_results(result: GenEvalResult, file: Path) -> None:
+    """results.jsonl in the published layout: a line an image, `metadata` and `details` as JSON within JSON."""
+    lines = []
+    for row in result.rows:
+        inner = {"metadata": json.dumps(row.metadata), "details": json.dumps(row.details)}
+        lines.append(json.dumps(asdict(row) | inner, ensure_ascii=False))
+    write_text(file, "\n".join(lines) + "\n")
+
+
+def read_results(file: Path) -> GenEvalResult:
+    """A results.jsonl, ours or the reference's; UserError naming the line that is none."""
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            content |= {key: json.loads(content[key]) for key in ("metadata", "details")}
+            row = ImageResult(**{key: content[key] for key in ImageResult.__dataclass_fields__})
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = ", ".join(ImageResult.__dataclass_fields__)
+            raise UserError(
+                f"{file}: line {number} is no line of GenEval's results.jsonl ({type(error).__name__}: {error}); it "
+                f"should be a JSON object of {wanted}."
+            ) from error
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file}: it has no results.")
+    return GenEvalResult(tuple(rows))
+
+
+def _fault(metadata: Mapping[str, Any], names: set[str]) -> str:
+    """What is wrong with a prompt's metadata; "" if nothing is."""
+    include = metadata.get("include")
+    if "tag" not in metadata or not isinstance(include, list) or not include:
+        return "it has no tag and include, by which GenEval judges"
+    for index, wanted in enumerate([*include, *metadata.get("exclude", [])]):
+        if not isinstance(wanted, dict) or wanted.get("class") not in names or not isinstance(wanted.get("count"), int):
+            return f"{wanted} has no class of COCO's 80 and no count"
+        if "color" in wanted and wanted["color"] not in COLORS:
+            return f"'{wanted['color']}' is none of GenEval's colours"
+        if "position" in wanted and (wanted["position"][0] not in RELATIONS or wanted["position"][1] >= index):
+            return f"{wanted['position']} is no position relative to an earlier object"
+    return ""
+
+
+def _by_prompt(rows: Sequence[ImageResult]) -> list[list[ImageResult]]:
+    groups: dict[str, list[ImageResult]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row.metadata, sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def _place(row: ImageResult) -> tuple[str, ...]:
+    """Where an image is in its folder: two targets' images are in one order, whoever drew them."""
+    return Path(row.filename).parts[-3:]
+
+
+def _share(rows: Sequence[ImageResult]) -> float:
+    return sum(row.correct for row in rows) / len(rows)

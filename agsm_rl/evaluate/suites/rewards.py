@@ -1,0 +1,291 @@
+"""The rewards suite: any rewards over any prompts; means, and wins over another target on the same prompts and noise.
+
+A mean has its bootstrap interval over prompts: the images of one prompt are averaged first. Rewards are on scales of
+their own; only their differences between targets mean something, and win rates compare across rewards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.figures import change_json, interval_json, number, percent, plain_table
+from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
+from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
+from agsm_rl.interfaces import Reward
+from agsm_rl.recipe.options import validated
+from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.rewards import in_evaluation
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.training.scoring import checked_score, scoring_device
+
+NUM_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A reward as it was asked for: its registered name, the options given, its weight in `overall`, all options."""
+
+    name: str
+    options: Mapping[str, Any]
+    weight: float
+    complete: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """hpsv2, or hpsv2:version=2.1 where there are options."""
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+def parse_rewards(
+    given: Sequence[str], file: Path | None = None, *, allow_imports: Collection[str] = ()
+) -> list[RewardSpec]:
+    """From `NAME` or `NAME:option=value,…` texts and a YAML of {name: weight} or {name: {weight, options…}}.
+
+    UserError for an unknown name or option (with the nearest), and where there is no reward at all.
+    """
+    parts = Parts(where="--reward", allow_imports=allow_imports)
+    found = [_parse(text, parts) for text in given]
+    if file is not None:
+        found += _read_yaml(file, Parts(where=str(file), allow_imports=allow_imports))
+    if not found:
+        raise UserError("--suite rewards: there is no reward; name one or more, e.g. --reward jpeg_compressibility.")
+    labels = [spec.label for spec in found]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"--reward {twice[0]}: it is named twice; name each once.")
+    return found
+
+
+def rewards_of(evaluate: Evaluate, *, where: str, allow_imports: Collection[str] = ()) -> list[RewardSpec]:
+    """Those that a run's recipe evaluates; each counts once in `overall`, whatever it is called there."""
+    parts = Parts(where=f"{where}: evaluate.rewards", allow_imports=allow_imports)
+    specs = [_spec(entry.use, entry.options, 1.0, parts) for entry in in_evaluation(evaluate.rewards)]
+    return list({spec.label: spec for spec in specs}.values())
+
+
+@dataclass(frozen=True)
+class RewardsResult:
+    """One target's scores: reward → prompt's number → its images' scores; the prompts' texts; weights in `overall`."""
+
+    scores: Mapping[str, Mapping[int, Sequence[float]]]
+    prompts: Mapping[int, str]
+    weights: Mapping[str, float]
+
+    def mean(self, label: str) -> Interval:
+        """A reward's mean with its interval over prompts."""
+        return mean_over_prompts([float(np.mean(scores)) for scores in self.scores[label].values()])
+
+    def overall(self) -> Interval:
+        """The weighted sum of the rewards, as a run with these weights is trained on."""
+        return mean_over_prompts(list(self._weighted().values()))
+
+    def constant(self) -> list[str]:
+        """Rewards that gave all images of several prompts one and the same score: they measured nothing."""
+        if len(self.prompts) < 2:
+            return []
+        values = {label: np.concatenate(list(found.values())) for label, found in self.scores.items()}
+        return [label for label, found in values.items() if np.ptp(found) <= 1e-6 * np.abs(found).max()]
+
+    def to_json(self) -> dict[str, Any]:
+        """eval.json's content; a row a reward under `tags`."""
+        tags = {}
+        for label, scores in self.scores.items():
+            total = sum(len(values) for values in scores.values())
+            tags[label] = {"correct": None, "total": total, **interval_json(self.mean(label))}
+        overall = self.overall()
+        first = next(iter(self.scores.values()))
+        return {
+            "suite": "rewards",
+            "num_images": sum(len(values) for values in first.values()),
+            "num_prompts": len(self.prompts),
+            "overall": overall.value,
+            **{key: value for key, value in interval_json(overall).items() if key != "score"},
+            "tags": tags,
+            "weights": dict(self.weights),
+            "constant": self.constant(),
+            "images": [
+                {"prompt": prompt, "scores": {label: list(self.scores[label][index]) for label in self.scores}}
+                for index, prompt in self.prompts.items()
+            ],
+        }
+
+    def show(self, console: Console, other: RewardsResult | None = None) -> None:
+        """Print a row a reward; with `other`, both, the paired difference, and the win rate in percent."""
+        columns = ("other", "this", "difference", "wins %") if other else ("mean",)
+        made = plain_table(f"rewards on {len(self.prompts)} prompts, 95 % intervals over prompts", ("reward", *columns))
+        for label in self.scores:
+            cells = [number(self.mean(label))]
+            if other:
+                change, wins = self._compared(other, label)
+                cells = [f"{other.mean(label).value:.4g}", f"{self.mean(label).value:.4g}", number(change, "+")]
+                cells.append(percent(wins))
+            made.add_row(label, *cells)
+        console.print(made)
+        for label in self.constant():
+            console.print(f"{label} gave every image the same score; it has measured nothing here.", style="red")
+
+    def against(self, other: RewardsResult) -> dict[str, Any]:
+        """This minus the other, and how often this wins, by reward."""
+        found = {}
+        for label in self.scores:
+            change, wins = self._compared(other, label)
+            found[label] = {"difference": change_json(change), "win_rate": interval_json(wins)}
+        weighted, theirs = self._weighted(), other._weighted()
+        overall = mean_over_prompts([weighted[index] - theirs[index] for index in weighted])
+        return {"difference": {"overall": change_json(overall)}, "rewards": found}
+
+    def _compared(self, other: RewardsResult, label: str) -> tuple[Interval, Interval]:
+        ours, theirs = self.scores[label], other.scores[label]
+        same = self.prompts == other.prompts and all(len(ours[i]) == len(theirs[i]) for i in ours)
+        if not same:
+            raise UserError(
+                "the two targets' images are not of the same prompts and number, so they cannot be paired; draw both "
+                "with the same --prompts and --num-images."
+            )
+        changes = [float(np.mean(ours[index]) - np.mean(theirs[index])) for index in ours]
+        return mean_over_prompts(changes), win_rate(list(ours.values()), [theirs[index] for index in ours])
+
+    def _weighted(self) -> dict[int, float]:
+        return {
+            index: sum(self.weights[label] * float(np.mean(self.scores[label][index])) for label in self.scores)
+            for index in self.prompts
+        }
+
+
+class Rewards:
+    """The suite. `prompts` are numbered metadata (`prompts.read_prompts`); scores are kept beside the images."""
+
+    name = "rewards"
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        prompts: Mapping[int, Mapping[str, Any]],
+        *,
+        allow_imports: Collection[str] = (),
+    ) -> None:
+        self.specs, self.prompts, self.num_images = list(specs), prompts, len(prompts)
+        self._allow_imports = allow_imports
+        self._kept = {
+            spec.label: Measurements(_folder(spec), {"reward": spec.name, "options": dict(spec.complete)})
+            for spec in specs
+        }
+
+    @cached_property
+    def _models(self) -> dict[str, Reward]:
+        parts = Parts(where="--reward", allow_imports=self._allow_imports)
+        return {spec.label: parts.reward(spec.name, spec.label, dict(spec.complete)) for spec in self.specs}
+
+    def asked(self) -> Mapping[int, Mapping[str, Any]]:
+        """The prompts; UserError where there are none."""
+        if not self.prompts:
+            raise UserError("--suite rewards: no prompts; give a file or a data set of them by --prompts.")
+        return self.prompts
+
+    def prepare(self) -> None:
+        """Construct the rewards."""
+        assert self._models
+
+    def check(self, images: Sequence[Drawn]) -> None:
+        """Any image with a prompt will do."""
+
+    def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
+        """Those that lack a reward's score."""
+        return [item for item in images if any(kept.read(item.path) is None for kept in self._kept.values())]
+
+    def measure(self, images: Sequence[Drawn]) -> None:
+        """Score the images by the rewards that have not scored them; images of one size go together."""
+        for label, kept in self._kept.items():
+            left = [item for item in images if kept.read(item.path) is None]
+            for part in _by_size([(item, _tensor(item)) for item in left]):
+                stacked = torch.stack([image for _, image in part]).to(scoring_device())
+                scores = checked_score(self._models[label], stacked, [item.prompt for item, _ in part])
+                for (item, _), score in zip(part, scores.tolist(), strict=True):
+                    kept.write(item.path, score)
+
+    def result(self, images: Sequence[Drawn]) -> RewardsResult:
+        """The result, from the kept scores."""
+        scores: dict[str, dict[int, list[float]]] = {}
+        for label, kept in self._kept.items():
+            found: dict[int, list[float]] = {}
+            for item in images:
+                score = kept.read(item.path)
+                if score is None:
+                    raise UserError(f"{item.path}: it has no score yet; run the evaluation again to its end.")
+                found.setdefault(item.prompt_index, []).append(float(score))
+            scores[label] = found
+        prompts = {item.prompt_index: item.prompt for item in images}
+        return RewardsResult(scores, prompts, {spec.label: spec.weight for spec in self.specs})
+
+
+def _parse(text: str, parts: Parts) -> RewardSpec:
+    """`name`, `name:key=value,…`, `module:Class` or `module:Class:key=value,…`."""
+    parted = re.fullmatch(r"(.*?):(\w+=.*)", text, re.DOTALL)  # the first colon before an option: an URL has more
+    name, listed = parted.groups() if parted else (text, "")
+    options: dict[str, Any] = {}
+    for piece in filter(None, listed.split(",")):
+        key, equals, value = piece.partition("=")
+        if not equals:
+            raise UserError(f"--reward {text}: '{piece}' is no option; write NAME:option=value,option=value.")
+        # The constructor's types turn texts into numbers; only what no text can be is read as YAML.
+        try:
+            options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
+        except yaml.YAMLError as error:
+            raise UserError(f"--reward {text}: {key}: {value!r} cannot be read as YAML ({error}).") from error
+    return _spec(name, options, 1.0, parts)
+
+
+def _read_yaml(file: Path, parts: Parts) -> list[RewardSpec]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({error}).") from error
+    content = content.get("rewards", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{file}: it should be rewards by name, e.g. `hpsv2: {{weight: 1.0, version: '2.1'}}`.")
+    found = []
+    for name, value in content.items():
+        options = dict(value) if isinstance(value, dict) else {"weight": value}
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"{file}: {name}: its weight is {weight!r}; give a number, or {{weight: 1.0, option: …}}.")
+        found.append(_spec(str(name), options, float(weight), parts))
+    return found
+
+
+def _spec(name: str, options: dict[str, Any], weight: float, parts: Parts) -> RewardSpec:
+    """The options brought to the constructor's types and completed by its defaults."""
+    complete = validated(parts.load("rewards", name, name), options, where=f"{parts.where}: {name}")
+    return RewardSpec(name, {key: complete[key] for key in options}, weight, complete)
+
+
+def _folder(spec: RewardSpec) -> str:
+    """A folder's name for a reward's scores: readable, and another one for other options."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", spec.label).strip("-.")
+    tail = "" if plain == spec.label else "-" + hashlib.sha256(spec.label.encode()).hexdigest()[:8]
+    return f"reward-{plain[:60]}{tail}"
+
+
+def _tensor(item: Drawn) -> Tensor:
+    return torch.from_numpy(np.array(open_picture(item.path))).permute(2, 0, 1).float() / 255
+
+
+def _by_size(images: Sequence[tuple[Drawn, Tensor]]) -> list[list[tuple[Drawn, Tensor]]]:
+    groups: dict[tuple[int, ...], list[tuple[Drawn, Tensor]]] = {}
+    for item, image in images:
+        groups.setdefault(tuple(image.shape), []).append((item, image))
+    return list(groups.values())

@@ -1,0 +1,158 @@
+"""Trained adapters in other people's files, and theirs in ours: `agsm-rl convert`.
+
+Soft tokens as their authors publish them, two files of PyTorch, of which nothing is run that is in them:
+
+| | tokens, width D | time rows, a pickled nn.Embedding |
+|---|---|---|
+| SoftREPA (arXiv 2503.08250) | `dc_tokens.pth` (n, D); SD3 (L, n, D) | `dc_t_tokens.pth` (100, D); SD3 (100, L·D) |
+| AGSM (arXiv 2605.30038) | `soft_tokens.pth` (banks, n, D); SD3 (banks, L, n, D) | `soft_t_tokens.pth`, the same |
+
+LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our own files as they are.
+"""
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
+from agsm_rl.errors import UserError
+from agsm_rl.export.attach import find_exports, read_export, write_export
+from agsm_rl.export.kohya import read_kohya, write_kohya
+
+Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
+NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
+"""A form's files: tokens, and time rows. Published ones may have a prefix, as in `sd1.5_dc_tokens.pth`."""
+
+
+def convert(
+    source: Path, out: Path, form: Form | None = None, *, tell: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """Write `source` to `out` in another form, and return the files. `tell` is given what a reader should know.
+
+    form `agsm-rl`: from published token files (the tokens', or their folder), or from a .safetensors file in kohya's
+    form, to a .safetensors file for `attach`; a LoRA's goes into `pipe.load_lora_weights` too.
+    `agsm`, `softrepa`: from a run folder, an adapter folder or an exported file to a folder with the two token files;
+    SoftREPA's has one bank, and gets the positive one. `kohya`: from the same to a .safetensors file, positive bank.
+    None: by `out`, `agsm-rl` for a .safetensors file; for a folder `agsm`, or `softrepa` where there is only one bank.
+    UserError when the source holds nothing of the kind, or cannot be believed; nothing is written then.
+    """
+    if form is None and out.suffix == ".safetensors":
+        form = "agsm-rl"
+    if form in ("agsm-rl", "kohya") and out.suffix != ".safetensors":
+        raise UserError(f"OUT {out}: with --to {form} it is a file; give it a name that ends in .safetensors.")
+    if form == "agsm-rl":
+        if source.suffix == ".safetensors":
+            tensors, metadata = read_kohya(source)
+        else:
+            tensors = read_published(source)
+            if "time_tokens" not in tensors:
+                file, published = _tokens_file(source)
+                tell(f"{file}: has no {_times_file(file, published).name} beside it; converted without time rows.")
+            base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
+            metadata = describe_tokens(tensors, base=base) | {"name": "tokens"}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_export(out, tensors, metadata)
+        return [out]
+    if form == "kohya":
+        write_kohya(*_export_of(source, LoRA.kind), out)
+        return [out]
+    tensors, metadata = _export_of(source, SoftTokens.kind)
+    banks = SoftTokens.from_export(tensors, metadata).banks
+    return write_published(tensors, out, form or ("agsm" if banks == 2 else "softrepa"))
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Our tensors, `soft_tokens` and, where its file is there, `time_tokens`, from published token files.
+
+    path: the tokens' file, or a folder with one. UserError for a file that holds anything but a tensor or an embedding
+    (nothing in it is run), is broken, or has other shapes than the page above says.
+    """
+    file, form = _tokens_file(path)
+    tokens = _read(file)
+    banks = tokens[None] if form == "softrepa" else tokens
+    if banks.ndim not in (3, 4) or (form == "agsm" and len(banks) not in (1, 2)):
+        wanted = "(n, D) or (L, n, D)" if form == "softrepa" else "(banks, n, D) or (banks, L, n, D), banks 1 or 2"
+        raise UserError(f"{file}: a tensor of shape {tuple(tokens.shape)}; {wanted} is wanted.")
+    found = {"soft_tokens": banks}
+    times = _times_file(file, form)
+    if times.is_file():
+        layers = banks.shape[1] if banks.ndim == 4 else 1
+        table = (TIME_ROWS, layers * banks.shape[-1])
+        found["time_tokens"] = _read(times)
+        if found["time_tokens"].shape != table:
+            raise UserError(f"{times}: a table of shape {tuple(found['time_tokens'].shape)}; {table} is wanted.")
+    return found
+
+
+def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["agsm", "softrepa"]) -> list[Path]:
+    """Write our tensors as the two files of a form, the time rows' only if there are any."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"OUT {folder}: there is a file of that name; with --to {form} it is a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = tensors["soft_tokens"]
+    files = [folder / name for name in NAMES[form]]
+    torch.save(nn.Parameter(tokens[0].clone() if form == "softrepa" else tokens), files[0])
+    if "time_tokens" not in tensors:
+        return files[:1]
+    torch.save(nn.Embedding.from_pretrained(tensors["time_tokens"], freeze=False), files[1])
+    return files
+
+
+def _tokens_file(path: Path) -> tuple[Path, Literal["agsm", "softrepa"]]:
+    files = [path] if path.is_file() else sorted(path.glob("*.pth"))
+    forms: tuple[Literal["agsm", "softrepa"], ...] = ("agsm", "softrepa")
+    found = [(file, form) for file in files for form in forms if file.name.endswith(NAMES[form][0])]
+    if len(found) != 1:
+        names = ", ".join(file.name for file, _ in found) or "none"
+        raise UserError(
+            f"{path}: {len(found)} files of soft tokens ({names}); give one whose name ends in "
+            f"{' or '.join(NAMES[form][0] for form in forms)}, or a folder with one."
+        )
+    return found[0]
+
+
+def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
+    return tokens.with_name(tokens.name.removesuffix(NAMES[form][0]) + NAMES[form][1])
+
+
+def _read(file: Path) -> Tensor:
+    """The finite tensor of a file, float32."""
+    try:
+        # The one class beside tensors that published files hold; unpickling it only fills its attributes.
+        with torch.serialization.safe_globals([nn.Embedding]):
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Only the name is taken from torch's text, which goes on to advise loading the file without the check.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"this file wants {wanted[1]}" if wanted else "this file is neither, or it is damaged"
+        raise UserError(
+            f"{file}: refused, nothing in it was run. Soft tokens are a tensor or an nn.Embedding; {what}."
+        ) from error
+    except Exception as error:  # a broken archive fails in many ways
+        cause = str(error) or type(error).__name__
+        raise UserError(f"{file}: cannot be read, it is truncated or no file of PyTorch ({cause}).") from error
+    if isinstance(found, nn.Embedding):
+        found = getattr(found, "weight", None)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise UserError(
+            f"{file}: holds a {type(found).__name__}; a floating-point tensor or an nn.Embedding is wanted."
+        )
+    if not torch.isfinite(found).all():
+        raise UserError(f"{file}: some of its numbers are not finite; the training that made it went wrong.")
+    return found.detach().float().contiguous()
+
+
+def _export_of(source: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The one exported adapter of a kind in a run folder, an adapter folder or a file."""
+    exports = {file: read_export(file) for file in find_exports(source)}
+    found = [export for export in exports.values() if export[1]["kind"] == kind]
+    if len(found) != 1:
+        there = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
+        raise UserError(f"{source}: {len(found)} adapters of kind '{kind}' in it, one is wanted; it holds: {there}.")
+    return found[0]

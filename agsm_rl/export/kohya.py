@@ -1,0 +1,118 @@
+"""LoRA in kohya's form, which ComfyUI and A1111 take: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+A form for U-Nets and their CLIPs (`lora_te_…` for SD1.5's; `lora_te1_…`, `lora_te2_…` for SDXL's), with one set of
+weights: the positive bank. `pipe.load_lora_weights` reads it too.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from diffusers.utils.state_dict_utils import StateDictType
+from torch import Tensor
+
+from agsm_rl.adapters.lora import NEGATIVE_PREFIX, LoRA, describe_lora
+from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH
+from agsm_rl.errors import UserError
+from agsm_rl.export.attach import read_safetensors, write_export
+
+UNET = "lora_unet_"
+PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+OURS = (".lora_A.weight", ".lora_B.weight")
+ORIGIN = ("base", "backbone", "backbone_options", "checkpoint", "objectives", "recipe_sha256", "step", "version")
+"""What an export's metadata tells of where it comes from; all else is of the form."""
+
+
+def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path) -> None:
+    """Write the positive bank of an exported LoRA; UserError for SD3's, whose transformer the form has no names for."""
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
+    if any(name.startswith("transformer.") for name in own):
+        raise UserError(
+            "--to kohya: a form for U-Nets (SD1.5, SDXL). diffusers takes SD3's LoRA as it was exported; so does "
+            "ComfyUI, but for its alpha: give it the strength alpha / rank there"
+        )
+    converted = convert_state_dict_to_kohya(own)
+    if metadata.get("base") == "stable_diffusion":  # an only text encoder has no number
+        converted = {name.replace("lora_te1_", "lora_te_", 1): tensor for name, tensor in converted.items()}
+    alpha = torch.tensor(float(LoRA.from_export(tensors, metadata).alpha))  # diffusers writes the rank
+    converted = {name: alpha if name.endswith(".alpha") else tensor for name, tensor in converted.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors wants an own memory for each tensor, the alphas too.
+    write_export(out, {name: tensor.clone() for name, tensor in converted.items()}, _origin(metadata))
+
+
+def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of our export; layers may have diffusers' names or SDXL's original ones.
+
+    UserError for what is no such LoRA, or has layers of different rank or alpha.
+    """
+    tensors, metadata = read_safetensors(file)
+    if "kind" in metadata:
+        raise UserError(f"{file}: is agsm-rl's own export, attach() takes it; other forms: agsm, softrepa, kohya.")
+    rank, alpha = _rank_and_alpha(tensors, file)
+    try:
+        # Original names count SDXL's blocks through; its U-Net has two layers in each.
+        unet = SimpleNamespace(layers_per_block=2)
+        renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet)
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{file}: has layers that diffusers finds no place for in a U-Net ({error}).") from error
+    own = _in_peft_s_form(renamed)
+    if odd := [name for name in own if not name.endswith(OURS)]:
+        raise UserError(f"{file}: has layers that diffusers finds no place for ({', '.join(odd[:3])}).")
+    # Whole names, not ends of names: a file may have some blocks only.
+    targets: dict[str, list[str]] = defaultdict(list)
+    for name in own:
+        if name.endswith(OURS[0]):
+            part, _, layer = name.removesuffix(OURS[0]).partition(".")
+            targets[part].append(layer.removeprefix("text_model."))
+    widths = [own[f"unet.{layer}{OURS[0]}"].shape[1] for layer in targets["unet"] if layer.endswith("attn2.to_k")]
+    base = BACKBONES.get(BASE_OF_WIDTH.get(widths[0], ""), "") if widths else ""
+    described = describe_lora(targets, rank=rank, alpha=alpha, banks=1, base=base)
+    return own, {**described, "name": "lora", **_origin(metadata)}
+
+
+def _in_peft_s_form(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names for the layers of U-Net and text encoders, of which it has several kinds, as PEFT's."""
+    unet = {name: tensor for name, tensor in renamed.items() if name.startswith("unet.")}
+    text = {name: tensor for name, tensor in renamed.items() if name not in unet}
+    own = convert_unet_state_dict_to_peft(unet)
+    if text:
+        # Said, since otherwise guessed, wrongly for a file that leaves some projections out.
+        text = convert_state_dict_to_diffusers(text, original_type=StateDictType.DIFFUSERS_OLD)
+        own |= convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS)
+    return {name: tensor.float() for name, tensor in own.items()}
+
+
+def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]:
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".")
+        layers[layer][part] = tensor
+    odd = [n for n, parts in layers.items() if not n.startswith(PREFIXES) or {*parts} - {"alpha"} != {DOWN, UP}]
+    if odd or not any(name.startswith(UNET) for name in layers):
+        raise UserError(
+            f"{file}: is no LoRA of a U-Net in kohya's form, with or without its CLIPs; it holds "
+            f"{', '.join(odd[:3] or [*layers][:3]) or 'nothing'}. Others may go into pipe.load_lora_weights."
+        )
+    # Where alpha is left out it is the rank, for a scale of 1.
+    ranks = {name: len(parts[DOWN]) for name, parts in layers.items()}
+    found = {(rank, float(layers[name].get("alpha", torch.tensor(rank)))) for name, rank in ranks.items()}
+    if len(found) > 1:
+        raise UserError(
+            f"{file}: the (rank, alpha) of its layers are {sorted(found)}; one for all is supported. "
+            "pipe.load_lora_weights takes several."
+        )
+    return found.pop()
+
+
+def _origin(metadata: dict[str, str]) -> dict[str, str]:
+    return {name: metadata[name] for name in ORIGIN if metadata.get(name)}

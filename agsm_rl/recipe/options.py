@@ -1,0 +1,152 @@
+"""A block's options are its constructor's arguments: the signature is the schema. Pydantic's errors in plain words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from agsm_rl.errors import UserError
+from agsm_rl.training.limits import MAX_SEED
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+_UNION_TAG = re.compile(
+    r"^(str|int|float|bool|none|Block|constrained-\w+|\w+-(before|after|wrap)\(.*\)|(dict|list|tuple)\[.*\])$"
+)
+
+
+class Section(BaseModel):
+    """Keys with types; unknown keys are errors with the nearest match, and numbers are finite."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+        validate_assignment=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
+            for key in data:
+                if key not in cls.model_fields:
+                    raise _mistake(unknown_key(str(key), list(cls.model_fields)))
+                if isinstance(data[key], bool) and _wants_a_number(cls.model_fields[key].annotation):
+                    # Python would take true for 1.
+                    raise _mistake(f"'{key}' is {str(data[key]).lower()}, but a number is wanted")
+        return data
+
+
+class RewardOptions(Section):
+    """A reward in a source's `rewards`: what it is, how it enters the sum, and its constructor's arguments.
+
+    `use` null: the reward of the name under which it stands.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str | None = None
+    weight: float = 1.0
+    normalise: Literal["raw", "z_score"] = "raw"
+
+
+GivenReward = Annotated[
+    Annotated[float, Tag("float")] | Annotated[RewardOptions, Tag("dict[options]")],
+    Discriminator(lambda given: "dict[options]" if isinstance(given, Mapping | RewardOptions) else "float"),
+]
+"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is told as such."""
+
+
+def _wants_a_number(annotation: Any) -> bool:
+    """True for a number or a union with one, unless a bool is allowed too."""
+    allowed = get_args(annotation) or (annotation,)
+    return bool not in allowed and any(kind in allowed for kind in (int, float))
+
+
+def _mistake(text: str) -> PydanticCustomError:
+    return PydanticCustomError("mistake", "{text}", {"text": text})
+
+
+def unknown_key(key: str, allowed: list[str]) -> str:
+    """The message for a key that is not known."""
+    close = get_close_matches(key, allowed, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
+
+
+def options_model(cls: Any, *, where: str) -> type[Section]:
+    """The schema of a class's constructor: an option an argument, with its type and default.
+
+    UserError where its types cannot be known. Two arguments are special: `rewards` is given by name in a recipe ({name:
+    weight}, or {name: {use, weight, normalise, options…}}), and `seed` may be left out (null), which means the recipe's
+    seed.
+    """
+    try:
+        return _options_model(cls)
+    except NameError as error:
+        raise UserError(
+            f"{where}: the constructor of {cls.__module__}:{cls.__qualname__} has an unknown type: {error}"
+        ) from error
+
+
+@cache
+def _options_model(cls: Any) -> type[Section]:
+    found: dict[str, Any] = {}
+    for parameter in inspect.signature(cls, eval_str=True).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+        default = ... if parameter.default is parameter.empty else parameter.default
+        if parameter.name == "rewards":
+            annotation = Annotated[dict[str, GivenReward], Field(min_length=1)]
+        if parameter.name == "seed":
+            annotation, default = Seed | None, None
+        found[parameter.name] = (annotation, default)
+    model: type[Section] = create_model(f"{cls.__name__}Options", __base__=Section, **found)
+    return model
+
+
+def validated(cls: Any, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The options of a class with every default filled in, as plain data; UserError at the first wrong one."""
+    try:
+        return options_model(cls, where=where).model_validate(dict(given)).model_dump(mode="json")
+    except ValidationError as error:
+        raise explain(error, where=where) from error
+
+
+def explain(error: ValidationError, *, where: str) -> UserError:
+    """The first of pydantic's errors as `where.place: what was got and what is wanted`."""
+    first = error.errors(include_url=False)[0]
+    place = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif not _UNION_TAG.match(part) and part != "[key]":
+            place += f".{part}" if place else part
+    separator = "" if not place else "." if not where.endswith(": ") else ""
+    head = f"{where}{separator}{place}" if place else where.removesuffix(": ")
+    if first["type"] == "missing":
+        return UserError(f"{head}: this key is needed and is not there.")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("mistake", "value_error"):
+        return UserError(f"{head}: {message}")
+    if first["type"] in ("model_type", "dict_type"):
+        message = "it should be a mapping, {key: value}"
+    return UserError(f"{head}: got {_short(first['input'])}; {message.replace('Input should', 'it should')}.")
+
+
+def _short(value: Any) -> str:
+    text = (
+        {None: "nothing (null)", True: "true", False: "false"}.get(value, "")
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,268 @@
+"""A recipe: the YAML file and its typed form. A run's keys stand here; the blocks' options are read by options.py."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe.options import Section, Seed, explain
+from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
+from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+
+HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
+
+
+def _schedule(value: Any) -> Any:
+    """A weight: a number, or {step: number} with linear pieces between."""
+    points = value if isinstance(value, dict) else {0: value}
+    if not points:
+        raise ValueError("a weight is a number or a schedule {step: weight}; this schedule is empty")
+    for step, weight in points.items():
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"a schedule's keys are steps, 0 or more; got {step!r}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"a weight is a number or a schedule such as {{0: 0.0, 100: 1.0}}; got {weight!r}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"a weight must be 0 or more, and finite; got {weight}. To leave a term out, set it to 0")
+    return value
+
+
+def _range(t: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= t[0] < t[1] <= 1:
+        raise ValueError(f"a range of noise levels is [low, high] with 0 <= low < high <= 1; got {list(t)}")
+    return t
+
+
+def _source(value: Any) -> Any:
+    if not isinstance(value, str | dict | Block):
+        raise ValueError(f"a source is the name of one under `sources:`, or {{use: name, …}}; got {value!r}")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    """Names become file names and parts of metrics' names."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"'{name}' cannot be a name; use letters, digits, _ and - only")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+Weight = Annotated[float | dict[int, float], BeforeValidator(_schedule)]
+
+
+class Block(Section):
+    """`{use: name, …}`: what is used, and its constructor's options (checked against its signature)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self.model_extra or {})
+
+
+class TermBlock(Block):
+    """An objective in the run; its own options stand beside these keys."""
+
+    name: Name | None = None
+    source: Annotated[str | Block, BeforeValidator(_source)]
+    view: Block | None = None
+    weight: Weight = 1.0
+    every: int = Field(1, ge=1)
+    offset: int = Field(0, ge=0)
+    t: Annotated[tuple[float, float], AfterValidator(_range)] = (0.0, 1.0)
+    trains: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+class Ema(Section):
+    """The shadow of the adapters' parameters; `decay` is the share that stays at each step (published: 0.9999)."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+
+
+class Optimizer(Section):
+    """AdamW; `learning_rate` is one number, or one by name for each adapter that a term trains."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1e-3
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Evaluate(Section):
+    """Base against trained on the same prompts and noise, each `every` steps (null: at the end only) and at the end.
+
+    `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
+    first guidance.
+    `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation. `prompt_suffix`: what both read
+    behind each prompt (", best quality"); images are judged by the prompt alone. Sample grids have none.
+    """
+
+    suite: Literal["shapes"] = "shapes"
+    every: Annotated[int, Field(ge=1)] | None = None
+    num_images: int = Field(200, ge=1)
+    rewards: list[str] | dict[str, dict[str, Any] | None] = []
+    guidance: Annotated[list[float], Field(min_length=1)] = [3.0]
+    num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
+    split: Literal["train", "validation", "held_out"] = "held_out"
+    bank: Literal["positive", "negative"] = "positive"
+    prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)  # older cells stay finished
+    seed: Seed = 0
+    batch_size: int = Field(50, ge=1)
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _names_or_options(cls, value: Any) -> Any:
+        for name, options in value.items() if isinstance(value, dict) else ():
+            if options is not None and not isinstance(options, dict):
+                raise ValueError(
+                    f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
+                    f"{name}: {{}}, or its options in the braces"
+                )
+        return value
+
+
+class Samples(Section):
+    """A grid of pictures into samples/ each `every` steps. `prompts` null: those of the suite that is evaluated."""
+
+    every: int = Field(100, ge=1)
+    prompts: Annotated[list[str], Field(min_length=1)] | None = None
+    num_images: int = Field(8, ge=1)
+    guidance: float = 3.0
+    num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
+    seed: Seed = 0
+
+
+class Checkpoints(Section):
+    """A checkpoint each `every` steps; the `keep` newest stay.
+
+    `best`: an evaluated reward, or the suite's `overall` or `strict`; the checkpoint of the evaluation at which it was
+    largest stays too, and its adapters are in adapter-best/.
+    """
+
+    every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
+    best: str | None = None
+
+
+class StopRule(Section):
+    """End the run when a score is this much (in its own unit) below its best so far."""
+
+    falls_by: float = Field(gt=0)
+
+
+class Watch(Section):
+    """What is done when numbers go wrong: `warn`, `skip` (the term is left out of that step), `stop`, or `ignore`.
+
+    `non_finite`: a loss or gradient that is not finite; it is never applied, and after `non_finite_skips` of them in a
+    row the run stops. `x0_norm`: an image's latents are `x0_norm_factor` times as large as those of the first draw.
+    `zero_variance`: the images of a draw are all worth the same. `constant_reward`: a reward has one value for all
+    images of a draw. `zero_gradient`: an adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
+    `held_out_falls`: an evaluated reward that is not trained on fell from its best while a trained one rose, both by
+    more than chance.
+    """
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite_skips: int = Field(10, ge=1)
+    x0_norm: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    x0_norm_factor: float = Field(4.0, gt=1)
+    zero_variance: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    constant_reward: Literal["warn", "skip", "stop", "ignore"] = "warn"
+    zero_gradient: Literal["warn", "stop", "ignore"] = "warn"
+    zero_gradient_steps: int = Field(10, ge=1)
+    held_out_falls: Literal["warn", "stop", "ignore"] = "warn"
+
+
+class Recipe(Section):
+    """A run: everything that `agsm-rl train` needs to know."""
+
+    version: Literal[1] = 1
+    seed: Seed = 0
+    steps: int = Field(ge=1)
+    backbone: Block
+    adapters: dict[Name, Block]
+    start_from: str | None = None
+    ema: Ema = Ema()
+    sources: dict[Name, Block] = {}
+    objectives: list[TermBlock]
+    combine: str = "sum"
+    optimizer: Optimizer = Optimizer()
+    evaluate: Evaluate | None = None
+    sample: Samples = Samples()
+    checkpoint: Checkpoints = Checkpoints()
+    export: Literal["live", "ema"] = "live"
+    stop_when: dict[str, StopRule] = {}
+    watch: Watch = Watch()
+    track: list[str] = ["tensorboard"]
+
+    @field_validator("adapters", "objectives")
+    @classmethod
+    def _not_empty(cls, value: Any, info: Any) -> Any:
+        if not value:
+            missing = {
+                "adapters": "there are none, so nothing would be trained; add one, e.g. {lora: {use: lora, rank: 8}}",
+                "objectives": "there are none, so nothing would be learned; add one, e.g. [{use: agsm, source: …}]",
+            }
+            raise ValueError(missing[info.field_name])
+        return value
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | os.PathLike[str], overrides: Iterable[str] = (), *, allow_imports: Collection[str] = ()
+    ) -> Recipe:
+        """Read, check and complete a recipe. `overrides` are `key.path=value` texts, as `--set` takes them.
+
+        UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
+        """
+        data = read_yaml(Path(path))
+        if "axes" in data:
+            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
+        apply_overrides(data, overrides)
+        return cls.from_data(data, where=str(path), allow_imports=allow_imports)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any], *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Recipe:
+        """The same from plain data, e.g. a dict written in Python."""
+        from agsm_rl.recipe.resolve import resolve
+
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, where=f"{where}: ") from error
+        return resolve(recipe, where=where, allow_imports=allow_imports)
+
+    @property
+    def trained(self) -> list[str]:
+        """The adapters that some term trains; the others stay as `start_from` has them."""
+        return [name for name in self.adapters if any(name in (term.trains or [name]) for term in self.objectives)]
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain data, which `from_data` takes back."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        # JSON's keys are text, a schedule's are steps.
+        for term, block in zip(data["objectives"], self.objectives, strict=True):
+            term["weight"] = block.weight
+        return data
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, which `from_yaml` takes back."""
+        return HEADER + yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def refuse(where: str, place: str, message: str) -> UserError:
+    """The error for a mistake at a place of a recipe."""
+    return UserError(f"{where}: {place}: {message}")

@@ -1,0 +1,40 @@
+"""The recipes and sweeps that come with the package: `builtin:<name>` on the command line."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from agsm_rl.errors import unknown_name
+
+PREFIX = "builtin:"
+SWEEPS = "study/"
+"""The folder of the sweeps; all else are recipes."""
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file; a recipe in a folder is named `folder/name`."""
+    return {name: file for name, file in _shipped().items() if not name.startswith(SWEEPS)}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The same of the sweeps, `study/name`."""
+    return {name: file for name, file in _shipped().items() if name.startswith(SWEEPS)}
+
+
+def _shipped() -> dict[str, Path]:
+    spec = find_spec("agsm_rl_recipes")
+    # Run from a clone that is not installed, the recipes lie beside the package.
+    folder = Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[2] / "recipes"
+    files = sorted(folder.rglob("*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def recipe_path(given: str) -> Path:
+    """The file of a recipe or sweep: a path, or `builtin:<name>`."""
+    if not given.startswith(PREFIX):
+        return Path(given)
+    recipes = {PREFIX + name: file for name, file in _shipped().items()}
+    if given not in recipes:
+        raise unknown_name("RECIPE", given, "a shipped recipe", recipes)
+    return recipes[given]

@@ -1,0 +1,1 @@
+"""What a training step needs, shared by the trainer, the sources and the objectives."""

@@ -1,0 +1,170 @@
+"""Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
+
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import Reward
+from agsm_rl.training.in_flight import InFlight
+from agsm_rl.training.precision import own_precision
+
+Normalise = Literal["raw", "z_score"]
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A reward in a run: under which name it is logged, with which weight and in which unit it enters the sum.
+
+    `weight` may be negative (what the reward likes is then avoided) or 0 (it is logged, nothing is learned from it).
+    `normalise`: `raw`, in the reward's own unit, or `z_score`, in standard deviations of that reward alone.
+    """
+
+    reward: Reward
+    weight: float
+    name: str
+    normalise: Normalise = "raw"
+
+    def __iter__(self) -> Iterator[Reward | float]:
+        """Unpacks as the (reward, weight) pair as which rewards are given in Python."""
+        return iter((self.reward, self.weight))
+
+
+def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
+    """The rewards as WeightedRewards, functions wrapped as in a recipe; UserError if none can be learned from.
+
+    That is where there are none, two have one name, or all have weight 0.
+    """
+    found = [one if isinstance(one, WeightedReward) else _weighted(*one) for one in rewards]
+    if not found:
+        raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
+    names = [one.name for one in found]
+    for one in found:
+        if names.count(one.name) > 1:
+            raise UserError(
+                f"rewards: two are called '{one.name}'; give one a name of its own, as in "
+                f"`rewards: {{mine: {{use: {one.name}, weight: 1.0}}}}`; in Python, WeightedReward(reward, 1.0, 'mine')"
+            )
+        if one.normalise not in get_args(Normalise):
+            raise unknown_name(
+                f"rewards.{one.name}: normalise", one.normalise, "a way to normalise", get_args(Normalise)
+            )
+    if not any(one.weight for one in found):
+        raise UserError("rewards: all weights are 0, so nothing would be learned; give at least one another weight")
+    return found
+
+
+def _weighted(reward: Reward, weight: float) -> WeightedReward:
+    if not hasattr(reward, "name"):
+        from agsm_rl_rewards.functions import as_reward
+
+        reward = as_reward(reward)
+    return WeightedReward(reward, float(weight), reward.name)
+
+
+def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: str | None = None) -> Tensor:
+    """The reward's scores [B]; UserError naming the reward when it fails, or they have another shape or are not finite.
+
+    `name`: what the run calls the reward (None: its own name).
+    """
+    who = f"reward '{name or reward.name}'"
+    try:
+        # A reward's scale is its own network's: the same in training as where the run's images are judged.
+        with own_precision(images.device):
+            score = reward(images, prompts)
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a user's own code may raise; where it did is what they need.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{who}: it failed with {type(error).__name__}: {error} (in {last.name}, {Path(last.filename).name} line "
+            f"{last.lineno}), on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
+        ) from error
+    if not isinstance(score, Tensor) or score.shape != (len(prompts),):
+        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")
+    if not torch.isfinite(score).all():
+        bad = int((~torch.isfinite(score)).nonzero()[0])
+        blame = "" if torch.isfinite(images[bad]).all() else "; the image is not finite itself: the model went wrong"
+        raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{blame}")
+    return score.float().to(images.device)
+
+
+def scoring_device() -> torch.device:
+    """Where images are scored that come from files or from another process: a GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def scores_of(rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Each reward's own scores [B], by the name that it has in the run."""
+    return {one.name: checked_score(one.reward, images, prompts, name=one.name) for one in rewards}
+
+
+class InParts:
+    """Scores of images that are drawn part by part, each part given to `add` as soon as it is there.
+
+    Rewards that run `elsewhere` score a part, in a thread a reward, while the next is drawn; the others wait for
+    `scores`. What fails is told by `scores`.
+    """
+
+    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
+        self._rewards = rewards
+        self._images: list[Tensor] = []
+        self._prompts: list[str] = []
+        self._waiting: dict[str, list[Future[Tensor]]] = {}
+        self._threads: dict[str, InFlight] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for one in self._rewards:
+            if getattr(one.reward, "elsewhere", False):
+                self._threads[one.name] = self._stack.enter_context(InFlight(f"reward {one.name}"))
+                self._waiting[one.name] = []
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, images: Tensor, prompts: list[str]) -> None:
+        """The next images [B, 3, H, W] with their prompts."""
+        self._images.append(images)
+        self._prompts += prompts
+        for one in self._rewards:
+            if one.name in self._threads:
+                call = partial(checked_score, one.reward, images, prompts, name=one.name)
+                self._waiting[one.name].append(self._threads[one.name].submit(call))
+
+    def scores(self) -> dict[str, Tensor]:
+        """Each reward's own scores [N] of all images added, by the name that it has in the run."""
+        here = [one for one in self._rewards if one.name not in self._threads]
+        found = scores_of(here, torch.cat(self._images), self._prompts)
+        found |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
+        return {one.name: found[one.name] for one in self._rewards}
+
+
+def weighted_scores(
+    rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the rewards' scores, [B], each in its own unit, and each reward's own scores [B] by name."""
+    scores = scores_of(rewards, images, prompts)
+    return weighted_sum(rewards, scores), scores
+
+
+def weighted_sum(rewards: Sequence[WeightedReward], scores: dict[str, Tensor]) -> Tensor:
+    """The sum of weight · score, [B]."""
+    total = torch.zeros_like(scores[rewards[0].name])
+    for one in rewards:
+        total = total + one.weight * scores[one.name]
+    return total

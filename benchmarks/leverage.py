@@ -1,0 +1,132 @@
+"""Can soft tokens change what a base draws? `python benchmarks/leverage.py BASE` distils a cue's effect into them.
+
+The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave
+as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain they then
+carry is the leverage that any objective over them has.
+
+Predicted noise hardly differs at high noise, where an image's content is settled, so errors are weighed there as errors
+of the predicted image (an unweighted trial teaches the tokens only what changes no verdict).
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import typer
+from torch import Tensor
+
+from agsm_rl.evaluate.suites.shapes import ShapesResult
+from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
+from agsm_rl.policy import Policy
+from agsm_rl.trainer import Term, Trainer
+
+CUE = ", verified"
+
+
+class CueDistillation:
+    """mean s²·(p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty.
+
+    s·p is the part of the predicted image that a prediction p decides (`image_share`).
+    """
+
+    consumes: ClassVar[type[Batch]] = PairBatch
+
+    def check(self, batch_size: int) -> None:
+        """Any batch will do."""
+
+    def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
+        """All at once."""
+        return [(batch, 1.0)]
+
+    def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        """The distance to the cued base; `unlearned` is its share of the distance between plain and cued base."""
+        backbone, draw = policy.backbone, policy.draw
+        noise, t = draw.noise_like(batch.latents, batch.rows), draw.t(batch.rows)
+        x_t = backbone.add_noise(batch.latents, noise, t)
+        dropped = [row % 10 == draw.step % 10 for row in batch.rows.tolist()]
+        plain = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped, strict=True)]
+        cued = [prompt + CUE if prompt else "" for prompt in plain]
+        teacher = policy.reference(x_t, t, backbone.encode_text(cued))
+        cond = backbone.encode_text(plain)
+        share = image_share(backbone, noise, t)
+        loss = ((policy.live(x_t, t, cond) - teacher) * share).square().mean()
+        distance = ((policy.reference(x_t, t, cond) - teacher) * share).square().mean()
+        return loss, {"unlearned": loss.detach() / distance}
+
+
+def image_share(backbone: Backbone, like: Tensor, t: Tensor) -> Tensor:
+    """|d x0 / d prediction| at noise levels t [B], at most 100; of the shape of `like`.
+
+    From x_t = a·x0 + b·noise and target = c·x0 + d·noise follows x0 = (d·x_t − b·target) / (a·d − b·c). For a noise
+    prediction that is √(1/ᾱ − 1), for a flow t.
+    """
+    one, zero = torch.ones_like(like), torch.zeros_like(like)
+    a, b = backbone.add_noise(one, zero, t), backbone.add_noise(zero, one, t)
+    c, d = backbone.target(one, zero, t), backbone.target(zero, one, t)
+    return (b / (a * d - b * c)).abs().clamp(max=100.0)
+
+
+def main(
+    base: str,
+    adapter: Annotated[str, typer.Option(help="soft_tokens or lora")] = "soft_tokens",
+    steps: int = 1000,
+    learning_rate: float = 1e-2,
+    num_tokens: int = 4,
+    jitter: float = 0.0,
+    num_images: int = 600,
+    guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
+    seed: int = 0,
+    split: Annotated[Literal["validation", "held_out"], typer.Option(help="whose prompts are judged")] = "validation",
+    out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
+    t5_length: Annotated[int | None, typer.Option(help="SD3: tokens that the T5 reads; fewer are faster")] = None,
+) -> None:
+    """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter (not at 0 steps)."""
+    from agsm_rl.adapters.lora import LoRA
+    from agsm_rl.adapters.soft_tokens import SoftTokens
+    from agsm_rl.backbones import load_backbone
+    from agsm_rl.export.attach import save_adapters
+    from agsm_rl.sources.pairs import Pairs
+
+    made = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
+    policy = Policy(load_backbone(base, t5_length=t5_length), {adapter: made}, ema_decay=0.99)
+    term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
+    trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)
+    while trainer.step < steps:
+        metrics = trainer.run_step()
+        if trainer.step % 100 == 0:
+            print(trainer.step, {key: round(value, 5) for key, value in metrics.items()}, flush=True)
+    if out is not None:
+        save_adapters(policy.adapters, out, metadata={"checkpoint": base})
+    for scale in guidance:
+        report(policy, num_images, scale, split, adapted=steps > 0)
+
+
+def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
+    """Print a table's rows: strict / lenient % right of plain and cued prompts, and of plain ones with the adapter."""
+    from agsm_rl.evaluate.suites.shapes import compare
+    from agsm_rl.recipe.schema import Evaluate
+    from agsm_rl.run.evaluation import measure
+
+    def suite(cue: str) -> ShapesResult:
+        options = Evaluate.model_validate({"split": split, "num_images": num_images, "prompt_suffix": cue})
+        return measure(policy.backbone, options, guidance, {}).result
+
+    with policy.switched_off():
+        found = {"plain": suite(""), "cued": suite(CUE)}
+    if adapted:
+        found["adapted"] = suite("")
+    for name, result in found.items():
+        strict, lenient = result.scores(strict=True), result.scores(strict=False)
+        tags = [f"{100 * share.value:.0f} / {100 * lenient.tags[tag].value:.0f}" for tag, share in strict.tags.items()]
+        overall = f"{100 * strict.overall.value:.1f} / {100 * lenient.overall.value:.1f}"
+        print(f"| {guidance:g} | {name} | {overall} | {' | '.join(tags)} |", list(strict.tags), flush=True)
+        if name != "plain":
+            change = compare(found["plain"], result).strict.overall
+            low, high = 100 * change.low, 100 * change.high
+            print(
+                f"{guidance:g} {name} - plain, strict: {100 * change.value:+.1f} [{low:+.1f}, {high:+.1f}]", flush=True
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)

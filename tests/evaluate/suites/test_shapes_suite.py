@@ -1,0 +1,145 @@
+"""The shapes suite: the contract's eval.json, fair comparison, and a table and picture that show it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate import table
+from agsm_rl.evaluate.suites import shapes
+from agsm_rl.shapes import world
+
+
+def painter(share: float):
+    """A model that draws right with the given probability, else what a careless eye takes the prompt for."""
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            rng = np.random.default_rng(seed)
+            requirement = world.parse(prompt)
+            if rng.random() >= share:
+                requirement = world.wrong_requirement(requirement)
+            drawn = np.array(world.render(world.draw_scene(rng, requirement, allow_unseen=True)))
+            images.append(torch.from_numpy(drawn).permute(2, 0, 1) / 255)
+        return torch.stack(images)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return shapes.suite_prompts("held_out", 60, seed=0)
+
+
+@pytest.fixture(scope="module")
+def half(prompts) -> shapes.ShapesResult:
+    return shapes.evaluate(painter(0.5), prompts)
+
+
+@pytest.fixture(scope="module")
+def perfect(prompts) -> shapes.ShapesResult:
+    return shapes.evaluate(painter(1.0), prompts)
+
+
+def test_a_third_of_the_suite_is_counting_and_all_tags_are_there(prompts) -> None:
+    tags = Counter(world.parse(prompt).tag for prompt in prompts)
+    assert tags == {tag: 20 if tag == "counting" else 8 for tag in world.TAGS}
+
+
+def test_a_model_that_draws_right_scores_one(perfect) -> None:
+    for strict in (False, True):
+        scores = perfect.scores(strict=strict)
+        assert scores.overall.value == 1
+        assert all(share.value == 1 and share.low < 1 for share in scores.tags.values())
+
+
+def test_overall_is_the_mean_over_tags_not_over_images() -> None:
+    rows = [shapes.ImageVerdict("a star", "single_object", True, True, "")]
+    rows += [shapes.ImageVerdict("two red stars", "counting", False, False, "none")] * 3
+    assert shapes.ShapesResult(tuple(rows)).scores(strict=False).overall.value == 0.5
+
+
+def test_eval_json_has_the_form_of_the_contract_and_is_read_back(half) -> None:
+    content = json.loads(json.dumps(half.to_json()))
+    assert content["suite"] == "shapes" and content["num_images"] == 60
+    for part in (content, content["strict"]):
+        assert part["overall"] == pytest.approx(np.mean([row["score"] for row in part["tags"].values()]))
+        for row in part["tags"].values():
+            assert set(row) == {"correct", "total", "score", "low", "high"}
+            assert row["low"] <= row["score"] == row["correct"] / row["total"] <= row["high"]
+    assert shapes.ShapesResult.from_json(content) == half
+
+
+def test_an_unclean_extra_costs_the_strict_verdict_only() -> None:
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        drawn = np.array(world.render((world.DrawnObject("star", "red", 9.0, 9.0, 5.0),)))
+        drawn[20:24, 20:24] = world.COLORS["red"]
+        return torch.from_numpy(drawn).permute(2, 0, 1)[None] / 255
+
+    (seen,) = shapes.evaluate(draw, ["a red star"]).verdicts
+    assert seen.correct and not seen.strict and "unclean" in seen.reason
+
+
+def test_the_batch_size_changes_no_verdict(prompts, half) -> None:
+    assert shapes.evaluate(painter(0.5), prompts[:10], batch_size=3).verdicts == half.verdicts[:10]
+
+
+def test_a_better_model_is_told_apart_in_every_tag_and_overall(half, perfect) -> None:
+    found = shapes.compare(half, perfect)
+    for part in (found.lenient, found.strict):
+        assert list(part.tags) == list(world.TAGS)
+        assert part.overall.value == pytest.approx(np.mean([tag.value for tag in part.tags.values()]))
+        assert part.overall.low > 0
+
+
+def test_a_model_against_itself_differs_by_nothing(half) -> None:
+    found = shapes.compare(half, half)
+    assert found.strict.overall.value == 0 and not found.strict.overall.excludes_zero
+
+
+def test_results_on_different_prompts_are_not_compared(half, prompts) -> None:
+    with pytest.raises(UserError, match="different prompts"):
+        shapes.compare(half, shapes.evaluate(painter(1.0), prompts[:5]))
+
+
+def test_a_foreign_prompt_is_refused_before_anything_is_drawn() -> None:
+    def never(prompts: list[str], seeds: list[int]) -> Tensor:
+        raise AssertionError("drawn")
+
+    with pytest.raises(UserError, match="a red dog"):
+        shapes.evaluate(never, ["a star", "a red dog"])
+
+
+def test_the_table_fits_eighty_columns_and_shows_base_trained_and_difference(half, perfect) -> None:
+    console = Console(width=80, record=True, quiet=True)
+    table.print_table(half, perfect, console=console)
+    with Console(width=80) as plain, plain.capture() as shown:
+        plain.print(table.table(half, perfect, strict=True))
+    text = shown.get()
+    assert "…" not in text
+    assert "difference" in text and "strict" in text
+    assert all(tag in text for tag in world.TAGS)
+    assert f"{100 * perfect.scores(strict=True).overall.value:.1f} [" in text
+
+
+def test_the_table_of_one_model_has_no_difference(half) -> None:
+    with Console(width=80) as plain, plain.capture() as shown:
+        plain.print(table.table(half, strict=False))
+    assert "score" in shown.get() and "difference" not in shown.get()
+
+
+def test_the_picture_frames_right_images_green_and_wrong_ones_red(prompts) -> None:
+    seeds = list(range(5))
+    images = painter(0.5)(prompts[:5], seeds)
+    drawn = table.picture(prompts[:5], images, images, [(True, False)] * 5)
+    first_right = table.GAP, table.GAP
+    first_wrong = 2 * table.GAP + 32 * table.SCALE + 2 * table.FRAME, table.GAP
+    assert drawn.getpixel(first_right) == table.RIGHT
+    assert drawn.getpixel(first_wrong) == table.WRONG
+    assert drawn.width > 4 * 2 * 32 * table.SCALE and drawn.height > 2 * 32 * table.SCALE
