@@ -6,6 +6,7 @@ A mistake of the user's (UserError) ends with one message on stderr and exit cod
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,16 +67,23 @@ app = typer.Typer(
 )
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"agsm-rl {__version__}")
-        raise typer.Exit
+def _print_versions(asked: bool) -> None:
+    """The first line is ours; the others are what a bug report needs. Nothing is imported for it."""
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    typer.echo(f"agsm-rl {__version__}")
+    typer.echo(f"python {platform.python_version()} ({platform.system()} {platform.machine()})")
+    for name in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        typer.echo(f"{name} {version(name)}")
+    raise typer.Exit
 
 
 @app.callback()
 def _before_all(
     _: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     # Notices of the libraries about themselves are no messages to our users.

@@ -51,8 +51,11 @@ def assert_told(result, *words):
         assert word in result.stderr
 
 
-def test_the_version_is_told(command):
-    assert command("--version").output == f"agsm-rl {version('agsm-rl')}\n"
+def test_the_versions_that_a_bug_report_needs_are_printed(command):
+    result = command("--version")
+    lines = result.output.splitlines()
+    assert (result.exit_code, lines[0]) == (0, f"agsm-rl {version('agsm-rl')}")
+    assert {f"{name} {version(name)}" for name in ("torch", "diffusers", "peft")} <= set(lines)
 
 
 def test_check_tells_what_would_be_trained_and_the_memory(command, recipe, tmp_path):
