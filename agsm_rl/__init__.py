@@ -4,18 +4,100 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agsm_rl.export.attach import attach
-    from agsm_rl.policy import Policy
-    from agsm_rl.trainer import Term, Trainer
+    from agsm_rl.adapters.lora import LoRA
+    from agsm_rl.adapters.soft_tokens import SoftTokens
+    from agsm_rl.backbones import load_backbone
+    from agsm_rl.errors import UserError
+    from agsm_rl.export.attach import attach, save_adapters
+    from agsm_rl.objectives.agsm import AGSM
+    from agsm_rl.objectives.anchor import Anchor
+    from agsm_rl.objectives.ddpo import DDPO
+    from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
+    from agsm_rl.objectives.diffusion_nft import DiffusionNFT
+    from agsm_rl.objectives.flow_grpo import FlowGRPO
+    from agsm_rl.objectives.reward_backprop import RewardBackprop
+    from agsm_rl.objectives.score_matching import ScoreMatching
+    from agsm_rl.objectives.softrepa import SoftREPA
+    from agsm_rl.policy import Objective, Policy, Source, View
+    from agsm_rl.recipe.recipe import Recipe
+    from agsm_rl.run.lifecycle import train
+    from agsm_rl.sources.pairs import Pairs
+    from agsm_rl.sources.preferences import Preferences
+    from agsm_rl.sources.prompts import Prompts
+    from agsm_rl.sources.rollouts import Rollouts
+    from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages
+    from agsm_rl.trainer import Callback, Term, Trainer
 
-__all__ = ["Policy", "Term", "Trainer", "attach"]
 __version__ = "0.1.0"
 
-_HOMES = {"Policy": "policy", "Term": "trainer", "Trainer": "trainer", "attach": "export.attach"}
+_HOMES = {
+    "adapters.lora": ("LoRA",),
+    "adapters.soft_tokens": ("SoftTokens",),
+    "backbones": ("load_backbone",),
+    "errors": ("UserError",),
+    "export.attach": ("attach", "save_adapters"),
+    "objectives.agsm": ("AGSM",),
+    "objectives.anchor": ("Anchor",),
+    "objectives.ddpo": ("DDPO",),
+    "objectives.diffusion_dpo": ("DiffusionDPO",),
+    "objectives.diffusion_nft": ("DiffusionNFT",),
+    "objectives.flow_grpo": ("FlowGRPO",),
+    "objectives.reward_backprop": ("RewardBackprop",),
+    "objectives.score_matching": ("ScoreMatching",),
+    "objectives.softrepa": ("SoftREPA",),
+    "policy": ("Objective", "Policy", "Source", "View"),
+    "recipe.recipe": ("Recipe",),
+    "run.lifecycle": ("train",),
+    "sources.pairs": ("Pairs",),
+    "sources.preferences": ("Preferences",),
+    "sources.prompts": ("Prompts",),
+    "sources.rollouts": ("Rollouts",),
+    "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages"),
+    "trainer": ("Callback", "Term", "Trainer"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AGSM",
+    "Anchor",
+    "BestAgainstWorst",
+    "BestImages",
+    "Callback",
+    "ChosenImages",
+    "DDPO",
+    "DiffusionDPO",
+    "DiffusionNFT",
+    "FlowGRPO",
+    "LoRA",
+    "Objective",
+    "Pairs",
+    "Policy",
+    "Preferences",
+    "Prompts",
+    "Recipe",
+    "RewardBackprop",
+    "Rollouts",
+    "ScoreMatching",
+    "SoftREPA",
+    "SoftTokens",
+    "Source",
+    "Term",
+    "Trainer",
+    "UserError",
+    "View",
+    "attach",
+    "load_backbone",
+    "save_adapters",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `agsm-rl list` must not wait for torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"agsm_rl.{_HOMES[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"agsm_rl.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'agsm_rl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

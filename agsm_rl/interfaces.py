@@ -1,23 +1,20 @@
-"""The nouns that everything else is made of: read this page first.
+"""The nouns that everything else is made of: read this page first, then policy.py.
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
-they meet only through the protocols and batch types below. Images are float [B, 3, H, W] in [0, 1]; noise levels `t`
+they meet only through the protocols and batch types here and the policy, sources, views and objectives of policy.py.
+Images are float [B, 3, H, W] in [0, 1]; noise levels `t`
 are float [B] in [0, 1), 0 being clean (a flow's sampler begins at 1); tensors are float32 unless loaded otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from agsm_rl.policy import Policy
-    from agsm_rl.training.sampling import KeptGraph
 
 Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]
@@ -250,6 +247,37 @@ class RewardedBatch(PairBatch):
     advantages: Tensor
 
 
+class KeptGraph:
+    """The distributions of `steps` as a draw came to them, with the graph to the parameters, for the first who asks.
+
+    A backward pass goes through a graph once; who asks after the first computes the distribution anew.
+    """
+
+    def __init__(self, rows: Tensor, steps: Sequence[int]) -> None:
+        self._first, self._wanted = int(rows[0]), steps
+        self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, k: int, mean: Tensor, std: Tensor) -> None:
+        """Keep step k, if it is wanted, of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
+        if k in self._wanted:
+            self._steps.setdefault(k, []).append((mean, std))
+
+    def holds(self, steps: Sequence[int]) -> bool:
+        """Whether nobody has asked for any of these steps."""
+        return all(k in self._steps for k in steps)
+
+    def take(self, steps: Sequence[int], rows: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Means [B, C, h, w] and standard deviations (0-d) of the steps, for rows by their numbers; each only once."""
+        if not self.holds(steps):
+            return None
+        found = []
+        for k in steps:
+            parts = self._steps.pop(k)
+            mean = parts[0][0] if len(parts) == 1 else torch.cat([mean for mean, _ in parts])
+            found.append((mean[rows.to(mean.device) - self._first], parts[0][1]))
+        return found
+
+
 @dataclass(frozen=True)
 class RolloutBatch(RewardedBatch):
     """Images with the path of K noisy steps that led to them; all tensors without gradients.
@@ -271,54 +299,6 @@ class RolloutBatch(RewardedBatch):
 
     shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph")
     given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"
-
-
-class Source(Protocol):
-    """Where batches come from. On-policy sampling is just a source.
-
-    One that knows says `batch_size`, the rows of a batch over all processes, and `unlearned`, how many shares of what
-    it drew are still to come: a checkpoint, which one process writes, does not hold those of the others.
-    """
-
-    gives: ClassVar[type[Batch]]
-
-    def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""
-        ...
-
-    def next(self, policy: Policy) -> Batch:
-        """This process's share of the next batch."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the newest batch (rewards, for rollouts); empty where there are none."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue exactly: tensors and plain values only."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        ...
-
-
-class View(Protocol):
-    """What one term sees of a batch that several share: some of its rows, or other batches made of them.
-
-    One that cannot do with every source has a `check(source)`, which raises UserError.
-    """
-
-    consumes: ClassVar[type[Batch]]
-    gives: ClassVar[type[Batch]]
-
-    def batch_size(self, total: int) -> int | None:
-        """Rows that are left of `total`; None when it depends on the batch."""
-        ...
-
-    def __call__(self, batch: Any) -> Batch:
-        """This process's part, seen through the view; with no rows, the term is passed over in this step."""
-        ...
 
 
 class Shard(Protocol):
@@ -345,24 +325,3 @@ class Reward(Protocol):
     differentiable: bool
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
-
-
-class Objective(Protocol):
-    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out.
-
-    One that takes no noise levels from `policy.draw` says `draws_t = False`: a term's `t` is then refused.
-    """
-
-    consumes: ClassVar[type[Batch]]
-
-    def check(self, batch_size: int) -> None:
-        """UserError when a batch of this many rows cannot be used; called when the recipe is read."""
-        ...
-
-    def split(self, batch: Any) -> list[tuple[Any, float]]:
-        """Parts that may be learned from one after another, each with its share of the loss (they add up to 1)."""
-        ...
-
-    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
-        """The loss over a part of a batch."""
-        ...

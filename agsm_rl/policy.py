@@ -1,17 +1,20 @@
-"""What is trained: a frozen backbone, its adapters, and a shadow of the adapters' parameters (EMA).
+"""The policy, which is trained, and the base classes of all that acts on it: sources, views and objectives.
 
-The published AGSM trainer keeps a second denoiser for the EMA; a shadow of the adapters alone gives the same numbers.
+A policy is a frozen backbone, its adapters, and a shadow of the adapters' parameters (their EMA). Sources draw batches
+from it, views select from a batch, objectives turn a batch into a loss. A class that inherits from Source, View or
+Objective defines only what differs from their defaults; one that does not inherit is given the defaults that it lacks.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Cond
+from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Batch, Cond, Metrics, PairBatch, Shard
 from agsm_rl.training.randomness import Draw
 
 
@@ -31,6 +34,15 @@ def check_bank(bank: Bank, adapters: Collection[Adapter], *, where: str) -> None
             f"{where}: negative, but there is no adapter with a negative bank here; those trained with `banks: 2` have "
             "one."
         )
+
+
+class Noised(NamedTuple):
+    """Images under noise: `x_t` [B, C, h, w] at noise levels `t` [B], the regression `target` of its shape, `cond`."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    cond: Cond
 
 
 class Policy:
@@ -60,6 +72,19 @@ class Policy:
                 raise unknown_name("trains", name, "an adapter of this run", self.adapters)
             found |= {f"{name}.{key}": parameter for key, parameter in self.adapters[name].named_parameters()}
         return found
+
+    def noised(self, batch: PairBatch) -> Noised:
+        """The batch's images under one noise and one noise level per image, both from `draw`, and its prompts encoded.
+
+        The rows' numbers fix noise and level: other images under the same `rows` are noised alike.
+        """
+        noise, t = self.draw.noise_like(batch.latents, batch.rows), self.draw.t(batch.rows, batch.latents.device)
+        return Noised(
+            x_t=self.backbone.add_noise(batch.latents, noise, t),
+            t=t,
+            target=self.backbone.target(batch.latents, noise, t),
+            cond=batch.encode_text(self.backbone),
+        )
 
     def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank | Banks = "positive") -> Tensor:
         """The prediction being trained, [B, C, h, w]; `bank` is one for all rows or one for each."""
@@ -169,3 +194,97 @@ class Policy:
                 raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to go on from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
+
+
+class Source:
+    """Where batches come from. On-policy sampling is just a source."""
+
+    gives: type[Batch]
+    batch_size: int | None = None
+    """Rows of a batch over all processes; None when it is not known beforehand."""
+    cache: Literal["latents", "all"] | None = None
+    """What is kept of the encoded data: latents, or all, the text too."""
+    images_per_prompt: int | None = None
+    """Images drawn for each prompt; None for a source that draws none."""
+    updates: int = 1
+    """Steps that learn from one draw, each from its share of the images."""
+    rewards: Sequence[Any] = ()
+    """The WeightedRewards by which it scores what it draws."""
+
+    def bind(self, name: str, seed: int, shard: Shard) -> None:
+        """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""
+        raise NotImplementedError
+
+    def next(self, policy: Policy) -> Batch:
+        """This process's share of the next batch."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the newest batch, such as its rewards; none by default."""
+        return {}
+
+    def unlearned(self) -> int:
+        """Shares of what was drawn that are still to be learned from.
+
+        A checkpoint, which one process writes, does not hold those of the other processes.
+        """
+        return 0
+
+    def images_drawn(self) -> int | None:
+        """Images drawn since the run began, over all processes; None for a source that draws none."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs: tensors and plain values only."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        raise NotImplementedError
+
+
+class View:
+    """What one term sees of a batch that several share: some of its rows, or other batches made of them."""
+
+    consumes: ClassVar[type[Batch]]
+    gives: ClassVar[type[Batch]]
+
+    def check(self, source: Source) -> None:
+        """UserError for a source through which the view would never see anything; any source will do by default."""
+
+    def batch_size(self, total: int) -> int | None:
+        """Rows that are left of `total`; None, the default, when it depends on the batch."""
+        return None
+
+    def __call__(self, batch: Any) -> Batch:
+        """This process's part, seen through the view; with no rows, the term sits this step out."""
+        raise NotImplementedError
+
+
+class Objective:
+    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out."""
+
+    consumes: ClassVar[type[Batch]]
+    draws_t: ClassVar[bool] = True
+    """Whether it takes noise levels from `policy.draw`; where not, a term's `t` is refused."""
+    rewards: Sequence[Any] = ()
+    """The WeightedRewards that it scores images by itself."""
+
+    def check(self, batch_size: int) -> None:
+        """UserError when a batch of this many rows cannot be used; called when the recipe is read."""
+
+    def split(self, batch: Any) -> list[tuple[Any, float]]:
+        """Parts to learn from one after another, each with its share of the loss (they add up to 1)."""
+        return [(batch, 1.0)]
+
+    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss over a part of a batch."""
+        raise NotImplementedError
+
+
+def with_defaults(thing: Any, base: type) -> Any:
+    """`thing` itself, given what `base` provides by default where it has nothing of that name."""
+    for name, value in vars(base).items():
+        if not name.startswith("_") and not hasattr(thing, name):
+            setattr(thing, name, MethodType(value, thing) if callable(value) else value)
+    return thing

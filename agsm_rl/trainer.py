@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Objective, Source, View
-from agsm_rl.policy import Policy
-from agsm_rl.training.anomalies import Watch
+from agsm_rl.interfaces import Batch
+from agsm_rl.policy import Objective, Policy, Source, View, with_defaults
+from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.randomness import Draw
@@ -43,6 +43,10 @@ class Term:
     """What the term sees of the source's batch (None: all of it)."""
 
     def __post_init__(self) -> None:
+        with_defaults(self.objective, Objective)
+        with_defaults(self.source, Source)
+        if self.view is not None:
+            with_defaults(self.view, View)
         consumes, gives, giver = self.objective.consumes, self.source.gives, "source"
         if self.view is not None:
             if not issubclass(gives, self.view.consumes):
@@ -79,7 +83,7 @@ class Term:
 
 def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> None:
     """UserError for a range of noise levels where the objective draws none."""
-    if tuple(t) != (0.0, 1.0) and not getattr(objective, "draws_t", True):
+    if tuple(t) != (0.0, 1.0) and not objective.draws_t:
         raise UserError(
             f"{where} is {list(t)}, but {type(objective).__name__} learns from the steps by which images are drawn, "
             "and takes no noise levels; leave it out"
@@ -88,25 +92,20 @@ def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> 
 
 def check_view(view: View, source: Source, *, where: str) -> None:
     """UserError for a source through which the view would never see anything."""
-    check = getattr(view, "check", None)
-    if check is None:
-        return
     try:
-        check(source)
+        view.check(source)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-class Callback(Protocol):
-    """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation."""
+class Callback:
+    """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation. By default it does nothing."""
 
     def on_step(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
-        """After each step; `step` counts from 1."""
-        ...
+        """Called after each step; `step` counts from 1."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last step."""
-        ...
+        """Called after the last step."""
 
 
 class Trainer:
@@ -130,7 +129,7 @@ class Trainer:
         combine: str = "sum",
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
-        watch: Watch | None = None,
+        watch: AnomalyWatch | None = None,
     ) -> None:
         if not terms:
             raise UserError("objectives: there are none, so there is nothing to learn from")
@@ -140,7 +139,8 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
-        self.callbacks, self.watch = list(callbacks), watch or Watch()
+        self.callbacks = [with_defaults(callback, Callback) for callback in callbacks]
+        self.watch = watch or AnomalyWatch()
         self.step, self.stopping = 0, False
         self.trained = [name for name in policy.adapters if any(name in (term.trains or [name]) for term in terms)]
         """Adapters that some term trains; the others are frozen, e.g. a LoRA that another run trained."""
@@ -170,7 +170,7 @@ class Trainer:
 
     def _check_share(self, term: Term) -> None:
         """UserError where a process's share of the batch cannot be used, though the whole could."""
-        total, count = getattr(term.source, "batch_size", None), self.processes.count
+        total, count = term.source.batch_size, self.processes.count
         share = None if total is None else total // count
         if share is not None and term.view is not None:
             share = term.view.batch_size(share)
@@ -200,7 +200,7 @@ class Trainer:
     @property
     def can_pause(self) -> bool:
         """Whether a checkpoint of this step, which one process writes, holds all that every process needs to go on."""
-        return self.processes.count == 1 or not any(getattr(one, "unlearned", 0) for one in self.sources.values())
+        return self.processes.count == 1 or not any(source.unlearned() for source in self.sources.values())
 
     def _agree_to_stop(self) -> None:
         """When one process was told to stop, all stop after the same step."""

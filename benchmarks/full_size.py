@@ -29,10 +29,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
-from agsm_rl.interfaces import Objective, Source
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.flow_grpo import FlowGRPO
+from agsm_rl.policy import Objective, Source
 from agsm_rl.shapes.train_base.layouts import make_scheduler
 from agsm_rl.shapes.train_base.text import make_tokenizer
 from agsm_rl.sources.pairs import Pairs

@@ -21,7 +21,7 @@ from measure import allocator_peak, resident_bytes, write_result
 
 from agsm_rl.doctor.memory.predict import lie_there, predict
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 
 LORA = {"lora": {"use": "lora", "rank": 8, "banks": 2}}
 

@@ -17,8 +17,9 @@ from agsm_rl.evaluate.drawing import draw, to_picture
 from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_backbone, build_trainer
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import Evaluation, to_json
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.sweep.evaluations import Evaluations

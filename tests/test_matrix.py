@@ -13,7 +13,7 @@ import torch
 from agsm_rl import registry
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 
 OBJECTIVES = sorted(registry.BUILTIN["objectives"])
 

@@ -108,7 +108,7 @@ def train(
     allow_host: HostOption = None,
 ) -> None:
     """Train a recipe; ends with a table of base against trained."""
-    from agsm_rl.recipe.schema import Recipe
+    from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
     from agsm_rl.registry import permissions
 
@@ -140,7 +140,7 @@ def check(
     ] = None,
 ) -> None:
     """Validate a recipe without running it: what would be trained, on what, and the memory it needs."""
-    from agsm_rl.recipe.schema import Recipe
+    from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
     from agsm_rl.registry import permissions
 
@@ -176,7 +176,7 @@ def doctor(
     allow_host: HostOption = None,
 ) -> None:
     """Check that rewards, adapters, rollouts, gradients and files are as they should be; exit code 1 if any is not."""
-    from agsm_rl.recipe.schema import Recipe
+    from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
     from agsm_rl.registry import permissions
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from agsm_rl.doctor.memory.fit import MARGIN, Fit
 from agsm_rl.doctor.memory.predict import NOT_COUNTED, Prediction, lie_there
 from agsm_rl.export.attach import read_exports
-from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Trainer
 
 

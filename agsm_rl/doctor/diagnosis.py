@@ -9,9 +9,9 @@ from pathlib import Path
 
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.errors import UserError
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
-from agsm_rl.recipe.schema import Recipe
 
 
 def diagnose(

@@ -12,7 +12,7 @@ from agsm_rl.backbones.loading import BUILTINS
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.trainer import Trainer
 

@@ -22,7 +22,7 @@ from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
 from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.target import Target
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from agsm_rl.files import replacing
 from agsm_rl.interfaces import Backbone
 
 
@@ -60,8 +60,7 @@ def grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG aside and rename it, so that nobody sees half of it."""
+    """Write a PNG; nobody sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    picture.save(aside, format="PNG")
-    aside.replace(path)
+    with replacing(path) as aside:
+        picture.save(aside, format="PNG")

@@ -20,7 +20,7 @@ from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.suite import Result, Suite
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, read_results, write_results
 from agsm_rl.evaluate.target import Target, open_target
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 
 MEASURED_AT_ONCE = 16
 

@@ -12,10 +12,10 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import How, pinned
 from agsm_rl.evaluate.table import print_table
 from agsm_rl.evaluate.target import Target
+from agsm_rl.files import write_text
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import measure, to_json
-from agsm_rl.run.folder import write_text
 
 
 def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:

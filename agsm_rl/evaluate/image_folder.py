@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from agsm_rl.errors import UserError
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")

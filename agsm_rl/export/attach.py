@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from agsm_rl import __version__
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
+from agsm_rl.files import replacing
 from agsm_rl.interfaces import Adapter
 from agsm_rl.registry import load
 
@@ -185,14 +186,7 @@ def save_adapters(
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata, with our version, aside and rename: a kill leaves the old file or the new one."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"version": __version__} | metadata
-        )
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write tensors and metadata, with our version: a kill leaves the old file or the new one."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as aside:
+        save_file(contiguous, aside, {"version": __version__} | metadata)

@@ -15,7 +15,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups, own_prompts
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32, own_precision
 
 PREFERENCES = ("plackett_luce", "bradley_terry")
@@ -81,7 +81,7 @@ def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
     return torch.where(is_own[:, :, None, None, None], own[:, None], pairs)
 
 
-class AGSM:
+class AGSM(Objective):
     """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
     Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise

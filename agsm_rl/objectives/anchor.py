@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
 
@@ -19,7 +19,7 @@ def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]
     return ((at_least_float32(live) - at_least_float32(reference.detach())) ** 2).mean(), {}
 
 
-class Anchor:
+class Anchor(Objective):
     """The anchor on the images of any source: own rollouts or pairs; its term's weight says how strong it is.
 
     `rows_per_pass` bounds memory: fewer images at once, the same gradient.
@@ -31,16 +31,11 @@ class Anchor:
         check_at_least_one("rows_per_pass", rows_per_pass)
         self.rows_per_pass = rows_per_pass
 
-    def check(self, batch_size: int) -> None:
-        """Any number of images will do."""
-
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
         """Parts of `rows_per_pass` images; all at once by default."""
         return in_passes(batch, self.rows_per_pass)
 
     def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
         """The distance at a noise and a noise level an image."""
-        draw, x0 = policy.draw, batch.latents
-        noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
-        x_t, cond = policy.backbone.add_noise(x0, noise, t), batch.encode_text(policy.backbone)
+        x_t, t, _, cond = policy.noised(batch)
         return score_anchor_loss(policy.live(x_t, t, cond), policy.reference(x_t, t, cond))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Cond, Metrics, PreferenceBatch
+from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch, PreferenceBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
 
@@ -46,7 +46,7 @@ def diffusion_dpo_loss(
     }
 
 
-class DiffusionDPO:
+class DiffusionDPO(Objective):
     """Diffusion-DPO over preferences: those of a data set, or of own images through the view `best_against_worst`.
 
     `beta` 2000 to 5000 is published. `rows_per_pass` bounds memory: fewer pairs at once, the same gradient.
@@ -61,21 +61,20 @@ class DiffusionDPO:
         self.beta = beta
         self.rows_per_pass = rows_per_pass
 
-    def check(self, batch_size: int) -> None:
-        """Any number of preferences will do."""
-
     def split(self, batch: PreferenceBatch) -> list[tuple[PreferenceBatch, float]]:
         """Parts of `rows_per_pass` preferences; all at once by default."""
         return in_passes(batch, self.rows_per_pass)
 
     def loss(self, policy: Policy, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
         """The preference loss of the batch; both images of a pair get the same noise and noise level."""
-        backbone, draw = policy.backbone, policy.draw
-        noise, t = draw.noise_like(batch.chosen, batch.rows), draw.t(batch.rows, batch.chosen.device)
-        x0, noise, t = torch.cat([batch.chosen, batch.rejected]), noise.repeat(2, 1, 1, 1), t.repeat(2)
-        x_t, target = backbone.add_noise(x0, noise, t), backbone.target(x0, noise, t)
-        cond = batch.encode_text(backbone)
-        cond = Cond.cat([cond, cond])
+        cond = batch.encode_text(policy.backbone)
+        both = PairBatch(
+            prompts=batch.prompts * 2,
+            rows=batch.rows.repeat(2),
+            latents=torch.cat([batch.chosen, batch.rejected]),
+            cond=Cond.cat([cond, cond]),
+        )
+        x_t, t, target, cond = policy.noised(both)
 
         def errors(prediction: Tensor) -> tuple[Tensor, ...]:
             """Of the chosen and of the rejected images, [B] each."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, RewardedBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
 
@@ -49,7 +49,7 @@ def nft_loss(
     }
 
 
-class DiffusionNFT:
+class DiffusionNFT(Objective):
     """DiffusionNFT on rewarded images; the old policy is the EMA, which may draw them too (`drawn_by: ema`).
 
     Rewards become r = ½ + ½·clip(advantage / `advantage_scale`, -1, 1). `beta` > 0 is the size of the implicit
@@ -75,9 +75,6 @@ class DiffusionNFT:
         self.beta, self.advantage_scale, self.adaptive = beta, advantage_scale, adaptive
         self.rows_per_pass = rows_per_pass
 
-    def check(self, batch_size: int) -> None:
-        """Any number of images will do."""
-
     def split(self, batch: RewardedBatch) -> list[tuple[RewardedBatch, float]]:
         """Parts of `rows_per_pass` images; all at once by default."""
         return in_passes(batch, self.rows_per_pass)
@@ -88,9 +85,6 @@ class DiffusionNFT:
 
     def loss(self, policy: Policy, batch: RewardedBatch) -> tuple[Tensor, Metrics]:
         """The loss of the batch, a noise and a noise level an image."""
-        backbone, draw, x0 = policy.backbone, policy.draw, batch.latents
-        noise, t = draw.noise_like(x0, batch.rows), draw.t(batch.rows, x0.device)
-        x_t, cond = backbone.add_noise(x0, noise, t), batch.encode_text(backbone)
-        old, target = policy.ema(x_t, t, cond), backbone.target(x0, noise, t)
-        reward = self.reward(batch.advantages)
+        x_t, t, target, cond = policy.noised(batch)
+        old, reward = policy.ema(x_t, t, cond), self.reward(batch.advantages)
         return nft_loss(policy.live(x_t, t, cond), old, target, reward, beta=self.beta, adaptive=self.adaptive)

@@ -13,7 +13,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, gaussian_log_prob, step_distributions
 
@@ -46,7 +46,7 @@ def clipped_policy_loss(
     }
 
 
-class PolicyGradient:
+class PolicyGradient(Objective):
     """An objective over rollouts that learns from their steps in passes, with the guidance that they were drawn with.
 
     `clip_range` is PPO's. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly spaced.
@@ -76,9 +76,6 @@ class PolicyGradient:
         self.steps_per_pass = steps_per_pass
         self._encoded_of: tuple[object, ...] = ()
         self._encoded: tuple[Cond, Cond] | None = None
-
-    def check(self, batch_size: int) -> None:
-        """Any number of rollouts will do."""
 
     def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
         """A part `steps_per_pass` denoising steps of `images_per_pass` images: so many activations are held at a time.

@@ -16,7 +16,7 @@ from agsm_rl import registry
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, Reward
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.sampling import Predict, step_distribution
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_scores
@@ -62,7 +62,7 @@ def draw_with_gradients(
     return backbone.decode(x)
 
 
-class RewardBackprop:
+class RewardBackprop(Objective):
     """Reward backpropagation for the prompts of any batch; only rewards that are differentiable in the image.
 
     `last_steps` K: gradients flow through the last K of `num_steps` denoising steps. 1 is DRaFT-1; a pair [a, b] draws
@@ -106,9 +106,6 @@ class RewardBackprop:
         self.num_steps, self.guidance, self.eta = num_steps, guidance, eta
         self.fewest, self.most = fewest, most
         self.negative_prompt, self.images_per_pass = negative_prompt, images_per_pass
-
-    def check(self, batch_size: int) -> None:
-        """Any number of prompts will do."""
 
     def split(self, batch: Batch) -> list[tuple[Batch, float]]:
         """Parts of `images_per_pass` prompts; all at once by default."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, PairBatch
 from agsm_rl.objectives.grid import Groups, own_prompts
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
 
@@ -47,7 +47,7 @@ def softrepa_loss(
     return contrastive + positive_weight * positive, metrics
 
 
-class SoftREPA:
+class SoftREPA(Objective):
     """SoftREPA over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
 
     One bank, `positive`, is used for all prompts: an adapter needs no second one. The logits are `scale` · exp(−error /

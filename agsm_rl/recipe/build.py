@@ -11,10 +11,11 @@ from agsm_rl.errors import UserError
 from agsm_rl.export.attach import start_from
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts, source_of
-from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Term, Trainer
-from agsm_rl.training.anomalies import Watch
+from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.processes import make_accelerator
 
 
@@ -55,7 +56,7 @@ def build_trainer(
             max_grad_norm=optimizer.max_grad_norm,
             combine=recipe.combine,
             accelerator=accelerator,
-            watch=Watch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
+            watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         ),
     )
     return trainer

@@ -11,17 +11,19 @@ import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.rewards import SCORES, RewardEntry, in_evaluation, in_source
-from agsm_rl.recipe.schema import Block, Evaluate, Recipe, TermBlock, refuse
+from agsm_rl.recipe.schema import Block, Evaluate, RecipeKeys, TermBlock, refuse
 
 if TYPE_CHECKING:
     from agsm_rl.interfaces import Batch
     from agsm_rl.training.scoring import WeightedReward
+
+Keys = TypeVar("Keys", bound=RecipeKeys)
 
 TRACKERS = {
     "tensorboard": "tensorboard",
@@ -37,7 +39,7 @@ TRACKERS = {
 """accelerate's trackers → the package that each needs."""
 
 
-def resolve(recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Recipe:
+def resolve(recipe: Keys, *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Keys:
     """The recipe with every default filled in; UserError with the place of the first thing that cannot work."""
     parts = Parts(where=where, allow_imports=allow_imports)
     backbone = parts.complete("backbones", recipe.backbone, "backbone")
@@ -98,7 +100,11 @@ class Parts:
             ]
         if "seed" in options and options["seed"] is None:
             options["seed"] = seed
-        return self.call(self.load(kind, block.use, f"{place}.use"), options, place)
+        from agsm_rl.policy import Objective, Source, View, with_defaults
+
+        made = self.call(self.load(kind, block.use, f"{place}.use"), options, place)
+        base = {"objectives": Objective, "sources": Source, "views": View}.get(kind)
+        return made if base is None else with_defaults(made, base)
 
     def reward(self, name: str, place: str, options: dict[str, Any]) -> Any:
         """The reward of that name."""
@@ -136,7 +142,7 @@ class Parts:
         )
 
 
-def source_of(recipe: Recipe, index: int) -> tuple[Block, str]:
+def source_of(recipe: RecipeKeys, index: int) -> tuple[Block, str]:
     """The source of a term and the place where it stands in the recipe."""
     source = recipe.objectives[index].source
     return (
@@ -161,7 +167,7 @@ def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evalu
     return evaluate.model_copy(update={"rewards": done})
 
 
-def _check_rules(recipe: Recipe, parts: Parts) -> None:
+def _check_rules(recipe: RecipeKeys, parts: Parts) -> None:
     """`checkpoint.best` and `stop_when` name what is evaluated while the run goes on."""
     wanted = {"checkpoint.best": recipe.checkpoint.best} if recipe.checkpoint.best else {}
     wanted |= {f"stop_when.{name}": name for name in recipe.stop_when}
@@ -175,7 +181,7 @@ def _check_rules(recipe: Recipe, parts: Parts) -> None:
             raise unknown_name(f"{parts.where}: {place}", name, "a score of the suite or in evaluate.rewards", allowed)
 
 
-def _complete_terms(recipe: Recipe, parts: Parts) -> list[TermBlock]:
+def _complete_terms(recipe: RecipeKeys, parts: Parts) -> list[TermBlock]:
     terms: list[TermBlock] = []
     names = _names(recipe.objectives)
     for index, term in enumerate(recipe.objectives):
@@ -229,7 +235,7 @@ def _free_name(use: str, taken: Collection[str | None]) -> str:
     return name
 
 
-def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
+def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
     from agsm_rl.sources.cache import check_text_stays
     from agsm_rl.trainer import check_range, check_view
 
@@ -240,9 +246,9 @@ def _check_terms(recipe: Recipe, parts: Parts, adapters: list[Any]) -> None:
         block, source_place = source_of(recipe, index)
         _check_path(block, parts, source_place)
         source = parts.construct("sources", block, source_place, seed=recipe.seed)
-        if getattr(source, "cache", None) == "all":
+        if source.cache == "all":
             check_text_stays(adapters, where=f"{parts.where}: {source_place}.cache")
-        gives, batch_size = source.gives, getattr(source, "batch_size", None)
+        gives, batch_size = source.gives, source.batch_size
         if term.view is not None:
             view = parts.construct("views", term.view, f"{place}.view", seed=recipe.seed)
             if not issubclass(gives, view.consumes):
@@ -303,7 +309,7 @@ def _view_of(view: str) -> str:
     return f"{view} of {' or '.join(sources)}" if sources else view
 
 
-def _check_rest(recipe: Recipe, parts: Parts) -> None:
+def _check_rest(recipe: RecipeKeys, parts: Parts) -> None:
     from agsm_rl.training.combine import find_combiner
 
     if recipe.backbone.options.get("dtype") == "float16":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import RewardOptions
-from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.recipe.schema import Block, RecipeKeys
 
 SCORES = ("overall", "strict")
 """What a suite measures by itself, by names that no evaluated reward may have."""
@@ -74,14 +74,14 @@ def in_evaluation(rewards: list[str] | Mapping[str, Any]) -> list[RewardEntry]:
     return found
 
 
-def trained_on(recipe: Recipe) -> list[RewardEntry]:
+def trained_on(recipe: RecipeKeys) -> list[RewardEntry]:
     """The rewards that the terms of a completed recipe learn from (weight 0 is only looked at)."""
     used = [block for term in recipe.objectives for block in (term, _source(recipe, term.source))]
     entries = [entry for block in used for entry in in_source(block.options.get("rewards", {}))]
     return [entry for entry in entries if entry.weight]
 
 
-def directions(recipe: Recipe) -> dict[str, int]:
+def directions(recipe: RecipeKeys) -> dict[str, int]:
     """Each evaluated reward's name → 1 or -1 where a term learns to raise or to lower it, 0 where it is held out.
 
     Held out is also a reward that is learned from with other options.
@@ -96,7 +96,7 @@ def directions(recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def _source(recipe: Recipe, source: str | Block) -> Block:
+def _source(recipe: RecipeKeys, source: str | Block) -> Block:
     return recipe.sources[source] if isinstance(source, str) else source
 
 

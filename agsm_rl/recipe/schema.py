@@ -1,22 +1,15 @@
-"""A recipe: the YAML file and its typed form. A run's keys stand here; the blocks' options are read by options.py."""
+"""The keys of a recipe and their types. The options inside its blocks are checked by options.py and resolve.py."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.options import Section, Seed, explain
-from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
+from agsm_rl.recipe.options import Section, Seed
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
-
-HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
 
 
 def _schedule(value: Any) -> Any:
@@ -147,7 +140,7 @@ class Samples(Section):
     seed: Seed = 0
 
 
-class Checkpoints(Section):
+class CheckpointKeys(Section):
     """A checkpoint each `every` steps; the `keep` newest stay.
 
     `best`: an evaluated reward, or the suite's `overall` or `strict`; the checkpoint of the evaluation at which it was
@@ -165,7 +158,7 @@ class StopRule(Section):
     falls_by: float = Field(gt=0)
 
 
-class Watch(Section):
+class WatchKeys(Section):
     """What is done when numbers go wrong: `warn`, `skip` (the term is left out of that step), `stop`, or `ignore`.
 
     `non_finite`: a loss or gradient that is not finite; it is never applied, and after `non_finite_skips` of them in a
@@ -187,8 +180,8 @@ class Watch(Section):
     held_out_falls: Literal["warn", "stop", "ignore"] = "warn"
 
 
-class Recipe(Section):
-    """A run: everything that `agsm-rl train` needs to know."""
+class RecipeKeys(Section):
+    """The keys of a recipe, each with its default; the blocks' options are not yet checked."""
 
     version: Literal[1] = 1
     seed: Seed = 0
@@ -203,10 +196,10 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate | None = None
     sample: Samples = Samples()
-    checkpoint: Checkpoints = Checkpoints()
+    checkpoint: CheckpointKeys = CheckpointKeys()
     export: Literal["live", "ema"] = "live"
     stop_when: dict[str, StopRule] = {}
-    watch: Watch = Watch()
+    watch: WatchKeys = WatchKeys()
     track: list[str] = ["tensorboard"]
 
     @field_validator("adapters", "objectives")
@@ -220,31 +213,6 @@ class Recipe(Section):
             raise ValueError(missing[info.field_name])
         return value
 
-    @classmethod
-    def from_yaml(
-        cls, path: str | os.PathLike[str], overrides: Iterable[str] = (), *, allow_imports: Collection[str] = ()
-    ) -> Recipe:
-        """Read, check and complete a recipe. `overrides` are `key.path=value` texts, as `--set` takes them.
-
-        UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
-        """
-        data = read_yaml(Path(path))
-        if "axes" in data:
-            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
-        apply_overrides(data, overrides)
-        return cls.from_data(data, where=str(path), allow_imports=allow_imports)
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any], *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Recipe:
-        """The same from plain data, e.g. a dict written in Python."""
-        from agsm_rl.recipe.resolve import resolve
-
-        try:
-            recipe = cls.model_validate(data)
-        except ValidationError as error:
-            raise explain(error, where=f"{where}: ") from error
-        return resolve(recipe, where=where, allow_imports=allow_imports)
-
     @property
     def trained(self) -> list[str]:
         """The adapters that some term trains; the others stay as `start_from` has them."""
@@ -257,10 +225,6 @@ class Recipe(Section):
         for term, block in zip(data["objectives"], self.objectives, strict=True):
             term["weight"] = block.weight
         return data
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML, which `from_yaml` takes back."""
-        return HEADER + yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
 
 
 def refuse(where: str, place: str, message: str) -> UserError:

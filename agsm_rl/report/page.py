@@ -19,6 +19,7 @@ from markupsafe import Markup
 from agsm_rl import __version__
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.files import write_text
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import Findings, find
@@ -26,7 +27,6 @@ from agsm_rl.report.headline import headline, reach, signed
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.pictures import pictures, sheets
 from agsm_rl.report.views import BASE, View, make_views
-from agsm_rl.run.folder import write_text
 
 SCRIPTS = ("assets/d3.min.js", "assets/plot.umd.min.js", "page.js")
 BASE_NAME = "base"

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import replacing
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -24,19 +24,14 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, best:
     UserError when it cannot be written (the disk is full, say), naming the newest good one, which is left as it was.
     """
     path = folder / f"step-{step:08d}.pt"
-    aside = path.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        digests = [_digest(aside)]
-        _write_checksums(path, digests + ([_digest(path)] if path.exists() else []))
-        aside.replace(path)
+        with replacing(path, aside=path.with_suffix(".partial")) as aside:
+            torch.save(state, aside)
+            digests = [_digest(aside)]
+            _write_checksums(path, digests + ([_digest(path)] if path.exists() else []))
         _write_checksums(path, digests)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
         raise _unwritten(folder, path, error) from error
     # Newer ones are damaged, passed over when the run was resumed before them: they must not push out the good.
     kept = [old for old in _all(folder) if _step_of(old) <= step]
@@ -126,13 +121,9 @@ def _checksum_path(path: Path) -> Path:
 
 
 def _write_checksums(path: Path, digests: list[str]) -> None:
-    """Those that the checkpoint may have; written aside too, because a torn checksum condemns a good checkpoint."""
-    aside = path.with_suffix(".checksum.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write("".join(digest + "\n" for digest in digests))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(_checksum_path(path))
+    """Write those that the checkpoint may have; safely too, because a torn checksum condemns a good checkpoint."""
+    with replacing(_checksum_path(path), aside=path.with_suffix(".checksum.partial")) as aside:
+        aside.write_text("".join(digest + "\n" for digest in digests), encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows of its pictures: sample grids at intervals, base against trained on the same prompts and noise."""
+"""Base against trained on the same prompts and noise: at intervals in a run, at its end, and for `agsm-rl eval`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from agsm_rl.evaluate.drawing import draw, grid, to_picture, write_picture
+from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare, evaluate, suite_prompts
 from agsm_rl.evaluate.table import picture, print_table
+from agsm_rl.files import write_text
 from agsm_rl.interfaces import Reward
-from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import SCORES, directions, in_evaluation
-from agsm_rl.recipe.schema import Evaluate, Recipe
-from agsm_rl.run.callbacks import Checkpoints
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.run.checkpoint_writer import CheckpointWriter
 from agsm_rl.run.events import EventsFile
-from agsm_rl.run.folder import MetricsFile, RunFolder, write_text
+from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.score_history import Standing
 from agsm_rl.run.stop import Interrupted
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 from agsm_rl.training.scoring import checked_score
 
@@ -35,55 +36,7 @@ SHOWN = 16
 """Pairs in before_after.png and in samples/eval: the suite's first prompts, not chosen ones."""
 
 
-class SampleGrids:
-    """samples/step-<step>.png each `sample.every` steps: always the same prompts and noise."""
-
-    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
-        self.folder, self.options, self.export = folder, recipe.sample, recipe.export
-        prompts = recipe.sample.prompts
-        if prompts is None and recipe.evaluate is not None:
-            prompts = suite_prompts(recipe.evaluate.split, recipe.sample.num_images, recipe.sample.seed)
-        count = recipe.sample.num_images
-        self.prompts = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
-
-    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """Draw the grid when it is time."""
-        if self.prompts and step % self.options.every == 0:
-            with trainer.policy.exported(self.export):
-                sheet = grid(self.draw(trainer.policy), columns=min(4, len(self.prompts)))
-            write_picture(sheet, self.folder.samples / f"step-{step:08d}.png")
-
-    def resume(self, trainer: Trainer) -> None:
-        """Make up for a grid that a kill cut off after the checkpoint of its step was written."""
-        if trainer.step and not (self.folder.samples / f"step-{trainer.step:08d}.png").exists():
-            self.on_step(trainer, trainer.step, {})
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Nothing is left to draw."""
-
-    def draw(self, policy: Policy) -> Tensor:
-        """The grid's images [B, 3, H, W]."""
-        seeds = [self.options.seed + index for index in range(len(self.prompts))]
-        return draw(
-            policy.backbone,
-            self.prompts,
-            seeds,
-            guidance=self.options.guidance,
-            num_steps=self.options.num_steps,
-        )
-
-    def write_before_after(self, trainer: Trainer) -> None:
-        """samples/before_after.png for runs without a suite: the base's row above the trained one's."""
-        if self.prompts:
-            with trainer.policy.switched_off():
-                before = self.draw(trainer.policy)
-            with trainer.policy.exported(self.export):
-                after = self.draw(trainer.policy)
-            sheet = grid(torch.cat([before, after]), columns=len(self.prompts))
-            write_picture(sheet, self.folder.samples / "before_after.png")
-
-
-class Evaluation:
+class Evaluation(Callback):
     """Base against trained, each `evaluate.every` steps and at the end: eval.json, evaluations.jsonl, a picture.
 
     What is measured is what would be exported. `check` is called before each batch of images and may raise Interrupted.
@@ -111,7 +64,7 @@ class Evaluation:
         self.events = EventsFile(folder.events, console)
         self.ended: Event | None = None
         """The rule that ended the run, if one did."""
-        self.checkpoints = Checkpoints(folder, recipe, self.standing)
+        self.checkpoints = CheckpointWriter(folder, recipe, self.standing)
         self.history = MetricsFile(folder.evaluations)
         self._base: dict[float, Measured] = {}
         self._newest: tuple[int, list[tuple[Measured, Measured]]] | None = None
@@ -120,9 +73,6 @@ class Evaluation:
         """Evaluate when it is time; the last step is left to `finish`."""
         if self._due(step) and step < trainer.steps and not trainer.stopping:
             self._look_or_stop(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Nothing is left to do: a run that was stopped is not compared."""
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Continue with what was known (None: nothing was kept), and make up for an evaluation that a stop cut off."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 
 
-class EventsFile:
+class EventsFile(Callback):
     """Appends events and prints them; one that stands there already is not told again."""
 
     def __init__(self, path: Path, console: Console) -> None:
@@ -35,6 +35,3 @@ class EventsFile:
         """Keep what the trainer's watch saw in this step."""
         for event in trainer.watch.events:
             self.add(event)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Nothing is left to write."""

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.files import write_text
+from agsm_rl.recipe.recipe import Recipe
 
 # What may be changed when a run is continued: nothing that alters the steps already made.
 MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
@@ -147,13 +148,6 @@ class MetricsFile:
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: null stands for it."""
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that a kill leaves the old one or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _is_left_over(name: str) -> bool:

@@ -15,14 +15,16 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from rich.console import Console
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import write_text
 from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.schema import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.agreement import agreements, to_json
-from agsm_rl.run.callbacks import GracefulStop, Metrics, ProgressBar
-from agsm_rl.run.evaluation import Evaluation, SampleGrids
-from agsm_rl.run.folder import MetricsFile, RunFolder, write_text
+from agsm_rl.run.callbacks import GracefulStop, MetricsWriter, ProgressBar
+from agsm_rl.run.evaluation import Evaluation
+from agsm_rl.run.folder import MetricsFile, RunFolder
+from agsm_rl.run.sample_grids import SampleGrids
 from agsm_rl.run.stop import Interrupted, Lost, Stopped
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import WentWrong
@@ -134,7 +136,7 @@ def _train(
         if main:
             # Metrics before the checkpoint: a run continued from it has all its lines. The checkpoint before what
             # takes long: a kill in an evaluation loses nothing, it is made up for.
-            trainer.callbacks += [Metrics(folder), evaluation.events, bar, evaluation.checkpoints]
+            trainer.callbacks += [MetricsWriter(folder), evaluation.events, bar, evaluation.checkpoints]
             trainer.callbacks += [grids, evaluation]
             grids.resume(trainer)
         try:

@@ -13,8 +13,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor
 
 from agsm_rl.evaluate.intervals import CONFIDENCE
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.rewards import directions
-from agsm_rl.recipe.schema import Recipe
 from agsm_rl.training.anomalies import Event
 
 START = 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.files import write_text
 from agsm_rl.interfaces import Adapter, Backbone, Cond, Shard
 from agsm_rl.sources import images
 from agsm_rl.sources.kept_rows import Content, KeptRows
@@ -121,7 +122,7 @@ class EncodingCache:
         try:
             if not (folder / "about.json").exists():  # a cache that is whole may stand where nothing can be written
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "about.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+                write_text(folder / "about.json", json.dumps(note, indent=1) + "\n")
         except OSError as error:
             raise UserError(
                 f"{folder}: it cannot be written ({error.strerror or error}); set AGSM_RL_CACHE to another folder"

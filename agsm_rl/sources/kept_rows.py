@@ -4,7 +4,6 @@ Making them goes on where a kill left it, a file at a time, and is shared by all
 """
 
 import logging
-import os
 import shutil
 import sys
 import zlib
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import replacing
 from agsm_rl.interfaces import Shard
 
 log = logging.getLogger(__name__)
@@ -120,20 +120,17 @@ class KeptRows:
             ) from error
 
     def _write(self, number: int, make: Callable[[list[int]], list[Content]]) -> None:
-        """Written aside, and named when it is whole and on the disk."""
+        """Write a shard, which gets its name when it is whole and on the disk."""
         from datasets.arrow_writer import ArrowWriter
 
-        aside = self._path(number).with_suffix(".partial")
-        try:
-            with ArrowWriter(path=str(aside), features=_features()) as writer:
-                for columns in self._columns(number, make):
-                    writer.write_batch(columns)
-                writer.finalize()
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.replace(self._path(number))
-        finally:
-            aside.unlink(missing_ok=True)
+        path = self._path(number)
+        with (
+            replacing(path, aside=path.with_suffix(".partial")) as aside,
+            ArrowWriter(path=str(aside), features=_features()) as writer,
+        ):
+            for columns in self._columns(number, make):
+                writer.write_batch(columns)
+            writer.finalize()
 
     def _columns(self, number: int, make: Callable[[list[int]], list[Content]]) -> Iterator[dict[str, list[Any]]]:
         rows = self._rows(number)

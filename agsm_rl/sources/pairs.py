@@ -1,7 +1,7 @@
 """Image-caption pairs from any `datasets` data set, encoded to latents as they are drawn."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PairBatch, Shard
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Policy, Source
 from agsm_rl.sources import images
 from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
 
 
-class Pairs:
+class Pairs(Source):
     """Batches of `batch_size` pairs (the total over all processes).
 
     `dataset`: `builtin:shapes`, a folder of images with metadata.jsonl or metadata.csv, a parquet file, or a name that
@@ -31,7 +31,8 @@ class Pairs:
     `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
     """
 
-    gives: ClassVar[type[Batch]] = PairBatch
+    gives: type[Batch] = PairBatch
+    batch_size: int
 
     def __init__(
         self,

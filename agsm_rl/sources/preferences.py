@@ -5,7 +5,7 @@ Two conventions are read as they are, told by their columns: TRL's and Pick-a-Pi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, PreferenceBatch, Shard
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Policy, Source
 from agsm_rl.sources import images
 from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.reading import Reader
@@ -37,7 +37,7 @@ TRL = Columns("prompt", "chosen", "rejected")
 PICK_A_PIC = Columns("caption", "jpg_0", "jpg_1", "label_0")
 
 
-class Preferences:
+class Preferences(Source):
     """Batches of `batch_size` preferences (the total over all processes).
 
     `dataset`: `builtin:shapes-preferences`, a folder of images with metadata, a parquet file, or a name that
@@ -53,7 +53,8 @@ class Preferences:
     `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
     """
 
-    gives: ClassVar[type[Batch]] = PreferenceBatch
+    gives: type[Batch] = PreferenceBatch
+    batch_size: int
 
     def __init__(
         self,

@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Shard
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.rows import own_share
 
 BUILTIN_PROMPTS = "builtin:shapes-prompts"
 
 
-class Prompts:
+class Prompts(Source):
     """Batches of `batch_size` prompts (the total over all processes), in a random order, all before any again.
 
     `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line.
     """
 
-    gives: ClassVar[type[Batch]] = Batch
+    gives: type[Batch] = Batch
+    batch_size: int
 
     def __init__(self, prompts: str, batch_size: int = 8) -> None:
         if batch_size < 1:
@@ -39,10 +40,6 @@ class Prompts:
         chosen = self._order.take(self.batch_size)
         rows = torch.arange(self.batch_size)[self._own]
         return Batch(prompts=[self._prompts[number] for number in chosen[self._own]], rows=rows)
-
-    def metrics(self) -> dict[str, float]:
-        """None."""
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come."""

@@ -4,25 +4,25 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Reward, RewardedBatch, RolloutBatch, Shard
-from agsm_rl.policy import Policy
+from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutBatch, Shard
+from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompts import open_prompts
 from agsm_rl.sources.rows import check_divides
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
-from agsm_rl.training.sampling import KeptGraph, gaussian_log_prob, noisy_steps, step_distribution
+from agsm_rl.training.sampling import gaussian_log_prob, noisy_steps, step_distribution
 from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 
 
-class Rollouts:
+class Rollouts(Source):
     """`num_prompts` × `images_per_prompt` images (totals over all processes), drawn by `num_steps` noisy steps.
 
     `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs or
@@ -50,7 +50,9 @@ class Rollouts:
     due; DiffusionNFT and AGSM do not use it.
     """
 
-    gives: type[RewardedBatch] = RolloutBatch
+    gives: type[Batch] = RolloutBatch
+    batch_size: int
+    images_per_prompt: int
 
     def __init__(
         self,
@@ -111,21 +113,16 @@ class Rollouts:
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
         self.sample_batch_size, self.drawn_by, self.advantages = sample_batch_size, drawn_by, advantages
+        self.batch_size = num_prompts * images_per_prompt // updates
+        """Images that a step of the trainer learns from."""
         self.keep_path = eta > 0 and drawn_by == "live"
         if not self.keep_path:
             self.gives = RewardedBatch
 
-    @property
-    def batch_size(self) -> int:
-        """Images that a step of the trainer learns from."""
-        return self.num_prompts * self.images_per_prompt // self.updates
-
-    @property
     def images_drawn(self) -> int:
         """Images drawn since the run began, over all processes."""
         return self._draws * self.num_prompts * self.images_per_prompt
 
-    @property
     def unlearned(self) -> int:
         """Shares of the newest draw that are still to be learned from."""
         return len(self._pending)
@@ -280,7 +277,7 @@ class Rollouts:
         # Checkpoints of earlier versions hold the path of what the EMA drew too.
         wanted = {item.name for item in fields(self.gives)}
         parts = [{name: value for name, value in kept.items() if name in wanted} for kept in state["pending"]]
-        self._pending = deque(self.gives(**part) for part in parts)
+        self._pending = deque(cast(type[RewardedBatch], self.gives)(**part) for part in parts)
         self._metrics = dict(state["metrics"])
 
     def _continued(self, histories: Mapping[str, list[float]]) -> Histories:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch, Source
+from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch
+from agsm_rl.policy import Source, View
 
 
-class BestImages:
+class BestImages(View):
     """The `share` of the batch with the largest advantages, as image-prompt pairs; the best of each prompt come first.
 
     Images of a smaller advantage than `min_advantage` never pass. When fewer than the share are left, the term is
@@ -30,7 +31,7 @@ class BestImages:
 
     def check(self, source: Source) -> None:
         """UserError where no image could ever pass."""
-        total = getattr(source, "batch_size", None)
+        total = source.batch_size
         if total is not None and not self.batch_size(total):
             raise UserError(f"share: {self.share:g} of {total} images is none; give more, or draw more images")
 
@@ -49,7 +50,7 @@ class BestImages:
         return PairBatch([batch.prompts[row] for row in chosen], batch.rows[index], batch.latents[index])
 
 
-class BestAgainstWorst:
+class BestAgainstWorst(View):
     """Of each prompt's images the best as `chosen` and the worst as `rejected`; prompts whose images tie are left out.
 
     That makes Diffusion-DPO an on-policy objective (online DPO). On several processes, each forms its own pairs.
@@ -60,15 +61,12 @@ class BestAgainstWorst:
 
     def check(self, source: Source) -> None:
         """UserError where no prompt has two images in a step."""
-        images, updates = getattr(source, "images_per_prompt", 2), getattr(source, "updates", 1)
-        if images <= updates:
+        images, updates = source.images_per_prompt, source.updates
+        if images is not None and images <= updates:
             raise UserError(
                 f"a step has one image a prompt at most (images_per_prompt {images}, updates {updates}), so there is "
                 f"nothing to compare; give at least {2 * updates} images_per_prompt"
             )
-
-    def batch_size(self, total: int) -> None:
-        """It depends on how many prompts tie."""
 
     def __call__(self, batch: RewardedBatch) -> PreferenceBatch:
         """A pair a prompt."""
@@ -88,7 +86,7 @@ class BestAgainstWorst:
         )
 
 
-class ChosenImages:
+class ChosenImages(View):
     """Of preferences, the chosen images alone, as image-prompt pairs: AGSM or score matching learn from them."""
 
     consumes: ClassVar[type[Batch]] = PreferenceBatch

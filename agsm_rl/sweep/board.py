@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 from agsm_rl.sweep.plan import Cell, Plan
 
 Status = Literal["pending", "running", "done", "failed"]

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import PreferenceBatch, Source
+from agsm_rl.interfaces import PreferenceBatch
+from agsm_rl.policy import Source
 from agsm_rl.recipe.build import build_terms
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.schema import Recipe
 from agsm_rl.sources.rollouts import Rollouts
 
 MOST_STEPS = 10_000_000
@@ -64,8 +65,8 @@ def _handed_out(source: Source, call: int, *, where: str) -> int:
     """What a source hands out in its call of that number."""
     if isinstance(source, Rollouts):
         return 0 if call % source.updates else source.num_prompts * source.images_per_prompt
-    size = getattr(source, "batch_size", None)
-    if not isinstance(size, int):
+    size = source.batch_size
+    if size is None:
         raise UserError(
             f"{where}: budget.images: the source {type(source).__name__} has no `batch_size`, so its images cannot be "
             "counted; use a budget in steps or seconds."

@@ -21,18 +21,20 @@ import typer
 from filelock import FileLock
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.schema import Evaluate, Recipe
-from agsm_rl.run.folder import RunFolder, write_text
+from agsm_rl.files import write_text
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
 from agsm_rl.run.quiet import without_loading_bars
 from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.evaluations import Evaluations
 from agsm_rl.sweep.job import Job
-from agsm_rl.trainer import Trainer
+from agsm_rl.trainer import Callback, Trainer
 
 
-class TimeLimit:
+class TimeLimit(Callback):
     """Ends training after so many seconds of steps, those of earlier sessions included; nothing else is counted."""
 
     def __init__(self, folder: RunFolder, seconds: float) -> None:
@@ -46,9 +48,6 @@ class TimeLimit:
         self._spent += metrics["seconds"]
         if self._spent >= self.seconds:
             trainer.stopping = True
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Nothing is left to do."""
 
 
 def run_cell(job: Job) -> None:

@@ -22,16 +22,18 @@ from torch import Tensor
 from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
 from agsm_rl.export.attach import Handle, attach
+from agsm_rl.files import write_text
 from agsm_rl.interfaces import Reward
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
-from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.agreement import agreements
 from agsm_rl.run.agreement import to_json as agreement_to_json
 from agsm_rl.run.evaluation import Measured, before_after, measure, to_json, write_images
-from agsm_rl.run.folder import RunFolder, write_text
+from agsm_rl.run.folder import RunFolder
 
 NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
 """Options of a backbone that change nothing of what it draws."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 from agsm_rl.sweep.plan import Cell, Plan
 
 

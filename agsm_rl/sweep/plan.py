@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, names_continued
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts, complete_evaluation
-from agsm_rl.recipe.schema import Evaluate, Recipe
+from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.shipped import PREFIX, recipe_path
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
 from agsm_rl.run.folder import seed_suffix

@@ -13,7 +13,7 @@ from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.sweep.plan import Cell, make_cell
-from agsm_rl.sweep.run import Runner
+from agsm_rl.sweep.runner import Runner
 from agsm_rl.sweep.spec import Axis
 
 DIGITS = 4

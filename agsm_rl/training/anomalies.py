@@ -37,7 +37,7 @@ class WentWrong(UserError):
         self.event = event
 
 
-class Watch:
+class AnomalyWatch:
     """Looks at each term's figures and at each adapter's gradient (the options are those of recipe.Watch).
 
     Warnings are given when something begins, not again while it lasts. `events` are those of the newest step.

@@ -11,37 +11,6 @@ from agsm_rl.interfaces import Cond, Sampler
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
-class KeptGraph:
-    """The distributions of `steps` as a draw came to them, with the graph to the parameters, for the first who asks.
-
-    A backward pass goes through a graph once; who asks after the first computes the distribution anew.
-    """
-
-    def __init__(self, rows: Tensor, steps: Sequence[int]) -> None:
-        self._first, self._wanted = int(rows[0]), steps
-        self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def add(self, k: int, mean: Tensor, std: Tensor) -> None:
-        """Keep step k, if it is wanted, of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
-        if k in self._wanted:
-            self._steps.setdefault(k, []).append((mean, std))
-
-    def holds(self, steps: Sequence[int]) -> bool:
-        """Whether nobody has asked for any of these steps."""
-        return all(k in self._steps for k in steps)
-
-    def take(self, steps: Sequence[int], rows: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Means [B, C, h, w] and standard deviations (0-d) of the steps, for rows by their numbers; each only once."""
-        if not self.holds(steps):
-            return None
-        found = []
-        for k in steps:
-            parts = self._steps.pop(k)
-            mean = parts[0][0] if len(parts) == 1 else torch.cat([mean for mean, _ in parts])
-            found.append((mean[rows.to(mean.device) - self._first], parts[0][1]))
-        return found
-
-
 def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
 

@@ -22,7 +22,7 @@ from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.sampling import guided
 

@@ -22,7 +22,7 @@ from agsm_rl.doctor.diagnosis import diagnose
 from agsm_rl.doctor.rewards import golden_images, stored_scores
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.registry import BUILTIN, load
 from agsm_rl.run.lifecycle import train
 

@@ -9,7 +9,7 @@ from agsm_rl.doctor.memory.meta_device import Rehearsal
 from agsm_rl.doctor.memory.predict import predict, steps_to_see
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.trainer import Term
 
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8, "num_images": 8}

@@ -13,7 +13,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
 from agsm_rl.objectives.reward_backprop import RewardBackprop, reward_backprop_loss
 from agsm_rl.policy import Policy
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.sources.prompts import Prompts
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.randomness import Draw

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from agsm_rl.errors import UserError
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import directions
-from agsm_rl.recipe.schema import Recipe
 
 CONTENT = {
     "steps": 10,

@@ -9,8 +9,8 @@ from agsm_rl_rewards.trl_style import TRLReward
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward
 from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.schema import Recipe
 
 CODE = """
 def red(images, prompts):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.registry import permissions
 
 SCRIPT = """

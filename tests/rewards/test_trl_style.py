@@ -8,7 +8,7 @@ from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 
 
 def test_prompts_and_pil_images_go_in_by_keyword_and_scores_come_out():

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.lifecycle import train
 from agsm_rl.trainer import Trainer

@@ -18,7 +18,7 @@ from agsm_rl.cli.describe import describe
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import evaluation as run_evaluation
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.lifecycle import train

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import read_export
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.evaluation import Evaluation
 from agsm_rl.run.lifecycle import train

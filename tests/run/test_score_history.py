@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.score_history import Standing, sign_of_mean
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.lifecycle import train
 
@@ -104,7 +104,7 @@ from agsm_rl.objectives.score_matching import ScoreMatching
 from agsm_rl.policy import Policy
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.trainer import Term, Trainer
-from agsm_rl.training.anomalies import Watch
+from agsm_rl.training.anomalies import AnomalyWatch
 
 accelerator = Accelerator(cpu=True)
 
@@ -118,7 +118,7 @@ class BrokenOnOne(ScoreMatching):
 
 policy = Policy(StableDiffusion(sys.argv[1], device="cpu"), {"lora": LoRA(rank=2)}, ema_decay=0.5)
 term = Term(BrokenOnOne(), Pairs("builtin:shapes", batch_size=4, num_images=8), name="matching")
-trainer = Trainer(policy, [term], steps=3, accelerator=accelerator, watch=Watch(non_finite="skip"))
+trainer = Trainer(policy, [term], steps=3, accelerator=accelerator, watch=AnomalyWatch(non_finite="skip"))
 skipped = ["matching/skipped" in trainer.run_step() for _ in range(3)]
 state = trainer.state_dict()
 torch.save({"skipped": skipped, **state}, Path(sys.argv[2]) / f"{accelerator.process_index}.pt")

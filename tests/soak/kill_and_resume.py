@@ -36,7 +36,7 @@ from tiny_pipelines import save_tiny
 
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import write_export
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.evaluation import Evaluation, SampleGrids
 from agsm_rl.run.folder import RunFolder

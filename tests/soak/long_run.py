@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_pipelines import save_tiny
 
-from agsm_rl.recipe.schema import Recipe
-from agsm_rl.run.callbacks import Metrics
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.run.callbacks import MetricsWriter
 from agsm_rl.run.lifecycle import train
 
 LIMIT = 0.02
@@ -82,16 +82,16 @@ def soak(steps: int, minutes: float, folder: Path) -> dict[str, Any]:
     every = max(1, min(100, steps // 20))
     memory: dict[int, int] = {}
     open_files: dict[int, int] = {}
-    on_step = Metrics.on_step
+    on_step = MetricsWriter.on_step
 
-    def measured(metrics: Metrics, trainer: Any, step: int, figures: dict[str, float]) -> None:
+    def measured(metrics: MetricsWriter, trainer: Any, step: int, figures: dict[str, float]) -> None:
         on_step(metrics, trainer, step, figures)
         if step % every == 0:
             memory[step], open_files[step] = resident(), len(handles())
         if time.monotonic() > began + 60 * minutes:
             trainer.stopping = True
 
-    Metrics.on_step = measured  # type: ignore[method-assign]
+    MetricsWriter.on_step = measured  # type: ignore[method-assign]
     base = save_tiny("sd15", folder / "base")
     made = recipe(base, steps)
     before, began = handles(), time.monotonic()

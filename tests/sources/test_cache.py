@@ -16,7 +16,7 @@ from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
 from agsm_rl.objectives.score_matching import ScoreMatching
 from agsm_rl.policy import Policy
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.sources.cache import cache_folder, pack, unpack
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.preferences import Preferences

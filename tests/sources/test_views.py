@@ -8,7 +8,7 @@ from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.sources.views import BestAgainstWorst, BestImages
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.randomness import Draw

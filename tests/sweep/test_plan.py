@@ -7,7 +7,7 @@ import yaml
 from sweep_parts import PAIRS, ROLLOUTS
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.plan import make_plan
 

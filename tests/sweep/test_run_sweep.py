@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sweep_parts import EVALUATE
 
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.schema import Recipe
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.report.load import load
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.sweep import evaluations

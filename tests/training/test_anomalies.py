@@ -10,7 +10,7 @@ from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.score_matching import ScoreMatching
 from agsm_rl.trainer import Term, Trainer
-from agsm_rl.training.anomalies import Watch, WentWrong
+from agsm_rl.training.anomalies import AnomalyWatch, WentWrong
 
 
 @dataclass
@@ -66,7 +66,7 @@ def same(first, second):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_skipped_step_leaves_parameters_optimiser_and_shadow_and_moves_the_source_on(make_policy, make_pairs, value):
     term = Term(Broken(value, (2,)), make_pairs(), name="broken")
-    trainer = Trainer(make_policy(), [term], steps=3, watch=Watch(non_finite="skip"))
+    trainer = Trainer(make_policy(), [term], steps=3, watch=AnomalyWatch(non_finite="skip"))
     trainer.run_step()
     before, position = state_of(trainer), term.source.state_dict()
     metrics = trainer.run_step()
@@ -82,7 +82,7 @@ def test_a_skipped_step_leaves_parameters_optimiser_and_shadow_and_moves_the_sou
 
 def test_a_skipped_term_leaves_the_others_as_if_it_were_not_there(make_policy, make_pairs):
     def run(*terms):
-        trainer = Trainer(make_policy(), [*terms], steps=2, watch=Watch(non_finite="skip"))
+        trainer = Trainer(make_policy(), [*terms], steps=2, watch=AnomalyWatch(non_finite="skip"))
         trainer.train()
         return state_of(trainer)
 
@@ -97,7 +97,7 @@ def test_a_skipped_term_leaves_the_others_as_if_it_were_not_there(make_policy, m
 def test_skipping_ends_after_so_many_in_a_row_and_a_good_step_begins_the_count_anew(make_policy, make_pairs):
     def trainer(*steps):
         term = Term(Broken(math.nan, steps), make_pairs(), name="broken")
-        return Trainer(make_policy(), [term], steps=6, watch=Watch(non_finite="skip", non_finite_skips=2))
+        return Trainer(make_policy(), [term], steps=6, watch=AnomalyWatch(non_finite="skip", non_finite_skips=2))
 
     trainer(1, 2, 4, 5).train()
     with pytest.raises(WentWrong, match=r"step 4: objective 'broken'.*after 2 skipped steps in a row") as told:
@@ -108,7 +108,7 @@ def test_skipping_ends_after_so_many_in_a_row_and_a_good_step_begins_the_count_a
 def test_the_count_of_skipped_steps_is_continued(make_policy, make_pairs):
     def trainer():
         term = Term(Broken(math.nan, (1, 2, 3, 4)), make_pairs(), name="broken")
-        return Trainer(make_policy(), [term], steps=6, watch=Watch(non_finite="skip", non_finite_skips=2))
+        return Trainer(make_policy(), [term], steps=6, watch=AnomalyWatch(non_finite="skip", non_finite_skips=2))
 
     begun, resumed = trainer(), trainer()
     begun.run_step()
@@ -120,7 +120,7 @@ def test_the_count_of_skipped_steps_is_continued(make_policy, make_pairs):
 
 def test_an_adapter_whose_gradient_is_exactly_zero_is_named_once(make_policy, make_pairs):
     trainer = Trainer(
-        make_policy(), [Term(OnlyLora(), make_pairs(), name="x")], steps=5, watch=Watch(zero_gradient_steps=3)
+        make_policy(), [Term(OnlyLora(), make_pairs(), name="x")], steps=5, watch=AnomalyWatch(zero_gradient_steps=3)
     )
     told = []
     for _ in range(5):
@@ -132,7 +132,7 @@ def test_an_adapter_whose_gradient_is_exactly_zero_is_named_once(make_policy, ma
 
 def test_an_adapter_that_no_term_trains_is_no_mistake(make_policy, make_pairs):
     term = Term(OnlyLora(), make_pairs(), name="x", trains=["lora"])
-    trainer = Trainer(make_policy(), [term], steps=2, watch=Watch(zero_gradient="stop", zero_gradient_steps=1))
+    trainer = Trainer(make_policy(), [term], steps=2, watch=AnomalyWatch(zero_gradient="stop", zero_gradient_steps=1))
     trainer.train()
     assert trainer.step == 2 and not trainer.watch.events
 
@@ -151,7 +151,7 @@ def figures(**changes):
 )
 def test_what_a_draw_tells_is_warned_of_skipped_stopped_or_ignored(watch, wrong, message):
     def looked(action):
-        found = Watch(**{watch: action})
+        found = AnomalyWatch(**{watch: action})
         assert found.term_passes(1, "own", figures())
         found.begin_step()
         return found.term_passes(2, "own", figures(**wrong)), [(event.watch, event.step) for event in found.events]
@@ -164,19 +164,19 @@ def test_what_a_draw_tells_is_warned_of_skipped_stopped_or_ignored(watch, wrong,
 
 
 def test_a_warning_is_given_when_something_begins_and_not_while_it_lasts_also_after_a_resume():
-    watch, told = Watch(), []
+    watch, told = AnomalyWatch(), []
     for step, spread in enumerate([0.0, 0.0, 0.5, 0.0, 0.0], start=1):
         watch.begin_step()
         watch.term_passes(step, "own", figures(**{"reward_std/a": spread}))
         told += [event.step for event in watch.events]
         state = watch.state_dict()
-        watch = Watch()
+        watch = AnomalyWatch()
         watch.load_state_dict(state)
     assert told == [1, 4]
 
 
 def test_a_draw_whose_only_reward_is_constant_is_warned_of_once_by_the_reward_s_name():
-    watch = Watch()
+    watch = AnomalyWatch()
     assert watch.term_passes(1, "own", figures(**{"reward_std/a": 0.0, "zero_variance": 1.0}))
     assert [event.watch for event in watch.events] == ["constant_reward"]
 
@@ -189,7 +189,7 @@ def test_rollouts_that_are_worth_the_same_are_left_out_where_the_recipe_says_so(
             return torch.full((len(prompts),), 0.3)
 
     term = Term(DDPO(), make_rollouts(rewards=[(Constant(), 1.0)]), name="ddpo")
-    trainer = Trainer(make_policy(), [term], steps=1, watch=Watch(zero_variance="skip"))
+    trainer = Trainer(make_policy(), [term], steps=1, watch=AnomalyWatch(zero_variance="skip"))
     before = state_of(trainer)
     metrics = trainer.run_step()
     assert same(before, state_of(trainer))

@@ -16,7 +16,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, Shard
 from agsm_rl.objectives.passes import in_passes
 from agsm_rl.objectives.reward_backprop import draw_with_gradients
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.training.randomness import stream
 
 NAME = "trl/alignprop"
@@ -32,10 +32,11 @@ class DescribedPrompts(Batch):
     metadata: list[Any]
 
 
-class PromptFunctionSource:
+class PromptFunctionSource(Source):
     """Batches of `batch_size` prompts a process from the user's `prompt_function`."""
 
-    gives: ClassVar[type[Batch]] = DescribedPrompts
+    gives: type[Batch] = DescribedPrompts
+    batch_size: int
 
     def __init__(self, prompt_function: Any, batch_size: int, first_row: int) -> None:
         self.prompt_function, self.batch_size, self.first_row = prompt_function, batch_size, first_row
@@ -49,10 +50,6 @@ class PromptFunctionSource:
         rows = torch.arange(self.batch_size) + self.first_row
         return DescribedPrompts(prompts=list(prompts), rows=rows, metadata=list(metadata))
 
-    def metrics(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the function's state is the user's."""
         return {}
@@ -61,7 +58,7 @@ class PromptFunctionSource:
         """Nothing to take back."""
 
 
-class FunctionBackprop:
+class FunctionBackprop(Objective):
     """10 minus the mean of the user's `reward_function(images, prompts, metadata)`; keeps the images for the hook."""
 
     consumes: ClassVar[type[Batch]] = DescribedPrompts
@@ -70,9 +67,6 @@ class FunctionBackprop:
         self.config, self.reward_function = config, reward_function
         self.seen: list[dict[str, Any]] = []
         """What was drawn and scored since it was last emptied, an entry a batch."""
-
-    def check(self, batch_size: int) -> None:
-        """Any number of prompts will do."""
 
     def split(self, batch: DescribedPrompts) -> list[tuple[DescribedPrompts, float]]:
         """Batches of `train_batch_size`."""

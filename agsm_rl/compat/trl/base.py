@@ -14,7 +14,7 @@ from huggingface_hub import ModelHubMixin
 from agsm_rl.compat.trl.config import TrainerConfig
 from agsm_rl.compat.trl.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Objective, Source
+from agsm_rl.policy import Objective, Source
 from agsm_rl.trainer import Term, Trainer
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +19,7 @@ from agsm_rl.compat.trl.config import DDPOConfig
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, RolloutBatch, Shard
 from agsm_rl.objectives.ddpo import DDPO
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import normalised_by_prompt
 from agsm_rl.sources.rollouts import draw_trajectories
 from agsm_rl.training.randomness import Draw, stream
@@ -28,10 +28,10 @@ NAME = "trl/ddpo"
 """Under which random numbers are drawn."""
 
 
-class EpochRollouts:
+class EpochRollouts(Source):
     """A source that hands on what the epoch's loop puts into `batch`; it keeps the prompts' reward histories."""
 
-    gives: ClassVar[type[Batch]] = RolloutBatch
+    gives: type[Batch] = RolloutBatch
 
     def __init__(self, *, history: int) -> None:
         self.history = history
@@ -45,10 +45,6 @@ class EpochRollouts:
         """What was put in last."""
         assert self.batch is not None
         return self.batch
-
-    def metrics(self) -> dict[str, float]:
-        """None: the epoch's loop logs them."""
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The reward histories."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from agsm_rl.doctor.memory.predict import Prediction, predict
 from agsm_rl.errors import UserError
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts, source_of
-from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.recipe.schema import Block
 from agsm_rl.recipe.yaml_file import set_value, split_path
 
 MARGIN = 0.15
@@ -141,7 +142,7 @@ def _path(place: str) -> str:
 
 def _rows(block: Block, view: Block | None, parts: Parts, place: str) -> int | None:
     """Rows that a term learns from in a step; None where that depends on the batch."""
-    size = getattr(parts.construct("sources", block, place, seed=0), "batch_size", None)
+    size = parts.construct("sources", block, place, seed=0).batch_size
     if view is not None and size is not None:
         size = parts.construct("views", view, f"{place}.view", seed=0).batch_size(size)
     return size

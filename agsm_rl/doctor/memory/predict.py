@@ -18,7 +18,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Cond, Metrics
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.build import build_trainer
-from agsm_rl.recipe.schema import Block, Recipe
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.sampling import guided
 
@@ -142,8 +143,9 @@ def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
     _remember(trainer.policy.backbone, rehearsal)
     sources: dict[int, Any] = {}
     names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
-    for holder in [*trainer.sources.values(), *(term.objective for term in trainer.terms)]:
-        if hasattr(holder, "rewards"):
+    holders: list[Any] = [*trainer.sources.values(), *(term.objective for term in trainer.terms)]
+    for holder in holders:
+        if holder.rewards:
             holder.rewards = [replace(one, reward=_StandIn(one.reward)) for one in holder.rewards]
     for term in trainer.terms:
         key = id(term.source)

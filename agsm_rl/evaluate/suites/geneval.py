@@ -31,7 +31,7 @@ from agsm_rl.evaluate.suites.geneval_detector import (
 )
 from agsm_rl.evaluate.suites.geneval_rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
 from agsm_rl.evaluate.suites.shapes import Scores
-from agsm_rl.run.folder import write_text
+from agsm_rl.files import write_text
 
 LABEL = "GenEval-compatible (agreement with the reference detector not measured)"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agsm_rl.files import replacing
 from agsm_rl.shapes import world
 
 
@@ -73,6 +74,6 @@ def run_stage(
             with (work / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             kept = {key: part.state_dict() for key, part in state.items()} | {"step": number + 1}
-            torch.save(kept, path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            with replacing(path) as aside:
+                torch.save(kept, aside)
             sums = {}

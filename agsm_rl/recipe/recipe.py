@@ -1,0 +1,50 @@
+"""A recipe: read from YAML or plain data, checked, and completed with every default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from agsm_rl.errors import UserError
+from agsm_rl.recipe.options import explain
+from agsm_rl.recipe.resolve import resolve
+from agsm_rl.recipe.schema import RecipeKeys
+from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
+
+HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
+
+
+class Recipe(RecipeKeys):
+    """A run: everything that `agsm-rl train` needs to know."""
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | os.PathLike[str], overrides: Iterable[str] = (), *, allow_imports: Collection[str] = ()
+    ) -> Recipe:
+        """Read, check and complete a recipe. `overrides` are `key.path=value` texts, as `--set` takes them.
+
+        UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
+        """
+        data = read_yaml(Path(path))
+        if "axes" in data:
+            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
+        apply_overrides(data, overrides)
+        return cls.from_data(data, where=str(path), allow_imports=allow_imports)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any], *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Recipe:
+        """The same from plain data, e.g. a dict written in Python."""
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, where=f"{where}: ") from error
+        return resolve(recipe, where=where, allow_imports=allow_imports)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, which `from_yaml` takes back."""
+        return HEADER + yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)

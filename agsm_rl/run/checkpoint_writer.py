@@ -1,0 +1,107 @@
+"""When a run writes a checkpoint, and the exported adapters that go with it: adapter/ and adapter-best/."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from agsm_rl.errors import UserError
+from agsm_rl.export.attach import BASE_OPTIONS, find_exports, read_export, save_adapters
+from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.run import checkpoints
+from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.score_history import Standing
+from agsm_rl.trainer import Callback, Trainer
+
+
+class CheckpointWriter(Callback):
+    """A checkpoint each `checkpoint.every` steps and at the end, and adapter/ as it is in the newest one.
+
+    adapter-best/ holds the adapters of the best evaluation so far, whose checkpoint stays.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, standing: Standing) -> None:
+        self.folder, self.recipe, self.standing = folder, recipe, standing
+        self._saved: int | None = None
+        self._due = False
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Save when it is time, or when the run is being stopped; put off while the step can be no run's end."""
+        self._due = self._due or step % self.recipe.checkpoint.every == 0 or trainer.stopping
+        if self._due and trainer.can_pause:
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Save the end of the run."""
+        if self._saved != trainer.step:
+            self.save(trainer)
+
+    def after_evaluation(self, trainer: Trainer) -> None:
+        """Save what an evaluation said into the checkpoint of its step, and a new best one in any case."""
+        if trainer.step in (self._saved, self.standing.best_step) or trainer.stopping:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint of the trainer's step, and the adapters."""
+        best = self.standing.best_step
+        state = trainer.state_dict() | {"standing": self.standing.state_dict()}
+        checkpoints.save(self.folder.checkpoints, trainer.step, state, keep=self.recipe.checkpoint.keep, best=best)
+        self._export(trainer.policy, self.folder.adapter, trainer.step)
+        if best == trainer.step:
+            self._export_best(trainer.policy, best)
+        self._saved, self._due = trainer.step, False
+
+    def mend_best(self, trainer: Trainer) -> None:
+        """Write adapter-best/ from its checkpoint where a kill came between the two; UserError if that is gone."""
+        best = self.standing.best_step
+        if best is None or _step_of_export(self.folder.best_adapter) == best:
+            return
+        state = checkpoints.of_step(self.folder.checkpoints, best)
+        if state is None:
+            raise UserError(
+                f"{self.folder.best_adapter}: the best evaluation so far was at step {best}, but neither its adapters "
+                f"nor its checkpoint are there any more; to go on without it: --set checkpoint.best=null"
+            )
+        now = trainer.policy.state_dict()
+        try:
+            trainer.policy.load_state_dict(state["policy"])
+            self._export_best(trainer.policy, best)
+        finally:
+            trainer.policy.load_state_dict(now)
+
+    def _export_best(self, policy: Policy, step: int) -> None:
+        """The whole folder aside and renamed, so that it never holds adapters of two steps."""
+        target = self.folder.best_adapter
+        aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        self._export(policy, aside, step)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _export(self, policy: Policy, folder: Path, step: int) -> None:
+        backbone = self.recipe.backbone
+        metadata = {
+            "checkpoint": str(backbone.options.get("checkpoint", "")),
+            "backbone": backbone.use,
+            "backbone_options": json.dumps({key: backbone.options.get(key) for key in BASE_OPTIONS}),
+            "objectives": json.dumps([term.use for term in self.recipe.objectives]),
+            "recipe_sha256": hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest(),
+            "step": str(step),
+            "weights": self.recipe.export,
+        }
+        with policy.exported(self.recipe.export):
+            save_adapters(policy.adapters, folder, metadata=metadata)
+
+
+def _step_of_export(folder: Path) -> int | None:
+    """The step of exported adapters; None where there are none that are whole."""
+    try:
+        return int(read_export(find_exports(folder)[0])[1]["step"])
+    except UserError:
+        return None

@@ -1,0 +1,58 @@
+"""Grids of samples at intervals in a run: always the same prompts and noise, so that change is all that is seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agsm_rl.evaluate.drawing import draw, grid, write_picture
+from agsm_rl.evaluate.suites.shapes import suite_prompts
+from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.run.folder import RunFolder
+from agsm_rl.trainer import Callback, Trainer
+
+
+class SampleGrids(Callback):
+    """samples/step-<step>.png each `sample.every` steps: always the same prompts and noise."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
+        self.folder, self.options, self.export = folder, recipe.sample, recipe.export
+        prompts = recipe.sample.prompts
+        if prompts is None and recipe.evaluate is not None:
+            prompts = suite_prompts(recipe.evaluate.split, recipe.sample.num_images, recipe.sample.seed)
+        count = recipe.sample.num_images
+        self.prompts = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Draw the grid when it is time."""
+        if self.prompts and step % self.options.every == 0:
+            with trainer.policy.exported(self.export):
+                sheet = grid(self.draw(trainer.policy), columns=min(4, len(self.prompts)))
+            write_picture(sheet, self.folder.samples / f"step-{step:08d}.png")
+
+    def resume(self, trainer: Trainer) -> None:
+        """Make up for a grid that a kill cut off after the checkpoint of its step was written."""
+        if trainer.step and not (self.folder.samples / f"step-{trainer.step:08d}.png").exists():
+            self.on_step(trainer, trainer.step, {})
+
+    def draw(self, policy: Policy) -> Tensor:
+        """The grid's images [B, 3, H, W]."""
+        seeds = [self.options.seed + index for index in range(len(self.prompts))]
+        return draw(
+            policy.backbone,
+            self.prompts,
+            seeds,
+            guidance=self.options.guidance,
+            num_steps=self.options.num_steps,
+        )
+
+    def write_before_after(self, trainer: Trainer) -> None:
+        """samples/before_after.png for runs without a suite: the base's row above the trained one's."""
+        if self.prompts:
+            with trainer.policy.switched_off():
+                before = self.draw(trainer.policy)
+            with trainer.policy.exported(self.export):
+                after = self.draw(trainer.policy)
+            sheet = grid(torch.cat([before, after]), columns=len(self.prompts))
+            write_picture(sheet, self.folder.samples / "before_after.png")
