@@ -33,7 +33,12 @@ class Predictor(nn.Module):
 
 
 class Aesthetic(NativeReward):
-    """Scores [B], about 4 to 7 for pictures, whatever the prompt. `path` has the head, `clip` CLIP ViT-L/14."""
+    """How pretty an image is, whatever the prompt: scores [B], about 4 to 7 for pictures.
+
+    Args:
+        path: File, folder or hub id of the head's weights.
+        clip: Folder or hub id of CLIP ViT-L/14.
+    """
 
     name = "aesthetic"
     range = (-float("inf"), float("inf"))

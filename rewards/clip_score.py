@@ -18,7 +18,13 @@ from agsm_rl.errors import UserError
 
 
 class ClipScore(NativeReward):
-    """CLIPScore [B] in [0, scale]; `path` is a CLIP's folder or hub id, `prefix` stands before each prompt."""
+    """How well an image fits its prompt: CLIPScore [B] in [0, scale].
+
+    Args:
+        path: Folder or hub id of a CLIP.
+        scale: What a cosine of 1 scores: 100 as in most tables, 2.5 in the paper.
+        prefix: Text that stands before each prompt.
+    """
 
     name = "clip_score"
     range = (0.0, 100.0)

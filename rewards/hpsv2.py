@@ -118,10 +118,14 @@ def check_version(path: str, version: Version, *, reward: str) -> None:
 
 
 class HPSv2(NativeReward):
-    """Human Preference Scores [B] in [-1, 1]. `version` is "2.0" or "2.1".
+    """Human Preference Scores [B] in [-1, 1].
 
-    `path` has the weights, `tokenizer` a CLIP's tokenizer.json (the official file holds none; all CLIPs share it).
-    `architecture`: sizes other than the published, for weights of your own: {vision: {…}, text: {…}, shared: {…}}.
+    Args:
+        version: `"2.0"` or `"2.1"`, in quotes; their scores cannot be compared.
+        path: File, folder or hub id of the weights.
+        tokenizer: Folder or hub id with a CLIP's tokenizer.json (the official file holds none; all CLIPs share it).
+        architecture: Sizes other than the published ones, for weights of your own: {vision: {…}, text: {…}, shared:
+            {…}}.
     """
 
     name = "hpsv2"

@@ -11,10 +11,11 @@ from agsm_rl.errors import unknown_name
 
 
 class OfficialHPSv2(LockedScriptReward):
-    """Human Preference Scores [B] in [-1, 1] of images [B, 3, H, W], which go over in 8 bits a channel.
+    """Human Preference Scores [B] in [-1, 1] by the official package; images are sent in 8 bits per channel.
 
-    version: "2.0" or "2.1", whose scores cannot be compared. path: the checkpoint HPS_v2_compressed.pt or
-    HPS_v2.1_compressed.pt, a folder or a hub id that has it. The other options and the errors: RemoteReward.
+    Args:
+        version: `"2.0"` or `"2.1"`, in quotes; their scores cannot be compared.
+        path: The checkpoint HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or a folder or hub id that has it.
     """
 
     def __init__(

@@ -116,10 +116,12 @@ def read_image_reward(file: Path, sizes: Sizes, *, reward: str) -> BlipScorer:
 
 
 class ImageReward(NativeReward):
-    """ImageReward scores [B]. Prompts are cut to 35 tokens, as in the official package.
+    """ImageReward scores [B]; 0 is average, ±2 is much. Prompts are cut to 35 tokens, as in the official package.
 
-    `path` has the weights, `tokenizer` the tokenizer.json of bert-base-uncased. `architecture`: sizes other than the
-    published, for weights of your own: {vision: {…}, text: {…}}.
+    Args:
+        path: File, folder or hub id of the weights.
+        tokenizer: Folder or hub id with the tokenizer.json of bert-base-uncased.
+        architecture: Sizes other than the published ones, for weights of your own: {vision: {…}, text: {…}}.
     """
 
     name = "image_reward"

@@ -6,10 +6,12 @@ from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
 
 
 class OfficialImageReward(LockedScriptReward):
-    """ImageReward scores [B] of images [B, 3, H, W], which go over in 8 bits a channel; 0 is average, ±2 is much.
+    """ImageReward scores [B] by the official package; images are sent in 8 bits per channel. 0 is average, ±2 is much.
 
-    path: ImageReward.pt, a folder or a hub id that has it. config: the same of med_config.json. tokenizer: a folder
-    or a hub id with BERT's vocab.txt. The other options and the errors: RemoteReward.
+    Args:
+        path: ImageReward.pt, or a folder or hub id that has it.
+        config: med_config.json, or a folder or hub id that has it.
+        tokenizer: Folder or hub id with BERT's vocab.txt.
     """
 
     def __init__(

@@ -26,9 +26,11 @@ _networks: WeakValueDictionary[Hashable, nn.Module] = WeakValueDictionary()
 class NativeReward:
     """A reward whose network is read at its first use, in float32, and follows the images' device.
 
-    `preprocessing`: `exact` scores 8-bit pictures as the official package does; `tensor` lets gradients through to the
-    pixels; `auto` is `tensor` where a gradient is wanted, and `exact` everywhere else.
     A subclass gives `identity` (what its network depends on), `load` and `score`.
+
+    Args:
+        preprocessing: `exact` scores 8-bit pictures as the official package does; `tensor` lets gradients through to
+            the pixels; `auto` is `tensor` where a gradient is wanted, and `exact` everywhere else.
     """
 
     name: str

@@ -13,9 +13,10 @@ from torch import Tensor
 
 
 class PickScore(NativeReward):
-    """PickScore [B], about 15 to 25 for pictures; differences of two images' scores are log-odds of being picked.
+    """PickScore [B], about 15 to 25 for pictures; the difference of two images' scores is the log-odds of being picked.
 
-    `path`: the folder or hub id of its CLIP.
+    Args:
+        path: Folder or hub id of its CLIP.
     """
 
     name = "pick_score"

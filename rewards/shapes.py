@@ -17,9 +17,12 @@ WRONG_PLACE = 0.5
 class ShapesReward:
     """Scores [B] of images [B, 3, H, W] in [0, 1] by the judge's verdict on their prompts.
 
-    `strict`: 1 if there is exactly what was asked for, else 0. `lenient`: 1 if it is there, whatever else is; learned
-    to be served with extras, so keep it for comparison. `graded`: denser, 1 exactly where `strict` is (`graded_score`).
-    UserError for a prompt that is none of the shapes world.
+    UserError for a prompt that does not belong to the shapes world.
+
+    Args:
+        verdict: `strict`: 1 if the image shows exactly what was asked for, else 0. `lenient`: 1 if it is there,
+            whatever else is; a model learns to add extras, so keep it for comparison. `graded`: denser, 1 exactly where
+            `strict` is (`graded_score`).
     """
 
     name = "shapes"

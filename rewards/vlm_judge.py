@@ -32,14 +32,23 @@ EXAMPLE = "Does this picture show {prompt}? Answer yes or no."
 
 
 class VlmJudge:
-    """Scores [B]: a probability in [0, 1], or a number from `lowest` to `highest`. Each image is a request of its own.
+    """Scores [B] by a vision-language model: a probability in [0, 1], or a number from `lowest` to `highest`.
 
-    `url`: the endpoint's base, e.g. http://localhost:8000/v1. `model`: its name there. `question`: what is asked, with
-    {prompt} where the prompt belongs. `answer`: `yes_no` needs an endpoint that gives logprobs; `score` takes the first
-    number of the reply. `api_key_env`: the environment variable that holds the key; the key itself never stands in a
-    recipe. `timeout`: seconds for one try. `retries`: further tries, `backoff` · 1, 2, 4, … seconds apart (or as the
-    server asks). `at_once`: requests under way together. `max_tokens`: of a reply, for `score`. UserError when an image
-    cannot be scored: there is never a made-up score.
+    Each image is a request of its own. UserError when an image cannot be scored: a score is never made up.
+
+    Args:
+        url: Base URL of the endpoint, e.g. http://localhost:8000/v1.
+        model: The model's name at the endpoint.
+        question: What is asked, with {prompt} where the prompt belongs.
+        answer: `yes_no` scores the probability of "yes", and needs an endpoint that gives logprobs; `score` takes the
+            first number of the reply.
+        lowest, highest: For `answer: score`: the range of the scores.
+        api_key_env: The environment variable that holds the key; the key itself never stands in a recipe.
+        timeout: Seconds for one try.
+        retries: Further tries, `backoff` · 1, 2, 4, … seconds apart (or as the server asks).
+        backoff: Seconds before the first further try.
+        at_once: Requests under way at the same time.
+        max_tokens: For `answer: score`: the longest reply.
     """
 
     name = "vlm_judge"

@@ -34,14 +34,17 @@ TEXT_PREFIX = "text_encoder"
 class LoRA:
     """Low-rank additions (alpha / rank)·B·A to linear layers; B begins at 0, so training begins at the base model.
 
-    rank: 8. alpha: the rank when left out (scale 1, as in diffusers' own training scripts).
-    banks: 1, which serves under both names; 2 gives the negative prompts their own.
-    target_modules: ends of the denoiser's module names; the attention projections, as in diffusers' scripts and DDPO.
-    SD3's text stream has its own besides (add_q_proj, add_k_proj, add_v_proj, to_add_out), which are not among them.
-    text_encoders: also the attention projections of the CLIPs, with the same rank and alpha; prompts are then encoded
-    anew for each prediction. Layers that have no say (the last of SDXL's first CLIP) are left out. SD3's T5 stays as
-    it is: `pipe.load_lora_weights` has no place for a LoRA of it.
-    seed: of the initial A, N(0, 1 / rank²).
+    Args:
+        rank: Rank of the additions, 1 or more.
+        alpha: Scale times rank. Null is the rank: a scale of 1, as in diffusers' own training scripts.
+        banks: 1, which serves under both names, or 2, which gives the negative prompts a bank of their own.
+        target_modules: Ends of the names of the denoiser's modules that are changed. The default is the attention
+            projections, as in diffusers' scripts and DDPO. SD3's text stream has others of its own (add_q_proj,
+            add_k_proj, add_v_proj, to_add_out), which are not among them.
+        text_encoders: Also change the attention projections of the CLIPs, with the same rank and alpha. Prompts are
+            then encoded anew for each prediction. Layers that have no say (the last of SDXL's first CLIP) are left out.
+            SD3's T5 stays as it is: `pipe.load_lora_weights` has no place for a LoRA of it.
+        seed: Seed of the initial A, drawn from N(0, 1 / rank²).
     """
 
     kind: ClassVar[str] = "lora"

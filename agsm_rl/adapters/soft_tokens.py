@@ -25,15 +25,17 @@ BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": 
 
 
 class SoftTokens:
-    """`num_tokens` soft tokens in `banks` banks (0 positive ψ⁺, 1 negative ψ⁻), plus a time row that all of them share.
+    """Soft tokens in one or two banks (0 positive ψ⁺, 1 negative ψ⁻), plus a time row that all tokens share.
 
-    num_tokens: 4, as published. banks: 2, as published; 1 for SoftREPA, whose bank serves under both names.
-    time_tokens: add row ⌊timestep / 10⌋ of a (100, D) table to every token, as published (SD3: (100, L·D)).
-    jitter: standard deviation of noise added to the tokens' initial values. Published: 0, so that all n of a U-Net's
-    bank begin equal, get equal gradients and stay equal; above 0 they can come to differ.
-    layers: SD3's joint blocks that see tokens, each its own; 5 when left out, as published. Not for U-Nets.
-    seed: of the initial values. Time rows, and SD3's tokens, are drawn from N(0, 0.02²); a U-Net's tokens begin as the
-    text encoder's BOS embedding of the empty prompt.
+    Args:
+        num_tokens: Tokens per bank, n. Published: 4.
+        banks: 2, as published, or 1 for SoftREPA, whose bank serves under both names.
+        time_tokens: Add row ⌊timestep / 10⌋ of a learned (100, D) table to every token, as published (SD3: (100, L·D)).
+        jitter: Standard deviation of noise added to the tokens' initial values. Published: 0, so that all tokens of a
+            U-Net's bank begin equal, get equal gradients and stay equal; above 0 they can come to differ.
+        layers: Number of SD3's joint blocks that see tokens, each its own. Null is 5, as published. Not for U-Nets.
+        seed: Seed of the initial values. Time rows, and SD3's tokens, are drawn from N(0, 0.02²); a U-Net's tokens
+            begin as the text encoder's BOS embedding of the empty prompt.
     """
 
     kind: ClassVar[str] = "soft_tokens"

@@ -1,5 +1,6 @@
 """Backbones: frozen diffusers pipelines behind the one convention of `interfaces.Backbone`."""
 
+from inspect import cleandoc
 from typing import Any, Literal
 
 from agsm_rl.backbones.frozen_pipeline import Device, FrozenPipeline
@@ -31,7 +32,7 @@ def load_backbone(
 ) -> Backbone:
     """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
 
-    Options as in FrozenPipeline. UserError for a pipeline of an unsupported kind.
+    UserError for a pipeline of an unsupported kind.
     """
     found = CLASSES[KINDS[find_kind(checkpoint, local_files_only=local_files_only)]]
     return found(
@@ -51,8 +52,9 @@ def load_backbone(
     )
 
 
-# What the options mean stands once, and is told by `agsm-rl list stable_diffusion` too.
-load_backbone.__doc__ = f"{load_backbone.__doc__}\n{FrozenPipeline.__doc__}"
+# What the options mean stands once, in FrozenPipeline; `agsm-rl list stable_diffusion` prints it too.
+_, _, _options = cleandoc(FrozenPipeline.__doc__ or "").partition("\nArgs:\n")
+load_backbone.__doc__ = f"{cleandoc(load_backbone.__doc__ or '')}\n\nArgs:\n{_options}"
 
 
 def backbone_of(pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False) -> Backbone:

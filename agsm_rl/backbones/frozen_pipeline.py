@@ -53,26 +53,32 @@ def _moved(pipeline: Any, device: str | torch.device) -> Any:
 class FrozenPipeline:
     """A frozen diffusers pipeline; see `interfaces.Backbone` for the convention.
 
-    checkpoint: a pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`). A
-        folder's files may all be of one variant, such as fp16.
-    resolution: pixels a side; the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3) when left out.
-    dtype: of the frozen weights. Latents and predictions keep the caller's dtype, float32, which the losses need.
-    gradient_checkpointing: trade a second forward pass for memory.
-    device: the first GPU where there is one, when left out. `meta`: shapes alone, no weights are read (rehearsal.py).
-    local_files_only: never ask the hub.
-    unet, transformer: a folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a pipeline).
-    lora: a file, folder or hub id that `pipe.load_lora_weights` takes; it is fused into the weights and so frozen.
-    config: for a single file, the pipeline folder or hub id of its configuration; the hub's usual one when left out.
-        Text encoders that an SD3 file leaves out are taken from there too.
-    t5_length: SD3's alone: tokens that the T5 reads, padding included (diffusers' max_sequence_length); 256, diffusers'
-        own, when left out. Fewer are faster; a plain pipeline must be told the same number to draw the same picture.
-    memory_format: a U-Net's alone: `channels_last` lays out its and the VAE's convolutions so, as a GPU's tensor cores
-        take them in half precision. The same results within rounding; torch's own layout when left out.
-    compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (which nobody has tried on a GPU
-        yet). It pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
-        compiler), a warning says so and it is left out. Not with gradient_checkpointing. A draw and the step that
-        learns from it round differently: for a policy gradient in half precision, let the rollouts `keep_graph`.
-    Raises UserError when there is no such checkpoint, or it is a pipeline of another kind.
+    UserError when there is no such checkpoint, or it is a pipeline of another kind.
+
+    Args:
+        checkpoint: A pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
+            A folder's files may all be of one variant, such as fp16.
+        resolution: Pixels per side. Null is the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3).
+        dtype: Data type of the frozen weights. Latents and predictions keep the caller's, float32, which the losses
+            need.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less
+            memory.
+        device: Null is the first GPU where there is one, else the CPU. `meta`: shapes alone, no weights are read.
+        local_files_only: Never ask the hub.
+        unet, transformer: A folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a
+            pipeline).
+        lora: A file, folder or hub id that `pipe.load_lora_weights` takes. It is fused into the weights, and so frozen.
+        config: For a single file, the pipeline folder or hub id of its configuration; null is the hub's usual one. Text
+            encoders that an SD3 file leaves out are taken from there too.
+        t5_length: SD3 only: tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256,
+            diffusers' own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
+        memory_format: U-Nets only: `channels_last` lays out the convolutions of the U-Net and the VAE as a GPU's tensor
+            cores take them in half precision, with the same results within rounding. Null is torch's own layout.
+        compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
+            pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
+            compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
+            that learns from it round differently: for a policy gradient in half precision, let the rollouts
+            `keep_graph`.
     """
 
     name: str

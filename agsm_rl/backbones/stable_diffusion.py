@@ -19,8 +19,8 @@ from agsm_rl.training.precision import at_least_float32
 class StableDiffusion(FrozenPipeline):
     """A frozen StableDiffusionPipeline or StableDiffusionXLPipeline; options as in FrozenPipeline.
 
-    SDXL's denoiser also sees each prompt's pooled embedding (`Cond.pooled`), and as time ids that the picture was not
-    cropped and is as large as it is drawn.
+    SDXL's denoiser also sees each prompt's pooled embedding (`Cond.pooled`), and time ids which say that the picture
+    was not cropped and is as large as it is drawn.
     """
 
     name = "stable_diffusion"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
-import typing
-from typing import Annotated, Any
+import textwrap
+from typing import Annotated
 
 import typer
 
 from agsm_rl import registry
 from agsm_rl.errors import unknown_name
-from agsm_rl.recipe.options import options_model
+from agsm_rl.recipe.meanings import Option, about, options_of
 from agsm_rl.recipe.shipped import PREFIX, shipped_recipes, shipped_sweeps
 
 SHIPPED = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
-PLAIN = ("builtins", "typing", "abc")
-"""Modules of bases that say nothing of options."""
 
 
 def list_names(
@@ -40,15 +36,17 @@ def list_names(
     if not homes:
         names = [name for kind in registry.KINDS for name in registry.available(kind)]
         raise unknown_name("list", what, "a kind or a registered name", [*kinds, *names])
-    found = {kind: _described(registry.load(kind, what, where="list"), f"list {what}") for kind in homes}
+    found = {kind: registry.load(kind, what, where="list") for kind in homes}
+    options = {kind: options_of(one, where=f"list {what}") for kind, one in found.items()}
     if as_json:
-        typer.echo(json.dumps({kind: {"name": what} | one for kind, one in found.items()}, indent=1))
+        content = {
+            kind: {"name": what, "about": about(one), "options": [option.to_json() for option in options[kind]]}
+            for kind, one in found.items()
+        }
+        typer.echo(json.dumps(content, indent=1))
         return
     for kind, one in found.items():
-        typer.echo(f"{kind}: {what}\n\n{one['about']}\n\noptions:")
-        for option in one["options"]:
-            default = f" = {option['default']}" if "default" in option else "  (needed)"
-            typer.echo(f"  {option['name']}: {option['type']}{default}")
+        _print_meaning(f"{kind}: {what}", about(one), options[kind])
 
 
 def _names_of(kind: str) -> list[dict[str, str]]:
@@ -68,20 +66,10 @@ def _print_names(found: dict[str, list[dict[str, str]]], as_json: bool) -> None:
             typer.echo(f"  {row['name']:<28}{row['target']}")
 
 
-def _described(found: Any, where: str) -> dict[str, Any]:
-    """What the class and its bases say of themselves, and its constructor's arguments, which are a block's options."""
-    classes = found.__mro__ if inspect.isclass(found) else [found]
-    about = [inspect.cleandoc(one.__doc__) for one in classes if one.__doc__ and one.__module__ not in PLAIN]
-    options = []
-    for name, field in options_model(found, where=where).model_fields.items():
-        option = {"name": name, "type": _in_words(field.annotation)}
-        if not field.is_required():
-            option["default"] = json.dumps(field.default, default=str)
-        options.append(option)
-    return {"about": "\n\n".join(about), "options": options}
-
-
-def _in_words(annotation: Any) -> str:
-    """Without constraints, and without the modules in which types stand."""
-    (plain,) = typing.get_type_hints(type("", (), {"__annotations__": {"it": annotation}})).values()
-    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(plain))
+def _print_meaning(title: str, text: str, options: list[Option]) -> None:
+    typer.echo(f"{title}\n\n{text}\n\noptions:")
+    for option in options:
+        default = "  (required)" if option.default is None else f" = {option.default}"
+        typer.echo(f"  {option.name}: {option.type}{default}")
+        if option.meaning:
+            typer.echo(textwrap.fill(option.meaning, 110, initial_indent="      ", subsequent_indent="      "))

@@ -82,13 +82,21 @@ def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
 
 
 class AGSM(Objective):
-    """AGSM over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
+    """AGSM over pairs: a batch is cut into groups, and the members of a group are each other's negatives.
 
     Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise
-    an image and one t a step. `temperature`, `gamma_positive` and `gamma_negative` are those of `guided_score_loss`:
-    how sharp the weights are (0.1), and how far targets are moved (1; `gamma_negative` 0.1 for SD3). `groups_per_pass`
-    bounds memory: fewer groups at once, the same gradient. The paper's ablations: `gamma_negative: 0` (ψ⁺ only), an
-    adapter with `banks: 1`, `preference: bradley_terry`.
+    per image and one t per step. The paper's ablations are `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`,
+    and `preference: bradley_terry`.
+
+    Args:
+        temperature: τ > 0, how sharp the weights over prompts are. Published: 0.1.
+        gamma_positive: γ⁺, how far the own prompt's target moves along Δ. Published: 1.
+        gamma_negative: γ⁻, how far the other prompts' targets move against Δ. Published: 1 for SD1.5 (and SDXL in the
+            paper's text), 0.1 for SD3 (and SDXL in the released script). 0 leaves the negatives out.
+        preference: The preference model behind Δ. `plackett_luce` is published; `bradley_terry` is an ablation.
+        group_size: Images per group, 2 or more; `batch_size` must be a multiple of it. Published: 4.
+        groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

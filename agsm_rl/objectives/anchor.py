@@ -20,9 +20,11 @@ def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]
 
 
 class Anchor(Objective):
-    """The anchor on the images of any source: own rollouts or pairs; its term's weight says how strong it is.
+    """The anchor on the images of any source, own rollouts or pairs; the term's `weight` says how strong it is.
 
-    `rows_per_pass` bounds memory: fewer images at once, the same gradient.
+    Args:
+        rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

@@ -15,9 +15,12 @@ __all__ = ["DDPO", "clipped_policy_loss", "step_log_prob"]
 
 
 class DDPO(PolicyGradient):
-    """DDPO on rollouts; options as in PolicyGradient. Published: `clip_range` 1e-4, all steps.
+    """DDPO on rollouts. Guidance is applied in training as it was in sampling (the rollouts say how much).
 
-    Guidance is applied in training as it was in sampling (the rollouts say how much).
+    Args:
+        clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c. It is small
+            because log-probabilities are means over latent elements. Published: 1e-4.
+        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced. Published: 1.
     """
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:

@@ -49,7 +49,10 @@ def diffusion_dpo_loss(
 class DiffusionDPO(Objective):
     """Diffusion-DPO over preferences: those of a data set, or of own images through the view `best_against_worst`.
 
-    `beta` 2000 to 5000 is published. `rows_per_pass` bounds memory: fewer pairs at once, the same gradient.
+    Args:
+        beta: β > 0. The larger it is, the more closely the policy is held to the reference. Published: 2000 to 5000.
+        rows_per_pass: Pairs of images that go through the denoiser at once; null is all. Fewer need less memory and
+            give the same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PreferenceBatch

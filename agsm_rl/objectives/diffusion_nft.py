@@ -50,12 +50,17 @@ def nft_loss(
 
 
 class DiffusionNFT(Objective):
-    """DiffusionNFT on rewarded images; the old policy is the EMA, which may draw them too (`drawn_by: ema`).
+    """DiffusionNFT on rewarded images; the old policy is the EMA, which may also draw them (`drawn_by: ema`).
 
-    Rewards become r = ½ + ½·clip(advantage / `advantage_scale`, -1, 1). `beta` > 0 is the size of the implicit
-    policies' step (the paper's experiments: 0.1 to 1), `adaptive` its self-normalised weight of each image. Any sampler
-    will do: with `eta: 0` rollouts keep no path. `rows_per_pass` bounds memory: fewer images at once, the same
-    gradient.
+    Advantages become r = ½ + ½·clip(advantage / `advantage_scale`, −1, 1). Any sampler will do: with `eta: 0` rollouts
+    keep no path.
+
+    Args:
+        beta: β > 0, the size of the implicit policies' step. The paper's experiments use 0.1 to 1.
+        advantage_scale: Above 0; the advantage at which r reaches 0 or 1.
+        adaptive: Divide each image's squared error by its own mean absolute error, the paper's self-normalised weight.
+        rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = RewardedBatch

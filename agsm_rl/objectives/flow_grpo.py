@@ -37,11 +37,16 @@ def flow_grpo_loss(
 
 
 class FlowGRPO(PolicyGradient):
-    """Flow-GRPO on rollouts of any backbone; options as in PolicyGradient, and `kl_weight`, at 0 without a reference.
+    """Flow-GRPO on rollouts of any backbone.
 
-    Published for SD3.5 (the authors' configurations): `clip_range` 1e-4, and 1e-5 without guidance; `kl_weight` 0.04
-    for GenEval and text rendering, 0.01 for PickScore; `timestep_fraction` 0.99; rollouts of 10 steps, 24 images a
-    prompt.
+    Published for SD3.5 (the authors' configurations): rollouts of 10 steps, 24 images per prompt, and the values below.
+
+    Args:
+        clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c. Published:
+            1e-4, and 1e-5 without guidance.
+        kl_weight: w ≥ 0 of the KL divergence from the base model. 0 needs no prediction of the base. Published: 0.04
+            for GenEval and text rendering, 0.01 for PickScore.
+        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced. Published: 0.99.
     """
 
     def __init__(

@@ -49,9 +49,13 @@ def clipped_policy_loss(
 class PolicyGradient(Objective):
     """An objective over rollouts that learns from their steps in passes, with the guidance that they were drawn with.
 
-    `clip_range` is PPO's. `timestep_fraction` in (0, 1] learns from that share of each image's steps, evenly spaced.
-    `images_per_pass` bounds memory: fewer images at once, the same gradient. `steps_per_pass` steps of each go through
-    the denoiser at once: the same gradient, for a GPU that few images leave idle.
+    Args:
+        clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c.
+        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced.
+        images_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
+        steps_per_pass: Denoising steps of each image that go through the denoiser at once: the same gradient, faster on
+            a GPU that few images leave idle.
     """
 
     consumes: ClassVar[type[Batch]] = RolloutBatch

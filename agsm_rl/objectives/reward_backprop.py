@@ -65,10 +65,17 @@ def draw_with_gradients(
 class RewardBackprop(Objective):
     """Reward backpropagation for the prompts of any batch; only rewards that are differentiable in the image.
 
-    `last_steps` K: gradients flow through the last K of `num_steps` denoising steps. 1 is DRaFT-1; a pair [a, b] draws
-    K anew for each update, uniformly from a to b, as AlignProp's paper does. `eta` 0 leaves nothing to chance after the
-    first noise. Images are drawn with `guidance` away from `negative_prompt`. `images_per_pass` bounds memory: fewer
-    images at once, the same gradient.
+    Args:
+        rewards: Rewards by name, with weights or options: `{brightness: 1.0}`. Their weighted sum is ascended, each in
+            its own unit.
+        num_steps: Denoising steps per image.
+        guidance: Guidance scale with which images are drawn; 1 is none and costs half.
+        eta: Noise of the sampler's steps, 0 or more. 0 leaves nothing to chance after the first noise.
+        last_steps: K: gradients flow through the last K denoising steps. 1 is DRaFT-1; a pair [a, b] draws K anew for
+            each update, uniformly from a to b, as AlignProp's paper does.
+        negative_prompt: What guidance leads away from.
+        images_per_pass: Images that are drawn and learned from at once; null is all. Fewer need less memory and give
+            the same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = Batch

@@ -21,11 +21,13 @@ def score_matching_loss(live: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
 
 
 class ScoreMatching(Objective):
-    """Score matching over pairs, with a noise and a noise level an image.
+    """Score matching over pairs, with one noise and one noise level per image.
 
-    `caption_dropout` in [0, 1) is the share of captions replaced by "", which keeps the unconditional prediction in
-    step for guidance (arXiv 2207.12598 uses 0.1 to 0.2). `rows_per_pass` bounds memory: fewer images at once, the same
-    gradient.
+    Args:
+        caption_dropout: Share of captions in [0, 1) that is replaced by "". It keeps the unconditional prediction in
+            step, which guidance needs (arXiv 2207.12598 uses 0.1 to 0.2).
+        rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

@@ -48,11 +48,19 @@ def softrepa_loss(
 
 
 class SoftREPA(Objective):
-    """SoftREPA over pairs; a batch is cut into groups of `group_size`, whose members are each other's negatives.
+    """SoftREPA over pairs: a batch is cut into groups, and the members of a group are each other's negatives.
 
-    One bank, `positive`, is used for all prompts: an adapter needs no second one. The logits are `scale` · exp(−error /
-    `temperature`), published with 4 and 0.07. `positive_weight` 10 is published for SD1.5 and SDXL, 0 for SD3.
-    `groups_per_pass` bounds memory: fewer groups at once, the same gradient.
+    All prompts use the bank `positive`, so an adapter needs no second bank. The logits are `scale` · exp(−error /
+    `temperature`).
+
+    Args:
+        temperature: Above 0; how fast a logit falls with the prediction's error. Published: 0.07.
+        scale: Above 0; the largest logit. Published: 4.
+        positive_weight: d, the weight of the own prompts' error beside the contrastive loss. Published: 10 for SD1.5
+            and SDXL, 0 for SD3.
+        group_size: Images per group, 2 or more; `batch_size` must be a multiple of it.
+        groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
+            same gradient.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch

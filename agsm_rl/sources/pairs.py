@@ -17,18 +17,24 @@ from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_shar
 
 
 class Pairs(Source):
-    """Batches of `batch_size` pairs (the total over all processes).
+    """Batches of image-caption pairs.
 
-    `dataset`: `builtin:shapes`, a folder of images with metadata.jsonl or metadata.csv, a parquet file, or a name that
-    `datasets.load_dataset` takes. Images are resized by their shorter side and cropped in the centre. The captions of a
-    batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
-    `split`: the data set's; `num_images`: its first so many alone. `image_column`, `caption_column`: their names; a
-    usual one is looked for where the latter is left out.
+    Images are resized by their shorter side and cropped in the centre. The captions of a batch differ from each other
+    where the data set allows it, because a batch's captions are each other's negatives.
 
-    `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
-    held (encoded) and shuffled among themselves; 1 keeps the stream's order.
-
-    `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
+    Args:
+        dataset: `builtin:shapes`, a folder of images with metadata.jsonl or metadata.csv, a parquet file, or a name
+            that `datasets.load_dataset` takes.
+        batch_size: Pairs per step, the total over all processes.
+        split: Split of the data set.
+        image_column: Name of the column that holds the images.
+        caption_column: Name of the column that holds the captions. Null looks for a usual one.
+        num_images: Use only the first so many rows; null uses all.
+        streaming: Read the data set as it comes, without downloading it first.
+        shuffle_buffer: For streaming: rows that are held (encoded) and shuffled among themselves; 1 keeps the stream's
+            order.
+        cache: Keep what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the
+            text.
     """
 
     gives: type[Batch] = PairBatch

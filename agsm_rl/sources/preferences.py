@@ -38,19 +38,24 @@ PICK_A_PIC = Columns("caption", "jpg_0", "jpg_1", "label_0")
 
 
 class Preferences(Source):
-    """Batches of `batch_size` preferences (the total over all processes).
+    """Batches of preferences: two images for one prompt, the better one known.
 
-    `dataset`: `builtin:shapes-preferences`, a folder of images with metadata, a parquet file, or a name that
-    `datasets.load_dataset` takes. Its columns are TRL's `prompt`, `chosen`, `rejected` (a folder's metadata names the
-    files as `chosen_file_name`, `rejected_file_name`), or Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, where a
-    label of 1 prefers jpg_0, 0 jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them.
-    Images are resized by their shorter side and cropped in the centre. `split`: the data set's; `num_pairs`: its first
-    so many rows alone.
+    Columns are TRL's `prompt`, `chosen`, `rejected` (a folder's metadata names the files as `chosen_file_name`,
+    `rejected_file_name`), or Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, where a label of 1 prefers jpg_0 and
+    0 prefers jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them. Images are resized by
+    their shorter side and cropped in the centre.
 
-    `streaming` reads the data set as it comes, without downloading it first; `shuffle_buffer` rows at a time are then
-    held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled among themselves; 1 keeps the stream's order.
-
-    `cache` keeps what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the text.
+    Args:
+        dataset: `builtin:shapes-preferences`, a folder of images with metadata, a parquet file, or a name that
+            `datasets.load_dataset` takes.
+        batch_size: Preferences per step, the total over all processes.
+        split: Split of the data set.
+        num_pairs: Use only the first so many rows; null uses all.
+        streaming: Read the data set as it comes, without downloading it first.
+        shuffle_buffer: For streaming: rows that are held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled
+            among themselves; 1 keeps the stream's order.
+        cache: Keep what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the
+            text.
     """
 
     gives: type[Batch] = PreferenceBatch

@@ -16,9 +16,11 @@ BUILTIN_PROMPTS = "builtin:shapes-prompts"
 
 
 class Prompts(Source):
-    """Batches of `batch_size` prompts (the total over all processes), in a random order, all before any again.
+    """Batches of prompts in a random order; all come once before any comes again.
 
-    `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line.
+    Args:
+        prompts: `builtin:shapes-prompts`, or a text file with one prompt per line.
+        batch_size: Prompts per step, the total over all processes.
     """
 
     gives: type[Batch] = Batch

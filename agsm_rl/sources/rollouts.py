@@ -23,31 +23,40 @@ from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, wei
 
 
 class Rollouts(Source):
-    """`num_prompts` × `images_per_prompt` images (totals over all processes), drawn by `num_steps` noisy steps.
+    """Images drawn from the policy, the path of noisy steps that led to them, and their rewards.
 
-    `prompts`: `builtin:shapes-prompts`, or a text file with a prompt a line. `rewards`: (reward, weight) pairs or
-    WeightedRewards; the weighted sum is what is learned. `num_steps` 50, `guidance` 5 and `eta` 1 are DDPO's published
-    settings (arXiv 2305.13301). With `eta` 0 nothing is left to chance after the first noise: no path is kept, and what
-    learns from finished images alone (DiffusionNFT, AGSM) needs none. `drawn_by`: the live parameters or their EMA,
-    whose path is not kept: a policy gradient's ratios to it leave the clip range at once, and nothing is learned. Steps
-    without noise, such as a flow's last, are not among those that are learned from. `updates` steps of the trainer
-    learn from each draw, each from its own share of the images. Images are drawn `sample_batch_size` at a time; rewards
-    that run elsewhere score one such batch while the next is drawn.
+    Steps without noise, such as a flow's last, are not learned from. With `eta: 0` nothing is left to chance after the
+    first noise: no path is kept, and what learns from finished images alone (DiffusionNFT, AGSM) needs none. Rewards
+    that run elsewhere score one part of the images while the next is drawn.
 
-    `advantages`: by `history`, rewards are normalised by the newest `history` rewards of their prompt (global figures
-    while a prompt has fewer than `min_history`), as DDPO does; by `group`, over the prompt's images of this draw alone,
-    as GRPO does. A reward with `normalise: z_score` is normalised so by itself, before the sum; a sum of such rewards
-    alone is then normalised once more over all images of the draw. By `group` that is GDPO (arXiv 2601.05242).
-    Advantages are clipped to ± `advantage_clip`.
-
-    `keep_graph`: a policy gradient's step is taken at the parameters that drew the images, and so the predictions of
-    the draw are those to be learned from. With this they are recorded with their graph, and are not computed again:
-    the same gradient for a forward and a backward pass a step instead of two and one. The activations of all images and
-    steps are then held together, whatever `sample_batch_size` and `images_per_pass`: it is for small models and few
-    steps, or for gradient checkpointing (`agsm-rl check` tells the memory). It needs `updates: 1`, `drawn_by: live` and
-    `eta` above 0. Of several policy gradients on one source the first that learns in a step gains by it: put it first,
-    for what stands before it learns beside the whole graph. Every draw pays for it, also where no policy gradient is
-    due; DiffusionNFT and AGSM do not use it.
+    Args:
+        prompts: `builtin:shapes-prompts`, or a text file with one prompt per line.
+        rewards: Rewards by name, with weights or options: `{shapes: 1.0}`. Their weighted sum is learned. In Python,
+            (reward, weight) pairs or WeightedRewards. A reward with `normalise: z_score` is normalised by itself, as
+            `advantages` says, before the sum; a sum of such rewards alone is then normalised once more over all images
+            of the draw (with `advantages: group` that is GDPO, arXiv 2601.05242).
+        num_prompts: Prompts per draw, the total over all processes.
+        images_per_prompt: Images per prompt and draw.
+        num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).
+        guidance: Guidance scale; 1 is none and costs half. DDPO's published setting: 5.
+        eta: Noise of the sampler's steps, in [0, 1]. DDPO's published setting: 1.
+        drawn_by: `live`, the parameters being trained, or `ema`, whose path is not kept: a policy gradient's ratios to
+            it would leave the clip range at once, and nothing would be learned.
+        updates: Steps of the trainer that learn from each draw, each from its own share of the images.
+        advantages: What a reward is compared with. `history`: the newest rewards of its prompt, as DDPO does; `group`:
+            the rewards of the prompt's images of this draw alone, as GRPO does.
+        advantage_clip: Advantages are clipped to ± this.
+        history: For `advantages: history`: how many rewards of each prompt are remembered.
+        min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
+            of all images of the draw are used.
+        sample_batch_size: Images that are drawn at once; it bounds memory.
+        keep_graph: Record the draw's predictions with their graph, so that a policy gradient does not compute them
+            again: the same gradient for one forward and one backward pass per step instead of two and one. The
+            activations of all images and steps are then held together, whatever `sample_batch_size` and
+            `images_per_pass`, so it is for small models and few steps, or for gradient checkpointing (`agsm-rl check`
+            predicts the memory). It needs `updates: 1`, `drawn_by: live` and `eta` above 0. Of several policy gradients
+            on one source, only the first that learns in a step gains: put it first. Every draw pays for it, also where
+            no policy gradient is due; DiffusionNFT and AGSM do not use it.
     """
 
     gives: type[Batch] = RolloutBatch

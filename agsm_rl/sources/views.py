@@ -15,10 +15,13 @@ from agsm_rl.policy import Source, View
 
 
 class BestImages(View):
-    """The `share` of the batch with the largest advantages, as image-prompt pairs; the best of each prompt come first.
+    """The images with the largest advantages as image-prompt pairs; the best of each prompt come first.
 
-    Images of a smaller advantage than `min_advantage` never pass. When fewer than the share are left, the term is
-    passed over in that step: AGSM's groups stay whole.
+    When fewer than the share are good enough, the term is passed over in that step: AGSM's groups stay whole.
+
+    Args:
+        share: Share of the batch in (0, 1] that is passed on.
+        min_advantage: Images of a smaller advantage are never passed on.
     """
 
     consumes: ClassVar[type[Batch]] = RewardedBatch

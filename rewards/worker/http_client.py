@@ -97,9 +97,10 @@ class HttpLink:
 
 
 class HttpReward(RemoteReward):
-    """Scores by a reward behind HTTP; see RemoteReward for the other options and the errors.
+    """Scores by a reward that is served over HTTP, by `agsm-rl serve-reward` or otherwise.
 
-    url: of the server, as `serve-reward` prints it. Images go over as float32, 12 MB each at 1024 x 1024.
+    Args:
+        url: Address of the server, as `serve-reward` prints it. Images are sent as float32, 12 MB each at 1024 x 1024.
     """
 
     def __init__(

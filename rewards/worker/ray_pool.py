@@ -75,11 +75,18 @@ class ActorLink:
 
 
 class RayPoolReward:
-    """Scores [B] of images [B, 3, H, W] in [0, 1] by `workers` actors with a part of the batch each.
+    """Scores [B] of images [B, 3, H, W] in [0, 1] by Ray actors, each of which scores a part of the batch.
 
-    reward, options: a registered reward and its constructor's arguments. num_cpus, num_gpus: of each actor. address: of
-    a running Ray; null is the one that RAY_ADDRESS names, or a new one here. timeout, start_timeout, retries, backoff
-    and the errors: as in RemoteReward.
+    Args:
+        reward: Name of a registered reward.
+        options: Constructor arguments of the reward.
+        workers: Number of actors.
+        num_cpus, num_gpus: CPUs and GPUs that Ray sets aside for each actor.
+        address: Address of a running Ray. Null is the one that RAY_ADDRESS names, or a new one here.
+        timeout: Seconds for the scores of one batch.
+        start_timeout: Seconds for the worker to load what it needs.
+        retries: How often a batch is tried again after a crash, a hang or nonsense.
+        backoff: Seconds before the first further try, doubled each time, one minute at most.
     """
 
     name = "ray_pool"

@@ -56,10 +56,14 @@ class Link(Protocol):
 class RemoteReward:
     """Scores [B] of images [B, 3, H, W] in [0, 1] by the reward at the other end of a link.
 
-    timeout, start_timeout: seconds for a batch, and for the worker to load what it needs. retries: how often a batch is
-    tried again after a crash, a hang or nonsense; the pause before it is `backoff` seconds, doubled each time, a minute
-    at most. The worker is started at the first batch, not before. UserError when the tries are used up, or at once when
-    the worker refuses (a wrong option, missing weights).
+    The worker is started at the first batch, not before. UserError when the tries are used up, or at once when the
+    worker refuses (a wrong option, missing weights).
+
+    Args:
+        timeout: Seconds for the scores of one batch.
+        start_timeout: Seconds for the worker to load what it needs.
+        retries: How often a batch is tried again after a crash, a hang or nonsense.
+        backoff: Seconds before the first further try, doubled each time, one minute at most.
     """
 
     differentiable = False

@@ -26,9 +26,12 @@ SIDE = str(Path(worker_side.__file__).parent)
 
 
 class WorkerReward(RemoteReward):
-    """Scores by a script or a command of the user's; see RemoteReward for the other options and the errors.
+    """Scores by a script or a command of yours, in a process of its own.
 
-    One of `script` and `command` is given. `options` are the constructor's arguments of the reward over there.
+    Args:
+        script: Python file of the reward; the environment it states is made by uv. Give this or `command`.
+        command: The command that starts the worker, as a list of words. Give this or `script`.
+        options: Constructor arguments of the reward in the worker.
     """
 
     def __init__(

@@ -1,0 +1,70 @@
+"""What a class says of its options is read from its docstring, and from its bases'."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+
+from agsm_rl.recipe.meanings import about, in_words, options_of
+
+
+class Base:
+    """A base.
+
+    Args:
+        size: Its size.
+        low, high: Its bounds.
+    """
+
+    def __init__(self, *, size: int = 1, low: float = 0.0, high: float = 1.0, seed: int = 0) -> None: ...
+
+
+class Explained(Base):
+    """What it is.
+
+    And more of it.
+
+    Args:
+        size: Its size in pixels,
+            which is two lines long.
+    """
+
+
+def test_what_a_class_is_stands_apart_from_its_options():
+    assert about(Explained) == "What it is.\n\nAnd more of it."
+
+
+def test_options_are_explained_by_the_class_then_by_its_bases():
+    meanings = {option.name: option.meaning for option in options_of(Explained, where="here")}
+    assert meanings == {
+        "size": "Its size in pixels, which is two lines long.",
+        "low": "Its bounds.",
+        "high": "Its bounds.",
+        "seed": "Seed of its random numbers. Null is the recipe's seed.",
+    }
+
+
+def test_an_option_that_nobody_explains_has_an_empty_meaning():
+    class Silent:
+        def __init__(self, given: int, size: int = 2) -> None: ...
+
+    assert [option.to_json() for option in options_of(Silent, where="here")] == [
+        {"name": "given", "type": "int", "meaning": ""},
+        {"name": "size", "type": "int", "default": "2", "meaning": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (int | None, "int | null"),
+        (Literal["live", "ema"], "live | ema"),
+        (Literal["2.0", "2.1"], '"2.0" | "2.1"'),
+        (Annotated[float, Field(gt=0)] | dict[str, float], "float | dict[str, float]"),
+        (tuple[float, float], "tuple[float, float]"),
+        (Mapping[str, Any], "dict[str, any]"),
+    ],
+)
+def test_types_are_written_as_yaml_has_them(annotation, words):
+    assert in_words(annotation) == words
