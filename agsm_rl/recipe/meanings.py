@@ -53,14 +53,14 @@ def options_of(found: Any, *, where: str) -> list[Option]:
 
 
 def in_words(annotation: Any) -> str:
-    """A type as somebody who writes YAML reads it: `int | null`, `live | ema`, `dict[str, float]`."""
+    """A type as somebody who writes YAML reads it: `int or null`, `live or ema`, `dict[str, float]`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return in_words(arguments[0])
     if origin is Literal:
-        return " | ".join(_choice(value) for value in arguments)
+        return " or ".join(_choice(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(dict.fromkeys(in_words(part) for part in arguments))
+        return " or ".join(dict.fromkeys(in_words(part) for part in arguments))
     if arguments:
         parts = ", ".join("…" if part is Ellipsis else in_words(part) for part in arguments)
         return f"{getattr(origin, '__name__', origin).lower()}[{parts}]".replace("mapping[", "dict[")

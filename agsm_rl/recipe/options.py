@@ -48,7 +48,10 @@ class Section(BaseModel):
 class RewardOptions(Section):
     """A reward in a source's `rewards`: what it is, how it enters the sum, and its constructor's arguments.
 
-    `use` null: the reward of the name under which it stands.
+    Args:
+        use: Registered name of the reward. Null is the name under which it stands.
+        weight: Factor in the sum. Negative: what the reward likes is avoided; 0: it is only logged.
+        normalise: `raw`: the reward's own unit. `z_score`: standard deviations of that reward alone.
     """
 
     model_config = ConfigDict(extra="allow")

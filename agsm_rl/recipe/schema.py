@@ -51,7 +51,11 @@ Weight = Annotated[float | dict[int, float], BeforeValidator(_schedule)]
 
 
 class Block(Section):
-    """`{use: name, …}`: what is used, and its constructor's options (checked against its signature)."""
+    """`{use: name, …}`: what is used, and its constructor's options (checked against its signature).
+
+    Args:
+        use: Registered name (`agsm-rl list`), or `module:Class` with `--allow-import module`.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -64,7 +68,20 @@ class Block(Section):
 
 
 class TermBlock(Block):
-    """An objective in the run; its own options stand beside these keys."""
+    """An objective in the run; its own options stand beside these keys.
+
+    Args:
+        name: Name of the term in metrics, letters, digits, _ and -. Null is the objective's name, numbered where it
+            would come twice.
+        source: Name of a source under `sources`, or a source's own block.
+        view: What the term sees of the source's batch, a block. Null is all of it.
+        weight: Factor of the term's gradient: a number, or a schedule {step: number} with linear pieces between.
+        every: The term learns every so many steps.
+        offset: First step in which it learns, counted from 0, so that terms can alternate.
+        t: Range [low, high] within [0, 1] of the noise levels it draws, 0 being clean. Not for objectives that learn
+            from sampling steps.
+        trains: Names of the adapters it trains. Null is all. An adapter that no term trains stays frozen.
+    """
 
     name: Name | None = None
     source: Annotated[str | Block, BeforeValidator(_source)]
@@ -77,13 +94,24 @@ class TermBlock(Block):
 
 
 class Ema(Section):
-    """The shadow of the adapters' parameters; `decay` is the share that stays at each step (published: 0.9999)."""
+    """The shadow of the adapters' parameters, an exponential moving average.
+
+    Args:
+        decay: Share of the shadow that stays at each step. Published: 0.9999.
+    """
 
     decay: float = Field(0.9999, ge=0, lt=1)
 
 
 class Optimizer(Section):
-    """AdamW; `learning_rate` is one number, or one by name for each adapter that a term trains."""
+    """AdamW over the trained adapters.
+
+    Args:
+        learning_rate: One number, or one for each trained adapter by its name.
+        weight_decay: Decoupled weight decay.
+        betas: Decay rates of the averages of the gradient and of its square.
+        max_grad_norm: The combined gradient is scaled down to this norm where it is larger. Null: never.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1e-3
     weight_decay: float = Field(1e-4, ge=0)
@@ -92,12 +120,23 @@ class Optimizer(Section):
 
 
 class Evaluate(Section):
-    """Base against trained on the same prompts and noise, each `every` steps (null: at the end only) and at the end.
+    """Base against trained model on the same prompts and the same noise, at intervals and at the end.
 
-    `rewards`: a list of names, or {name: {use, options…}}. Rules (`checkpoint.best`, `stop_when`, `watch`) look at the
-    first guidance.
-    `bank`: what the trained model draws with; negative (ψ⁻) is the paper's ablation. `prompt_suffix`: what both read
-    behind each prompt (", best quality"); images are judged by the prompt alone. Sample grids have none.
+    Rules (`checkpoint.best`, `stop_when`, `watch`) look at the first guidance.
+
+    Args:
+        suite: The suite that draws and judges: the shapes world's prompts.
+        every: Evaluate every so many steps. Null: at the end only.
+        num_images: Images per model and guidance.
+        rewards: Rewards to measure besides: a list of names, or {name: {use, options…}}. They have no weight.
+        guidance: Guidance scale, or a list of several.
+        num_steps: Denoising steps per image.
+        split: Prompts of this split.
+        bank: Bank that the trained model draws with; `negative` (ψ⁻) is the paper's ablation.
+        prompt_suffix: Text that both models read behind each prompt (", best quality"); images are judged by the prompt
+            alone. Sample grids have none.
+        seed: Seed of the noise; image i has seed + i.
+        batch_size: Images that are drawn at once; it bounds memory.
     """
 
     suite: Literal["shapes"] = "shapes"
@@ -130,7 +169,16 @@ class Evaluate(Section):
 
 
 class Samples(Section):
-    """A grid of pictures into samples/ each `every` steps. `prompts` null: those of the suite that is evaluated."""
+    """A grid of pictures into samples/ at intervals, always for the same prompts and noise.
+
+    Args:
+        every: Draw a grid every so many steps.
+        prompts: Prompts of the grid. Null is the first ones of the suite that is evaluated; without a suite, no grid.
+        num_images: Pictures in the grid.
+        guidance: Guidance scale.
+        num_steps: Denoising steps per image.
+        seed: Seed of the noise; picture i has seed + i.
+    """
 
     every: int = Field(100, ge=1)
     prompts: Annotated[list[str], Field(min_length=1)] | None = None
@@ -141,10 +189,13 @@ class Samples(Section):
 
 
 class CheckpointKeys(Section):
-    """A checkpoint each `every` steps; the `keep` newest stay.
+    """Checkpoints at intervals and at the end.
 
-    `best`: an evaluated reward, or the suite's `overall` or `strict`; the checkpoint of the evaluation at which it was
-    largest stays too, and its adapters are in adapter-best/.
+    Args:
+        every: Write a checkpoint every so many steps.
+        keep: Number of the newest checkpoints that stay.
+        best: An evaluated reward, or the suite's `overall` or `strict`. The checkpoint of the evaluation at which it
+            was largest stays too, and its adapters are in adapter-best/.
     """
 
     every: int = Field(100, ge=1)
@@ -153,7 +204,11 @@ class CheckpointKeys(Section):
 
 
 class StopRule(Section):
-    """End the run when a score is this much (in its own unit) below its best so far."""
+    """End the run when a score has fallen too far below its best so far.
+
+    Args:
+        falls_by: Size of the fall, in the score's own unit.
+    """
 
     falls_by: float = Field(gt=0)
 
@@ -161,12 +216,17 @@ class StopRule(Section):
 class WatchKeys(Section):
     """What is done when numbers go wrong: `warn`, `skip` (the term is left out of that step), `stop`, or `ignore`.
 
-    `non_finite`: a loss or gradient that is not finite; it is never applied, and after `non_finite_skips` of them in a
-    row the run stops. `x0_norm`: an image's latents are `x0_norm_factor` times as large as those of the first draw.
-    `zero_variance`: the images of a draw are all worth the same. `constant_reward`: a reward has one value for all
-    images of a draw. `zero_gradient`: an adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
-    `held_out_falls`: an evaluated reward that is not trained on fell from its best while a trained one rose, both by
-    more than chance.
+    Args:
+        non_finite: A loss or gradient is not finite. It is never applied.
+        non_finite_skips: With `non_finite: skip`: the run stops after so many skipped steps in a row.
+        x0_norm: The latents of a drawn image are `x0_norm_factor` times as large as those of the first draw.
+        x0_norm_factor: See `x0_norm`.
+        zero_variance: The images of a draw are all worth the same.
+        constant_reward: A reward has one value for all images of a draw.
+        zero_gradient: An adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
+        zero_gradient_steps: See `zero_gradient`.
+        held_out_falls: An evaluated reward that is not trained on fell from its best while a trained one rose, both by
+            more than chance.
     """
 
     non_finite: Literal["stop", "skip"] = "stop"
@@ -181,7 +241,28 @@ class WatchKeys(Section):
 
 
 class RecipeKeys(Section):
-    """The keys of a recipe, each with its default; the blocks' options are not yet checked."""
+    """The keys of a recipe, each with its default; the blocks' options are not yet checked.
+
+    Args:
+        version: Version of the format.
+        seed: Seed of everything that is left to chance: the same seed gives the same run.
+        steps: Optimiser steps of the run.
+        backbone: The frozen base model, a block.
+        adapters: What is trained: adapters by name, a block each.
+        start_from: A run folder, or a folder of exported adapters, to begin with. Adapters that it lacks begin new.
+        ema: The moving average of the adapters.
+        sources: Sources by name, a block each, so that several terms can share them.
+        objectives: The terms: what is learned, from what, and with which weight.
+        combine: How the terms' gradients become one: `sum`, or TorchJD's `upgrad`, `pcgrad`, `mgda`, `cagrad`.
+        optimizer: AdamW's settings.
+        evaluate: Evaluation in the run. Null: none.
+        sample: Grids of pictures in the run.
+        checkpoint: Checkpoints in the run.
+        export: What adapter/ holds: the `live` parameters, or their `ema`.
+        stop_when: Rules that end the run, by the score they look at.
+        watch: What is done when numbers go wrong.
+        track: Trackers that get the metrics, those of accelerate: tensorboard, wandb, … An empty list: none.
+    """
 
     version: Literal[1] = 1
     seed: Seed = 0

@@ -286,7 +286,7 @@ def test_a_truncated_adapter_is_told(command, tmp_path):
 def test_list_tells_what_a_name_means_and_its_options(command):
     told = command("list", "agsm").stdout
     assert "Published: 4 groups of 4" in told
-    assert "temperature: float = 0.1" in told and "groups_per_pass: int | null = null" in told
+    assert "temperature: float = 0.1" in told and "groups_per_pass: int or null = null" in told
     options = {
         option["name"]: option
         for option in json.loads(command("list", "rollouts", "--json").stdout)["sources"]["options"]
@@ -296,7 +296,7 @@ def test_list_tells_what_a_name_means_and_its_options(command):
     assert "default" not in options["prompts"]
     lora = json.loads(command("list", "lora", "--json").stdout)["adapters"]
     seed = next(option for option in lora["options"] if option["name"] == "seed")
-    assert (seed["type"], seed["default"]) == ("int | null", "null")  # null: the recipe's
+    assert (seed["type"], seed["default"]) == ("int or null", "null")  # null: the recipe's
     assert_told(command("list", "agsmm"), "Did you mean 'agsm'?")
 
 

@@ -58,10 +58,10 @@ def test_an_option_that_nobody_explains_has_an_empty_meaning():
 @pytest.mark.parametrize(
     ("annotation", "words"),
     [
-        (int | None, "int | null"),
-        (Literal["live", "ema"], "live | ema"),
-        (Literal["2.0", "2.1"], '"2.0" | "2.1"'),
-        (Annotated[float, Field(gt=0)] | dict[str, float], "float | dict[str, float]"),
+        (int | None, "int or null"),
+        (Literal["live", "ema"], "live or ema"),
+        (Literal["2.0", "2.1"], '"2.0" or "2.1"'),
+        (Annotated[float, Field(gt=0)] | dict[str, float], "float or dict[str, float]"),
         (tuple[float, float], "tuple[float, float]"),
         (Mapping[str, Any], "dict[str, any]"),
     ],
