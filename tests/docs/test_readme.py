@@ -1,19 +1,87 @@
-"""What the README prints must work."""
+"""What the README prints must work: its commands, its recipe, its Python, its links and its figures."""
 
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from agsm_rl.cli import app
 from agsm_rl.evaluate.target import open_target
+from agsm_rl.registry import BUILTIN
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STUDY = (ROOT / "docs" / "study" / "README.md").read_text(encoding="utf-8")
+
+MAIN_JOB = (
+    "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e . && "
+    ".venv/bin/agsm-rl train recipes/agsm_plus_ddpo.yaml"
+)
+TESTS = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt tox && .venv/bin/tox"
+
+SMALL = {
+    "train": (
+        *("--set", "steps=2", "--set", "evaluate.num_images=6", "--set", "evaluate.guidance=[1.0]"),
+        *("--set", "sources.own_images.num_prompts=2", "--set", "sources.own_images.num_steps=2"),
+    ),
+    "sample": ("--num-steps", "2"),
+    "eval": ("--num-images", "6", "--num-steps", "2"),
+}
+"""What makes a command small enough for a test; everything else runs as printed."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    """Every command line of the README, without the comment behind it."""
+    lines = (line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+def test_the_readme_is_short():
+    (recipe,), (script,) = blocks("yaml"), blocks("python")
+    assert len(README.splitlines()) <= 150
+    assert len(recipe.splitlines()) <= 14
+    assert len(script.splitlines()) <= 12
+
+
+def test_every_command_is_run_by_a_test_or_is_one_of_the_two_main_ones():
+    others = [command for command in commands() if not command.startswith("agsm-rl ")]
+    assert others == [MAIN_JOB, TESTS]
+
+
+def test_what_the_two_main_commands_name_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "agsm-rl" in project["project"]["scripts"]
+    for name in ("constraints.txt", "recipes/agsm_plus_ddpo.yaml", "tox.ini"):
+        assert (ROOT / name).is_file()
 
 
 @pytest.mark.slow
-def test_the_readme_s_python_script_runs(tmp_path, monkeypatch):
-    script, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_recipe_and_the_commands_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = blocks("yaml")
+    Path("mine.yaml").write_text(recipe, encoding="utf-8")
+    for command in commands():
+        program, name, *arguments = shlex.split(command)
+        if program != "agsm-rl":
+            continue
+        result = CliRunner().invoke(app, [name, *arguments, *SMALL.get(name, ())])
+        assert result.exit_code == 0, (command, result.output)
+    assert len(list(Path("pictures").glob("*.png"))) == 4
+    for name in ("adapter", "metrics.jsonl", "report.html", "samples/before_after.png"):
+        assert (Path("runs/mine") / name).exists()
+
+
+@pytest.mark.slow
+def test_the_python_script_runs_and_keeps_what_it_trained(tmp_path, monkeypatch):
+    (script,) = blocks("python")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     exec(script, scope)  # the README is ours
@@ -21,11 +89,24 @@ def test_the_readme_s_python_script_runs(tmp_path, monkeypatch):
     kept = open_target("mine", base="builtin:shapes-sd15").handle.adapters
     for name, parameter in scope["policy"].parameters().items():
         adapter, _, key = name.partition(".")
-        found = kept["pytorch_lora_weights" if adapter == "lora" else adapter]
-        assert torch.equal(dict(found.named_parameters())[key], parameter)
+        stored = kept["pytorch_lora_weights" if adapter == "lora" else adapter]
+        assert torch.equal(dict(stored.named_parameters())[key], parameter)
 
 
-def test_the_readme_names_only_recipes_that_are_there():
-    named = set(re.findall(r"recipes/[\w/]+\.yaml", README))
-    assert named
-    assert all((Path(__file__).parents[2] / name).is_file() for name in named)
+def test_the_files_and_folders_it_links_to_and_names_are_there():
+    linked = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README) if "://" not in link}
+    named = set(re.findall(r"`?((?:recipes|docs|agsm_rl|benchmarks)/[\w/.-]*)", README))
+    assert linked and named
+    assert [name for name in linked | named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_objectives_lists_every_one_that_is_registered():
+    table = README.partition("## Objectives")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(BUILTIN["objectives"])
+
+
+def test_every_finding_stands_in_the_study():
+    plain_study = " ".join(STUDY.split())
+    intervals = re.findall(r"[+−]\d+\.\d \[[^]]+\]", README)
+    assert len(intervals) >= 4
+    assert [interval for interval in intervals if interval not in plain_study] == []
