@@ -1,0 +1,61 @@
+"""The guides' worked examples run: their files are written, their commands executed, their tests passed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+EXAMPLES = sorted(page.stem for page in GUIDES.glob("*.md") if 'title="' in page.read_text(encoding="utf-8"))
+pytestmark = pytest.mark.slow
+
+SMALL = {"sample": ("--num-steps", "2"), "eval": ("--num-images", "6", "--num-steps", "2")}
+"""What makes a command small enough for a test; recipes are cut down by `shrunk`."""
+
+
+def shrunk(recipe: str) -> str:
+    """The recipe with two steps and six images for each evaluation."""
+    content = yaml.safe_load(recipe)
+    content["steps"] = min(content.get("steps", 2), 2)
+    if "evaluate" in content:
+        content["evaluate"] |= {"num_images": 6}
+    return yaml.safe_dump(content)
+
+
+def files_of(page: str) -> dict[str, str]:
+    """The files that a page gives, by the titles of its blocks."""
+    return {title: text for title, text in re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', page, re.S | re.M)}
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The commands of a page's bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.S | re.M)
+    return [words for block in blocks for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("guide", EXAMPLES)
+def test_a_guide_s_example_runs_as_printed(guide, tmp_path):
+    page = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
+    for name, text in files_of(page).items():
+        (tmp_path / name).write_text(shrunk(text) if name.endswith(".yaml") else text, encoding="utf-8")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (arguments, done.stdout[-2000:], done.stderr[-3000:])
+
+    for program, *arguments in commands_of(page):
+        if program == "agsm-rl":
+            run("-m", "agsm_rl", *arguments, *SMALL.get(arguments[0], ()))
+        else:
+            assert program == "python", f"{program} is not run by this test"
+            run(*arguments)
+    if tests := [name for name in files_of(page) if name.startswith("test_")]:
+        run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
