@@ -29,7 +29,7 @@ def shrunk(recipe: str) -> str:
 
 def files_of(page: str) -> dict[str, str]:
     """The files that a page gives, by the titles of its blocks."""
-    return {title: text for title, text in re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', page, re.S | re.M)}
+    return dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', page, re.S | re.M))
 
 
 def commands_of(page: str) -> list[list[str]]:
