@@ -298,8 +298,8 @@ app.command(name="list")(list_names)
 def world(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     split: Annotated[str, typer.Option(help="train, validation or held_out")] = "train",
-    num_images: Annotated[int, typer.Option(min=1)] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of what is drawn.")] = 0,
 ) -> None:
     """Write the shapes world to disk as an image folder that `datasets` reads."""
     from agsm_rl.shapes.data import write_image_folder

@@ -40,7 +40,7 @@ def evaluate(
         str, typer.Option(metavar="TEXT", help="Put behind each prompt, e.g. ', best quality'; not seen by measures.")
     ] = "",
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the base's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images drawn at a time. Default: shapes 50, or 8 where images are kept.")
     ] = None,

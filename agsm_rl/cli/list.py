@@ -25,7 +25,7 @@ def list_names(
             "kinds' names, for its options and what they mean.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What recipes may use, the options of each, and the recipes that are shipped."""
     kinds = [*registry.KINDS, *SHIPPED]

@@ -44,12 +44,25 @@ def about(found: Any) -> str:
 
 def options_of(found: Any, *, where: str) -> list[Option]:
     """The options of a registered class or function, in the order of its signature."""
-    meanings = COMMON | _meanings(found)
+    return _options(options_model(found, where=where), COMMON | _meanings(found))
+
+
+def keys_of(section: type[Section]) -> list[Option]:
+    """The keys of a part of a recipe."""
+    return _options(section, _meanings(section))
+
+
+def _options(section: type[Section], meanings: dict[str, str]) -> list[Option]:
     options = []
-    for name, field in options_model(found, where=where).model_fields.items():
-        default = None if field.is_required() else json.dumps(field.default, default=str)
+    for name, field in section.model_fields.items():
+        default = None if field.is_required() else json.dumps(field.default, default=_plain)
         options.append(Option(name, in_words(field.annotation), default, meanings.get(name, "")))
     return options
+
+
+def _plain(default: Any) -> Any:
+    """A section's default is that of its own keys: an empty mapping gives it."""
+    return {} if isinstance(default, Section) else str(default)
 
 
 def in_words(annotation: Any) -> str:
