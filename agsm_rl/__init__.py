@@ -1,9 +1,15 @@
 """agsm-rl: composable post-training of text-to-image diffusion models."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+from importlib import import_module
+
+# Nothing else is imported here: under `python -m agsm_rl` the current folder, which may be a stranger's, is still on
+# the path, and a `typing.py` in it would run. `__main__` takes it off.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from agsm_rl.adapters.lora import LoRA
     from agsm_rl.adapters.soft_tokens import SoftTokens
     from agsm_rl.backbones import load_backbone

@@ -108,7 +108,7 @@ def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "agsm_rl.sweep.cell", str(job)],
+            [sys.executable, "-P", "-m", "agsm_rl.sweep.cell", str(job)],
             stdin=subprocess.PIPE if lifeline is None else lifeline,
             stdout=out,
             stderr=subprocess.STDOUT,
