@@ -8,13 +8,17 @@ are float [B] in [0, 1), 0 being clean (a flow's sampler begins at 1); tensors a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from types import MethodType
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from agsm_rl.errors import UserError
 
 Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]
@@ -316,12 +320,34 @@ class Shard(Protocol):
 class Reward(Protocol):
     """A score of images: `reward(images [B, 3, H, W] in [0, 1], prompts)` → float [B]; more is better.
 
-    One that waits for another process or machine says `elsewhere = True` (it may be left out): rollouts then call it
-    from a thread, a batch at a time, while they draw the next one.
+    A reward need only have a name and be callable: `with_defaults` fills in the rest when it enters a run.
     """
 
     name: str
-    range: tuple[float, float]
-    differentiable: bool
+    range: tuple[float, float] = (-math.inf, math.inf)
+    """The smallest and the largest score."""
+    differentiable: bool = False
+    """Whether gradients flow from the scores to the images."""
+    elsewhere: bool = False
+    """Whether it waits for another process or machine. Rollouts call such a reward from a thread, one batch at a time,
+    while they draw the next one."""
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+def with_defaults(thing: Any, base: type) -> Any:
+    """`thing` itself, given what `base` (Source, Reward, …) provides by default where it has no such attribute.
+
+    UserError where it has no room for one.
+    """
+    set_attribute = type.__setattr__ if isinstance(thing, type) else object.__setattr__  # past a frozen dataclass's own
+    for name, value in vars(base).items():
+        if name.startswith("_") or hasattr(thing, name):
+            continue
+        try:
+            set_attribute(thing, name, MethodType(value, thing) if callable(value) else value)
+        except AttributeError as error:
+            raise UserError(
+                f"{type(thing).__name__}: it has no `{name}`, and its `__slots__` have no room for it"
+            ) from error
+    return thing

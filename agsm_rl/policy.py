@@ -7,7 +7,6 @@ Objective defines only what differs from their defaults; one that does not inher
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import MethodType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -280,11 +279,3 @@ class Objective:
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
         """The loss over a part of a batch."""
         raise NotImplementedError
-
-
-def with_defaults(thing: Any, base: type) -> Any:
-    """`thing` itself, given what `base` provides by default where it has nothing of that name."""
-    for name, value in vars(base).items():
-        if not name.startswith("_") and not hasattr(thing, name):
-            setattr(thing, name, MethodType(value, thing) if callable(value) else value)
-    return thing

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch
-from agsm_rl.policy import Objective, Policy, Source, View, with_defaults
+from agsm_rl.interfaces import Batch, with_defaults
+from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.processes import Processes, make_accelerator

@@ -37,7 +37,7 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
         source += f" through {term.view.use}" if term.view else ""
         which = "all adapters" if term.trains is None else ", ".join(term.trains)
         weight = term.weight if isinstance(term.weight, dict) else f"{term.weight:g}"
-        often = "each step" if term.every == 1 else f"each {term.every}th step"
+        often = "every step" if term.every == 1 else f"every {term.every} steps"
         often += f" from step {term.offset}" if term.offset else ""
         lines.append(f"term        {term.name}: {term.use} on {source}, weight {weight}, {often}, trains {which}")
     for name, block in recipe.sources.items():

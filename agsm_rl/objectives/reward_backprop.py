@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, Reward
+from agsm_rl.interfaces import Batch, Metrics, Reward, with_defaults
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.randomness import Draw
@@ -150,8 +150,8 @@ class RewardBackprop(Objective):
 
 
 def _check_differentiable(reward: Reward) -> None:
-    if not getattr(reward, "differentiable", False):
-        fitting = registry.names_that("rewards", lambda found: getattr(found, "differentiable", False))
+    if not reward.differentiable:
+        fitting = registry.names_that("rewards", lambda kind: with_defaults(kind, Reward).differentiable)
         raise UserError(
             f"rewards: '{reward.name}' has no gradient in the image, which reward backpropagation needs; rewards that "
             f"work: {', '.join(fitting)}. Objectives that learn from '{reward.name}' on `rollouts`: ddpo, flow_grpo, "

@@ -100,7 +100,8 @@ class Parts:
             ]
         if "seed" in options and options["seed"] is None:
             options["seed"] = seed
-        from agsm_rl.policy import Objective, Source, View, with_defaults
+        from agsm_rl.interfaces import with_defaults
+        from agsm_rl.policy import Objective, Source, View
 
         made = self.call(self.load(kind, block.use, f"{place}.use"), options, place)
         base = {"objectives": Objective, "sources": Source, "views": View}.get(kind)
@@ -110,7 +111,9 @@ class Parts:
         """The reward of that name."""
         found = self.load("rewards", name, place)
         registry.check_permissions(found, options, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
-        return self.call(found, options, place)
+        from agsm_rl.interfaces import Reward, with_defaults
+
+        return with_defaults(self.call(found, options, place), Reward)
 
     def call(self, found: Any, options: dict[str, Any], place: str) -> Any:
         """`found(**options)`, its complaints told with their place; a seed that nobody gave is its own default."""

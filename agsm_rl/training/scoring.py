@@ -1,7 +1,7 @@
 """Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
 
@@ -34,37 +34,34 @@ class WeightedReward:
     name: str
     normalise: Normalise = "raw"
 
-    def __iter__(self) -> Iterator[Reward | float]:
-        """Unpacks as the (reward, weight) pair as which rewards are given in Python."""
-        return iter((self.reward, self.weight))
-
 
 def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
-    """The rewards as WeightedRewards, functions wrapped as in a recipe; UserError if none can be learned from.
+    """The rewards as WeightedRewards, with functions wrapped as in a recipe.
 
-    That is where there are none, two have one name, or all have weight 0.
+    UserError if nothing can be learned from them: there are none, two have the same name, or all weights are 0.
     """
-    found = [one if isinstance(one, WeightedReward) else _weighted(*one) for one in rewards]
-    if not found:
-        raise UserError("rewards: there are none; name at least one, as in `rewards: {shapes: 1.0}`")
-    names = [one.name for one in found]
-    for one in found:
-        if names.count(one.name) > 1:
+    weighted = [item if isinstance(item, WeightedReward) else _weighted(*item) for item in rewards]
+    if not weighted:
+        raise UserError("rewards: the list is empty; name at least one, as in `rewards: {shapes: 1.0}`")
+    names = [item.name for item in weighted]
+    for item in weighted:
+        with_defaults(item.reward, Reward)
+        if names.count(item.name) > 1:
             raise UserError(
-                f"rewards: two are called '{one.name}'; give one a name of its own, as in "
-                f"`rewards: {{mine: {{use: {one.name}, weight: 1.0}}}}`; in Python, WeightedReward(reward, 1.0, 'mine')"
+                f"rewards: two are called '{item.name}'; rename one, as in "
+                f"`rewards: {{mine: {{use: {item.name}, weight: 1.0}}}}`; in Python, WeightedReward(f, 1.0, 'mine')"
             )
-        if one.normalise not in get_args(Normalise):
+        if item.normalise not in get_args(Normalise):
             raise unknown_name(
-                f"rewards.{one.name}: normalise", one.normalise, "a way to normalise", get_args(Normalise)
+                f"rewards.{item.name}: normalise", item.normalise, "a way to normalise", get_args(Normalise)
             )
-    if not any(one.weight for one in found):
-        raise UserError("rewards: all weights are 0, so nothing would be learned; give at least one another weight")
-    return found
+    if not any(item.weight for item in weighted):
+        raise UserError("rewards: all weights are 0, so nothing would be learned; give at least one a different weight")
+    return weighted
 
 
 def _weighted(reward: Reward, weight: float) -> WeightedReward:
-    if not hasattr(reward, "name"):
+    if not hasattr(reward, "name"):  # a plain function
         from agsm_rl_rewards.functions import as_reward
 
         reward = as_reward(reward)
@@ -127,7 +124,7 @@ class InParts:
 
     def __enter__(self) -> Self:
         for one in self._rewards:
-            if getattr(one.reward, "elsewhere", False):
+            if one.reward.elsewhere:
                 self._threads[one.name] = self._stack.enter_context(InFlight(f"reward {one.name}"))
                 self._waiting[one.name] = []
         return self

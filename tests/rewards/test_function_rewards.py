@@ -7,7 +7,7 @@ from agsm_rl_rewards.hpsv2 import HPSv2
 from agsm_rl_rewards.trl_style import TRLReward
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
@@ -31,7 +31,7 @@ def test_a_function_may_give_a_tensor_or_a_list():
     as_list = FunctionReward(lambda images, prompts: [len(prompt) for prompt in prompts])
     assert as_tensor(images, ["a", "bc"]).tolist() == [0.0, 0.5]
     assert as_list(images, ["a", "bc"]).tolist() == [1.0, 2.0]
-    assert isinstance(as_tensor, Reward) and not as_tensor.differentiable
+    assert isinstance(with_defaults(as_tensor, Reward), Reward) and not as_tensor.differentiable
 
 
 @pytest.mark.parametrize("returned", [None, 3.0, [1.0, "high"]])

@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import Reward, with_defaults
 
 PROMPTS = ["a red star", "two blue squares", "a circle"]
 PICTURES = [golden_formula.picture(48, 30), golden_formula.picture(41, 67), golden_formula.picture(32, 32)]
@@ -104,7 +104,7 @@ def test_the_aesthetic_score_is_the_linear_head_of_the_unit_image_feature(make_r
 
 
 def test_each_follows_the_interface(each_reward):
-    assert isinstance(each_reward, Reward) and each_reward.licence
+    assert isinstance(with_defaults(each_reward, Reward), Reward) and each_reward.licence
     low, high = each_reward.range
     scores = each_reward(photos(), PROMPTS)
     assert scores.shape == (3,) and scores.dtype == torch.float32 and not scores.requires_grad

@@ -7,7 +7,7 @@ from agsm_rl_rewards.shapes import ShapesReward
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.shapes import world
 from agsm_rl.shapes.world import DrawnObject
 
@@ -38,7 +38,7 @@ def scores(verdict: str) -> dict[str, float]:
 
 def test_it_follows_the_interface() -> None:
     reward = ShapesReward()
-    assert isinstance(reward, Reward)
+    assert isinstance(with_defaults(reward, Reward), Reward)
     assert (reward.name, reward.range, reward.differentiable) == ("shapes", (0.0, 1.0), False)
     given = reward(torch.stack([IMAGES["right"]] * 2), [PROMPT, "a blue circle"])
     assert given.dtype == torch.float32 and given.tolist() == [1.0, 0.0]

@@ -62,7 +62,7 @@ def test_weights_may_be_negative_and_zero():
 def test_weights_that_are_all_zero_and_two_rewards_of_one_name_are_refused():
     with pytest.raises(UserError, match="all weights are 0, so nothing would be learned"):
         check_rewards([(Brightness(), 0.0)])
-    with pytest.raises(UserError, match="two are called 'brightness'; give one a name of its own.*use: brightness"):
+    with pytest.raises(UserError, match="two are called 'brightness'; rename one.*use: brightness"):
         check_rewards([(Brightness(), 1.0), (Brightness(), 2.0)])
 
 
@@ -106,3 +106,17 @@ def test_a_function_of_either_form_is_a_reward_in_python_too():
     assert checked_score(trl.reward, torch.zeros(2, 3, 4, 4), ["a", "bbb"]).tolist() == [1.0, 3.0]
     assert one.name == "red" and one.weight == 2.0
     torch.testing.assert_close(checked_score(one.reward, images, ["a", "b"]), images[:, 0].mean(dim=(1, 2)))
+
+
+def test_a_reward_that_says_nothing_but_its_name_is_scored_here_and_has_no_gradient():
+    class Plain:
+        name = "plain"
+
+        def __call__(self, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+
+    (weighted,) = check_rewards([(Plain(), 1.0)])
+    assert not weighted.reward.elsewhere and not weighted.reward.differentiable
+    assert weighted.reward.range == (-float("inf"), float("inf"))
+    with pytest.raises(UserError, match="'plain' has no gradient"):
+        RewardBackprop([(Plain(), 1.0)])
