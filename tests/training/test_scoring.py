@@ -3,7 +3,6 @@
 import pytest
 import torch
 from agsm_rl_rewards.brightness import Brightness
-from agsm_rl_rewards.sharpness import Sharpness
 
 from agsm_rl.errors import UserError
 from agsm_rl.objectives.reward_backprop import RewardBackprop
@@ -64,12 +63,6 @@ def test_weights_that_are_all_zero_and_two_rewards_of_one_name_are_refused():
         check_rewards([(Brightness(), 0.0)])
     with pytest.raises(UserError, match="two are called 'brightness'; rename one.*use: brightness"):
         check_rewards([(Brightness(), 1.0), (Brightness(), 2.0)])
-
-
-def test_a_weighted_reward_unpacks_as_the_pair_that_it_was_given_as():
-    (one,) = check_rewards([(Sharpness(), 0.5)])
-    reward, weight = one
-    assert (reward, weight, one.name, one.normalise) == (one.reward, 0.5, "sharpness", "raw")
 
 
 def test_reward_backpropagation_refuses_a_normalised_reward():
