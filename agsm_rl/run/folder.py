@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import write_text
+from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 
 # What may be changed when a run is continued: nothing that alters the steps already made.
@@ -66,7 +67,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
-        check_same(recipe, Recipe.from_yaml(self.recipe, allow_imports=allow_imports), self.recipe)
+        check_same(recipe, read_earlier(self.recipe, allow_imports=allow_imports), self.recipe)
         from agsm_rl.run.checkpoints import steps_in
 
         done = max(steps_in(self.checkpoints), default=0)

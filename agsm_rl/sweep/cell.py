@@ -6,7 +6,6 @@ soon as it is made. The process ends, with a checkpoint, when the sweep that sta
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.evaluations import Evaluations
 from agsm_rl.sweep.job import Job
+from agsm_rl.sweep.settings import Settings, read_kept, same_training
 from agsm_rl.trainer import Callback, Trainer
 
 
@@ -64,7 +64,7 @@ def run_cell(job: Job) -> None:
         options = Evaluate.model_validate(settings)
         name = "eval.json" if options.split == job.reported else f"eval-{options.split}.json"
         figures += evaluations.write(options, name, step=trained["steps"], pictures=options.split == job.reported)
-    result = {"fingerprint": job.fingerprint} | trained | {"evaluations": figures, "base": evaluations.base_figures}
+    result = trained | {"settings": job.settings.to_json(), "evaluations": figures, "base": evaluations.base_figures}
     write_text(folder.path / "cell.json", json.dumps(result, indent=1) + "\n")
 
 
@@ -74,14 +74,10 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     What is evaluated afterwards is none of it: guidances and splits may be added later, while the adapter is there.
     """
     done = folder.path / "trained.json"
-    identity = json.dumps(
-        {"recipe": recipe.model_copy(update={"evaluate": None}).to_yaml(), "limit": job.training_limit}
-    )
-    if done.is_file() and any(folder.adapter.glob("[!.]*.safetensors")):
-        kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        if kept["recipe"] == _digest(identity):
-            write_text(folder.recipe, recipe.to_yaml())
-            return kept
+    kept = read_kept(done)
+    if any(folder.adapter.glob("[!.]*.safetensors")) and _was_trained_so(kept, job):
+        write_text(folder.recipe, recipe.to_yaml())
+        return kept
     _wait_for(folder)
     if folder.path.is_dir() and not folder.recipe.is_file():
         # Killed before it had written its recipe: nothing was trained there.
@@ -99,13 +95,20 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     rows = metric_rows(folder)
     steps = int(rows[-1]["step"])
     found = {
-        "recipe": _digest(identity),
+        "settings": job.settings.to_json(),
+        "recipe": job.settings.fingerprint,
         "steps": steps,
         "images": _images(recipe, steps, job),
         "seconds": round(sum(row["seconds"] for row in rows), 2),
     }
     write_text(done, json.dumps(found) + "\n")
     return found
+
+
+def _was_trained_so(kept: dict[str, Any], job: Job) -> bool:
+    if "settings" not in kept:
+        return False
+    return same_training(job.settings, Settings.from_json(kept["settings"]), allow_imports=job.allow_imports)
 
 
 def metric_rows(folder: RunFolder) -> list[dict[str, Any]]:
@@ -122,10 +125,6 @@ def _images(recipe: Recipe, steps: int, job: Job) -> int | None:
     except UserError as error:
         logging.getLogger(__name__).warning("%s", error)
         return None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _wait_for(folder: RunFolder, seconds: float = 600) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import yaml
 
 from agsm_rl.files import write_text
 from agsm_rl.sweep.plan import Cell, Plan
+from agsm_rl.sweep.settings import Settings, read_kept, same_settings
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,10 @@ class Job:
     allow_imports: list[str]
 
     @property
-    def fingerprint(self) -> str:
-        """Changes with whatever changes the cell's figures."""
-        content = [repr(self.recipe), self.training_limit, self.evaluations, self.reported]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    @property
-    def training_limit(self) -> dict[str, Any]:
-        """Until when it trains."""
-        return {"steps": self.recipe["steps"], "seconds": self.seconds}
+    def settings(self) -> Settings:
+        """Whatever changes the cell's figures."""
+        limit = {"steps": self.recipe["steps"], "seconds": self.seconds}
+        return Settings(self.recipe, limit, self.evaluations, self.reported)
 
     def write(self, file: Path) -> None:
         """Write it to a file."""
@@ -65,10 +59,10 @@ def job_of(plan: Plan, cell: Cell) -> Job:
     )
 
 
-def read_result(run: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
+def read_result(run: Path, job: Job) -> dict[str, Any] | None:
     """cell.json of a finished cell; None when it is not finished, or was finished under other settings."""
-    file = run / "cell.json"
-    if not file.is_file():
+    content = read_kept(run / "cell.json")
+    if "settings" not in content:
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found if fingerprint in (None, found["fingerprint"]) else None
+    then = Settings.from_json(content["settings"])
+    return content if same_settings(job.settings, then, allow_imports=job.allow_imports) else None

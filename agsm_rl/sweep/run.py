@@ -17,11 +17,13 @@ from rich.live import Live
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import write_text
+from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
 from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
+from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import Job
 from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
@@ -56,6 +58,7 @@ def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None)
         check_installed()
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _only_sweep_in(plan.folder):
+        add_settings(plan.folder)
         write_text(plan.folder / "sweep.yaml", HEADER + yaml.safe_dump(plan.to_data(), sort_keys=False, width=120))
         search = plan.sweep.search
         total = search.trials * len(plan.sweep.seed_list) if search else None
@@ -134,7 +137,7 @@ def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:
     file = plan.run(cell.name) / "recipe.yaml"
     if not file.is_file():
         return None
-    kept = Recipe.from_yaml(file, allow_imports=plan.allow_imports)
+    kept = read_earlier(file, allow_imports=plan.allow_imports)
     try:
         check_same(cell.recipe, kept, file)
     except UserError as error:

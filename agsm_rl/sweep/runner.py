@@ -58,7 +58,7 @@ class Runner:
 
     def look(self, cell: Cell) -> None:
         """Note a cell that is done already, wherever it stands in the order."""
-        result = read_result(self.plan.run(cell.name), job_of(self.plan, cell).fingerprint)
+        result = read_result(self.plan.run(cell.name), job_of(self.plan, cell))
         if result is not None:
             self.board.found_done(cell.name, result)
 
@@ -98,7 +98,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - whatever an executor fails with, the other cells go on
             self.board.end(cell.name, result=None, error=f"{type(error).__name__}: {error}")
             return
-        result = read_result(self.plan.run(cell.name), job_of(self.plan, cell).fingerprint)
+        result = read_result(self.plan.run(cell.name), job_of(self.plan, cell))
         if outcome.code == 0 and result is not None:
             self.board.end(cell.name, result=result, error=None)
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import job_of, read_result
 from agsm_rl.sweep.plan import make_plan
 
@@ -25,12 +26,12 @@ def numbers(page: str) -> list[float]:
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_that_goes_on_from_an_archive_finds_its_cells_done(name, tmp_path, monkeypatch):
     with tarfile.open(STUDY / f"{name}.tar.xz") as archive:
-        files = [member for member in archive.getmembers() if member.name.endswith("/cell.json")]
-        archive.extractall(tmp_path / "docs" / "study", files, filter="data")
+        archive.extractall(tmp_path / "docs" / "study", filter="data")
     monkeypatch.chdir(tmp_path)  # chains hang on the folder's name
     plan = make_plan(f"builtin:study/{name}", folder=Path("docs/study") / name)
-    done = [cell.name for cell in plan.cells if read_result(plan.run(cell.name), job_of(plan, cell).fingerprint)]
-    assert len(done) == len(files)
+    add_settings(plan.folder)
+    done = [cell.name for cell in plan.cells if read_result(plan.run(cell.name), job_of(plan, cell))]
+    assert len(done) == len(list(plan.folder.glob("cells/*/cell.json"))) > 3
 
 
 def test_the_pages_tables_are_what_the_archives_cells_give(tmp_path):

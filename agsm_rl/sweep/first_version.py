@@ -1,0 +1,71 @@
+"""Sweeps of the first version: their cells kept a hash over the settings where later ones keep the settings.
+
+What else that version left (each cell's job and recipe, sweep.json) says what the settings may have been, and the hash
+shows whether they were. They are then added to the cell's files, before any of those others is written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agsm_rl.files import write_text
+from agsm_rl.sweep.settings import Settings, read_kept
+
+HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
+"""The first line of that version's recipe.yaml, which is part of a hash."""
+
+
+def add_settings(sweep: Path) -> None:
+    """Add the settings to each cell.json and trained.json in a sweep's folder, where the hash confirms them."""
+    for run in sorted((sweep / "cells").glob("*/")):
+        for name, hash_of, key in (
+            ("cell.json", fingerprint, "fingerprint"),
+            ("trained.json", training_fingerprint, "recipe"),
+        ):
+            file = run / name
+            content = read_kept(file)
+            if "settings" in content or key not in content:
+                continue
+            settings = next((one for one in _possible(sweep, run) if hash_of(one) == content[key]), None)
+            if settings is not None:
+                write_text(file, json.dumps({"settings": settings.to_json()} | content, indent=1) + "\n")
+
+
+def fingerprint(settings: Settings) -> str:
+    """What cell.json had."""
+    return _digest([repr(settings.recipe), settings.limit, settings.evaluations, settings.reported])
+
+
+def training_fingerprint(settings: Settings) -> str:
+    """What trained.json had."""
+    recipe = settings.recipe | {"evaluate": None}
+    text = HEADER + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
+    return _digest({"recipe": text, "limit": settings.limit})
+
+
+def _possible(sweep: Path, run: Path) -> Iterator[Settings]:
+    """A cell's settings as its job has them; for a sweep without its jobs, as its recipe and the summary do."""
+    job, recipe, summary = sweep / "jobs" / f"{run.name}.yaml", run / "recipe.yaml", sweep / "sweep.json"
+    if job.is_file():
+        content = yaml.safe_load(job.read_text(encoding="utf-8"))
+        yield _settings(content["recipe"], content["evaluations"], content["reported"], content["seconds"])
+    if recipe.is_file() and summary.is_file():
+        content = json.loads(summary.read_text(encoding="utf-8"))
+        evaluations = [{"suite": section["suite"], "every": None} | section for section in content["evaluate"]]
+        seconds = (content["budget"] or {}).get("seconds")
+        data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        yield _settings(data, evaluations, content["reported"], seconds)
+
+
+def _settings(recipe: dict[str, Any], evaluations: list[Any], reported: str | None, seconds: float | None) -> Settings:
+    return Settings(recipe, {"steps": recipe["steps"], "seconds": seconds}, evaluations, reported)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,158 @@
+"""Options that come in after a sweep was run: its cells stay done, until one of them is set or a default changes."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_parts import EVALUATE
+
+from agsm_rl import registry
+from agsm_rl.errors import UserError
+from agsm_rl.recipe import earlier
+from agsm_rl.sweep.first_version import fingerprint, training_fingerprint
+from agsm_rl.sweep.settings import Settings
+
+CELL = Path("runs/mine/cells/mine-seed0")
+PARTS = [
+    ("objectives", "score_matching"),
+    ("backbones", "stable_diffusion"),
+    ("adapters", "lora"),
+    ("sources", "pairs"),
+    ("rewards", "shapes"),
+]
+REWARDED = [EVALUATE[0] | {"rewards": ["shapes"]}, EVALUATE[1]]
+KEYS = {
+    "objectives": "objectives.0.newer",
+    "backbones": "backbone.newer",
+    "adapters": "adapters.lora.newer",
+    "sources": "objectives.0.source.newer",
+}
+
+
+@pytest.fixture
+def newer_version(monkeypatch):
+    """Give a registered class one more option, or other defaults: `newer_version("adapters", "lora", newer=0.0)`."""
+
+    def change(kind, name, **options):
+        made = registry.load(kind, name, where=name)
+        signature = inspect.signature(made)
+        parameters = {parameter.name: parameter for parameter in signature.parameters.values()}
+        for option, default in options.items():
+            known = parameters.get(option)
+            parameters[option] = (
+                known.replace(default=default)
+                if known
+                else inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=float)
+            )
+
+        class Newer:
+            consumes, gives = getattr(made, "consumes", None), getattr(made, "gives", None)
+            __signature__ = signature.replace(parameters=list(parameters.values()))
+
+            def __new__(cls, **given):
+                for option in options.keys() - signature.parameters.keys():
+                    given.pop(option)
+                return made(**given)
+
+        Newer.__name__ = f"Newer{kind}"
+        monkeypatch.setitem(globals(), Newer.__name__, Newer)
+        monkeypatch.setitem(registry.BUILTIN[kind], name, f"{__name__}:{Newer.__name__}")
+
+    return change
+
+
+@pytest.fixture
+def first(monkeypatch):
+    """Record the first default of a newer option."""
+    record = yaml.safe_load(earlier.FIRST_DEFAULTS.read_text())
+    monkeypatch.setattr(earlier, "_first_defaults", lambda: record)
+    return lambda kind, name, **options: record[kind][name].update(options)
+
+
+def as_the_first_version_left_it():
+    """Hashes in place of the settings."""
+    for name, hash_of, key in (
+        ("cell.json", fingerprint, "fingerprint"),
+        ("trained.json", training_fingerprint, "recipe"),
+    ):
+        content = json.loads((CELL / name).read_text())
+        settings = Settings.from_json(content.pop("settings"))
+        (CELL / name).write_text(json.dumps(content | {key: hash_of(settings)}))
+
+
+@pytest.mark.parametrize("made_by", ["this version", "the first version", "the first version, without its jobs"])
+def test_a_sweep_stays_done_when_options_come_in(sweep, newer_version, made_by):
+    sweep(evaluate=REWARDED)
+    if made_by != "this version":
+        as_the_first_version_left_it()
+    if made_by.endswith("jobs"):
+        Path("runs/mine/jobs/mine-seed0.yaml").unlink()
+    for kind, name in PARTS:
+        newer_version(kind, name, newer=0.0)
+    for _ in range(2):  # what is beside the cells has been written anew the second time
+        board, ran = sweep(evaluate=REWARDED)
+        assert (ran, board.count("done")) == ([], 1)
+
+
+@pytest.mark.parametrize("kind, name", PARTS[:4])
+def test_a_newer_option_that_is_set_is_another_setting(sweep, newer_version, kind, name):
+    sweep(evaluate=EVALUATE[:1])
+    newer_version(kind, name, newer=0.0)
+    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.5.*The sweep was changed"):
+        sweep(evaluate=EVALUATE[:1], set={KEYS[kind]: 0.5})
+    assert sweep(evaluate=EVALUATE[:1], set={KEYS[kind]: 0.0})[1] == []
+
+
+def test_a_newer_option_of_an_evaluated_reward_that_is_set_has_the_cell_measured_anew(sweep, newer_version):
+    sweep(evaluate=REWARDED)
+    newer_version("rewards", "shapes", newer=0.0)
+    told = [REWARDED[0] | {"rewards": {"shapes": {"newer": 0.5}}}, REWARDED[1]]
+    assert sweep(evaluate=told)[1] == ["mine-seed0"]
+    assert sweep(evaluate=told)[1] == []
+
+
+def test_a_default_that_is_changed_is_another_setting(sweep, newer_version):
+    sweep(evaluate=EVALUATE[:1])
+    newer_version("objectives", "score_matching", caption_dropout=0.5)
+    with pytest.raises(UserError, match=r"caption_dropout = 0.0, but now it is 0.5.*The sweep was changed"):
+        sweep(evaluate=EVALUATE[:1])
+
+
+def test_a_newer_option_whose_default_was_changed_later_is_another_setting(sweep, newer_version, first):
+    sweep(evaluate=EVALUATE[:1])
+    newer_version("objectives", "score_matching", newer=0.25)
+    first("objectives", "score_matching", newer=0.0)
+    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.25.*The sweep was changed"):
+        sweep(evaluate=EVALUATE[:1])
+    assert sweep(evaluate=EVALUATE[:1], set={"objectives.0.newer": 0.0})[1] == []
+
+
+@pytest.mark.parametrize("made_by", ["this version", "the first version"])
+def test_training_is_not_done_again_when_options_come_in_and_more_is_evaluated(sweep, newer_version, made_by):
+    sweep(evaluate=EVALUATE[:1])
+    if made_by != "this version":
+        as_the_first_version_left_it()
+    for file in (CELL / "checkpoints").iterdir():
+        file.unlink()
+    newer_version("objectives", "score_matching", newer=0.0)
+    board, ran = sweep(evaluate=EVALUATE)
+    assert (ran, board.count("done")) == (["mine-seed0"], 1)
+    assert not any((CELL / "checkpoints").iterdir())
+    assert sweep(evaluate=EVALUATE)[1] == []
+
+
+def test_a_cell_of_the_first_version_that_was_finished_under_other_settings_is_not_done(sweep):
+    sweep(evaluate=EVALUATE[:1])
+    as_the_first_version_left_it()
+    content = json.loads((CELL / "cell.json").read_text())
+    (CELL / "cell.json").write_text(json.dumps(content | {"fingerprint": "0" * 64}))
+    assert sweep(evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
+
+
+def test_a_damaged_cell_file_is_named_and_the_cell_is_finished_again(sweep, caplog):
+    sweep(evaluate=EVALUATE[:1])
+    (CELL / "cell.json").write_text('{"settings": ')
+    assert sweep(evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
+    assert "cell.json: cannot be read" in caplog.text
