@@ -21,6 +21,7 @@ from agsm_rl.evaluate.suite import Result, Suite
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, read_results, write_results
 from agsm_rl.evaluate.target import Target, open_target
 from agsm_rl.files import write_text
+from agsm_rl.screen import make_console, tell
 
 MEASURED_AT_ONCE = 16
 
@@ -63,11 +64,10 @@ def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Pa
             return {}
         if not work.gathers:
             folder = options.images or target
-            work.console.print(
+            tell(
+                work.console,
                 f"share {options.shard} is drawn and measured; when all are, `agsm-rl eval {folder} --suite "
                 f"{suite.name}` (or this command without --shard) gives the figures.",
-                highlight=False,
-                soft_wrap=True,
             )
             return {}
         content = _tell(found, other, work)
@@ -104,9 +104,9 @@ class _Work:
     def begin(suite: Suite, options: Options) -> _Work:
         """By the options, or by accelerate's processes."""
         if options.shard is not None:
-            return _Work(suite, options, Shard.parse(options.shard), False, Console(stderr=True))
+            return _Work(suite, options, Shard.parse(options.shard), False, make_console(stderr=True))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return _Work(suite, options, Shard(), True, Console(stderr=True))
+            return _Work(suite, options, Shard(), True, make_console(stderr=True))
         from agsm_rl.training.processes import make_accelerator
 
         if options.images is None:
@@ -114,7 +114,7 @@ class _Work:
         processes = make_accelerator()
         main = processes.is_main_process
         shard = Shard(processes.process_index, processes.num_processes)
-        return _Work(suite, options, shard, main, Console(stderr=True, quiet=not main), processes)
+        return _Work(suite, options, shard, main, make_console(stderr=True, quiet=not main), processes)
 
     def wait(self) -> None:
         """For the other processes, where there are any."""
@@ -203,8 +203,8 @@ class _Work:
 
 def _stdout() -> Console:
     """A pipe or a file is given whole tables, however wide; a terminal shortens what does not fit."""
-    console = Console()
-    return console if console.is_terminal else Console(width=10_000)
+    console = make_console()
+    return console if console.is_terminal else make_console(width=10_000)
 
 
 def _tell(found: _Found, other: _Found | None, work: _Work) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.suites.shapes import Scores
+from agsm_rl.screen import styled
 
 
 def interval_json(part: Interval) -> dict[str, float | None]:
@@ -38,7 +39,7 @@ def share_table(
     made = plain_table(title, ("tag", "n", *columns))
     for tag, (_, total) in scores[-1].counts.items():
         cells = [percent(part.tags[tag]) for part in scores] + ([percent(changes[1][tag], "+")] if changes else [])
-        made.add_row(tag, str(total), *cells)
+        made.add_row(styled(tag), str(total), *cells)
     made.add_section()
     total = sum(count for _, count in scores[-1].counts.values())
     cells = [percent(part.overall) for part in scores] + ([percent(changes[0], "+")] if changes else [])
@@ -48,14 +49,14 @@ def share_table(
 
 def percent(part: Interval, sign: str = "") -> str:
     """45.0 [40.1 49.9]"""
-    return f"{100 * part.value:{sign}.1f} \\[{100 * part.low:{sign}.1f} {100 * part.high:{sign}.1f}]"
+    return f"{100 * part.value:{sign}.1f} [{100 * part.low:{sign}.1f} {100 * part.high:{sign}.1f}]"
 
 
 def number(part: Interval, sign: str = "") -> str:
     """0.2513 [0.2401 0.2622]"""
     if math.isnan(part.low):
         return f"{part.value:{sign}.4g}"
-    return f"{part.value:{sign}.4g} \\[{part.low:{sign}.4g} {part.high:{sign}.4g}]"
+    return f"{part.value:{sign}.4g} [{part.low:{sign}.4g} {part.high:{sign}.4g}]"
 
 
 def _or_null(value: float) -> float | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agsm_rl.screen import make_console, make_progress, plain, tell
 
 LINES = 10
 """Lines in a log for a whole evaluation."""
@@ -17,23 +18,13 @@ def progress(
     what: str, *, total: int, done: int = 0, console: Console | None = None
 ) -> Iterator[Callable[[int], None]]:
     """Show `what` as done / total with the time left, on stderr; yields `advance(number)`."""
-    console = console or Console(stderr=True)
+    console = console or make_console(stderr=True)
     if done and done == total:
-        console.print(f"{what}: all {total} were there", highlight=False)
+        tell(console, f"{what}: all {total} are there already")
         yield lambda number: None
         return
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(what, total=total, completed=done)
+    with make_progress(console) as bar:
+        task = bar.add_task(plain(what), total=total, completed=done, figures="")
         interval, now = max(1, total // LINES), done
 
         def advance(number: int) -> None:
@@ -41,6 +32,6 @@ def progress(
             before, now = now, now + number
             bar.update(task, completed=now)
             if not console.is_terminal and (before // interval < now // interval or now == total):
-                console.print(f"{what} {now}/{total}", highlight=False)
+                tell(console, f"{what} {now}/{total}")
 
         yield advance

@@ -7,10 +7,12 @@ from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.suites.shapes import Scores, ShapesResult, compare
+from agsm_rl.screen import make_console, styled
 
 SCALE = 3
 GAP, FRAME, LABEL_HEIGHT, LABEL_SIZE = 8, 3, 40, 11
@@ -20,7 +22,7 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, console: Console | None = None) -> None:
     """Print the lenient and the strict table, in percent with 95 % intervals."""
-    out = console or Console()
+    out = console or make_console()
     for strict in (False, True):
         out.print(table(base, trained, strict=strict))
 
@@ -85,15 +87,15 @@ def _write(sheet: Image.Image, prompt: str, left: int, top: int, width: int) -> 
     ImageDraw.Draw(sheet).multiline_text((left, top), "\n".join(lines), fill=INK, font=font, spacing=2)
 
 
-def _share(part: Interval) -> str:
-    return f"{100 * part.value:.1f} \\[{100 * part.low:.1f} {100 * part.high:.1f}]"
+def _share(part: Interval) -> Text:
+    return styled(f"{100 * part.value:.1f} [{100 * part.low:.1f} {100 * part.high:.1f}]")
 
 
-def _change(part: Interval) -> str:
-    text = f"{100 * part.value:+.1f} \\[{100 * part.low:+.1f} {100 * part.high:+.1f}]"
+def _change(part: Interval) -> Text:
+    text = f"{100 * part.value:+.1f} [{100 * part.low:+.1f} {100 * part.high:+.1f}]"
     if not part.excludes_zero:
-        return text
-    return f"[green]{text}[/green]" if part.value > 0 else f"[red]{text}[/red]"
+        return styled(text)
+    return styled(text, "green" if part.value > 0 else "red")
 
 
 def _total(scores: Scores) -> int:

@@ -7,10 +7,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.stop import Interrupted
+from agsm_rl.screen import make_progress, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.processes import ProcessLost
 
@@ -40,17 +40,7 @@ class ProgressBar(Callback):
     def __init__(self, console: Console, *, steps: int, done: int, enabled: bool = True) -> None:
         self.console, self.steps = console, steps
         self._interval = max(1, steps // 20)
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not (enabled and console.is_terminal),
-        )
+        self._bar = make_progress(console, enabled=enabled)
         self._task = self._bar.add_task("training", total=steps, completed=done, figures="")
 
     def __enter__(self) -> Self:
@@ -67,7 +57,7 @@ class ProgressBar(Callback):
         figures = shown(metrics)
         self._bar.update(self._task, completed=step, figures=figures)
         if not self.console.is_terminal and (step % self._interval == 0 or step == self.steps):
-            self.console.print(f"step {step}/{self.steps}  {figures}", soft_wrap=True, highlight=False)
+            tell(self.console, f"step {step}/{self.steps}  {figures}")
 
 
 def shown(metrics: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ from agsm_rl.run.events import EventsFile
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.score_history import Standing
 from agsm_rl.run.stop import Interrupted
+from agsm_rl.screen import make_console, styled, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 from agsm_rl.training.scoring import checked_score
@@ -78,7 +79,7 @@ class Evaluation(Callback):
         """Continue with what was known (None: nothing was kept), and make up for an evaluation that a stop cut off."""
         if state is not None and not self.standing.load_state_dict(state):
             words = "evaluate: it is measured in another way than before, so the best so far begins anew"
-            self.console.print(words, highlight=False)
+            tell(self.console, words)
         self.checkpoints.mend_best(trainer)
         if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
             # At several guidances, some lines may have been written already.
@@ -100,7 +101,7 @@ class Evaluation(Callback):
     def _look(self, trainer: Trainer) -> None:
         found = self.measure(trainer)
         for base, trained in found:
-            self.console.print(summary(base, trained, trainer.step, self.roles), highlight=False)
+            tell(self.console, summary(base, trained, trainer.step, self.roles))
         self._obey(trainer, self._note(trainer, found))
         self.checkpoints.after_evaluation(trainer)
 
@@ -127,10 +128,10 @@ class Evaluation(Callback):
             self.checkpoints.after_evaluation(trainer)
         self._write(trainer.step)
         assert self._newest is not None
-        found, out = self._newest[1], Console()
+        found, out = self._newest[1], make_console()
         for base, trained in found:
             behind = f" with “{self.options.prompt_suffix}” behind them" if self.options.prompt_suffix else ""
-            out.rule(f"guidance {trained.guidance:g}, {self.options.split} prompts{behind}")
+            out.rule(styled(f"guidance {trained.guidance:g}, {self.options.split} prompts{behind}"))
             print_table(base.result, trained.result, console=out)
             if trained.rewards:
                 out.print(reward_table(base.rewards, trained.rewards, self.roles))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from agsm_rl.screen import tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 
@@ -20,7 +21,7 @@ class EventsFile(Callback):
     def add(self, event: Event) -> None:
         """Write and print an event."""
         if self.write(event):
-            self.console.print(event.message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            tell(self.console, event.message, style="yellow")
 
     def write(self, event: Event) -> bool:
         """Write an event; False when it stands there already."""

@@ -26,6 +26,7 @@ from agsm_rl.run.evaluation import Evaluation
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.sample_grids import SampleGrids
 from agsm_rl.run.stop import Interrupted, Lost, Stopped
+from agsm_rl.screen import make_console, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import WentWrong
 from agsm_rl.training.processes import GRACE, EndWhenStuck, ProcessLost, make_accelerator
@@ -48,7 +49,7 @@ def train(
     nothing is drawn after the last step: whoever calls evaluates. Raises UserError before anything is written when the
     recipe or the folder cannot be used, Stopped after a signal, and Lost where another process of the run is gone.
     """
-    console = console or Console(stderr=True)
+    console = console or make_console(stderr=True)
     folder = RunFolder(run_dir or _shared(lambda: default_folder(where)))
     accelerator = make_accelerator(
         log_with=recipe.track or None,
@@ -66,7 +67,7 @@ def train(
             trainer.processes.wait()
             standing = _continue(trainer, folder, console if main else None) if resume else None
             if main and trainer.processes.count > 1:
-                console.print(f"{trainer.processes.count} processes", highlight=False)
+                tell(console, f"{trainer.processes.count} processes")
             _start_trackers(accelerator, recipe)
             trainer.callbacks = list(callbacks)
             with GracefulStop() as stop, _ended_when_stuck(trainer, folder):
@@ -210,9 +211,9 @@ def _failed(folder: RunFolder, trainer: Trainer, error: OSError) -> UserError:
 def _tell_agreement(folder: RunFolder) -> None:
     """Say whether the terms helped or fought each other, on the screen and in eval.json."""
     found = agreements(folder.metrics)
-    out = Console()
+    out = make_console()
     for one in found:
-        out.print(str(one), highlight=False)
+        tell(out, str(one))
     if found and folder.eval.exists():
         content = json.loads(folder.eval.read_text(encoding="utf-8")) | {"agreement": to_json(found)}
         write_text(folder.eval, json.dumps(content, indent=1) + "\n")
@@ -225,11 +226,10 @@ def _write_report(folder: RunFolder, console: Console) -> None:
     try:
         write_report([folder.path], folder.report)
     except Exception as error:  # whatever it is, hours of training must not end as a failure for it
-        console.print(
+        tell(
+            console,
             f"report.html was not written ({type(error).__name__}: {error}); all else is. To try again: agsm-rl report "
             f"{folder.path}",
-            highlight=False,
-            markup=False,
         )
 
 
@@ -253,9 +253,9 @@ def _continue(trainer: Trainer, folder: RunFolder, console: Console | None) -> d
     if console is not None:
         for file in (folder.metrics, folder.evaluations, folder.events):
             MetricsFile(file).cut(step)
-        console.print(
+        tell(
+            console,
             f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
-            soft_wrap=True,
         )
     return standing
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agsm_rl.files import write_text
+from agsm_rl.screen import styled, tell
 from agsm_rl.sweep.plan import Cell, Plan
 
 Status = Literal["pending", "running", "done", "failed"]
@@ -118,7 +119,7 @@ class Board:
     def tell(self, line: str) -> None:
         """A plain line on the console and, with its time, in sweep.log."""
         with self._lock:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            tell(self.console, line)
             with (self.plan.folder / "sweep.log").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
@@ -161,7 +162,7 @@ class Board:
         parts += (
             [f"about {_span(left)} left"] if left is not None and self.count("pending") + self.count("running") else []
         )
-        return Text(", ".join(parts), style="bold")
+        return styled(", ".join(parts), "bold")
 
     def _running(self) -> Table:
         rows = Table.grid(padding=(0, 2))
@@ -174,7 +175,7 @@ class Board:
 
     def _failed(self) -> list[Text]:
         failed = [state for state in self.states.values() if state.status == "failed"]
-        return [Text(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", style="red") for s in failed[-BEST:]]
+        return [styled(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", "red") for s in failed[-BEST:]]
 
     def _best(self) -> Table:
         best = Table(title=f"best cells ({_chosen_split(self.plan)}, strict)", title_justify="left", box=None)

@@ -21,6 +21,7 @@ from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
 from agsm_rl.run.stop import Stopped
+from agsm_rl.screen import make_console
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
 from agsm_rl.sweep.first_version import add_settings
@@ -50,7 +51,7 @@ def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None)
 
     Raises UserError before anything runs when the folder holds other runs or is busy, SweepStopped after a signal.
     """
-    console = console or Console()
+    console = console or make_console()
     _check_folder(plan)
     if plan.sweep.search is not None:
         from agsm_rl.sweep.search import check_installed

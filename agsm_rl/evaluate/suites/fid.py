@@ -22,6 +22,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import plain_table
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, open_picture, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
+from agsm_rl.screen import styled
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -59,7 +60,7 @@ class FIDResult:
         cells = [f"{self.distance:.3f}"]
         if other:
             cells = [f"{other.distance:.3f}", *cells, f"{self.against(other)['difference']['overall']['value']:+.3f}"]
-        made.add_row(f"{Path(self.reference).name} ({self.num_reference})", str(self.num_images), *cells)
+        made.add_row(styled(f"{Path(self.reference).name} ({self.num_reference})"), str(self.num_images), *cells)
         console.print(made)
 
     def against(self, other: FIDResult) -> dict[str, Any]:

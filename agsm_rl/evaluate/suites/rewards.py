@@ -29,6 +29,7 @@ from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.screen import styled, tell
 from agsm_rl.training.scoring import checked_score, scoring_device
 
 NUM_IMAGES = 200
@@ -133,10 +134,10 @@ class RewardsResult:
                 change, wins = self._compared(other, label)
                 cells = [f"{other.mean(label).value:.4g}", f"{self.mean(label).value:.4g}", number(change, "+")]
                 cells.append(percent(wins))
-            made.add_row(label, *cells)
+            made.add_row(styled(label), *cells)
         console.print(made)
         for label in self.constant():
-            console.print(f"{label} gave every image the same score; it has measured nothing here.", style="red")
+            tell(console, f"{label} gave every image the same score; it measures nothing here.", style="red")
 
     def against(self, other: RewardsResult) -> dict[str, Any]:
         """This minus the other, and how often this wins, by reward."""

@@ -1,0 +1,180 @@
+"""The way to the screen: text is shown as it is, controls no terminal, and a lost screen does not end the work.
+
+Prompts, file names and models' answers are other people's text. `plain` spells out control characters, consoles made
+here read neither markup nor emoji codes, and within `steady_screen` printing never raises.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 (but tab and line feed), DEL and C1; line separators and the marks that reverse text; halves of characters."""
+
+_SPELLED = {"ψ": "psi", "⁻": "-", "⁺": "+", "→": "->", "–": "-", "—": "-", "−": "-", "…": "...", "×": "x", "≈": "~"}
+_SPELLED |= dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'") | {"±": "+-", "²": "^2", "·": "."}
+_SPELLED |= dict.fromkeys("─━═╸╺╴╶", "-") | dict.fromkeys("│┃║", "|") | dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪", "+")
+
+
+def plain(text: str) -> str:
+    """The text with control characters written as escapes (`\\x1b`), so that it cannot steer a terminal."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line on stdout, or on stderr with `err`."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None:
+        print(plain(text), file=stream, flush=True)
+
+
+class PlainConsole(Console):
+    """A rich console for which text is text: no markup, no emoji codes, no highlighting, no control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"markup": False, "emoji": False, "highlight": False} | options))
+
+    @property
+    def encoding(self) -> str:
+        """That of the stream, which rich asks only where it was given one; without UTF-8 it draws lines in ASCII."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Rich's, of the plain text."""
+        return super().render_str(plain(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on; rich would end the process, and a training with it."""
+        self.quiet = True
+
+
+def make_console(*, stderr: bool = False, **options: Any) -> Console:
+    """The console that every room prints tables, rules and progress bars on. options: rich's."""
+    return PlainConsole(stderr=stderr, **options)
+
+
+def tell(console: Console, text: str, *, style: str = "") -> None:
+    """Print a line as it is on any console, whatever that makes of markup; long lines are not broken."""
+    console.print(styled(text, style), soft_wrap=True)
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Plain text in a style of ours, such as `bold`."""
+    return Text(plain(text), style=style)
+
+
+def make_progress(console: Console, *, enabled: bool = True) -> Progress:
+    """A progress bar with the time left, on a terminal only; its tasks need the field `figures`, a short text."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        disable=not (enabled and console.is_terminal),
+    )
+
+
+@contextmanager
+def steady_screen() -> Iterator[list[OSError]]:
+    """Within the block, nothing that is printed on stdout or stderr raises.
+
+    What an encoding lacks is spelled in ASCII. A stream that cannot be written any more is dropped. Yields a list that
+    holds the error afterwards if that was stdout, and not just because its reader has gone (as `head` does).
+    """
+    _open_closed_descriptors()
+    lost: list[OSError] = []
+    before = (sys.stdout, sys.stderr)
+    settings = [_spell_out(stream) for stream in before]
+    out, err = _SteadyStream(before[0], lost), _SteadyStream(before[1], [])
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield lost
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
+        for stream, errors in zip(before, settings, strict=True):
+            if errors is not None:
+                stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+
+
+class _SteadyStream:
+    """A text stream whose `write` and `flush` do not raise; everything else is the stream's."""
+
+    def __init__(self, stream: TextIO, lost: list[OSError]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            return self._stream.write(text.encode("ascii", "agsm_rl.spelled").decode())
+        except (OSError, ValueError) as error:
+            self._drop(error)
+            return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError | ValueError) -> None:
+        """Let what is printed from now on, and what is still buffered, go nowhere."""
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and not self._lost:
+            self._lost.append(error)
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _open_closed_descriptors() -> None:
+    """Give stdin, stdout and stderr that were closed a place, or the next file opened would get what is printed."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _spell_out(stream: TextIO) -> str | None:
+    """Have a stream spell what its encoding lacks; its error handler until now, None where it has none to set."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return None
+    errors = stream.errors
+    stream.reconfigure(errors="agsm_rl.spelled")
+    return errors
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(x) or x.encode("unicode_escape").decode() for x in letters), error.end
+
+
+codecs.register_error("agsm_rl.spelled", _spelled)
