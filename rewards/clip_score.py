@@ -1,29 +1,26 @@
 """CLIPScore (arXiv 2104.08718): how well an image fits its prompt, by the cosine of CLIP's features of both.
 
     score = scale · max(cos(image, prefix + prompt), 0)
-Published tables mostly print 100 · cos with ViT-L/14 and no prefix, and so do the defaults. The paper's own metric is
-`{path: openai/clip-vit-base-patch32, scale: 2.5, prefix: "A photo depicts "}`.
+Most published tables report 100 · cos with ViT-L/14 and no prefix, which is also the default here. The paper's own
+metric is `{path: openai/clip-vit-base-patch32, scale: 2.5, prefix: "A photo depicts "}`.
 """
 
 import math
-from collections.abc import Hashable
-from typing import Any
 
-from agsm_rl_rewards.clip_model import clip_files, read_clip
-from agsm_rl_rewards.native import NativeReward, Way
-from agsm_rl_rewards.preprocessing import ShortestSideCrop
+from agsm_rl_rewards.clip_reward import CLIPReward
+from agsm_rl_rewards.native import Way
 from torch import Tensor
 
 from agsm_rl.errors import UserError
 
 
-class ClipScore(NativeReward):
+class ClipScore(CLIPReward):
     """How well an image fits its prompt: CLIPScore [B] in [0, scale].
 
     Args:
         path: Folder or hub id of a CLIP.
-        scale: What a cosine of 1 scores: 100 as in most tables, 2.5 in the paper.
-        prefix: Text that stands before each prompt.
+        scale: The score of a cosine of 1: 100 as in most tables, 2.5 in the paper.
+        prefix: Text put in front of each prompt.
     """
 
     name = "clip_score"
@@ -38,26 +35,11 @@ class ClipScore(NativeReward):
         prefix: str = "",
         preprocessing: Way = "auto",
     ) -> None:
-        super().__init__(preprocessing)
         if not 0 < scale < math.inf:
             raise UserError(f"scale: got {scale}, but it must be above 0 (100 as in most tables, 2.5 as in the paper)")
+        super().__init__(path, preprocessing)
         self.scale, self.prefix = float(scale), prefix
         self.range = (0.0, self.scale)
-        self.files = clip_files(self.name, "path", path, with_text=True)
-        for file in self.files:
-            file.check()
-
-    def identity(self) -> Hashable:
-        """The place of the weights."""
-        return tuple(self.files)
-
-    def load(self) -> Any:
-        """The CLIP."""
-        return read_clip(self.files)
-
-    def pixels(self) -> ShortestSideCrop:
-        """As transformers' processor does it."""
-        return ShortestSideCrop(self.network.image_size, processor=True)
 
     def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B]."""

@@ -1,22 +1,20 @@
-"""PickScore (arXiv 2305.01569): a CLIP ViT-H/14 taught which of two images people picked for a prompt.
+"""PickScore (arXiv 2305.01569): a CLIP ViT-H/14 trained to predict which of two images people prefer for a prompt.
 
 score = exp(logit_scale) · cos(image, prompt)
 """
 
-from collections.abc import Hashable
-from typing import Any
-
-from agsm_rl_rewards.clip_model import clip_files, read_clip
-from agsm_rl_rewards.native import NativeReward, Way
-from agsm_rl_rewards.preprocessing import ShortestSideCrop
+from agsm_rl_rewards.clip_reward import CLIPReward
+from agsm_rl_rewards.native import Way
 from torch import Tensor
 
 
-class PickScore(NativeReward):
-    """PickScore [B], about 15 to 25 for pictures; the difference of two images' scores is the log-odds of being picked.
+class PickScore(CLIPReward):
+    """PickScore [B], about 15 to 25 for pictures.
+
+    The difference between two images' scores is the log-odds that the first one is preferred.
 
     Args:
-        path: Folder or hub id of its CLIP.
+        path: Folder or hub id of PickScore's CLIP.
     """
 
     name = "pick_score"
@@ -24,22 +22,7 @@ class PickScore(NativeReward):
     licence = "none stated with the weights (fine-tuned from LAION's CLIP, MIT)"
 
     def __init__(self, *, path: str = "yuvalkirstain/PickScore_v1", preprocessing: Way = "auto") -> None:
-        super().__init__(preprocessing)
-        self.files = clip_files(self.name, "path", path, with_text=True)
-        for file in self.files:
-            file.check()
-
-    def identity(self) -> Hashable:
-        """The place of the weights."""
-        return tuple(self.files)
-
-    def load(self) -> Any:
-        """The CLIP."""
-        return read_clip(self.files)
-
-    def pixels(self) -> ShortestSideCrop:
-        """As transformers' processor does it."""
-        return ShortestSideCrop(self.network.image_size, processor=True)
+        super().__init__(path, preprocessing)
 
     def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B]."""

@@ -15,7 +15,7 @@
 # ///
 """The package hpsv2 1.2.0 as a worker: its model, its transform, its tokenizer; the checkpoint is loaded once.
 
-clint is imported by it, but not required; open-clip-torch is here for the vocabulary that its wheel lacks.
+The package imports clint without requiring it; open-clip-torch provides the vocabulary that hpsv2's wheel lacks.
 """
 
 import importlib.util
@@ -27,25 +27,19 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from agsm_rl_worker import Refused, serve
+from agsm_rl_worker import serve
+from official_setup import define_torchvision_operators, found_or_fetched, wrong_weights
 
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
-# Where torchvision's operators cannot be loaded (its CUDA build beside a CPU build of torch), its import wants these
-# two; where they can, a second definition would end the process.
-torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
-try:
-    torch.ops.load_library(next(Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*")))
-except OSError:
-    torchvision_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torchvision_operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+define_torchvision_operators()
 
-# Two imports that an editor's completion left in the package; neither name is used.
+# The package imports these two names by accident (an editor's completion) and uses neither.
 for module, name in {"turtle": "forward", "curses": "meta"}.items():
     sys.modules.setdefault(module, types.ModuleType(module))
     setattr(sys.modules[module], name, None)
 
-# The tokenizer opens this file as it is imported. The environment is ours alone, so the file can be put there.
+# The tokenizer opens this file on import. The environment is ours alone, so the file can be put there.
 vocabulary = "bpe_simple_vocab_16e6.txt.gz"
 here, there = (Path(importlib.util.find_spec(name).origin).parent for name in ("open_clip", "hpsv2"))
 if not (there / "src/open_clip" / vocabulary).exists():
@@ -57,7 +51,7 @@ from hpsv2.src import open_clip  # noqa: E402
 
 
 class OfficialHPSv2:
-    """Cosine of image and prompt by HPSv2's own code; the version says which of the two checkpoints it is."""
+    """Cosine of image and prompt by HPSv2's own code; the version selects one of the two checkpoints."""
 
     images = "pil"
     range = (-1.0, 1.0)
@@ -65,16 +59,16 @@ class OfficialHPSv2:
     architecture = "ViT-H-14"
 
     def __init__(self, *, version: str, path: str) -> None:
-        file = found_or_fetched(path, FILES[version])  # before the model, which takes its time
+        file = found_or_fetched(path, FILES[version])  # before the model, which is slow to build
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        # As img_score.initialize_model of the package does, less the settings that are its defaults.
+        # As the package's img_score.initialize_model does, without the arguments that equal its defaults.
         self.model, _, self.transform = open_clip.create_model_and_transforms(
             self.architecture, precision="amp", device=self.device, light_augmentation=True, output_dict=True
         )
         try:
             self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
         except (KeyError, RuntimeError, UnpicklingError) as error:
-            raise Refused(f"{file}: not HPSv2's weights: {' '.join(str(error).split())[:300]}") from error
+            raise wrong_weights(file, "HPSv2", error) from error
         self.model.eval()
         self.tokenize = open_clip.get_tokenizer(self.architecture)
 
@@ -82,27 +76,8 @@ class OfficialHPSv2:
     def __call__(self, images, prompts):
         pixels = torch.stack([self.transform(image) for image in images]).to(self.device)
         with torch.autocast("cuda", enabled=self.device == "cuda"):
-            found = self.model(pixels, self.tokenize(prompts).to(self.device))
-        return (found["image_features"] * found["text_features"]).sum(-1).float().cpu()
-
-
-def found_or_fetched(place: str, file: str) -> str:
-    """The path of a file that is `place`, lies in that folder, or is fetched from that repository of the hub."""
-    if os.path.isfile(place):
-        return place
-    if os.path.isdir(place):
-        if os.path.isfile(os.path.join(place, file)):
-            return os.path.join(place, file)
-        raise Refused(f"there is no {file} in the folder {place}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(place, file)
-    except Exception as error:
-        raise Refused(
-            f"{file} of {place} is not on this machine and could not be fetched ({type(error).__name__}); "
-            f"fetch it by `hf download {place} {file}`, or say where it lies"
-        ) from error
+            features = self.model(pixels, self.tokenize(prompts).to(self.device))
+        return (features["image_features"] * features["text_features"]).sum(-1).float().cpu()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A reward whose official package runs in the environment of a locked script of ours."""
+"""A reward whose official package runs in the environment that one of our locked scripts pins."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 
 
 class LockedScriptReward(RemoteReward):
-    """A RemoteReward by `script`, started in the environment that `locked` (itself, unless told otherwise) pins.
+    """A RemoteReward by `script`, started in the environment that `locked` (by default `script`) pins.
 
-    The environment is made at the first batch (uv, PyPI, 1.2 GB and more), outside of start_timeout.
+    The environment is created at the first batch (uv, PyPI, 1.2 GB or more); start_timeout begins after that.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class LockedScriptReward(RemoteReward):
 
 
 def existing(path: str | None, *, reward: str, option: str) -> str | None:
-    """A path in full, as the worker will open it; hub ids stay; UserError when a path leads nowhere."""
+    """The absolute path, as the worker will open it; hub ids stay as they are; UserError if a path does not exist."""
     if path is None:
         return None
-    found = Path(path).expanduser()
-    if found.exists():
-        return str(found.absolute())
-    if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not found.suffix:
+    local = Path(path).expanduser()
+    if local.exists():
+        return str(local.absolute())
+    if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not local.suffix:
         return path
     raise UserError(
-        f"reward '{reward}': {option}: '{path}' does not exist (looked from {Path.cwd()}), and is no hub id"
+        f"reward '{reward}': {option}: '{path}' does not exist (current folder: {Path.cwd()}) and is not a hub id"
     )
