@@ -1,9 +1,9 @@
-"""DDPO's rewards that need no weights (arXiv 2305.13301, section 5.1): how small, or large, an image's JPEG file is."""
+"""DDPO's two rewards without weights (arXiv 2305.13301, section 5.1): how small, or how large, an image's JPEG is."""
 
 import io
 
 import torch
-from PIL import Image
+from agsm_rl_rewards.preprocessing import pictures
 from torch import Tensor
 
 QUALITY = 95
@@ -12,17 +12,16 @@ QUALITY = 95
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """File sizes [B] in kB (1,000 bytes) of images [B, 3, H, W] in [0, 1], saved as JPEG of quality 95."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for picture in pictures(images):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=QUALITY)
+        picture.save(file, format="JPEG", quality=QUALITY)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
 class JpegCompressibility:
-    """Minus the file size in kB [B] of images [B, 3, H, W] in [0, 1]; the prompts do not matter."""
+    """How small an image's JPEG is, whatever the prompt: minus its file size in kB, [B]."""
 
     name = "jpeg_compressibility"
     range = (-float("inf"), 0.0)
@@ -30,11 +29,12 @@ class JpegCompressibility:
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         return -jpeg_kilobytes(images)
 
 
 class JpegIncompressibility:
-    """The file size in kB [B] of images [B, 3, H, W] in [0, 1]; the prompts do not matter."""
+    """How large an image's JPEG is, whatever the prompt: its file size in kB, [B]."""
 
     name = "jpeg_incompressibility"
     range = (0.0, float("inf"))
@@ -42,4 +42,5 @@ class JpegIncompressibility:
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         return jpeg_kilobytes(images)

@@ -1,6 +1,6 @@
-"""From images to what the networks see: each model's own resizing, exactly (from PIL pictures) and with gradients.
+"""From images to a network's input: each model's own resizing, exactly (from PIL pictures) or with gradients.
 
-The exact way goes through pictures of 8 bits a channel, as the official packages do when they score files. The tensor
+The exact way goes through pictures of 8 bits per channel, as the official packages do when they score files. The tensor
 way does the same arithmetic in floating point (bicubic, antialiased), so that gradients reach every pixel.
 """
 
@@ -19,10 +19,10 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessing(Protocol):
-    """A model's two ways; both give normalised pixels [B, 3, size, size]."""
+    """A model's two ways to prepare images; both return normalised pixels [B, 3, size, size]."""
 
     def exact(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """From pictures, of any sizes and modes, on the CPU."""
+        """From pictures of any size and mode, on the CPU."""
         ...
 
     def tensor(self, images: Tensor) -> Tensor:
@@ -31,9 +31,15 @@ class Preprocessing(Protocol):
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1], less CLIP's mean and divided by its standard deviation, channel by channel."""
+    """Pixels in [0, 1], minus CLIP's mean and divided by its standard deviation, channel by channel."""
     mean, std = (torch.tensor(values).to(pixels)[:, None, None] for values in (MEAN, STD))
     return (pixels - mean) / std
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, H, W] in [0, 1] as PIL images of 8 bits per channel."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -49,9 +55,9 @@ def resized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 class Letterbox:
-    """HPSv2's: the longest side to `size`, then black around the middle, before normalising.
+    """HPSv2's: the longest side to `size`, centred on black, before normalising.
 
-    The official code resizes floating-point tensors here, so both ways share it; the exact one has 8-bit pixels.
+    The official code resizes floating-point tensors here, so both ways share it; the exact one starts from 8 bits.
     """
 
     def __init__(self, size: int) -> None:
@@ -73,9 +79,9 @@ class Letterbox:
 class ShortestSideCrop:
     """The shortest side to `size`, then the middle square.
 
-    `processor`: as transformers' image processors do it (RGB first; an odd pixel is cut off above and left), which is
-    the reference of PickScore and of today's CLIPScore. Otherwise as OpenAI's CLIP does it (RGB after resizing; halves
-    are rounded to even), which is that of ImageReward and the aesthetic predictor. At some sizes they differ by a
+    With `processor`, as transformers' image processors do it (RGB first; an odd pixel is cut off at the top and left),
+    the reference for PickScore and today's CLIPScore. Without, as OpenAI's CLIP does it (RGB after resizing; halves are
+    rounded to even), the reference for ImageReward and the aesthetic predictor. At some sizes the two differ by one
     pixel.
     """
 
@@ -87,7 +93,7 @@ class ShortestSideCrop:
         return torch.stack([normalised(to_tensor(self._crop(picture))) for picture in pictures])
 
     def tensor(self, images: Tensor) -> Tensor:
-        """From images [B, 3, H, W] in [0, 1]; PIL's clipping of what bicubic overshoots is kept."""
+        """From images [B, 3, H, W] in [0, 1]; clipped where bicubic overshoots, as PIL does."""
         height, width = self._sides(*images.shape[-2:])
         images = resized(images, height, width).clamp(0, 1)
         top, left = self._start(height), self._start(width)

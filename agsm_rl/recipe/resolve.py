@@ -111,9 +111,15 @@ class Parts:
         """The reward of that name."""
         found = self.load("rewards", name, place)
         registry.check_permissions(found, options, where=f"{self.where}: {place}", allow_imports=self.allow_imports)
+        from agsm_rl_rewards.functions import as_reward
+
         from agsm_rl.interfaces import Reward, with_defaults
 
-        return with_defaults(self.call(found, options, place), Reward)
+        made = self.call(found, options, place)
+        try:
+            return with_defaults(as_reward(made), Reward)
+        except UserError as error:
+            raise refuse(self.where, place, str(error)) from error
 
     def call(self, found: Any, options: dict[str, Any], place: str) -> Any:
         """`found(**options)`, its complaints told with their place; a seed that nobody gave is its own default."""
@@ -123,7 +129,7 @@ class Parts:
             return found(**options)
         except UserError as error:
             raise refuse(self.where, place, str(error)) from error
-        except (ValueError, TypeError) as error:
+        except (Exception, SystemExit) as error:  # whatever a user's constructor raises
             raise refuse(self.where, place, f"{type(error).__name__}: {error}") from error
 
     def complete_reward(self, entry: RewardEntry, place: str) -> RewardEntry:

@@ -1,8 +1,11 @@
 """Any Python function of images and prompts is a reward, from Python and from a recipe."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
-from agsm_rl_rewards.functions import FunctionReward, reward_maker
+from agsm_rl_rewards.functions import FunctionReward, as_reward, reward_maker
 from agsm_rl_rewards.hpsv2 import HPSv2
 from agsm_rl_rewards.trl_style import TRLReward
 
@@ -39,8 +42,143 @@ def test_anything_else_is_named(returned):
     def odd(images, prompts):
         return returned
 
-    with pytest.raises(UserError, match="reward 'odd': a score an image is wanted, but it returned"):
+    with pytest.raises(UserError, match="reward 'odd': a reward returns one score per image.* 2 numbers; it returned"):
         FunctionReward(odd)(torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+def scaled(images, prompts, scale=2.0):
+    return images.mean(dim=(1, 2, 3)) * scale
+
+
+class Scorer:
+    def __call__(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, pixel_values):
+        return self.dropout(pixel_values.mean(dim=(1, 2, 3)) * self.weight)
+
+
+def swapped(prompts, images):
+    return [image.mean() * len(prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def by_keyword(*, images, prompts):
+    return images.mean(dim=(1, 2, 3)).numpy()
+
+
+def anything(**kwargs):
+    return kwargs["images"].mean(dim=(1, 2, 3))
+
+
+def in_order(*args):
+    return args[0].mean(dim=(1, 2, 3))
+
+
+def position_only(pictures, texts, /, *, scale=1.0):
+    return pictures.mean(dim=(1, 2, 3)) * scale
+
+
+TAKEN = {
+    "defaults": (scaled, "scaled", 2.0),
+    "further keywords": (lambda images, prompts, **kwargs: images.mean((1, 2, 3)), "lambda", 1.0),
+    "keyword-only": (by_keyword, "by_keyword", 1.0),
+    "position-only": (position_only, "position_only", 1.0),
+    "any keywords": (anything, "anything", 1.0),
+    "any positions": (in_order, "in_order", 1.0),
+    "a partial": (functools.partial(scaled, scale=3.0), "scaled", 3.0),
+    "a partial of a partial": (functools.partial(functools.partial(scaled), scale=4.0), "scaled", 4.0),
+    "other names": (lambda x, p: x.mean((1, 2, 3)), "lambda", 1.0),
+    "the other order": (swapped, "swapped", 1.0),
+    "images alone": (lambda images: images.mean((1, 2, 3)), "lambda", 1.0),
+    "an object": (Scorer(), "Scorer", 1.0),
+    "a bound method": (Scorer().__call__, "__call__", 1.0),
+    "a module": (Network(), "Network", 1.0),
+    "a column": (lambda images, prompts: images.mean((1, 2, 3))[:, None], "lambda", 1.0),
+    "an array": (lambda images, prompts: images.numpy().mean((1, 2, 3)), "lambda", 1.0),
+    "a column as a list": (lambda images, prompts: [[float(image.mean())] for image in images], "lambda", 1.0),
+    "a list of tensors": (lambda images, prompts: [image.mean() for image in images], "lambda", 1.0),
+    "a list of numpy's numbers": (lambda images, prompts: [np.float64(image.mean()) for image in images], "lambda", 1),
+    "scores and a note": (lambda images, prompts: (images.mean((1, 2, 3)), {}), "lambda", 1.0),
+    "ddpo-pytorch": (lambda images, prompts, metadata: (images.mean((1, 2, 3)).numpy(), {}), "lambda", 1.0),
+    "flow_grpo": (
+        lambda images, prompts, metadata, only_strict=True: ({"avg": images.mean((1, 2, 3)).tolist()}, {}),
+        "lambda",
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", TAKEN)
+def test_functions_of_every_common_shape_are_rewards(shape):
+    function, name, factor = TAKEN[shape]
+    images = torch.stack([torch.full((3, 4, 4), 0.25), torch.full((3, 4, 4), 0.5)])
+    reward = as_reward(function)
+    torch.testing.assert_close(reward(images, ["a", "b"]).detach(), factor * torch.tensor([0.25, 0.5]))
+    assert reward.name == name and isinstance(reward, Reward)
+    assert as_reward(reward) is reward
+
+
+def test_two_scores_are_not_taken_for_scores_and_a_note():
+    reward = as_reward(lambda images, prompts: (0.25, 0.5))
+    assert reward(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [0.25, 0.5]
+
+
+def test_metadata_is_one_dict_per_image_of_the_functions_own():
+    seen = []
+
+    def counted(images, prompts, metadata):
+        seen.append([dict(row) for row in metadata])
+        metadata[0]["count"] = 99
+        return [row.get("count", 0) for row in metadata]
+
+    reward, rows = as_reward(counted), [{"count": 3}, {}]
+    assert reward.takes_metadata
+    assert reward(torch.zeros(2, 3, 4, 4), ["a", "b"], rows).tolist() == [99, 0]
+    assert reward(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [99, 0]
+    assert seen == [[{"count": 3}, {}], [{}, {}]] and rows == [{"count": 3}, {}]
+
+
+def test_a_functions_attributes_describe_its_reward_also_through_a_partial():
+    def bright(images, prompts, scale=1.0):
+        return images.mean(dim=(1, 2, 3)) * scale
+
+    bright.differentiable, bright.range, bright.name = True, (0.0, 1.0), "brightness of mine"
+    reward = as_reward(functools.partial(bright, scale=0.5))
+    assert (reward.differentiable, reward.range, reward.name) == (True, (0.0, 1.0), "brightnessofmine")
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    reward(images, ["a", "b"]).sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+
+
+async def asynchronous(images, prompts):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda images, prompts, device: 0,
+        lambda images, prompts, *, scale: 0,
+        lambda: 0,
+        lambda prompts: 0,
+        asynchronous,
+        max,
+        range(3),
+        Scorer,
+    ],
+    ids=str,
+)
+def test_any_other_shape_is_refused_with_the_shapes_that_are_taken(function):
+    wanted = "give an instance" if function is Scorer else r"takes \(images, prompts\), .*metadata.*completions"
+    with pytest.raises(UserError, match=wanted):
+        as_reward(function)
 
 
 def test_each_kind_is_told_from_the_others():
@@ -98,8 +236,47 @@ def test_a_seed_that_nobody_gives_is_the_rewards_own(monkeypatch, tmp_path):
         "class Seeded:\n"
         "    name, range, differentiable = 'seeded', (0.0, 1.0), False\n"
         "    def __init__(self, *, seed: int = 7): self.seed = seed\n"
+        "    def __call__(self, images, prompts): return images.mean((1, 2, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     parts = Parts(where="x", allow_imports=["seeded_rewards"])
     made = parts.reward("seeded_rewards:Seeded", "y", {"seed": None})
     assert (made.seed, parts.reward("seeded_rewards:Seeded", "y", {"seed": 3}).seed) == (7, 3)
+
+
+SHAPES = """
+import functools
+import torch
+
+def scaled(images, prompts, scale=2.0):
+    return images.mean(dim=(1, 2, 3)) * 0 + scale
+
+three = functools.partial(scaled, scale=3.0)
+four = lambda x, p: [4.0] * len(p)
+
+def five(images, prompts, metadata):
+    return torch.full((len(prompts), 1), 5.0), {}
+
+class Plain:
+    def __init__(self, *, value: float = 6.0): self.value = value
+    def __call__(self, images, prompts): return [self.value] * len(prompts)
+
+class Network(torch.nn.Module):
+    def forward(self, images): return images.mean(dim=(1, 2, 3)) * 0 + 7
+
+eight = Plain(value=8.0)
+nine = 9
+"""
+NAMES = {"scaled": 2, "three": 3, "four": 4, "five": 5, "Plain": 6, "Network": 7, "eight": 8}
+
+
+def test_a_recipe_takes_functions_of_every_shape(recipe_data, tmp_path):
+    (tmp_path / "shaped_scores.py").write_text(SHAPES)
+    rollouts = {"use": "rollouts", "prompts": "prompts.txt", "num_prompts": 1, "images_per_prompt": 2, "num_steps": 1}
+    rollouts |= {"guidance": 1.0, "rewards": {f"shaped_scores:{name}": 1.0 for name in NAMES}}
+    recipe = Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["shaped_scores"])
+    metrics = build_trainer(recipe, allow_imports=["shaped_scores"]).run_step()
+    assert {name: metrics[f"ddpo/reward/{name}"] for name in NAMES} == NAMES
+    rollouts["rewards"] = {"shaped_scores:nine": 1.0}
+    with pytest.raises(UserError, match="rewards.shaped_scores:nine.* a reward function takes"):
+        Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["shaped_scores"])

@@ -49,13 +49,13 @@ def test_a_function_that_wants_more_is_refused_at_once():
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [(0.5, "returned float, but a list of scores"), ([1.0, None], r"gave no score \(None\) for the prompt 'b'")],
+    [(0.5, "a reward returns one score per image.* it returned float: 0.5"), ([1.0, None], "it returned None, .*'b'")],
 )
 def test_nonsense_is_named(returned, message):
     def odd(prompts, completions):
         return returned
 
-    with pytest.raises(UserError, match=f"reward 'odd': it {message}"):
+    with pytest.raises(UserError, match=f"reward 'odd': {message}"):
         TRLReward(odd)(torch.zeros(2, 3, 2, 2), ["a", "b"])
 
 
