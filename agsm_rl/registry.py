@@ -197,7 +197,7 @@ def _import(target: str, *, where: str, source: str) -> Any:
         raise UserError(f"{where}: {source} names {target}, but importing it failed: {error}") from error
     except AttributeError as error:
         raise UserError(f"{where}: {source} names {target}, but {module} has no '{attribute}'.") from error
-    except Exception as error:  # whatever other people's modules do while they are imported
+    except (Exception, SystemExit) as error:  # whatever other people's modules do while they are imported
         raise UserError(
             f"{where}: {source} names {target}, but importing it failed: {type(error).__name__}: {error}"
         ) from error

@@ -1,12 +1,10 @@
 """Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
 
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
@@ -17,6 +15,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
+from agsm_rl.training.user_code import user_code
 
 Normalise = Literal["raw", "z_score"]
 
@@ -61,10 +60,9 @@ def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> l
 
 
 def _weighted(reward: Reward, weight: float) -> WeightedReward:
-    if not hasattr(reward, "name"):  # a plain function
-        from agsm_rl_rewards.functions import as_reward
+    from agsm_rl_rewards.functions import as_reward
 
-        reward = as_reward(reward)
+    reward = as_reward(reward)
     return WeightedReward(reward, float(weight), reward.name)
 
 
@@ -74,19 +72,11 @@ def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: s
     `name`: what the run calls the reward (None: its own name).
     """
     who = f"reward '{name or reward.name}'"
-    try:
-        # A reward's scale is its own network's: the same in training as where the run's images are judged.
-        with own_precision(images.device):
-            score = reward(images, prompts)
-    except UserError:
-        raise
-    except Exception as error:
-        # Whatever a user's own code may raise; where it did is what they need.
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{who}: it failed with {type(error).__name__}: {error} (in {last.name}, {Path(last.filename).name} line "
-            f"{last.lineno}), on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
-        ) from error
+    about = f"on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
+    # A reward's scale is its own network's: the same in training as where the run's images are judged.
+    with own_precision(images.device), user_code(who, about):
+        # Copies, because a reward may change what it gets in place; a copy of images with a graph keeps the graph.
+        score = reward(images.clone(), list(prompts))
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")

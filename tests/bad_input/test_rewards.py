@@ -14,6 +14,10 @@ class Odd:
     def __init__(self, *, kind: str):
         if kind == "no constructor":
             raise ValueError("weights are missing")
+        if kind == "no constructor at all":
+            raise KeyError("weights")
+        if kind == "exit when constructed":
+            raise SystemExit(0)
         self.kind = kind
 
     def __call__(self, images, prompts):
@@ -22,6 +26,8 @@ class Odd:
             raise RuntimeError("out of paint")
         if self.kind == "exit":
             raise SystemExit(0)
+        if self.kind == "odd exit":
+            raise GeneratorExit
         return {
             "NaN": torch.full((count,), float("nan")),
             "infinite": torch.tensor([0.5] * (count - 1) + [float("inf")]),
@@ -43,6 +49,10 @@ KINDS = {
     "a list": ["reward 'Odd'", "list", "(4,)"],
     "nothing": ["reward 'Odd'", "NoneType", "(4,)"],
     "exception": ["reward 'Odd'", "RuntimeError", "out of paint"],
+    "exit": ["reward 'Odd'", "sys.exit(0)"],
+    "odd exit": ["reward 'Odd'", "GeneratorExit"],
+    "no constructor at all": ["rewards.odd_rewards:Odd", "KeyError: 'weights'"],
+    "exit when constructed": ["rewards.odd_rewards:Odd", "SystemExit: 0"],
     "no constructor": ["rewards.odd_rewards:Odd", "weights are missing"],
 }
 
@@ -80,6 +90,7 @@ def test_a_constant_reward_is_shown_in_the_metrics(train, with_reward, tmp_path)
         ("import a_package_that_is_not_there", ["odd_rewards", "a_package_that_is_not_there"]),
         ("class Odd(:\n", ["odd_rewards", "SyntaxError"]),
         ("raise RuntimeError('no licence')", ["odd_rewards", "no licence"]),
+        ("raise SystemExit(0)", ["odd_rewards", "SystemExit: 0"]),
         ("class Other: ...", ["has no 'Odd'"]),
     ],
 )
