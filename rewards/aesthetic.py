@@ -1,6 +1,6 @@
 """The LAION aesthetic predictor (improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE): how pretty an image is.
 
-A linear head, in five layers, on CLIP ViT-L/14's image feature of unit length. It was fitted to ratings of 1 to 10.
+A linear head of five layers on CLIP ViT-L/14's normalised image feature, fitted to ratings from 1 to 10.
 """
 
 from collections.abc import Hashable
@@ -14,14 +14,14 @@ from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, same_n
 from torch import Tensor, nn
 
 HEAD = "aesthetic-model.pth"
-ELSEWHERE = (
-    "take sac+logos+ava1-l14-linearMSE.pth, the same weights, from "
+OTHER_SOURCE = (
+    "download sac+logos+ava1-l14-linearMSE.pth, the same weights, from "
     "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 )
 
 
 class Predictor(nn.Module):
-    """CLIP's image half and the head."""
+    """CLIP's image half and the head on top of it."""
 
     def __init__(self, vision: Any) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Predictor(nn.Module):
 
 
 class Aesthetic(NativeReward):
-    """How pretty an image is, whatever the prompt: scores [B], about 4 to 7 for pictures.
+    """How pretty an image is, whatever the prompt: scores [B], usually 4 to 7.
 
     Args:
         path: File, folder or hub id of the head's weights.
@@ -52,13 +52,13 @@ class Aesthetic(NativeReward):
         preprocessing: Way = "auto",
     ) -> None:
         super().__init__(preprocessing)
-        self.head = WeightFile(self.name, "path", path, HEAD, ELSEWHERE)
+        self.head = WeightFile(self.name, "path", path, HEAD, OTHER_SOURCE)
         self.clip = clip_files(self.name, "clip", clip, with_text=False)
         for file in [self.head, *self.clip]:
             file.check()
 
     def identity(self) -> Hashable:
-        """The places of the weights."""
+        """The locations of the weights."""
         return (self.head, *self.clip)
 
     def load(self) -> Predictor:
@@ -70,7 +70,7 @@ class Aesthetic(NativeReward):
         return network
 
     def pixels(self) -> ShortestSideCrop:
-        """As OpenAI's CLIP does it, which the predictor was fitted with."""
+        """The middle square, as OpenAI's CLIP cuts it; the predictor was fitted with it."""
         return ShortestSideCrop(self.network.vision.config.image_size, processor=False)
 
     def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:

@@ -1,10 +1,10 @@
-"""How bright an image is: the simplest reward with gradients, to try reward backpropagation on."""
+"""How bright an image is: the simplest reward with gradients, good for trying out reward backpropagation."""
 
 from torch import Tensor
 
 
 class Brightness:
-    """The mean of all pixels, [B] in [0, 1], of images [B, 3, H, W] in [0, 1]; the prompts do not matter."""
+    """How bright an image is, whatever the prompt: the mean of all its pixels, [B] in [0, 1]."""
 
     name = "brightness"
     range = (0.0, 1.0)
@@ -12,4 +12,5 @@ class Brightness:
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         return images.mean(dim=(1, 2, 3))

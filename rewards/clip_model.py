@@ -1,4 +1,4 @@
-"""CLIP as its folders on the hub hold it (config.json, model.safetensors, tokenizer.json); features of unit length."""
+"""CLIP, loaded from its folder on the hub (config.json, model.safetensors, tokenizer.json); features have length 1."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from agsm_rl.errors import UserError
 
 BUFFERS = r".*\.position_ids"
-"""Older files hold the positions' numbers too."""
-OF_THE_TEXT = r"text_model\..*|text_projection\.weight|logit_scale"
+"""Position ids, which older files contain as well."""
+TEXT_HALF = r"text_model\..*|text_projection\.weight|logit_scale"
 
 
 def clip_files(reward: str, option: str, place: str, *, with_text: bool) -> list[WeightFile]:
-    """The files of a CLIP folder or repository that a reward needs."""
+    """The files that a reward needs from a CLIP folder or repository."""
     names = ["config.json", "model.safetensors", *(["tokenizer.json"] if with_text else [])]
     return [WeightFile(reward, option, place, name) for name in names]
 
 
 class CLIPScorer(nn.Module):
-    """A whole CLIP with its tokenizer. `cosine` is what CLIP-like rewards are made of."""
+    """A CLIP with its tokenizer. CLIP-like rewards are computed from its `cosine`."""
 
     def __init__(self, clip: Any, tokens: Tokens) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class CLIPScorer(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pixels it wants."""
+        """Height and width of the input pixels."""
         return int(self.clip.config.vision_config.image_size)
 
     def cosine(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        """The cosine [B] of each image's and its text's features."""
+        """The cosine [B] between the features of each image and its text."""
         return (self.image_features(pixels) * self.text_features(texts, pixels.device)).sum(dim=-1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -41,16 +41,16 @@ class CLIPScorer(nn.Module):
         return nn.functional.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
     def text_features(self, texts: list[str], device: torch.device) -> Tensor:
-        """Unit vectors [B, D]; a text that occurs more than once is encoded once."""
+        """Unit vectors [B, D]; repeated texts are encoded once."""
         different = list(dict.fromkeys(texts))
         ids, _ = self.tokens(different)
-        # No mask is needed: no token sees what comes behind it, and features are read at the first end token.
-        found = self.clip.get_text_features(input_ids=ids.to(device)).pooler_output
-        return nn.functional.normalize(found, dim=-1)[[different.index(text) for text in texts]]
+        # No mask is needed: attention is causal, and features are read at the first end token.
+        features = self.clip.get_text_features(input_ids=ids.to(device)).pooler_output
+        return nn.functional.normalize(features, dim=-1)[[different.index(text) for text in texts]]
 
 
 def read_clip(files: list[WeightFile]) -> CLIPScorer:
-    """A CLIP from its three files; UserError unless the tensors are exactly its own."""
+    """A CLIP from its three files; UserError unless the file holds exactly the model's tensors."""
     from transformers import CLIPConfig, CLIPModel
 
     config_file, weights, tokenizer = (file.find() for file in files)
@@ -63,7 +63,7 @@ def read_clip(files: list[WeightFile]) -> CLIPScorer:
 
 
 def read_clip_vision(files: list[WeightFile]) -> Any:
-    """The image half of a CLIP (a CLIPVisionModelWithProjection) from a folder of the whole."""
+    """The image half of a CLIP (a CLIPVisionModelWithProjection) from a folder that holds both halves."""
     from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
     config_file, weights = (file.find() for file in files)
@@ -71,7 +71,7 @@ def read_clip_vision(files: list[WeightFile]) -> Any:
     _check_clip(config, files[0])
     config.vision_config.projection_dim = config.projection_dim
     vision = CLIPVisionModelWithProjection(config.vision_config)
-    _fill(vision, weights, files[1].reward, unused=f"{BUFFERS}|{OF_THE_TEXT}")
+    _fill(vision, weights, files[1].reward, unused=f"{BUFFERS}|{TEXT_HALF}")
     return vision
 
 

@@ -1,8 +1,8 @@
-"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): an OpenCLIP ViT-H/14 taught what people prefer.
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): an OpenCLIP ViT-H/14 trained on people's preferences.
 
-    score = cos(image, prompt), about 0.2 to 0.35 for pictures
-The official weights are read into transformers' CLIPModel. The two versions' scores cannot be compared, and the
-official package takes 2.0 unless told otherwise; so `version` must be said here.
+    score = cos(image, prompt), usually 0.2 to 0.35
+The official weights are loaded into transformers' CLIPModel. Scores of the two versions cannot be compared, and the
+official package silently uses 2.0; that is why `version` is required here.
 """
 
 import html
@@ -42,7 +42,7 @@ PUBLISHED: Sizes = {
     },
     "shared": {"projection_dim": 1024},
 }
-"""OpenCLIP's ViT-H-14, in transformers' words."""
+"""OpenCLIP's ViT-H-14, in transformers' terms."""
 
 _OUTSIDE_THE_LAYERS = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
@@ -74,25 +74,25 @@ _IN_A_LAYER = {
 
 
 def open_clip_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Where OpenCLIP's file has a tensor of CLIPModel; there queries, keys and values are one tensor."""
+    """A CLIPModel tensor's name in OpenCLIP's file, and how to extract it: queries, keys and values are one tensor."""
     if key in _OUTSIDE_THE_LAYERS:
         # OpenCLIP multiplies by its projections from the right.
         return _OUTSIDE_THE_LAYERS[key], Tensor.t if key.endswith("_projection.weight") else unchanged
-    found = _LAYER.fullmatch(key)
-    assert found is not None, key
-    side, layer, part, kind = found.groups()
+    match = _LAYER.fullmatch(key)
+    assert match is not None, key
+    side, layer, part, kind = match.groups()
     start = f"{'visual.' if side == 'vision' else ''}transformer.resblocks.{layer}."
     if part in _IN_A_LAYER:
         return f"{start}{_IN_A_LAYER[part]}.{kind}", unchanged
     index = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].index(part)
-    return f"{start}attn.in_proj_{kind}", lambda whole: whole.chunk(3)[index]
+    return f"{start}attn.in_proj_{kind}", lambda tensor: tensor.chunk(3)[index]
 
 
 def read_open_clip(file: Path, sizes: Sizes, *, reward: str) -> Any:
     """A CLIPModel with the weights of an OpenCLIP file."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    # OpenCLIP reads text features at the highest id, which is the end token's; its activation is the true GELU.
+    # OpenCLIP reads text features at the highest id, the end token; its activation is the exact GELU.
     end = sizes["text"]["vocab_size"] - 1
     text = CLIPTextConfig(**sizes["text"], hidden_act="gelu", eos_token_id=end, bos_token_id=end - 1, pad_token_id=0)
     vision = CLIPVisionConfig(**sizes["vision"], hidden_act="gelu")
@@ -104,27 +104,27 @@ def read_open_clip(file: Path, sizes: Sizes, *, reward: str) -> Any:
 
 
 def cleaned(prompt: str) -> str:
-    """A prompt as OpenCLIP cleans it: broken Unicode mended, HTML's escapes undone (twice), no space around it."""
+    """A prompt as OpenCLIP cleans it: broken Unicode fixed, HTML unescaped (twice), surrounding space removed."""
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
 def check_version(path: str, version: Version, *, reward: str) -> None:
-    """UserError for the other version's official file: both load alike, and their scores cannot be compared."""
+    """UserError for the other version's official file: either would load, and the scores cannot be compared."""
     for other, name in FILES.items():
         if other != version and Path(path).name == name:
-            raise UserError(f"reward '{reward}': {name} has version {other}; got version \"{version}\". Change either.")
+            raise UserError(f"reward '{reward}': {name} is version {other}, not the version \"{version}\" asked for.")
 
 
 class HPSv2(NativeReward):
-    """Human Preference Scores [B] in [-1, 1].
+    """What people prefer, given the prompt: Human Preference Scores [B] in [-1, 1], usually 0.2 to 0.35.
 
     Args:
         version: `"2.0"` or `"2.1"`, in quotes; their scores cannot be compared.
         path: File, folder or hub id of the weights.
-        tokenizer: Folder or hub id with a CLIP's tokenizer.json (the official file holds none; all CLIPs share it).
-        architecture: Sizes other than the published ones, for weights of your own: {vision: {…}, text: {…}, shared:
+        tokenizer: Folder or hub id with CLIP's tokenizer.json (the official file has none; all CLIPs share it).
+        architecture: Sizes that differ from the published ones, for your own weights: {vision: {…}, text: {…}, shared:
             {…}}.
     """
 
@@ -152,7 +152,7 @@ class HPSv2(NativeReward):
             file.check()
 
     def identity(self) -> Hashable:
-        """The places of the files and the sizes."""
+        """The locations of the files, and the sizes."""
         return self.weights, self.tokenizer, repr(self.sizes)
 
     def load(self) -> CLIPScorer:
@@ -162,7 +162,7 @@ class HPSv2(NativeReward):
         return CLIPScorer(clip, Tokens(self.tokenizer.find(), length=length, reward=self.name))
 
     def pixels(self) -> Letterbox:
-        """The whole image, with black beside it."""
+        """The entire image, centred on black."""
         return Letterbox(self.network.image_size)
 
     def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:

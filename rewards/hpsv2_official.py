@@ -1,4 +1,4 @@
-"""HPSv2 and HPSv2.1 (arXiv 2306.09341) by the official package hpsv2 1.2.0, in an environment of its own."""
+"""HPSv2 and HPSv2.1 (arXiv 2306.09341) by the official package hpsv2 1.2.0, in a separate environment."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from agsm_rl.errors import unknown_name
 
 
 class OfficialHPSv2(LockedScriptReward):
-    """Human Preference Scores [B] in [-1, 1] by the official package; images are sent in 8 bits per channel.
+    """HPSv2 by the official package: scores [B] in [-1, 1]; images are sent in 8 bits per channel.
 
     Args:
         version: `"2.0"` or `"2.1"`, in quotes; their scores cannot be compared.
-        path: The checkpoint HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or a folder or hub id that has it.
+        path: The checkpoint HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or a folder or hub id that contains it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""ImageReward (arXiv 2304.05977): a BLIP taught experts' rankings of images for a prompt; 0 is average, ±2 is much.
+"""ImageReward (arXiv 2304.05977): a BLIP trained on experts' rankings of images for a prompt; 0 is average, ±2 a lot.
 
-    reward = (head(first token of text that sees the image) − 0.167…) / 1.033…
-The official weights are read into transformers' BLIP and a head of five linear layers.
+    reward = (head(first text token, after cross-attention to the image) − 0.167…) / 1.033…
+The official weights are loaded into transformers' BLIP and a head of five linear layers.
 """
 
 import re
@@ -19,7 +19,7 @@ from agsm_rl_rewards.weights import WeightFile, load_whole, read_tensors, unchan
 from torch import Tensor, nn
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's scores over the training data, from the official code."""
+"""Statistics of the head's scores over the training data, from the official code."""
 PROMPT_LENGTH = 35
 PUBLISHED: Sizes = {
     "vision": {
@@ -34,7 +34,7 @@ PUBLISHED: Sizes = {
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
-        # transformers' default, 8, would load and score wrongly.
+        # transformers' default, 8, would load, and score wrongly.
         "num_attention_heads": 12,
         "vocab_size": 30524,
         "max_position_embeddings": 512,
@@ -57,11 +57,11 @@ _IN_A_LAYER = {
 }
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 UNUSED = r"blip\.(vision|text)_proj\..*|.*\.position_ids"
-"""BLIP's projections for contrast, which the reward does not use, and the positions' numbers."""
+"""BLIP's contrastive projections, which the reward does not use, and position ids."""
 
 
 def official_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Where the official file has a tensor of our network."""
+    """The name of our network's tensor in the official file."""
     part, _, rest = key.partition(".")
     if part == "head":
         return f"mlp.{rest}", unchanged
@@ -72,9 +72,9 @@ def official_place(key: str) -> tuple[str, Callable[[Tensor], Tensor]]:
         return start + _EMBEDDINGS[rest.removeprefix("embeddings.")], unchanged
     if rest.startswith("post_layernorm."):
         return start + rest.replace("post_layernorm", "norm"), unchanged
-    found = _LAYER.fullmatch(rest)
-    assert found is not None, key
-    layer, inner, kind = found.groups()
+    match = _LAYER.fullmatch(rest)
+    assert match is not None, key
+    layer, inner, kind = match.groups()
     return f"{start}blocks.{layer}.{_IN_A_LAYER[inner]}.{kind}", unchanged
 
 
@@ -87,8 +87,8 @@ class BlipScorer(nn.Module):
         super().__init__()
         text, width = sizes["text"], sizes["vision"]["hidden_size"]
         self.vision: Any = BlipVisionModel(BlipVisionConfig(**sizes["vision"], layer_norm_eps=1e-6))
-        # "is_decoder" makes the cross-attention; each call says that the text is read in both directions.
-        begin = text["vocab_size"] - 2  # [DEC], never used; transformers warns of an id beyond the vocabulary
+        # "is_decoder" adds the cross-attention; each call sets it to False, so that text is read in both directions.
+        begin = text["vocab_size"] - 2  # [DEC], never used; transformers warns about an id beyond the vocabulary
         config = BlipTextConfig(**text, encoder_hidden_size=width, is_decoder=True, bos_token_id=begin)
         self.text: Any = BlipTextModel(config, add_pooling_layer=False)
         self.head = ScoreHead(text["hidden_size"])
@@ -109,19 +109,21 @@ class BlipScorer(nn.Module):
 
 
 def read_image_reward(file: Path, sizes: Sizes, *, reward: str) -> BlipScorer:
-    """The network with the weights of an official file."""
+    """The network with an official file's weights."""
     network = BlipScorer(sizes)
     load_whole(network, read_tensors(file, reward=reward), official_place, unused=UNUSED, reward=reward, file=file)
     return network
 
 
 class ImageReward(NativeReward):
-    """ImageReward scores [B]; 0 is average, ±2 is much. Prompts are cut to 35 tokens, as in the official package.
+    """What experts prefer, given the prompt: ImageReward scores [B]; 0 is average, ±2 a lot.
+
+    Prompts are truncated to 35 tokens, as in the official package.
 
     Args:
         path: File, folder or hub id of the weights.
         tokenizer: Folder or hub id with the tokenizer.json of bert-base-uncased.
-        architecture: Sizes other than the published ones, for weights of your own: {vision: {…}, text: {…}}.
+        architecture: Sizes that differ from the published ones, for your own weights: {vision: {…}, text: {…}}.
     """
 
     name = "image_reward"
@@ -144,7 +146,7 @@ class ImageReward(NativeReward):
             file.check()
 
     def identity(self) -> Hashable:
-        """The places of the files and the sizes."""
+        """The locations of the files, and the sizes."""
         return self.weights, self.tokenizer, repr(self.sizes)
 
     def load(self) -> BlipScorer:
@@ -155,7 +157,7 @@ class ImageReward(NativeReward):
         return network
 
     def pixels(self) -> ShortestSideCrop:
-        """The middle square."""
+        """The middle square, as OpenAI's CLIP cuts it."""
         return ShortestSideCrop(self.sizes["vision"]["image_size"], processor=False)
 
     def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:

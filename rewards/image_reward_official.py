@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977) by the official package image-reward 1.5, in an environment of its own."""
+"""ImageReward (arXiv 2304.05977) by the official package image-reward 1.5, in a separate environment."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from agsm_rl_rewards.official.locked import HERE, LockedScriptReward, existing
 
 
 class OfficialImageReward(LockedScriptReward):
-    """ImageReward scores [B] by the official package; images are sent in 8 bits per channel. 0 is average, ±2 is much.
+    """ImageReward by the official package: scores [B], 0 is average, ±2 a lot; images are sent in 8 bits per channel.
 
     Args:
-        path: ImageReward.pt, or a folder or hub id that has it.
-        config: med_config.json, or a folder or hub id that has it.
+        path: ImageReward.pt, or a folder or hub id that contains it.
+        config: med_config.json, or a folder or hub id that contains it.
         tokenizer: Folder or hub id with BERT's vocab.txt.
     """
 
@@ -25,11 +25,11 @@ class OfficialImageReward(LockedScriptReward):
         retries: int = 3,
         backoff: float = 1.0,
     ) -> None:
-        name, given = "image_reward_official", {"path": path, "config": config, "tokenizer": tokenizer}
+        name, places = "image_reward_official", {"path": path, "config": config, "tokenizer": tokenizer}
         super().__init__(
             HERE / "image_reward_worker.py",
             name=name,
-            options={option: existing(value, reward=name, option=option) for option, value in given.items()},
+            options={option: existing(value, reward=name, option=option) for option, value in places.items()},
             timeout=timeout,
             start_timeout=start_timeout,
             retries=retries,

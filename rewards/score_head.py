@@ -1,10 +1,10 @@
-"""The head that ImageReward and the LAION aesthetic predictor share: five linear layers with nothing between them."""
+"""The head of ImageReward and of the LAION aesthetic predictor: five linear layers with nothing between them."""
 
 from torch import Tensor, nn
 
 
 class ScoreHead(nn.Module):
-    """width → 1024 → 128 → 64 → 16 → 1. The dropouts, idle in use, keep the layers' numbers as in the files."""
+    """width → 1024 → 128 → 64 → 16 → 1. The dropouts do nothing here; they keep the layers' numbers as in the files."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -15,14 +15,14 @@ WRONG_PLACE = 0.5
 
 
 class ShapesReward:
-    """Scores [B] of images [B, 3, H, W] in [0, 1] by the judge's verdict on their prompts.
+    """Whether an image of the shapes world shows its prompt: scores [B] by the judge's verdict.
 
-    UserError for a prompt that does not belong to the shapes world.
+    Raises UserError for a prompt that does not belong to the shapes world.
 
     Args:
-        verdict: `strict`: 1 if the image shows exactly what was asked for, else 0. `lenient`: 1 if it is there,
-            whatever else is; a model learns to add extras, so keep it for comparison. `graded`: denser, 1 exactly where
-            `strict` is (`graded_score`).
+        verdict: `strict`: 1 if the image shows exactly what the prompt asks for, else 0. `lenient`: 1 if it shows that,
+            whatever else it shows; a model learns to add extras, so use it for comparison only. `graded`: denser, and 1
+            exactly where `strict` is (see `graded_score`).
     """
 
     name = "shapes"
@@ -36,6 +36,7 @@ class ShapesReward:
         self.verdict = verdict
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         scores = [self._score(image, parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
@@ -47,20 +48,20 @@ class ShapesReward:
 
 
 def graded_score(verdict: Verdict, requirement: Requirement) -> float:
-    """Found objects over all objects asked for or present: |asked ∩ there| / |asked ∪ there|, in [0, 1].
+    """Objects drawn as asked over all objects asked for or drawn: |asked ∩ drawn| / |asked ∪ drawn|, in [0, 1].
 
     An object of the right shape and the wrong colour counts half; a wrong position halves the whole. Extra objects and
-    unclean blobs enlarge the denominator, so that painting more of everything never pays. 1 if and only if `strict`.
+    unclean blobs enlarge the denominator, so that drawing more of everything never pays. 1 if and only if `strict`.
     """
     left = list(verdict.objects)
-    found = 0.0
+    credit = 0.0
     for group in requirement.groups:
         right = matching(group, left)[: group.count]
         left = [item for item in left if item not in right]
         wrong = [item for item in left if item.shape == group.shape][: group.count - len(right)]
         left = [item for item in left if item not in wrong]
-        found += len(right) + WRONG_COLOR * len(wrong)
+        credit += len(right) + WRONG_COLOR * len(wrong)
     asked = sum(group.count for group in requirement.groups)
-    score = found / (asked + len(left) + len(verdict.rejected))
-    misplaced = requirement.relation is not None and found == asked and not verdict.correct
+    score = credit / (asked + len(left) + len(verdict.rejected))
+    misplaced = requirement.relation is not None and credit == asked and not verdict.correct
     return score * WRONG_PLACE if misplaced else score

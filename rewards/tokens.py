@@ -1,4 +1,4 @@
-"""Prompts as token ids, by a `tokenizer.json`: one file that holds a tokenizer whole."""
+"""Prompts as token ids, by a `tokenizer.json`, a single file that holds a complete tokenizer."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from agsm_rl.errors import UserError
 
 
 class Tokens:
-    """A tokenizer that cuts to `length` tokens, special ones included, and fills up with `pad`.
+    """A tokenizer that truncates to `length` tokens, special tokens included, and pads with `pad`.
 
-    `to_length`: fill up to `length` always, not just to the longest prompt of the batch.
+    `to_length`: always pad to `length`, not just to the longest prompt of the batch.
     """
 
     def __init__(self, file: Path, *, length: int, reward: str, pad: int = 0, to_length: bool = False) -> None:
@@ -19,12 +19,12 @@ class Tokens:
 
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong with a file
-            raise UserError(f"reward '{reward}': {file} is no tokenizer.json: {error}") from error
+        except Exception as error:  # the library raises plain Exception whatever is wrong with a file
+            raise UserError(f"reward '{reward}': {file} is not a tokenizer.json: {error}") from error
         self.tokenizer.enable_truncation(length)
         self.tokenizer.enable_padding(pad_id=pad, length=length if to_length else None)
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (1 for tokens, 0 for filling), both [B, L] of integers, on the CPU."""
-        found = self.tokenizer.encode_batch(texts)
-        return torch.tensor([one.ids for one in found]), torch.tensor([one.attention_mask for one in found])
+        """Ids and mask (1 for tokens, 0 for padding), both integers [B, L] on the CPU."""
+        encoded = self.tokenizer.encode_batch(texts)
+        return torch.tensor([row.ids for row in encoded]), torch.tensor([row.attention_mask for row in encoded])

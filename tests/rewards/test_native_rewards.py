@@ -52,7 +52,7 @@ def test_hpsv2_is_open_clips_cosine_of_the_letterboxed_picture(make_reward, tiny
 def test_the_other_version_s_official_file_is_refused(tiny_options, make_reward):
     file = f"{tiny_options['hpsv2']['path']}/HPS_v2.1_compressed.pt"
     assert make_reward("hpsv2", path=file, version="2.1").version == "2.1"
-    with pytest.raises(UserError, match='HPS_v2.1_compressed.pt has version 2.1; got version "2.0"'):
+    with pytest.raises(UserError, match='HPS_v2.1_compressed.pt is version 2.1, not the version "2.0"'):
         make_reward("hpsv2", path=file, version="2.0")
 
 
