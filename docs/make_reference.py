@@ -79,7 +79,7 @@ def kind_page(kind: str) -> str:
     for name, target in sorted(registry.BUILTIN[kind].items()):
         found = registry.load(kind, name, where=kind)
         module = inspect.cleandoc(sys.modules[target.partition(":")[0]].__doc__ or "")
-        parts += [f"## {name}", *introduction(kind, found, module), *facts(kind, found)]
+        parts += [f"## {name}", *introduction(kind, found, module), *facts(kind, name, found)]
         parts.append(table(options_of(found, where=name)))
     return joined(parts)
 
@@ -91,10 +91,11 @@ def introduction(kind: str, found: Any, module: str) -> list[str]:
     return [linked(" ".join(text.split())) for text in ([first] if own_module else []) + about(found).split("\n\n")]
 
 
-def facts(kind: str, found: Any) -> list[str]:
+def facts(kind: str, name: str, found: Any) -> list[str]:
     """What the class declares beside its options."""
     if kind == "objectives":
-        return [f"Learns from: {givers(found.consumes)}."]
+        page = f"Equation, settings, cost, metrics and pitfalls: [{name}](../objectives/{name}.md)."
+        return [f"Learns from: {givers(found.consumes)}.", page]
     if kind == "rewards":
         gradient = "with gradients to the pixels" if found.differentiable else "no gradients"
         low, high = getattr(found, "range", (None, None))

@@ -4,6 +4,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+
+from agsm_rl import registry
 
 ROOT = Path(__file__).parents[2]
 CHECKS = runpy.run_path(str(ROOT / "docs" / "check_site.py"))
@@ -17,6 +20,12 @@ def write(folder: Path, **files: str) -> None:
 
 def test_every_page_is_in_the_navigation_once():
     assert nav_problems(ROOT / "mkdocs.yml") == []
+
+
+def test_every_objective_has_a_page_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(CHECKS["nav_pages"](settings["nav"]))
+    assert {f"objectives/{name}.md" for name in registry.BUILTIN["objectives"]} <= listed
 
 
 def test_a_page_outside_the_navigation_is_reported(tmp_path):
