@@ -31,7 +31,7 @@ from agsm_rl.cli.options import (
     TargetArgument,
 )
 from agsm_rl.errors import UserError
-from agsm_rl.run.quiet import without_loading_bars
+from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
 
 

@@ -21,7 +21,7 @@ from agsm_rl.evaluate.suite import Result, Suite
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, read_results, write_results
 from agsm_rl.evaluate.target import Target, open_target
 from agsm_rl.files import write_text
-from agsm_rl.screen import make_console, tell
+from agsm_rl.run.screen import make_console, tell
 
 MEASURED_AT_ONCE = 16
 

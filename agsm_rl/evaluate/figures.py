@@ -10,7 +10,7 @@ from rich.table import Table
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.suites.shapes import Scores
-from agsm_rl.screen import styled
+from agsm_rl.run.screen import styled
 
 
 def interval_json(part: Interval) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from agsm_rl.screen import make_console, make_progress, plain, tell
+from agsm_rl.run.screen import make_console, make_progress, plain, tell
 
 LINES = 10
 """Lines in a log for a whole evaluation."""

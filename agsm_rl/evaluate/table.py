@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.suites.shapes import Scores, ShapesResult, compare
-from agsm_rl.screen import make_console, styled
+from agsm_rl.run.screen import make_console, styled
 
 SCALE = 3
 GAP, FRAME, LABEL_HEIGHT, LABEL_SIZE = 8, 3, 40, 11

@@ -9,8 +9,8 @@ from typing import Any, Self
 from rich.console import Console
 
 from agsm_rl.run.folder import MetricsFile, RunFolder
+from agsm_rl.run.screen import make_progress, tell
 from agsm_rl.run.stop import Interrupted
-from agsm_rl.screen import make_progress, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.processes import ProcessLost
 

@@ -27,8 +27,8 @@ from agsm_rl.run.checkpoint_writer import CheckpointWriter
 from agsm_rl.run.events import EventsFile
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.score_history import Standing
+from agsm_rl.run.screen import make_console, styled, tell
 from agsm_rl.run.stop import Interrupted
-from agsm_rl.screen import make_console, styled, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 from agsm_rl.training.scoring import checked_score

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agsm_rl.screen import tell
+from agsm_rl.run.screen import tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
 

@@ -25,8 +25,8 @@ from agsm_rl.run.callbacks import GracefulStop, MetricsWriter, ProgressBar
 from agsm_rl.run.evaluation import Evaluation
 from agsm_rl.run.folder import MetricsFile, RunFolder
 from agsm_rl.run.sample_grids import SampleGrids
+from agsm_rl.run.screen import make_console, tell
 from agsm_rl.run.stop import Interrupted, Lost, Stopped
-from agsm_rl.screen import make_console, tell
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import WentWrong
 from agsm_rl.training.processes import GRACE, EndWhenStuck, ProcessLost, make_accelerator

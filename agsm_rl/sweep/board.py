@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agsm_rl.files import write_text
-from agsm_rl.screen import styled, tell
+from agsm_rl.run.screen import styled, tell
 from agsm_rl.sweep.plan import Cell, Plan
 
 Status = Literal["pending", "running", "done", "failed"]

@@ -25,7 +25,7 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
-from agsm_rl.run.quiet import without_loading_bars
+from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.evaluations import Evaluations

@@ -20,8 +20,8 @@ from agsm_rl.files import write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
+from agsm_rl.run.screen import make_console
 from agsm_rl.run.stop import Stopped
-from agsm_rl.screen import make_console
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
 from agsm_rl.sweep.first_version import add_settings

@@ -22,7 +22,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import plain_table
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, open_picture, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.screen import styled
+from agsm_rl.run.screen import styled
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"

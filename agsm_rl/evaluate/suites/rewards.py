@@ -29,7 +29,7 @@ from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import Evaluate
-from agsm_rl.screen import styled, tell
+from agsm_rl.run.screen import styled, tell
 from agsm_rl.training.scoring import checked_score, scoring_device
 
 NUM_IMAGES = 200

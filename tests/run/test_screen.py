@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.screen import make_console, plain, say, steady_screen, styled, tell
+from agsm_rl.run.screen import make_console, plain, say, steady_screen, styled, tell
 
 STEERING = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eback \r over \udcff"
 
@@ -72,7 +72,7 @@ def run(tmp_path):
 
     def run(code, **options):
         file = tmp_path / "lost"
-        code = f"import os\nfrom agsm_rl.screen import *\nwith steady_screen() as lost:\n    {code}"
+        code = f"import os\nfrom agsm_rl.run.screen import *\nwith steady_screen() as lost:\n    {code}"
         code += f"\nwith open({str(file)!r}, 'w') as file: file.write(repr(lost))"
         done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, timeout=60, **options)
         return done.returncode, file.read_text()

@@ -178,3 +178,12 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("agsm_rl.spelled", _spelled)
+
+
+def without_loading_bars() -> None:
+    """Switch off the progress bars of the libraries that load models: they would stand between our lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
