@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")
 RECOMPILE_LIMIT = 32
 PIXELS_AT_ONCE = 2 * 1024**2
-"""That the VAE encodes together: two images of SDXL's size, eight of SD1.5's."""
+"""How many pixels the VAE encodes at once: two images of SDXL's size, eight of SD1.5's."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_device(device: str | torch.device) -> str | torch.device:
-    """The device; ValueError where it is the name of none. Whether this machine has it shows when it is used."""
+    """`device` if torch knows such a device; ValueError otherwise. Whether this machine has one is not checked."""
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"'{device}' is no device; give cpu, cuda, cuda:1, mps, or leave it out") from error
+        raise ValueError(f"'{device}' is not a device; use cpu, cuda, cuda:1 or mps, or leave it out") from error
     return device
 
 
@@ -46,7 +46,7 @@ def _moved(pipeline: Any, device: str | torch.device) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"backbone.device: {device} cannot be used here ({reason}); leave it out for what this machine has, or "
-            "give cpu."
+            "use cpu."
         ) from error
 
 
@@ -83,9 +83,9 @@ class FrozenPipeline:
 
     name: str
     compiled = False
-    """Whether predictions are written where the next one may be (CUDA graphs), and so must be copied."""
+    """Whether a prediction may be overwritten by the next one (CUDA graphs), and so must be copied."""
     use: ClassVar[str]
-    """Under which a recipe asks for this class."""
+    """The name by which a recipe asks for this class."""
     wraps: ClassVar[tuple[str, ...]]
     """The pipelines' classes: text to image first, then those that `from_pipe` makes of it."""
     part: ClassVar[Literal["unet", "transformer"]]
@@ -142,11 +142,11 @@ class FrozenPipeline:
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """What the pipeline must be told, beside prompts, to draw as this backbone predicts."""
+        """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""
         return {"height": self.resolution, "width": self.resolution}
 
     def _shorten_text(self, t5_length: int) -> None:
-        raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5; leave it out.")
+        raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5 encoder; leave it out.")
 
     def _lay_out(self, memory_format: str) -> None:
         if memory_format != "channels_last":
@@ -181,7 +181,7 @@ class FrozenPipeline:
     def from_pipeline(
         cls, pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False
     ) -> Self:
-        """The backbone of a pipeline that is loaded already; its modules are used as they are, and frozen."""
+        """The backbone of a loaded pipeline; its modules are used in place, and frozen."""
         if type(pipeline).__name__ not in cls.wraps:
             raise unsupported("pipeline", type(pipeline).__name__)
         backbone = cls.__new__(cls)
@@ -196,7 +196,7 @@ class FrozenPipeline:
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        # Those that `pipe.load_lora_weights` has a place for: the CLIPs.
+        # The text encoders that `pipe.load_lora_weights` can fill: the CLIPs.
         names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
         found = {name: getattr(pipeline, name, None) for name in names}
         self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
@@ -205,23 +205,23 @@ class FrozenPipeline:
         self.resolution = config.sample_size * factor if resolution is None else resolution
         if self.resolution < multiple or self.resolution % multiple:
             raise UserError(
-                f"backbone.resolution: {resolution} is no positive multiple of {multiple}, the size of a latent."
+                f"backbone.resolution: got {resolution}; it must be a positive multiple of {multiple}, the pixels per latent."
             )
         channels = pipeline.vae.config.latent_channels
         if config.in_channels != channels:
             raise UserError(
-                f"backbone.checkpoint: the {self.part} takes {config.in_channels} channels where the latents have "
+                f"backbone.checkpoint: the {self.part} takes {config.in_channels} channels, but the latents have "
                 f"{channels}; inpainting and depth models are not supported."
             )
         if pipeline.vae.config.get("latents_mean") is not None:
-            raise UserError("backbone.checkpoint: its VAE has latents_mean, which is not supported.")
+            raise UserError("backbone.checkpoint: its VAE normalises latents by latents_mean, which is not supported.")
         self.latent_shape = (channels, self.resolution // factor, self.resolution // factor)
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
 
     @cached_property
     def _vae(self) -> Any:
-        """The pipeline's, but that SDXL's overflows in float16: the pipeline casts it when it draws, here is a copy."""
+        """The pipeline's VAE; of SDXL's, which overflows in float16, a float32 copy (the pipeline casts its own)."""
         own = self.pipeline.vae
         if not own.config.force_upcast or own.dtype != torch.float16:
             return own
@@ -230,14 +230,14 @@ class FrozenPipeline:
         return made.to(self.device)
 
     def _check_width(self, checkpoint: str) -> None:
-        """The text's width must be what the denoiser's attention takes."""
+        """UserError unless the text encoder's width is what the denoiser's attention expects."""
         config: Any = self.denoiser.config
         wanted = config.get("joint_attention_dim") or config.get("cross_attention_dim")
         got = self.encode_text([" "]).embeds.shape[-1]
         if got != wanted:
             raise UserError(
-                f"backbone.checkpoint: '{checkpoint}': its text encoder gives {got} numbers a token, its {self.part} "
-                f"takes {wanted}; they are of different models."
+                f"backbone.checkpoint: '{checkpoint}': its text encoder gives {got} numbers per token, its {self.part} "
+                f"expects {wanted}; they belong to different models."
             )
 
     def _patch_size(self) -> int:
@@ -255,7 +255,7 @@ class FrozenPipeline:
         return sdpa_kernel(SDPBackend.MATH) if half else nullcontext()
 
     def encode_text(self, prompts: list[str]) -> Cond:
-        """Each kind of pipeline has its own."""
+        """Encode prompts; each kind of pipeline does it its own way."""
         raise NotImplementedError
 
     def identity(self, of: Literal["images", "text"]) -> str:
@@ -304,6 +304,6 @@ def _check_finite(pipeline: Any, checkpoint: str) -> None:
         for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"backbone.checkpoint: '{checkpoint}': its {part} has weights that are not finite, first in "
-                    f"'{name}'; get the file again, or another one."
+                    f"backbone.checkpoint: '{checkpoint}': its {part} has non-finite weights, the first in "
+                    f"'{name}'; download the file again, or use another one."
                 )

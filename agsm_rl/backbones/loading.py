@@ -4,7 +4,6 @@ Weights are read from safetensors alone, because a pickled checkpoint could run 
 LoRA fused in, so that post-training begins at published weights (Diffusion-DPO's U-Net, SPO's, a style LoRA).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,16 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from agsm_rl.backbones.parts import (
+    BadPart,
+    check_complete,
+    check_config,
+    check_single_file,
+    check_tokenizers,
+    load_parts,
+    load_whole,
+    only_variant,
+)
 from agsm_rl.errors import UserError, unknown_name
 
 BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
@@ -46,12 +55,14 @@ SD3_TEXT = {
 # Sizes that a denoiser must share with the one that it replaces.
 INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
 FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
+_PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
+"""Errors that say what is wrong already, or that have nothing to do with what a file holds."""
 # What `pipe.save_lora_weights` writes: the name that diffusers cannot ask the hub for while offline.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def find_checkpoint(checkpoint: str) -> str:
-    """The folder of a `builtin:` name; anything else as it is. UserError for a builtin that does not exist."""
+    """The folder of a `builtin:` name; anything else unchanged. UserError for an unknown builtin."""
     if not checkpoint.startswith("builtin:"):
         return checkpoint
     name = checkpoint.removeprefix("builtin:")
@@ -62,15 +73,18 @@ def find_checkpoint(checkpoint: str) -> str:
 
 
 def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
-    """The class of a checkpoint's pipeline, one of KINDS; UserError naming it when it is another."""
+    """The name of a checkpoint's pipeline class, one of KINDS; UserError for any other class."""
     source, where = find_checkpoint(checkpoint), f"backbone.checkpoint: '{checkpoint}'"
     if Path(source).is_file():
         return _kind_of_file(Path(source), where)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        raise UserError(f"{where} is a folder without a model_index.json; give the folder of a diffusers pipeline.")
+        raise UserError(f"{where} is a folder without model_index.json; give the folder of a diffusers pipeline.")
     try:
-        kind = str(DiffusionPipeline.load_config(source, local_files_only=local_files_only).get("_class_name"))
-    except FAILURES as error:
+        index = DiffusionPipeline.load_config(source, local_files_only=local_files_only)
+        kind = str(index.get("_class_name"))
+    except _PASSED_ON:
+        raise
+    except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, local_files_only) from error
     if kind not in KINDS:
         raise unsupported(where, kind)
@@ -78,7 +92,7 @@ def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
 
 
 def unsupported(where: str, kind: str) -> UserError:
-    """The error for a pipeline that no backbone wraps."""
+    """The error for a pipeline that no backbone supports."""
     return UserError(f"{where} is a {kind}; supported: {', '.join(KINDS)} (SD1.5, SDXL and SD3).")
 
 
@@ -92,23 +106,23 @@ def load_pipeline(
     config: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """The checkpoint's pipeline, of one of KINDS; UserError if it cannot be had.
+    """Load the checkpoint's pipeline, one of KINDS; UserError if that fails.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
     config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
     torch's meta device. The parts of a folder or hub id are then built from their configurations alone.
 
-    Of a folder whose files are all of one variant, such as fp16, these are read.
+    If a folder's files are all of one variant, such as fp16, that one is read. A part whose files lack a weight, or
+    hold a tensor that it has no place for, is refused (parts.py).
     """
     kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
     single = Path(source).is_file()
     if config is not None and not single:
-        raise UserError("backbone.config: only a single-file checkpoint has use for it; leave it out.")
+        raise UserError("backbone.config: only a single-file checkpoint needs it; leave it out.")
     if single and config is None and local_files_only:
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
-    variant = _only_variant(Path(source) / _denoiser_of(kind))
     parts = {
         name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
         for name, given in (denoisers or {}).items()
@@ -116,18 +130,27 @@ def load_pipeline(
     }
     if kind == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    found = getattr(diffusers, kind)
+    pipeline_class = getattr(diffusers, kind)
     try:
-        if empty and not single:
-            parts = _empty_parts(source, parts, options, variant)
         if single:
             config = config and find_checkpoint(config)
             if config is not None and kind == "StableDiffusion3Pipeline":
                 parts |= _text_encoders_beside(Path(source), config, where, options)
-            pipeline = found.from_single_file(source, config=config, **options, **parts)
+            if config is not None:
+                check_single_file(source, config, replaced=parts, local_only=local_files_only)
+            pipeline = pipeline_class.from_single_file(source, config=config, **options, **parts)
+            check_complete(pipeline)
+            _use_prediction_type(pipeline, _tensor_names(Path(source), where))
         else:
-            pipeline = found.from_pretrained(source, use_safetensors=True, variant=variant, **options, **parts)
-    except FAILURES as error:
+            variant = only_variant(Path(source) / _denoiser_of(kind))
+            parts = load_parts(source, parts, options, variant=variant, empty=empty)
+            pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **options, **parts)
+        check_tokenizers(pipeline)
+    except _PASSED_ON:
+        raise
+    except BadPart as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         if single and config is None and isinstance(error, OSError) and is_offline_mode():
             raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error
         raise _unloadable(where, error, source, local_files_only) from error
@@ -143,6 +166,17 @@ def load_pipeline(
     return pipeline
 
 
+def _use_prediction_type(pipeline: Any, names: list[str]) -> None:
+    """Heed the marks of v-prediction checkpoints: a tensor called `v_pred`, and `ztsnr` for zero terminal SNR."""
+    marks: dict[str, Any] = {}
+    if "v_pred" in names:
+        marks["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if marks:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **marks)
+
+
 def is_single_file(path: Path) -> bool:
     """Whether this is a readable .safetensors file that holds a pipeline in the original layout; by its names alone."""
     if not path.is_file():
@@ -155,15 +189,15 @@ def is_single_file(path: Path) -> bool:
 
 def _kind_of_file(file: Path, where: str) -> str:
     if file.suffix != ".safetensors":
-        raise UserError(f"{where}: of single files only .safetensors are read; a pickled one could run code.")
+        raise UserError(f"{where}: single files must be .safetensors; a pickled file could run code.")
     names = _tensor_names(file, where)
     for part, kind in SINGLE_FILES.items():
         if any(name.removeprefix(DENOISER).startswith(part) for name in names):
             return kind
     raise UserError(
-        f"{where} is no whole SD1.5, SDXL or SD3 checkpoint in the original layout (its first tensor is "
-        f"'{names[0] if names else ''}'). A denoiser alone goes into backbone.unet or backbone.transformer, a LoRA "
-        "into backbone.lora."
+        f"{where} is not a complete SD1.5, SDXL or SD3 checkpoint in the original layout (its first tensor is "
+        f"'{names[0] if names else ''}'). Give a denoiser alone as backbone.unet or backbone.transformer, a LoRA "
+        "as backbone.lora."
     )
 
 
@@ -176,81 +210,24 @@ def _tensor_names(file: Path, where: str) -> list[str]:
 
 
 def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those that an SD3 file leaves out, from the pipeline of its configuration; diffusers looks there in vain."""
+    """The text encoders that an SD3 file leaves out, from its `config` pipeline, where diffusers does not look."""
     names = _tensor_names(file, where)
     missing = [part for part, prefix in SD3_TEXT.items() if not any(name.startswith(prefix) for name in names)]
     if not missing:
         return {}
     classes = DiffusionPipeline.load_config(config, local_files_only=options["local_files_only"])
     return {
-        part: getattr(transformers, classes[part][1]).from_pretrained(
-            config, subfolder=part, use_safetensors=True, **options
+        part: load_whole(
+            getattr(transformers, classes[part][1]), config, part, part=part, variant=None, options=options
         )
         for part in missing
         if classes[part][1] is not None
     }
 
 
-def _empty_parts(source: str, given: dict[str, Any], options: dict[str, Any], variant: str | None) -> dict[str, Any]:
-    """`given` and the models of a pipeline that it lacks, on the meta device: their configurations alone are read.
-
-    Of a folder's weights it is seen that they are there and whole; OSError or SafetensorError if not.
-    """
-    only = options["local_files_only"]
-    made = dict(given)
-    for name, entry in DiffusionPipeline.load_config(source, local_files_only=only).items():
-        if name in given or not isinstance(entry, list | tuple) or None in entry:
-            continue
-        library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
-        found: Any = getattr(library, entry[1], None)
-        if nn.Module not in getattr(found, "__mro__", ()):
-            continue
-        if Path(source).is_dir():
-            _see_weights(Path(source) / name, variant)
-        if entry[0] == "diffusers":
-            with torch.device("meta"):
-                made[name] = found.from_config(found.load_config(source, subfolder=name, local_files_only=only))
-        else:
-            config = found.config_class.from_pretrained(source, subfolder=name, local_files_only=only)
-            with torch.device("meta"):
-                made[name] = found(config)
-        made[name].to(options["dtype"])
-    return made
-
-
 def _denoiser_of(kind: str) -> str:
     """The denoiser's name in a pipeline of that kind."""
     return "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
-
-
-def _only_variant(folder: Path) -> str | None:
-    """The variant of a folder's files, such as fp16 of `model.fp16.safetensors`, where it has those of no other."""
-    found = {_variant_of(file) for file in folder.glob("*.safetensors")}
-    return found.pop() if len(found) == 1 else None
-
-
-def _variant_of(file: Path) -> str | None:
-    """Of a part of several too: `model.fp16-00001-of-00002.safetensors`, or the other way round as it once was."""
-    named = re.fullmatch(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.safetensors", file.name)
-    return named.group(1) if named else None
-
-
-def _see_weights(folder: Path, variant: str | None) -> None:
-    there = sorted(folder.glob("*.safetensors"))
-    # Where a part has no files of the variant, diffusers takes its plain ones.
-    files = [file for file in there if _variant_of(file) == variant] or [
-        file for file in there if not _variant_of(file)
-    ]
-    if not files:
-        raise FileNotFoundError(f"there are no .safetensors in {folder}{' but for variants' if there else ''}.")
-    for file in files:
-        with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
-            pass
-    for index in folder.glob("*.index*.json"):
-        parts = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        for part in sorted(parts):
-            if _variant_of(part) == _variant_of(files[0]) and not part.is_file():
-                raise FileNotFoundError(f"{part}, a part of {index.name}, is not there.")
 
 
 def _load_denoiser(
@@ -267,21 +244,24 @@ def _load_denoiser(
             subfolder, config = None, model.load_config(source, local_files_only=only)
         except OSError:
             subfolder, config = name, model.load_config(source, subfolder=name, local_files_only=only)
+        check_config(config, part=name)
         if empty:
             with torch.device("meta"):
                 loaded = model.from_config(config).to(options["dtype"])
         else:
-            variant = _only_variant(Path(source) / (subfolder or ""))
-            loaded = model.from_pretrained(
-                source, subfolder=subfolder, variant=variant, use_safetensors=True, **options
-            )
+            variant = only_variant(Path(source) / (subfolder or ""))
+            loaded = load_whole(model, source, subfolder, part=name, variant=variant, options=options)
         expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
-    except FAILURES as error:
+    except _PASSED_ON:
+        raise
+    except BadPart as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, only) from error
     for key in INTERFACE:
         if key in expected and config.get(key) != expected[key]:
             raise UserError(
-                f"{where} has {key} {config.get(key)}, the checkpoint's own {name} {expected[key]}; it is for another "
+                f"{where} has {key} {config.get(key)}, the checkpoint's {name} {expected[key]}; it belongs to another "
                 "base."
             )
     return loaded
@@ -318,13 +298,13 @@ def _see_lora(lora: str) -> None:
 
 def _unconfigured(where: str, cause: str) -> UserError:
     return UserError(
-        f"{where} is a single file, which does not say how its parts are built: {cause}. Give `config:`, the folder of "
-        "a diffusers pipeline of its kind (its weights are not needed)."
+        f"{where} is a single file, which does not describe its parts: {cause}. Set `config:` to the folder of a "
+        "diffusers pipeline of the same kind (its weights are not needed)."
     )
 
 
 def _is_of_the_net(error: BaseException | None) -> bool:
-    """Whether it began with a hub that gave no answer, which diffusers tells as a file that is missing."""
+    """Whether the cause is a hub that did not answer, which diffusers reports as a missing file."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError | HTTPError) and not isinstance(error, HfHubHTTPError):
             return True
@@ -333,7 +313,7 @@ def _is_of_the_net(error: BaseException | None) -> bool:
 
 
 def _unloadable(where: str, error: Exception, source: str, local_files_only: bool = False) -> UserError:
-    """The error for what could not be loaded from `source`; said plainly where it is not there at all."""
+    """The error for what could not be loaded from `source`, saying so plainly if it does not exist."""
     cause = str(error)
     if isinstance(error, SingleFileComponentError):
         cause = (
@@ -342,11 +322,11 @@ def _unloadable(where: str, error: Exception, source: str, local_files_only: boo
         )
     if isinstance(error, OSError | HTTPError) and not Path(source).exists():
         if not HUB_ID.fullmatch(source):
-            cause = "there is no such file or folder."
+            cause = "no such file or folder."
         elif local_files_only or is_offline_mode():
             cause = (
-                "it is not (or not whole) in the hub's cache here, and the hub may not be asked: local_files_only or "
-                "HF_HUB_OFFLINE is set."
+                "it is not (or not completely) in the hub's cache here, and the hub may not be asked: local_files_only "
+                "or HF_HUB_OFFLINE is set."
             )
         elif _is_of_the_net(error):
             cause = "it is not in the hub's cache here, and the hub cannot be reached."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agsm_rl.backbones.ddim import DDIMSampler, ddim_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
-from agsm_rl.errors import unknown_name
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Cond
 from agsm_rl.training.precision import at_least_float32
 
@@ -49,6 +49,14 @@ class StableDiffusion(FrozenPipeline):
                 self._scheduler.config.prediction_type,
                 "supported",
                 ("epsilon", "v_prediction"),
+            )
+        config = self._scheduler.config
+        if config.prediction_type == "epsilon" and config.rescale_betas_zero_snr:
+            raise UserError(
+                "backbone.checkpoint: its scheduler combines zero terminal SNR (rescale_betas_zero_snr) with "
+                "prediction_type epsilon: its last timestep is pure noise, from which no image can be predicted. "
+                "If the model predicts v, set prediction_type to v_prediction in scheduler/scheduler_config.json; if "
+                "not, set rescale_betas_zero_snr to false."
             )
 
     def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a joint transformer that predicts a flow, two CLIPs and a T5.
 
 The noise level is the flow's own: σ = t, so that x_t = (1 − t)·x0 + t·noise, and the transformer is asked at timestep
-1000·t. A recipe's range of t is thus a range of σ, and t is not shifted; the schedule's shift is the sampler's affair.
+1000·t. A recipe's range of t is thus a range of σ, unshifted; only the sampler shifts its schedule.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ class StableDiffusion3(FrozenPipeline):
     wraps = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     drawing = (4.0, 28)
     t5_length = 256
-    """Tokens that the T5 reads, padding included: what the pipeline itself uses when it is told nothing."""
+    """Tokens that the T5 reads, padding included: the pipeline's own default."""
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         largest = pipeline.transformer.config.pos_embed_max_size * pipeline.vae_scale_factor * self._patch_size()
         if self.resolution > largest:
-            raise UserError(f"backbone.resolution: {resolution} is above {largest}, the largest of this transformer.")
+            raise UserError(f"backbone.resolution: got {resolution}, but this transformer goes up to {largest}.")
         self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
 
     @property
@@ -42,7 +42,7 @@ class StableDiffusion3(FrozenPipeline):
 
     def _shorten_text(self, t5_length: int) -> None:
         if not 1 <= t5_length <= LONGEST_TEXT:
-            raise UserError(f"backbone.t5_length: {t5_length}; diffusers allows 1 to {LONGEST_TEXT} tokens.")
+            raise UserError(f"backbone.t5_length: got {t5_length}; diffusers allows 1 to {LONGEST_TEXT} tokens.")
         self.t5_length = t5_length
 
     def _patch_size(self) -> int:

@@ -212,10 +212,16 @@ class Rollouts(Source):
         sizes = self._shard.gather(latents.float().square().flatten(1).mean(1).sqrt()).cpu()
         if not torch.isfinite(sizes).all():
             bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
+            cause = (
+                "the trained parameters have blown up. Start a new run with a lower optimizer.learning_rate; "
+                "`start_from: <a run>` starts from what that run exported"
+                if self._draws
+                else "nothing has been trained yet, so the cause is the base, its scheduler or its dtype (or what "
+                "`start_from` loaded). Check what `agsm-rl sample` draws from it"
+            )
             raise UserError(
                 f"{self._name}: {len(bad)} of the {len(sizes)} images drawn are not finite, the first for the prompt "
-                f"'{prompts[bad[0]]}': the trained parameters have blown up. Begin a new run with a lower "
-                f"optimizer.learning_rate; with `start_from: <a run>` it goes on from what that run exported"
+                f"'{prompts[bad[0]]}': {cause}"
             )
         self._metrics["x0_norm"] = float(sizes.max())
 

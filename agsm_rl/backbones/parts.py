@@ -1,0 +1,204 @@
+"""The models of a pipeline's folder, each loaded by itself, so that nothing in its files is left out or made up.
+
+diffusers and transformers fill a weight that a file lacks with random numbers, and drop a tensor that they have no
+place for, with a warning at most. Here every weight of a part must come from its files, every tensor of the files must
+have a place, the files must be safetensors, and a configuration may not name code or kernels to be fetched.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors import safe_open
+from torch import nn
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+FOREIGN_KEYS = {
+    "auto_map": "code of its own",
+    "custom_pipelines": "code of its own",
+    "quantization_config": "quantised weights, which are not supported",
+}
+"""Keys of a part's configuration that would have a library run or fetch more than this package's own classes."""
+ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+
+
+class BadPart(ValueError):
+    """What is wrong with one part of a pipeline, for the message that names the pipeline."""
+
+
+def load_parts(
+    source: str, replaced: Mapping[str, Any], options: Mapping[str, Any], *, variant: str | None, empty: bool
+) -> dict[str, Any]:
+    """`replaced`, and the other models of the pipeline in `source` (a folder or hub id) by their names.
+
+    `options` are from_pretrained's. `empty`: on torch's meta device, from the configurations alone; a folder's weight
+    files are only checked to be there and whole. Raises BadPart, or whatever the libraries raise.
+    """
+    local_only = options["local_files_only"]
+    parts = dict(replaced)
+    for name, entry in DiffusionPipeline.load_config(source, local_files_only=local_only).items():
+        model_class = _model_class(entry)
+        if name in replaced or model_class is None:
+            continue
+        config = _config_of(model_class, source, name, local_only)
+        check_config(config, part=name)
+        if Path(source).is_dir():
+            _check_files(Path(source) / name, variant)
+        if empty:
+            parts[name] = _on_meta(model_class, source, name, local_only).to(options["dtype"])
+        else:
+            parts[name] = load_whole(model_class, source, name, part=name, variant=variant, options=options)
+    return parts
+
+
+def load_whole(
+    model_class: Any, source: str, subfolder: str | None, *, part: str, variant: str | None, options: Mapping[str, Any]
+) -> Any:
+    """A model with every weight from its files and every tensor of the files in place; BadPart where it is not so."""
+    model, report = model_class.from_pretrained(
+        source, subfolder=subfolder, variant=variant, use_safetensors=True, output_loading_info=True, **options
+    )
+    _refuse(f"its {part} lacks", "weight", report["missing_keys"])
+    unused = [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # CLIP files before 2023
+    _refuse(f"its {part} has no place for", "tensor", unused)
+    _refuse(f"its {part} has another shape than its configuration says for", "tensor", report["mismatched_keys"])
+    return model
+
+
+def check_complete(pipeline: Any) -> None:
+    """BadPart where a model of a loaded pipeline lacks weights, which diffusers leaves on the meta device."""
+    for part, model in pipeline.components.items():
+        if isinstance(model, nn.Module):
+            named = [*model.named_parameters(), *model.named_buffers()]
+            _refuse(f"its {part} lacks", "weight", [name for name, tensor in named if tensor.is_meta])
+
+
+def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], local_only: bool) -> None:
+    """BadPart where a file in the original layout lacks weights of the diffusers models that `config` describes."""
+    with safe_open(source, framework="pt") as file:
+        # Whatever a tensor holds: names and shapes are all that the converters look at.
+        tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+    for name, entry in DiffusionPipeline.load_config(config, local_files_only=local_only).items():
+        model_class = _model_class(entry)
+        convert = SINGLE_FILE_LOADABLE_CLASSES.get(entry[1], {}).get("checkpoint_mapping_fn") if model_class else None
+        if convert is None or name in replaced:
+            continue
+        settings = dict(model_class.load_config(config, subfolder=name, local_files_only=local_only))
+        held = convert(config=settings, checkpoint=dict(tensors))
+        needed = _on_meta(model_class, config, name, local_only).state_dict()
+        _refuse(f"its {name} lacks", "weight", [key for key in needed if key not in held])
+
+
+def check_tokenizers(pipeline: Any) -> None:
+    """BadPart for a tokenizer whose files are not all there: it would cut nothing, or know hardly a word."""
+    for name, tokenizer in pipeline.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        encoder_name = name.replace("tokenizer", "text_encoder")
+        encoder = getattr(pipeline, encoder_name, None)
+        if encoder is None:
+            continue
+        config = encoder.config
+        # A T5 has no such limit, and its pipeline says how long its texts are.
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and tokenizer.model_max_length > longest:
+            raise BadPart(
+                f"its {name} has model_max_length {tokenizer.model_max_length:.6g}, but its {encoder_name} reads "
+                f"{longest} tokens; {name}/tokenizer_config.json is missing or of another model."
+            )
+        if not config.vocab_size / 2 <= len(tokenizer) <= config.vocab_size:
+            raise BadPart(
+                f"its {name} knows {len(tokenizer)} tokens, its {encoder_name} {config.vocab_size}; "
+                f"{name}/tokenizer.json (or vocab.json and merges.txt) is missing or of another model."
+            )
+
+
+def check_config(config: Mapping[str, Any], *, part: str) -> None:
+    """BadPart for a configuration that names code, kernels or a quantisation."""
+    for key, meaning in FOREIGN_KEYS.items():
+        if config.get(key):
+            raise BadPart(f"its {part}'s config.json has '{key}' ({meaning}); remove it, or take another copy.")
+    for key in ATTENTION_KEYS:
+        if isinstance(config.get(key), str) and not config[key].isidentifier():
+            raise BadPart(
+                f"its {part}'s config.json asks for attention '{config[key]}', a kernel to be downloaded; remove it."
+            )
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant of a folder's weight files, such as fp16 of `model.fp16.safetensors`, if they are all of one."""
+    variants = {_variant_of(file) for file in folder.glob("*.safetensors")}
+    return variants.pop() if len(variants) == 1 else None
+
+
+def _refuse(what: str, noun: str, names: Iterable[str]) -> None:
+    names = sorted(str(name) for name in names)
+    if names:
+        raise BadPart(f"{what} {len(names)} {noun}{'s' if len(names) > 1 else ''}, first '{names[0]}'.")
+
+
+def _model_class(entry: Any) -> Any:
+    """The class of a component in model_index.json, if it is a model of a library that we load."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or None in entry:
+        return None
+    found: Any = getattr(LIBRARIES.get(entry[0]), str(entry[1]), None)
+    return found if nn.Module in getattr(found, "__mro__", ()) else None
+
+
+def _config_of(model_class: Any, source: str, name: str, local_only: bool) -> dict[str, Any]:
+    if issubclass(model_class, diffusers.ModelMixin):
+        return dict(model_class.load_config(source, subfolder=name, local_files_only=local_only))
+    config, _ = model_class.config_class.get_config_dict(source, subfolder=name, local_files_only=local_only)
+    return dict(config)
+
+
+def _on_meta(model_class: Any, source: str, name: str, local_only: bool) -> Any:
+    if issubclass(model_class, diffusers.ModelMixin):
+        config = model_class.load_config(source, subfolder=name, local_files_only=local_only)
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    config = model_class.config_class.from_pretrained(source, subfolder=name, local_files_only=local_only)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _variant_of(file: Path) -> str | None:
+    """Of a part of several too: `model.fp16-00001-of-00002.safetensors`, or the other way round as it once was."""
+    named = re.fullmatch(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.safetensors", file.name)
+    return named.group(1) if named else None
+
+
+def _check_files(folder: Path, variant: str | None) -> None:
+    """The folder has safetensors of the variant, each whole, and its index names no other kind of file."""
+    present = sorted(folder.glob("*.safetensors"))
+    # Where a part has no files of the variant, diffusers takes its plain ones.
+    files = [file for file in present if _variant_of(file) == variant] or [
+        file for file in present if not _variant_of(file)
+    ]
+    indexed = [part for index in sorted(folder.glob("*.safetensors.index*.json")) for part in _indexed(index)]
+    for part in indexed:
+        if part.suffix != ".safetensors" or part.parent != folder:
+            raise BadPart(
+                f"the weight index of its {folder.name} names '{part.name}'; only .safetensors files beside the index "
+                "are read, because a pickled file could run code."
+            )
+    if not files:
+        raise BadPart(f"there are no .safetensors in {folder}{' except for variants' if present else ''}.")
+    for file in files:
+        with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+            pass
+    for part in sorted(set(indexed)):
+        if _variant_of(part) == _variant_of(files[0]) and not part.is_file():
+            raise BadPart(f"{part}, which the weight index names, is missing.")
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return [index.parent / str(name) for name in dict.fromkeys(weight_map.values())]
