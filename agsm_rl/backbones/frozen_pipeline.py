@@ -204,9 +204,7 @@ class FrozenPipeline:
         factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
         self.resolution = config.sample_size * factor if resolution is None else resolution
         if self.resolution < multiple or self.resolution % multiple:
-            raise UserError(
-                f"backbone.resolution: got {resolution}; it must be a positive multiple of {multiple}, the pixels per latent."
-            )
+            raise UserError(f"backbone.resolution: got {resolution}; a positive multiple of {multiple} is needed.")
         channels = pipeline.vae.config.latent_channels
         if config.in_channels != channels:
             raise UserError(

@@ -84,7 +84,8 @@ def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], 
     """BadPart where a file in the original layout lacks weights of the diffusers models that `config` describes."""
     with safe_open(source, framework="pt") as file:
         # Whatever a tensor holds: names and shapes are all that the converters look at.
-        tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+        names = list(file.keys())
+        tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     for name, entry in DiffusionPipeline.load_config(config, local_files_only=local_only).items():
         model_class = _model_class(entry)
         convert = SINGLE_FILE_LOADABLE_CLASSES.get(entry[1], {}).get("checkpoint_mapping_fn") if model_class else None
