@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-GUIDES = Path(__file__).parents[2] / "docs" / "guides"
-EXAMPLES = sorted(page.stem for page in GUIDES.glob("*.md") if 'title="' in page.read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+GUIDES = ROOT / "docs" / "guides"
+EXAMPLES = sorted(page.stem for page in GUIDES.glob("*.md"))
 pytestmark = pytest.mark.slow
 
 SMALL = {"sample": ("--num-steps", "2"), "eval": ("--num-images", "6", "--num-steps", "2")}
@@ -19,11 +20,14 @@ SMALL = {"sample": ("--num-steps", "2"), "eval": ("--num-images", "6", "--num-st
 
 
 def shrunk(recipe: str) -> str:
-    """The recipe with two steps and six images for each evaluation."""
+    """The recipe with two steps, six images for each evaluation, and few for each draw."""
     content = yaml.safe_load(recipe)
-    content["steps"] = min(content.get("steps", 2), 2)
+    content["steps"] = min(content["steps"], 2)
     if "evaluate" in content:
         content["evaluate"] |= {"num_images": 6}
+    for source in content.get("sources", {}).values():
+        if source["use"] == "rollouts":
+            source |= {"num_prompts": 2, "num_steps": 2}
     return yaml.safe_dump(content)
 
 
@@ -43,6 +47,10 @@ def test_a_guide_s_example_runs_as_printed(guide, tmp_path):
     page = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
     for name, text in files_of(page).items():
         (tmp_path / name).write_text(shrunk(text) if name.endswith(".yaml") else text, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        (tmp_path / "recipes" / recipe.name).write_text(shrunk(recipe.read_text(encoding="utf-8")), encoding="utf-8")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
 
     def run(*arguments: str) -> None:
