@@ -38,20 +38,31 @@ INTRODUCTIONS = {
     "another base with another `checkpoint:`.",
 }
 SECTIONS: list[tuple[str, type[Section], str]] = [
-    ("The run", schema.RecipeKeys, ""),
-    ("backbone", schema.Block, "Options: [Backbones](backbones.md)."),
-    ("adapters", schema.Block, "`{name: block}`. Options: [Adapters](adapters.md)."),
+    ("The run", schema.RecipeKeys, "The keys at the top."),
+    ("backbone", schema.Block, "A block, `{use: name, …}`. Its options: [Backbones](backbones.md)."),
+    ("adapters", schema.Block, "Blocks by name, `{name: {use: …}}`. Their options: [Adapters](adapters.md)."),
     ("ema", schema.Ema, ""),
-    ("sources", schema.Block, "`{name: block}`. Options: [Sources](sources.md)."),
-    ("objectives", schema.TermBlock, "A list of terms. Options: [Objectives](objectives.md), [Views](views.md)."),
-    ("rewards", RewardOptions, "`{name: weight}`, or `{name: {…}}` with these keys. Options: [Rewards](rewards.md)."),
+    ("sources", schema.Block, "Blocks by name, `{name: {use: …}}`. Their options: [Sources](sources.md)."),
+    (
+        "objectives",
+        schema.TermBlock,
+        "A list of terms. Beside these keys stand the objective's own options: [Objectives](objectives.md). The blocks "
+        "of `view`: [Views](views.md).",
+    ),
+    (
+        "rewards",
+        RewardOptions,
+        "In a source, an objective or `evaluate`: `{name: weight}`, or `{name: {…}}` with these keys and the reward's "
+        "own options: [Rewards](rewards.md).",
+    ),
     ("optimizer", schema.Optimizer, ""),
     ("evaluate", schema.Evaluate, ""),
     ("sample", schema.Samples, ""),
     ("checkpoint", schema.CheckpointKeys, ""),
-    ("stop_when", schema.StopRule, "`{score: rule}`, e.g. `{overall: {falls_by: 0.05}}`."),
+    ("stop_when", schema.StopRule, "Rules by the score they look at: `{overall: {falls_by: 0.05}}`."),
     ("watch", schema.WatchKeys, ""),
 ]
+"""Title, keys, and what is said of them where the docstring is for readers of the code."""
 
 
 def pages() -> dict[str, str]:
@@ -69,7 +80,7 @@ def recipe_page() -> str:
         "changes a value on the command line.",
     ]
     for title, section, note in SECTIONS:
-        parts += [f"## {title}", about(section), *([note] if note else []), table(keys_of(section))]
+        parts += [f"## {title}", note or about(section), table(keys_of(section))]
     return joined(parts)
 
 
@@ -154,7 +165,8 @@ def table(options: Iterable[Option]) -> str:
     rows = []
     for option in options:
         default = "required" if option.default is None else f"`{option.default}`" if option.default else "–"
-        rows.append(f"| `{cell(option.name)}` | {cell(option.type)} | {default} | {cell(linked(option.meaning))} |")
+        name = option.name.replace("|", " or ")
+        rows.append(f"| `{name}` | {cell(option.type)} | {default} | {cell(linked(option.meaning))} |")
     if not rows:
         return "No options."
     return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *rows])
