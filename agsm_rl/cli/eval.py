@@ -99,10 +99,10 @@ def evaluate(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}.")
     without_loading_bars()
-    from agsm_rl.evaluate.draw_folder import How
-    from agsm_rl.evaluate.evaluate_suite import Options, evaluate_suite
-    from agsm_rl.evaluate.evaluate_target import evaluate_target
+    from agsm_rl.evaluate.draw_folder import DrawingSettings
     from agsm_rl.evaluate.image_folder import is_image_folder
+    from agsm_rl.evaluate.in_memory import evaluate_in_memory
+    from agsm_rl.evaluate.on_disk import Options, evaluate_on_disk
     from agsm_rl.evaluate.target import open_target
     from agsm_rl.recipe.schema import Evaluate
 
@@ -113,14 +113,14 @@ def evaluate(
         how = {"seed": seed, "guidance": guidance, "num_steps": num_steps, "split": split or "held_out"}
         how |= {"bank": bank, "prompt_suffix": prompt_suffix, "num_images": num_images or 600}
         how |= {"batch_size": batch_size or Evaluate.model_fields["batch_size"].default}
-        evaluate_target(opened, compare=compare, json_file=json_file, **how)
+        evaluate_in_memory(opened, compare=compare, json_file=json_file, **how)
         return
     if bank != "positive":
         raise UserError(f"--bank {bank}: goes with --suite shapes, without --images, --shard and --against.")
     options = Options(
         images=images,
         num_images=num_images,
-        how=How(seed, guidance, num_steps, batch_size or How.batch_size, prompt_suffix),
+        how=DrawingSettings(seed, guidance, num_steps, batch_size or DrawingSettings.batch_size, prompt_suffix),
         shard=shard,
         against=against,
         compare=compare,
@@ -129,4 +129,4 @@ def evaluate(
     )
     allowed = permissions(imports=allow_import, commands=allow_command, hosts=allow_host)
     made = make_suite(suite, given, target=target, num_images=num_images, seed=seed, allow_imports=allowed)
-    evaluate_suite(target, made, options, json_file=json_file)
+    evaluate_on_disk(target, made, options, json_file=json_file)

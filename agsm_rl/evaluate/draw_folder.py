@@ -31,7 +31,7 @@ ELSEWHERE = ("device", "dtype", "resolution", "gradient_checkpointing", "local_f
 
 
 @dataclass(frozen=True)
-class How:
+class DrawingSettings:
     """How images are drawn; None is the target's own choice. `prompt_suffix` is read behind each prompt."""
 
     seed: int = 0
@@ -42,7 +42,7 @@ class How:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Share:
     """A share of the work: every `count`-th piece, beginning with number `index`."""
 
     index: int = 0
@@ -53,12 +53,12 @@ class Shard:
         return list(pieces[self.index :: self.count])
 
     @staticmethod
-    def parse(text: str) -> Shard:
+    def parse(text: str) -> Share:
         """From `2/4`, the second of four; UserError for anything else."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
             raise UserError(f"--shard {text}: give it as i/n with i from 1 to n, e.g. 1/4 for the first of four.")
-        return Shard(int(index) - 1, int(count))
+        return Share(int(index) - 1, int(count))
 
 
 def seed_of(seed: int, prompt_index: int, number: int) -> int:
@@ -79,7 +79,7 @@ def image_of(folder: Path, prompt_index: int, number: int, metadata: Mapping[str
     return Drawn(path, prompt_index, number, metadata)
 
 
-def pinned(target: Target, how: How) -> dict[str, Any]:
+def pinned(target: Target, how: DrawingSettings) -> dict[str, Any]:
     """All that decides the images besides the prompts, as plain data."""
     pipeline = target.backbone.pipeline
     scheduler = {"class": type(pipeline.scheduler).__name__}
@@ -113,7 +113,13 @@ def versions() -> dict[str, str]:
 
 
 def draw_images(
-    wanted: Sequence[Drawn], folder: Path, target: Target, how: How, shard: Shard, *, console: Console | None = None
+    wanted: Sequence[Drawn],
+    folder: Path,
+    target: Target,
+    how: DrawingSettings,
+    shard: Share,
+    *,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Draw this share of the wanted images, but for those that are there and whole; the pinned settings.
 

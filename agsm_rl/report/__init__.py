@@ -1,6 +1,6 @@
 """`agsm-rl report`: runs or a sweep as one HTML file that needs no network.
 
-    evaluation.py  eval.json → verdicts by guidance
+    eval_file.py   eval.json → verdicts by guidance
     load.py        run folders and sweeps → runs, variants, cells; what cannot be compared is refused
     compare.py     scores and paired differences with intervals
     history.py     metrics.jsonl and evaluations.jsonl → curves

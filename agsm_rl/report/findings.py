@@ -10,7 +10,7 @@ import numpy as np
 
 from agsm_rl.report.compare import Estimate, Quantity, estimate
 from agsm_rl.report.load import Loaded, Variant
-from agsm_rl.report.views import BASE, View, base_marks, measured_of, measured_of_base
+from agsm_rl.report.views import BASE, GuidanceView, base_marks, measured_of, measured_of_base
 
 Model = tuple[str, float]
 """A variant (or BASE) and a guidance."""
@@ -25,11 +25,11 @@ class Findings:
     seeds: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """Of each two variants: the seeds that both have."""
 
-    def score(self, verdict: str, view: View, name: str) -> Estimate:
+    def score(self, verdict: str, view: GuidanceView, name: str) -> Estimate:
         """A model's in a view."""
         return self.scores[verdict, (name, view.guidance[name])]
 
-    def difference(self, verdict: str, view: View, name: str, minus: str = BASE) -> Estimate | None:
+    def difference(self, verdict: str, view: GuidanceView, name: str, minus: str = BASE) -> Estimate | None:
         """Of two models in a view, either way round; None where they have no seed in common."""
         one, other = (name, view.guidance[name]), (minus, view.guidance[minus])
         if (verdict, one, other) in self.differences:
@@ -38,7 +38,7 @@ class Findings:
         return None if back is None else back.mirrored()
 
 
-def find(loaded: Loaded, views: list[View]) -> Findings:
+def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
     """Estimate everything that the report shows."""
     found = Findings()
     found.seeds = {
@@ -70,7 +70,7 @@ def _score_quantities(loaded: Loaded, verdict: str) -> dict[Any, Quantity]:
     return made
 
 
-def _difference_quantities(loaded: Loaded, found: Findings, view: View, verdict: str) -> dict[Any, Quantity]:
+def _difference_quantities(loaded: Loaded, found: Findings, view: GuidanceView, verdict: str) -> dict[Any, Quantity]:
     made: dict[Any, Quantity] = {}
     models = {name: (name, guidance) for name, guidance in view.guidance.items()}
     for variant in loaded.variants:

@@ -6,7 +6,7 @@ from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import Findings
 from agsm_rl.report.load import Loaded
-from agsm_rl.report.views import BASE, OWN, View, scores_on_validation
+from agsm_rl.report.views import BASE, OWN, GuidanceView, scores_on_validation
 
 NAMED = 4
 """More figures than these do not go into a sentence: they are counted."""
@@ -14,7 +14,7 @@ FEW = 5
 """With fewer seeds the interval itself is a rough one."""
 
 
-def headline(loaded: Loaded, views: list[View], found: Findings) -> str:
+def headline(loaded: Loaded, views: list[GuidanceView], found: Findings) -> str:
     """The sentence, on the first verdict."""
     if not loaded.evaluated:
         of = loaded.variants[0].name if len(loaded.variants) == 1 else f"{len(loaded.variants)} variants"
@@ -66,7 +66,7 @@ def reach(loaded: Loaded) -> str:
     return f"{drawn} {over}{rough}."
 
 
-def _with_own_guidance(loaded: Loaded, view: View, found: Findings, verdict: str, what: str) -> str:
+def _with_own_guidance(loaded: Loaded, view: GuidanceView, found: Findings, verdict: str, what: str) -> str:
     """The variant that leads on the validation prompts: chosen there, so that its figure here is not a lucky one."""
     on_validation = {
         variant.name: scores_on_validation(variant.runs)[view.guidance[variant.name]] for variant in loaded.variants
@@ -86,14 +86,14 @@ def _on(loaded: Loaded) -> str:
     return f"On {loaded.evaluation.split.replace('_', '-')} prompts,"
 
 
-def _sentence(start: str, found: Findings, view: View, name: str, verdict: str) -> str:
+def _sentence(start: str, found: Findings, view: GuidanceView, name: str, verdict: str) -> str:
     before, after = found.score(verdict, view, BASE).overall.value, found.score(verdict, view, name).overall.value
     change = _against_base(found, verdict, view, name).overall
     verb = "does not clearly change" if not change.excludes_zero else "raises" if change.value > 0 else "lowers"
     return f"{start.format(verb=verb)} from {100 * before:.1f} to {100 * after:.1f} %, {_points(change)} points"
 
 
-def _counted(found: Findings, view: View, names: list[str], verdict: str) -> str:
+def _counted(found: Findings, view: GuidanceView, names: list[str], verdict: str) -> str:
     changes = {name: _against_base(found, verdict, view, name).overall for name in names}
     up = [one for one in changes.values() if one.low > 0]
     down = [one for one in changes.values() if one.high < 0]
@@ -103,7 +103,7 @@ def _counted(found: Findings, view: View, names: list[str], verdict: str) -> str
     return f"{told} (the highest is {top}'s {_points(changes[top])} points)"
 
 
-def _against_base(found: Findings, verdict: str, view: View, name: str) -> Estimate:
+def _against_base(found: Findings, verdict: str, view: GuidanceView, name: str) -> Estimate:
     change = found.difference(verdict, view, name)
     assert change is not None
     return change

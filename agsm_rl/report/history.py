@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from agsm_rl.errors import UserError
-from agsm_rl.report.evaluation import OF_SUITE
+from agsm_rl.report.eval_file import OF_SUITE
 from agsm_rl.report.load import Run
 from agsm_rl.run.folder import RunFolder
 

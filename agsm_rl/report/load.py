@@ -13,7 +13,7 @@ from typing import Any
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import sha256
 from agsm_rl.recipe.yaml_file import read_yaml
-from agsm_rl.report.evaluation import NOTHING, Evaluation, read_evaluation
+from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile, read_eval_file
 from agsm_rl.run.folder import RunFolder, seed_suffix
 
 SWEEP_FILE = "sweep.json"
@@ -33,12 +33,12 @@ class Run:
     variant: str
     seed: int
     recipe: dict[str, Any]
-    evaluation: Evaluation
-    validation: Evaluation | None
+    evaluation: EvalFile
+    validation: EvalFile | None
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """What a sweep says of one of its runs; `used` is whether its figures are in the report, `why` why not."""
 
     name: str
@@ -68,7 +68,7 @@ class Loaded:
 
     title: str
     variants: tuple[Variant, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[SweepCell, ...]
     guidances: tuple[float, ...]
     notes: tuple[str, ...]
 
@@ -80,10 +80,10 @@ class Loaded:
     @property
     def evaluated(self) -> bool:
         """Whether there are verdicts; otherwise there are only curves."""
-        return self.evaluation is not NOTHING
+        return self.evaluation is not NOT_EVALUATED
 
     @property
-    def evaluation(self) -> Evaluation:
+    def evaluation(self) -> EvalFile:
         """The first run's: its prompts, split and seed are everybody's."""
         return self.runs[0].evaluation
 
@@ -120,9 +120,9 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
         raise UserError(
             f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
         )
-    evaluation = read_evaluation(folder.eval) if measured else NOTHING
+    evaluation = read_eval_file(folder.eval) if measured else NOT_EVALUATED
     _check_measured(evaluation, folder, folder.eval)
-    validation = read_evaluation(other) if (other := path / "eval-validation.json").is_file() else None
+    validation = read_eval_file(other) if (other := path / "eval-validation.json").is_file() else None
     if validation is not None:
         _check_measured(validation, folder, other)
     return Run(
@@ -136,7 +136,7 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
     )
 
 
-def _check_measured(evaluation: Evaluation, folder: RunFolder, measured: Path) -> None:
+def _check_measured(evaluation: EvalFile, folder: RunFolder, measured: Path) -> None:
     """UserError when what was measured is not what the run came to, because it has gone on since."""
     for name, digest in evaluation.adapters.items():
         file = folder.adapter / name
@@ -146,7 +146,7 @@ def _check_measured(evaluation: Evaluation, folder: RunFolder, measured: Path) -
             )
 
 
-def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
+def _sweep(path: Path) -> tuple[str, list[Run], list[SweepCell]]:
     """A sweep's name, its finished runs, and what became of every cell."""
     file = path / SWEEP_FILE
     try:
@@ -163,15 +163,15 @@ def _sweep(path: Path) -> tuple[str, list[Run], list[Cell]]:
     for (name, variant, seed, status, place), why in zip(rows, errors, strict=True):
         if not (path / place).resolve().is_relative_to(path.resolve()):
             raise UserError(f"{file}: the cell '{name}' lies outside the sweep's folder: {place}")
-        cell = Cell(name, variant, seed, status, used=status == DONE, why=why)
+        cell = SweepCell(name, variant, seed, status, used=status == DONE, why=why)
         if cell.used:
             try:
                 runs.append(replace(_run(path / place, variant=variant, name=name), seed=seed))
             except UserError as mistake:
                 cell = replace(cell, used=False, why=str(mistake))
         cells.append(cell)
-    if len({run.evaluation is NOTHING for run in runs}) == 2:
-        left = {run.name for run in runs if run.evaluation is NOTHING}
+    if len({run.evaluation is NOT_EVALUATED for run in runs}) == 2:
+        left = {run.name for run in runs if run.evaluation is NOT_EVALUATED}
         runs = [run for run in runs if run.name not in left]
         cells = [replace(one, used=False, why="was not evaluated") if one.name in left else one for one in cells]
     if not runs:
@@ -218,13 +218,13 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first = runs[0]
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
-        if (run.evaluation is NOTHING) != (first.evaluation is NOTHING):
-            without, other = (run, first) if run.evaluation is NOTHING else (first, run)
+        if (run.evaluation is NOT_EVALUATED) != (first.evaluation is NOT_EVALUATED):
+            without, other = (run, first) if run.evaluation is NOT_EVALUATED else (first, run)
             raise UserError(
                 f"{without.path}: was not evaluated, but {other.path} was. Evaluate it alike (`agsm-rl eval "
                 f"{without.path} --suite … --compare --json {without.path}/eval.json`), or report it apart."
             )
-        if first.evaluation is not NOTHING:
+        if first.evaluation is not NOT_EVALUATED:
             unlike = difference(first.evaluation, run.evaluation)
             if unlike is None and _base(first) != _base(run):
                 unlike = f"bases ({_base(first)} and {_base(run)})"
@@ -240,7 +240,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
                 "would count as two. Leave one out."
             )
-    if first.evaluation is NOTHING:
+    if first.evaluation is NOT_EVALUATED:
         return
     common = set.intersection(*(set(run.evaluation.trained) for run in runs))
     if not common:
@@ -248,7 +248,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         raise UserError(f"the runs were evaluated at no common guidance ({found}); evaluate them alike.")
 
 
-SAME: dict[str, Callable[[Evaluation], Any]] = {
+SAME: dict[str, Callable[[EvalFile], Any]] = {
     "suites": lambda one: one.suite,
     "splits": lambda one: one.split,
     "noise seeds": lambda one: one.seed,
@@ -260,7 +260,7 @@ SAME: dict[str, Callable[[Evaluation], Any]] = {
 }
 
 
-def difference(one: Evaluation, other: Evaluation) -> str | None:
+def difference(one: EvalFile, other: EvalFile) -> str | None:
     """In what two evaluations are unlike, so that their images are no pairs; None where they are pairs."""
     for what, of in SAME.items():
         if of(one) != of(other):

@@ -26,7 +26,7 @@ from agsm_rl.report.findings import Findings, find
 from agsm_rl.report.headline import headline, reach, signed
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.pictures import pictures, sheets
-from agsm_rl.report.views import BASE, View, make_views
+from agsm_rl.report.views import BASE, GuidanceView, make_views
 
 SCRIPTS = ("assets/d3.min.js", "assets/plot.umd.min.js", "page.js")
 BASE_NAME = "base"
@@ -75,7 +75,7 @@ def render(loaded: Loaded) -> str:
     )
 
 
-def page_data(loaded: Loaded, views: list[View], found: Findings) -> dict[str, Any]:
+def page_data(loaded: Loaded, views: list[GuidanceView], found: Findings) -> dict[str, Any]:
     """What the page's charts and tables are drawn from: shares and differences of shares, as numbers in [-1, 1]."""
     evaluation, runs = loaded.evaluation, loaded.runs
     return {
@@ -130,7 +130,7 @@ def _rounded(value: float) -> float:
     return round(value, 6)
 
 
-def _plain(loaded: Loaded, views: list[View], found: Findings) -> list[dict[str, Any]]:
+def _plain(loaded: Loaded, views: list[GuidanceView], found: Findings) -> list[dict[str, Any]]:
     """The main figures for readers without scripts: by view, a row a model."""
     tables = []
     for view in views:

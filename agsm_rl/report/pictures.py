@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agsm_rl.evaluate.image_folder import open_picture
-from agsm_rl.report.evaluation import OF_SUITE, Evaluation, Judged
+from agsm_rl.report.eval_file import OF_SUITE, EvalFile, Judged
 from agsm_rl.report.load import Loaded, Run
 from agsm_rl.report.views import BASE, measured_of
 from agsm_rl.run.folder import RunFolder
@@ -69,7 +69,7 @@ def _prompts_shown(loaded: Loaded) -> int:
     return min(16, len(loaded.evaluation.prompts), max(FEWEST_PROMPTS, MOST_IMAGES // models))
 
 
-def _numbers(evaluation: Evaluation, count: int) -> list[int]:
+def _numbers(evaluation: EvalFile, count: int) -> list[int]:
     """The images that are shown: the first ones; of a suite that goes tag by tag, prompts' first ones, tags in turn."""
     if evaluation.suite not in OF_SUITE:
         return list(range(count))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agsm_rl.report.evaluation import Evaluation, Marks
+from agsm_rl.report.eval_file import EvalFile, Marks
 from agsm_rl.report.load import Loaded, Run, Variant, difference
 
 BASE = ""
@@ -16,7 +16,7 @@ OWN = "own"
 
 
 @dataclass(frozen=True)
-class View:
+class GuidanceView:
     """A way to compare: the guidance of every variant and, under BASE, of the base."""
 
     key: str
@@ -24,10 +24,10 @@ class View:
     guidance: dict[str, float]
 
 
-def make_views(loaded: Loaded) -> tuple[list[View], list[str]]:
+def make_views(loaded: Loaded) -> tuple[list[GuidanceView], list[str]]:
     """The views, the one for the headline first, and what to know of them in sentences."""
     names = [BASE, *(variant.name for variant in loaded.variants)]
-    views = [View(f"{one:g}", f"guidance {one:g}", dict.fromkeys(names, one)) for one in loaded.guidances]
+    views = [GuidanceView(f"{one:g}", f"guidance {one:g}", dict.fromkeys(names, one)) for one in loaded.guidances]
     with_validation = [run for run in loaded.runs if run.validation is not None]
     if not with_validation:
         several = len(loaded.guidances) > 1
@@ -58,7 +58,7 @@ def _unlike_validations(runs: Sequence[Run]) -> str:
     return ""
 
 
-def _own(loaded: Loaded) -> tuple[View | None, str]:
+def _own(loaded: Loaded) -> tuple[GuidanceView | None, str]:
     """Each model at the guidance at which its validation score is the highest."""
     chosen = {BASE: choose(scores_on_validation(loaded.runs, base=True), measured_of_base(loaded))}
     for variant in loaded.variants:
@@ -68,7 +68,7 @@ def _own(loaded: Loaded) -> tuple[View | None, str]:
         return None, "No guidance was chosen on validation prompts: those were drawn at other guidances than these."
     size = len(loaded.runs[0].validation.prompts) if loaded.runs[0].validation else 0
     note = f"Each model's own guidance is the one at which it scores highest on {size} images of validation prompts."
-    return View(OWN, "each model at its own guidance", found), note
+    return GuidanceView(OWN, "each model at its own guidance", found), note
 
 
 def scores_on_validation(runs: Sequence[Run], *, base: bool = False) -> dict[float, float]:
@@ -102,5 +102,5 @@ def measured_of_base(loaded: Loaded) -> list[float]:
 def base_marks(loaded: Loaded, run: Run, guidance: float, verdict: str) -> Marks:
     """The base's marks as the run's own evaluation has them, or else the first run's that drew it at that guidance."""
     holders = [run.evaluation, *(other.evaluation for other in loaded.runs)]
-    holder: Evaluation = next(one for one in holders if guidance in one.base)
+    holder: EvalFile = next(one for one in holders if guidance in one.base)
     return holder.base[guidance].marks[verdict]

@@ -15,15 +15,15 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate import draw_folder
-from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, plan, read_pinned, seed_of
+from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, plan, read_pinned, seed_of
 from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images, sha256
 from agsm_rl.evaluate.target import open_target
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.policy import Policy
 
 ASKED = {0: {"prompt": "a red star"}, 3: {"prompt": "a blue circle"}, 5: {"prompt": "two squares"}}
-WHOLE = Shard()
-HOW = How(seed=4, num_steps=2, guidance=2.0, batch_size=2)
+WHOLE = Share()
+HOW = DrawingSettings(seed=4, num_steps=2, guidance=2.0, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_images_lie_in_geneval_s_layout_with_all_that_decides_them(target, tmp_p
 def test_shares_together_draw_what_one_process_draws(target, tmp_path):
     draw(target, tmp_path / "whole")
     for index in range(3):
-        draw(target, tmp_path / "shared", shard=Shard(index, 3))
+        draw(target, tmp_path / "shared", shard=Share(index, 3))
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 
 
@@ -95,9 +95,9 @@ def test_images_that_are_there_are_not_drawn_again_and_torn_or_missing_ones_are(
 @pytest.mark.parametrize(
     ("how", "word"),
     [
-        (How(seed=5, num_steps=2, guidance=2.0), "seed = 4, now it is 5"),
-        (How(seed=4, num_steps=3, guidance=2.0), "num_steps"),
-        (How(seed=4, num_steps=2, guidance=1.0), "guidance"),
+        (DrawingSettings(seed=5, num_steps=2, guidance=2.0), "seed = 4, now it is 5"),
+        (DrawingSettings(seed=4, num_steps=3, guidance=2.0), "num_steps"),
+        (DrawingSettings(seed=4, num_steps=2, guidance=1.0), "guidance"),
     ],
 )
 def test_a_folder_is_not_gone_on_with_by_other_options(target, tmp_path, how, word):
@@ -119,7 +119,7 @@ def test_a_folder_of_another_tool_or_of_other_prompts_is_not_drawn_into(target, 
     draw(target, tmp_path / "a")
     other = {0: {"prompt": "a green star"}}
     with pytest.raises(UserError, match="another prompt"):
-        draw_images(plan(tmp_path / "a", other, 1), tmp_path / "a", target, HOW, Shard())
+        draw_images(plan(tmp_path / "a", other, 1), tmp_path / "a", target, HOW, Share())
     (tmp_path / "b/00000").mkdir(parents=True)
     with pytest.raises(UserError, match="another tool"):
         draw(target, tmp_path / "b")
@@ -128,8 +128,8 @@ def test_a_folder_of_another_tool_or_of_other_prompts_is_not_drawn_into(target, 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
 def test_a_share_that_is_none_is_told(text):
     with pytest.raises(UserError, match="1/4 for the first of four"):
-        Shard.parse(text)
-    assert Shard.parse("2/4") == Shard(1, 4)
+        Share.parse(text)
+    assert Share.parse("2/4") == Share(1, 4)
 
 
 def one_image(folder, name="0000.png"):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from agsm_rl.backbones import load_backbone
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import PINNED, How, Shard, draw_images, plan
+from agsm_rl.evaluate.draw_folder import PINNED, DrawingSettings, Share, draw_images, plan
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.evaluate.suites.shapes import suite_prompts
@@ -62,10 +62,10 @@ def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(
     target = open_target(str(tiny_checkpoint), options={"device": "cpu"})
     asked, folders = {0: {"prompt": "a red star"}}, {"behind": SUFFIX, "plain": ""}
     for name, suffix in folders.items():
-        how = How(num_steps=2, prompt_suffix=suffix)
-        draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Shard())
+        how = DrawingSettings(num_steps=2, prompt_suffix=suffix)
+        draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Share())
     whole = plan(tmp_path / "whole", {0: {"prompt": "a red star" + SUFFIX}}, 1)
-    draw_images(whole, tmp_path / "whole", target, How(num_steps=2), Shard())
+    draw_images(whole, tmp_path / "whole", target, DrawingSettings(num_steps=2), Share())
     behind, plain, wanted = (
         open_picture(tmp_path / name / "00000/samples/0000.png").tobytes() for name in ("behind", "plain", "whole")
     )
@@ -76,11 +76,11 @@ def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(
     settings = json.loads(file.read_text())
     assert settings.pop("prompt_suffix") == ""
     file.write_text(json.dumps(settings))
-    draw_images(plan(tmp_path / "plain", asked, 2), tmp_path / "plain", target, How(num_steps=2), Shard())
+    draw_images(plan(tmp_path / "plain", asked, 2), tmp_path / "plain", target, DrawingSettings(num_steps=2), Share())
     for name, other in (("behind", ""), ("plain", SUFFIX)):
-        how = How(num_steps=2, prompt_suffix=other)
+        how = DrawingSettings(num_steps=2, prompt_suffix=other)
         with pytest.raises(UserError, match="drawn with prompt_suffix"):
-            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Shard())
+            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Share())
 
 
 def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
@@ -104,7 +104,9 @@ def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
 
 def test_images_that_are_drawn_already_and_cells_of_a_sweep_are_given_none(tiny_checkpoint, tmp_path, capsys):
     target = open_target(str(tiny_checkpoint), options={"device": "cpu"})
-    draw_images(plan(tmp_path / "im", {0: {"prompt": "a red star"}}, 1), tmp_path / "im", target, How(), Shard())
+    draw_images(
+        plan(tmp_path / "im", {0: {"prompt": "a red star"}}, 1), tmp_path / "im", target, DrawingSettings(), Share()
+    )
     with pytest.raises(SystemExit, match="2"):
         app(["eval", str(tmp_path / "im"), "--prompt-suffix", SUFFIX])
     assert "im is drawn already; leave it out" in capsys.readouterr().err

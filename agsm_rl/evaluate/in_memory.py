@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import How, pinned
+from agsm_rl.evaluate.draw_folder import DrawingSettings, pinned
 from agsm_rl.evaluate.table import print_table
 from agsm_rl.evaluate.target import Target
 from agsm_rl.files import write_text
@@ -18,7 +18,7 @@ from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import measure, to_json
 
 
-def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:
+def evaluate_in_memory(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:
     """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise.
 
     `how`: num_images, split, bank, prompt_suffix, seed, batch_size; guidance and num_steps (None: the target's own).
@@ -41,7 +41,7 @@ def evaluate_target(target: Target, *, compare: bool, json_file: Path | None, **
     else:
         print_table(found.result)
         content = to_json([(None, found)], options)
-    drawn = How(options.seed, guidance, options.num_steps, options.batch_size, options.prompt_suffix)
+    drawn = DrawingSettings(options.seed, guidance, options.num_steps, options.batch_size, options.prompt_suffix)
     content["drawing"] = pinned(target, drawn)
     if json_file is not None:
         write_text(json_file, json.dumps(content, indent=1) + "\n")

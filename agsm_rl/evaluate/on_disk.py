@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import How, Shard, draw_images, image_of, plan, read_pinned, versions
+from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, plan, read_pinned, versions
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.suite import Result, Suite
@@ -28,7 +28,7 @@ MEASURED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Options:
-    """How `evaluate_suite` goes about it.
+    """How `evaluate_on_disk` goes about it.
 
     images: where drawn images are kept (a temporary folder where none is given). against: another target to compare
     with; compare: the target's own base instead. shard: `i/n`, this process's share of drawing and measuring.
@@ -36,7 +36,7 @@ class Options:
 
     images: Path | None = None
     num_images: int | None = None
-    how: How = How()
+    how: DrawingSettings = DrawingSettings()
     shard: str | None = None
     against: str | None = None
     compare: bool = False
@@ -44,7 +44,7 @@ class Options:
     backbone: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate_suite(target: str, suite: Suite, options: Options, *, json_file: Path | None = None) -> dict[str, Any]:
+def evaluate_on_disk(target: str, suite: Suite, options: Options, *, json_file: Path | None = None) -> dict[str, Any]:
     """Measure a target on a suite; prints its table and returns (and writes) eval.json's content.
 
     With a share of the work (`shard`) only that share is drawn and measured, and {} is returned; the same command
@@ -94,7 +94,7 @@ class _Work:
 
     suite: Suite
     options: Options
-    shard: Shard
+    shard: Share
     gathers: bool
     console: Console
     processes: Any = None
@@ -104,16 +104,16 @@ class _Work:
     def begin(suite: Suite, options: Options) -> _Work:
         """By the options, or by accelerate's processes."""
         if options.shard is not None:
-            return _Work(suite, options, Shard.parse(options.shard), False, make_console(stderr=True))
+            return _Work(suite, options, Share.parse(options.shard), False, make_console(stderr=True))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return _Work(suite, options, Shard(), True, make_console(stderr=True))
+            return _Work(suite, options, Share(), True, make_console(stderr=True))
         from agsm_rl.training.processes import make_accelerator
 
         if options.images is None:
             raise UserError("--images: several processes need a folder to share; name one.")
         processes = make_accelerator()
         main = processes.is_main_process
-        shard = Shard(processes.process_index, processes.num_processes)
+        shard = Share(processes.process_index, processes.num_processes)
         return _Work(suite, options, shard, main, make_console(stderr=True, quiet=not main), processes)
 
     def wait(self) -> None:
@@ -245,9 +245,9 @@ def _described(found: _Found) -> dict[str, Any]:
     return {"target": found.name, **plain, "drawing": found.drawing}
 
 
-def _as_drawn(how: How, drawing: dict[str, Any]) -> How:
+def _as_drawn(how: DrawingSettings, drawing: dict[str, Any]) -> DrawingSettings:
     """The second target is drawn as the first: guidance, steps and suffix are only then no part of the difference."""
-    return How(
+    return DrawingSettings(
         seed=drawing.get("seed", how.seed),
         guidance=drawing.get("guidance") if how.guidance is None else how.guidance,
         num_steps=how.num_steps or drawing.get("num_steps"),

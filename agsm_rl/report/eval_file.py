@@ -35,7 +35,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalFile:
     """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
 
     `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
@@ -79,11 +79,11 @@ class Evaluation:
         return {name: names[name] for name in self.verdicts}
 
 
-NOTHING = Evaluation("", "", 0, 0, "", "positive", (), (), (), {}, {}, None, ())
+NOT_EVALUATED = EvalFile("", "", 0, 0, "", "positive", (), (), (), {}, {}, None, ())
 """Of a run whose recipe evaluates nothing."""
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_eval_file(path: Path) -> EvalFile:
     """Read an eval.json of base against trained; UserError that says what it lacks."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from error
 
 
-def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
+def _evaluation(content: Mapping[str, Any], path: Path) -> EvalFile:
     names = OF_SUITE[str(content["suite"])][1] if content["suite"] in OF_SUITE else VERDICTS
     if not content.get("images") or not any(name in content["images"][0] for name in names):
         raise UserError(
@@ -123,7 +123,7 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         if _asked(entry) != asked or _asked(entry["base"]) != asked:
             raise UserError(f"{path}: its guidances were measured on different prompts; evaluate the run again.")
     asked_tags, suite = [tag for _, tag in asked], str(content["suite"])
-    return Evaluation(
+    return EvalFile(
         suite=suite,
         split=OF_SUITE[suite][0] if suite in OF_SUITE else str(content["split"]),
         seed=int(content["seed"]),
