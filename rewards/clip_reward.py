@@ -12,7 +12,6 @@ class CLIPReward(NativeReward):
 
     Args:
         path: Folder or hub id of the CLIP.
-        preprocessing: See NativeReward.
     """
 
     def __init__(self, path: str, preprocessing: Way) -> None:
