@@ -108,6 +108,7 @@ def train(
     allow_host: HostOption = None,
 ) -> None:
     """Train a recipe; ends with a table of base against trained."""
+    from agsm_rl.recipe.earlier import read_earlier
     from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
     from agsm_rl.registry import permissions
@@ -118,7 +119,10 @@ def train(
         if not any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl", "adapter")):
             raise UserError(f"--resume: {path} is no run's recipe; say which run to continue by --run-dir.")
         run_dir = path.parent
-    found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
+    if resume and run_dir is not None and path.parent.resolve() == run_dir.resolve():  # the run's own recipe
+        found = read_earlier(path, overrides or [], allow_imports=allowed)
+    else:
+        found = Recipe.from_yaml(path, overrides or [], allow_imports=allowed)
     from agsm_rl.run.lifecycle import train as train_recipe
 
     without_loading_bars()

@@ -6,6 +6,7 @@ noise, and several processes draw what one would.
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from rich.console import Console
 
 from agsm_rl import __version__
@@ -23,6 +25,8 @@ from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, writ
 from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.target import Target
 from agsm_rl.files import write_text
+from agsm_rl.recipe.earlier import block_of_today
+from agsm_rl.recipe.resolve import Parts
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"
@@ -174,7 +178,7 @@ def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     for key, now in settings.items():
         # Another machine, or a newer library, may go on with the drawing; the first one's stay on record.
-        if key not in ("target", "device", "versions", "num_images") and there.get(key) != now:
+        if key not in ("target", "device", "versions", "num_images") and not _same(key, now, there.get(key), folder):
             raise UserError(
                 f"--images {folder}: its images were drawn with {key} = {_short(there.get(key))}, now it is "
                 f"{_short(now)}; go on with the same options, or give another folder."
@@ -183,6 +187,34 @@ def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         there["num_images"] = settings["num_images"]
         write_text(folder / PINNED, json.dumps(there, indent=1) + "\n")
     return there
+
+
+def _same(key: str, now: Any, then: Any, folder: Path) -> bool:
+    """Whether a setting means what it did, whatever options have come in since then."""
+    if now == then or not isinstance(then, dict):
+        return bool(now == then)
+    if key == "scheduler":
+        return _library_defaults(then) | then == now
+    if key != "backbone":
+        return False
+    try:
+        return _complete(now, folder) == _complete(then, folder)
+    except UserError:  # names an option that no longer exists
+        return False
+
+
+def _library_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """What the installed diffusers has a scheduler do where its configuration says nothing."""
+    made = getattr(diffusers, str(scheduler.get("class")), None)
+    parameters = inspect.signature(made).parameters.values() if made else ()
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    content: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
+    return content
+
+
+def _complete(backbone: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    block = block_of_today("backbones", backbone, Parts(where=str(folder / PINNED)))
+    return {key: value for key, value in block.model_dump(mode="json").items() if key not in ELSEWHERE}
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,14 @@ class Measurements:
     """What was measured on images, a JSON file each in the folder `kind` beside `samples`.
 
     how: what the measurement depends on besides the image (model, options). A measurement of another image under the
-    same name, or made otherwise, does not count as there.
+    same name, or made otherwise, does not count as there. of_today: makes of an earlier version's `how` what it means
+    in this one (UserError: nothing any more).
     """
 
-    def __init__(self, kind: str, how: Mapping[str, Any]) -> None:
-        self.kind, self.how = kind, json.loads(json.dumps(how))
+    def __init__(
+        self, kind: str, how: Mapping[str, Any], *, of_today: Callable[[Any], Mapping[str, Any]] = lambda how: how
+    ) -> None:
+        self.kind, self.how, self._of_today = kind, json.loads(json.dumps(how)), of_today
 
     def file(self, image: Path) -> Path:
         """Where the measurement of an image is kept."""
@@ -107,8 +110,9 @@ class Measurements:
         """The measurement; None if there is none that holds."""
         try:
             content = json.loads(self.file(image).read_text(encoding="utf-8"))
-            holds = content["how"] == self.how and content["image_sha256"] == sha256(image)
-        except (OSError, ValueError, KeyError, TypeError):
+            holds = content["image_sha256"] == sha256(image)
+            holds = holds and (content["how"] == self.how or self._of_today(content["how"]) == self.how)
+        except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
         return content["found"] if holds else None
 

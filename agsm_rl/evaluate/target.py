@@ -17,6 +17,7 @@ from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, re
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
+from agsm_rl.recipe.earlier import with_first_defaults
 from agsm_rl.recipe.options import Section, explain
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.schema import Block, Samples
@@ -86,7 +87,7 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
 def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
-        given = _Drawn.model_validate(recipe)
+        given = _Drawn.model_validate(recipe | {"backbone": with_first_defaults(recipe)["backbone"]})
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
     block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more

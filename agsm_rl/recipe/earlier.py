@@ -21,6 +21,7 @@ import yaml
 
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts, complete_evaluation
+from agsm_rl.recipe.rewards import RewardEntry
 from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
 
@@ -47,6 +48,12 @@ def evaluation_of_today(data: Mapping[str, Any], parts: Parts) -> Evaluate:
 def block_of_today(kind: str, data: Mapping[str, Any], parts: Parts) -> Block:
     """The same for a single block, `{use: name, …}`."""
     return parts.complete(kind, Block.model_validate(_block(kind, data)), kind)
+
+
+def reward_of_today(name: str, options: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """The same for the options of a reward."""
+    entry = RewardEntry(name, name, options=_filled(options, _of("rewards", name)))
+    return parts.complete_reward(entry, name).options
 
 
 def with_first_defaults(data: Mapping[str, Any]) -> dict[str, Any]:

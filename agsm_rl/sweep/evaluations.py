@@ -19,6 +19,7 @@ from PIL import Image
 from skimage.util import img_as_float32
 from torch import Tensor
 
+from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
 from agsm_rl.export.attach import Handle, attach
@@ -26,14 +27,16 @@ from agsm_rl.files import write_text
 from agsm_rl.interfaces import Reward
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
+from agsm_rl.recipe.earlier import block_of_today, evaluation_of_today
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
-from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.run.agreement import agreements
 from agsm_rl.run.agreement import to_json as agreement_to_json
 from agsm_rl.run.evaluation import Measured, before_after, measure, to_json, write_images
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.sweep.settings import read_kept
 
 NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
 """Options of a backbone that change nothing of what it draws."""
@@ -70,31 +73,48 @@ class Evaluations:
         return [figures(one, options, before) | {"file": file} for before, one in found]
 
     def _base(self, options: Evaluate, guidance: float) -> Measured:
-        block = self.recipe.backbone
-        drawn_by = {key: value for key, value in block.options.items() if key not in NOT_THE_BASE_S}
-        return self._kept(
-            self.base, json.dumps([block.use, drawn_by], sort_keys=True), options, guidance, adapted=False
-        )
+        return self._kept(self.base, _drawn_by(self.recipe.backbone), options, guidance, adapted=False)
 
-    def _kept(self, folder: Path, model: str, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
+    def _kept(
+        self, folder: Path, model: str | list[Any], options: Evaluate, guidance: float, *, adapted: bool
+    ) -> Measured:
         """The measurement of these settings, from its file if it is there."""
-        left_out = {"guidance", "every", "batch_size"}
-        if not adapted or options.bank == "positive":
-            left_out.add("bank")  # the base has none, and the positive one is what is drawn with unless it is said
-        how = options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
-        key = hashlib.sha256(json.dumps([model, how], sort_keys=True).encode()).hexdigest()[:12]
+        settings = {"model": model, "how": _how(options, guidance, adapted=adapted)}
+        text = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
+        key = hashlib.sha256(json.dumps([text, settings["how"]], sort_keys=True).encode()).hexdigest()[:12]
         file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                file = self._measured_earlier(file, settings, adapted=adapted) or file
             if not file.is_file():
                 print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
                 found = self._measure(options, guidance, adapted=adapted)
                 for index, image in enumerate(found.images):
                     write_picture(to_picture(image), file.with_suffix("") / f"{index:04d}.png")
-                write_text(file, json.dumps(found.to_json()) + "\n")
+                write_text(file, json.dumps({"settings": settings} | found.to_json()) + "\n")
         content = json.loads(file.read_text(encoding="utf-8"))
         images = [_read_picture(picture) for picture in sorted(file.with_suffix("").glob("*.png"))]
         return Measured(guidance, ShapesResult.from_json(content), content["rewards"], torch.stack(images))
+
+    def _measured_earlier(self, file: Path, now: dict[str, Any], *, adapted: bool) -> Path | None:
+        """The file of a measurement whose settings lack options that came in later, and mean the same."""
+        for other in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
+            then = read_kept(other).get("settings")
+            if then is not None and self._of_today(then, adapted=adapted) == now:
+                return other
+        return None
+
+    def _of_today(self, then: dict[str, Any], *, adapted: bool) -> dict[str, Any] | None:
+        """What a file's settings mean today; None if they name what no longer exists."""
+        try:
+            options, model = evaluation_of_today(then["how"], self.parts), then["model"]
+            if not adapted:
+                use, given = model
+                model = _drawn_by(block_of_today("backbones", {"use": use} | given, self.parts))
+        except UserError:
+            return None
+        return {"model": model, "how": _how(options, options.guidance[0], adapted=adapted)}
 
     def _measure(self, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
         backbone = self._model(adapted=adapted)
@@ -124,6 +144,19 @@ class Evaluations:
         write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
         for base, trained in found:
             write_images(base, trained, self.folder.samples / "eval" / f"guidance-{trained.guidance:g}")
+
+
+def _drawn_by(backbone: Block) -> list[Any]:
+    """What of a backbone decides what it draws: its name and options."""
+    return [backbone.use, {key: value for key, value in backbone.options.items() if key not in NOT_THE_BASE_S}]
+
+
+def _how(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]:
+    """What of an evaluation decides what is measured at one guidance."""
+    left_out = {"guidance", "every", "batch_size"}
+    if not adapted or options.bank == "positive":
+        left_out.add("bank")  # the base has none, and the positive one is what is drawn with unless it is said
+    return options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
 
 
 def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from statistics import mean
 from typing import Any
 
 from agsm_rl.errors import UserError
-from agsm_rl.sweep.plan import Cell, make_cell
+from agsm_rl.recipe.earlier import evaluation_of_today
+from agsm_rl.recipe.resolve import Parts
+from agsm_rl.sweep.plan import Cell, Plan, make_cell
 from agsm_rl.sweep.runner import Runner
 from agsm_rl.sweep.spec import Axis
 
@@ -77,14 +79,22 @@ def _check_settings(study: Any, runner: Runner) -> None:
     search = {key: given["search"].get(key) for key in ("maximise", "split", "guidance")}
     now = {key: given.get(key) for key in ("recipe", "set", "axes", "seeds", "budget", "evaluate")} | {"search": search}
     now = json.loads(json.dumps(now, default=str))
-    kept = study.user_attrs.get(SETTINGS, now)
+    kept = study.user_attrs.get(SETTINGS)
+    if kept is not None:
+        kept = kept | {"evaluate": _of_today(kept["evaluate"], runner.plan)}
     for key, value in now.items():
-        if kept[key] != value:
+        if kept is not None and kept[key] != value:
             raise UserError(
                 f"{runner.plan.folder}: its search was begun with another `{key}`, so its trials cannot be gone on "
                 "with; choose another --dir. (`search.trials` may grow.)"
             )
     study.set_user_attr(SETTINGS, now)
+
+
+def _of_today(evaluations: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    """Kept evaluations, with the options that came in since they were kept."""
+    parts = Parts(where=f"{plan.folder}: search.log", allow_imports=plan.allow_imports)
+    return [evaluation_of_today(data, parts).model_dump(mode="json", exclude={"every"}) for data in evaluations]
 
 
 def _queue_again(study: Any, trials: list[Any]) -> None:

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from newer_versions import change_options
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -113,6 +114,26 @@ def test_a_folder_is_not_gone_on_with_at_another_resolution(target, tiny_checkpo
         draw(larger, tmp_path, num_images=1)
     draw(larger, tmp_path / "larger", num_images=1)
     assert Image.open(tmp_path / "larger/00000/samples/0000.png").size == (32, 32)
+
+
+def test_a_folder_is_continued_when_the_backbone_or_the_scheduler_has_a_newer_option(
+    target, tiny_checkpoint, tmp_path, monkeypatch
+):
+    draw(target, tmp_path, num_images=1)
+    pinned = read_pinned(tmp_path)
+    # As an earlier diffusers would have left it; and from here on, the backbone is a later version's.
+    del pinned["scheduler"]["thresholding"]
+    (tmp_path / "drawing.json").write_text(json.dumps(pinned))
+    change_options(monkeypatch, "backbones", "stable_diffusion", newer=0.0)
+    options = {"device": "cpu", "newer": 0.0}
+    draw(open_target(str(tiny_checkpoint), options=options), tmp_path, num_images=2)
+    assert len(contents(tmp_path)) == 2
+    with pytest.raises(UserError, match="its images were drawn with backbone"):
+        draw(open_target(str(tiny_checkpoint), options=options | {"newer": 0.5}), tmp_path, num_images=2)
+    pinned["scheduler"]["thresholding"] = True
+    (tmp_path / "drawing.json").write_text(json.dumps(pinned))
+    with pytest.raises(UserError, match="its images were drawn with scheduler"):
+        draw(target, tmp_path, num_images=2)
 
 
 def test_a_folder_of_another_tool_or_of_other_prompts_is_not_drawn_into(target, tmp_path):

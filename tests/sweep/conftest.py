@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 from sweep_parts import EVALUATE, PAIRS
 
+from agsm_rl.sweep import evaluations
 from agsm_rl.sweep.cell import run_cell
 from agsm_rl.sweep.executors import Outcome
 from agsm_rl.sweep.job import Job
@@ -81,3 +82,18 @@ def sweep(plan):
         return board, executor.ran
 
     return sweep
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The evaluations that are really made: (split, whether an adapter was attached)."""
+    made = []
+    measure = evaluations.measure
+
+    def noting(backbone, options, guidance, rewards):
+        adapted = any("lora" in name for name, _ in backbone.denoiser.named_modules())
+        made.append((options.split, adapted))
+        return measure(backbone, options, guidance, rewards)
+
+    monkeypatch.setattr(evaluations, "measure", noting)
+    return made

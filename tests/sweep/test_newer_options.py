@@ -1,14 +1,14 @@
 """Options that come in after a sweep was run: its cells stay done, until one of them is set or a default changes."""
 
-import inspect
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from newer_versions import change_options
 from sweep_parts import EVALUATE
 
-from agsm_rl import registry
 from agsm_rl.errors import UserError
 from agsm_rl.recipe import earlier
 from agsm_rl.sweep.first_version import fingerprint, training_fingerprint
@@ -34,33 +34,7 @@ KEYS = {
 @pytest.fixture
 def newer_version(monkeypatch):
     """Give a registered class one more option, or other defaults: `newer_version("adapters", "lora", newer=0.0)`."""
-
-    def change(kind, name, **options):
-        made = registry.load(kind, name, where=name)
-        signature = inspect.signature(made)
-        parameters = {parameter.name: parameter for parameter in signature.parameters.values()}
-        for option, default in options.items():
-            known = parameters.get(option)
-            parameters[option] = (
-                known.replace(default=default)
-                if known
-                else inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=float)
-            )
-
-        class Newer:
-            consumes, gives = getattr(made, "consumes", None), getattr(made, "gives", None)
-            __signature__ = signature.replace(parameters=list(parameters.values()))
-
-            def __new__(cls, **given):
-                for option in options.keys() - signature.parameters.keys():
-                    given.pop(option)
-                return made(**given)
-
-        Newer.__name__ = f"Newer{kind}"
-        monkeypatch.setitem(globals(), Newer.__name__, Newer)
-        monkeypatch.setitem(registry.BUILTIN[kind], name, f"{__name__}:{Newer.__name__}")
-
-    return change
+    return partial(change_options, monkeypatch)
 
 
 @pytest.fixture
@@ -127,6 +101,22 @@ def test_a_newer_option_whose_default_was_changed_later_is_another_setting(sweep
     with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.25.*The sweep was changed"):
         sweep(evaluate=EVALUATE[:1])
     assert sweep(evaluate=EVALUATE[:1], set={"objectives.0.newer": 0.0})[1] == []
+
+
+def test_what_was_measured_is_not_measured_again_when_options_come_in(sweep, measured, newer_version):
+    sweep(evaluate=REWARDED)
+    measured.clear()
+    for kind, name in PARTS:
+        newer_version(kind, name, newer=0.0)
+    more = [REWARDED[0] | {"guidance": [1.0, 2.0]}, REWARDED[1]]
+    board, ran = sweep(evaluate=more)
+    assert [state.error for state in board.states.values()] == [None]
+    assert ran == ["mine-seed0"]
+    assert measured == [("validation", True), ("validation", False)]
+    measured.clear()
+    newer_version("rewards", "shapes", newer=0.0, verdict="graded")
+    assert sweep(evaluate=more)[1] == ["mine-seed0"]
+    assert measured == [("validation", True), ("validation", True), ("validation", False), ("validation", False)]
 
 
 @pytest.mark.parametrize("made_by", ["this version", "the first version"])

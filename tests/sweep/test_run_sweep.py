@@ -15,7 +15,6 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.report.load import load
 from agsm_rl.run.folder import MetricsFile, RunFolder
-from agsm_rl.sweep import evaluations
 from agsm_rl.sweep.cell import TimeLimit
 
 RUN = Path("runs/mine")
@@ -32,21 +31,6 @@ def cell(name):
 
 def steps_of(name):
     return [json.loads(line)["step"] for line in (cell(name) / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """The evaluations that are really made: (split, whether an adapter was attached)."""
-    made = []
-    measure = evaluations.measure
-
-    def noting(backbone, options, guidance, rewards):
-        adapted = any("lora" in name for name, _ in backbone.denoiser.named_modules())
-        made.append((options.split, adapted))
-        return measure(backbone, options, guidance, rewards)
-
-    monkeypatch.setattr(evaluations, "measure", noting)
-    return made
 
 
 def test_a_sweep_that_measures_nothing_leaves_cells_to_be_measured_and_a_report_of_their_curves(sweep, measured):

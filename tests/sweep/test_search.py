@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from newer_versions import change_options
 from rich.console import Console
 from sweep_parts import EVALUATE
 
@@ -90,6 +91,18 @@ def test_a_search_that_was_changed_is_refused(sweep, scores, changes, key):
     sweep(**SEARCHED, search={"trials": 1})
     with pytest.raises(UserError, match=f"its search was begun with another `{key}`.*another --dir"):
         sweep(**SEARCHED | {"search": {"trials": 1}} | changes)
+
+
+def test_a_search_is_continued_when_options_come_in(sweep, scores, monkeypatch):
+    evaluate = [EVALUATE[0] | {"rewards": ["shapes"]}]
+    sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 1})
+    change_options(monkeypatch, "rewards", "shapes", newer=0.0)
+    change_options(monkeypatch, "objectives", "score_matching", newer=0.0)
+    board, ran = sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 2})
+    assert (len(ran), board.count("done")) == (1, 2)
+    change_options(monkeypatch, "rewards", "shapes", newer=0.0, verdict="graded")
+    with pytest.raises(UserError, match="its search was begun with another `evaluate`"):
+        sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 2})
 
 
 def test_trials_of_the_same_values_share_a_running_cell_and_it_is_noted_once(plan):

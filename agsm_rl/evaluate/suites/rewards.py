@@ -25,6 +25,7 @@ from agsm_rl.evaluate.figures import change_json, interval_json, number, percent
 from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
 from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
 from agsm_rl.interfaces import Reward
+from agsm_rl.recipe.earlier import reward_of_today
 from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import in_evaluation
@@ -182,9 +183,15 @@ class Rewards:
         self.specs, self.prompts, self.num_images = list(specs), prompts, len(prompts)
         self._allow_imports = allow_imports
         self._kept = {
-            spec.label: Measurements(_folder(spec), {"reward": spec.name, "options": dict(spec.complete)})
+            spec.label: Measurements(
+                _folder(spec), {"reward": spec.name, "options": dict(spec.complete)}, of_today=self._of_today
+            )
             for spec in specs
         }
+
+    def _of_today(self, how: Mapping[str, Any]) -> Mapping[str, Any]:
+        parts = Parts(where="--reward", allow_imports=self._allow_imports)
+        return {"reward": how["reward"], "options": reward_of_today(how["reward"], how["options"], parts)}
 
     @cached_property
     def _models(self) -> dict[str, Reward]:

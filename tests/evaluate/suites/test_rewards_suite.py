@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from agsm_rl_rewards.brightness import Brightness
+from newer_versions import change_options
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -202,6 +204,22 @@ def test_a_score_that_is_there_is_not_computed_again_and_another_option_is_anoth
     label, row = next(iter(json.loads((tmp_path / "e.json").read_text())["tags"].items()))
     assert label == "counted_rewards:Counted:scale=3.0,mode=b"
     assert row["score"] == pytest.approx(3 * np.mean(OURS[:2]) / 255, abs=1e-6)
+
+
+def test_a_score_holds_when_its_reward_has_a_newer_option_until_that_is_set(command, tmp_path, monkeypatch):
+    folder_of(tmp_path / "ours", OURS[:1])
+    scored = []
+    score = Brightness.__call__
+    monkeypatch.setattr(Brightness, "__call__", lambda *given: scored.append(given) or score(*given))
+    first = ("ours", "--suite", "rewards", "--json", "e.json", "--reward")
+    assert command(*first, "brightness").exit_code == 0
+    count = len(scored)
+    assert count > 0
+    change_options(monkeypatch, "rewards", "brightness", newer=0.0)
+    assert command(*first, "brightness").exit_code == 0
+    assert len(scored) == count
+    assert command(*first, "brightness:newer=0.5").exit_code == 0
+    assert len(scored) == 2 * count
 
 
 def test_a_score_that_is_no_number_stops_with_the_reward_s_name(command, counted, tmp_path):
