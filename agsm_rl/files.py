@@ -1,11 +1,97 @@
-"""Files that are never seen half written: written aside, flushed to the disk, then renamed into place."""
+"""Paths and files: what a name in a recipe or a command refers to, and files that are never seen half written.
+
+Every path that a user gives goes through `local_path`, and every name that may also be the Hugging Face hub's goes
+through `local_or_hub`, so that the same rules hold everywhere.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+from agsm_rl.errors import UserError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""owner/name, the only form in which the hub is asked."""
+FILE_SUFFIXES = frozenset(
+    [".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"]
+    + [".yaml", ".yml", ".zip", ".tar", ".gz", ".png", ".jpg"]
+)
+"""A name that ends in one of these is a file's, never a hub's."""
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer at all; its clients retry for half a minute."""
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path of that name; `~` at its beginning is the home folder. UserError where that user has none."""
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        if path.exists():
+            return path
+        raise UserError(f"{name}: the home folder of {path.parts[0]} is not known; write the path out") from error
+
+
+def local_or_hub(name: str, *, where: str, allowed: str) -> Path | None:
+    """The file or folder of that name; None where there is none and only the hub's `owner/name` can be meant.
+
+    A file or folder comes before a hub's repository. UserError, without asking the hub, for anything else: `where` is
+    the key or option, `allowed` says what may be given.
+    """
+    path = local_path(name)
+    with suppress(OSError):  # a name that is too long for the file system
+        if path.exists():
+            return path
+    first = path.parts[0] if path.parts else ""
+    if HUB_NAME.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES and not Path(first).exists():
+        return None
+    place = f" in {Path.cwd()}" if not path.is_absolute() else "" if str(path) == name else f" ({path})"
+    raise UserError(f"{where} '{name}': there is no such file or folder{place}; give {allowed}")
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; asked once, for HUB_SECONDS at most. False in the hub's offline mode."""
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # whatever the installed HTTP client raises where nobody answers
+        return False
+    return True
+
+
+@contextmanager
+def cache_where_unreachable() -> Iterator[None]:
+    """Within the block, the hub's libraries read only their caches if the hub cannot be reached: they would retry."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not hub_answers():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def why_not_on_hub(name: str) -> str:
+    """For messages: why a name that could be the hub's was not found there."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        return f"'{name}' is not here and not in the hub's cache, and the hub may not be asked: HF_HUB_OFFLINE is set"
+    if not hub_answers():
+        return f"'{name}' is not here and not in the hub's cache, and the hub cannot be reached"
+    return f"'{name}' is not here, and the hub did not give it"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from agsm_rl.backbones import backbone_of
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.shapes import data
-from agsm_rl.sources import images as pictures
+from agsm_rl.sources.latents import fit
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.training.randomness import Draw
 
@@ -56,7 +56,7 @@ def captioned_images(count: int, resolution: int) -> tuple[Tensor, list[str]]:
     """Images [B, 3, H, W] in [0, 1] with captions that differ from each other."""
     found: dict[str, Tensor] = {}
     for row in data.pairs("train", 4 * count, seed=0):
-        found.setdefault(row["caption"], pictures.fit(row["image"], resolution))
+        found.setdefault(row["caption"], fit(row["image"], resolution))
     chosen = list(found)[:count]
     return torch.stack([found[caption] for caption in chosen]), chosen
 

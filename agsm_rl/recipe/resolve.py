@@ -10,11 +10,11 @@ import importlib.util
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.files import local_or_hub
 from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.rewards import SCORES, RewardEntry, in_evaluation, in_source
 from agsm_rl.recipe.schema import Block, Evaluate, RecipeKeys, TermBlock, refuse
@@ -285,17 +285,12 @@ def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
 
 
 def _check_path(block: Block, parts: Parts, place: str) -> None:
-    """A data set that can only be a path must exist; other names are for `datasets` to find."""
-    dataset = block.options.get("dataset")
-    if not isinstance(dataset, str) or Path(dataset).expanduser().exists():
-        return
-    if dataset.startswith((".", "/", "~")) or dataset.endswith((".parquet", ".csv", ".json", ".jsonl")):
-        raise refuse(
-            parts.where,
-            f"{place}.dataset",
-            f"'{dataset}' does not exist (looked from {Path.cwd()}); give a folder of images with metadata.jsonl, "
-            "a parquet file, a name that `datasets` knows, or a builtin such as builtin:shapes.",
-        )
+    """A data set or list of prompts that can only be a path must exist; other names are for the hub to find."""
+    for key in ("dataset", "prompts"):
+        name = block.options.get(key)
+        if isinstance(name, str) and not name.startswith("builtin:"):
+            allowed = "another path, a name on the hub (owner/name), or a builtin"
+            local_or_hub(name, where=f"{parts.where}: {place}.{key}:", allowed=allowed)
 
 
 def _mismatch(use: str, block: Block, consumes: type[Batch], gives: type[Batch], parts: Parts, place: str) -> UserError:

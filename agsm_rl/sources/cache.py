@@ -7,7 +7,6 @@ row of it differs from prompt to prompt, and the denoiser attends to all of them
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,8 +17,10 @@ from torch import Tensor
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import write_text
 from agsm_rl.interfaces import Adapter, Backbone, Cond, Shard
-from agsm_rl.sources import images
+from agsm_rl.sources.cache_folder import cache_folder
 from agsm_rl.sources.kept_rows import Content, KeptRows
+from agsm_rl.sources.latents import fit
+from agsm_rl.sources.pictures import read_picture
 from agsm_rl.training.precision import own_precision
 
 FORMAT = 1
@@ -28,14 +29,6 @@ IMAGES_AT_ONCE = 4
 """Given to the autoencoder together."""
 
 Kept = Literal["latents", "all"]
-
-
-def cache_folder() -> Path:
-    """Where encodings are kept: $AGSM_RL_CACHE, or a folder in the cache of `datasets`. No recipe can name another."""
-    import datasets
-
-    given = os.environ.get("AGSM_RL_CACHE")
-    return Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "agsm_rl"
 
 
 def check_cache(kept: Kept | None, *, streaming: bool) -> Kept | None:
@@ -105,8 +98,9 @@ class EncodingCache:
         self._latents.make(lambda numbers: self._encode_images(numbers, backbone), shard)
 
     def _open_text(self, backbone: Backbone, shard: Shard) -> None:
-        captions = [caption for caption in self._found[self._caption_column][:] if isinstance(caption, str)]
-        unique = list(dict.fromkeys(caption for caption in captions if caption.strip()))
+        values = self._found[self._caption_column][:]
+        captions = [caption for value in values for caption in (value if isinstance(value, list) else [value])]
+        unique = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str) and caption.strip()))
         self._caption_number = {caption: number for number, caption in enumerate(unique)}
         digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
         folder = self._folder("text", {"captions": digest, "encoders": backbone.identity("text")}, backbone)
@@ -150,8 +144,8 @@ class EncodingCache:
             name = self._image_columns[column]
             where = f"{self._where}, row {row}" + (f", column '{name}'" if len(self._image_columns) > 1 else "")
             try:
-                picture = images.read_picture(self._found[row][name], where)
-                pixels[number] = images.fit(picture, backbone.resolution)
+                picture = read_picture(self._found[row][name], where)
+                pixels[number] = fit(picture, backbone.resolution)
             except UserError as error:
                 contents[number] = str(error)
         if pixels:

@@ -14,7 +14,7 @@ from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutB
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
-from agsm_rl.sources.prompts import open_prompts
+from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
@@ -30,7 +30,8 @@ class Rollouts(Source):
     that run elsewhere score one part of the images while the next is drawn.
 
     Args:
-        prompts: `builtin:shapes-prompts`, or a text file with one prompt per line.
+        prompts: `builtin:shapes-prompts`; a text file with one prompt per line; a jsonl, json, csv, tsv or parquet
+            table with a column `prompt`; or a folder or a name on the hub (`owner/name`) that holds one.
         rewards: Rewards by name, with weights or options: `{shapes: 1.0}`. Their weighted sum is learned. In Python,
             (reward, weight) pairs or WeightedRewards. A reward with `normalise: z_score` is normalised by itself, as
             `advantages` says, before the sum; a sum of such rewards alone is then normalised once more over all images
@@ -50,6 +51,9 @@ class Rollouts(Source):
         min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
             of all images of the draw are used.
         sample_batch_size: Images that are drawn at once; it bounds memory.
+        prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
+        prompt_split: Split of a data set of prompts; null is its first one.
+        prompt_config: Configuration of a data set of prompts that has several.
         keep_graph: Record the draw's predictions with their graph, so that a policy gradient does not compute them
             again: the same gradient for one forward and one backward pass per step instead of two and one. The
             activations of all images and steps are then held together, whatever `sample_batch_size` and
@@ -80,6 +84,9 @@ class Rollouts(Source):
         history: int = 32,
         min_history: int = 16,
         sample_batch_size: int = 64,
+        prompt_column: str | None = None,
+        prompt_split: str | None = None,
+        prompt_config: str | None = None,
         keep_graph: bool = False,
     ) -> None:
         positive = {
@@ -117,7 +124,9 @@ class Rollouts(Source):
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         if keep_graph:
             _check_keeps_graph(updates=updates, drawn_by=drawn_by, eta=eta)
-        self.prompts, self.rewards, self.keep_graph = prompts, check_rewards(rewards), keep_graph
+        self.prompts, self.prompt_column = prompts, prompt_column
+        self.prompt_split, self.prompt_config = prompt_split, prompt_config
+        self.rewards, self.keep_graph = check_rewards(rewards), keep_graph
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
@@ -140,7 +149,8 @@ class Rollouts(Source):
         """Read the prompts; UserError if there are none."""
         check_divides("num_prompts", self.num_prompts, shard, name)
         check_divides("num_prompts * images_per_prompt / updates, which is", self.batch_size, shard, name)
-        self._prompts = open_prompts(self.prompts)
+        rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
+        self._prompts = [row.text for row in rows]
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[RewardedBatch]()

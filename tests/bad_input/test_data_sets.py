@@ -79,21 +79,21 @@ REFUSED = {
         lambda at: parquet(at, image=["0.png"] * 9, caption=["a"] * 9),
         ["image cannot be read", "'0.png'"],
     ),
-    "an empty folder": (lambda at: at.mkdir() or str(at), ["cannot be opened", "metadata"]),
+    "an empty folder": (lambda at: at.mkdir() or str(at), ["no images and no tables", "metadata.jsonl"]),
     "a folder without captions": (lambda at: written(at, "1.png", picture()), ["caption"]),
     "metadata that is no JSON": (
         lambda at: written(at, "metadata.jsonl", b'{"file_name": "0.png", '),
-        ["cannot be opened"],
+        ["metadata.jsonl: line 1", "not valid JSON"],
     ),
     "metadata in Latin-1": (
         lambda at: written(
             at, "metadata.jsonl", '{"file_name": "0.png", "caption": "ein schönes Bild"}'.encode("latin-1")
         ),
-        ["cannot be opened"],
+        ["metadata.jsonl", "line 1 is not valid utf-8"],
     ),
     "metadata of files that are not there": (
         lambda at: written(at, "metadata.jsonl", b'{"file_name": "gone.png", "caption": "a"}'),
-        ["1 rows", "batch_size 2"],
+        ["none of the 1 rows", "gone.png"],
     ),
     "a parquet file that is none": (lambda at: written(at, "rows.parquet", b"PAR1 no more"), ["cannot be opened"]),
     "a name that nobody knows": (
@@ -121,7 +121,7 @@ PREFERENCES = {
     ),
     "nothing but ties": (
         lambda at: preferences(at, caption=list("abcd"), label_0=[0.5] * 4),
-        ["0 rows that are no ties"],
+        ["0 rows that are not ties"],
     ),
     "labels that mean nothing": (
         lambda at: preferences(at, caption=list("abcd"), label_0=[7.0] * 4),
@@ -142,7 +142,7 @@ PROMPTS = {
     "an empty file": (b"\n \n", ["no prompts"]),
     "Latin-1": ("ein schönes Bild\n".encode("latin-1"), ["cannot be read as text", "utf-8"]),
     "a binary file": (b"\x89PNG\xff\xfe\x00", ["cannot be read as text"]),
-    "a folder": (None, ["no such file"]),
+    "an empty folder": (None, ["no images and no tables"]),
     "not of the reward's world": (b"a photo of my cat\n", ["a photo of my cat"]),
 }
 

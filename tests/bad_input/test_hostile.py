@@ -99,7 +99,7 @@ OPTIONS = {
     "backbone.lora={file} ": ("lora.safetensors", "cannot be loaded"),
     "start_from={file}": ("start.safetensors", "not safetensors"),
     "start_from={file} ": ("start.pt", "not safetensors"),
-    "objectives.0.source.dataset={file}": ("data.pkl", "cannot be opened"),
+    "objectives.0.source.dataset={file}": ("data.pkl", "it is a single .pkl"),
     "objectives.0.source.dataset={file} ": ("data.parquet", "cannot be opened"),
 }
 

@@ -40,7 +40,7 @@ OVERRIDES = {
     "a source that is a list": ("objectives.0.source=[1]", ["objectives[0].source", "[1]"]),
     "a data set that is not there": (
         "objectives.0.source.dataset=./no",
-        ["source.dataset", "'./no'", "does not exist"],
+        ["source.dataset", "'./no'", "no such file or folder"],
     ),
     "a future version": ("version=2", ["version", "2", "1"]),
     "a version that is none": ("version=new", ["version", "'new'"]),

@@ -77,8 +77,8 @@ def test_wrong_columns_and_empty_prompts_are_told(tmp_path):
     with pytest.raises(UserError, match="no prompts"):
         read_prompts(str(tmp_path / "b.txt"))
     (tmp_path / "d.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="d.txt: it is no text in UTF-8"):
+    with pytest.raises(UserError, match="d.txt': it cannot be read as text .line 1 is not valid utf-8"):
         read_prompts(str(tmp_path / "d.txt"))
     (tmp_path / "c.jsonl").write_text("{")
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="line 1: it is not valid JSON"):
         read_prompts(str(tmp_path / "c.jsonl"))

@@ -9,9 +9,10 @@ import torch
 from PIL import ExifTags, Image
 
 from agsm_rl.errors import UserError
-from agsm_rl.sources.images import fit, read_picture
+from agsm_rl.sources.latents import fit
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.pairs import Pairs
+from agsm_rl.sources.pictures import read_picture
 
 
 class FixedShard:
@@ -167,7 +168,7 @@ def rewrite(path, **values):
         ({"batch_size": 7}, "it has 6 rows, fewer than batch_size 7"),
         ({"caption_column": "words"}, "no column 'words'; it has: image, caption"),
         ({"image_column": "photo"}, "no column 'photo'; it has: image, caption"),
-        ({"split": "test"}, "split 'test': it cannot be opened"),
+        ({"split": "test"}, "split: 'test' is not a split of it; allowed: train"),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused_with_what_it_has(folder, options, message):
@@ -175,14 +176,14 @@ def test_a_data_set_that_does_not_fit_is_refused_with_what_it_has(folder, option
         bound(Pairs(str(folder), **({"batch_size": 2} | options)))
 
 
-def test_a_folder_without_captions_says_which_columns_are_wanted(folder):
+def test_a_folder_without_captions_says_how_to_give_them(folder):
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match="no caption column \\(caption, text, prompt\\)"):
+    with pytest.raises(UserError, match="6 images but no captions; .*metadata.jsonl .*1.txt beside 1.png"):
         bound(Pairs(str(folder), 2))
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="there is no such file or folder"):
         bound(Pairs(str(tmp_path / "nothing"), 2))
 
 

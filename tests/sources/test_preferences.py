@@ -237,7 +237,7 @@ def test_columns_of_neither_convention_are_refused_with_both(write):
 
 
 def test_too_few_rows_are_told_with_the_ties(labelled):
-    with pytest.raises(UserError, match=r"9 rows that are no ties \(3 are\), fewer than batch_size 10"):
+    with pytest.raises(UserError, match=r"9 rows that are not ties \(3 are\), fewer than batch_size 10"):
         bound(Preferences(labelled, 10))
 
 
@@ -266,7 +266,10 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 
 
 def test_an_unknown_builtin_is_refused_with_the_one_there_is():
-    with pytest.raises(UserError, match="'builtin:shapes': the only builtin here is 'builtin:shapes-preferences'"):
+    with pytest.raises(
+        UserError,
+        match="'builtin:shapes' is not a builtin data set of this source; allowed: builtin:shapes-preferences",
+    ):
         bound(Preferences("builtin:shapes", 2))
 
 

@@ -1,0 +1,160 @@
+"""What pairs and preferences share: a data set that is opened, taken in order, read, and encoded once if asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Cond, Shard
+from agsm_rl.policy import Policy
+from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
+from agsm_rl.sources.images import Builtins, column_names, open_dataset
+from agsm_rl.sources.pictures import read_picture
+from agsm_rl.sources.reading import Reader
+from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
+
+Read = TypeVar("Read")
+
+
+class DataSet(Generic[Read]):
+    """A source's data set: `open` it, say how its rows are read (`read_by`), then `take` batches.
+
+    num_rows: only the first so many rows, named `rows_option` in messages. UserError for options out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        batch_size: int,
+        split: str,
+        config: str | None,
+        num_rows: int | None,
+        rows_option: str,
+        streaming: bool,
+        shuffle_buffer: int,
+        cache: Kept | None,
+    ) -> None:
+        for option, value in {
+            "batch_size": batch_size,
+            rows_option: num_rows,
+            "shuffle_buffer": shuffle_buffer,
+        }.items():
+            if value is not None and value < 1:
+                raise UserError(f"{option}: got {value}, but it must be 1 or more")
+        self.name, self.where, self.batch_size = name, f"dataset '{name}'", batch_size
+        self.split, self.config, self.num_rows = split, config, num_rows
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.cache = check_cache(cache, streaming=streaming)
+        self.batches = 0
+        """Batches taken since the run began."""
+
+    def open(self, name: str, seed: int, shard: Shard, *, builtins: Builtins) -> list[str]:
+        """Open it for a source called `name` in the run, and return its columns' names."""
+        self._own = own_share(self.batch_size, shard, name)
+        self._name, self._seed, self._shard = name, seed, shard
+        self.found = open_dataset(
+            self.name,
+            split=self.split,
+            config=self.config,
+            num_rows=self.num_rows,
+            streaming=self.streaming,
+            builtins=builtins,
+        )
+        return column_names(self.found, self.name)
+
+    def read_by(
+        self,
+        read: Callable[[Row], Read],
+        *,
+        image_columns: list[str],
+        caption_column: str,
+        label_column: str | None = None,
+        usable: list[int] | None = None,
+        is_usable: Callable[[Row], bool] | None = None,
+    ) -> None:
+        """Read rows by `read`, which raises UserError for a row that cannot be used.
+
+        usable: the rows to choose from, of a data set that has numbers; `is_usable` says so of a stream's row. None is
+        all. UserError where fewer than a batch are left.
+        """
+        self._caption_column = caption_column
+        self._encodings: EncodingCache | None = None
+        self._rows: Rows
+        if self.streaming:
+            self._rows = StreamedRows(
+                self.found,
+                window=self.shuffle_buffer,
+                seed=self._seed,
+                name=self._name,
+                where=self.where,
+                keep=is_usable,
+            )
+        else:
+            self._rows = self._shuffled(image_columns, caption_column, label_column, usable)
+        self._reader = Reader(self._rows, read, shard=self._shard, where=self.where)
+
+    def _shuffled(
+        self, image_columns: list[str], caption_column: str, label_column: str | None, usable: list[int] | None
+    ) -> ShuffledRows:
+        found, self._usable = self.found, usable
+        count = len(found) if usable is None else len(usable)
+        if count < self.batch_size:
+            ties = f" that are not ties ({len(found) - count} are)" if count < len(found) else ""
+            raise UserError(
+                f"{self.where}: it has {count} rows{ties}, fewer than batch_size {self.batch_size}; lower batch_size "
+                "or add rows"
+            )
+        if self.cache is not None:
+            self._encodings = EncodingCache(
+                found, image_columns=image_columns, caption_column=caption_column, kept=self.cache, where=self.where
+            )
+            found = found.select_columns([caption_column, *([label_column] if label_column else [])])
+        return ShuffledRows(found, seed=self._seed, name=self._name, kept=usable)
+
+    def take(self, policy: Policy, *, distinct: str | None = None) -> tuple[list[Read], Tensor]:
+        """This process's rows of the next batch, read, and their numbers in the batch.
+
+        Unreadable rows are replaced. With `distinct`, values of that column differ where possible. With a cache, the
+        first batch waits until the whole data set is encoded.
+        """
+        if self._encodings is not None:
+            self._encodings.open(policy.backbone, policy.adapters.values(), self._shard)
+        rows = self._reader.take(self.batch_size, self._own, device=policy.backbone.device, distinct=distinct)
+        self.batches += 1
+        return rows, torch.arange(self._own.start, self._own.stop)
+
+    def picture(self, row: Row, column: str, where: str) -> Image.Image | Tensor:
+        """The picture in a row's column, or its kept latents."""
+        number, values = row
+        return (
+            read_picture(values[column], where) if self._encodings is None else self._encodings.latents(number, column)
+        )
+
+    def cond(self, captions: list[str], policy: Policy) -> Cond | None:
+        """The captions' kept encodings; None where none are kept."""
+        return None if self._encodings is None else self._encodings.text(captions, policy.backbone.device)
+
+    def metrics(self) -> dict[str, float]:
+        """`rows_skipped`: how many unreadable rows were replaced, if any."""
+        return self._reader.metrics()
+
+    @property
+    def passed_over(self) -> int:
+        """Rows of a stream that were not usable, so far."""
+        return self._rows.passed_over if isinstance(self._rows, StreamedRows) else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it was read."""
+        return {**self._rows.state_dict(), "skipped": self._reader.skipped, "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue there; UserError where the state is of a stream and this is not, or the other way round."""
+        ours = ("skipped", "batches")  # checkpoints of earlier versions lack them
+        self._rows.load_state_dict({key: value for key, value in state.items() if key not in ours})
+        self._reader.skipped, self.batches = (int(state.get(key, 0)) for key in ours)
