@@ -178,7 +178,7 @@ def test_a_data_set_s_loading_script_does_not_run(train, content, mark, tmp_path
     shutil.copy(tmp_path / "intruder.py", tmp_path / "data" / "data.py")
     for dataset in ("data", "data/data.py", str(tmp_path / "data")):
         content["objectives"][0]["source"]["dataset"] = dataset
-        assert_refused(train(content), "dataset", "cannot be opened", folder=tmp_path / "run")
+        assert_refused(train(content), "dataset", "no images and no tables", folder=tmp_path / "run")
     assert not mark.exists()
 
 
