@@ -1,6 +1,6 @@
-"""The link to a worker over pipes: a child process in a group of its own, with deadlines on every byte.
+"""The link to a worker over pipes: a child process in its own process group, with a deadline on every byte.
 
-The worker's stdin and stdout carry frames; what it printed to stderr last is kept for messages and logged (debug).
+The worker's stdin and stdout carry frames. The last lines of its stderr are kept for messages and logged (debug).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
+from agsm_rl_rewards.worker import watchdog
 from agsm_rl_rewards.worker.remote import Fault
 from agsm_rl_rewards.worker_side import agsm_rl_worker as protocol
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Frame, ProtocolError
@@ -24,15 +25,16 @@ from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Frame, ProtocolEr
 from agsm_rl.errors import UserError
 
 MAX_NOISE = 2**20
-"""Bytes of prints before the first frame (of what starts the worker) that are passed over."""
+"""Bytes printed before the first frame, by whatever starts the worker, that are skipped."""
 LINES_KEPT = 5
 log = logging.getLogger(__name__)
 
 
 class PipeLink:
-    """Starts `command` with `environment` added to ours; its group is killed when the link is closed or collected.
+    """Starts `command` with `environment` added to ours, and kills its process group in the end.
 
-    prepare, called before each start, gives command and environment instead where they take work to find out.
+    That is when the link is closed or collected, or when this process is gone, even if it is killed. `prepare`, called
+    before each start, returns command and environment instead, for those that are slow to find out.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class PipeLink:
 
     @property
     def pid(self) -> int | None:
-        """The process that was started, for those who watch it."""
+        """The id of the process that was started."""
         return None if self._process is None else self._process.pid
 
     def open(self) -> None:
@@ -76,10 +78,11 @@ class PipeLink:
         assert process.stdin is not None and process.stdout is not None
         os.set_blocking(process.stdin.fileno(), False)
         os.set_blocking(process.stdout.fileno(), False)
+        watchdog.watch(process.pid)
         self._process, self._greeted = process, False
         self._reader = threading.Thread(target=_keep_words, args=(process.stderr, self._words), daemon=True)
         self._reader.start()
-        # Runs at the interpreter's end, too.
+        # Runs at interpreter exit, too.
         self._finalizer = weakref.finalize(self, _end, process)
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
@@ -93,7 +96,7 @@ class PipeLink:
                 lambda count: self._read(count, deadline, limit), max_body=max_body, start=start
             )
         except ProtocolError as error:
-            raise Fault(f"its answer is no frame: {error}") from error
+            raise Fault(f"its answer is not a frame: {error}") from error
         self._greeted = True
         return frame
 
@@ -104,7 +107,7 @@ class PipeLink:
 
     def last_words(self) -> str:
         if self._process is not None and self._process.poll() is not None:
-            self._reader.join(1.0)  # let the last line arrive; a child of the worker may hold the pipe open
+            self._reader.join(1.0)  # wait for the last line, but not for a child of the worker that holds the pipe open
         return " | ".join(self._words)
 
     def _write(self, data: Buffer, deadline: float, limit: str) -> None:
@@ -121,17 +124,17 @@ class PipeLink:
 
     def _read(self, count: int, deadline: float, limit: str) -> bytearray:
         assert self._process is not None and self._process.stdout is not None
-        found = bytearray()
-        while len(found) < count:
+        data = bytearray()
+        while len(data) < count:
             self._wait(self._process.stdout.fileno(), select.POLLIN, deadline, limit)
             try:
-                part = os.read(self._process.stdout.fileno(), min(count - len(found), 2**20))
+                part = os.read(self._process.stdout.fileno(), min(count - len(data), 2**20))
             except BlockingIOError:
                 continue
             if not part:
                 raise Fault(self._end_of_worker())
-            found += part
-        return found
+            data += part
+        return data
 
     def _wait(self, descriptor: int, event: int, deadline: float, limit: str) -> None:
         poll = select.poll()
@@ -141,7 +144,7 @@ class PipeLink:
             raise Fault(f"no answer within {limit}")
 
     def _first_magic(self, deadline: float, limit: str) -> bytes:
-        """Pass over what was printed to stdout before the worker took it over."""
+        """Skip what was printed to stdout before the worker took it over."""
         seen = bytearray()
         while not seen.endswith(protocol.MAGIC):
             if len(seen) > MAX_NOISE:
@@ -158,14 +161,14 @@ class PipeLink:
         except subprocess.TimeoutExpired:
             return "it closed its pipes"
         if code == -signal.SIGKILL:
-            return "it was killed (SIGKILL), as the system does when memory runs out"
+            return "it was killed (SIGKILL), as happens when memory runs out"
         return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
 def _keep_words(stream, words: collections.deque[str]) -> None:  # type: ignore[no-untyped-def]
     with stream:
         left = b""
-        # Read in pieces: a line without an end must not fill the memory.
+        # Read in pieces: a line that never ends must not fill the memory.
         while part := stream.read(4096):
             *lines, left = (left + part).split(b"\n")
             left = left[-4096:]
@@ -176,17 +179,18 @@ def _keep_words(stream, words: collections.deque[str]) -> None:  # type: ignore[
 
 def _keep(line: bytes, words: collections.deque[str]) -> None:
     text = line.decode(errors="replace").split("\r")[-1].strip()[:300]
-    if text.strip("^~ "):  # a traceback's underlining says nothing alone
+    if text.strip("^~ "):  # a traceback's underlining says nothing by itself
         words.append(text)
         log.debug("worker: %s", text)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the worker with all its children, and close our ends of its pipes."""
+    """Kill the worker with all its children, and close our ends of the pipes."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
+    watchdog.release(process.pid)  # before its number is free again
     process.wait()

@@ -142,12 +142,12 @@ def test_after_a_fault_the_batch_is_tried_again_and_right(faulty, fault):
 
 LASTING = {
     "crash": "ended with exit code 7",
-    "killed": r"was killed \(SIGKILL\), as the system does when memory runs out",
+    "killed": r"was killed \(SIGKILL\), as happens when memory runs out",
     "hang": "no answer within 0.5 s",
     "late": "no answer within 0.5 s",
     "half": "ended with exit code 0",
     "quiet_end": "closed its pipes|was ended|no answer",
-    "garbage": "its answer is no frame",
+    "garbage": "its answer is not a frame",
     "oversized": "over the limit",
     "oversized_header": "over the limit",
     "no_json": "its header is not JSON",
@@ -322,6 +322,65 @@ def test_closing_ends_the_worker_with_its_children(script):
     assert all(alive(pid) for pid in pids)
     reward.close()
     assert all(gone(pid, 5) for pid in pids)
+
+
+HANGS = {
+    "in an import": "import time; time.sleep(600)",
+    "in native code": "import re; re.fullmatch('(a+)+b', 'a' * 60)",
+    "deaf to signals": "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]; time.sleep(600)",
+    "with a child": "import subprocess; subprocess.run(['sleep', '600'])",
+}
+
+
+@pytest.mark.parametrize("place", HANGS)
+def test_no_worker_outlives_a_killed_run_wherever_it_hangs_before_it_listens(tmp_path, place):
+    (tmp_path / "hangs.py").write_text(HANGS[place])
+    code = f"""
+        import threading, time, torch
+        from agsm_rl_rewards.worker.reward import WorkerReward
+        reward = WorkerReward(script={str(tmp_path / "hangs.py")!r})
+        threading.Thread(target=reward, args=(torch.zeros(1, 3, 2, 2), ["a"]), daemon=True).start()
+        while reward._link.pid is None: time.sleep(0.01)
+        print(reward._link.pid, flush=True)
+        time.sleep(600)
+    """
+    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    time.sleep(0.3)
+    processes = [worker, *children(worker), *children(run.pid)]
+    assert len(processes) >= 3 and all(alive(pid) for pid in processes)
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert all(gone(pid, 15) for pid in processes)
+
+
+def children(pid):
+    """The processes that this one has started."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
+
+
+def test_a_fork_that_holds_the_watchdogs_pipe_does_not_keep_workers_alive(tmp_path):
+    code = """
+        import os, time, subprocess
+        from agsm_rl_rewards.worker import watchdog
+        worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        watchdog.watch(worker.pid)
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(30)
+            os._exit(0)
+        print(worker.pid, flush=True)
+        time.sleep(600)
+    """
+    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    assert alive(worker)
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert gone(worker, 15)
 
 
 @pytest.mark.slow

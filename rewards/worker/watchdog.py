@@ -1,0 +1,87 @@
+"""Ends this process's workers when it is killed: a second, small process, which no hanging worker can hold up.
+
+A worker itself notices that its client is gone only once it listens (agsm_rl_worker.serve), and not while it hangs in
+an import or in native code. Run as a script, this file is that small process; it needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+
+SECONDS_BETWEEN_LOOKS = 1.0
+_lock = threading.Lock()
+_current: Watchdog | None = None
+
+
+class Watchdog:
+    """The small process of the process that made it: ends the groups it was told of as soon as its maker is gone."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(self.owner)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # what ends our group (Ctrl-C, a scheduler) must not end it first
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it can be told of groups."""
+        return self._process.poll() is None
+
+    def tell(self, order: str, group: int) -> None:
+        """`+`: end this group when we are gone. `-`: no longer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it was ended from outside; the next worker gets a new one
+            self._process.stdin.write(f"{order}{group}\n".encode())
+
+
+def watch(group: int) -> None:
+    """Have a process group ended when this process is gone, however it ends."""
+    global _current
+    with _lock:
+        if _current is None or _current.owner != os.getpid() or not _current.is_running:
+            _current = Watchdog()
+        _current.tell("+", group)
+
+
+def release(group: int) -> None:
+    """Forget a process group that was ended; its number may be given to another."""
+    with _lock:
+        if _current is not None and _current.owner == os.getpid():
+            _current.tell("-", group)
+
+
+def wait_and_end(parent: int) -> None:
+    """What the small process does: note groups from stdin until it ends or the parent is gone, then end them."""
+    groups: set[int] = set()
+    received = b""
+    while True:
+        # The end of stdin is not enough: a fork of the parent may hold the pipe open. Whatever was sent is read first.
+        is_orphan = os.getppid() != parent
+        if not select.select([0], [], [], 0 if is_orphan else SECONDS_BETWEEN_LOOKS)[0]:
+            if is_orphan:
+                break
+            continue
+        part = os.read(0, 4096)
+        if not part:
+            break
+        *lines, received = (received + part).split(b"\n")
+        for line in lines:
+            (groups.add if line[:1] == b"+" else groups.discard)(int(line[1:]))
+    for group in groups:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    wait_and_end(int(sys.argv[1]))
