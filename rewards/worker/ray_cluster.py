@@ -1,35 +1,94 @@
-"""Ray, where it is wanted: the cluster that there is, or one on this machine alone."""
+"""Ray, where a pool or a sweep uses it: the running cluster that is named, or a new one on this machine alone."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import ipaddress
 import logging
 import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from agsm_rl.errors import UserError
 
+QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+LOCAL_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Set to 0, it puts Ray on the loopback address, as by default on macOS; `_node_ip_address` alone does not on Linux."""
+OURS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a run with a checkpoint; Ray would abort the process."""
+SIGACTION_BYTES = 512
+"""More than any platform's struct sigaction takes."""
+
 
 def import_ray(who: str) -> Any:
-    """The package; UserError, told as `who`'s, where it is not installed."""
+    """The package; UserError in the name of `who` if it is not installed."""
     try:
         import ray
     except ImportError as error:
-        raise UserError(f"{who} needs Ray, which is not here; run `pip install 'agsm-rl[ray]'`") from error
+        raise UserError(f"{who} needs Ray, which is not installed; run `pip install 'agsm-rl[ray]'`") from error
     return ray
 
 
 def start_ray(address: str | None = None, *, who: str) -> None:
-    """Join the Ray at `address` or RAY_ADDRESS, or start one here, which listens on loopback only.
+    """Join the Ray at `address` or RAY_ADDRESS, or start one here that listens on loopback only and asks for a token.
 
-    UserError when it cannot be reached or started. Ray's reports of its use to its makers are off.
+    Raises UserError if it cannot be reached or started, or if it would listen on another address. Ray's usage reports,
+    dashboard and handling of SIGTERM are off.
     """
+    ray = import_ray(who)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None and not os.environ.get("RAY_ADDRESS"):
-        how |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    else:
-        how["address"] = address
     try:
-        import_ray(who).init(**how)
+        with _signals_kept():
+            if address is None and not os.environ.get("RAY_ADDRESS"):
+                _start_here(ray, who)
+            else:
+                ray.init(address=address, **QUIET)
+    except UserError:
+        raise
     except Exception as error:  # Ray raises plain Exception when it is slow to start
-        raise UserError(f"{who}: Ray cannot be started or reached: {error}") from error
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"{who}: Ray cannot be started or reached: {reason}") from error
+
+
+def _start_here(ray: Any, who: str) -> None:
+    from ray._private import ray_constants
+
+    # Whoever reaches Ray's ports can run code as us, and every user of this machine reaches loopback: Ray asks for a
+    # token, which it would otherwise write to the home folder.
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOCAL_ONLY], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # read at import, which may have been before
+    try:
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **QUIET)
+    finally:
+        del os.environ[LOCAL_ONLY]
+        ray_constants.ENABLE_RAY_CLUSTER = before
+    listens_on = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(listens_on).is_loopback:
+        ray.shutdown()
+        raise UserError(
+            f"{who}: Ray {ray.__version__} would listen on {listens_on}, where other machines can reach it. Start Ray "
+            "yourself and give its `address`, or install a version of Ray that keeps to loopback (2.60 does)"
+        )
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Around Ray's start: put back the handlers of OURS, which Ray replaces in Python and in C, in any thread."""
+    in_python = {number: signal.getsignal(number) for number in OURS}
+    in_c = {number: ctypes.create_string_buffer(SIGACTION_BYTES) for number in OURS}
+    libc = ctypes.CDLL(None)
+    for number, action in in_c.items():
+        libc.sigaction(int(number), None, action)
+    try:
+        yield
+    finally:
+        for number, action in in_c.items():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, in_python[number])
+            libc.sigaction(int(number), action, None)

@@ -1,16 +1,21 @@
 """A reward on several Ray actors scores as it does here, and goes on when an actor dies."""
 
+import ipaddress
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 import torch
 from agsm_rl_rewards.jpeg import JpegCompressibility
-from agsm_rl_rewards.worker import ray_pool
+from agsm_rl_rewards.worker import ray_cluster, ray_pool
 from agsm_rl_rewards.worker.ray_cluster import start_ray
 from agsm_rl_rewards.worker.ray_pool import ActorLink, RayPoolReward
 
@@ -83,3 +88,69 @@ def test_a_mistake_over_there_is_told_as_here(local_ray):
     with pytest.raises(UserError, match="reward 'shapes': .*not a prompt|nonsense"):
         pool(torch.rand(1, 3, 32, 32), ["nonsense"])
     pool.close()
+
+
+STARTS_RAY = """
+import json, os, signal, sys, threading, time
+from agsm_rl_rewards.worker.ray_pool import RayPoolReward
+import psutil, torch
+
+handled = []
+signal.signal(signal.SIGTERM, lambda *_: handled.append("SIGTERM"))
+pool = RayPoolReward(reward="sharpness", workers=1, num_cpus=0.1)
+pool(torch.rand(1, 3, 8, 8), ["a"])  # Ray is started in a thread of the pool
+os.kill(os.getpid(), signal.SIGTERM)
+while not handled:
+    time.sleep(0.01)
+family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+ports = [item for member in family for item in member.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
+addresses = sorted({item.laddr.ip.removeprefix("::ffff:") for item in ports})
+# Ray's two agents look for their parent every now and then, and end within two minutes by themselves.
+processes = [member.pid for member in family[1:] if not member.name().endswith("Agent")]
+print(json.dumps({"addresses": addresses, "processes": processes}), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_ray_keeps_to_loopback_leaves_signals_and_the_home_folder_alone_and_ends_with_a_killed_run(tmp_path):
+    pytest.importorskip("ray")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.Popen(
+        [sys.executable, "-c", STARTS_RAY],
+        env=clean | {"HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    told = json.loads(run.stdout.readline())
+    assert told["addresses"] and all(ipaddress.ip_address(address).is_loopback for address in told["addresses"])
+    assert len(told["processes"]) >= 4
+    assert not (tmp_path / ".ray").exists()
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    end = time.monotonic() + 60
+    while any(map(runs, told["processes"])) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(runs, told["processes"]))
+
+
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_ray_that_would_listen_on_the_network_is_ended_and_refused(monkeypatch):
+    constants = MagicMock(ENABLE_RAY_CLUSTER=True)
+    ray = MagicMock(__version__="9.0", util=MagicMock(get_node_ip_address=lambda: "192.0.2.7"))
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda who: ray)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray._private", MagicMock(ray_constants=constants))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="who: Ray 9.0 would listen on 192.0.2.7, where other machines can reach it"):
+        start_ray(who="who")
+    assert ray.shutdown.called and constants.ENABLE_RAY_CLUSTER and ray_cluster.LOCAL_ONLY not in os.environ
