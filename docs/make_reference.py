@@ -9,6 +9,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import typer
 
 from agsm_rl import registry
 from agsm_rl.cli.commands import app
+from agsm_rl.evaluate.choose import GOES_WITH, SUITES
 from agsm_rl.interfaces import Batch
 from agsm_rl.recipe import schema
 from agsm_rl.recipe.meanings import Option, about, in_words, keys_of, options_of
@@ -68,7 +70,7 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
 def pages() -> dict[str, str]:
     """Every page by its file's name."""
     kinds = {f"{kind}.md": kind_page(kind) for kind in registry.KINDS}
-    return {"recipe.md": recipe_page(), **kinds, "command_line.md": command_page()}
+    return {"recipe.md": recipe_page(), **kinds, "suites.md": suites_page(), "command_line.md": command_page()}
 
 
 def recipe_page() -> str:
@@ -139,14 +141,39 @@ def command_page() -> str:
         "Every command and option; `agsm-rl COMMAND --help` prints the same. A mistake in what you gave ends with exit "
         "code 2 and one message. Examples: [The command line](../cli.md).",
     ]
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for name, command in commands.items():
+    for name, command in commands().items():
         arguments = [one.metavar or one.name.upper() for one in command.params if one.param_type_name == "argument"]
         usage = " ".join(["agsm-rl", name, *arguments, "[OPTIONS]"])
         parts += [f"## {name}", linked(" ".join(command.help.split())), f"```text\n{usage}\n```"]
-        types = typing.get_type_hints(command.callback)
-        parts.append(table(option_of(one, types) for one in command.params if one.name != "help"))
+        parts.append(table(options_of_command(command).values()))
     return joined(parts)
+
+
+def suites_page() -> str:
+    """Every suite, and the options of `eval` that go with it alone."""
+    parts = [
+        "# Suites",
+        "What `agsm-rl eval --suite` measures. The options here go with one suite or two; those of every suite are "
+        "[eval's](command_line.md#eval). How to use them: [Evaluation](../evaluation.md).",
+    ]
+    options = options_of_command(commands()["eval"])
+    for name in SUITES:
+        module = import_module(f"agsm_rl.evaluate.suites.{name}")
+        text = [linked(" ".join(part.split())) for part in inspect.cleandoc(module.__doc__ or "").split("\n\n")]
+        own = [option for parameter, option in options.items() if name in GOES_WITH.get(parameter, ())]
+        parts += [f"## {name}", *text, table(own)]
+    return joined(parts)
+
+
+def commands() -> dict[str, Any]:
+    """The commands by name."""
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def options_of_command(command: Any) -> dict[str, Option]:
+    """The arguments and options of a command, by their names in the code."""
+    types = typing.get_type_hints(command.callback)
+    return {one.name: option_of(one, types) for one in command.params if one.name != "help"}
 
 
 def option_of(parameter: Any, types: dict[str, Any]) -> Option:
