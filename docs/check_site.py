@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 FETCHED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "link": "href"}
+NEIGHBOURS = ("prev", "next", "canonical")  # a `link` that names a page, and fetches nothing
 GENERATED = {"404.html"}  # Zensical's own; its links start from the root of the host
 
 
@@ -30,7 +31,7 @@ class Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value for name, value in attrs if value is not None}
         self.anchors |= {values[name] for name in ("id", "name") if name in values}
-        if tag == "a" and "href" in values:
+        if "href" in values and (tag == "a" or (tag == "link" and values.get("rel") in NEIGHBOURS)):
             self.links.append(values["href"])
         elif tag in FETCHED and FETCHED[tag] in values:
             self.fetched.append(values[FETCHED[tag]])

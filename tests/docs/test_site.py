@@ -42,7 +42,8 @@ def test_a_page_outside_the_navigation_is_reported(tmp_path):
 
 def test_links_that_lead_somewhere_pass(tmp_path):
     (tmp_path / "guide").mkdir()
-    write(tmp_path, index='<h1 id="top">x</h1><a href="guide/#first">x</a><a href="https://example.com/no">x</a>')
+    elsewhere = '<a href="https://example.com/no">x</a><link rel="next" href="https://example.com">'
+    write(tmp_path, index=f'<h1 id="top">x</h1><a href="guide/#first">x</a>{elsewhere}')
     write(
         tmp_path / "guide", index='<h2 id="first">x</h2><a href="../#top">x</a><a href="..">x</a><a href="#first">x</a>'
     )
@@ -56,6 +57,8 @@ def test_links_that_lead_somewhere_pass(tmp_path):
         ('<img src="gone.png">', "index.html: gone.png leads to nothing"),
         ('<a href="#gone">x</a>', "index.html: #gone: there is no such heading"),
         ('<script src="//example.com/x.js"></script>', "index.html: fetches //example.com/x.js"),
+        ('<link rel="stylesheet" href="//example.com/x.css">', "index.html: fetches //example.com/x.css"),
+        ('<link rel="next" href="gone/">', "index.html: gone/ leads to nothing"),
     ],
 )
 def test_a_link_that_leads_nowhere_is_reported(tmp_path, page, problem):
