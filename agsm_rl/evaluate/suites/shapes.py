@@ -1,4 +1,4 @@
-"""The shapes suite: draw one image a prompt, judge each, and compare two models on the same prompts and noise.
+"""The shapes suite: draw one image per prompt, judge each, and compare two models on the same prompts and noise.
 
 The overall score is GenEval's: the mean over tags of the share of correct images. Every figure is given twice, lenient
 (what was asked for is there) and strict (and nothing else is).
