@@ -220,11 +220,11 @@ class WatchKeys(Section):
         non_finite: A loss or gradient is not finite. It is never applied.
         non_finite_skips: With `non_finite: skip`: the run stops after so many skipped steps in a row.
         x0_norm: The latents of a drawn image are `x0_norm_factor` times as large as those of the first draw.
-        x0_norm_factor: See `x0_norm`.
+        x0_norm_factor: The factor that `x0_norm` speaks of.
         zero_variance: The images of a draw are all worth the same.
         constant_reward: A reward has one value for all images of a draw.
         zero_gradient: An adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
-        zero_gradient_steps: See `zero_gradient`.
+        zero_gradient_steps: The number of steps that `zero_gradient` speaks of.
         held_out_falls: An evaluated reward that is not trained on fell from its best while a trained one rose, both by
             more than chance.
     """
