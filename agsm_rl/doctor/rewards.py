@@ -45,7 +45,7 @@ def stored_scores(target: str, options: Mapping[str, Any]) -> tuple[list[float],
 def configured_rewards(terms: Sequence[Term]) -> list[Any]:
     """The rewards that the terms' objectives and sources hold, each once with the same options, if it shows them."""
     owners: list[Any] = [owner for term in terms for owner in (term.source, term.objective)]
-    rewards = [reward for owner in owners for reward, _ in owner.rewards]
+    rewards = [entry.reward for owner in owners for entry in owner.rewards]
     found = {_identity(reward) if _shows_options(reward) else id(reward): reward for reward in rewards}
     return list(found.values())
 

@@ -197,6 +197,8 @@ class _Sampler:
 class _StandIn:
     """In a reward's place: differentiable, and without a model."""
 
+    elsewhere = False
+
     def __init__(self, reward: Any) -> None:
         self.name, self.range, self.differentiable = reward.name, reward.range, reward.differentiable
 
