@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from agsm_rl.errors import UserError
 
@@ -56,11 +58,9 @@ def local_or_hub(name: str, *, where: str, allowed: str) -> Path | None:
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached; asked once, for HUB_SECONDS at most. False in the hub's offline mode."""
-    from huggingface_hub import constants, get_session, is_offline_mode
+    """Whether the hub can be reached; asked once, for HUB_SECONDS at most."""
+    from huggingface_hub import constants, get_session
 
-    if is_offline_mode():
-        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception:  # whatever the installed HTTP client raises where nobody answers
@@ -68,26 +68,45 @@ def hub_answers() -> bool:
     return True
 
 
+def hub_is_forbidden() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    from huggingface_hub import is_offline_mode
+
+    return is_offline_mode() and not _unreachable
+
+
+_unreachable: list[str] = []
+"""Names that are being read from the cache alone, because the hub cannot be reached."""
+
+
 @contextmanager
-def cache_where_unreachable() -> Iterator[None]:
-    """Within the block, the hub's libraries read only their caches if the hub cannot be reached: they would retry."""
-    import datasets
+def cache_where_unreachable(*names: str | None) -> Iterator[None]:
+    """Within the block, the hub's libraries read only their caches if the hub cannot be reached: they would retry.
+
+    The hub is asked for nothing where all `names` are builtins or on this machine.
+    """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not hub_answers():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    remote = [name for name in names if name and not name.startswith("builtin:") and not local_path(name).exists()]
+    if not remote or constants.HF_HUB_OFFLINE or hub_answers():
+        yield
+        return
+    # `datasets` keeps its own copy of the setting.
+    places: list[Any] = [constants, *([sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [])]
+    _unreachable.extend(remote)
+    for place in places:
+        place.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        del _unreachable[-len(remote) :]
+        for place in places:
+            place.HF_HUB_OFFLINE = False
 
 
 def why_not_on_hub(name: str) -> str:
     """For messages: why a name that could be the hub's was not found there."""
-    from huggingface_hub import is_offline_mode
-
-    if is_offline_mode():
+    if hub_is_forbidden():
         return f"'{name}' is not here and not in the hub's cache, and the hub may not be asked: HF_HUB_OFFLINE is set"
     if not hub_answers():
         return f"'{name}' is not here and not in the hub's cache, and the hub cannot be reached"

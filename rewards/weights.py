@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 Place = Callable[[str], tuple[str, Callable[[Tensor], Tensor]]]
@@ -47,7 +48,7 @@ class WeightFile:
 
     def _local(self) -> Path | None:
         """The local file; None for a hub id; UserError for neither."""
-        path = Path(self.place).expanduser()
+        path = local_path(self.place)
         if path.is_file():
             return path
         if path.is_dir():

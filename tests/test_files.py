@@ -4,8 +4,11 @@ import socket
 import time
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from agsm_rl import files
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.files import local_or_hub, local_path
 
@@ -57,8 +60,46 @@ def test_a_hub_that_cannot_be_reached_is_noticed_at_once(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         files.hub_answers.cache_clear()
         started = time.monotonic()
-        with files.cache_where_unreachable(), pytest.raises(ConnectionError):
+        with files.cache_where_unreachable("owner/name"), pytest.raises(ConnectionError):
             load_dataset("owner/name")
         assert time.monotonic() - started < files.HUB_SECONDS
         assert "the hub cannot be reached" in files.why_not_on_hub("owner/name")
     files.hub_answers.cache_clear()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, and an empty folder to work in."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def test_the_tilde_is_the_home_folder_in_a_recipe_in_set_and_in_options(home, tiny_checkpoint):
+    (home / "base").symlink_to(tiny_checkpoint)
+    (home / "words.txt").write_text("dark\nbright\n")
+    rewards = {"brightness": 1.0}
+    source = {"use": "rollouts", "prompts": "~/words.txt", "rewards": rewards, "num_prompts": 2, "images_per_prompt": 2}
+    recipe = {
+        "steps": 1,
+        "backbone": {"use": "stable_diffusion", "checkpoint": "~/nowhere", "device": "cpu"},
+        "adapters": {"lora": {"use": "lora", "rank": 2}},
+        "objectives": [{"use": "ddpo", "source": source | {"num_steps": 2, "guidance": 1.0}}],
+        "sample": {"num_images": 1, "num_steps": 1},
+        "track": [],
+    }
+    (home / "x.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--run-dir=~/run", "--set", "backbone.checkpoint=~/base"]
+    result = CliRunner().invoke(app, ["train", "~/x.yaml", *options])
+    assert result.exit_code == 0, result.output
+    again = [*options[1:], "--set", "start_from=~/run", "--run-dir=~/again"]
+    result = CliRunner().invoke(app, ["train", "~/x.yaml", *again])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["sample", "~/run", "~/not a path", "-o", "~/drawn", "--num-steps", "1"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["report", "~/run", "~/again", "-o", "~/page.html"])
+    assert result.exit_code == 0, result.output
+    assert {"run", "again", "drawn", "page.html"} <= {path.name for path in home.iterdir()}
+    assert not list((home.parent / "work").iterdir())

@@ -4,7 +4,6 @@ Weights are read from safetensors alone, because a pickled checkpoint could run 
 LoRA fused in, so that post-training begins at published weights (Diffusion-DPO's U-Net, SPO's, a style LoRA).
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from agsm_rl.backbones.parts import (
     only_variant,
 )
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
 
 BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
 KINDS = {
@@ -46,7 +46,6 @@ SINGLE_FILES = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
     "cond_stage_model.": "StableDiffusionPipeline",
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)")
 SD3_TEXT = {
     "text_encoder": "text_encoders.clip_l.",
     "text_encoder_2": "text_encoders.clip_g.",
@@ -54,6 +53,7 @@ SD3_TEXT = {
 }
 # Sizes that a denoiser must share with the one that it replaces.
 INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
+ALLOWED = "an existing folder, a .safetensors file, a hub id (owner/name), or a builtin such as builtin:shapes-sd15"
 FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
@@ -61,14 +61,18 @@ _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def find_checkpoint(checkpoint: str) -> str:
-    """The folder of a `builtin:` name; anything else unchanged. UserError for an unknown builtin."""
+def find_checkpoint(checkpoint: str, where: str = "backbone.checkpoint") -> str:
+    """The folder of a `builtin:` name, a local path with `~` expanded, or a hub id; UserError for anything else.
+
+    `where` is the key that names it.
+    """
     if not checkpoint.startswith("builtin:"):
-        return checkpoint
+        path = local_or_hub(checkpoint, where=f"{where}:", allowed=ALLOWED)
+        return checkpoint if path is None else str(path)
     name = checkpoint.removeprefix("builtin:")
     there = {path.parent.name for path in BUILTINS.glob("*/model_index.json")}
     if name not in there:
-        raise unknown_name("backbone.checkpoint", checkpoint, "a builtin base", {f"builtin:{one}" for one in there})
+        raise unknown_name(where, checkpoint, "a builtin base", {f"builtin:{one}" for one in there})
     return str(BUILTINS / name)
 
 
@@ -80,7 +84,8 @@ def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise UserError(f"{where} is a folder without model_index.json; give the folder of a diffusers pipeline.")
     try:
-        index = DiffusionPipeline.load_config(source, local_files_only=local_files_only)
+        with cache_where_unreachable(source):
+            index = DiffusionPipeline.load_config(source, local_files_only=local_files_only)
         kind = str(index.get("_class_name"))
     except _PASSED_ON:
         raise
@@ -115,6 +120,19 @@ def load_pipeline(
     If a folder's files are all of one variant, such as fp16, that one is read. A part whose files lack a weight, or
     hold a tensor that it has no place for, is refused (parts.py).
     """
+    with cache_where_unreachable(checkpoint, *(denoisers or {}).values(), lora, config):
+        return _load_pipeline(checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty)
+
+
+def _load_pipeline(
+    checkpoint: str,
+    dtype: torch.dtype,
+    local_files_only: bool,
+    denoisers: Mapping[str, str | None],
+    lora: str | None,
+    config: str | None,
+    empty: bool,
+) -> Any:
     kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
     where = f"backbone.checkpoint: '{checkpoint}'"
     single = Path(source).is_file()
@@ -125,7 +143,7 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
     parts = {
         name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
-        for name, given in (denoisers or {}).items()
+        for name, given in denoisers.items()
         if given is not None
     }
     if kind == "StableDiffusionPipeline":
@@ -133,7 +151,7 @@ def load_pipeline(
     pipeline_class = getattr(diffusers, kind)
     try:
         if single:
-            config = config and find_checkpoint(config)
+            config = config and find_checkpoint(config, "backbone.config")
             if config is not None and kind == "StableDiffusion3Pipeline":
                 parts |= _text_encoders_beside(Path(source), config, where, options)
             if config is not None:
@@ -151,7 +169,7 @@ def load_pipeline(
     except BadPart as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
-        if single and config is None and isinstance(error, OSError) and is_offline_mode():
+        if single and config is None and isinstance(error, OSError) and hub_is_forbidden():
             raise _unconfigured(where, "it is not in the hub's cache here, and HF_HUB_OFFLINE is set") from error
         raise _unloadable(where, error, source, local_files_only) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -237,7 +255,7 @@ def _load_denoiser(
     where = f"backbone.{name}: '{given}'"
     if name != _denoiser_of(kind):
         raise UserError(f"backbone.{name}: a {kind} has no {name}; give it as backbone.{_denoiser_of(kind)}.")
-    model, source = getattr(diffusers, DENOISERS[name]), find_checkpoint(given)
+    model, source = getattr(diffusers, DENOISERS[name]), find_checkpoint(given, f"backbone.{name}")
     only = options["local_files_only"]
     try:
         try:
@@ -271,11 +289,9 @@ def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
     """Add a LoRA's weights to the pipeline's own, and leave no trace of PEFT."""
     where = f"backbone.lora: '{lora}'"
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": local_files_only}
-    if not Path(lora).exists():
-        if not HUB_ID.fullmatch(lora):
-            raise _unloadable(where, FileNotFoundError(), lora)
-        if local_files_only or is_offline_mode():
-            options["weight_name"] = LORA_FILE
+    lora = find_checkpoint(lora, "backbone.lora")
+    if not Path(lora).exists() and (local_files_only or is_offline_mode()):
+        options["weight_name"] = LORA_FILE
     try:
         pipeline.load_lora_weights(lora, **options)
         pipeline.fuse_lora()
@@ -286,11 +302,9 @@ def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
 
 def _see_lora(lora: str) -> None:
     """UserError where it is plain without loading it that a LoRA is not there, or is none."""
-    where, path = f"backbone.lora: '{lora}'", Path(lora)
+    where, path = f"backbone.lora: '{lora}'", Path(find_checkpoint(lora, "backbone.lora"))
     if not path.exists():
-        if HUB_ID.fullmatch(lora):
-            return
-        raise _unloadable(where, FileNotFoundError(), lora)
+        return
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not any("lora" in name for file in files for name in _tensor_names(file, where)):
         raise _unloadable(where, ValueError("it holds no tensors of a LoRA."), lora)
@@ -321,16 +335,11 @@ def _unloadable(where: str, error: Exception, source: str, local_files_only: boo
             "hub id of a whole pipeline: they are then taken from there."
         )
     if isinstance(error, OSError | HTTPError) and not Path(source).exists():
-        if not HUB_ID.fullmatch(source):
-            cause = "no such file or folder."
-        elif local_files_only or is_offline_mode():
+        if local_files_only or hub_is_forbidden():
             cause = (
                 "it is not (or not completely) in the hub's cache here, and the hub may not be asked: local_files_only "
                 "or HF_HUB_OFFLINE is set."
             )
-        elif _is_of_the_net(error):
+        elif _is_of_the_net(error) or is_offline_mode():
             cause = "it is not in the hub's cache here, and the hub cannot be reached."
-    return UserError(
-        f"{where} cannot be loaded: {cause}\nGive an existing folder, a .safetensors file, a hub id (owner/name), or "
-        "a builtin base such as builtin:shapes-sd15."
-    )
+    return UserError(f"{where} cannot be loaded: {cause}\nGive {ALLOWED}.")

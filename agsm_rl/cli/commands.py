@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from agsm_rl.cli.options import (
     TargetArgument,
 )
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
 
@@ -58,7 +60,35 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from error
 
 
-app = typer.Typer(
+PATH_NAMES = ("recipe", "target", "base", "sweep_file", "against", "prompts", "detector", "classifier")
+"""Parameters that are texts because they may also name a builtin or a repository on the hub."""
+
+
+class _App(typer.Typer):
+    """Commands in whose paths `~` is the home folder, also where the shell leaves it (`--run-dir=~/x`)."""
+
+    def command(self, *names: Any, **options: Any) -> Any:
+        register = super().command(*names, **options)
+        return lambda function: register(_in_home(function))
+
+
+def _in_home(function: Any) -> Any:
+    def expanded(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(name, item) for item in value]
+        if isinstance(value, Path):
+            return local_path(value)
+        is_path = isinstance(value, str) and value.startswith("~") and name in PATH_NAMES
+        return str(local_path(value)) if is_path else value
+
+    @wraps(function)
+    def call(**given: Any) -> Any:
+        return function(**{name: expanded(name, value) for name, value in given.items()})
+
+    return call
+
+
+app = _App(
     cls=_Commands,
     help="Post-train text-to-image diffusion models with objectives that compose.",
     no_args_is_help=True,

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, ValidationError
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, read_export, read_safetensors
+from agsm_rl.files import local_path
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
@@ -71,7 +72,7 @@ def open_target(target: str, *, base: str | None = None, options: Mapping[str, A
     A LoRA that is not of ours (as diffusers and PEFT write it) goes with a `base`. options: of the backbone, over the
     run's own (dtype, device, …).
     """
-    path, more = Path(target), dict(options or {})
+    path, more = local_path(target), dict(options or {})
     if (path / "recipe.yaml").is_file():
         return _open_run(path, base, more)
     is_adapter = path.suffix == ".safetensors" and not is_single_file(path)

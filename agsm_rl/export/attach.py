@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from agsm_rl import __version__
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
-from agsm_rl.files import replacing
+from agsm_rl.files import local_path, replacing
 from agsm_rl.interfaces import Adapter
 from agsm_rl.registry import load
 
@@ -83,6 +83,7 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
 
 def find_exports(path: Path) -> list[Path]:
     """The .safetensors files that a run folder, an adapter folder or a file's own path stands for."""
+    path = local_path(path)
     if path.is_file():
         return [path]
     folder = path / "adapter" if (path / "adapter").is_dir() else path
@@ -173,7 +174,7 @@ def save_adapters(
     adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
 ) -> list[Path]:
     """Write each adapter to `<name>.safetensors` (an only LoRA to `pytorch_lora_weights.safetensors`); the files."""
-    target = Path(folder)
+    target = local_path(folder)
     target.mkdir(parents=True, exist_ok=True)
     loras = [name for name, adapter in adapters.items() if adapter.kind == "lora"]
     files = []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.resolve import resolve
 from agsm_rl.recipe.schema import RecipeKeys
@@ -30,7 +30,7 @@ class Recipe(RecipeKeys):
 
         UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
         """
-        data = read_yaml(Path(path))
+        data = read_yaml(local_path(path))
         if "axes" in data:
             raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
         apply_overrides(data, overrides)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from agsm_rl.errors import unknown_name
+from agsm_rl.files import local_path
 
 PREFIX = "builtin:"
 SWEEPS = "study/"
@@ -33,7 +34,7 @@ def _shipped() -> dict[str, Path]:
 def recipe_path(given: str) -> Path:
     """The file of a recipe or sweep: a path, or `builtin:<name>`."""
     if not given.startswith(PREFIX):
-        return Path(given)
+        return local_path(given)
     recipes = {PREFIX + name: file for name, file in _shipped().items()}
     if given not in recipes:
         raise unknown_name("RECIPE", given, "a shipped recipe", recipes)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import write_text
+from agsm_rl.files import local_path, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 
@@ -30,7 +30,7 @@ class RunFolder:
     """The paths of a run folder and its lock. Constructing it touches nothing; `open` does."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.files import cache_where_unreachable, hub_answers, local_or_hub, why_not_on_hub
+from agsm_rl.files import cache_where_unreachable, local_or_hub, why_not_on_hub
 from agsm_rl.sources.archives import is_webdataset, unpacked
 from agsm_rl.sources.cache_folder import cache_folder
 from agsm_rl.sources.image_rows import CAPTION_COLUMNS, read_image_folder, read_image_table, to_dataset
@@ -106,7 +106,7 @@ def _with_image_column(found: Any) -> Any:
 def _from_hub(dataset: str, config: str | None, split: str | None, streaming: bool, where: str) -> Any:
     import datasets
 
-    with _quiet(where, dataset), cache_where_unreachable():
+    with _quiet(where, dataset), cache_where_unreachable(dataset):
         found = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     return found if split is not None else next(iter(found.values()))
 
@@ -127,7 +127,7 @@ def _quiet(where: str, dataset: str | None = None) -> Iterator[None]:
         if "Config name is missing" in reason:
             raise UserError(f"{where}: it has several configurations; say which one by `config:` ({reason})") from error
         if dataset is not None and isinstance(error, ConnectionError | FileNotFoundError):
-            reason = why_not_on_hub(dataset) if not hub_answers() else f"{why_not_on_hub(dataset)}: {reason}"
+            reason = why_not_on_hub(dataset)
         raise UserError(f"{where}: it cannot be opened ({reason}); give {ALLOWED}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, names_continued
+from agsm_rl.files import local_path
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import Parts, complete_evaluation
 from agsm_rl.recipe.schema import Evaluate
@@ -135,7 +136,7 @@ def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
 def _base_recipe(sweep: Sweep, path: Path) -> dict[str, Any]:
     if isinstance(sweep.recipe, dict):
         return sweep.recipe
-    file = recipe_path(sweep.recipe) if sweep.recipe.startswith(PREFIX) else path.parent / sweep.recipe
+    file = recipe_path(sweep.recipe) if sweep.recipe.startswith(PREFIX) else path.parent / local_path(sweep.recipe)
     try:
         return read_yaml(file)
     except UserError as error:

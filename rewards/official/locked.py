@@ -11,6 +11,7 @@ from agsm_rl_rewards.worker.remote import RemoteReward
 from agsm_rl_rewards.worker.reward import side_path
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 
 HERE = Path(__file__).parent
 
@@ -34,7 +35,7 @@ def existing(path: str | None, *, reward: str, option: str) -> str | None:
     """The absolute path, as the worker will open it; hub ids stay as they are; UserError if a path does not exist."""
     if path is None:
         return None
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.exists():
         return str(local.absolute())
     if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not local.suffix:

@@ -21,6 +21,7 @@ from agsm_rl_rewards.worker.process import PipeLink
 from agsm_rl_rewards.worker.remote import RemoteReward
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 
 SIDE = str(Path(worker_side.__file__).parent)
 
@@ -47,7 +48,7 @@ class WorkerReward(RemoteReward):
     ) -> None:
         if (script is None) == (command is None) or command == []:
             raise UserError("reward 'worker': give it a `script`, or a `command` as a list of words, and not both")
-        if script is not None and not Path(script).expanduser().is_file():
+        if script is not None and not local_path(script).is_file():
             raise UserError(f"reward 'worker': script: '{script}' does not exist (looked from {Path.cwd()})")
         super().__init__(
             PipeLink(prepare=lambda: _prepared(script, command)),
@@ -88,7 +89,7 @@ def _own_gpu() -> dict[str, str | None]:
 def _prepared(script: str | None, command: Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, str | None]]:
     if command is not None:
         return command, side_path(keep=True)
-    path = Path(script or "").expanduser().absolute()
+    path = local_path(script or "").absolute()
     if script_metadata(path) is None:
         return [sys.executable, str(path)], side_path(keep=True)
     uv = find_uv(f"{path.name}, which states its requirements,")

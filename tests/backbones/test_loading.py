@@ -174,7 +174,7 @@ def test_a_lora_that_is_not_there_or_for_another_base_is_told(
 ) -> None:
     nowhere = str(tmp_path / "nowhere")
     for options in ({"lora": f"{nowhere}.safetensors"}, {"unet": nowhere}, {"checkpoint": nowhere}):
-        with pytest.raises(UserError, match=r"nowhere.*' cannot be loaded: no such file or folder"):
+        with pytest.raises(UserError, match=r"nowhere.*': there is no such file or folder"):
             load(**({"checkpoint": tiny_checkpoint} | options))
     lora = LoRA(rank=2)
     lora.attach(load(tiny_xl_checkpoint))

@@ -14,6 +14,7 @@ from huggingface_hub import ModelHubMixin
 from agsm_rl.compat.trl.config import TrainerConfig
 from agsm_rl.compat.trl.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
 from agsm_rl.policy import Objective, Source
 from agsm_rl.trainer import Term, Trainer
 
@@ -202,7 +203,7 @@ def _precision(config: TrainerConfig) -> str:
 
 def _checkpoint_to_resume(path: str) -> Path:
     """The checkpoint that `resume_from` names, or the newest in the folder that it names."""
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     found = [folder] if folder.name.startswith("checkpoint_") else list(folder.glob("checkpoint_*"))
     found = [one for one in found if one.is_dir() and one.name.rpartition("_")[2].isdigit()]
     if not found:
