@@ -207,7 +207,7 @@ def _library_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """What the installed diffusers has a scheduler do where its configuration says nothing."""
     made = getattr(diffusers, str(scheduler.get("class")), None)
     parameters = inspect.signature(made).parameters.values() if made else ()
-    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    defaults = {known.name: known.default for known in parameters if known.default is not known.empty}
     content: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
     return content
 

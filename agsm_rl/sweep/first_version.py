@@ -32,7 +32,7 @@ def add_settings(sweep: Path) -> None:
             content = read_kept(file)
             if "settings" in content or key not in content:
                 continue
-            settings = next((one for one in _possible(sweep, run) if hash_of(one) == content[key]), None)
+            settings = next((each for each in _possible(sweep, run) if hash_of(each) == content[key]), None)
             if settings is not None:
                 write_text(file, json.dumps({"settings": settings.to_json()} | content, indent=1) + "\n")
 

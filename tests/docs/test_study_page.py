@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from newer_versions import change_options
 
 from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import job_of, read_result
@@ -15,6 +16,8 @@ from agsm_rl.sweep.plan import make_plan
 
 STUDY = Path(__file__).parents[2] / "docs" / "study"
 SWEEPS = sorted({file.name.removesuffix(".tar.xz") for file in STUDY.glob("*.tar.xz")} - {"negative_bank"})
+NEWER = [("objectives", "agsm"), ("objectives", "ddpo"), ("objectives", "diffusion_nft"), ("sources", "pairs")]
+NEWER += [("sources", "rollouts"), ("adapters", "lora"), ("adapters", "soft_tokens"), ("backbones", "stable_diffusion")]
 INTERVAL = re.compile(r" \[[^]|]*\]")
 NUMBER = re.compile(r"[+−]?\d+\.\d+")
 
@@ -23,10 +26,13 @@ def numbers(page: str) -> list[float]:
     return [float(one.replace("−", "-")) for one in NUMBER.findall(page)]
 
 
+@pytest.mark.parametrize("options_came_in", [False, True])
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_that_goes_on_from_an_archive_finds_its_cells_done(name, tmp_path, monkeypatch):
+def test_a_sweep_that_continues_an_archive_finds_its_cells_done(name, options_came_in, tmp_path, monkeypatch):
     with tarfile.open(STUDY / f"{name}.tar.xz") as archive:
         archive.extractall(tmp_path / "docs" / "study", filter="data")
+    for kind, part in NEWER if options_came_in else []:
+        change_options(monkeypatch, kind, part, newer=0.0)
     monkeypatch.chdir(tmp_path)  # chains hang on the folder's name
     plan = make_plan(f"builtin:study/{name}", folder=Path("docs/study") / name)
     add_settings(plan.folder)
