@@ -6,26 +6,26 @@ layer returns its base layer's output untouched, and adapters of other people's 
 
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from agsm_rl.adapters.lora_config import METADATA_KEY, LoraScale, check_alpha, module_names, options_by_part
+from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank, Banks
 
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
-# Tensors of the second bank stand under this prefix, which `pipe.load_lora_weights` passes over.
-NEGATIVE_PREFIX = "negative."
+MAX_RANK = 4096
+"""Wider than the layers themselves; a slip of the finger would ask for all memory."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """CLIP's attention projections, as in diffusers' own training scripts."""
 TEXT_PREFIX = "text_encoder"
@@ -60,10 +60,10 @@ class LoRA:
         text_encoders: bool = False,
         seed: int = 0,
     ) -> None:
-        if rank < 1:
-            raise UserError(f"lora.rank: {rank}; at least 1 is needed.")
-        if alpha is not None and alpha <= 0:
-            raise UserError(f"lora.alpha: {alpha}; it must be above 0 (the rank, when left out).")
+        if not 1 <= rank <= MAX_RANK:
+            raise UserError(f"lora.rank: {rank}; allowed: 1 to {MAX_RANK}.")
+        if alpha is not None:
+            check_alpha(alpha, "lora.alpha")
         if banks not in (1, 2):
             raise UserError(f"lora.banks: {banks}; allowed: 1, 2.")
         self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks
@@ -81,28 +81,24 @@ class LoRA:
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
         """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
-        ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
-        configs: dict[str, dict[str, Any]] = defaultdict(dict)
-        try:
-            for name, value in json.loads(metadata[LORA_ADAPTER_METADATA_KEY]).items():
-                part, _, option = name.partition(".")
-                configs[part][option] = value
-            targets = {part: tuple(config["target_modules"]) for part, config in configs.items()}
-            alphas = {config["lora_alpha"] for config in configs.values()}
-            (own,) = {*targets} & {"unet", "transformer"}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"LoRA: the file's metadata '{LORA_ADAPTER_METADATA_KEY}' is missing or broken.") from error
-        if len(ranks) != 1 or len(alphas) != 1:
+        configs = _configs(metadata)
+        targets = {
+            part: module_names(config.get("target_modules"), f"LoRA: {part}.target_modules")
+            for part, config in configs.items()
+        }
+        denoisers = {*targets} & {"unet", "transformer"}
+        if len(denoisers) != 1:
             raise UserError(
-                f"LoRA: the file's ranks are {sorted(ranks)}, its alphas {sorted(alphas)}; one of each for all layers "
-                "is supported."
+                f"LoRA: the file's metadata describes {', '.join(map(repr, targets)) or 'nothing'}; one denoiser, "
+                "unet or transformer, is needed."
             )
+        rank, alpha = _rank_and_alpha(tensors, configs)
         banks = 2 if any(name.startswith(NEGATIVE_PREFIX) for name in tensors) else 1
         found = cls(
-            rank=ranks.pop(),
-            alpha=alphas.pop(),
+            rank=rank,
+            alpha=alpha,
             banks=banks,
-            target_modules=targets.pop(own),
+            target_modules=targets.pop(denoisers.pop()),
             text_encoders=bool(targets),
         )
         found._text_of_export = targets
@@ -225,7 +221,7 @@ class LoRA:
         )
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Fill the parameters; UserError if the layers, the rank or the shapes are not the same."""
+        """Fill the parameters; UserError if the layers, the rank, alpha or the shapes are not the same."""
         if self._backbone is None:
             raise RuntimeError("only an attached LoRA can be filled")
         part = _denoiser_name(self._backbone)
@@ -237,6 +233,13 @@ class LoRA:
             if tensors[name].shape != parameter.shape:
                 got, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
                 raise UserError(f"LoRA: '{name}' has shape {got} in the file, {wanted} here (another rank or base).")
+        if METADATA_KEY in metadata:
+            _, alpha = _rank_and_alpha(tensors, _configs(metadata))
+            if alpha != self.alpha:
+                raise UserError(
+                    f"LoRA: alpha is {alpha:g} in the file, {self.alpha:g} here: its weights would act at "
+                    f"{self.alpha / alpha:g} times their strength. Set `alpha: {alpha:g}`."
+                )
         for name, parameter in places.items():
             parameter.data.copy_(tensors[name])
 
@@ -253,7 +256,31 @@ def describe_lora(
         for part, modules in targets.items()
         for name, value in {"r": rank, "lora_alpha": alpha, "target_modules": list(modules)}.items()
     }
-    return {"kind": LoRA.kind, "banks": str(banks), "base": base, LORA_ADAPTER_METADATA_KEY: json.dumps(configs)}
+    return {"kind": LoRA.kind, "banks": str(banks), "base": base, METADATA_KEY: json.dumps(configs)}
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's options of each part of a pipeline, as an export's metadata gives them."""
+    if METADATA_KEY not in metadata:
+        raise UserError(f"LoRA: the file's metadata '{METADATA_KEY}' is missing.")
+    return options_by_part(metadata[METADATA_KEY], where=f"LoRA: the file's metadata '{METADATA_KEY}'")
+
+
+def _rank_and_alpha(tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, float]:
+    """The rank and alpha of all layers of an export; UserError where they differ, or contradict the metadata."""
+    ranks = {len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    where = "LoRA: the file's metadata"
+    scales = [LoraScale.from_options(config, where=f"{where}, {part}") for part, config in configs.items()]
+    alphas = {alpha for scale in scales for alpha in (scale.alpha_of(""), *scale.alpha_pattern.values())}
+    if len(ranks) != 1 or len(alphas) != 1:
+        raise UserError(
+            f"LoRA: the file's ranks are {sorted(ranks)}, its alphas {sorted(alphas)}; one of each for all layers "
+            "is supported."
+        )
+    told = {rank for scale in scales for rank in (scale.rank, *scale.rank_pattern.values())}
+    if told != ranks:
+        raise UserError(f"LoRA: the rank of the file's tensors is {ranks.pop()}, of its metadata {sorted(told)}.")
+    return ranks.pop(), alphas.pop()
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
 from agsm_rl.backbones.parts import (
     BadPart,
     check_complete,
@@ -57,8 +58,6 @@ ALLOWED = "an existing folder, a .safetensors file, a hub id (owner/name), or a 
 FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
-# What `pipe.save_lora_weights` writes: the name that diffusers cannot ask the hub for while offline.
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def find_checkpoint(checkpoint: str, where: str = "backbone.checkpoint") -> str:
@@ -177,10 +176,8 @@ def _load_pipeline(
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to("meta")
-    if lora is not None and empty:
-        _see_lora(lora)
-    elif lora is not None:
-        _fuse(pipeline, lora, local_files_only)
+    if lora is not None:
+        _add_lora(pipeline, lora, local_files_only, empty=empty)
     return pipeline
 
 
@@ -285,29 +282,24 @@ def _load_denoiser(
     return loaded
 
 
-def _fuse(pipeline: Any, lora: str, local_files_only: bool) -> None:
-    """Add a LoRA's weights to the pipeline's own, and leave no trace of PEFT."""
-    where = f"backbone.lora: '{lora}'"
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": local_files_only}
+def _add_lora(pipeline: Any, lora: str, local_files_only: bool, *, empty: bool) -> None:
+    """Fuse a LoRA; where the pipeline is empty, it is only seen that it fits, and the hub is not asked for it."""
+    where = f"backbone.lora: '{lora}' cannot be loaded"
     lora = find_checkpoint(lora, "backbone.lora")
-    if not Path(lora).exists() and (local_files_only or is_offline_mode()):
-        options["weight_name"] = LORA_FILE
+    path = Path(lora)
+    offline = local_files_only or is_offline_mode()
     try:
-        pipeline.load_lora_weights(lora, **options)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    except (*FAILURES, RuntimeError, HTTPError) as error:
-        raise _unloadable(where, error, lora, local_files_only) from error
-
-
-def _see_lora(lora: str) -> None:
-    """UserError where it is plain without loading it that a LoRA is not there, or is none."""
-    where, path = f"backbone.lora: '{lora}'", Path(find_checkpoint(lora, "backbone.lora"))
-    if not path.exists():
-        return
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not any("lora" in name for file in files for name in _tensor_names(file, where)):
-        raise _unloadable(where, ValueError("it holds no tensors of a LoRA."), lora)
+        if path.exists():
+            file = lora_in_folder(path, where=where) if path.is_dir() else path
+        else:
+            file = lora_of_hub(lora, where=where, local_files_only=offline or empty)
+        fuse_lora(pipeline, file, where=where)
+    except _PASSED_ON:
+        raise
+    except Exception as error:  # noqa: BLE001 - the hub fails in many ways
+        if empty and not offline and isinstance(error, LocalEntryNotFoundError):
+            return
+        raise _unloadable(f"backbone.lora: '{lora}'", error, lora, local_files_only) from error
 
 
 def _unconfigured(where: str, cause: str) -> UserError:

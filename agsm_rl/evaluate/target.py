@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
+from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, read_export, read_safetensors
+from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, read_export
 from agsm_rl.files import local_path
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
@@ -125,9 +126,8 @@ def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
 
 
 def _is_foreign(file: Path) -> bool:
-    """True for a LoRA as diffusers and PEFT write it, without our metadata."""
-    tensors, metadata = read_safetensors(file)
-    return "kind" not in metadata and any(".lora" in name for name in tensors)
+    """True for a LoRA of another tool's, without our metadata."""
+    return "kind" not in read_safetensors(file)[1]
 
 
 def _opened(block: dict[str, Any], *, where: str, name: str = "", adapter: Path | None = None) -> Target:

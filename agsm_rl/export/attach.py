@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agsm_rl import __version__
+from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
 from agsm_rl.files import local_path, replacing
@@ -112,22 +111,7 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
             "token files and kohya's LoRA through `agsm-rl convert`."
         )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{file}: '{name}' holds numbers that are not finite; it draws noise. Export another one.")
     return tensors, metadata
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of any .safetensors file; UserError if it cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            names = list(content.keys())
-            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file}: cannot be read, it is truncated or not safetensors ({error}). Export it again."
-        ) from error
 
 
 def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> list[str]:

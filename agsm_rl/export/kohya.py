@@ -19,10 +19,12 @@ from diffusers.utils import (
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor
 
-from agsm_rl.adapters.lora import NEGATIVE_PREFIX, LoRA, describe_lora
+from agsm_rl.adapters.lora import LoRA, describe_lora
+from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH
+from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import read_safetensors, write_export
+from agsm_rl.export.attach import write_export
 
 UNET = "lora_unet_"
 PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")

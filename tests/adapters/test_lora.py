@@ -214,7 +214,7 @@ def test_an_export_that_does_not_fit_is_refused(backbone: StableDiffusion) -> No
         lora.load_export({**tensors, "unet.other.lora_A.weight": torch.zeros(2, 2)}, metadata)
     with pytest.raises(UserError, match="the file has no"):
         lora.load_export({name: value for name, value in tensors.items() if name != first}, metadata)
-    with pytest.raises(UserError, match="missing or broken"):
+    with pytest.raises(UserError, match="metadata .lora_adapter_metadata. is missing"):
         LoRA.from_export(tensors, {})
 
 

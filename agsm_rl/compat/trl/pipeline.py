@@ -2,18 +2,20 @@
 
 import copy
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.utils import get_peft_model_state_dict
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.lora_files import read_lora
 from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones.fused_lora import lora_parts
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.compat.trl.whole_denoiser import WholeDenoiser
 from agsm_rl.errors import UserError
@@ -150,21 +152,37 @@ def _refuse_injected(folder: Path, where: str) -> None:
 
 
 def _load_lora(
-    pipeline: Any, denoiser: Any, source: str, revision: str
+    pipeline: Any, denoiser: nn.Module, source: str, revision: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """The options and weights of the LoRA that lies beside the pipeline's weights, in any form that diffusers reads."""
-    if Path(source).is_dir() and not (Path(source) / LORA_FILE).is_file():
+    """The options and weights of the LoRA that lies beside the pipeline's weights, in any form of lora_names.py."""
+    file = _lora_beside(source, revision)
+    if file is None:
         return None
-    with suppress(OSError):
-        pipeline.load_lora_weights(source, weight_name=LORA_FILE, revision=revision)
-    if not getattr(denoiser, "peft_config", None):
-        return None
-    name, config = next(iter(denoiser.peft_config.items()))
-    state = get_peft_model_state_dict(denoiser, adapter_name=name)
+    where = f"pretrained_model_name: '{source}': {LORA_FILE}"
+    placed = read_lora(file, where=where).place(lora_parts(pipeline), where=where)
     part = _denoiser_name(pipeline, denoiser)
-    weights = {f"{part}.{key}": value.detach().cpu().clone() for key, value in state.items()}
-    pipeline.unload_lora_weights()
-    return {"rank": config.r, "alpha": config.lora_alpha, "target_modules": tuple(config.target_modules)}, weights
+    if {*placed} != {part}:
+        raise UserError(f"{where}: changes {', '.join(sorted(placed))}; only a LoRA of the {part} alone is trained on.")
+    shapes = {(addition.rank, addition.alpha) for addition in placed[part].values()}
+    if len(shapes) > 1:
+        raise UserError(f"{where}: the (rank, alpha) of its layers are {sorted(shapes)}; one for all is supported.")
+    weights = {}
+    for module, addition in placed[part].items():
+        weights[f"{part}.{module}.lora_A.weight"] = addition.down
+        weights[f"{part}.{module}.lora_B.weight"] = addition.up
+    rank, alpha = shapes.pop()
+    return {"rank": rank, "alpha": alpha, "target_modules": tuple(placed[part])}, weights
+
+
+def _lora_beside(source: str, revision: str) -> Path | None:
+    """The LoRA of a pipeline's folder, or of a hub's repository; None where there is none."""
+    if Path(source).is_dir():
+        file = Path(source) / LORA_FILE
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(source, LORA_FILE, revision=revision))
+    except (OSError, HTTPError):  # the pipeline itself has just been read from there
+        return None
 
 
 def _denoiser_name(pipeline: Any, denoiser: nn.Module) -> str:

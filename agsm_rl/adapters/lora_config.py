@@ -1,0 +1,158 @@
+"""PEFT's description of a LoRA, in a file's metadata or in adapter_config.json, read as data.
+
+PEFT itself imports what such a description names (`megatron_core`, `auto_mapping`) and runs its patterns as regular
+expressions. Nothing of it is handed on to PEFT here: the scale is taken from it, what would change the meaning of the
+weights is refused, and all else is dropped.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from agsm_rl.adapters.tensor_files import parse_json
+from agsm_rl.errors import UserError
+
+METADATA_KEY = "lora_adapter_metadata"
+"""Of a .safetensors file's metadata: PEFT's options as JSON, as diffusers writes them (and we do)."""
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Of a pipeline, those that a LoRA may change."""
+LITERAL = re.compile(r"\^?[\w.-]+")
+"""A pattern that stands for a module's name or the end of it, and is no other regular expression."""
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base's weights alone; PiSSA and its like change them."""
+CHANGES_MEANING = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+    "velora_config",
+)
+"""Options under which the weights mean something else than (alpha / rank)·B·A, so that they must be off."""
+
+
+@dataclass(frozen=True)
+class LoraScale:
+    """What a description says of the rank and alpha of each layer; patterns are ends of module names."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, where: str) -> Self:
+        """Of PEFT's options, those of one part; UserError for those that cannot be honoured. `where` is for messages.
+
+        Raises UserError when rank or alpha are missing, not finite or not above 0.
+        """
+        kind = options.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise UserError(f"{where}: peft_type is {kind!r}; only LORA is supported.")
+        for name in CHANGES_MEANING:
+            if options.get(name):
+                raise UserError(f"{where}: {name} is {options[name]!r}; only plain LoRA is supported.")
+        if options.get("bias", "none") != "none":
+            raise UserError(f"{where}: bias is {options['bias']!r}; only LoRA without biases is supported.")
+        start = options.get("init_lora_weights", True)
+        if start not in PLAIN_STARTS:
+            raise UserError(
+                f"{where}: init_lora_weights is {start!r}, which changes the base's weights too. Convert it to a plain "
+                "LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
+            )
+        return cls(
+            rank=_rank(options.get("r"), f"{where}: r"),
+            alpha=check_alpha(options.get("lora_alpha"), f"{where}: lora_alpha"),
+            rank_pattern={
+                name: _rank(value, f"{where}: rank_pattern['{name}']")
+                for name, value in _patterns(options, "rank_pattern", where).items()
+            },
+            alpha_pattern={
+                name: check_alpha(value, f"{where}: alpha_pattern['{name}']")
+                for name, value in _patterns(options, "alpha_pattern", where).items()
+            },
+            rslora=bool(options.get("use_rslora")),
+        )
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer, by its module's name."""
+        return _matching(self.rank_pattern, layer, self.rank)
+
+    def alpha_of(self, layer: str) -> float:
+        """Rank times scale of a layer; rank-stabilised LoRA, which divides by √rank, is turned into that."""
+        alpha = _matching(self.alpha_pattern, layer, self.alpha)
+        return alpha * math.sqrt(self.rank_of(layer)) if self.rslora else alpha
+
+
+def options_by_part(text: str, *, where: str) -> dict[str, dict[str, Any]]:
+    """PEFT's options of each part of a pipeline, from JSON such as `{"unet.r": 4, …}`; of a single model under ''."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in parse_json(text, where).items():
+        part, _, option = name.partition(".")
+        if part not in PARTS or not option:
+            part, option = "", name
+        parts.setdefault(part, {})[option] = value
+    if len(parts) > 1:  # what is said beside the parts is of no layer
+        parts.pop("", None)
+    return parts
+
+
+def check_alpha(value: Any, what: str) -> float:
+    """Alpha as a float; UserError unless it is a number above 0 that float32 can hold."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number <= 3.4e38:
+        raise UserError(f"{what} is {_shown(value)}; it must be a finite number above 0.")
+    return number
+
+
+def module_names(value: Any, what: str) -> tuple[str, ...]:
+    """A list of module names; UserError for anything else, such as a regular expression."""
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{what} is {_shown(value)}; a list of module names is needed.")
+    return tuple(value)
+
+
+def _rank(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{what} is {_shown(value)}; it must be a whole number, 1 or more.")
+    return value
+
+
+def _patterns(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    patterns = options.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{where}: {name} is {_shown(patterns)}; an object of module names is needed.")
+    for pattern in patterns:
+        if not LITERAL.fullmatch(pattern):
+            raise UserError(
+                f"{where}: {name} has {_shown(pattern)}; module names are supported, regular expressions are not."
+            )
+    return patterns
+
+
+def _matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The value of the first pattern that is the layer's name or an end of it, as PEFT decides it."""
+    if not patterns:
+        return default
+    parts = layer.split(".")
+    ends = {f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))}
+    return next((value for pattern, value in patterns.items() if pattern in ends), default)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
