@@ -55,7 +55,6 @@ SD3_TEXT = {
 # Sizes that a denoiser must share with the one that it replaces.
 INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
 ALLOWED = "an existing folder, a .safetensors file, a hub id (owner/name), or a builtin such as builtin:shapes-sd15"
-FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
 
