@@ -1,13 +1,16 @@
-"""Paths and files: what a name in a recipe or a command refers to, and files that are never seen half written.
+"""Paths and files: what a name refers to, files that are never seen half written, and files that are read with care.
 
 Every path that a user gives goes through `local_path`, and every name that may also be the Hugging Face hub's goes
-through `local_or_hub`, so that the same rules hold everywhere.
+through `local_or_hub`, so that the same rules hold everywhere. `read_text` and `read_json` take regular files only (a
+named pipe would hang, a device never end), within bounds of size and depth; what is wrong is a UserError with the name.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +29,10 @@ FILE_SUFFIXES = frozenset(
 """A name that ends in one of these is a file's, never a hub's."""
 HUB_SECONDS = 5.0
 """How long the hub may take to answer at all; its clients retry for half a minute."""
+MAX_BYTES = 2**28
+"""The largest text file that is read at once: 256 MiB."""
+MAX_DEPTH = 100
+"""Lists and mappings within each other; our own files need ten."""
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
@@ -127,14 +134,75 @@ def replacing(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         aside.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(aside), aside):
+            # A full disk is reported by `write`, which knows no name.
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file: a kill leaves the old file or the new one."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def check_regular(path: Path) -> None:
+    """UserError unless the path is a file that can be read to its end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise UserError(f"{path}: {_reason(error)}.") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file (a named pipe, a device or a socket)"
+        raise UserError(f"{path}: this is {kind}; give a file.")
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark; UserError if there is none."""
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise UserError(f"{path}: it has more than {max_bytes:,} bytes, the most that is read.")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text in UTF-8 ({error}).") from error
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The content of a JSON file, which may hold NaN and infinities; UserError if it is not one."""
+    return parse_json(read_text(path, max_bytes=max_bytes), where=str(path))
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """The content of a JSON text; UserError if it is none, or nested too deeply."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply (more than {MAX_DEPTH} levels).") from error
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({error}).") from error
+    level, depth = [content], 0
+    while level := [child for part in level for child in _children(part)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: is nested too deeply (more than {MAX_DEPTH} levels).")
+    return content
+
+
+def _children(part: Any) -> Any:
+    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from agsm_rl import registry
 from agsm_rl.errors import unknown_name
 from agsm_rl.recipe.meanings import Option, about, options_of
 from agsm_rl.recipe.shipped import PREFIX, shipped_recipes, shipped_sweeps
+from agsm_rl.run.screen import say
 
 SHIPPED = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
 
@@ -43,7 +44,7 @@ def list_names(
             kind: {"name": what, "about": about(one), "options": [option.to_json() for option in options[kind]]}
             for kind, one in found.items()
         }
-        typer.echo(json.dumps(content, indent=1))
+        say(json.dumps(content, indent=1))
         return
     for kind, one in found.items():
         _print_meaning(f"{kind}: {what}", about(one), options[kind])
@@ -58,18 +59,18 @@ def _names_of(kind: str) -> list[dict[str, str]]:
 
 def _print_names(found: dict[str, list[dict[str, str]]], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
         return
     for kind, rows in found.items():
-        typer.echo(f"{kind}:")
+        say(f"{kind}:")
         for row in rows:
-            typer.echo(f"  {row['name']:<28}{row['target']}")
+            say(f"  {row['name']:<28}{row['target']}")
 
 
 def _print_meaning(title: str, text: str, options: list[Option]) -> None:
-    typer.echo(f"{title}\n\n{text}\n\noptions:")
+    say(f"{title}\n\n{text}\n\noptions:")
     for option in options:
         default = "  (required)" if option.default is None else f" = {option.default}"
-        typer.echo(f"  {option.name}: {option.type}{default}")
+        say(f"  {option.name}: {option.type}{default}")
         if option.meaning:
-            typer.echo(textwrap.fill(option.meaning, 110, initial_indent="      ", subsequent_indent="      "))
+            say(textwrap.fill(option.meaning, 110, initial_indent="      ", subsequent_indent="      "))

@@ -1,12 +1,99 @@
-"""What several commands take and do: options under one name and help, and quiet libraries."""
+"""Options that several commands share, under one name and help; and options in groups, as dataclasses."""
 
+from __future__ import annotations
+
+import inspect
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import local_path
+from agsm_rl.registry import permissions
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+
+PATH_NAMES = ("recipe", "target", "base", "sweep_file", "against", "prompts", "detector", "classifier")
+"""Parameters that are texts because they may also name a builtin or a repository on the hub."""
+
+
+def grouped(command: Callable[..., None]) -> Any:
+    """Let a command take its options as dataclasses: typer sees their fields, the command gets the objects.
+
+    A field is declared as typer declares a parameter, `name: Annotated[type, typer.Option(...)] = default`. The class's
+    docstring is the heading under which `--help` lists its fields.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            parameters += _parameters_of(kind)
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        command(**values)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def _parameters_of(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=_under(kind.__doc__.partition(".")[0], hints[field.name]),
+        )
+        for field in fields(kind)
+    ]
+
+
+def in_home(command: Callable[..., None]) -> Any:
+    """Let `~` be the home folder in a command's paths, also where the shell leaves it (`--run-dir=~/x`)."""
+
+    def expanded(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(name, item) for item in value]
+        if isinstance(value, Path):
+            return local_path(value)
+        is_path = isinstance(value, str) and value.startswith("~") and name in PATH_NAMES
+        return str(local_path(value)) if is_path else value
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        command(**{name: expanded(name, value) for name, value in values.items()})
+
+    return called
+
+
+def _under(heading: str, annotation: Any) -> Any:
+    """The same option, listed under a heading of its own."""
+    kind, option = get_args(annotation)
+    option = copy(option)
+    option.rich_help_panel = heading
+    return Annotated[kind, option]
+
+
+def _finite(guidance: float | None) -> float | None:
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance: got {guidance}; it should be a finite number.")
+    return guidance
+
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or builtin:<name>.")]
 TargetArgument = Annotated[
@@ -19,25 +106,31 @@ AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code of this module. Repeatable."),
 ]
-CommandOption = Annotated[
-    list[str] | None,
-    typer.Option("--allow-command", metavar="COMMAND", help="Let the recipe run this script or command. Repeatable."),
-]
-HostOption = Annotated[
-    list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="Let the recipe's rewards send pictures there. Repeatable."),
-]
-BaseOption = Annotated[str | None, typer.Option(help="The base of an adapter, instead of the one that it names.")]
-
-
-def _finite(guidance: float | None) -> float | None:
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance: got {guidance}; a finite number is wanted.")
-    return guidance
-
-
+BaseOption = Annotated[str | None, typer.Option(help="The base to use an adapter on, instead of the one it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(callback=_finite, help="Classifier-free guidance; 1 is off.")]
 BankOption = Annotated[
-    Literal["positive", "negative"], typer.Option(help="negative: draw with ψ⁻, the paper's ablation.")
+    Literal["positive", "negative"],
+    typer.Option(help="negative: draw with the negative bank, the ablation of the AGSM paper."),
 ]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, max=MAX_SAMPLING_STEPS, help="Sampling steps.")]
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What the recipe may do beyond using registered code."""
+
+    allow_import: AllowOption = None
+    allow_command: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-command", metavar="COMMAND", help="Let the recipe run this script or command. Repeatable."
+        ),
+    ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="HOST", help="Let the recipe's rewards send images there. Repeatable."),
+    ] = None
+
+    def granted(self) -> frozenset[str]:
+        """As the `allow_imports` of all functions; UserError for something that is not a module."""
+        return permissions(imports=self.allow_import, commands=self.allow_command, hosts=self.allow_host)

@@ -1,4 +1,4 @@
-"""The command `serve-reward`: a reward made from its name and options, behind HTTP until the process is ended."""
+"""The command `serve-reward`: a reward made from its name and options, served over HTTP until the process ends."""
 
 from __future__ import annotations
 
@@ -6,23 +6,46 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE, is_loopback
+import typer
 
+from agsm_rl.cli.options import AllowOption
 from agsm_rl.errors import UserError
-from agsm_rl.recipe.options import validated
-from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.yaml_file import apply_overrides
+from agsm_rl.run.screen import say
+
+
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward: see `agsm-rl list rewards`.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="An option of the reward, e.g. version='\"2.1\"'. Repeatable."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; any but loopback needs a token that you set.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8765,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="The largest request that is accepted.")] = 256,
+    allow_import: AllowOption = None,
+) -> None:
+    """Serve a reward over HTTP, for `rewards: {http: {url: …}}` here or elsewhere.
+
+    Clients present a token: the one in AGSM_RL_REWARD_TOKEN, or else one that is made and printed.
+    """
+    serve(name, options or [], host=host, port=port, max_bytes=max_megabytes * 2**20, allow_imports=allow_import or [])
 
 
 def serve(
     name: str, options: Iterable[str], *, host: str, port: int, max_bytes: int, allow_imports: Collection[str] = ()
 ) -> None:
-    """Serve until a signal ends it. `options` are `key=value` texts; UserError for what cannot be served."""
+    """Serve until a signal ends it; `options` are `key=value` texts. UserError if it cannot be served."""
+    from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE, is_loopback
+
     missing = [package for package in ("starlette", "uvicorn") if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"serve-reward needs {missing[0]}, which is not here; run `pip install 'agsm-rl[serve]'`")
+        raise UserError(f"serve-reward needs {missing[0]}, which is not installed; run `pip install 'agsm-rl[serve]'`")
     token = os.environ.get(TOKEN_VARIABLE)
     if token is None and not is_loopback(host):
         raise UserError(
@@ -36,17 +59,21 @@ def serve(
     )
     listening = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
-    print(f"{reward.name}: http://{shown}:{listening.getsockname()[1]}", flush=True)
+    say(f"{reward.name}: http://{shown}:{listening.getsockname()[1]}")
     if token is None:
-        print(f"{TOKEN_VARIABLE}={server.token.decode()}", flush=True)
+        say(f"{TOKEN_VARIABLE}={server.token.decode()}")
     server.uvicorn().run(sockets=[listening])
 
 
 def make_reward(name: str, options: Iterable[str], *, allow_imports: Collection[str] = ()) -> Any:
     """The reward of that name; its options are checked as a recipe's are."""
-    given: dict[str, Any] = {}
-    apply_overrides(given, options)
+    from agsm_rl.recipe.options import validated
+    from agsm_rl.recipe.resolve import Parts
+    from agsm_rl.recipe.yaml_file import apply_overrides
+
+    texts: dict[str, Any] = {}
+    apply_overrides(texts, options)
     parts = Parts(where="serve-reward", allow_imports=allow_imports)
-    found = parts.load("rewards", name, "NAME")
+    kind = parts.load("rewards", name, "NAME")
     # The user's own command line says what to run, so that nothing more has to be allowed.
-    return parts.call(found, validated(found, given, where="serve-reward: --option"), name)
+    return parts.call(kind, validated(kind, texts, where="serve-reward: --option"), name)

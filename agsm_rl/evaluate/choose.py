@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class SuiteOptions:
     split: str | None = None
     detector: str | None = None
     classifier: str | None = None
-    reward: tuple[str, ...] = ()
+    reward: Sequence[str] | None = None
     rewards_file: Path | None = None
     prompts: str | None = None
     prompt_column: str | None = None
@@ -88,7 +88,7 @@ def make_suite(
         specs = (
             rewards_of(own, where=where, allow_imports=allow_imports)
             if own is not None and own.rewards and not named
-            else parse_rewards(given.reward, given.rewards_file, allow_imports=allow_imports)
+            else parse_rewards(given.reward or (), given.rewards_file, allow_imports=allow_imports)
         )
         return Rewards(specs, prompts, allow_imports=allow_imports)
     if suite == "fid":

@@ -1,8 +1,9 @@
-"""`agsm-rl eval`: measure a target, print the tables, write the figures."""
+"""`agsm-rl eval` on the shapes suite without keeping images: draw and judge, print the tables, write the scores."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,63 @@ from agsm_rl.evaluate.draw_folder import DrawingSettings, pinned
 from agsm_rl.evaluate.table import print_table
 from agsm_rl.evaluate.target import Target
 from agsm_rl.files import write_text
+from agsm_rl.interfaces import Bank
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import measure, to_json
 
 
-def evaluate_in_memory(target: Target, *, compare: bool, json_file: Path | None, **how: Any) -> None:
-    """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise.
+@dataclass(frozen=True)
+class InMemoryOptions:
+    """What to draw; guidance and num_steps None are the target's own, batch_size None is a recipe's default."""
 
-    `how`: num_images, split, bank, prompt_suffix, seed, batch_size; guidance and num_steps (None: the target's own).
-    """
-    own = {"guidance": target.guidance, "num_steps": target.num_steps}
-    try:
-        options = Evaluate.model_validate({key: own.get(key) if value is None else value for key, value in how.items()})
-    except ValidationError as error:
-        raise explain(error, where="eval: ") from error
+    num_images: int = 600
+    split: str = "held_out"
+    bank: Bank = "positive"
+    seed: int = 0
+    guidance: float | None = None
+    num_steps: int | None = None
+    batch_size: int | None = None
+    prompt_suffix: str = ""
+
+
+def evaluate_in_memory(target: Target, options: InMemoryOptions, *, compare: bool, json_file: Path | None) -> None:
+    """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise."""
+    settings = _complete(options, target)
     if compare and target.handle is None:
         raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")
-    guidance = options.guidance[0]
-    with target.using(options.bank):
-        found = measure(target.backbone, options, guidance, {})
+    guidance = settings.guidance[0]
+    with target.using(settings.bank):
+        trained = measure(target.backbone, settings, guidance, {})
+    base = None
     if compare and target.handle is not None:
         target.handle.detach()
-        base = measure(target.backbone, options, guidance, {})
-        print_table(base.result, found.result)
-        content = to_json([(base, found)], options)
+        base = measure(target.backbone, settings, guidance, {})
+    if base is None:
+        print_table(trained.result)
     else:
-        print_table(found.result)
-        content = to_json([(None, found)], options)
-    drawn = DrawingSettings(options.seed, guidance, options.num_steps, options.batch_size, options.prompt_suffix)
-    content["drawing"] = pinned(target, drawn)
+        print_table(base.result, trained.result)
+    content = to_json([(base, trained)] if base is not None else [(None, trained)], settings)
+    content["drawing"] = _drawing(target, settings)
     if json_file is not None:
         write_text(json_file, json.dumps(content, indent=1) + "\n")
+
+
+def _complete(options: InMemoryOptions, target: Target) -> Evaluate:
+    values: dict[str, Any] = {"guidance": target.guidance, "num_steps": target.num_steps}
+    values |= {key: value for key, value in asdict(options).items() if value is not None}
+    try:
+        return Evaluate.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, where="eval: ") from error
+
+
+def _drawing(target: Target, settings: Evaluate) -> dict[str, Any]:
+    drawing = DrawingSettings(
+        seed=settings.seed,
+        guidance=settings.guidance[0],
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        prompt_suffix=settings.prompt_suffix,
+    )
+    return pinned(target, drawing)

@@ -1,0 +1,45 @@
+"""The commands that write files for other tools: convert and world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from agsm_rl.run.screen import say
+from agsm_rl.training.limits import MAX_SEED
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A run, an exported adapter, published .pth tokens, or a LoRA of kohya's."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; for .pth tokens, a folder.")],
+    to: Annotated[
+        Literal["agsm-rl", "agsm", "softrepa", "kohya"] | None,
+        typer.Option(
+            help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: a LoRA for ComfyUI and A1111. "
+            "Default: agsm-rl for a file; for a folder agsm, or softrepa if there is only one bank."
+        ),
+    ] = None,
+) -> None:
+    """Convert adapters from and to the files that their authors and other tools use."""
+    from agsm_rl.export.convert import convert as convert_adapter
+
+    for file in convert_adapter(source, out, to, tell=lambda line: say(line, err=True)):
+        say(str(file))
+
+
+def world(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    split: Annotated[str, typer.Option(help="train, validation or held_out")] = "train",
+    num_images: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of what is drawn.")] = 0,
+) -> None:
+    """Write the shapes world to disk as an image folder that `datasets` reads."""
+    from agsm_rl.shapes.data import write_image_folder
+
+    write_image_folder(folder, split, num_images, seed)
+    say(f"{folder}: {num_images} images with captions")
