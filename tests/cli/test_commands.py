@@ -202,7 +202,7 @@ def test_check_sees_weights_that_are_not_whole(command, recipe, tiny_checkpoint,
     kept = weights.read_bytes()[:-1000]
     weights.unlink() if harm == "gone" else weights.write_bytes(kept)
     result = command("check", recipe, "--set", f"backbone.checkpoint={base}")
-    assert result.exit_code == 2 and "backbone.checkpoint" in result.stderr and "cannot be loaded" in result.stderr
+    assert result.exit_code == 2 and "backbone.checkpoint" in result.stderr and str(base) in result.stderr
 
 
 def test_world_writes_an_image_folder(command, tmp_path):
