@@ -184,7 +184,7 @@ def option_of(parameter: Any, types: dict[str, Any]) -> Option:
     kind = in_words(types[parameter.name]).removesuffix(" or null")
     default = "" if parameter.default is None else json.dumps(parameter.default, default=str)
     default = None if parameter.required else default
-    return Option(name, (parameter.metavar or kind).replace("Path", "path"), default, parameter.help or "")
+    return Option(name, parameter.metavar or kind, default, parameter.help or "")
 
 
 def table(options: Iterable[Option]) -> str:

@@ -30,9 +30,9 @@ def load_backbone(
     memory_format: Literal["channels_last"] | None = None,
     compile: Literal["default", "reduce-overhead"] | None = None,
 ) -> Backbone:
-    """The backbone of a checkpoint of any supported kind, so that a recipe changes its base by `checkpoint:` alone.
+    """Stable Diffusion 1.5 and SDXL; for a checkpoint of another supported kind, that kind's backbone.
 
-    UserError for a pipeline of an unsupported kind.
+    So a recipe changes its base by `checkpoint:` alone. A pipeline of an unsupported kind is refused (UserError).
     """
     found = CLASSES[KINDS[find_kind(checkpoint, local_files_only=local_files_only)]]
     return found(

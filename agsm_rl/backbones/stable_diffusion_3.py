@@ -18,7 +18,7 @@ LONGEST_TEXT = 512
 
 
 class StableDiffusion3(FrozenPipeline):
-    """A frozen StableDiffusion3Pipeline, with its T5 or without; options as in FrozenPipeline."""
+    """A frozen StableDiffusion3Pipeline, with its T5 or without."""
 
     name = "stable_diffusion_3"
     use = "stable_diffusion_3"

@@ -81,7 +81,8 @@ def in_words(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "mapping"
-    return "any" if annotation is Any else getattr(annotation, "__name__", str(annotation))
+    name, module = getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__module__", "builtins")
+    return name.lower() if module in ("builtins", "pathlib", "typing") else f"{module}.{name}"
 
 
 def _choice(value: Any) -> str:
