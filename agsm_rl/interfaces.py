@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MethodType
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,13 @@ class Cond:
         return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count)
 
 
+class Tokens(NamedTuple):
+    """What text encoders read of a prompt: the `ids` of all of them, and whether each of them leaves its end unread."""
+
+    ids: tuple[int, ...]
+    is_cut: bool
+
+
 class Sampler(Protocol):
     """A schedule of K denoising steps whose transitions are Gaussian: x_{k+1} ~ N(mean, std²)."""
 
@@ -100,6 +107,15 @@ class Backbone(Protocol):
 
     def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """Encode prompts; "" is the unconditional prompt. Gradients, where on, for adapters that change the text."""
+        ...
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that the text encoder with the longest reach reads."""
+        ...
+
+    def read_tokens(self, prompts: list[str]) -> list[Tokens]:
+        """What is read of each prompt; prompts with the same `ids` are the same to the model."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:

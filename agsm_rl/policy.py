@@ -222,6 +222,10 @@ class Source:
         """Figures of the newest batch, such as its rewards; none by default."""
         return {}
 
+    def prompt_texts(self) -> list[str] | None:
+        """All prompts that it can give, once it is bound; None, the default, where they are not known beforehand."""
+        return None
+
     def unlearned(self) -> int:
         """Shares of what was drawn that are still to be learned from.
 
@@ -271,6 +275,9 @@ class Objective:
 
     def check(self, batch_size: int) -> None:
         """UserError when a batch of this many rows cannot be used; called when the recipe is read."""
+
+    def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
+        """UserError where nothing can be learned from a source of these prompts; called before the first step."""
 
     def split(self, batch: Any) -> list[tuple[Any, float]]:
         """Parts to learn from one after another, each with its share of the loss (they add up to 1)."""

@@ -17,6 +17,7 @@ from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.processes import Processes, make_accelerator
+from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
 
 
@@ -166,7 +167,28 @@ class Trainer:
                 term.source.bind(name, self.seed, self.processes)
                 sources[name] = term.source
             self._check_share(term)
+        self._check_prompts(sources)
         return sources
+
+    def _check_prompts(self, sources: Mapping[str, Source]) -> None:
+        """UserError for a term that could learn nothing from its source's prompts; a warning where prompts are cut."""
+        self._unread: set[int] = set()
+        """Sources whose prompts are not known before they come."""
+        known = {id(source): source.prompt_texts() for source in sources.values()}
+        for term in self.terms:
+            prompts = known[id(term.source)]
+            if prompts is None:
+                continue
+            try:
+                term.objective.check_prompts(prompts, self.policy.backbone)
+            except UserError as error:
+                raise UserError(f"{term.name}: {error}") from error
+        for name, source in sources.items():
+            prompts = known[id(source)]
+            if prompts is None:
+                self._unread.add(id(source))
+            elif self.processes.index == 0:
+                warn_of_cut_prompts(prompts, self.policy.backbone, name=name)
 
     def _check_share(self, term: Term) -> None:
         """UserError where a process's share of the batch cannot be used, though the whole could."""
@@ -222,6 +244,7 @@ class Trainer:
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
                     batches[id(term.source)] = term.source.next(self.policy)
+                self._look_at_prompts(term, batches[id(term.source)])
             batch = batches[id(term.source)]
             if term.view is not None:
                 batch = term.view(batch)
@@ -248,6 +271,12 @@ class Trainer:
         self._apply(combined, metrics)
         self.step += 1
         return metrics
+
+    def _look_at_prompts(self, term: Term, batch: Batch) -> None:
+        if id(term.source) in self._unread:
+            self._unread.discard(id(term.source))
+            if self.processes.index == 0:
+                warn_of_cut_prompts(batch.prompts, self.policy.backbone, name=term.name, first_batch=True)
 
     def _rows(self, batch: Batch) -> float:
         """Rows that all processes see; 0 as soon as one sees none, so that all pass the term over together."""

@@ -14,7 +14,7 @@ from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Cond
+from agsm_rl.interfaces import Adapter, Cond, Tokens
 from agsm_rl.training.precision import own_precision
 
 logger = logging.getLogger(__name__)
@@ -255,6 +255,33 @@ class FrozenPipeline:
     def encode_text(self, prompts: list[str]) -> Cond:
         """Encode prompts; each kind of pipeline does it its own way."""
         raise NotImplementedError
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that the text encoder with the longest reach reads."""
+        return max(limit for _, limit in self._tokenizers())
+
+    def read_tokens(self, prompts: list[str]) -> list[Tokens]:
+        """What is read of each prompt: the ids of all tokenizers one after another, each cut at its limit."""
+        ids: list[tuple[int, ...]] = [() for _ in prompts]
+        is_cut = [True] * len(prompts)
+        for tokenizer, limit in self._tokenizers():
+            # One token more than is read, so that it shows whether there are more.
+            for row, found in enumerate(tokenizer(prompts, truncation=True, max_length=limit + 1)["input_ids"]):
+                too_long = len(found) > limit
+                ids[row] += (*found[: limit - 1], found[-1]) if too_long else tuple(found)
+                is_cut[row] &= too_long
+        return [Tokens(*row) for row in zip(ids, is_cut, strict=True)]
+
+    def _tokenizers(self) -> list[tuple[Any, int]]:
+        """The tokenizers of the text encoders that are there, each with the number of tokens that are read."""
+        parts = self.pipeline.components
+        names = [name for name in parts if name.startswith("tokenizer") and parts[name] is not None]
+        used = [parts[name] for name in names if parts.get(name.replace("tokenizer", "text_encoder")) is not None]
+        t5_length = self.call_options.get("max_sequence_length")
+        return [
+            (part, t5_length if t5_length and "T5" in type(part).__name__ else part.model_max_length) for part in used
+        ]
 
     def identity(self, of: Literal["images", "text"]) -> str:
         """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups, own_prompts
+from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
+from agsm_rl.objectives.grid import Groups, mean_or_zero, own_prompts
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32, own_precision
 
@@ -31,21 +31,30 @@ def guided_score_loss(
     gamma_positive: float = 1.0,
     gamma_negative: float = 1.0,
     preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
+    negatives: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """AGSM's loss over a grid of images and prompts.
 
     `live` and `ema` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each
     image's own prompt. Only `live` gets a gradient. Published: `temperature` τ > 0 is 0.1, `gamma_positive` 1,
     `gamma_negative` 1 for SD1.5 and SDXL and 0.1 for SD3; at 0 the negatives' loss is left out. `preference` is the
-    model behind Δ; with two prompts the two are one. The metrics' weights are always Plackett-Luce's.
+    model behind Δ; with two prompts the two are the same. The metrics' weights are always Plackett-Luce's.
+
+    `negatives` [B, P] is true for the prompts that count as negatives of an image; None is all but its own. Prompts
+    that are neither, such as equal ones, are left out of the softmax and of the losses, and L⁻ is then the mean over
+    images of the mean over an image's negatives (0 where it has none).
 
     Metrics: `positive_loss`, `negative_loss`; `win_rate`, the share of images whose own prompt has the largest weight;
-    `margin`, own weight minus the largest other. Win rate rises whether or not the pictures get better.
+    `margin`, own weight minus the largest other (both over the images that have negatives). Win rate rises whether or
+    not the pictures get better.
     """
     live, ema = at_least_float32(live), at_least_float32(ema.detach())
     target = at_least_float32(target.detach())[:, None]
     is_own = own_prompts(own, live.shape[1])
     reward = -((target - ema) ** 2).mean(dim=(2, 3, 4))
+    if negatives is not None:
+        negatives = negatives.to(reward.device) & ~is_own
+        reward = reward.masked_fill(~(negatives | is_own), -torch.inf)
     weights = torch.softmax(reward / temperature, dim=1)
     # Δ is a small difference of like predictions: half precision would round much of it away.
     with own_precision(ema.device):
@@ -53,6 +62,8 @@ def guided_score_loss(
             delta = ema - torch.einsum("bp,bpchw->bchw", weights, ema)[:, None]
         else:
             delta = _bradley_terry(ema, reward / temperature, is_own)
+        if negatives is not None:
+            delta = delta.masked_fill(~(negatives | is_own)[:, :, None, None, None], 0)
 
     def error(guided: Tensor, chosen: Tensor) -> Tensor:
         return ((live - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()
@@ -62,10 +73,18 @@ def guided_score_loss(
     metrics = {"positive_loss": positive.detach()}
     if live.shape[1] > 1:
         others = weights.masked_fill(is_own, -1).amax(dim=1)
-        metrics["win_rate"] = (weights[is_own] > others).float().mean()
-        metrics["margin"] = (weights[is_own] - others).mean()
+        lead = weights[is_own] - others
+        if negatives is not None:
+            lead = lead[negatives.any(dim=1)]
+        metrics["win_rate"] = mean_or_zero((lead > 0).float())
+        metrics["margin"] = mean_or_zero(lead)
         if gamma_negative != 0:
-            negative = error(target - gamma_negative * delta, ~is_own)
+            guided = target - gamma_negative * delta
+            if negatives is None:
+                negative = error(guided, ~is_own)
+            else:
+                errors = ((live - guided) ** 2).mean(dim=(2, 3, 4)) * negatives
+                negative = (errors.sum(dim=1) / negatives.sum(dim=1).clamp(min=1)).mean()
             loss = positive + negative
             metrics["negative_loss"] = negative.detach()
     return loss, metrics
@@ -73,9 +92,9 @@ def guided_score_loss(
 
 def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
     """Δ [B, P, C, H, W] of pairs of the own prompt and each other one."""
-    lead = logits[is_own][:, None] - logits
+    lead = logits[is_own][:, None] - logits  # infinite for prompts that are left out, whose share is then 0
     apart = ema - ema[is_own][:, None]  # zero for the own prompt itself
-    others = max(ema.shape[1] - 1, 1)
+    others = (logits.isfinite().sum(dim=1) - 1).clamp(min=1)[:, None, None, None]
     own = -torch.einsum("bp,bpchw->bchw", torch.sigmoid(-lead), apart) / others
     pairs = torch.sigmoid(lead)[:, :, None, None, None] * apart
     return torch.where(is_own[:, :, None, None, None], own[:, None], pairs)
@@ -84,8 +103,9 @@ def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
 class AGSM(Objective):
     """AGSM over pairs: a batch is cut into groups, and the members of a group are each other's negatives.
 
-    Own prompts are predicted with the bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise
-    per image and one t per step. The paper's ablations are `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`,
+    Captions that are the same to the text encoders do not count as negatives. Own prompts are predicted with the
+    bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise per image and one t per step. The
+    paper's ablations are `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`,
     and `preference: bradley_terry`.
 
     Args:
@@ -125,6 +145,10 @@ class AGSM(Objective):
         """The batch must be whole groups."""
         self.groups.check(batch_size)
 
+    def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
+        """There must be as many different prompts as a group has images."""
+        self.groups.check_prompts(prompts, backbone)
+
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
         """Parts of `groups_per_pass` groups; all at once by default. Images of one prompt go to different groups."""
         return self.groups.split(batch)
@@ -142,4 +166,5 @@ class AGSM(Objective):
             gamma_positive=self.gamma_positive,
             gamma_negative=self.gamma_negative,
             preference=self.preference,
+            negatives=grid.negatives,
         )

@@ -4,6 +4,7 @@ A batch is cut into groups; each image is held against the prompts of its group.
 prompts, and one noise level a step, shared by the batch.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Bank, Cond, PairBatch
+from agsm_rl.interfaces import Backbone, Bank, Cond, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+
+log = logging.getLogger(__name__)
+
+TOKENIZED_AT_ONCE = 256
 
 
 class Groups:
@@ -24,11 +29,47 @@ class Groups:
             raise UserError(f"group_size: got {size}, but a group needs 2 or more images to have negatives")
         check_at_least_one("groups_per_pass", per_pass)
         self.size, self.per_pass = size, per_pass
+        self._warned = False
 
     def check(self, batch_size: int) -> None:
         """UserError unless the batch is whole groups."""
         if batch_size % self.size:
-            raise UserError(f"batch_size {batch_size} is no multiple of group_size {self.size}; change one of them")
+            raise UserError(f"batch_size {batch_size} is not a multiple of group_size {self.size}; change one of them")
+
+    def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
+        """UserError unless there are `size` prompts that differ in what the text encoders read of them."""
+        texts = list(dict.fromkeys(prompts))
+        different: set[tuple[int, ...]] = set()
+        for begin in range(0, len(texts), TOKENIZED_AT_ONCE):
+            different |= {tokens.ids for tokens in backbone.read_tokens(texts[begin : begin + TOKENIZED_AT_ONCE])}
+            if len(different) >= self.size:
+                return
+        cut = f" (within the {backbone.token_limit} tokens that are read)" if len(texts) >= self.size else ""
+        lower = f" set group_size to {len(different)}," if len(different) > 1 else ""
+        raise UserError(
+            f"the source has only {len(different)} different caption{'s' * (len(different) > 1)}{cut}, but the "
+            f"{self.size} images of a group learn from each other's captions; give each image its own caption,{lower} "
+            "or use score_matching, which needs no other captions"
+        )
+
+    def _negatives(self, prompts: list[str], columns: Tensor, backbone: Backbone) -> Tensor | None:
+        """Which prompts of each image's group, [B, P] on the CPU, differ from its own; None where all others do."""
+        numbers: dict[tuple[int, ...], int] = {}
+        same = torch.tensor([numbers.setdefault(tokens.ids, len(numbers)) for tokens in backbone.read_tokens(prompts)])
+        if len(numbers) == len(prompts):
+            return None
+        negatives = same[columns] != same[:, None]
+        alone = int((~negatives.any(dim=1)).sum())
+        if alone and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d of %d images have nothing but their own caption in their group ('%.80s'), and so no negatives: "
+                "they learn from the positive part of the loss alone (reported once)",
+                alone,
+                len(prompts),
+                prompts[int((~negatives.any(dim=1)).nonzero()[0])],
+            )
+        return negatives if int(negatives.sum()) < len(prompts) * (self.size - 1) else None
 
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
         """Parts of `per_pass` groups with their shares. Images of one prompt go to different groups."""
@@ -44,6 +85,7 @@ class Groups:
         noise = policy.draw.noise_like(x0, batch.rows)
         t = policy.draw.shared_t(len(batch), x0.device)
         columns, own = group_columns(len(batch), self.size, x0.device)
+        negatives = self._negatives(batch.prompts, group_columns(len(batch), self.size)[0], policy.backbone)
         return Grid(
             x_t=policy.backbone.add_noise(x0, noise, t),
             t=t,
@@ -51,6 +93,7 @@ class Groups:
             cond=batch.encode_text(policy.backbone),
             columns=columns,
             own=own,
+            negatives=None if negatives is None else negatives.to(x0.device),
             is_own=tuple((columns == torch.arange(len(batch), device=x0.device)[:, None]).flatten().tolist()),
         )
 
@@ -70,6 +113,8 @@ class Grid:
     columns: Tensor
     own: Tensor
     is_own: tuple[bool, ...]
+    negatives: Tensor | None
+    """Which prompts are negatives of each image [B, P], where some are the same as its own; None: all but its own."""
 
     def predict(self, predict: Any, *, others: Bank = "negative") -> Tensor:
         """Predictions [B, P, C, h, w]; `predict` is a Policy's `live` or `ema`.
@@ -81,6 +126,11 @@ class Grid:
         bank = tuple("positive" if own else others for own in self.is_own)
         found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
         return found.reshape(*self.columns.shape, *found.shape[1:])
+
+
+def mean_or_zero(values: Tensor) -> Tensor:
+    """The mean; 0 of no values, so that each process has the same metrics."""
+    return values.sum() / max(len(values), 1)
 
 
 def own_prompts(own: Tensor, count: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups, own_prompts
+from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
+from agsm_rl.objectives.grid import Groups, mean_or_zero, own_prompts
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
@@ -25,25 +25,34 @@ def softrepa_loss(
     temperature: float = 0.07,
     scale: float = 4.0,
     positive_weight: float = 10.0,
+    negatives: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """SoftREPA's loss over a grid of images and prompts.
 
     `live` are predictions [B, P, C, H, W], `target` is [B, C, H, W], `own` [B] holds the column of each image's own
     prompt. Published: `temperature` > 0 is 0.07, `scale` 4, `positive_weight` d 10 for SD1.5 and SDXL, 0 for SD3.
 
+    `negatives` [B, P] is true for the prompts that count as negatives of an image; None is all but its own. Prompts
+    that are neither, such as equal ones, are left out of the softmax.
+
     Metrics: `contrastive_loss`, `positive_loss` (own prompts' error); `win_rate`, the share of images whose own prompt
-    predicts best; `margin`, own logit minus the largest other.
+    predicts best; `margin`, own logit minus the largest other (both over the images that have negatives).
     """
     errors = ((at_least_float32(live) - at_least_float32(target.detach())[:, None]) ** 2).mean(dim=(2, 3, 4))
     logits = scale * torch.exp(-errors / temperature)
-    contrastive = torch.nn.functional.cross_entropy(logits, own.long())
     is_own = own_prompts(own, live.shape[1])
+    if negatives is not None:
+        negatives = negatives.to(logits.device) & ~is_own
+        logits = logits.masked_fill(~(negatives | is_own), -torch.inf)
+    contrastive = torch.nn.functional.cross_entropy(logits, own.long())
     positive = errors[is_own].mean()
     metrics = {"contrastive_loss": contrastive.detach(), "positive_loss": positive.detach()}
     if live.shape[1] > 1:
-        others = logits.detach().masked_fill(is_own, -1).amax(dim=1)
-        metrics["win_rate"] = (logits.detach()[is_own] > others).float().mean()
-        metrics["margin"] = (logits.detach()[is_own] - others).mean()
+        lead = logits.detach()[is_own] - logits.detach().masked_fill(is_own, -1).amax(dim=1)
+        if negatives is not None:
+            lead = lead[negatives.any(dim=1)]
+        metrics["win_rate"] = mean_or_zero((lead > 0).float())
+        metrics["margin"] = mean_or_zero(lead)
     return contrastive + positive_weight * positive, metrics
 
 
@@ -88,6 +97,10 @@ class SoftREPA(Objective):
         """The batch must be whole groups."""
         self.groups.check(batch_size)
 
+    def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
+        """There must be as many different prompts as a group has images."""
+        self.groups.check_prompts(prompts, backbone)
+
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
         """Parts of `groups_per_pass` groups; all at once by default. Images of one prompt go to different groups."""
         return self.groups.split(batch)
@@ -102,4 +115,5 @@ class SoftREPA(Objective):
             temperature=self.temperature,
             scale=self.scale,
             positive_weight=self.positive_weight,
+            negatives=grid.negatives,
         )

@@ -136,6 +136,14 @@ class DataSet(Generic[Read]):
             read_picture(values[column], where) if self._encodings is None else self._encodings.latents(number, column)
         )
 
+    def captions(self) -> list[str] | None:
+        """All captions that it holds; None for a stream."""
+        if self.streaming:
+            return None
+        values = self.found.select_columns([self._caption_column])[self._caption_column][:]
+        texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
+        return [text for text in texts if isinstance(text, str)]
+
     def cond(self, captions: list[str], policy: Policy) -> Cond | None:
         """The captions' kept encodings; None where none are kept."""
         return None if self._encodings is None else self._encodings.text(captions, policy.backbone.device)

@@ -108,6 +108,10 @@ class Pairs(Source):
             return captions[0]
         return captions[int(stream(self._seed, f"{self._name}/caption", batch, row).integers(len(captions)))]
 
+    def prompt_texts(self) -> list[str] | None:
+        """The data set's captions; None for a stream."""
+        return self._data.captions()
+
     def metrics(self) -> dict[str, float]:
         """How many unreadable rows were replaced, if any."""
         return self._data.metrics()

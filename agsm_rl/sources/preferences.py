@@ -155,6 +155,10 @@ class Preferences(Source):
         rejected = to_latents([picture for _, _, picture in read], policy.backbone)
         return PreferenceBatch(prompts, rows, chosen, rejected, cond=self._data.cond(prompts, policy))
 
+    def prompt_texts(self) -> list[str] | None:
+        """The data set's captions; None for a stream."""
+        return self._data.captions()
+
     def metrics(self) -> dict[str, float]:
         """`ties_dropped`, of the whole data set or of a stream so far (left out where there are no labels), and
         `rows_skipped`, how many unreadable rows were replaced, if any."""

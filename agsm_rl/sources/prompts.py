@@ -49,6 +49,10 @@ class Prompts(Source):
         self._prompts = [row.text for row in rows]
         self._order = Order(len(self._prompts), seed, name)
 
+    def prompt_texts(self) -> list[str]:
+        """All prompts."""
+        return self._prompts
+
     def next(self, policy: Policy) -> Batch:
         """The next prompts of this process."""
         chosen = self._order.take(self.batch_size)

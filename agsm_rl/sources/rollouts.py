@@ -158,6 +158,10 @@ class Rollouts(Source):
         self._own_histories: dict[str, Histories] = {}
         self._metrics: dict[str, float] = {}
 
+    def prompt_texts(self) -> list[str]:
+        """All prompts."""
+        return self._prompts
+
     def next(self, policy: Policy) -> RewardedBatch:
         """The next share of the newest rollouts; draws new ones when all shares were learned from."""
         if not self._pending:

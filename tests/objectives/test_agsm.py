@@ -147,7 +147,7 @@ def test_impossible_options_are_refused(options):
 
 
 def test_a_batch_of_broken_groups_is_refused():
-    with pytest.raises(UserError, match="no multiple of group_size 4"):
+    with pytest.raises(UserError, match="not a multiple of group_size 4"):
         AGSM().check(6)
 
 

@@ -80,7 +80,7 @@ def test_no_group_holds_a_prompt_twice_where_that_can_be(prompts, size):
 
 
 def test_broken_groups_and_groups_of_one_are_refused(batch):
-    with pytest.raises(UserError, match="batch_size 4 is no multiple of group_size 3"):
+    with pytest.raises(UserError, match="batch_size 4 is not a multiple of group_size 3"):
         Groups(3, None).split(batch)
     with pytest.raises(UserError, match="group_size: got 1"):
         Groups(1, None)

@@ -136,7 +136,7 @@ WRONG = {
     "objectives.0.source=nowhere": r"objectives\[0\].source: 'nowhere' is not a source of this recipe; allowed: own",
     "objectives.0.source=7": r"objectives\[0\].source: a source is the name of one",
     "objectives.0.source.use=pars": r"source.use: 'pars' is not a source.*'pairs'",
-    "objectives.0.source.batch_size=6": r"objectives\[0\].*batch_size 6 is no multiple of group_size 4",
+    "objectives.0.source.batch_size=6": r"objectives\[0\].*batch_size 6 is not a multiple of group_size 4",
     "objectives.0.source.dataset=./nope": r"source.dataset: './nope': there is no such file or folder",
     "objectives.1.source={use: pairs, dataset: builtin:shapes, batch_size: 8}": (
         r"objectives\[1\].source: 'ddpo' learns from a RolloutBatch, but 'pairs' gives a PairBatch.*work: rollouts"

@@ -192,3 +192,26 @@ def test_a_parquet_file_is_read(folder, tmp_path, policy):
 
     datasets.load_dataset("imagefolder", data_dir=str(folder), split="train").to_parquet(str(tmp_path / "x.parquet"))
     assert len(bound(Pairs(str(tmp_path / "x.parquet"), 4)).next(policy)) == 4
+
+
+def test_of_several_captions_the_first_or_a_random_one_is_taken_and_a_resumed_run_takes_the_same(tmp_path, policy):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    captions = [["a", "b", "c"], ["d", "e", "f"]]
+    rows = [{"file_name": f"{number}.png", "caption": texts} for number, texts in enumerate(captions)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    first = bound(Pairs(str(tmp_path), 2))
+    assert all(sorted(first.next(policy).prompts) == ["a", "d"] for _ in range(3))
+    assert sorted(first.prompt_texts()) == list("abcdef")
+    source = bound(Pairs(str(tmp_path), 2, caption="random"))
+    seen = [source.next(policy).prompts for _ in range(4)]
+    state = source.state_dict()
+    following = [source.next(policy).prompts for _ in range(8)]
+    assert {text for prompts in seen + following for text in prompts} == set("abcdef")
+    resumed = bound(Pairs(str(tmp_path), 2, caption="random"))
+    resumed.load_state_dict(state)
+    assert [resumed.next(policy).prompts for _ in range(8)] == following
+    parts = [bound(Pairs(str(tmp_path), 2, caption="random"), shard=FixedShard(index, 2)) for index in range(2)]
+    assert [parts[0].next(policy).prompts + parts[1].next(policy).prompts for _ in range(4)] == seen
+    with pytest.raises(UserError, match="caption: 'last' is not"):
+        Pairs(str(tmp_path), 2, caption="last")

@@ -195,7 +195,7 @@ def test_a_view_in_a_recipe_is_completed_and_its_rows_must_suit_the_objective():
     recipe = Recipe.from_data(RECIPE | {"objectives": [term]})
     assert recipe.objectives[0].view.options == {"share": 0.25, "min_advantage": 0.0}
     term = {"use": "agsm", "source": "own", "view": {"use": "best_images", "share": 0.04}}
-    with pytest.raises(UserError, match="batch_size 3 is no multiple of group_size 4"):
+    with pytest.raises(UserError, match="batch_size 3 is not a multiple of group_size 4"):
         Recipe.from_data(RECIPE | {"objectives": [term]})
     term = {"use": "diffusion_dpo", "source": "own", "view": {"use": "best_against_worst"}}
     own = {"own": RECIPE["sources"]["own"] | {"images_per_prompt": 1}}
