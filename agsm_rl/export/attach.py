@@ -4,12 +4,15 @@ The files are ordinary safetensors whose metadata names the adapter's kind; a Lo
 `pipe.load_lora_weights`. Pictures are drawn with the positive bank, as published (arXiv 2605.30038).
 """
 
+import errno
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -171,7 +174,11 @@ def save_adapters(
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata, with our version: a kill leaves the old file or the new one."""
+    """Write tensors and metadata, with our version: a kill leaves the old file or the new one. OSError if it fails."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(file) as aside:
-        save_file(contiguous, aside, {"version": __version__} | metadata)
+    try:
+        with replacing(file) as aside:
+            save_file(contiguous, aside, {"version": __version__} | metadata)
+    except SafetensorError as error:
+        code = int(number[1]) if (number := re.search(r"os error (\d+)", str(error))) else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from error

@@ -10,9 +10,13 @@ Soft tokens as their authors publish them, two files of PyTorch, of which nothin
 LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our own files as they are.
 """
 
+import errno
+import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +25,11 @@ from torch import Tensor, nn
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
+from agsm_rl.adapters.tensor_files import check_tensor
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export, write_export
 from agsm_rl.export.kohya import read_kohya, write_kohya
+from agsm_rl.files import replacing
 
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
@@ -56,11 +62,14 @@ def convert(
                 tell(f"{file}: has no {_times_file(file, published).name} beside it; converted without time rows.")
             base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
             metadata = describe_tokens(tensors, base=base) | {"name": "tokens"}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_export(out, tensors, metadata)
+        with _writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_export(out, tensors, metadata)
         return [out]
     if form == "kohya":
-        write_kohya(*_export_of(source, LoRA.kind), out)
+        tensors, metadata = _export_of(source, LoRA.kind)
+        with _writing(out):
+            write_kohya(tensors, metadata, out)
         return [out]
     tensors, metadata = _export_of(source, SoftTokens.kind)
     banks = SoftTokens.from_export(tensors, metadata).banks
@@ -78,7 +87,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     banks = tokens[None] if form == "softrepa" else tokens
     if banks.ndim not in (3, 4) or (form == "agsm" and len(banks) not in (1, 2)):
         wanted = "(n, D) or (L, n, D)" if form == "softrepa" else "(banks, n, D) or (banks, L, n, D), banks 1 or 2"
-        raise UserError(f"{file}: a tensor of shape {tuple(tokens.shape)}; {wanted} is wanted.")
+        raise UserError(f"{file}: a tensor of shape {tuple(tokens.shape)}; {wanted} is needed.")
     found = {"soft_tokens": banks}
     times = _times_file(file, form)
     if times.is_file():
@@ -86,22 +95,53 @@ def read_published(path: Path) -> dict[str, Tensor]:
         table = (TIME_ROWS, layers * banks.shape[-1])
         found["time_tokens"] = _read(times)
         if found["time_tokens"].shape != table:
-            raise UserError(f"{times}: a table of shape {tuple(found['time_tokens'].shape)}; {table} is wanted.")
+            raise UserError(f"{times}: a table of shape {tuple(found['time_tokens'].shape)}; {table} is needed.")
     return found
 
 
 def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["agsm", "softrepa"]) -> list[Path]:
-    """Write our tensors as the two files of a form, the time rows' only if there are any."""
+    """Write our tensors as the two files of a form, the time rows' only if there are any.
+
+    Both files are written aside first, so that a failure or a kill leaves those that were there. UserError when they
+    cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUT {folder}: there is a file of that name; with --to {form} it is a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = tensors["soft_tokens"]
-    files = [folder / name for name in NAMES[form]]
-    torch.save(nn.Parameter(tokens[0].clone() if form == "softrepa" else tokens), files[0])
-    if "time_tokens" not in tensors:
-        return files[:1]
-    torch.save(nn.Embedding.from_pretrained(tensors["time_tokens"], freeze=False), files[1])
+    contents: list[Any] = [nn.Parameter(tokens[0].clone() if form == "softrepa" else tokens)]
+    if "time_tokens" in tensors:
+        contents.append(nn.Embedding.from_pretrained(tensors["time_tokens"], freeze=False))
+    elif (folder / NAMES[form][1]).exists():
+        raise UserError(
+            f"OUT {folder}: holds {NAMES[form][1]}, the time rows of other tokens; these have none. Delete it, or "
+            "choose another folder."
+        )
+    files = [folder / name for name in NAMES[form][: len(contents)]]
+    with _writing(folder), ExitStack() as renaming:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        asides = [renaming.enter_context(replacing(file)) for file in files]
+        for content, aside in zip(contents, asides, strict=True):
+            held = BytesIO()
+            torch.save(content, held)  # into memory: on a full disk torch fails in its own ways
+            with aside.open("wb") as file_aside:
+                file_aside.write(held.getbuffer())
+                file_aside.flush()
+                os.fsync(file_aside.fileno())
     return files
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """UserError where OUT cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"OUT {out}: cannot be written ({error.strerror or error}); what was there before is unchanged."
+        ) from error
 
 
 def _tokens_file(path: Path) -> tuple[Path, Literal["agsm", "softrepa"]]:
@@ -123,6 +163,8 @@ def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
 
 def _read(file: Path) -> Tensor:
     """The finite tensor of a file, float32."""
+    if not file.is_file():  # opening a named pipe would wait for ever
+        raise UserError(f"{file}: is not a regular file.")
     try:
         # The one class beside tensors that published files hold; unpickling it only fills its attributes.
         with torch.serialization.safe_globals([nn.Embedding]):
@@ -141,10 +183,9 @@ def _read(file: Path) -> Tensor:
         found = getattr(found, "weight", None)
     if not isinstance(found, Tensor) or not found.is_floating_point():
         raise UserError(
-            f"{file}: holds a {type(found).__name__}; a floating-point tensor or an nn.Embedding is wanted."
+            f"{file}: holds a {type(found).__name__}; a floating-point tensor or an nn.Embedding is needed."
         )
-    if not torch.isfinite(found).all():
-        raise UserError(f"{file}: some of its numbers are not finite; the training that made it went wrong.")
+    check_tensor(found, f"{file}: its tensor")
     return found.detach().float().contiguous()
 
 

@@ -20,6 +20,7 @@ from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor
 
 from agsm_rl.adapters.lora import LoRA, describe_lora
+from agsm_rl.adapters.lora_config import check_alpha
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH
 from agsm_rl.adapters.tensor_files import read_safetensors
@@ -65,11 +66,14 @@ def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # Original names count SDXL's blocks through; its U-Net has two layers in each.
         unet = SimpleNamespace(layers_per_block=2)
         renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet)
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: has layers that diffusers finds no place for in a U-Net ({error}).") from error
     own = _in_peft_s_form(renamed)
     if odd := [name for name in own if not name.endswith(OURS)]:
         raise UserError(f"{file}: has layers that diffusers finds no place for ({', '.join(odd[:3])}).")
+    lost = 2 * sum(name.endswith(DOWN) for name in tensors) - len(own)
+    if lost:
+        raise UserError(f"{file}: diffusers finds no place for {lost} of its tensors; nothing is converted.")
     # Whole names, not ends of names: a file may have some blocks only.
     targets: dict[str, list[str]] = defaultdict(list)
     for name in own:
@@ -106,14 +110,22 @@ def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]
             f"{', '.join(odd[:3] or [*layers][:3]) or 'nothing'}. Others may go into pipe.load_lora_weights."
         )
     # Where alpha is left out it is the rank, for a scale of 1.
-    ranks = {name: len(parts[DOWN]) for name, parts in layers.items()}
-    found = {(rank, float(layers[name].get("alpha", torch.tensor(rank)))) for name, rank in ranks.items()}
+    ranks = {name: parts[DOWN].shape[0] if parts[DOWN].ndim else 0 for name, parts in layers.items()}
+    if empty := [name for name, rank in ranks.items() if rank < 1]:
+        raise UserError(f"{file}: the rank of {', '.join(empty[:3])} is 0; it must be 1 or more.")
+    found = {(rank, _alpha(layers[name].get("alpha"), rank, f"{file}: '{name}.alpha'")) for name, rank in ranks.items()}
     if len(found) > 1:
         raise UserError(
             f"{file}: the (rank, alpha) of its layers are {sorted(found)}; one for all is supported. "
             "pipe.load_lora_weights takes several."
         )
     return found.pop()
+
+
+def _alpha(tensor: Tensor | None, rank: int, what: str) -> float:
+    if tensor is None:
+        return float(rank)
+    return check_alpha(tensor.item() if tensor.numel() == 1 else tuple(tensor.shape), what)
 
 
 def _origin(metadata: dict[str, str]) -> dict[str, str]:
