@@ -103,10 +103,9 @@ def _bradley_terry(ema: Tensor, logits: Tensor, is_own: Tensor) -> Tensor:
 class AGSM(Objective):
     """AGSM over pairs: a batch is cut into groups, and the members of a group are each other's negatives.
 
-    Captions that are the same to the text encoders do not count as negatives. Own prompts are predicted with the
-    bank `positive`, the others with `negative`. Published: 4 groups of 4, one noise per image and one t per step. The
-    paper's ablations are `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`,
-    and `preference: bradley_terry`.
+    Captions that are the same to the text encoders do not count as negatives. Own prompts are predicted with the bank
+    `positive`, the others with `negative`. Published: 4 groups of 4, one noise per image and one t per step. The
+    paper's ablations are `gamma_negative: 0` (ψ⁺ only), an adapter with `banks: 1`, and `preference: bradley_terry`.
 
     Args:
         temperature: τ > 0, how sharp the weights over prompts are. Published: 0.1.
