@@ -2,8 +2,9 @@
 
 Built-in names stand in BUILTIN; other packages add theirs by entry points of the group `agsm_rl.<kind>`. A recipe is
 data: it can run registered code only, unless the command line allows one more module by `--allow-import`. Registered
-code that runs what the recipe says, or sends pictures to where it says, has a static method `permissions(options)`:
-what that names must be allowed on the command line too, by `--allow-command` and `--allow-host`.
+code that runs what the recipe says, or sends pictures or keys to where it says, has a static method
+`permissions(options)`: what that returns must be allowed on the command line too, by `--allow-command`, `--allow-host`
+and `--allow-env`.
 """
 
 from __future__ import annotations
@@ -128,33 +129,49 @@ def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = (
 
 
 def permissions(
-    *, imports: Iterable[str] | None = (), commands: Iterable[str] | None = (), hosts: Iterable[str] | None = ()
+    *,
+    imports: Iterable[str] | None = (),
+    commands: Iterable[str] | None = (),
+    hosts: Iterable[str] | None = (),
+    variables: Iterable[str] | None = (),
 ) -> frozenset[str]:
-    """What the command line allows, as the `allow_imports` of all functions: modules, `command:…` and `host:…`.
+    """What the command line allows, as the `allow_imports` of all functions: modules, `command:…`, `host:…`, `env:…`.
 
-    No module's name has a colon, so that none of them can pass for another.
+    A module's name has no colon, so no permission can pass for another.
     """
     modules = frozenset(imports or ())
     if wrong := [name for name in modules if ":" in name]:
         raise UserError(f"--allow-import {wrong[0]}: give the module alone, {wrong[0].partition(':')[0]}")
-    return modules | {f"command:{text}" for text in commands or ()} | {f"host:{name}" for name in hosts or ()}
+    others = {"command": commands, "host": hosts, "env": variables}
+    return modules | {f"{kind}:{text}" for kind, texts in others.items() for text in texts or ()}
+
+
+DOES = {
+    "command": "runs {}",
+    "host": "sends pictures and prompts to {}",
+    "env": "sends the value of your environment variable {}",
+}
+"""What code does that needs each kind of permission."""
 
 
 def check_permissions(found: Any, options: Mapping[str, Any], *, where: str, allow_imports: Collection[str]) -> None:
     """UserError unless all that `found` would do with these options beyond its own code was allowed."""
     try:
-        needed = found.permissions(options) if hasattr(found, "permissions") else []
+        needed = permissions_needed(found, options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    for wanted in needed:
-        if wanted in allow_imports:
-            continue
-        kind, _, what = wanted.partition(":")
-        does = {"command": "runs", "host": "sends pictures and prompts to"}[kind]
+    missing = [wanted.partition(":")[::2] for wanted in needed if wanted not in allow_imports]
+    if missing:
+        does = " and ".join(DOES[kind].format(what) for kind, what in missing)
+        flags = " ".join(f"--allow-{kind} {shlex.quote(what)}" for kind, what in missing)
         raise UserError(
-            f"{where}: this {does} {what}, and a recipe may not do so by itself. "
-            f"If you trust it, add --allow-{kind} {shlex.quote(what)} to the command."
+            f"{where}: this {does}, and a recipe may not do so by itself. If you trust it, add {flags} to the command."
         )
+
+
+def permissions_needed(found: Any, options: Mapping[str, Any]) -> list[str]:
+    """What a class's static method `permissions(options)` returns; nothing for a class without one."""
+    return list(getattr(found, "permissions", lambda options: ())(options))
 
 
 def names_that(kind: str, accept: Any) -> list[str]:

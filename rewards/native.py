@@ -26,8 +26,8 @@ _networks: WeakValueDictionary[Hashable, nn.Module] = WeakValueDictionary()
 class NativeReward:
     """A reward whose network is loaded on first use, in float32, and follows the images' device.
 
-    A subclass defines `identity` (what its network depends on), `load`, `pixels` and `score`; `pick_score.py` is the
-    shortest example.
+    A subclass defines `identity` (what its network depends on), `load`, `pixels` and `score`; `aesthetic.py` is a
+    short example.
 
     Args:
         preprocessing: `exact` scores 8-bit pictures as the official package does; `tensor` lets gradients reach the

@@ -5,26 +5,33 @@ With `answer: yes_no` the score is P(yes) / (P(yes) + P(no)) of the reply's firs
 """
 
 import base64
+import email.utils
 import io
+import json
 import math
-import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_address
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult
 
 import torch
+from agsm_rl_rewards.http_exchange import Answer, NoAnswer, is_loopback, parse_address, post
+from agsm_rl_rewards.preprocessing import pictures
+from agsm_rl_rewards.secret import VARIABLE_NAME, secret_from, without, without_credentials
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 
-Answer = Literal["yes_no", "score"]
-TOP = 20
-"""The most alternatives to a token that OpenAI's interface gives."""
-WAIT_AT_MOST = 60
-"""Seconds between two tries."""
+AnswerKind = Literal["yes_no", "score"]
+MAX_ALTERNATIVES = 20
+"""The most alternatives to a token that OpenAI's interface returns."""
+LONGEST_PAUSE = 60.0
+"""Seconds between two tries at most, whatever the server asks for."""
+LARGEST_ANSWER = 4 * 2**20
+"""Bytes; a reply with all its alternatives takes some thousand."""
 TRY_AGAIN = (408, 409, 429, 500, 502, 503, 504)
 """Statuses that may pass: busy, rate limits, timeouts and a server's own faults."""
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -34,20 +41,21 @@ EXAMPLE = "Does this picture show {prompt}? Answer yes or no."
 class VlmJudge:
     """Scores [B] by a vision-language model: a probability in [0, 1], or a number from `lowest` to `highest`.
 
-    Each image is a request of its own. UserError when an image cannot be scored: a score is never made up.
+    Each image is one request. Raises UserError if an image cannot be scored: a score is never made up.
 
     Args:
         url: Base URL of the endpoint, e.g. http://localhost:8000/v1.
         model: The model's name at the endpoint.
-        question: What is asked, with {prompt} where the prompt belongs.
-        answer: `yes_no` scores the probability of "yes", and needs an endpoint that gives logprobs; `score` takes the
+        question: The question, with {prompt} in the place of the prompt.
+        answer: `yes_no` scores the probability of "yes" and needs an endpoint that returns logprobs; `score` takes the
             first number of the reply.
         lowest, highest: For `answer: score`: the range of the scores.
-        api_key_env: The environment variable that holds the key; the key itself never stands in a recipe.
-        timeout: Seconds for one try.
-        retries: Further tries, `backoff` · 1, 2, 4, … seconds apart (or as the server asks).
+        api_key_env: The environment variable that holds the key, never the key itself. A recipe may send it only with
+            `--allow-env` on the command line.
+        timeout: Seconds for one try, from connecting to the end of the answer.
+        retries: Further tries, `backoff` · 1, 2, 4, … seconds apart, or as the server asks; at most 60 s.
         backoff: Seconds before the first further try.
-        at_once: Requests under way at the same time.
+        at_once: Number of requests sent at the same time.
         max_tokens: For `answer: score`: the longest reply.
     """
 
@@ -63,7 +71,7 @@ class VlmJudge:
         url: str,
         model: str,
         question: str = EXAMPLE,
-        answer: Answer = "yes_no",
+        answer: AnswerKind = "yes_no",
         lowest: float = 0.0,
         highest: float = 10.0,
         api_key_env: str | None = None,
@@ -73,75 +81,58 @@ class VlmJudge:
         at_once: int = 8,
         max_tokens: int = 16,
     ) -> None:
-        _host(url)
+        address = _parsed(url)
+        _check_variable(api_key_env)
         if "{prompt}" not in question:
-            raise UserError(f"question: there is no {{prompt}} in it; write e.g. '{EXAMPLE}'")
-        if answer not in get_args(Answer):
-            raise unknown_name("answer", answer, "a kind of answer", get_args(Answer))
-        if not lowest < highest:
-            raise UserError(f"highest: got {highest}, but it must be above lowest ({lowest})")
+            raise UserError(f"question: it does not contain {{prompt}}; write e.g. '{EXAMPLE}'")
+        if answer not in get_args(AnswerKind):
+            raise unknown_name("answer", answer, "a kind of answer", get_args(AnswerKind))
+        if not -math.inf < lowest < highest < math.inf:
+            raise UserError(f"highest: got {highest}, but it must be above lowest ({lowest}), and both finite")
         _check_numbers(timeout=timeout, retries=retries, backoff=backoff, at_once=at_once, max_tokens=max_tokens)
         self.url, self.model, self.question, self.answer = url.rstrip("/"), model, question, answer
         self.lowest, self.highest, self.api_key_env = lowest, highest, api_key_env
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.at_once, self.max_tokens = at_once, max_tokens
         self.range = (0.0, 1.0) if answer == "yes_no" else (lowest, highest)
+        self._address = address._replace(path=f"{address.path.rstrip('/')}/chat/completions")
 
     @staticmethod
     def permissions(options: Mapping[str, Any]) -> list[str]:
-        """What the command line must allow: sending pictures, prompts and a key to another machine."""
-        host = _host(str(options["url"]))
-        return [] if _is_this_machine(host) else [f"host:{host}"]
+        """What the command line must allow: sending pictures and prompts to another machine, and a key to any."""
+        host = _parsed(str(options["url"])).hostname or ""
+        variable = options.get("api_key_env")
+        _check_variable(variable)
+        return ([] if is_loopback(host) else [f"host:{host}"]) + ([f"env:{variable}"] if variable is not None else [])
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]."""
-        from agsm_rl_rewards.trl_style import pictures
-
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
-        with self._session() as session, ThreadPoolExecutor(self.at_once) as pool:
+        key, failed = self._key(), threading.Event()
+
+        def scored(picture: Any, question: str) -> float:
+            try:
+                return self._score(picture, question, key, failed)
+            except BaseException:
+                failed.set()  # the others need not wait and try again
+                raise
+
+        with ThreadPoolExecutor(self.at_once) as pool:
             jobs = zip(pictures(images), questions, strict=True)
-            waiting = [pool.submit(self._score, session, picture, question) for picture, question in jobs]
+            waiting = [pool.submit(scored, picture, question) for picture, question in jobs]
             try:
                 scores = [job.result() for job in waiting]
             except BaseException:
+                failed.set()
                 pool.shutdown(cancel_futures=True)
                 raise
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def _session(self) -> Any:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        session = requests.Session()
-        # What this machine serves is reached directly: a proxy would be given pictures and key.
-        session.trust_env = not _is_this_machine(_host(self.url))
-        again = Retry(
-            total=self.retries,
-            backoff_factor=self.backoff,
-            backoff_max=WAIT_AT_MOST,
-            retry_after_max=WAIT_AT_MOST,
-            status_forcelist=TRY_AGAIN,
-            allowed_methods={"POST"},
-            raise_on_status=False,
-        )
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=self.at_once))
-        key = self._key()
-
-        def authorise(request: Any) -> Any:
-            # As a function, so that requests does not put a password from ~/.netrc in its place.
-            if key is not None:
-                request.headers["Authorization"] = f"Bearer {key}"
-            return request
-
-        session.auth = authorise
-        return session
-
-    def _key(self) -> str | None:
+    def _key(self) -> str:
+        """The key; "" where none is needed."""
         if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
+            return ""
+        key = secret_from(self.api_key_env, who=f"reward '{self.name}'")
         if not key:
             raise UserError(
                 f"reward '{self.name}': api_key_env names the environment variable {self.api_key_env}, which is not "
@@ -149,99 +140,145 @@ class VlmJudge:
             )
         return key
 
-    def _score(self, session: Any, picture: Any, question: str) -> float:
-        reply = self._ask(session, self._request(picture, question))
+    def _score(self, picture: Any, question: str, key: str, failed: threading.Event) -> float:
+        body = self._ask(self._request(picture, question), key, failed)
+        reply = _from_json(body)
+        if reply is None:
+            raise self._error(f"did not reply in JSON: {_short(without(key, body.decode(errors='replace')))}")
         try:
             choice = reply["choices"][0]
             if self.answer == "yes_no":
                 return self._probability(choice["logprobs"]["content"][0]["top_logprobs"])
             return self._number(choice["message"]["content"], question)
-        except (KeyError, IndexError, TypeError) as error:
-            wanted = "logprobs (if it has none, use `answer: score`)" if self.answer == "yes_no" else "a message"
-            raise UserError(f"reward '{self.name}': {self.url} replied without {wanted}: {_short(reply)}") from error
+        except (AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
+            needed = "logprobs (if it has none, use `answer: score`)" if self.answer == "yes_no" else "a message"
+            said = _short(without(key, body.decode(errors="replace")))
+            raise self._error(f"replied without {needed}: {said}") from error
 
-    def _request(self, picture: Any, question: str) -> dict[str, Any]:
+    def _request(self, picture: Any, question: str) -> bytes:
         file = io.BytesIO()
         picture.save(file, format="PNG")
         image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
         request = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         if self.answer == "yes_no":
-            return request | {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
-        return request | {"max_tokens": self.max_tokens}
+            request |= {"max_tokens": 1, "logprobs": True, "top_logprobs": MAX_ALTERNATIVES}
+        else:
+            request |= {"max_tokens": self.max_tokens}
+        return json.dumps(request).encode()
 
-    def _ask(self, session: Any, request: dict[str, Any]) -> Any:
-        import requests
+    def _ask(self, request: bytes, key: str, failed: threading.Event) -> bytes:
+        """The body of a good answer; UserError once the tries are used up, or when another one could not help."""
+        for tries in range(1, self.retries + 2):
+            answer, reason = self._try(request, key)
+            if answer is not None and answer.status == 200:
+                return answer.body
+            hopeless = answer is not None and answer.status not in TRY_AGAIN
+            if hopeless or tries > self.retries or failed.wait(self._pause(answer, tries)):
+                break
+        if answer is None:
+            raise self._error(
+                f"did not answer, {tries} tries of {self.timeout:g} s: {reason}. Is the server running, and is `url` "
+                "right?"
+            )
+        after = "" if hopeless else f" after {tries} tries"
+        body = _short(without(key, answer.body.decode(errors="replace")))
+        raise self._error(f"refused{after} with status {answer.status}: {body}")
 
-        address = f"{self.url}/chat/completions"
+    def _try(self, request: bytes, key: str) -> tuple[Answer | None, str]:
+        """The answer, or None and the reason why there is none."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # What this machine serves is reached directly: a proxy would get the pictures and the key.
+        proxies = not is_loopback(self._address.hostname or "")
         try:
-            # Redirects are not followed: they could lead to a machine that was not allowed.
-            reply = session.post(address, json=request, timeout=self.timeout, allow_redirects=False)
-            if reply.status_code == 200:
-                return reply.json()
-        except requests.exceptions.JSONDecodeError as error:
-            raise UserError(f"reward '{self.name}': {address} did not reply in JSON: {_short(reply.text)}") from error
-        except requests.RequestException as error:
-            raise UserError(
-                f"reward '{self.name}': {address} did not answer, {self.retries + 1} tries of {self.timeout:g} s: "
-                f"{_short(error)}. Is the server running, and is `url` right?"
-            ) from error
-        tries = f" after {self.retries + 1} tries" if reply.status_code in TRY_AGAIN else ""
-        raise UserError(
-            f"reward '{self.name}': {address} refused{tries} with status {reply.status_code}: {_short(reply.text)}"
-        )
+            answer = post(self._address, request, headers, timeout=self.timeout, limit=LARGEST_ANSWER, proxies=proxies)
+        except NoAnswer as error:
+            return None, without(key, str(error))
+        if answer.too_long:
+            raise self._error(f"sent an answer of more than {LARGEST_ANSWER:,} bytes")
+        if answer.status == 200 and not answer.says_its_length and _from_json(answer.body) is None:
+            return None, "the connection ended within the answer"
+        return answer, ""
+
+    def _pause(self, answer: Answer | None, tries: int) -> float:
+        """Seconds before the next try: what the server's Retry-After asks for, else growing with the tries."""
+        asked = None if answer is None else _retry_after(answer)
+        return min(self.backoff * 2.0 ** min(tries - 1, 99) if asked is None else asked, LONGEST_PAUSE)
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f"reward '{self.name}': {self._address.geturl()} {what}")
 
     def _probability(self, alternatives: list[dict[str, Any]]) -> float:
         """P(yes) over P(yes) + P(no); tokens count whatever their case and the spaces and marks around them."""
-        found = {"yes": 0.0, "no": 0.0}
-        for one in alternatives:
-            word = one["token"].strip(" \n\t.,!\"'*▁Ġ").lower()
-            if word in found:
-                found[word] += math.exp(one["logprob"])
-        total = sum(found.values())
-        if total == 0:
-            tokens = ", ".join(repr(one["token"]) for one in alternatives[:5])
+        likelihood = {"yes": 0.0, "no": 0.0}
+        for alternative in alternatives:
+            word = alternative["token"].strip(" \n\t.,!\"'*▁Ġ").lower()
+            if word in likelihood:
+                likelihood[word] += math.exp(alternative["logprob"])
+        total = sum(likelihood.values())
+        if not 0 < total < math.inf:
+            tokens = ", ".join(repr(alternative["token"])[:40] for alternative in alternatives[:5])
             raise UserError(
                 f"reward '{self.name}': neither yes nor no is among the {len(alternatives)} likeliest beginnings of "
                 f"the answer ({tokens}, …); let `question` ask for yes or no and nothing else"
             )
-        return found["yes"] / total
+        return likelihood["yes"] / total
 
     def _number(self, text: str, question: str) -> float:
-        found = NUMBER.search(text)
-        if found is None or not self.lowest <= float(found.group()) <= self.highest:
+        match = NUMBER.search(text)
+        if match is None or not self.lowest <= float(match.group()) <= self.highest:
             raise UserError(
-                f"reward '{self.name}': a number from {self.lowest:g} to {self.highest:g} was wanted, but the answer "
-                f"to '{_short(question)}' was '{_short(text)}'; let `question` ask for the number and nothing else"
+                f"reward '{self.name}': expected a number from {self.lowest:g} to {self.highest:g}, but the answer to "
+                f"'{_short(question)}' was '{_short(text)}'; let `question` ask for the number and nothing else"
             )
-        return float(found.group())
+        return float(match.group())
 
 
-def _host(url: str) -> str:
-    """The machine behind an address; UserError for anything but http(s)://machine[:port][/path]."""
+def _parsed(url: str) -> SplitResult:
+    """The parts of an endpoint's base; UserError for anything but http(s)://machine[:port][/path]."""
+    parts = parse_address(url)
+    if parts is None:
+        raise UserError(
+            f"url: got '{without_credentials(url)}', but it must be an endpoint's base, e.g. http://localhost:8000/v1, "
+            "without user, password or query"
+        )
+    return parts
+
+
+def _check_variable(name: Any) -> None:
+    """UserError, which does not show it, for what cannot be a variable's name: it may be the key itself."""
+    if name is not None and not VARIABLE_NAME.fullmatch(str(name)):
+        raise UserError(
+            "api_key_env: this is not the name of an environment variable (letters, digits and _), and it is not shown "
+            "here, in case it is the key itself; give the name of the variable that holds the key"
+        )
+
+
+def _from_json(body: bytes) -> Any:
+    """What a reply in JSON holds; None if it is none."""
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment or parts.username is not None:
-        raise UserError(f"url: got '{url}', but an endpoint's base is wanted, e.g. http://localhost:8000/v1")
-    return parts.hostname or ""
+        return json.loads(body.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
-def _is_this_machine(host: str) -> bool:
+def _retry_after(answer: Answer) -> float | None:
+    """Seconds until a server wants to be asked again: its Retry-After, a number or a date; None without either."""
+    asked = answer.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}", asked):
+        return float(asked)
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _check_numbers(*, timeout: float, retries: int, backoff: float, at_once: int, max_tokens: int) -> None:
-    if not timeout > 0:
-        raise UserError(f"timeout: got {timeout}, but it must be above 0 seconds")
+    if not 0 < timeout < threading.TIMEOUT_MAX:
+        raise UserError(f"timeout: got {timeout}, but it must be above 0 seconds, and finite")
     for name, value in {"retries": retries, "backoff": backoff}.items():
-        if value < 0:
-            raise UserError(f"{name}: got {value}, but it must be 0 or more")
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name}: got {value}, but it must be 0 or more, and finite")
     for name, value in {"at_once": at_once, "max_tokens": max_tokens}.items():
         if value < 1:
             raise UserError(f"{name}: got {value}, but it must be 1 or more")

@@ -130,7 +130,20 @@ class Permissions:
         list[str] | None,
         typer.Option("--allow-host", metavar="HOST", help="Let the recipe's rewards send images there. Repeatable."),
     ] = None
+    allow_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-env",
+            metavar="NAME",
+            help="Let the recipe's rewards send this environment variable, a key, to their server. Repeatable.",
+        ),
+    ] = None
 
     def granted(self) -> frozenset[str]:
         """As the `allow_imports` of all functions; UserError for something that is not a module."""
-        return permissions(imports=self.allow_import, commands=self.allow_command, hosts=self.allow_host)
+        return permissions(
+            imports=self.allow_import,
+            commands=self.allow_command,
+            hosts=self.allow_host,
+            variables=self.allow_env,
+        )

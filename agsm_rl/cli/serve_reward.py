@@ -41,32 +41,37 @@ def serve(
     name: str, options: Iterable[str], *, host: str, port: int, max_bytes: int, allow_imports: Collection[str] = ()
 ) -> None:
     """Serve until a signal ends it; `options` are `key=value` texts. UserError if it cannot be served."""
-    from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE, is_loopback
+    from agsm_rl_rewards.http_exchange import is_loopback
+    from agsm_rl_rewards.secret import secret_from
+    from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE
 
     missing = [package for package in ("starlette", "uvicorn") if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"serve-reward needs {missing[0]}, which is not installed; run `pip install 'agsm-rl[serve]'`")
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token is None and not is_loopback(host):
+    token = secret_from(TOKEN_VARIABLE, who="serve-reward")
+    if not token and TOKEN_VARIABLE in os.environ:
+        raise UserError(f"serve-reward: {TOKEN_VARIABLE} is empty; set it to a secret, or unset it to have one made")
+    if not token and not is_loopback(host):
         raise UserError(
-            f"serve-reward: to listen on {host}, where others can reach it, set {TOKEN_VARIABLE} to a secret"
+            f"serve-reward: to listen on {host}, where other machines can reach it, set {TOKEN_VARIABLE} to a secret"
         )
     from agsm_rl_rewards.worker.http_server import FrameServer, Limits, listen
 
     reward = make_reward(name, options, allow_imports=allow_imports)
-    server = FrameServer(
-        reward, token=secrets.token_urlsafe() if token is None else token, limits=Limits(body=max_bytes)
-    )
+    server = FrameServer(reward, token=token or secrets.token_urlsafe(), limits=Limits(body=max_bytes))
     listening = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     say(f"{reward.name}: http://{shown}:{listening.getsockname()[1]}")
-    if token is None:
+    if not token:
         say(f"{TOKEN_VARIABLE}={server.token.decode()}")
     server.uvicorn().run(sockets=[listening])
 
 
 def make_reward(name: str, options: Iterable[str], *, allow_imports: Collection[str] = ()) -> Any:
-    """The reward of that name; its options are checked as a recipe's are."""
+    """The reward of that name; its options are checked like a recipe's."""
+    from agsm_rl_rewards.functions import as_reward
+
+    from agsm_rl.interfaces import Reward, with_defaults
     from agsm_rl.recipe.options import validated
     from agsm_rl.recipe.resolve import Parts
     from agsm_rl.recipe.yaml_file import apply_overrides
@@ -75,5 +80,6 @@ def make_reward(name: str, options: Iterable[str], *, allow_imports: Collection[
     apply_overrides(texts, options)
     parts = Parts(where="serve-reward", allow_imports=allow_imports)
     kind = parts.load("rewards", name, "NAME")
-    # The user's own command line says what to run, so that nothing more has to be allowed.
-    return parts.call(kind, validated(kind, texts, where="serve-reward: --option"), name)
+    # The user's own command line says what to run, so nothing more has to be allowed.
+    made = parts.call(kind, validated(kind, texts, where="serve-reward: --option"), name)
+    return with_defaults(as_reward(made), Reward)

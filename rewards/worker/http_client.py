@@ -2,22 +2,18 @@
 
     rewards: {http: {url: "http://127.0.0.1:8765", weight: 1.0}}
 
-The token is taken from the environment variable AGSM_RL_REWARD_TOKEN, so that no recipe holds it.
+The token comes from the environment variable AGSM_RL_REWARD_TOKEN, so that no recipe contains it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import ipaddress
 import json
-import os
-import socket
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
+from agsm_rl_rewards.http_exchange import Answer, NoAnswer, is_loopback, parse_address, post
+from agsm_rl_rewards.secret import secret_from, without, without_credentials
 from agsm_rl_rewards.worker.remote import Fault, RemoteReward
 from agsm_rl_rewards.worker_side.agsm_rl_worker import MAX_HEADER, Buffer, Frame, ProtocolError, decode
 
@@ -28,13 +24,13 @@ TOKEN_VARIABLE = "AGSM_RL_REWARD_TOKEN"
 PASSING = {408, 429, 502, 503, 504}
 """Statuses after which the same request may succeed."""
 ADVICE = {
-    401: f"; set {TOKEN_VARIABLE} to the token that serve-reward told",
-    413: "; score fewer images at once, or serve it with a larger --max-megabytes",
+    401: f"; set {TOKEN_VARIABLE} to the server's token, which serve-reward prints unless it was set there",
+    413: "; score fewer images at once, or start serve-reward with a larger --max-megabytes",
 }
 
 
 class HttpLink:
-    """A connection a question; no proxies, no redirects: what goes to `url` goes nowhere else."""
+    """One connection per question; no proxies, no redirects: what goes to `url` goes nowhere else."""
 
     def __init__(self, url: SplitResult) -> None:
         self._url = url
@@ -50,54 +46,32 @@ class HttpLink:
         return ""
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._url.hostname or "", self._url.port, timeout=timeout)
-        late = threading.Event()
-
-        def end() -> None:
-            # The connection's own timeout begins anew with each byte.
-            late.set()
-            with contextlib.suppress(OSError, AttributeError):  # not connected yet, or no longer
-                connection.sock.shutdown(socket.SHUT_RDWR)
-
-        watch = threading.Timer(timeout, end)
-        watch.daemon = True
-        watch.start()
+        token = secret_from(TOKEN_VARIABLE, who="reward 'http'")
+        headers = {"Content-Type": FRAME, "Authorization": f"Bearer {token}"}
+        address = self._url._replace(path=f"{self._url.path.rstrip('/')}/frame")
         try:
-            status, content_type, body = self._exchange(connection, b"".join(parts), MAX_HEADER + max_body)
-        except (OSError, http.client.HTTPException) as error:
-            told = f"no answer within {timeout:.3g} s" if late.is_set() else f"{type(error).__name__}: {error}"
-            raise Fault(f"{self._url.geturl()}: {told}") from error
-        finally:
-            watch.cancel()
-            connection.close()
-        return self._frame(status, content_type, body, max_body)
+            answer = post(address, b"".join(parts), headers, timeout=timeout, limit=MAX_HEADER + max_body)
+        except NoAnswer as error:
+            raise Fault(f"{self._url.geturl()}: {error}") from error
+        if answer.too_long:
+            raise Fault(f"{self._url.geturl()}: its answer is over the limit of {MAX_HEADER + max_body} bytes")
+        return self._frame(answer, max_body, token)
 
-    def _exchange(self, connection: http.client.HTTPConnection, body: bytes, limit: int) -> tuple[int, str, bytes]:
-        headers = {"Content-Type": FRAME, "Authorization": f"Bearer {os.environ.get(TOKEN_VARIABLE, '')}"}
-        connection.connect()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
-            connection.request("POST", f"{self._url.path.rstrip('/')}/frame", body, headers)
-        response = connection.getresponse()
-        found = response.read(limit + 1)
-        if len(found) > limit:
-            raise http.client.HTTPException(f"its answer is over the limit of {limit} bytes")
-        return response.status, response.getheader("Content-Type", ""), found
-
-    def _frame(self, status: int, content_type: str, body: bytes, max_body: int) -> Frame:
-        if content_type == FRAME:
+    def _frame(self, answer: Answer, max_body: int, token: str) -> Frame:
+        if answer.headers.get("Content-Type", "") == FRAME:
             try:
-                return decode(body, max_body=max_body)
+                return decode(answer.body, max_body=max_body)
             except ProtocolError as error:
-                raise Fault(f"{self._url.geturl()}: its answer is no frame: {error}") from error
-        said = f"{self._url.geturl()}: status {status}: {_told(body)}"
-        if status in PASSING:
+                raise Fault(f"{self._url.geturl()}: its answer is not a frame: {error}") from error
+        reason = _reason(without(token, answer.body.decode(errors="replace")))
+        said = f"{self._url.geturl()}: status {answer.status}: {reason}"
+        if answer.status in PASSING:
             raise Fault(said, broken=False)
-        raise UserError(f"reward 'http': {said}{ADVICE.get(status, '')}")
+        raise UserError(f"reward 'http': {said}{ADVICE.get(answer.status, '')}")
 
 
 class HttpReward(RemoteReward):
-    """Scores by a reward that is served over HTTP, by `agsm-rl serve-reward` or otherwise.
+    """Scores by a reward that is served over HTTP, by `agsm-rl serve-reward` or any other server of its protocol.
 
     Args:
         url: Address of the server, as `serve-reward` prints it. Images are sent as float32, 12 MB each at 1024 x 1024.
@@ -123,33 +97,24 @@ class HttpReward(RemoteReward):
 
     @staticmethod
     def permissions(options: Mapping[str, Any]) -> list[str]:
-        """Another machine must be allowed on the command line before a recipe may send it pictures."""
+        """Sending pictures to another machine, which the command line must allow."""
         host = parsed(str(options["url"])).hostname or ""
         return [] if is_loopback(host) else [f"host:{host}"]
 
 
 def parsed(url: str) -> SplitResult:
     """The parts of a server's address; UserError for anything but http(s)://host[:port][/path]."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment or parts.username is not None:
-        raise UserError(f"reward 'http': url: '{url}' is no address of a server, such as http://127.0.0.1:8765")
+    parts = parse_address(url)
+    if parts is None:
+        raise UserError(
+            f"reward 'http': url: '{without_credentials(url)}' is not a server's address; give one like "
+            "http://127.0.0.1:8765, without user, password or query"
+        )
     return parts
 
 
-def is_loopback(host: str) -> bool:
-    """Whether this name or address stays on this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _told(body: bytes) -> str:
+def _reason(body: str) -> str:
     try:
         return str(json.loads(body)["error"])[:200]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return body[:200].decode(errors="replace")
+        return " ".join(body[:200].split())

@@ -138,7 +138,7 @@ class RayPoolReward:
     def permissions(options: Mapping[str, Any]) -> list[str]:
         """What the reward inside needs, and the cluster's address."""
         found = _reward_class(str(options["reward"]))
-        inner = found.permissions(options.get("options") or {}) if hasattr(found, "permissions") else []
+        inner = registry.permissions_needed(found, options.get("options") or {})
         address = options.get("address")
         return [*inner, *([] if address in (None, "local") else [f"host:{address}"])]
 

@@ -134,7 +134,7 @@ OTHERS = {
     "page": (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<h1>", "status 200: <h1>"),
     "redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\nContent-Length: 0\r\n\r\n", "status 302"),
     "cut": (f"HTTP/1.1 200 OK\r\nContent-Type: {FRAME}\r\nContent-Length: 50\r\n\r\nAGRW".encode(), "Incomplete|frame"),
-    "nonsense": (f"HTTP/1.1 200 OK\r\nContent-Type: {FRAME}\r\nContent-Length: 4\r\n\r\nAGRW".encode(), "no frame"),
+    "nonsense": (f"HTTP/1.1 200 OK\r\nContent-Type: {FRAME}\r\nContent-Length: 4\r\n\r\nAGRW".encode(), "not a frame"),
 }
 
 
@@ -148,7 +148,7 @@ def test_answers_of_other_servers_are_named(name):
 def test_a_server_that_drips_is_cut_off_at_the_time_limit():
     url = answering(b"HTTP/1.1 200 OK\r\n" + b"x" * 200, drip=0.05)
     begin = time.monotonic()
-    with pytest.raises(UserError, match="no answer within 0.4"):
+    with pytest.raises(UserError, match="timed out after 0.4"):
         HttpReward(url=url, start_timeout=0.4, retries=0)(torch.ones(1, 3, 2, 2), [""])
     assert time.monotonic() - begin < 9  # dripping takes ten seconds
 
@@ -157,5 +157,5 @@ def test_a_server_that_drips_is_cut_off_at_the_time_limit():
     "url", ["ftp://x", "127.0.0.1:80", "http://", "http://u:p@x/", "http://x/?a=1", "http://x:99999"]
 )
 def test_what_is_no_address_is_told(url):
-    with pytest.raises(UserError, match="is no address of a server"):
+    with pytest.raises(UserError, match="is not a server's address"):
         HttpReward(url=url)

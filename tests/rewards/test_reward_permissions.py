@@ -56,6 +56,8 @@ def test_an_allowed_script_scores_a_run_and_only_when_it_is_asked(recipe_with):
     assert Path("it_ran").exists()
 
 
+JUDGE = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+KEY, REMOTE = {"api_key_env": "A_KEY"}, {"url": "http://x.example/v1"}
 COMMAND = [sys.executable, "mine.py", "--quick run"]
 
 
@@ -72,6 +74,16 @@ COMMAND = [sys.executable, "mine.py", "--quick run"]
         ({"ray_pool": {"reward": "worker", "options": {"script": "./mine.py"}}}, {}, "--allow-command ./mine.py"),
         ({"ray_pool": {"reward": "http", "options": {"url": "http://x.example"}}}, {}, "--allow-host x.example"),
         ({"ray_pool": {"reward": "shapes", "address": "ray://x.example:1"}}, {}, "--allow-host ray://x.example:1"),
+        ({"vlm_judge": JUDGE | KEY}, {}, "environment variable A_KEY, and a recipe"),
+        ({"vlm_judge": JUDGE | KEY}, {"hosts": ["127.0.0.1"], "imports": ["env"]}, "add --allow-env A_KEY to"),
+        (
+            {"vlm_judge": JUDGE | KEY | REMOTE},
+            {},
+            "x.example and sends the value of your environment variable A_KEY",
+        ),
+        ({"vlm_judge": JUDGE | KEY | REMOTE}, {}, "--allow-host x.example --allow-env A_KEY"),
+        ({"vlm_judge": JUDGE | KEY | REMOTE}, {"hosts": ["x.example"], "variables": ["B_KEY"]}, "--allow-env A_KEY"),
+        ({"ray_pool": {"reward": "vlm_judge", "options": JUDGE | KEY}}, {}, "--allow-env A_KEY"),
     ],
 )
 def test_without_leave_nothing_runs_and_the_message_says_what_to_add(recipe_with, rewards, allowed, needed):
@@ -82,7 +94,11 @@ def test_without_leave_nothing_runs_and_the_message_says_what_to_add(recipe_with
 
 
 def test_loopback_and_registered_rewards_need_no_leave(recipe_with):
-    for rewards in ({"http": {"url": "http://127.0.0.1:1"}}, {"ray_pool": {"reward": "jpeg_compressibility"}}):
+    for rewards in (
+        {"http": {"url": "http://127.0.0.1:1"}},
+        {"ray_pool": {"reward": "jpeg_compressibility"}},
+        {"vlm_judge": JUDGE},
+    ):
         read = Recipe.from_data(recipe_with(rewards)).to_data()
         assert set(read["objectives"][0]["source"]["rewards"]) == set(rewards)
 
@@ -109,7 +125,7 @@ def test_a_rewards_mistakes_are_told_with_their_place(recipe_with):
         Recipe.from_data(
             recipe_with({"worker": {"script": "nowhere.py"}}), allow_imports=permissions(commands=["nowhere.py"])
         )
-    with pytest.raises(UserError, match="rewards.http.*is no address"):
+    with pytest.raises(UserError, match="rewards.http.*is not a server's address"):
         Recipe.from_data(recipe_with({"http": {"url": "file:///etc/passwd"}}))
     with pytest.raises(UserError, match="timeout is in seconds and must be more than 0"):
         Recipe.from_data(
@@ -126,3 +142,38 @@ def test_the_command_line_takes_the_leave(recipe_with):
     assert not Path("it_ran").exists()
     mixed = CliRunner().invoke(app, ["check", "mine.yaml", "--allow-import", "command:./mine.py"])
     assert mixed.exit_code == 2 and "give the module alone" in mixed.stderr
+
+
+def test_a_key_is_sent_with_leave_for_its_variable(recipe_with):
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe_with({"vlm_judge": JUDGE | KEY})))
+    refused = CliRunner().invoke(app, ["check", "mine.yaml"])
+    assert refused.exit_code == 2 and "--allow-env A_KEY" in refused.stderr
+    assert CliRunner().invoke(app, ["check", "mine.yaml", "--allow-env", "A_KEY"]).exit_code == 0
+
+
+@pytest.mark.parametrize("given", ["sk-proj-MYSECRET", "MYSECRET=", "MY SECRET", ""])
+def test_a_key_in_the_place_of_its_variables_name_is_refused_and_not_shown(recipe_with, given):
+    with pytest.raises(UserError, match="api_key_env: this is not the name of an environment variable") as told:
+        Recipe.from_data(recipe_with({"vlm_judge": JUDGE | {"api_key_env": given}}))
+    assert "SECRET" not in str(told.value)
+
+
+@pytest.mark.parametrize("use", ["http", "vlm_judge"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:MYSECRET@x.example/v1",
+        "http://MYSECRET@x.example/v1",
+        "http://me:MYSECRET/1@x.example",
+        "http://me%3AMYSECRET%40x.example",
+        "me:MYSECRET@x.example",
+        "http://x.example/v1?api_key=MYSECRET",
+        "http://x.example/v1#MYSECRET",
+        "http://x.exa\nmple/v1?key=MYSECRET",
+    ],
+)
+def test_a_secret_in_an_address_is_refused_and_not_shown(recipe_with, use, url):
+    options = {"url": url} | ({"model": "m"} if use == "vlm_judge" else {})
+    with pytest.raises(UserError, match="•••") as told:
+        Recipe.from_data(recipe_with({use: options}))
+    assert "MYSECRET" not in str(told.value)

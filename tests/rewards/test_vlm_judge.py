@@ -1,15 +1,20 @@
 """A judge over an OpenAI-compatible endpoint, against a small server on this machine."""
 
 import base64
+import contextlib
 import io
+import itertools
 import json
 import math
+import socket
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from agsm_rl_rewards import vlm_judge
 from agsm_rl_rewards.vlm_judge import VlmJudge
 from PIL import Image
 
@@ -158,6 +163,123 @@ def test_a_server_that_hangs_is_given_up(endpoint):
     assert len(endpoint.asked) == 2
 
 
+def bytewise(*parts, pause=0.05):
+    """A server that sends these bytes to everyone, whatever is asked, with pauses; gives its address and its visits."""
+    listening, visits = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve(connection, content):
+        with connection, contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in connection.recv(65536):
+                pass
+            for part in content:
+                connection.sendall(part)
+                time.sleep(pause)
+
+    def run():
+        while True:
+            connection, _ = listening.accept()
+            visits.append(time.monotonic())
+            content = parts[min(len(visits), len(parts)) - 1]
+            threading.Thread(target=serve, args=(connection, content), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}/v1", visits
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+DRIPPING = {
+    "its head": itertools.repeat(b"H"),
+    "its headers": itertools.chain([HEAD], itertools.repeat(b"X")),
+    "one more head each time": itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "its body": itertools.chain([HEAD + b"\r\n"], itertools.repeat(b" ")),
+    "its body, of a known length": itertools.chain([HEAD + b"Content-Length: 9999\r\n\r\n"], itertools.repeat(b" ")),
+    "its body, in chunks": itertools.chain(
+        [HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], itertools.repeat(b"1\r\n \r\n")
+    ),
+}
+
+
+@pytest.mark.parametrize("drips", DRIPPING)
+def test_a_server_that_drips_is_given_up_at_the_time_limit(drips):
+    url, _ = bytewise(DRIPPING[drips])
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"did not answer, 1 tries of 0.5 s: timed out"):
+        VlmJudge(url=url, model="m", timeout=0.5, retries=0)(IMAGES[:1], ["a star"])
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "head", [b"\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"Content-Length: 9999999999\r\n\r\n"]
+)
+def test_an_endless_answer_is_not_kept_in_memory(head):
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n" if b"chunked" in head else b" " * 65536
+    url, _ = bytewise(itertools.chain([HEAD + head], itertools.repeat(chunk, 2000)), pause=0)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"sent an answer of more than 4,194,304 bytes"):
+        VlmJudge(url=url, model="m", timeout=30.0, retries=0)(IMAGES[:1], ["a star"])
+    assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [b"", b"HTTP/1.1 2", HEAD[:30], HEAD + b"Content-Length: 900\r\n\r\n{", HEAD + b'\r\n{"', b"SSH-2.0-OpenSSH\r\n"],
+)
+def test_an_answer_that_is_cut_anywhere_is_asked_for_again(cut):
+    good = json.dumps(likely(yes=0.25, no=0.75)).encode()
+    url, visits = bytewise([cut], [HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(good), good)])
+    assert VlmJudge(url=url, model="m", retries=1, backoff=0.01)(IMAGES[:1], ["a star"]).item() == pytest.approx(0.25)
+    assert len(visits) == 2
+    url, visits = bytewise([cut])
+    with pytest.raises(UserError, match="did not answer, 3 tries"):
+        VlmJudge(url=url, model="m", retries=2, backoff=0.01)(IMAGES[:1], ["a star"])
+    assert len(visits) == 3
+
+
+@pytest.mark.parametrize("asked", ["0.3", "100000000", "Fri, 31 Dec 2100 23:59:59 GMT", "nonsense", "-5"])
+def test_what_the_server_asks_for_never_means_more_than_the_longest_pause(monkeypatch, asked):
+    monkeypatch.setattr(vlm_judge, "LONGEST_PAUSE", 0.2)
+    url, visits = bytewise([b"HTTP/1.1 429 Slow\r\nRetry-After: %s\r\nContent-Length: 0\r\n\r\n" % asked.encode()])
+    with pytest.raises(UserError, match="refused after 3 tries with status 429"):
+        VlmJudge(url=url, model="m", retries=2, backoff=0.01)(IMAGES[:1], ["a star"])
+    assert len(visits) == 3 and visits[-1] - visits[0] < 5
+    if asked.startswith(("1", "F")):
+        assert visits[-1] - visits[0] >= 0.4
+
+
+def test_when_one_image_cannot_be_scored_the_others_stop_trying(endpoint):
+    def reply(body):
+        question = body["messages"][0]["content"][1]["text"]
+        return (404, b"no such model") if "first" in question else (503, b"busy")
+
+    endpoint.reply = reply
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="refused"):
+        judge(endpoint, backoff=30.0)(IMAGES, ["first", "second"])
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b'{"choices": NaN}', b"null", b'{"choices": [[]]}'])
+def test_odd_json_is_one_message(endpoint, content):
+    endpoint.reply = lambda body: (200, content)
+    with pytest.raises(UserError, match="reward 'vlm_judge': .*(did not reply in JSON|replied without)"):
+        judge(endpoint)(IMAGES[:1], ["a star"])
+
+
+def test_a_proxy_that_the_environment_names_is_used_for_other_machines_alone(endpoint, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://me:pass@127.0.0.1:{endpoint.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    assert judge(endpoint, url="http://judge.example/v1")(IMAGES[:1], ["a star"]).tolist() == [1.0]
+    path, headers, _, _ = endpoint.asked[0]
+    assert path == "http://judge.example/v1/chat/completions" and headers["Host"] == "judge.example"
+    assert headers["Proxy-Authorization"] == "Basic " + base64.b64encode(b"me:pass").decode()
+    monkeypatch.setenv("http_proxy", "socks5://me:MYSECRET@127.0.0.1:9")
+    with pytest.raises(UserError, match="proxy socks5://•••@127.0.0.1:9, but only http:// proxies") as told:
+        judge(endpoint, url="http://judge.example/v1")(IMAGES[:1], ["a star"])
+    assert "MYSECRET" not in str(told.value)
+
+
 def test_no_server_at_all_is_said(endpoint):
     endpoint.shutdown()
     endpoint.server_close()
@@ -183,7 +305,7 @@ def test_a_reply_without_a_verdict_is_an_error(endpoint, reply, message):
 @pytest.mark.parametrize("text", ["a fine picture", "11", "-3", ""])
 def test_a_reply_without_a_number_in_the_range_is_an_error(endpoint, text):
     endpoint.reply = lambda body: (200, said(text))
-    with pytest.raises(UserError, match=f"a number from 0 to 10 was wanted, but .* was '{text}'"):
+    with pytest.raises(UserError, match=f"expected a number from 0 to 10, but .* was '{text}'"):
         judge(endpoint, answer="score")(IMAGES[:1], ["a star"])
 
 
@@ -250,9 +372,12 @@ def test_it_follows_the_interface(endpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:8000"}, "url: got 'localhost:8000', but an endpoint's base is wanted"),
-        ({"url": "http://me:secret@judge.example/v1"}, "an endpoint's base is wanted"),
-        ({"question": "Is it good?"}, "question: there is no {prompt} in it"),
+        ({"url": "localhost:8000"}, "url: got 'localhost:8000', but it must be an endpoint's base"),
+        (
+            {"url": "http://me:secret@judge.example/v1"},
+            "got 'http://•••@judge.example/v1', but it must be",
+        ),
+        ({"question": "Is it good?"}, "question: it does not contain {prompt}"),
         ({"answer": "yesno"}, "answer: 'yesno' .* Did you mean 'yes_no'"),
         ({"lowest": 5.0, "highest": 5.0}, "highest: got 5.0, but it must be above lowest"),
         ({"timeout": 0.0}, "timeout: got 0.0"),
