@@ -24,7 +24,7 @@ from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
 from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.target import Target
-from agsm_rl.files import write_text
+from agsm_rl.files import read_json, write_text
 from agsm_rl.recipe.earlier import block_of_today
 from agsm_rl.recipe.resolve import Parts
 
@@ -155,12 +155,14 @@ def draw_images(
 def read_pinned(folder: Path) -> dict[str, Any] | None:
     """The settings that a folder was drawn with; None where another tool drew it."""
     file = folder / PINNED
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: it is not JSON ({error}); remove {folder} and draw again.") from error
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error} Remove {folder} and draw again.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("num_images"), int):
+        raise UserError(f"{file}: is not a record of how images were drawn; remove {folder} and draw again.")
     return {"prompt_suffix": ""} | content  # a folder that is older than suffixes says nothing of them
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import write_text
+from agsm_rl.files import check_regular, read_json, write_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -71,6 +71,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def open_picture(path: Path) -> Image.Image:
     """The whole picture in RGB, upright; UserError if it is torn or no picture."""
+    check_regular(path)
     try:
         with Image.open(path, formats=FORMATS) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
@@ -109,12 +110,12 @@ class Measurements:
     def read(self, image: Path) -> Any | None:
         """The measurement; None if there is none that holds."""
         try:
-            content = json.loads(self.file(image).read_text(encoding="utf-8"))
+            content = read_json(self.file(image))
             holds = content["image_sha256"] == sha256(image)
             holds = holds and (content["how"] == self.how or self._of_today(content["how"]) == self.how)
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+            return content["found"] if holds else None
+        except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        return content["found"] if holds else None
 
     def write(self, image: Path, found: Any) -> None:
         """Keep a measurement; a kill leaves the old one, the new one or none."""
@@ -158,9 +159,9 @@ def _prompt_folders(folder: Path) -> Sequence[Path]:
 
 def _read_metadata(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: it is not one JSON object ({error}).") from error
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error} It should be one JSON object.") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise UserError(f'{file}: it has no prompt; it should be one JSON object with "prompt".')
     return content

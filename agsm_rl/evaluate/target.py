@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, read_export
-from agsm_rl.files import local_path
+from agsm_rl.files import local_path, parse_json
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
@@ -119,9 +118,9 @@ def _open_adapter(path: Path, base: str | None, more: dict[str, Any]) -> Target:
 def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     """What else an export says of its base: another U-Net in it, a fused LoRA, its dtype."""
     try:
-        told = json.loads(metadata.get("backbone_options", "{}"))
-        return {key: told[key] for key in BASE_OPTIONS if told.get(key) is not None}
-    except (ValueError, TypeError, AttributeError) as error:
+        options = parse_json(metadata.get("backbone_options", "{}"), where="JSON")
+        return {key: options[key] for key in BASE_OPTIONS if options.get(key) is not None}
+    except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: its metadata 'backbone_options' is broken ({error}); add --base.") from error
 
 

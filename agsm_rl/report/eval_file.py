@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import read_json
 
 VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
 """The judge's verdicts by their key in eval.json, the one that counts first."""
@@ -85,39 +86,37 @@ NOT_EVALUATED = EvalFile("", "", 0, 0, "", "positive", (), (), (), {}, {}, None,
 
 def read_eval_file(path: Path) -> EvalFile:
     """Read an eval.json of base against trained; UserError that says what it lacks."""
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _evaluation(content, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not text ({error}).") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not JSON ({error}); evaluate the run again.") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        evaluation = _evaluation(content, path)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: is no evaluation of base against trained as `agsm-rl train` writes it "
-            f"({type(error).__name__}: {error})."
+            f"{path}: is not an evaluation of base against trained as `agsm-rl train` writes it "
+            f"({type(error).__name__}: {error!s:.200}); evaluate the run again."
         ) from error
+    judged = [*evaluation.base.values(), *evaluation.trained.values()]
+    if any(list(one.marks) != evaluation.verdicts for one in judged):
+        raise UserError(f"{path}: base and trained, or its guidances, have different verdicts; evaluate the run again.")
+    return evaluation
 
 
 def _evaluation(content: Mapping[str, Any], path: Path) -> EvalFile:
     names = OF_SUITE[str(content["suite"])][1] if content["suite"] in OF_SUITE else VERDICTS
     if not content.get("images") or not any(name in content["images"][0] for name in names):
         raise UserError(
-            f"{path}: its suite {content.get('suite')!r} has no verdict an image, so nothing can be paired. A report "
-            "wants an evaluation of the suite shapes or geneval with `images` in it."
+            f"{path}: its suite {content.get('suite')!r} has no verdict per image, so nothing can be paired. A report "
+            "needs an evaluation of the suite shapes or geneval with `images` in it."
         )
     if "base" not in content and _is_the_base(content.get("other", {}), content):
         content = {**content, "base": content["other"]}
     if "base" not in content:
         raise UserError(
-            f"{path}: it does not measure the base too. A report wants base against trained on the same prompts and "
+            f"{path}: it does not measure the base too. A report needs base against trained on the same prompts and "
             "noise, as `agsm-rl train`, `agsm-rl eval --compare --json`, or `--against` the base's images write it."
         )
     entries = [content, *content.get("other_guidances", [])]
-    trained = {float(entry["guidance"]): _judged(entry, names) for entry in entries}
-    base = {float(entry["guidance"]): _judged(entry["base"], names) for entry in entries}
+    trained = {_finite(entry["guidance"]): _judged(entry, names) for entry in entries}
+    base = {_finite(entry["guidance"]): _judged(entry["base"], names) for entry in entries}
     asked = _asked(content)
     for entry in entries:
         if _asked(entry) != asked or _asked(entry["base"]) != asked:
@@ -137,7 +136,7 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> EvalFile:
         trained=trained,
         step=None if content.get("step") is None else int(content["step"]),
         agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
-        adapters=dict((content.get("drawing") or {}).get("adapters", {})),
+        adapters=_digests((content.get("drawing") or {}).get("adapters", {})),
     )
 
 
@@ -167,8 +166,24 @@ def _judged(entry: Mapping[str, Any], names: Mapping[str, str]) -> Judged:
     marks = {name: np.array([_mark(row[name]) for row in rows]) for name in names if name in rows[0]}
     reasons = tuple(str(row.get("reason", "")) for row in rows)
     rewards = {str(name): float(value) for name, value in entry.get("rewards", {}).items()}
+    rewards = {name: value for name, value in rewards.items() if math.isfinite(value)}  # others have no place in a plot
     files = tuple(str(row["filename"]) for row in rows if "filename" in row)
     return Judged(marks, reasons, rewards, files if len(files) == len(rows) else ())
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is not a guidance")
+    return number
+
+
+def _digests(adapters: Mapping[str, Any]) -> dict[str, str]:
+    """Of files in adapter/; a name that leads elsewhere is refused."""
+    for name in adapters:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of an adapter's file")
+    return {name: str(digest) for name, digest in adapters.items()}
 
 
 def _mark(value: Any) -> bool:

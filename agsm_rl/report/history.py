@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import check_regular, parse_json
 from agsm_rl.report.eval_file import OF_SUITE
 from agsm_rl.report.load import Run
 from agsm_rl.run.folder import RunFolder
@@ -22,6 +22,11 @@ DETAILED = 8
 OWN_AXES = ("step", "seconds", "images")
 EDGE = 0.1
 """The first and the last tenth of a run's draws stand for its beginning and its end."""
+
+MAX_LINE, MAX_STEP = 2**24, 2**53
+"""Bytes of a line; steps that a number in the page's scripts can hold."""
+MAX_NUMBER = 1e100
+"""Sums of figures below this stay finite."""
 
 Row = dict[str, Any]
 
@@ -45,7 +50,7 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
         if any(value is not None for value in means):
             found[name] = means
     return {
-        "step": [int(rows[end]["step"]) for end in ends],
+        "step": [rows[end]["step"] for end in ends],
         "seconds": _axis(rows, ends, "seconds", summed=True),
         "images": _axis(rows, ends, "images", summed=False),
         "metrics": found,
@@ -58,10 +63,10 @@ def evaluations(run: Run) -> list[Row]:
     last = of.step if of.step is not None else int(run.recipe.get("steps", 0))
     found: dict[tuple[float, int], Row] = {}
     for row in read_rows(RunFolder(run.path).evaluations) if of.suite not in OF_SUITE else []:
-        guidance, step = float(row.get("guidance", math.nan)), int(row["step"])
+        guidance, step = _number(row.get("guidance")), row["step"]
         if guidance in of.trained:
-            rewards = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}
-            scores = {"strict": row.get("strict"), "correct": row.get("overall")}
+            rewards = {name.removeprefix("reward/"): _or_none(row[name]) for name in row if name.startswith("reward/")}
+            scores = {"strict": _or_none(row.get("strict")), "correct": _or_none(row.get("overall"))}
             found[guidance, step] = {name: scores[name] for name in of.verdicts} | {"rewards": rewards}
     for guidance in of.trained:
         for step, judged in ((0, of.base[guidance]), (last, of.trained[guidance])):
@@ -78,8 +83,8 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
         for name, value in row.items():
             term, middle, reward = name.partition("/reward/")
             # Terms that share a source log the same rewards: the first one's are enough.
-            if middle and source.setdefault(reward, term) == term and isinstance(value, int | float):
-                found.setdefault(reward, []).append(float(value))
+            if middle and source.setdefault(reward, term) == term and not math.isnan(number := _number(value)):
+                found.setdefault(reward, []).append(number)
     ends = {}
     for reward, values in found.items():
         edge = max(1, round(EDGE * len(values)))
@@ -89,20 +94,33 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
 
 def read_rows(path: Path) -> list[Row]:
     """The lines of a .jsonl file, none if there is no file; a torn last line, of a run under way, is left out."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) - 1:
-                break
-            raise UserError(f"{path}: line {number + 1} is no line of a run's metrics ({error}).") from error
-        rows.append(row)
+    check_regular(path)
+    rows: list[Row] = []
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE):
+            number += 1
+            fault = _add(rows, line, f"{path}: line {number}")
+            if fault is not None and file.read(1):
+                raise fault
     return rows
+
+
+def _add(rows: list[Row], line: bytes, where: str) -> UserError | None:
+    """Add a line's figures to the rows, or say why there are none."""
+    try:
+        row = parse_json(line.decode("utf-8"), where=where)
+        step = row["step"]
+        if isinstance(step, bool) or int(step) != step or not 0 <= step < MAX_STEP:
+            raise ValueError(f"step is {step!r:.60}")
+    except UserError as error:
+        return error
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        return UserError(f"{where} is not a line of a run's metrics ({type(error).__name__}: {error}).")
+    rows.append(row | {"step": int(step)})
+    return None
 
 
 def _is_main(name: str) -> bool:
@@ -113,15 +131,22 @@ def _is_main(name: str) -> bool:
 def _axis(rows: Sequence[Row], ends: Sequence[int], name: str, *, summed: bool) -> list[float] | None:
     """An axis at the bins' ends; None unless every step has it."""
     values = np.array([_number(row.get(name)) for row in rows])
-    if not len(values) or np.isnan(values).any():
-        return None
     if summed:
         values = values.cumsum()
+    if not len(values) or not np.isfinite(values).all():
+        return None
     return [round(float(values[end]), 2) for end in ends]
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """NaN for anything that a plot cannot show."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < MAX_NUMBER else math.nan
+
+
+def _or_none(value: Any) -> float | None:
+    number = _number(value)
+    return None if math.isnan(number) else number
 
 
 def _mean(values: Any) -> float | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import sha256
+from agsm_rl.files import read_json
+from agsm_rl.recipe.options import Section, explain
 from agsm_rl.recipe.yaml_file import read_yaml
 from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile, read_eval_file
 from agsm_rl.run.folder import RunFolder, seed_suffix
@@ -114,7 +118,7 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
         raise UserError(f"{path}: there is no such folder.")
     if not path.is_dir() or not folder.recipe.is_file():
         raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
-    recipe = read_yaml(folder.recipe)
+    recipe, keys = _read_recipe(folder.recipe)
     measured = folder.eval.is_file()
     if not measured and (recipe.get("evaluate") is not None or not folder.metrics.is_file()):
         raise UserError(
@@ -129,11 +133,37 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
         name=name or path.resolve().name,
         path=path,
         variant=variant,
-        seed=int(recipe.get("seed", 0)),
+        seed=keys.seed,
         recipe=recipe,
         evaluation=evaluation,
         validation=validation if validation is not None and validation.suite == evaluation.suite else None,
     )
+
+
+class _RecipeKeys(Section):
+    """What a report needs of a run's recipe, which another version may have written."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    seed: int = 0
+    steps: int = 0
+    backbone: dict[str, Any] = {}
+    objectives: list[dict[str, Any]] = []
+
+
+def _read_recipe(file: Path) -> tuple[dict[str, Any], _RecipeKeys]:
+    recipe = read_yaml(file)
+    try:
+        return recipe, _RecipeKeys.model_validate(recipe)
+    except ValidationError as error:
+        raise explain(error, where=f"{file}: ") from error
+
+
+def with_text_keys(value: Any) -> Any:
+    """YAML's data with every key as text, so that keys can be sorted and written as JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): with_text_keys(item) for key, item in value.items()}
+    return [with_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_measured(evaluation: EvalFile, folder: RunFolder, measured: Path) -> None:
@@ -149,19 +179,19 @@ def _check_measured(evaluation: EvalFile, folder: RunFolder, measured: Path) -> 
 def _sweep(path: Path) -> tuple[str, list[Run], list[SweepCell]]:
     """A sweep's name, its finished runs, and what became of every cell."""
     file = path / SWEEP_FILE
+    content = read_json(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         rows = [
             (str(row["cell"]), str(row["variant"]), int(row["seed"]), str(row["status"]), str(row["run"]))
             for row in content["cells"]
         ]
         errors = [str(row.get("error") or "") for row in content["cells"]]
         title = str(content["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is no sweep's record ({type(error).__name__}: {error}).") from error
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: is not a sweep's record ({type(error).__name__}: {error!s:.200}).") from error
     runs, cells = [], []
     for (name, variant, seed, status, place), why in zip(rows, errors, strict=True):
-        if not (path / place).resolve().is_relative_to(path.resolve()):
+        if not _is_inside(path, place):
             raise UserError(f"{file}: the cell '{name}' lies outside the sweep's folder: {place}")
         cell = SweepCell(name, variant, seed, status, used=status == DONE, why=why)
         if cell.used:
@@ -180,11 +210,19 @@ def _sweep(path: Path) -> tuple[str, list[Run], list[SweepCell]]:
     return title, runs, cells
 
 
+def _is_inside(folder: Path, place: str) -> bool:
+    """Whether a path leads to somewhere in the folder, also through links."""
+    try:
+        return (folder / place).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, links in a circle
+        return False
+
+
 def _named(runs: list[Run]) -> list[Run]:
     """Runs of one recipe but for the seed are one variant, named by what their folders' names share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_but_for_seed(run), sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(with_text_keys(_but_for_seed(run)), sort_keys=True, default=str), []).append(run)
     names: dict[str, str] = {}
     for key, members in groups.items():
         name, taken, count = _shared_name(members), set(names.values()), 1
@@ -210,7 +248,7 @@ def _shared_name(runs: list[Run]) -> str:
         return runs[0].name.removesuffix(seed_suffix(runs[0].seed))
     first, *others = [re.sub(rf"[-_. ]*(seed|s)?[-_. ]?{run.seed}$", "", run.name) for run in runs]
     shared = first if {first} == set(others) else os.path.commonprefix([run.name for run in runs]).rstrip("-_. ")
-    return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe["objectives"])
+    return shared or " + ".join(str(term.get("use")) for term in runs[0].recipe.get("objectives", []))
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -34,7 +35,8 @@ BASE_NAME = "base"
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
     """Write the report of run folders, or of one sweep's folder; UserError when they cannot be compared."""
-    text = render(load(paths))
+    # A name or a prompt may hold half a character, which no file can.
+    text = render(load(paths)).encode("utf-8", "backslashreplace").decode()
     try:
         write_text(out, text)
     except OSError as error:
@@ -55,7 +57,7 @@ def render(loaded: Loaded) -> str:
         headline=headline(loaded, views, found),
         reach=reach(loaded),
         notes=[*notes, *loaded.notes],
-        data=page_data(loaded, views, found),
+        data=_in_json(page_data(loaded, views, found)),
         plain=_plain(loaded, views, found),
         evaluated=loaded.evaluated,
         verdict=next(iter(loaded.evaluation.labels.values()), ""),
@@ -100,6 +102,15 @@ def page_data(loaded: Loaded, views: list[GuidanceView], found: Findings) -> dic
         ],
         "pictures": _with_named_base(pictures(loaded)),
     }
+
+
+def _in_json(value: Any) -> Any:
+    """The same without NaN and infinities, which are no JSON: one would leave the whole page empty."""
+    if isinstance(value, dict):
+        return {key: _in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _named(guidance: dict[str, float]) -> dict[str, Any]:

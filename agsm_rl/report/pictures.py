@@ -110,7 +110,7 @@ def _inside(run: Run, name: str) -> Path | None:
     try:
         path = run.path / name
         return path if path.resolve().is_relative_to(run.path.resolve()) and path.is_file() else None
-    except ValueError:  # a null byte
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, links in a circle
         return None
 
 

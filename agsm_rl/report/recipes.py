@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from agsm_rl.report.load import Loaded
+from agsm_rl.report.load import Loaded, with_text_keys
 
 ABSENT = "–"
 MISSING = object()
@@ -50,7 +50,7 @@ def _text(value: Any) -> str:
         return ABSENT
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items() if item is not None) + "}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(with_text_keys(value), ensure_ascii=False, default=str)
 
 
 def texts(loaded: Loaded) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.files import replacing, write_text
 from agsm_rl.shapes import world
 from agsm_rl.shapes.world import Requirement, Scene, Split
 
@@ -75,18 +76,19 @@ def write_image_folder(out: Path, split: str, num: int, seed: int) -> None:
     """Write one split as an ordinary image folder: PNG files and a metadata.jsonl of file_name, caption and tag.
 
     `datasets.load_dataset("imagefolder", data_dir=out)` and any trainer that knows that form read it. UserError if
-    `out` is there and is not an empty directory.
+    `out` exists and is not an empty folder, OSError naming the file that the disk refuses.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: it is not an empty directory; give a new one, nothing is overwritten")
+        raise UserError(f"{out}: is not an empty folder; give a new one, nothing is overwritten.")
     rows = [_pair(split, seed, index, "plain") for index in range(num)]
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (scene, caption) in enumerate(rows):
         name = f"{index:05d}.png"
-        world.render(scene).save(out / name)
+        with replacing(out / name) as aside:
+            world.render(scene).save(aside, format="PNG")
         lines.append(json.dumps({"file_name": name, "caption": caption, "tag": scene.requirement.tag}))
-    (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 def _pair(split: str, seed: int, index: int, captions: Captions) -> tuple[Scene, str]:

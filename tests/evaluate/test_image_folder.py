@@ -182,7 +182,7 @@ def test_other_tools_names_and_formats_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("{", "not one JSON object"), ('{"text": "x"}', "no prompt"), ("[]", "no prompt")]
+    ("text", "word"), [("{", "one JSON object"), ('{"text": "x"}', "no prompt"), ("[]", "no prompt")]
 )
 def test_broken_metadata_is_named(tmp_path, text, word):
     one_image(tmp_path)

@@ -1,6 +1,7 @@
 """Run folders as a report reads them: which are one variant, and which cannot be compared."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -129,13 +130,51 @@ BROKEN = {
     "is no run folder": lambda run: (run / "recipe.yaml").unlink() or run,
     "has no eval.json: the run is not finished": lambda run: (run / "eval.json").unlink() or run,
     "is not JSON": lambda run: (run / "eval.json").write_text("{") and run,
-    "is no evaluation of base against trained": lambda run: (run / "eval.json").write_text("[]") and run,
-    "no verdict an image": lambda run: changed(run, images=[]),
+    "is not an evaluation of base against trained": lambda run: (run / "eval.json").write_text("[]") and run,
+    "no verdict per image": lambda run: changed(run, images=[]),
     "does not measure the base too": lambda run: remade_alone(run),
     "a verdict is true or false": lambda run: changed(run, images=[{"prompt": "", "tag": "", "strict": 1}]),
-    "line 1 is no line of a run's metrics": lambda run: (run / "metrics.jsonl").write_text("?\n{}\n") and run,
+    "metrics.jsonl: line 1: is not JSON": lambda run: (run / "metrics.jsonl").write_text("?\n{}\n") and run,
+    "metrics.jsonl: line 1 is not a line of a run's metrics": lambda run: first_line(run, b'{"step": Infinity}'),
+    "metrics.jsonl: line 1 is not .*UnicodeDecodeError": lambda run: first_line(run, b'{"step": 1, "\xff": 1}'),
+    "evaluations.jsonl: line 1 is not": lambda run: first_line(run, b'{"step": true}', "evaluations.jsonl"),
+    "metrics.jsonl: line 1: is nested": lambda run: first_line(run, b"[" * 100_000),
+    "metrics.jsonl: this is not a regular file": lambda run: pipe(run, "metrics.jsonl"),
+    "recipe.yaml: seed: got nothing": lambda run: recipe_with(run, seed=None),
+    "recipe.yaml: backbone: ": lambda run: recipe_with(run, backbone="sd15"),
+    "eval.json: is nested too deeply": lambda run: (run / "eval.json").write_text("[" * 100_000) and run,
+    "eval.json: is not text in UTF-8": lambda run: (run / "eval.json").write_bytes(b"\x89PNG\xff") and run,
+    "nan is not a guidance": lambda run: changed(run, guidance=float("nan")),
+    "OverflowError": lambda run: changed(run, num_steps=float("inf")),
+    "different verdicts": lambda run: without_strict_in_base(run),
+    "is not the name of an adapter's file": lambda run: changed(run, drawing={"adapters": {"../../x": "0"}}),
     "cannot be read as a picture": lambda run: broken_image(run),
 }
+
+
+def first_line(run, line, name="metrics.jsonl"):
+    (run / name).write_bytes(line + b"\n" + (run / name).read_bytes())
+    return run
+
+
+def pipe(run, name):
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    return run
+
+
+def recipe_with(run, **keys):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | keys))
+    return run
+
+
+def without_strict_in_base(run):
+    content = json.loads((run / "eval.json").read_text())
+    for row in content["base"]["images"]:
+        del row["strict"]
+    (run / "eval.json").write_text(json.dumps(content))
+    return run
 
 
 def remade_alone(run):
@@ -166,7 +205,7 @@ def test_a_sweep_without_a_finished_cell_or_beside_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="one sweep, or run folders"):
         load([folder, write_run(tmp_path / "mine")])
     (folder / "sweep.json").write_text('{"cells": 3}')
-    with pytest.raises(UserError, match="is no sweep's record"):
+    with pytest.raises(UserError, match="is not a sweep's record"):
         load([folder])
 
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from statistics import mean
 
 import pytest
+import yaml
 from making_runs import TAGS, by_geneval, not_evaluated, write_run, write_sweep
 from PIL import Image
 from typer.testing import CliRunner
@@ -392,3 +393,34 @@ def test_the_embedded_libraries_are_the_published_files_with_their_licence(name)
         re.search(rf"{version} \({re.escape(name)}\)", licences)
         and "permission notice appear in all copies" in licences
     )
+
+
+ODD_FIGURES = [float("nan"), float("inf"), 1e308, 10**400, True, "text", None, [1]]
+
+
+def test_figures_that_cannot_be_shown_leave_the_page_whole(tmp_path):
+    run = write_run(tmp_path / "mine", scores={1.0: (0.3, 0.5)})
+    content = json.loads((run / "eval.json").read_text())
+    content["rewards"] = {"a": float("nan"), "b": 0.5}
+    content["base"]["rewards"] = {"a": 0.0, "b": float("inf")}
+    (run / "eval.json").write_text(json.dumps(content))
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, odd in enumerate(ODD_FIGURES, start=41):
+            row = {"step": step, "loss": odd, "seconds": odd, "images": odd, "ddpo/reward/shapes": odd, "odd": odd}
+            file.write(json.dumps(row) + "\n")
+    with (run / "evaluations.jsonl").open("a") as file:
+        for step, odd in enumerate(ODD_FIGURES):
+            file.write(json.dumps({"step": step, "guidance": odd}) + "\n")
+            file.write(json.dumps({"step": step, "guidance": 1.0, "strict": odd, "reward/shapes": odd}) + "\n")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    odd_keys = {"list": [1, {2: 3, "x": float("nan")}], "mixed": {0: 1, "a": 2}, "text": "half \ud800"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | odd_keys))
+    write_report([run, write_run(tmp_path / "other", rank=4)], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = json.loads(re.search('id="data">(.*?)</script>', text, re.S)[1], parse_constant=pytest.fail)
+    curves = found["runs"][0]["curves"]
+    assert curves["seconds"] is None and curves["images"] is None, "an axis has every step or is left out"
+    assert "odd" not in curves["metrics"]
+    assert {row["step"]: row["strict"] for row in found["runs"][0]["evaluations"]}[2] is None
+    rewards = [row["rewards"] for row in found["runs"][0]["evaluations"] if row["step"] in (0, 40)]
+    assert rewards == [{"a": 0.0}, {"b": 0.5}]

@@ -94,7 +94,7 @@ def test_the_image_folder_is_read_by_datasets(tmp_path) -> None:
 
 def test_nothing_is_written_into_a_directory_that_is_not_empty(tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not an empty directory"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         data.write_image_folder(tmp_path, "train", 1, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

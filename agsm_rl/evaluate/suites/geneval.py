@@ -31,7 +31,7 @@ from agsm_rl.evaluate.suites.geneval_detector import (
 )
 from agsm_rl.evaluate.suites.geneval_rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
 from agsm_rl.evaluate.suites.shapes import Scores
-from agsm_rl.files import write_text
+from agsm_rl.files import parse_json, read_text, write_text
 
 LABEL = "GenEval-compatible (agreement with the reference detector not measured)"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -224,27 +224,29 @@ def write_results(result: GenEvalResult, file: Path) -> None:
 def read_results(file: Path) -> GenEvalResult:
     """A results.jsonl, ours or the reference's; UserError naming the line that is none."""
     rows = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
-            content |= {key: json.loads(content[key]) for key in ("metadata", "details")}
-            row = ImageResult(**{key: content[key] for key in ImageResult.__dataclass_fields__})
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = ", ".join(ImageResult.__dataclass_fields__)
+            rows.append(_row(parse_json(line, where="JSON")))
+        except (UserError, ValueError, LookupError, TypeError) as error:
+            keys = ", ".join(ImageResult.__dataclass_fields__)
             raise UserError(
-                f"{file}: line {number} is no line of GenEval's results.jsonl ({type(error).__name__}: {error}); it "
-                f"should be a JSON object of {wanted}."
+                f"{file}: line {number} is not a line of GenEval's results.jsonl ({type(error).__name__}: {error}); it "
+                f"should be a JSON object of {keys}."
             ) from error
-        rows.append(row)
     if not rows:
         raise UserError(f"{file}: it has no results.")
     return GenEvalResult(tuple(rows))
+
+
+def _row(content: dict[str, Any]) -> ImageResult:
+    """A line's content, whose `metadata` and `details` are JSON in texts."""
+    inner = {key: parse_json(content[key], where=key) for key in ("metadata", "details")}
+    row = ImageResult(**{key: (content | inner)[key] for key in ImageResult.__dataclass_fields__})
+    if not isinstance(row.correct, bool) or not all(isinstance(text, str) for text in (row.filename, row.tag)):
+        raise TypeError("filename and tag are texts, correct is true or false")
+    return row
 
 
 def _fault(metadata: Mapping[str, Any], names: set[str]) -> str:

@@ -24,6 +24,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import change_json, interval_json, number, percent, plain_table
 from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
 from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
+from agsm_rl.files import read_text
 from agsm_rl.interfaces import Reward
 from agsm_rl.recipe.earlier import reward_of_today
 from agsm_rl.recipe.options import validated
@@ -34,6 +35,8 @@ from agsm_rl.run.screen import styled, tell
 from agsm_rl.training.scoring import checked_score, scoring_device
 
 NUM_IMAGES = 200
+MAX_BYTES = 1_000_000
+"""Of a file of rewards."""
 
 
 @dataclass(frozen=True)
@@ -252,15 +255,15 @@ def _parse(text: str, parts: Parts) -> RewardSpec:
         # The constructor's types turn texts into numbers; only what no text can be is read as YAML.
         try:
             options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
-        except yaml.YAMLError as error:
-            raise UserError(f"--reward {text}: {key}: {value!r} cannot be read as YAML ({error}).") from error
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"--reward {text:.200}: {key}: {value!r:.200} cannot be read as YAML ({error}).") from error
     return _spec(name, options, 1.0, parts)
 
 
 def _read_yaml(file: Path, parts: Parts) -> list[RewardSpec]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(file, max_bytes=MAX_BYTES))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as YAML ({error}).") from error
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content:
