@@ -25,7 +25,7 @@ from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import find
 from agsm_rl.report.headline import signed
 from agsm_rl.report.load import load
-from agsm_rl.report.views import BASE, OWN, View, make_views
+from agsm_rl.report.views import BASE, OWN, GuidanceView, make_views
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
@@ -113,13 +113,13 @@ class Table:
             rows.append([*row, *(part for view in shown for part in _points(self._minus(view, one, other)))])
         return _markdown(head, rows)
 
-    def _shown(self) -> tuple[list[View], list[View]]:
+    def _shown(self) -> tuple[list[GuidanceView], list[GuidanceView]]:
         """The views that are shown with intervals, and the rest: beside an own guidance only the first has them."""
         if self.views[0].key != OWN:
             return self.views, []
         return self.views[:2], self.views[2:]
 
-    def _minus(self, view: View, name: str, other: str = BASE) -> Estimate:
+    def _minus(self, view: GuidanceView, name: str, other: str = BASE) -> Estimate:
         found = self.found.difference(VERDICT, view, self.names[name], self.names[other])
         assert found is not None, f"{name} and {other} have no seed in common"
         return found
@@ -130,7 +130,7 @@ class Table:
         return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
 
 
-def _at(view: View) -> str:
+def _at(view: GuidanceView) -> str:
     return "at own" if view.key == OWN else f"at {view.key}"
 
 
