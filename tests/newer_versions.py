@@ -18,13 +18,19 @@ def change_options(monkeypatch, kind, name, **options):
         return {key: value for key, value in given.items() if key in signature.parameters}
 
     if inspect.isclass(made):
-        newer = type(made.__name__, (made,), {"__init__": lambda self, **given: made.__init__(self, **known(given))})
+
+        def make(self, **given):
+            made.__init__(self, **known(given))
+
+        newer = type(made.__name__, (made,), {"__init__": make})
+        own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     else:
 
-        def newer(**given):
+        def make(**given):
             return made(**known(given))
 
-    newer.__signature__ = signature.replace(parameters=list(parameters.values()))
+        newer, own = make, []
+    make.__signature__ = signature.replace(parameters=[*own, *parameters.values()])
     attribute = f"newer_{kind}_{name}"
     monkeypatch.setitem(globals(), attribute, newer)
     monkeypatch.setitem(registry.BUILTIN[kind], name, f"{__name__}:{attribute}")

@@ -50,17 +50,28 @@ def training_fingerprint(settings: Settings) -> str:
 
 
 def _possible(sweep: Path, run: Path) -> Iterator[Settings]:
-    """A cell's settings as its job has them; for a sweep without its jobs, as its recipe and the summary do."""
-    job, recipe, summary = sweep / "jobs" / f"{run.name}.yaml", run / "recipe.yaml", sweep / "sweep.json"
-    if job.is_file():
-        content = yaml.safe_load(job.read_text(encoding="utf-8"))
-        yield _settings(content["recipe"], content["evaluations"], content["reported"], content["seconds"])
-    if recipe.is_file() and summary.is_file():
-        content = json.loads(summary.read_text(encoding="utf-8"))
-        evaluations = [{"suite": section["suite"], "every": None} | section for section in content["evaluate"]]
-        seconds = (content["budget"] or {}).get("seconds")
-        data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        yield _settings(data, evaluations, content["reported"], seconds)
+    """A cell's settings as its job has them; for a sweep without its jobs, as its recipe and the summary do.
+
+    What is missing or damaged says nothing.
+    """
+    for read in (_of_job, _of_summary):
+        try:
+            settings = read(sweep, run)
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            continue
+        yield settings
+
+
+def _of_job(sweep: Path, run: Path) -> Settings:
+    job = yaml.safe_load((sweep / "jobs" / f"{run.name}.yaml").read_text(encoding="utf-8"))
+    return _settings(job["recipe"], job["evaluations"], job["reported"], job["seconds"])
+
+
+def _of_summary(sweep: Path, run: Path) -> Settings:
+    summary = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+    evaluations = [{"suite": section["suite"], "every": None} | section for section in summary["evaluate"]]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    return _settings(recipe, evaluations, summary["reported"], (summary["budget"] or {}).get("seconds"))
 
 
 def _settings(recipe: dict[str, Any], evaluations: list[Any], reported: str | None, seconds: float | None) -> Settings:

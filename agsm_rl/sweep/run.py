@@ -130,7 +130,16 @@ def _kept_length(plan: Plan, cell: Cell) -> _Length | None:
     kept, file = _kept_recipe(plan, cell), plan.folder / "jobs" / f"{cell.name}.yaml"
     if kept is None:
         return None
-    return _Length(kept.steps, Job.read(file).seconds if file.is_file() else cell.seconds)
+    try:
+        return _Length(kept.steps, Job.read(file).seconds)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+    ):  # missing or damaged: it is rewritten
+        return _Length(kept.steps, cell.seconds)
 
 
 def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:

@@ -141,6 +141,13 @@ def test_a_cell_of_the_first_version_that_was_finished_under_other_settings_is_n
     assert sweep(evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
 
 
+def test_a_damaged_job_of_the_first_version_is_passed_over(sweep):
+    sweep(evaluate=EVALUATE[:1])
+    as_the_first_version_left_it()
+    Path("runs/mine/jobs/mine-seed0.yaml").write_text("recipe: [")
+    assert sweep(evaluate=EVALUATE[:1])[1] == []  # recipe.yaml and sweep.json say enough
+
+
 def test_a_damaged_cell_file_is_named_and_the_cell_is_finished_again(sweep, caplog):
     sweep(evaluate=EVALUATE[:1])
     (CELL / "cell.json").write_text('{"settings": ')
