@@ -23,6 +23,7 @@ from agsm_rl.backbones.parts import (
     BadPart,
     check_complete,
     check_config,
+    check_index,
     check_single_file,
     check_tokenizers,
     load_parts,
@@ -150,6 +151,8 @@ def _load_pipeline(
     try:
         if single:
             config = config and find_checkpoint(config, "backbone.config")
+            if config is not None:
+                check_index(DiffusionPipeline.load_config(config, local_files_only=local_files_only), replaced=parts)
             if config is not None and kind == "StableDiffusion3Pipeline":
                 parts |= _text_encoders_beside(Path(source), config, where, options)
             if config is not None:

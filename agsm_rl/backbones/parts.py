@@ -20,6 +20,13 @@ from safetensors import safe_open
 from torch import nn
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+COMPONENTS = (
+    nn.Module,
+    diffusers.SchedulerMixin,
+    transformers.PreTrainedTokenizerBase,
+    transformers.ImageProcessingMixin,
+    transformers.FeatureExtractionMixin,
+)
 FOREIGN_KEYS = {
     "auto_map": "code of its own",
     "custom_pipelines": "code of its own",
@@ -43,7 +50,9 @@ def load_parts(
     """
     local_only = options["local_files_only"]
     parts = dict(replaced)
-    for name, entry in DiffusionPipeline.load_config(source, local_files_only=local_only).items():
+    index = DiffusionPipeline.load_config(source, local_files_only=local_only)
+    check_index(index, replaced=replaced)
+    for name, entry in index.items():
         model_class = _model_class(entry)
         if name in replaced or model_class is None:
             continue
@@ -118,6 +127,23 @@ def check_tokenizers(pipeline: Any) -> None:
             raise BadPart(
                 f"its {name} knows {len(tokenizer)} tokens, its {encoder_name} {config.vocab_size}; "
                 f"{name}/tokenizer.json (or vocab.json and merges.txt) is missing or of another model."
+            )
+
+
+def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> None:
+    """BadPart for a model_index.json with a component that is not an ordinary class of diffusers or transformers.
+
+    diffusers before 0.41 imports any library that is named there. Those that are `replaced` are not loaded.
+    """
+    for name, entry in index.items():
+        if name.startswith("_") or name in replaced or not isinstance(entry, list | tuple) or None in entry:
+            continue
+        library, class_name = entry if len(entry) == 2 else (None, None)
+        found = getattr(LIBRARIES.get(library), class_name, None) if isinstance(class_name, str) else None
+        if not (isinstance(found, type) and issubclass(found, COMPONENTS)):
+            raise BadPart(
+                f"its {name} is {list(entry)} in model_index.json; models, schedulers, tokenizers and image processors "
+                "of diffusers and transformers are loaded, and no other code."
             )
 
 

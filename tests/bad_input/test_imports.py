@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from bad_input import assert_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from agsm_rl.backbones.parts import BadPart, check_index
+from agsm_rl.compat.trl import DefaultDDPOStableDiffusionPipeline
+from agsm_rl.errors import UserError
 from agsm_rl.sweep.executors import run_job
 
 NAMES = ("typing", "typer", "yaml", "platform", "random", "torch", "megatron", "optree", "kernels")
@@ -97,10 +101,6 @@ def test_nothing_that_a_lora_names_is_imported_whichever_way_it_comes_in(
 
 
 def test_nothing_that_a_lora_beside_a_trl_pipeline_names_is_imported(harmful, tmp_path, tiny_checkpoint):
-    from shutil import copytree
-
-    from agsm_rl.compat.trl import DefaultDDPOStableDiffusionPipeline
-
     copytree(tiny_checkpoint, tmp_path / "pipeline")
     with_options(harmful, tmp_path / "pipeline" / "pytorch_lora_weights.safetensors", exported=False)
     pipeline = DefaultDDPOStableDiffusionPipeline(str(tmp_path / "pipeline"), use_lora=False)
@@ -119,3 +119,34 @@ def test_target_modules_are_never_run_as_a_regular_expression(harmful, command, 
         assert_refused(
             command("sample", theirs, "x", "--base", tiny_checkpoint, "-o", "p"), name, "regular expressions"
         )
+
+
+COMPONENTS = (
+    ["megatron.stranger", "Scheduler"],
+    ["subprocess", "Popen"],
+    ["transformers", "pipeline"],
+    ["transformers", "AutoModel"],
+    ["diffusers", "DiffusionPipeline"],
+    ["scheduler"],
+)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_pipeline_s_index_names_ordinary_classes_of_two_libraries_only(component):
+    named = {"_class_name": "StableDiffusionPipeline", "scheduler": component}
+    with pytest.raises(BadPart, match=r"its scheduler is \['.* in model_index.json"):
+        check_index(named, replaced={})
+    check_index(named | {"scheduler": ["diffusers", "DDIMScheduler"]}, replaced={})
+    check_index(named | {"safety_checker": ["stable_diffusion", "X"]}, replaced={"safety_checker": None} | named)
+
+
+def test_a_base_that_names_a_library_is_refused_before_it_is_imported(train, content, tmp_path, tiny_checkpoint):
+    copytree(tiny_checkpoint, tmp_path / "base")
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w').write('ran')\n")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"scheduler": ["stranger", "Scheduler"]}))
+    content["backbone"]["checkpoint"] = str(tmp_path / "base")
+    assert_refused(train(content), "its scheduler is ['stranger', 'Scheduler']", folder=tmp_path / "run")
+    with pytest.raises(UserError, match="its scheduler is"):
+        DefaultDDPOStableDiffusionPipeline(str(tmp_path / "base"))
+    assert not (tmp_path / "it-ran").exists()

@@ -17,6 +17,7 @@ from agsm_rl.adapters.lora_files import read_lora
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.fused_lora import lora_parts
 from agsm_rl.backbones.loading import find_checkpoint
+from agsm_rl.backbones.parts import check_index
 from agsm_rl.compat.trl.whole_denoiser import WholeDenoiser
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import LORA_FILE, save_adapters
@@ -128,9 +129,10 @@ def _load(source: str, revision: str) -> Any:
     _refuse_injected(Path(source), where)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True}  # a pickled checkpoint could run code
     try:
-        kind = DiffusionPipeline.load_config(source, revision=revision)
-        if "safety_checker" in kind:
+        index = DiffusionPipeline.load_config(source, revision=revision)
+        if "safety_checker" in index:
             options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        check_index(index, replaced=options)
         return DiffusionPipeline.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
