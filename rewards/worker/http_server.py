@@ -1,8 +1,8 @@
-"""A reward served over HTTP: `POST /frame` takes and gives the worker's frames, `GET /health` tells that it is there.
+"""A reward served over HTTP: `POST /frame` takes and returns the worker's frames, `GET /health` says that it runs.
 
-Every frame needs the token (`Authorization: Bearer …`). What is malformed, too large, too slow or too much has a status
-of its own: 400 no frame, 401 token, 408 slow, 413 large, 415 compressed, 422 refused by the reward, 500 failed in the
-reward, 503 busy, 504 the reward takes too long. Errors before the reward are JSON, {"error": …}; the rest are frames.
+Every frame needs the token (`Authorization: Bearer …`). Each refusal has its own status: 400 not a frame, 401 token,
+408 slow, 413 large, 415 compressed, 422 refused by the reward, 500 failed in the reward, 503 busy, 504 the reward takes
+too long. Errors before the reward are JSON, {"error": …}; the others are frames.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from agsm_rl.errors import UserError
 
 MAX_CONNECTIONS = 64
 CLOSE = {"connection": "close"}
-"""In every answer: the next request has to be as quick as the first."""
+"""In every answer, so that each request has to be as quick as the first."""
 STATUS = {"hello": 200, "scores": 200, "refused": 422, "error": 500}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """body: bytes of a request. read: seconds to send its head, and again its body. score: seconds for an answer.
+    """body: bytes of a request. read: seconds for its head, and again for its body. score: seconds for an answer.
 
-    waiting: requests that are read or scored at the same time; scoring itself is one after another.
+    waiting: requests that are read or scored at the same time; they are scored one after another.
     """
 
     body: int = 256 * 2**20
@@ -49,19 +49,19 @@ class Limits:
 
 
 class FrameServer:
-    """The application, and what runs it. `token` is what clients have to show."""
+    """The application and its server. `token` is what clients must present."""
 
     def __init__(self, reward: Any, *, token: str, limits: Limits | None = None) -> None:
         if not token:
             raise UserError("serve-reward: the token is empty")
         self.limits, self.token, self.name = limits or Limits(), token.encode(), reward.name
         self.endpoint = Endpoint(lambda: None)
-        # Made already: clients that greeted a server before this one need not greet again.
+        # Made in advance: clients that greeted an earlier server need not greet again.
         self.endpoint.reward = Served(reward)
         self.one_at_a_time, self.decoding = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
         self.waiting = 0
         routes = [Route("/health", self.health), Route("/frame", self.frame, methods=["POST"])]
-        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _told})
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _as_json})
 
     def uvicorn(self) -> uvicorn.Server:
         """The server, to be run on a socket of `listen`."""
@@ -76,7 +76,7 @@ class FrameServer:
             loop="asyncio",
             ws="none",
             lifespan="off",
-            log_level="error",  # malformed requests are answered, not written down
+            log_level="error",  # malformed requests are answered, not logged
             access_log=False,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
@@ -85,11 +85,11 @@ class FrameServer:
         return uvicorn.Server(config)
 
     async def health(self, request: Request) -> Response:
-        """For a look from outside: says nothing that needs the token."""
+        """For monitoring: says nothing that would need the token."""
         return JSONResponse({"protocol": PROTOCOL, "reward": self.name}, headers=CLOSE)
 
     async def frame(self, request: Request) -> Response:
-        """Check the request, let the reward answer."""
+        """Check the request and let the reward answer."""
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self.token):
             raise HTTPException(401, "the token is missing or wrong: Authorization: Bearer …")
@@ -104,12 +104,12 @@ class FrameServer:
                 if question.header["op"] not in ("hello", "score"):
                     raise ProtocolError("its op is not hello or score")
             except ProtocolError as error:
-                raise HTTPException(400, f"no frame: {error}") from error
+                raise HTTPException(400, f"not a frame: {error}") from error
             answer = b"".join(await self._answer(question))
         return Response(answer, STATUS[decode(answer).header["op"]], media_type=FRAME, headers=CLOSE)
 
     async def _answer(self, question: Any) -> Any:
-        """The reward's answer; one that hangs keeps its thread, and later requests are told that it is busy."""
+        """The reward's answer; one that hangs keeps its thread, and later requests get 504."""
         work = anyio.to_thread.run_sync(
             self.endpoint.answer, question, abandon_on_cancel=True, limiter=self.one_at_a_time
         )
@@ -120,13 +120,13 @@ class FrameServer:
 
     async def _body(self, request: Request) -> bytearray:
         limit, body = self.limits.body, bytearray()
-        told = f"the body is over the limit of {limit} bytes"
+        reason = f"the body is over the limit of {limit} bytes"
         over = int(request.headers.get("content-length", 0)) > limit
         if over and "expect" in request.headers:  # its sender waits for an answer first
-            raise HTTPException(413, told)
+            raise HTTPException(413, reason)
         try:
             async with asyncio.timeout(self.limits.read):
-                # What is too much is taken in and dropped: who is cut off while sending may never read why.
+                # Too large a body is read and dropped: a client that is cut off while sending may never read why.
                 async for part in request.stream():
                     over = over or len(body) + len(part) > limit
                     if over:
@@ -139,7 +139,7 @@ class FrameServer:
             if not over:
                 raise HTTPException(408, f"the body took more than {self.limits.read:g} s") from error
         if over:
-            raise HTTPException(413, told)
+            raise HTTPException(413, reason)
         return body
 
     @contextlib.asynccontextmanager
@@ -154,7 +154,7 @@ class FrameServer:
 
 
 class _TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which by itself waits forever for a request's head."""
+    """uvicorn's HTTP/1.1 with a time limit: uvicorn waits forever for the head of a request."""
 
     seconds = 30.0
 
@@ -168,7 +168,7 @@ class _TimedProtocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; UserError when the address cannot be had."""
+    """A listening socket; UserError if the address cannot be used."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
@@ -176,6 +176,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"serve-reward: cannot listen on {host} port {port}: {error}") from error
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _as_json(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, headers=CLOSE)

@@ -1,8 +1,8 @@
-"""`ray_pool`: a registered reward on several Ray actors, which share each batch; on one machine or a cluster.
+"""`ray_pool`: a registered reward on several Ray actors that share each batch, on one machine or a cluster.
 
     rewards: {ray_pool: {reward: hpsv2_official, options: {version: "2.1"}, workers: 4, num_gpus: 1}}
 
-Needs `pip install 'agsm-rl[ray]'`. Actors speak the worker's frames, so that they are checked as any other worker is.
+Needs `pip install 'agsm-rl[ray]'`. Actors speak the worker's frames, so they are checked like any other worker.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RewardActor:
 
 
 class ActorLink:
-    """The link to an actor of its own; a new actor takes the place of one that died or was too slow."""
+    """The link to one actor; a new actor replaces one that died or was too slow."""
 
     def __init__(self, name: str, options: dict[str, Any], *, address: str | None, resources: dict[str, float]) -> None:
         self._name, self._options, self._address, self._resources = name, options, address, resources
@@ -50,7 +50,7 @@ class ActorLink:
 
     def open(self) -> None:
         ray = _ray()
-        with _starting:  # a pool's links are opened at once
+        with _starting:  # the links of a pool are opened at the same time
             if not ray.is_initialized():
                 start_ray(self._address, who=WHO)
         self._actor = ray.remote(RewardActor).options(**self._resources).remote(self._name, self._options)
@@ -75,17 +75,17 @@ class ActorLink:
 
 
 class RayPoolReward:
-    """Scores [B] of images [B, 3, H, W] in [0, 1] by Ray actors, each of which scores a part of the batch.
+    """A registered reward on several Ray actors: scores [B], each actor scoring a part of the batch.
 
     Args:
         reward: Name of a registered reward.
         options: Constructor arguments of the reward.
         workers: Number of actors.
         num_cpus, num_gpus: CPUs and GPUs that Ray sets aside for each actor.
-        address: Address of a running Ray. Null is the one that RAY_ADDRESS names, or a new one here.
+        address: Address of a running Ray. Null: the one in RAY_ADDRESS, or else a new one on this machine.
         timeout: Seconds for the scores of one batch.
         start_timeout: Seconds for the worker to load what it needs.
-        retries: How often a batch is tried again after a crash, a hang or nonsense.
+        retries: How often a batch is tried again after a crash, a hang or an invalid answer.
         backoff: Seconds before the first further try, doubled each time, one minute at most.
     """
 
@@ -109,9 +109,9 @@ class RayPoolReward:
     ) -> None:
         if workers < 1:
             raise UserError(f"reward 'ray_pool': workers must be 1 or more; got {workers}")
-        found = _reward_class(reward)
+        kind = _reward_class(reward)
         try:
-            made = found(**(options or {}))  # checks the options; nothing is loaded
+            made = kind(**(options or {}))  # checks the options; nothing is loaded
         except TypeError as error:
             raise UserError(f"reward 'ray_pool': options of '{reward}': {error}") from error
         _ray()
@@ -127,7 +127,7 @@ class RayPoolReward:
         rows = [part for part in torch.arange(len(prompts)).tensor_split(len(self._workers)) if len(part)]
         parts = [(images[part], [prompts[row] for row in part.tolist()]) for part in rows]
         done = [self._threads.submit(worker, *part) for worker, part in zip(self._workers, parts, strict=False)]
-        return torch.cat([one.result() for one in done])
+        return torch.cat([part.result() for part in done])
 
     def close(self) -> None:
         """End the actors; a later batch starts them again."""
@@ -136,16 +136,16 @@ class RayPoolReward:
 
     @staticmethod
     def permissions(options: Mapping[str, Any]) -> list[str]:
-        """What the reward inside needs, and the cluster's address."""
-        found = _reward_class(str(options["reward"]))
-        inner = registry.permissions_needed(found, options.get("options") or {})
+        """What the reward inside needs, and the address of a cluster."""
+        kind = _reward_class(str(options["reward"]))
+        inner = registry.permissions_needed(kind, options.get("options") or {})
         address = options.get("address")
         return [*inner, *([] if address in (None, "local") else [f"host:{address}"])]
 
 
 def _reward_class(name: str) -> Any:
     if ":" in name:
-        raise UserError(f"reward 'ray_pool': reward: '{name}' is no registered name; see `agsm-rl list rewards`")
+        raise UserError(f"reward 'ray_pool': reward: '{name}' is not a registered name; see `agsm-rl list rewards`")
     return registry.load("rewards", name, where="reward 'ray_pool': reward")
 
 

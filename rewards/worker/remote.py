@@ -1,6 +1,6 @@
-"""A reward behind a link: greet, ask, check the answer, start again after a fault, and in the end say what is wrong.
+"""A reward behind a link: greet, ask, check the answer, start again after a fault, and finally say what is wrong.
 
-A batch has its scores, all of them checked, or there is a UserError. No score is ever made up.
+A batch gets all of its scores, checked, or there is a UserError. A score is never made up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from agsm_rl.errors import UserError
 
 LONGEST_BACKOFF = 60.0
 MAX_ANSWER = 2**20
-"""Bytes of an answer's arrays: four an image are wanted."""
+"""Bytes of an answer's arrays; four per image are needed."""
 
 
 class Fault(Exception):
-    """An attempt that failed and may be repeated; `broken`: only on a link that is opened anew."""
+    """A failed attempt that may be repeated; if `broken`, only on a link that is opened again."""
 
     def __init__(self, message: str, *, broken: bool = True) -> None:
         super().__init__(message)
@@ -31,21 +31,21 @@ class Fault(Exception):
 
 
 class Link(Protocol):
-    """A way to a worker. `ask` raises Fault when there is no whole answer in time."""
+    """A connection to a worker. `ask` raises Fault if there is no complete answer in time."""
 
     @property
     def is_open(self) -> bool: ...
 
     def open(self) -> None:
-        """Start the worker, or find it; UserError for what no second try can mend."""
+        """Start the worker, or find it; UserError for what trying again cannot fix."""
         ...
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
-        """Send a frame and give back the answer."""
+        """Send a frame and return the answer."""
         ...
 
     def close(self) -> None:
-        """End the worker, however it does; calls after the first do nothing."""
+        """End the worker, whatever it is doing; further calls do nothing."""
         ...
 
     def last_words(self) -> str:
@@ -56,13 +56,13 @@ class Link(Protocol):
 class RemoteReward:
     """Scores [B] of images [B, 3, H, W] in [0, 1] by the reward at the other end of a link.
 
-    The worker is started at the first batch, not before. UserError when the tries are used up, or at once when the
+    The worker is started at the first batch, not before. Raises UserError when the tries are used up, or at once if the
     worker refuses (a wrong option, missing weights).
 
     Args:
         timeout: Seconds for the scores of one batch.
         start_timeout: Seconds for the worker to load what it needs.
-        retries: How often a batch is tried again after a crash, a hang or nonsense.
+        retries: How often a batch is tried again after a crash, a hang or an invalid answer.
         backoff: Seconds before the first further try, doubled each time, one minute at most.
     """
 
@@ -88,7 +88,7 @@ class RemoteReward:
         self.name = name
         self.range: tuple[float, float] = (-math.inf, math.inf)
         self.packages: dict[str, str] = {}
-        """Versions that the worker tells of itself, once it has started."""
+        """Package versions that the worker reports once it has started."""
         self._link, self._options = link, options or {}
         self._timeout, self._start_timeout, self._retries, self._backoff = timeout, start_timeout, retries, backoff
         self._images = "float32"
@@ -155,41 +155,42 @@ class RemoteReward:
             self._link.close()
             raise UserError(f"reward '{self.name}': {message}")
         if op == "error":
-            # While it starts there is nothing to go on with, nor after its memory ran out; else the next batch may well
-            # succeed.
+            # A worker that fails while it starts, or ran out of memory, must be started again; else the next batch may
+            # well succeed.
             raise Fault(message, broken=wanted == "hello" or frame.header.get("spent") is True)
         if op != wanted:
-            raise Fault(f"it answered with '{op[:40]}' where '{wanted}' was wanted")
+            raise Fault(f"it answered with '{op[:40]}' where '{wanted}' was expected")
         return frame
 
     def _checked(self, scores: Array | None, prompts: list[str]) -> Tensor:
         if scores is None or scores.dtype != "float32" or scores.shape != (len(prompts),):
             got = None if scores is None else (scores.dtype, scores.shape)
-            raise Fault(f"it answered with {got}, but a float32 an image is wanted: shape ({len(prompts)},)")
-        found = torch.frombuffer(bytearray(scores.data), dtype=torch.float32)
+            raise Fault(f"it answered with {got}, but one float32 per image is needed: shape ({len(prompts)},)")
+        received = torch.frombuffer(bytearray(scores.data), dtype=torch.float32)
         low, high = self.range
         slack = 1e-4 * max([1.0, *(abs(end) for end in self.range if math.isfinite(end))])
-        good = torch.isfinite(found) & (found >= low - slack) & (found <= high + slack)
+        good = torch.isfinite(received) & (received >= low - slack) & (received <= high + slack)
         if not good.all():
             bad = int((~good).nonzero()[0])
-            where = "" if not math.isfinite(float(found[bad])) else f", outside of its range {low:g} to {high:g},"
-            raise Fault(f"its score is {float(found[bad])}{where} for the prompt '{prompts[bad]}'", broken=False)
-        return found
+            score = float(received[bad])
+            outside = f", outside of its range {low:g} to {high:g}," if math.isfinite(score) else ""
+            raise Fault(f"its score is {score}{outside} for the prompt '{prompts[bad]}'", broken=False)
+        return received
 
 
 def check_images(name: str, images: Tensor, prompts: list[str]) -> None:
-    """UserError unless there are images [B, 3, H, W], finite, with a prompt each."""
+    """UserError unless these are finite images [B, 3, H, W] with one prompt each."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or len(images) != len(prompts):
         raise UserError(
-            f"reward '{name}': it wants images [B, 3, H, W] with a prompt each; got {tuple(images.shape)} and "
+            f"reward '{name}': it needs images [B, 3, H, W] with one prompt each; got {tuple(images.shape)} and "
             f"{len(prompts)} prompts"
         )
     if not torch.isfinite(images).all():
-        raise UserError(f"reward '{name}': the images have values that are not finite")
+        raise UserError(f"reward '{name}': the images contain values that are not finite")
 
 
 def as_array(images: Tensor, dtype: str) -> Array:
-    """Images as the worker wants them: float32 as they are, or 8 bits a channel."""
+    """Images as the worker needs them: float32 as they are, or 8 bits per channel."""
     pixels = images.detach().float()
     pixels = (pixels.clamp(0, 1) * 255).round().byte() if dtype == "uint8" else pixels
     values = pixels.cpu().contiguous().numpy()
@@ -198,6 +199,6 @@ def as_array(images: Tensor, dtype: str) -> Array:
 
 def _range(ends: Any) -> tuple[float, float]:
     if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int | float | None) for end in ends):
-        raise Fault("it told no range of its scores")
+        raise Fault("it did not state the range of its scores")
     low, high = ends
     return (-math.inf if low is None else float(low), math.inf if high is None else float(high))

@@ -1,8 +1,8 @@
-"""`worker`: your own reward with its own requirements, in a process of its own.
+"""`worker`: your own reward with its own requirements, in a separate process.
 
     rewards: {mine: {use: worker, script: ./my_reward.py, weight: 1.0}}
 
-A script that states its requirements inline (PEP 723) is run by `uv run`, any other with our Python; `command` runs
+A script that states its requirements inline (PEP 723) is run by `uv run`, any other by our Python; `command` runs
 anything else, e.g. `[docker, run, -i, my-image]`. The other end is `serve` of agsm_rl_worker.py.
 """
 
@@ -27,10 +27,10 @@ SIDE = str(Path(worker_side.__file__).parent)
 
 
 class WorkerReward(RemoteReward):
-    """Scores by a script or a command of yours, in a process of its own.
+    """Scores by your own script or command, in a separate process.
 
     Args:
-        script: Python file of the reward; the environment it states is made by uv. Give this or `command`.
+        script: Python file of the reward; uv creates the environment that it states. Give this or `command`.
         command: The command that starts the worker, as a list of words. Give this or `script`.
         options: Constructor arguments of the reward in the worker.
     """
@@ -62,21 +62,21 @@ class WorkerReward(RemoteReward):
 
     @staticmethod
     def permissions(options: Mapping[str, Any]) -> list[str]:
-        """What must be allowed on the command line before a recipe may have this."""
+        """Running the script or command, which the command line must allow."""
         if options.get("script") is not None:
             return [f"command:{options['script']}"]
         return [f"command:{shlex.join(options['command'])}"] if options.get("command") else []
 
 
 def side_path(*, keep: bool = False) -> dict[str, str | None]:
-    """The environment in which a worker finds agsm_rl_worker.py; keep: beside what is on PYTHONPATH already."""
-    ours = os.environ.get("PYTHONPATH") if keep else None
-    path = os.pathsep.join([SIDE, ours] if ours else [SIDE])
+    """The environment in which a worker finds agsm_rl_worker.py; keep: in front of the present PYTHONPATH."""
+    present = os.environ.get("PYTHONPATH") if keep else None
+    path = os.pathsep.join([SIDE, present] if present else [SIDE])
     return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | _own_gpu()
 
 
 def _own_gpu() -> dict[str, str | None]:
-    """Of several training processes on this machine, each one's workers take its GPU, which is "cuda" to them."""
+    """With several training processes on this machine, each one's workers use its GPU, which they see as "cuda"."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return {}
     rank, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -93,7 +93,7 @@ def _prepared(script: str | None, command: Sequence[str] | None) -> tuple[Sequen
     if script_metadata(path) is None:
         return [sys.executable, str(path)], side_path(keep=True)
     uv = find_uv(f"{path.name}, which states its requirements,")
-    # Without VIRTUAL_ENV, which is ours.
+    # Without VIRTUAL_ENV, which is our own.
     return [uv, "run", "--quiet", "--no-project", "--script", str(path)], side_path() | uv_variables() | {
         "VIRTUAL_ENV": None
     }

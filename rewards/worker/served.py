@@ -1,4 +1,4 @@
-"""One of our rewards behind frames, to be served over HTTP or on a Ray actor."""
+"""One of our rewards behind the worker's frames, for HTTP and for Ray's actors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from agsm_rl_rewards.worker_side.agsm_rl_worker import Refused
 
 from agsm_rl.errors import UserError
-from agsm_rl.training.scoring import scoring_device
 
 
 class Served:
-    """Takes the worker's arrays float32 [B, 3, H, W] to `reward` as tensors; its UserErrors are refusals."""
+    """Passes a frame's images, float32 [B, 3, H, W], to `reward` as tensors; its UserErrors become refusals."""
 
     images = "numpy"
 
@@ -22,7 +21,7 @@ class Served:
     @torch.no_grad()
     def __call__(self, images: Any, prompts: list[str]) -> Any:
         try:
-            pixels = torch.from_numpy(images).to(scoring_device())
-            return self.reward(pixels, prompts).detach().float().cpu()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return self.reward(torch.from_numpy(images).to(device), prompts).detach().float().cpu()
         except UserError as error:
             raise Refused(str(error)) from error

@@ -1,1 +1,1 @@
-"""What runs on the other side of a pipe: one file that needs nothing but Python, which the client puts on its path."""
+"""The worker's side of a pipe: one file that needs nothing but Python, and that the client puts on its path."""

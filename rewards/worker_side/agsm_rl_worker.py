@@ -1,6 +1,6 @@
-"""A reward in a process of its own: the frames that go over pipes, HTTP and Ray, and `serve`, which answers them.
+"""A reward in a separate process: the frames that go over pipes, HTTP and Ray, and `serve`, which answers them.
 
-Needs nothing but Python 3.10, so that it runs in any environment; the client puts this file's folder on its path.
+Needs nothing but Python 3.10, so it runs in any environment; the client puts this file's folder on the path.
 A reward's script ends with `serve(MyReward)`:
 
     from agsm_rl_worker import serve
@@ -15,7 +15,7 @@ A reward's script ends with `serve(MyReward)`:
     serve(MyReward)
 
 A frame: magic, header size (4 bytes) and body size (8 bytes), big-endian; a JSON header; raw little-endian arrays, one
-after another, whose names, types and shapes stand in the header. Nothing is pickled, ever.
+after another, whose names, types and shapes are in the header. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ MAX_BODY = 2**30
 ITEM_BYTES = {"float32": 4, "uint8": 1}
 MAX_DIMENSIONS = 4
 GRACE = 5.0
-"""Seconds that a worker whose client is gone may still take."""
+"""Seconds that a worker may go on after its client is gone."""
 
 Buffer = bytes | bytearray | memoryview
 
 
 class ProtocolError(Exception):
-    """Bytes that are no frame of this protocol."""
+    """Bytes that are not a frame of this protocol."""
 
 
 class Refused(Exception):
-    """Raised by a reward for what no second try can mend: a wrong option, a missing file. The client stops with it."""
+    """Raised by a reward for what trying again cannot fix: a wrong option, a missing file. It stops the client."""
 
 
 class Array(NamedTuple):
@@ -71,7 +71,7 @@ class Frame(NamedTuple):
 
 
 def encode(header: dict[str, Any], arrays: Iterable[Array] = ()) -> list[Buffer]:
-    """A frame as buffers to be written one after another; large arrays are not copied."""
+    """A frame as buffers to write one after another; large arrays are not copied."""
     arrays = list(arrays)
     described = [{"name": item.name, "dtype": item.dtype, "shape": list(item.shape)} for item in arrays]
     text = json.dumps({**header, "arrays": described}, allow_nan=False).encode()
@@ -81,9 +81,9 @@ def encode(header: dict[str, Any], arrays: Iterable[Array] = ()) -> list[Buffer]
 
 
 def read_frame(read: Callable[[int], Buffer], *, max_body: int = MAX_BODY, start: bytes = b"") -> Frame:
-    """The next frame; `read(n)` gives exactly n bytes or raises. ProtocolError before anything large is read.
+    """The next frame; `read(n)` returns exactly n bytes or raises. ProtocolError before anything large is read.
 
-    start: bytes of the frame that were read already.
+    start: bytes of the frame that have been read already.
     """
     magic, header_size, body_size = PREFIX.unpack(start + bytes(read(PREFIX.size - len(start))))
     if magic != MAGIC:
@@ -95,7 +95,7 @@ def read_frame(read: Callable[[int], Buffer], *, max_body: int = MAX_BODY, start
     header, described = _header(bytes(read(header_size)))
     sizes = [ITEM_BYTES[dtype] * math.prod(shape) for _, dtype, shape in described]
     if sum(sizes) != body_size:
-        raise ProtocolError(f"its arrays want {sum(sizes)} bytes, but its body has {body_size}")
+        raise ProtocolError(f"its arrays need {sum(sizes)} bytes, but its body has {body_size}")
     arrays = {}
     for (name, dtype, shape), size in zip(described, sizes, strict=True):
         arrays[name] = Array(name, dtype, shape, read(size))
@@ -103,14 +103,14 @@ def read_frame(read: Callable[[int], Buffer], *, max_body: int = MAX_BODY, start
 
 
 def decode(data: Buffer, *, max_body: int = MAX_BODY) -> Frame:
-    """The one frame that `data` is; ProtocolError for anything missing or left over."""
+    """`data` as one frame; ProtocolError for anything missing or left over."""
     view, place = memoryview(data), 0
 
     def read(count: int) -> memoryview:
         nonlocal place
         part = view[place : place + count]
         if len(part) < count:
-            raise ProtocolError(f"truncated: {len(part)} bytes where {count} are wanted")
+            raise ProtocolError(f"truncated: {len(part)} bytes where {count} are needed")
         place += count
         return part
 
@@ -121,7 +121,7 @@ def decode(data: Buffer, *, max_body: int = MAX_BODY) -> Frame:
 
 
 def _header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, str, tuple[int, ...]]]]:
-    """The JSON header and what it says of the arrays, every value checked."""
+    """The JSON header, and the arrays it describes, every value checked."""
     try:
         header = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -131,13 +131,13 @@ def _header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, str, tuple[int
     listed = header.pop("arrays", [])
     if not isinstance(listed, list):
         raise ProtocolError("its 'arrays' are not a list")
-    found: list[tuple[str, str, tuple[int, ...]]] = []
+    arrays: list[tuple[str, str, tuple[int, ...]]] = []
     for item in listed:
         name, dtype, shape = _described(item)
-        if name in {known for known, _, _ in found}:
-            raise ProtocolError(f"the array '{name}' stands twice")
-        found.append((name, dtype, shape))
-    return header, found
+        if name in {known for known, _, _ in arrays}:
+            raise ProtocolError(f"the array '{name}' is listed twice")
+        arrays.append((name, dtype, shape))
+    return header, arrays
 
 
 def _described(item: Any) -> tuple[str, str, tuple[int, ...]]:
@@ -155,11 +155,19 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-class Endpoint:
-    """A reward behind frames: the same answers over a pipe, HTTP or Ray. `make(**options)` gives the reward.
+DECLARED: dict[str, Any] = {"images": "numpy", "range": (-math.inf, math.inf), "packages": ()}
+"""What a reward may declare as attributes, and what holds where it does not."""
 
-    It is made at the first greeting. `MemoryError` and torch's OutOfMemoryError leave the process unfit: `spent` is
-    set then, and it should end, to be started afresh.
+
+def _declared(reward: Any, name: str) -> Any:
+    return getattr(reward, name, DECLARED[name])
+
+
+class Endpoint:
+    """A reward behind frames: the same answers over a pipe, HTTP or Ray. `make(**options)` returns the reward.
+
+    It is made at the first greeting. After `MemoryError` or torch's OutOfMemoryError the process cannot be trusted:
+    `spent` is set, and it should end, to be started again.
     """
 
     def __init__(self, make: Callable[..., Any]) -> None:
@@ -168,7 +176,7 @@ class Endpoint:
         self.spent = False
 
     def answer(self, frame: Frame) -> list[Buffer]:
-        """The answer to a frame; an exception becomes an answer that tells it."""
+        """The answer to a frame; an exception, sys.exit() too, becomes an answer that reports it."""
         op, number = frame.header["op"], frame.header.get("id")
         try:
             if op == "hello":
@@ -178,7 +186,7 @@ class Endpoint:
             raise ProtocolError(f"'{op}' is not an op; allowed: hello, score")
         except (ProtocolError, Refused) as error:
             return encode({"op": "refused", "id": number, "message": str(error)})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc(file=sys.stderr)
             self.spent = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -193,19 +201,19 @@ class Endpoint:
                 raise ProtocolError("'options' are not a mapping")
             self.reward = self.make(**options)
         elif options:
-            raise Refused("this reward runs already, with options of its own; leave them out")
-        low, high = getattr(self.reward, "range", (-math.inf, math.inf))
+            raise Refused("this reward is running already, with its own options; leave them out")
+        low, high = _declared(self.reward, "range")
         return {
             "op": "hello",
             "protocol": PROTOCOL,
-            "images": "uint8" if getattr(self.reward, "images", "numpy") == "pil" else "float32",
+            "images": "uint8" if _declared(self.reward, "images") == "pil" else "float32",
             "range": [low if math.isfinite(low) else None, high if math.isfinite(high) else None],
-            "packages": {name: _version(name) for name in getattr(self.reward, "packages", ())},
+            "packages": {name: _version(name) for name in _declared(self.reward, "packages")},
         }
 
     def _score(self, frame: Frame) -> Array:
         if self.reward is None:
-            raise ProtocolError("'hello' comes before 'score'")
+            raise ProtocolError("'hello' must come before 'score'")
         images, prompts = frame.arrays.get("images"), frame.header.get("prompts")
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ProtocolError("'prompts' are not a list of texts")
@@ -213,12 +221,12 @@ class Endpoint:
             raise ProtocolError("'images' are not of shape [B, 3, H, W]")
         if len(prompts) != images.shape[0]:
             raise ProtocolError(f"there are {images.shape[0]} images, but {len(prompts)} prompts")
-        scores = _flat(self.reward(_as_wanted(images, getattr(self.reward, "images", "numpy")), prompts), len(prompts))
+        scores = _flat(self.reward(_as_declared(images, _declared(self.reward, "images")), prompts), len(prompts))
         return Array("scores", "float32", (len(scores),), _little_endian(array.array("f", scores)))
 
 
 def serve(make: Callable[..., Any]) -> None:
-    """Answer frames on stdin and stdout until stdin ends. All that is printed meanwhile goes to stderr."""
+    """Answer frames on stdin and stdout until stdin ends. Whatever is printed meanwhile goes to stderr."""
     source, sink = _take_pipes()
     frames: queue.Queue[Frame | None] = queue.Queue()
     threading.Thread(target=_read_all, args=(source, frames), daemon=True).start()
@@ -231,7 +239,7 @@ def serve(make: Callable[..., Any]) -> None:
 
 
 def _take_pipes() -> tuple[int, int]:
-    """Private copies of stdin and stdout; 0 becomes empty and 1 the same as stderr, for C code and children too."""
+    """Private copies of stdin and stdout; 0 becomes empty and 1 goes to stderr, for C code and children too."""
     source, sink = os.dup(0), os.dup(1)
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
@@ -241,7 +249,7 @@ def _take_pipes() -> tuple[int, int]:
 
 
 def _read_all(source: int, frames: queue.Queue[Frame | None]) -> None:
-    """Feed the queue. When the client is gone, end the process, even one that hangs in the reward."""
+    """Feed the queue. When the client is gone, end the process, even if it hangs in the reward."""
     with os.fdopen(source, "rb") as file:
 
         def read(count: int) -> bytes:
@@ -267,11 +275,11 @@ def _write_all(sink: int, data: Buffer) -> None:
         view = view[os.write(sink, view) :]
 
 
-def _as_wanted(images: Array, wanted: str) -> Any:
+def _as_declared(images: Array, kind: str) -> Any:
     import numpy
 
     pixels = numpy.frombuffer(images.data, dtype="<f4" if images.dtype == "float32" else "u1").reshape(images.shape)
-    if wanted == "pil":
+    if kind == "pil":
         from PIL import Image
 
         if pixels.dtype != numpy.uint8:
@@ -282,15 +290,15 @@ def _as_wanted(images: Array, wanted: str) -> Any:
 
 
 def _flat(scores: Any, count: int) -> list[float]:
-    """The reward's answer as `count` numbers; ValueError when it is none."""
-    found = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(found, (list, tuple)) or len(found) != count:
+    """The reward's answer as `count` numbers; ValueError if it is anything else."""
+    listed = scores.tolist() if hasattr(scores, "tolist") else scores  # a tensor or an array, of whatever package
+    if not isinstance(listed, (list, tuple)) or len(listed) != count:
         shape = tuple(scores.shape) if hasattr(scores, "shape") else type(scores).__name__
-        raise ValueError(f"the reward returned {shape}, but a score an image is wanted: {count} numbers")
-    flat = [item.item() if hasattr(item, "item") else item for item in found]
+        raise ValueError(f"the reward returned {shape}, but one score per image is needed: {count} numbers")
+    flat = [item.item() if hasattr(item, "item") else item for item in listed]
     bad = [item for item in flat if isinstance(item, bool) or not isinstance(item, (int, float))]
     if bad:
-        raise ValueError(f"the reward returned {bad[0]!r} for a score, but a number is wanted")
+        raise ValueError(f"the reward returned {bad[0]!r} as a score, but it must be a number")
     return [float(item) for item in flat]
 
 
@@ -301,7 +309,7 @@ def _little_endian(numbers: array.array) -> bytes:
 
 
 def _version(package: str) -> str:
-    from importlib import metadata  # slow to import, and rarely wanted
+    from importlib import metadata  # slow to import, and rarely needed
 
     try:
         return metadata.version(package)

@@ -36,7 +36,7 @@ def test_without_the_token_nothing_is_scored(serve, token):
 
 
 BAD = {
-    "no_frame": (b"hello", 400, "no frame"),
+    "no_frame": (b"hello", 400, "not a frame"),
     "nothing": (b"", 400, "truncated"),
     "truncated": (question()[:-1], 400, "truncated"),
     "more": (question() + b"x", 400, "follow the frame"),

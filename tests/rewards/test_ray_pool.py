@@ -23,7 +23,7 @@ from agsm_rl.errors import UserError
 
 
 def test_what_cannot_be_pooled_is_told_before_ray_starts(monkeypatch):
-    with pytest.raises(UserError, match="'os:system' is no registered name"):
+    with pytest.raises(UserError, match="'os:system' is not a registered name"):
         RayPoolReward(reward="os:system")
     with pytest.raises(UserError, match="Did you mean 'shapes'"):
         RayPoolReward(reward="shapez")

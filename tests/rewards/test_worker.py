@@ -113,7 +113,7 @@ def test_all_that_a_reward_prints_goes_to_its_stderr(script):
 def test_prints_before_the_first_frame_are_passed_over(faulty, tmp_path):
     (tmp_path / "noise_first").touch()
     # It prints the magic too, which no banner does: the first start is lost, and told.
-    with pytest.raises(UserError, match="no frame"):
+    with pytest.raises(UserError, match="not a frame"):
         faulty(retries=0)(images(), ["right:0", ""])
     (tmp_path / "noise_first").unlink()
     assert faulty()(images(), ["right:1", ""]).tolist() == [0.0, 1.0]
@@ -217,12 +217,13 @@ def test_running_out_of_memory_starts_the_worker_afresh(script, tmp_path):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("[1.0]", r"ValueError: the reward returned list, but a score an image is wanted: 2 numbers"),
+        ("[1.0]", r"ValueError: the reward returned list, but one score per image is needed: 2 numbers"),
         ("images[:, 0]", r"the reward returned \(2, 2, 2\)|returned \[\["),
-        ("[1.0, None]", "the reward returned None for a score"),
-        ("[1.0, 'good']", "the reward returned 'good' for a score"),
+        ("[1.0, None]", "the reward returned None as a score"),
+        ("[1.0, 'good']", "the reward returned 'good' as a score"),
         ("3.0", "the reward returned float"),
         ("1 / 0", "ZeroDivisionError"),
+        ("exit(0)", "SystemExit: 0"),
         ("[1.0, float('nan')]", "its score is nan for the prompt 'second'"),
     ],
 )
