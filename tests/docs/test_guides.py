@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from agsm_rl.cli import app
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
@@ -43,7 +47,7 @@ def commands_of(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("guide", EXAMPLES)
-def test_a_guide_s_example_runs_as_printed(guide, tmp_path):
+def test_a_guide_s_example_runs_as_printed(guide, tmp_path, monkeypatch):
     page = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
     for name, text in files_of(page).items():
         (tmp_path / name).write_text(shrunk(text) if name.endswith(".yaml") else text, encoding="utf-8")
@@ -51,19 +55,19 @@ def test_a_guide_s_example_runs_as_printed(guide, tmp_path):
     (tmp_path / "recipes").mkdir()
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         (tmp_path / "recipes" / recipe.name).write_text(shrunk(recipe.read_text(encoding="utf-8")), encoding="utf-8")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
-
-    def run(*arguments: str) -> None:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (arguments, done.stdout[-2000:], done.stderr[-3000:])
-
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for program, *arguments in commands_of(page):
         if program == "agsm-rl":
-            run("-m", "agsm_rl", *arguments, *SMALL.get(arguments[0], ()))
+            result = CliRunner().invoke(app, [*arguments, *SMALL.get(arguments[0], ())])
+            assert result.exit_code == 0, (arguments, result.output, result.exception)
         else:
             assert program == "python", f"{program} is not run by this test"
-            run(*arguments)
+            monkeypatch.setattr(sys, "argv", arguments)
+            runpy.run_path(arguments[0], run_name="__main__")
     if tests := [name for name in files_of(page) if name.startswith("test_")]:
-        run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
