@@ -25,7 +25,7 @@ def user_code(who: str, about: str) -> Iterator[None]:
     `about` says what it was called with. Gradients are switched on or off afterwards as before. os._exit(), which
     nothing can catch, ends the process with exit code 2 at least.
     """
-    os._exit = _exit_with_an_error
+    os._exit = _exit_with_an_error  # type: ignore[assignment]  # it returns in a forked child only
     call = (os.getpid(), who)
     _running.append(call)
     try:
