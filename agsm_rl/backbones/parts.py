@@ -139,7 +139,7 @@ def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> Non
         if name.startswith("_") or name in replaced or not isinstance(entry, list | tuple) or None in entry:
             continue
         library, class_name = entry if len(entry) == 2 else (None, None)
-        found = getattr(LIBRARIES.get(library), class_name, None) if isinstance(class_name, str) else None
+        found = getattr(LIBRARIES.get(str(library)), class_name, None) if isinstance(class_name, str) else None
         if not (isinstance(found, type) and issubclass(found, COMPONENTS)):
             raise BadPart(
                 f"its {name} is {list(entry)} in model_index.json; models, schedulers, tokenizers and image processors "

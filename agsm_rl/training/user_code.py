@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -25,7 +26,7 @@ def user_code(who: str, about: str) -> Iterator[None]:
     `about` says what it was called with. Gradients are switched on or off afterwards as before. os._exit(), which
     nothing can catch, ends the process with exit code 2 at least.
     """
-    os._exit = _exit_with_an_error  # type: ignore[assignment]  # it returns in a forked child only
+    os._exit = _exit_with_an_error
     call = (os.getpid(), who)
     _running.append(call)
     try:
@@ -43,7 +44,7 @@ def user_code(who: str, about: str) -> Iterator[None]:
         _running.remove(call)
 
 
-def _exit_with_an_error(status: int) -> None:
+def _exit_with_an_error(status: int) -> NoReturn:
     """In place of os._exit, which would end a run in the middle with the exit code of a finished one."""
     if who := [name for process, name in _running if process == os.getpid()]:
         print(f"agsm-rl: {who[-1]}: it ended the process with os._exit({status})", file=sys.stderr, flush=True)
