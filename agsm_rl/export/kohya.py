@@ -62,6 +62,7 @@ def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if "kind" in metadata:
         raise UserError(f"{file}: is agsm-rl's own export, attach() takes it; other forms: agsm, softrepa, kohya.")
     rank, alpha = _rank_and_alpha(tensors, file)
+    expected = sum(name.endswith((DOWN, UP)) for name in tensors)  # diffusers empties the dictionary
     try:
         # Original names count SDXL's blocks through; its U-Net has two layers in each.
         unet = SimpleNamespace(layers_per_block=2)
@@ -71,8 +72,7 @@ def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     own = _in_peft_s_form(renamed)
     if odd := [name for name in own if not name.endswith(OURS)]:
         raise UserError(f"{file}: has layers that diffusers finds no place for ({', '.join(odd[:3])}).")
-    lost = 2 * sum(name.endswith(DOWN) for name in tensors) - len(own)
-    if lost:
+    if lost := expected - len(own):
         raise UserError(f"{file}: diffusers finds no place for {lost} of its tensors; nothing is converted.")
     # Whole names, not ends of names: a file may have some blocks only.
     targets: dict[str, list[str]] = defaultdict(list)

@@ -1,5 +1,6 @@
 """LoRA through PEFT: banks, exactness when off, and files that diffusers itself loads."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,13 @@ def test_an_export_that_does_not_fit_is_refused(backbone: StableDiffusion) -> No
         lora.load_export({**tensors, "unet.other.lora_A.weight": torch.zeros(2, 2)}, metadata)
     with pytest.raises(UserError, match="the file has no"):
         lora.load_export({name: value for name, value in tensors.items() if name != first}, metadata)
+    other = LoRA(rank=2, alpha=16)
+    lora.detach()
+    other.attach(backbone)
+    with pytest.raises(
+        UserError, match=r"alpha is 2 in the file, 16 here: .* at 8 times their strength. Set `alpha: 2`"
+    ):
+        other.load_export(tensors, metadata)
     with pytest.raises(UserError, match="metadata .lora_adapter_metadata. is missing"):
         LoRA.from_export(tensors, {})
 
@@ -227,5 +235,25 @@ def test_target_modules_that_match_nothing_are_named(backbone: StableDiffusion) 
 def test_options_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="rank: 0"):
         LoRA(rank=0)
+    with pytest.raises(UserError, match="rank: 1000000000000000000; allowed: 1 to 4096"):
+        LoRA(rank=10**18)
+    for alpha in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(UserError, match="lora.alpha is .*; it must be a finite number above 0"):
+            LoRA(alpha=alpha)
     with pytest.raises(UserError, match="banks: 0"):
         LoRA(banks=0)
+
+
+def test_an_export_whose_description_was_changed_is_refused(backbone: StableDiffusion) -> None:
+    tensors, metadata = attached(backbone, rank=2).export()
+    options = json.loads(metadata["lora_adapter_metadata"])
+    for changes, message in (
+        ({"unet.lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"unet.r": 4}, r"rank of the file's tensors is 2, of its metadata \[4\]"),
+        ({"unet.use_dora": True}, "use_dora is True"),
+        ({"unet.target_modules": "(a+)+"}, "a list of module names is needed"),
+        ({"unet.alpha_pattern": {"to_q": 7}}, r"its alphas \[2.0, 7.0\]"),
+        ({"transformer.r": 2, "transformer.target_modules": ["to_q"], "transformer.lora_alpha": 2}, "one denoiser"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LoRA.from_export(tensors, metadata | {"lora_adapter_metadata": json.dumps(options | changes)})

@@ -2,6 +2,8 @@
 
 import math
 import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import attach, read_export, save_adapters
+from agsm_rl.export.attach import attach, read_export, save_adapters, write_export
 from agsm_rl.export.convert import BACKBONES, convert, read_published
 
 BASES = {"SD1.5": 768, "SDXL": 2048, "SD3": 1536}
@@ -131,6 +133,10 @@ def embedding(rows, width):
         ({"dc_tokens.pth": torch.ones(4, 8).long()}, "a floating-point tensor"),
         ({"dc_tokens.pth": {"weight": torch.ones(4, 8)}}, "holds a dict"),
         ({"dc_tokens.pth": torch.full((4, 8), float("nan"))}, "not finite"),
+        ({"dc_tokens.pth": torch.full((4, 8), 1e300, dtype=torch.float64)}, "not finite, or too large for float32"),
+        ({"dc_tokens.pth": torch.ones(4, 8).to(torch.float8_e4m3fn)}, "is float8_e4m3fn; allowed"),
+        ({"dc_tokens.pth": torch.ones(4, 8).to_sparse()}, "is a sparse"),
+        ({"dc_tokens.pth": torch.ones(4, 8, device="meta")}, r"empty \(meta\)"),
         ({"dc_tokens.pth": torch.ones(4, 8), "dc_t_tokens.pth": embedding(100, 9)}, r"dc_t_.*\(100, 9\); \(100, 8\)"),
         ({"dc_tokens.pth": torch.ones(5, 4, 8), "dc_t_tokens.pth": embedding(100, 8)}, r"\(100, 40\) is needed"),
         ({"dc_tokens.pth": nn.Linear(1, 1)}, r"this file wants torch.nn.modules.linear.Linear\.$"),
@@ -277,6 +283,14 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
         ({f"{MID}q.lora_down.weight": torch.ones(2, 8)}, f"holds {MID}q"),
         (kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3), r"\[\(2, 4.0\), \(3, 4.0\)\]; one for all"),
         (kohya_layer("lora_unet_middle_block_7_x"), "diffusers finds no place for"),
+        (kohya_layer(f"{MID}q", alpha=torch.tensor(float("inf"))), "alpha' holds numbers that are not finite"),
+        (kohya_layer(f"{MID}q", alpha=torch.tensor(-1.0)), "alpha' is -1.0; it must be a finite number above 0"),
+        (kohya_layer(f"{MID}q", alpha=torch.ones(2)), r"alpha' is \(2,\); it must be"),
+        (kohya_layer(f"{MID}q", rank=0), f"the rank of {MID}q is 0"),
+        (
+            kohya_layer(f"{MID}q", **{"lora_up.weight": torch.full((8, 2), 1e300, dtype=torch.float64)}),
+            "up.weight' holds numbers",
+        ),
     ],
 )
 def test_another_lora_in_kohya_s_form_is_the_user_s_error(tensors, message, tmp_path):
@@ -284,6 +298,64 @@ def test_another_lora_in_kohya_s_form_is_the_user_s_error(tensors, message, tmp_
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "kohya.safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def tokens_file(folder, num_tokens, *, times=True):
+    tensors = {"soft_tokens": torch.full((2, num_tokens, 32), float(num_tokens))}
+    tensors |= {"time_tokens": torch.zeros(100, 32)} if times else {}
+    write_export(folder / f"{num_tokens}.safetensors", tensors, {"kind": "soft_tokens"})
+    return folder / f"{num_tokens}.safetensors"
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A write beyond so many bytes fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_leaves_both_token_files_as_they_were(tmp_path):
+    out = tmp_path / "out"
+    files = convert(tokens_file(tmp_path, 4), out, "agsm")
+    before, more = {file: file.read_bytes() for file in files}, tokens_file(tmp_path, 200)
+    for limit in (5_000, 20_000):  # the time rows alone, and both, are too large
+        with (
+            files_of_at_most(limit),
+            pytest.raises(UserError, match=r"OUT .*out: cannot be written \(File too large\)"),
+        ):
+            convert(more, out, "agsm")
+        assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_what_cannot_be_written_is_one_message(tmp_path):
+    source, kohya = tokens_file(tmp_path, 4), tmp_path / "kohya.safetensors"
+    save_file(kohya_layer(f"{MID}q"), kohya)
+    (tmp_path / "taken.safetensors").mkdir()
+    (tmp_path / "out" / "soft_tokens.pth").mkdir(parents=True)
+    for given, out in ((kohya, "kohya.safetensors/x.safetensors"), (kohya, "taken.safetensors"), (source, "out")):
+        done = CliRunner().invoke(app, ["convert", str(given), str(tmp_path / out)])
+        assert done.exit_code == 2 and done.stderr.startswith(f"agsm-rl: OUT {tmp_path / out}: cannot be written")
+    assert not (tmp_path / "out" / "soft_t_tokens.pth").exists()
+
+
+def test_a_link_in_the_place_of_the_result_is_replaced_and_not_written_through(tmp_path):
+    kohya, precious = tmp_path / "kohya.safetensors", tmp_path / "precious"
+    save_file(kohya_layer(f"{MID}q"), kohya)
+    precious.write_text("mine")
+    (tmp_path / "out.safetensors").symlink_to(precious)
+    convert(kohya, tmp_path / "out.safetensors")
+    assert precious.read_text() == "mine" and read_export(tmp_path / "out.safetensors")[1]["kind"] == "lora"
+
+
+def test_tokens_without_time_rows_are_not_put_beside_the_time_rows_of_others(tmp_path):
+    convert(tokens_file(tmp_path, 4), tmp_path / "out", "agsm")
+    with pytest.raises(UserError, match="holds soft_t_tokens.pth, the time rows of other tokens"):
+        convert(tokens_file(tmp_path, 5, times=False), tmp_path / "out", "agsm")
+    assert len(read_published(tmp_path / "out")["soft_tokens"][0]) == 4
 
 
 def test_our_own_export_is_not_converted_to_itself(exported, tmp_path):
