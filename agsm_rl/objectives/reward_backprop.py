@@ -5,7 +5,7 @@ where x_0 is drawn step by step from noise, and gradients flow back through the 
 Each of these steps is computed again in the backward pass (arXiv 1604.06174), so that memory holds one step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +83,7 @@ class RewardBackprop(Objective):
 
     def __init__(
         self,
-        rewards: Sequence[WeightedReward | tuple[Reward, float]],
+        rewards: Sequence[WeightedReward | tuple[Reward, float]] | Mapping[str, float],
         *,
         num_steps: int = 50,
         guidance: float = 5.0,

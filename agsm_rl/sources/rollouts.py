@@ -33,9 +33,9 @@ class Rollouts(Source):
         prompts: `builtin:shapes-prompts`; a text file with one prompt per line; a jsonl, json, csv, tsv or parquet
             table with a column `prompt`; or a folder or a name on the hub (`owner/name`) that holds one.
         rewards: Rewards by name, with weights or options: `{shapes: 1.0}`. Their weighted sum is learned. In Python,
-            (reward, weight) pairs or WeightedRewards. A reward with `normalise: z_score` is normalised by itself, as
-            `advantages` says, before the sum; a sum of such rewards alone is then normalised once more over all images
-            of the draw (with `advantages: group` that is GDPO, arXiv 2601.05242).
+            functions and reward objects go in as (reward, weight) pairs or WeightedRewards. A reward with
+            `normalise: z_score` is normalised by itself, as `advantages` says, before the sum; a sum of such rewards
+            alone is then normalised once more over all images of the draw (with `advantages: group` that is GDPO, arXiv 2601.05242).
         num_prompts: Prompts per draw, the total over all processes.
         images_per_prompt: Images per prompt and draw.
         num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).
@@ -70,7 +70,7 @@ class Rollouts(Source):
     def __init__(
         self,
         prompts: str,
-        rewards: Sequence[WeightedReward | tuple[Reward, float]],
+        rewards: Sequence[WeightedReward | tuple[Reward, float]] | Mapping[str, float],
         *,
         num_prompts: int = 8,
         images_per_prompt: int = 8,

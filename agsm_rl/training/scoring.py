@@ -1,6 +1,6 @@
 """Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Reward, with_defaults
+from agsm_rl.registry import load
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
 from agsm_rl.training.user_code import user_code
@@ -34,11 +35,15 @@ class WeightedReward:
     normalise: Normalise = "raw"
 
 
-def check_rewards(rewards: Sequence[WeightedReward | tuple[Reward, float]]) -> list[WeightedReward]:
-    """The rewards as WeightedRewards, with functions wrapped as in a recipe.
+def check_rewards(
+    rewards: Sequence[WeightedReward | tuple[Reward, float]] | Mapping[str, float],
+) -> list[WeightedReward]:
+    """The rewards as WeightedRewards, with functions wrapped as in a recipe; {name: weight} names registered ones.
 
     UserError if nothing can be learned from them: there are none, two have the same name, or all weights are 0.
     """
+    if isinstance(rewards, Mapping):
+        rewards = [(load("rewards", name, where="rewards")(), weight) for name, weight in rewards.items()]
     weighted = [item if isinstance(item, WeightedReward) else _weighted(*item) for item in rewards]
     if not weighted:
         raise UserError("rewards: the list is empty; name at least one, as in `rewards: {shapes: 1.0}`")

@@ -101,6 +101,14 @@ def test_a_function_of_either_form_is_a_reward_in_python_too():
     torch.testing.assert_close(checked_score(one.reward, images, ["a", "b"]), images[:, 0].mean(dim=(1, 2)))
 
 
+def test_a_registered_reward_goes_by_its_name_in_python_too():
+    (reward,) = check_rewards({"brightness": 0.5})
+    assert (reward.name, reward.weight) == ("brightness", 0.5)
+    torch.testing.assert_close(checked_score(reward.reward, torch.ones(1, 3, 4, 4), ["x"]), torch.ones(1))
+    with pytest.raises(UserError, match="'brightnes' is not a reward; .*Did you mean 'brightness'"):
+        check_rewards({"brightnes": 1.0})
+
+
 def test_a_reward_that_says_nothing_but_its_name_is_scored_here_and_has_no_gradient():
     class Plain:
         name = "plain"
