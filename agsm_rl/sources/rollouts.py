@@ -35,7 +35,8 @@ class Rollouts(Source):
         rewards: Rewards by name, with weights or options: `{shapes: 1.0}`. Their weighted sum is learned. In Python,
             functions and reward objects go in as (reward, weight) pairs or WeightedRewards. A reward with
             `normalise: z_score` is normalised by itself, as `advantages` says, before the sum; a sum of such rewards
-            alone is then normalised once more over all images of the draw (with `advantages: group` that is GDPO, arXiv 2601.05242).
+            alone is then normalised once more over all images of the draw (with `advantages: group` that is GDPO,
+            arXiv 2601.05242).
         num_prompts: Prompts per draw, the total over all processes.
         images_per_prompt: Images per prompt and draw.
         num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).

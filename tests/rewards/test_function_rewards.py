@@ -173,7 +173,7 @@ async def asynchronous(images, prompts):
         range(3),
         Scorer,
     ],
-    ids=str,
+    ids=["three", "keyword without default", "none", "one", "asynchronous", "max", "range", "class"],
 )
 def test_any_other_shape_is_refused_with_the_shapes_that_are_taken(function):
     wanted = "give an instance" if function is Scorer else r"takes \(images, prompts\), .*metadata.*completions"
