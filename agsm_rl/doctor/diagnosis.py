@@ -49,7 +49,7 @@ def guarded(what: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Fi
     try:
         yield from findings()
     except UserError as error:
-        yield red(what, str(error), "mend what the message names")
+        yield red(what, str(error), "fix what the message names")
     except Exception as error:
         yield red(what, f"{type(error).__name__}: {error}", "this should not happen; please report it")
 

@@ -25,7 +25,7 @@ def check_bases(recipe: Recipe) -> Iterator[Finding]:
     named = [value for value in recipe.backbone.options.values() if isinstance(value, str)]
     builtins = [value.removeprefix("builtin:") for value in named if value.startswith("builtin:")]
     if not builtins:
-        yield green("base", "not one that is shipped, so there are no checksums; its weights were read as safetensors")
+        yield green("base", "not shipped with agsm-rl, so there are no checksums; its weights were read as safetensors")
     for name in builtins:
         yield _check_base(name)
 
@@ -56,7 +56,7 @@ def check_run(run: Path) -> Iterator[Finding]:
             yield green(f"checkpoint {name}", "matches its checksum")
         else:
             yield red(
-                f"checkpoint {name}", "does not match its checksum", "delete it; --resume goes on from an older one"
+                f"checkpoint {name}", "does not match its checksum", "delete it; --resume continues from an older one"
             )
     try:
         for file in find_exports(run):
@@ -67,7 +67,7 @@ def check_run(run: Path) -> Iterator[Finding]:
             else:
                 yield green(f"export {file.name}", f"{len(tensors)} tensors, all finite")
     except UserError as error:
-        yield red("export", str(error), "train on to the next checkpoint with --resume; it exports again")
+        yield red("export", str(error), "continue to the next checkpoint with --resume; it exports again")
 
 
 def load_run(trainer: Trainer, run: Path) -> Iterator[Finding]:

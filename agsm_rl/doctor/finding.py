@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """`good` is green. `remedy` is empty where there is nothing to mend."""
+    """`good` is green. `remedy` is empty where there is nothing to fix."""
 
     what: str
     good: bool

@@ -28,7 +28,7 @@ def check_learning(trainer: Trainer) -> Iterator[Finding]:
             with trainer.accelerator.autocast():
                 batches[name] = source.next(trainer.policy)
         except Exception as error:
-            yield red(f"source '{name}'", f"it gives no batch: {error}", "mend what the message names")
+            yield red(f"source '{name}'", f"it gives no batch: {error}", "fix what the message names")
             continue
         yield _check_batch(name, batches[name])
         batch = batches[name]

@@ -77,7 +77,7 @@ def _check(reward: Any) -> Finding:
     try:
         scores = checked_score(reward, images, prompts).detach().cpu()
     except Exception as error:
-        return red(what, f"it fails on the golden images: {error}", "mend the reward, or take it out of the recipe")
+        return red(what, f"it fails on the golden images: {error}", "fix the reward, or remove it from the recipe")
     target, options = _identity(reward)
     stored = stored_scores(target, json.loads(options))
     if stored is not None:

@@ -111,8 +111,8 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = read_safetensors(file)
     if "kind" not in metadata:
         raise UserError(
-            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere goes into pipe.load_lora_weights, published "
-            "token files and kohya's LoRA through `agsm-rl convert`."
+            f"{file}: was not exported by agsm-rl. For a LoRA from elsewhere, add --base, set `backbone.lora`, or use "
+            "pipe.load_lora_weights; published token files and kohya's LoRA go through `agsm-rl convert`."
         )
     return tensors, metadata
 
@@ -151,8 +151,8 @@ def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: 
             )
     if not continued:
         raise UserError(
-            f"{where}: nothing of it is continued: it holds {holds}, and the adapters here are {', '.join(own)}. Name "
-            "those that are to be kept among `adapters`, as they were trained; `trains` says which of them learn"
+            f"{where}: none of its adapters is continued: it holds {holds}; the adapters here are {', '.join(own)}. "
+            "List those to keep under `adapters`, as they were trained; `trains` says which of them learn"
         )
     return continued
 

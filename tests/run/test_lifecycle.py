@@ -239,7 +239,7 @@ def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet
     with pytest.raises(UserError, match="has no adapter 'mine', so it begins new, and no term trains it"):
         build_trainer(recipe)
     adapters = {"tokens": {"use": "soft_tokens"}}
-    with pytest.raises(UserError, match=r"nothing of it is continued: it holds lora \(lora\).*are tokens. Name"):
+    with pytest.raises(UserError, match=r"none of its adapters is continued: it holds lora \(lora\).*are tokens. List"):
         build_trainer(make_recipe(start_from=str(first), adapters=adapters))
     with pytest.raises(UserError, match="its adapter 'lora' is a lora, here it is a soft_tokens"):
         build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "soft_tokens"}}))
