@@ -6,7 +6,9 @@ import os
 import socket
 
 import pytest
+from typer.testing import CliRunner
 
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.files import MAX_DEPTH, check_regular, read_json, read_text, replacing, write_text
 
@@ -84,3 +86,21 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path):
     with pytest.raises(NotADirectoryError) as failed:
         write_text(file / "y", "new")
     assert failed.value.filename == str(file / "y")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "PIPE"],
+        ["check", "PIPE"],
+        ["sweep", "PIPE"],
+        ["report", "PIPE"],
+        ["eval", "PIPE", "--suite", "geneval"],
+        ["eval", "x", "--suite", "rewards", "--rewards", "PIPE", "--prompts", "builtin:shapes-prompts"],
+        ["eval", "x", "--suite", "rewards", "--reward", "sharpness", "--prompts", "PIPE"],
+    ],
+)
+def test_no_command_waits_for_a_named_pipe(arguments, tmp_path):
+    pipe(path := tmp_path / "x.jsonl")
+    result = CliRunner().invoke(app, [str(path) if part == "PIPE" else part for part in arguments])
+    assert result.exit_code == 2 and str(path) in result.stderr, result.output

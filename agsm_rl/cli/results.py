@@ -65,7 +65,8 @@ def report(
     from agsm_rl.report.page import write_report
 
     file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    check_output_file(file, option="-o")
+    if out is not None or file.is_dir():
+        check_output_file(file, option="-o")
     write_report(runs, file)
     say(str(file))
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import check_regular
 
 KEYS = {"recipe": "seed, steps, backbone", "sweep": "recipe, axes, seeds"}
 MAX_BYTES = 1_000_000
@@ -48,6 +49,8 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """The mapping in a recipe file (or in a sweep's: `what`); UserError with the line when it is not one."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a {what} is a YAML file, e.g. {path / f'{what}.yaml'}.")
+    if path.exists():
+        check_regular(path)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: it has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.files import local_or_hub
+from agsm_rl.files import check_regular, local_or_hub
 from agsm_rl.sources.tables import TABLES, columns_of, read_lines, read_rows
 
 BUILTIN = "builtin:shapes-prompts"
@@ -60,6 +60,8 @@ def read_prompts(
         return _builtin(prompts, split or "train", limit or 2000, where)
     path = local_or_hub(prompts, where=where, allowed=ALLOWED)
     options = CLI_OPTIONS if where.startswith("-") else RECIPE_OPTIONS
+    if path is not None and not path.is_dir():
+        check_regular(path)
     if path is None or path.is_dir():
         rows = _of_data_set(prompts, split, config, column, limit, named, options)
     elif path.suffix.lower() in TABLES:
