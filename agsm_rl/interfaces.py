@@ -351,6 +351,16 @@ class Reward(Protocol):
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
 
 
+@runtime_checkable
+class TakesMetadata(Protocol):
+    """A reward that can also be called as `reward(images, prompts, metadata)`, one mapping per image.
+
+    The mappings are the other columns of the prompts' file.
+    """
+
+    takes_metadata: bool
+
+
 def with_defaults(thing: Any, base: type) -> Any:
     """`thing` itself, given what `base` (Source, Reward, …) provides by default where it has no such attribute.
 

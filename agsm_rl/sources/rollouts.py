@@ -152,6 +152,7 @@ class Rollouts(Source):
         check_divides("num_prompts * images_per_prompt / updates, which is", self.batch_size, shard, name)
         rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
         self._prompts = [row.text for row in rows]
+        self._metadata = [row.metadata for row in rows]
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[RewardedBatch]()
@@ -176,6 +177,7 @@ class Rollouts(Source):
     def _draw(self, policy: Policy) -> RewardedBatch:
         chosen = self._order.take(self.num_prompts)
         prompts = [self._prompts[row] for row in chosen for _ in range(self.images_per_prompt)]
+        metadata = [self._metadata[row] for row in chosen for _ in range(self.images_per_prompt)]
         share = len(prompts) // self._shard.count
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
@@ -199,7 +201,9 @@ class Rollouts(Source):
                         graph=graph,
                     )
                     parts.append(drawn)
-                    scoring.add(policy.backbone.decode(drawn[0][:, -1]), asked)
+                    scoring.add(
+                        policy.backbone.decode(drawn[0][:, -1]), asked, [metadata[row] for row in part.tolist()]
+                    )
             trajectory = torch.cat([part[0] for part in parts])
             log_probs = torch.cat([part[1] for part in parts])
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]

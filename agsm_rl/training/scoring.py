@@ -3,22 +3,25 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Reward, with_defaults
+from agsm_rl.interfaces import Reward, TakesMetadata, with_defaults
 from agsm_rl.registry import load
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
 from agsm_rl.training.user_code import user_code
 
 Normalise = Literal["raw", "z_score"]
+Rows = Sequence[Mapping[str, Any]]
+"""One mapping per image: the other columns of its prompt's row."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,28 @@ def _weighted(reward: Reward, weight: float) -> WeightedReward:
     return WeightedReward(reward, float(weight), reward.name)
 
 
-def checked_score(reward: Reward, images: Tensor, prompts: list[str], *, name: str | None = None) -> Tensor:
+def checked_score(
+    reward: Reward,
+    images: Tensor,
+    prompts: list[str],
+    *,
+    name: str | None = None,
+    metadata: Rows | None = None,
+) -> Tensor:
     """The reward's scores [B]; UserError naming the reward when it fails, or they have another shape or are not finite.
 
-    `name`: what the run calls the reward (None: its own name).
+    `name`: what the run calls the reward (None: its own name). `metadata`: the other columns of each prompt's row, for
+    rewards that take them.
     """
     who = f"reward '{name or reward.name}'"
     about = f"on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
     # A reward's scale is its own network's: the same in training as where the run's images are judged.
     with own_precision(images.device), user_code(who, about):
         # Copies, because a reward may change what it gets in place; a copy of images with a graph keeps the graph.
-        score = reward(images.clone(), list(prompts))
+        if metadata is not None and isinstance(reward, TakesMetadata) and reward.takes_metadata:
+            score = reward(images.clone(), list(prompts), deepcopy(list(metadata)))  # type: ignore[call-arg]
+        else:
+            score = reward(images.clone(), list(prompts))
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")
@@ -97,9 +111,11 @@ def scoring_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def scores_of(rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+def scores_of(
+    rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str], metadata: Rows | None = None
+) -> dict[str, Tensor]:
     """Each reward's own scores [B], by the name that it has in the run."""
-    return {one.name: checked_score(one.reward, images, prompts, name=one.name) for one in rewards}
+    return {one.name: checked_score(one.reward, images, prompts, name=one.name, metadata=metadata) for one in rewards}
 
 
 class InParts:
@@ -113,6 +129,7 @@ class InParts:
         self._rewards = rewards
         self._images: list[Tensor] = []
         self._prompts: list[str] = []
+        self._metadata: list[Mapping[str, Any]] = []
         self._waiting: dict[str, list[Future[Tensor]]] = {}
         self._threads: dict[str, InFlight] = {}
         self._stack = ExitStack()
@@ -129,19 +146,21 @@ class InParts:
     ) -> None:
         self._stack.close()
 
-    def add(self, images: Tensor, prompts: list[str]) -> None:
-        """The next images [B, 3, H, W] with their prompts."""
+    def add(self, images: Tensor, prompts: list[str], metadata: Rows | None = None) -> None:
+        """The next images [B, 3, H, W] with their prompts, and the other columns of the prompts' rows."""
+        metadata = [{} for _ in prompts] if metadata is None else metadata
         self._images.append(images)
         self._prompts += prompts
+        self._metadata += metadata
         for one in self._rewards:
             if one.name in self._threads:
-                call = partial(checked_score, one.reward, images, prompts, name=one.name)
+                call = partial(checked_score, one.reward, images, prompts, name=one.name, metadata=metadata)
                 self._waiting[one.name].append(self._threads[one.name].submit(call))
 
     def scores(self) -> dict[str, Tensor]:
         """Each reward's own scores [N] of all images added, by the name that it has in the run."""
         here = [one for one in self._rewards if one.name not in self._threads]
-        found = scores_of(here, torch.cat(self._images), self._prompts)
+        found = scores_of(here, torch.cat(self._images), self._prompts, self._metadata)
         found |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
         return {one.name: found[one.name] for one in self._rewards}
 

@@ -280,3 +280,16 @@ def test_a_recipe_takes_functions_of_every_shape(recipe_data, tmp_path):
     rollouts["rewards"] = {"shaped_scores:nine": 1.0}
     with pytest.raises(UserError, match="rewards.shaped_scores:nine.* a reward function takes"):
         Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["shaped_scores"])
+
+
+def test_a_function_sees_the_other_columns_of_its_prompts_file(recipe_data, tmp_path):
+    (tmp_path / "counting_scores.py").write_text(
+        "def counted(images, prompts, metadata):\n"
+        "    return [10.0 * row.pop('count') + len(prompt) for row, prompt in zip(metadata, prompts)], {}\n"
+    )
+    (tmp_path / "counts.jsonl").write_text('{"prompt": "a", "count": 1}\n{"prompt": "bb", "count": 2}\n')
+    rollouts = {"use": "rollouts", "prompts": "counts.jsonl", "num_prompts": 2, "images_per_prompt": 1, "num_steps": 1}
+    rollouts |= {"guidance": 1.0, "min_history": 2, "rewards": {"counting_scores:counted": 1.0}}
+    recipe = Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["counting_scores"])
+    trainer = build_trainer(recipe, allow_imports=["counting_scores"])
+    assert [trainer.run_step()["ddpo/reward/counted"] for _ in range(2)] == [16.5, 16.5]

@@ -224,7 +224,9 @@ class Rewards:
             left = [item for item in images if kept.read(item.path) is None]
             for part in _by_size([(item, _tensor(item)) for item in left]):
                 stacked = torch.stack([image for _, image in part]).to(scoring_device())
-                scores = checked_score(self._models[label], stacked, [item.prompt for item, _ in part])
+                columns = [{key: value for key, value in item.metadata.items() if key != "prompt"} for item, _ in part]
+                prompts = [item.prompt for item, _ in part]
+                scores = checked_score(self._models[label], stacked, prompts, metadata=columns)
                 for (item, _), score in zip(part, scores.tolist(), strict=True):
                     kept.write(item.path, score)
 
