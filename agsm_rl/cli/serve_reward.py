@@ -73,7 +73,7 @@ def make_reward(name: str, options: Iterable[str], *, allow_imports: Collection[
 
     from agsm_rl.interfaces import Reward, with_defaults
     from agsm_rl.recipe.options import validated
-    from agsm_rl.recipe.resolve import Parts
+    from agsm_rl.recipe.parts import Parts
     from agsm_rl.recipe.yaml_file import apply_overrides
 
     texts: dict[str, Any] = {}

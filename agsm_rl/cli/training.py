@@ -37,7 +37,7 @@ def train(
     from agsm_rl.run.lifecycle import train as train_recipe
 
     without_loading_bars()
-    folder = train_recipe(loaded, run_dir, resume=resume, where=str(path), allow_imports=granted)
+    folder = train_recipe(loaded, run_dir, resume=resume)
     if launcher.is_first():
         say(f"run folder: {folder}")
 
@@ -67,13 +67,13 @@ def check(
     from agsm_rl.doctor.memory.predict import predict
 
     without_loading_bars()
-    trainer, prediction = predict(loaded, where=str(path), allow_imports=granted)
+    trainer, prediction = predict(loaded)
     say("\n".join([describe(loaded, trainer), *memory(trainer, prediction)]))
     fits = True
     if fit_vram is not None:
         if isinstance(prediction, str):
             raise UserError(f"--fit-vram: {path}: the memory cannot be predicted ({prediction}).")
-        proposed = fit(loaded, prediction, fit_vram * 2**30, where=str(path), allow_imports=granted)
+        proposed = fit(loaded, prediction, fit_vram * 2**30)
         say(proposal(proposed, fit_vram * 2**30))
         fits = proposed.fits
     say(f"{path}: ok")
@@ -99,7 +99,7 @@ def doctor(
 
     without_loading_bars()
     red = 0
-    for finding in diagnose(loaded, run=run, where=str(path), allow_imports=granted):
+    for finding in diagnose(loaded, run=run):
         red += not finding.good
         say(str(finding))
     say(f"{path}: {'all is well' if not red else f'{red} red, see the remedies above'}")

@@ -4,19 +4,15 @@ remedy. Nothing is trained or written, and no objective, reward or adapter is kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.rewards import in_evaluation
 
 
-def diagnose(
-    recipe: Recipe, *, run: Path | None = None, where: str = "recipe", allow_imports: Collection[str] = ()
-) -> Iterator[Finding]:
+def diagnose(recipe: Recipe, *, run: Path | None = None) -> Iterator[Finding]:
     """All findings about a recipe, or about a run folder (its checkpoints and the adapters as trained), one by one.
 
     Raises UserError when the recipe cannot be built at all; what is merely wrong is a red finding.
@@ -27,17 +23,15 @@ def diagnose(
     from agsm_rl.doctor.rewards import check_rewards, configured_rewards
     from agsm_rl.recipe.build import build_backbone, build_terms, build_trainer
 
-    parts = Parts(where=where, allow_imports=allow_imports)
     yield from guarded("bases", lambda: check_bases(recipe))
-    rewards = configured_rewards(build_terms(recipe, parts))
-    for entry in in_evaluation(recipe.evaluate.rewards) if recipe.evaluate else []:
-        rewards.append(parts.reward(entry.use, f"evaluate.rewards.{entry.key}", entry.options))
+    rewards = configured_rewards(build_terms(recipe))
+    rewards += recipe.parts.evaluated_rewards(recipe.evaluate).values() if recipe.evaluate else []
     yield from guarded("rewards", lambda: check_rewards(rewards))
     if run is not None:
         yield from guarded("run folder", lambda: check_run(run))
     # By itself, before anything was attached: what "off" is compared with.
-    base = base_prediction(build_backbone(recipe.backbone, parts=parts))
-    trainer = build_trainer(recipe, where=where, allow_imports=allow_imports, fresh=run is None)
+    base = base_prediction(build_backbone(recipe.backbone, parts=recipe.parts))
+    trainer = build_trainer(recipe, fresh=run is None)
     if run is not None:
         yield from guarded("run folder", lambda: load_run(trainer, run))
     yield from guarded("adapters", lambda: check_adapters(trainer.policy, base, trained=run is not None))

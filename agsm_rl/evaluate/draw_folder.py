@@ -26,7 +26,7 @@ from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.target import Target
 from agsm_rl.files import read_json, write_text
 from agsm_rl.recipe.earlier import block_of_today
-from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.parts import Parts
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"

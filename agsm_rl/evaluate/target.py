@@ -20,7 +20,7 @@ from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import with_first_defaults
 from agsm_rl.recipe.options import Section, explain
-from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Samples
 from agsm_rl.recipe.yaml_file import read_yaml
 

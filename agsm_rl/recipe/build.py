@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from accelerate import Accelerator
 
@@ -11,41 +11,31 @@ from agsm_rl.errors import UserError
 from agsm_rl.export.attach import start_from
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts, source_of
 from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.processes import make_accelerator
 
 
-def build_trainer(
-    recipe: Recipe,
-    *,
-    where: str = "recipe",
-    allow_imports: Collection[str] = (),
-    accelerator: Accelerator | None = None,
-    fresh: bool = True,
-) -> Trainer:
+def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fresh: bool = True) -> Trainer:
     """The recipe's trainer; UserError when data, weights or a combination of them cannot be used.
 
-    fresh: begin with the adapters of `start_from`, where the recipe has one; a continued run has its own already.
+    fresh: begin with the adapters of `start_from`, where the recipe has one; a resumed run has its own already.
     """
     accelerator = accelerator or make_accelerator()
-    parts = Parts(where=where, allow_imports=allow_imports)
-    terms = build_terms(recipe, parts)
+    parts, optimizer = recipe.parts, recipe.optimizer
+    terms = build_terms(recipe)
     backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))
-    adapters = {
-        name: parts.construct("adapters", block, f"adapters.{name}", seed=recipe.seed)
-        for name, block in recipe.adapters.items()
-    }
-    policy = _located(where, lambda: Policy(backbone, adapters, ema_decay=recipe.ema.decay))
-    if fresh and (start := recipe.start_from) is not None:
-        _located(f"{where}: start_from", lambda: _begin(policy, start, trained=recipe.trained))
-    optimizer = recipe.optimizer
-    trainer: Trainer = _located(
-        where,
-        lambda: Trainer(
+    adapters = parts.adapters(recipe)
+    with _located(parts.where):
+        policy = Policy(backbone, adapters, ema_decay=recipe.ema.decay)
+    if fresh and recipe.start_from is not None:
+        with _located(parts.at("start_from")):
+            _begin(policy, recipe.start_from, trained=recipe.trained)
+    with _located(parts.where):
+        return Trainer(
             policy,
             terms,
             steps=recipe.steps,
@@ -57,9 +47,7 @@ def build_trainer(
             combine=recipe.combine,
             accelerator=accelerator,
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
-        ),
-    )
-    return trainer
+        )
 
 
 def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
@@ -74,38 +62,23 @@ def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
     policy.restart_ema()
 
 
-def build_terms(recipe: Recipe, parts: Parts) -> list[Term]:
-    """The recipe's terms; those that name one source share one object, so that a batch is drawn once."""
-    shared = {
-        name: parts.construct("sources", block, f"sources.{name}", seed=recipe.seed)
-        for name, block in recipe.sources.items()
-    }
-    terms = []
-    for index, block in enumerate(recipe.objectives):
-        place = f"objectives[{index}]"
-        source = (
-            shared[block.source]
-            if isinstance(block.source, str)
-            else parts.construct("sources", *source_of(recipe, index), seed=recipe.seed)
+def build_terms(recipe: Recipe) -> list[Term]:
+    """The recipe's terms; those that name the same source share one object, so that a batch is drawn once."""
+    return [
+        Term(
+            objective,
+            source,
+            name=block.name or block.use,
+            weight=block.weight,
+            every=block.every,
+            offset=block.offset,
+            t=block.t,
+            trains=block.trains,
+            source_name=block.source if isinstance(block.source, str) else None,
+            view=view,
         )
-        view = None
-        if block.view is not None:
-            view = parts.construct("views", block.view, f"{place}.view", seed=recipe.seed)
-        terms.append(
-            Term(
-                parts.construct("objectives", block, place, seed=recipe.seed),
-                source,
-                name=block.name or block.use,
-                weight=block.weight,
-                every=block.every,
-                offset=block.offset,
-                t=block.t,
-                trains=block.trains,
-                source_name=block.source if isinstance(block.source, str) else None,
-                view=view,
-            )
-        )
-    return terms
+        for block, (objective, source, view) in zip(recipe.objectives, recipe.parts.terms(recipe), strict=True)
+    ]
 
 
 def build_backbone(block: Block, *, parts: Parts, device: str | None = None) -> Backbone:
@@ -116,9 +89,10 @@ def build_backbone(block: Block, *, parts: Parts, device: str | None = None) -> 
     return backbone
 
 
-def _located(where: str, make: Any) -> Any:
-    """Messages of deeper modules begin with the recipe's file."""
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Within the block, UserErrors of modules that do not know the recipe are given its file."""
     try:
-        return make()
+        yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts, complete_evaluation
+from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.rewards import RewardEntry
 from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml

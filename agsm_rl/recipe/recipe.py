@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import local_path
 from agsm_rl.recipe.options import explain
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.resolve import resolve
 from agsm_rl.recipe.schema import RecipeKeys
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
@@ -21,6 +22,8 @@ HEADER = "# Fully resolved: every default is written out. `seed: null` in a bloc
 
 class Recipe(RecipeKeys):
     """A run: everything that `agsm-rl train` needs to know."""
+
+    _parts: Parts = PrivateAttr(default_factory=lambda: Parts(where="recipe"))
 
     @classmethod
     def from_yaml(
@@ -43,7 +46,17 @@ class Recipe(RecipeKeys):
             recipe = cls.model_validate(data)
         except ValidationError as error:
             raise explain(error, where=f"{where}: ") from error
-        return resolve(recipe, where=where, allow_imports=allow_imports)
+        recipe._parts = Parts(where=where, allow_imports=allow_imports)
+        return resolve(recipe, recipe.parts)
+
+    @property
+    def parts(self) -> Parts:
+        """Makes what the recipe's blocks name; it knows the recipe's file and what the command line allows."""
+        return self._parts
+
+    def __eq__(self, other: object) -> bool:
+        """Two recipes are equal where they say the same, whichever files they were read from."""
+        return isinstance(other, Recipe) and self.to_data() == other.to_data()
 
     def to_yaml(self) -> str:
         """The recipe as YAML, which `from_yaml` takes back."""

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
-from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import Section, Seed
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 
@@ -299,6 +298,13 @@ class RecipeKeys(Section):
         """The adapters that some term trains; the others stay as `start_from` has them."""
         return [name for name in self.adapters if any(name in (term.trains or [name]) for term in self.objectives)]
 
+    def source_of(self, index: int) -> tuple[Block, str]:
+        """The block of a term's source, and its place in the recipe."""
+        source = self.objectives[index].source
+        if isinstance(source, str):
+            return self.sources[source], f"sources.{source}"
+        return source, f"objectives[{index}].source"
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data, which `from_data` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json")
@@ -306,8 +312,3 @@ class RecipeKeys(Section):
         for term, block in zip(data["objectives"], self.objectives, strict=True):
             term["weight"] = block.weight
         return data
-
-
-def refuse(where: str, place: str, message: str) -> UserError:
-    """The error for a mistake at a place of a recipe."""
-    return UserError(f"{where}: {place}: {message}")

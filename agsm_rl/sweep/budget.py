@@ -8,14 +8,13 @@ due, and once however many terms share it. Evaluation does not count.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PreferenceBatch
 from agsm_rl.policy import Source
 from agsm_rl.recipe.build import build_terms
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 from agsm_rl.sources.rollouts import Rollouts
 
 MOST_STEPS = 10_000_000
@@ -24,38 +23,37 @@ IDLE = 100_000
 """Steps without an image after which nothing more is expected."""
 
 
-def images_taken(recipe: Recipe, steps: int, *, where: str, allow_imports: Collection[str] = ()) -> int:
+def images_taken(recipe: Recipe, steps: int) -> int:
     """Images that a recipe has taken in after `steps` steps."""
-    counts = _images_by_step(recipe, where=where, allow_imports=allow_imports)
-    return sum(taken for _, taken in zip(range(steps), counts, strict=False))
+    return sum(taken for _, taken in zip(range(steps), _images_by_step(recipe), strict=False))
 
 
-def steps_for(recipe: Recipe, images: int, *, where: str, allow_imports: Collection[str] = ()) -> int:
+def steps_for(recipe: Recipe, images: int) -> int:
     """The most steps that take in no more than `images` images; UserError when not even one does, or all do."""
     total, idle = 0, 0
-    for step, taken in enumerate(_images_by_step(recipe, where=where, allow_imports=allow_imports)):
+    for step, taken in enumerate(_images_by_step(recipe)):
         if total + taken > images:
             if step == 0:
-                raise UserError(f"{where}: budget.images: {images} pay for no step; the first takes in {taken}.")
+                raise recipe.parts.refuse("budget.images", f"{images} pay for no step; the first takes in {taken}.")
             return step
         total, idle = total + taken, 0 if taken else idle + 1
         if idle > IDLE or step > MOST_STEPS:
-            raise UserError(
-                f"{where}: budget.images: the recipe takes in {total} images and no more, however long it is."
+            raise recipe.parts.refuse(
+                "budget.images", f"the recipe takes in {total} images and no more, however long it is."
             )
     raise AssertionError("the counts never end")
 
 
-def _images_by_step(recipe: Recipe, *, where: str, allow_imports: Collection[str]) -> Iterator[int]:
+def _images_by_step(recipe: Recipe) -> Iterator[int]:
     """The images that each step takes in, without end."""
-    terms = build_terms(recipe, Parts(where=where, allow_imports=allow_imports))
+    terms = build_terms(recipe)
     calls: dict[int, int] = {}
     step = 0
     while True:
         due = {id(term.source): term.source for term in terms if term.is_due(step)}
         taken = 0
         for name, source in due.items():
-            taken += _handed_out(source, calls.get(name, 0), where=where)
+            taken += _handed_out(source, calls.get(name, 0), where=recipe.parts.where)
             calls[name] = calls.get(name, 0) + 1
         yield taken
         step += 1

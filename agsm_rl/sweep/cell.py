@@ -52,13 +52,10 @@ class TimeLimit(Callback):
 
 def run_cell(job: Job) -> None:
     """Train and evaluate a cell, as far as that is not done, and write its cell.json."""
-    allowed = frozenset(job.allow_imports)
-    recipe = Recipe.from_data(job.recipe, where=job.cell, allow_imports=allowed)
+    recipe = Recipe.from_data(job.recipe, where=job.cell, allow_imports=frozenset(job.allow_imports))
     folder = RunFolder(job.run)
     trained = _train(job, recipe, folder)
-    evaluations = Evaluations(
-        folder, recipe, base=Path(job.base), model_id=f"{job.cell} {trained['recipe']}", allow_imports=allowed
-    )
+    evaluations = Evaluations(folder, recipe, base=Path(job.base), model_id=f"{job.cell} {trained['recipe']}")
     figures: list[dict[str, Any]] = []
     for settings in job.evaluations:
         options = Evaluate.model_validate(settings)
@@ -87,8 +84,6 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         recipe,
         folder.path,
         resume=folder.recipe.is_file(),
-        where=job.cell,
-        allow_imports=frozenset(job.allow_imports),
         callbacks=limits,
         evaluate=not job.evaluations,  # otherwise all of it is done here; else a last look at samples and curves
     )
@@ -98,7 +93,7 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "settings": job.settings.to_json(),
         "recipe": job.settings.fingerprint,
         "steps": steps,
-        "images": _images(recipe, steps, job),
+        "images": _images(recipe, steps),
         "seconds": round(sum(row["seconds"] for row in rows), 2),
     }
     write_text(done, json.dumps(found) + "\n")
@@ -118,10 +113,10 @@ def metric_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def _images(recipe: Recipe, steps: int, job: Job) -> int | None:
+def _images(recipe: Recipe, steps: int) -> int | None:
     """Images that were taken in; None where a source does not say how many it hands out."""
     try:
-        return images_taken(recipe, steps, where=job.cell, allow_imports=frozenset(job.allow_imports))
+        return images_taken(recipe, steps)
     except UserError as error:
         logging.getLogger(__name__).warning("%s", error)
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,15 @@ from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
 from agsm_rl.export.attach import Handle, attach
 from agsm_rl.files import write_text
-from agsm_rl.interfaces import Reward
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import block_of_today, evaluation_of_today
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
-from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import Block, Evaluate
-from agsm_rl.run.agreement import agreements
-from agsm_rl.run.agreement import to_json as agreement_to_json
-from agsm_rl.run.evaluation import Measured, before_after, measure, to_json, write_images
+from agsm_rl.run.agreement import agreements, agreements_to_json
+from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.measurement import Measured, measure, to_json
 from agsm_rl.sweep.settings import read_kept
 
 NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
@@ -45,11 +41,8 @@ NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
 class Evaluations:
     """Measures a cell's trained model and its base. `model_id` tells this training from another of the same cell."""
 
-    def __init__(
-        self, folder: RunFolder, recipe: Recipe, *, base: Path, model_id: str, allow_imports: Collection[str] = ()
-    ) -> None:
+    def __init__(self, folder: RunFolder, recipe: Recipe, *, base: Path, model_id: str) -> None:
         self.folder, self.recipe, self.base, self.model_id = folder, recipe, base, model_id
-        self.parts = Parts(where=str(folder.recipe), allow_imports=allow_imports)
         self.base_figures: list[dict[str, Any]] = []
         self._backbone: Any = None
         self._handle: Handle | None = None
@@ -63,10 +56,10 @@ class Evaluations:
         found = list(zip(base, trained, strict=True))
         content = to_json(found, options, step=step)
         agreed = agreements(self.folder.metrics)
-        content |= {"agreement": agreement_to_json(agreed)} if agreed else {}
+        content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
         if pictures:
-            self._write_pictures(found)
+            write_pictures(found, self.folder.samples)
         model = {"backbone": self.recipe.backbone.options.get("checkpoint")}
         self.base_figures += [model | figures(one, options) for one in base]
         file = f"cells/{self.folder.path.name}/{name}"
@@ -108,10 +101,10 @@ class Evaluations:
     def _of_today(self, then: dict[str, Any], *, adapted: bool) -> dict[str, Any] | None:
         """What a file's settings mean today; None if they name what no longer exists."""
         try:
-            options, model = evaluation_of_today(then["how"], self.parts), then["model"]
+            options, model = evaluation_of_today(then["how"], self.recipe.parts), then["model"]
             if not adapted:
                 use, given = model
-                model = _drawn_by(block_of_today("backbones", {"use": use} | given, self.parts))
+                model = _drawn_by(block_of_today("backbones", {"use": use} | given, self.recipe.parts))
         except UserError:
             return None
         return {"model": model, "how": _how(options, options.guidance[0], adapted=adapted)}
@@ -122,28 +115,18 @@ class Evaluations:
         if adapted:
             check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
         with using(adapters, options.bank):
-            return measure(backbone, options, guidance, self._rewards(options))
+            return measure(backbone, options, guidance, self.recipe.parts.evaluated_rewards(options))
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone, loaded when it is first needed, with the run's adapters or without."""
         if self._backbone is None:
-            self._backbone = build_backbone(self.recipe.backbone, parts=self.parts)
+            self._backbone = build_backbone(self.recipe.backbone, parts=self.recipe.parts)
         if adapted and self._handle is None:
             self._handle = attach(self._backbone.pipeline, self.folder.path)
         elif not adapted and self._handle is not None:
             self._handle.detach()
             self._handle = None
         return self._backbone
-
-    def _rewards(self, options: Evaluate) -> dict[str, Reward]:
-        entries = in_evaluation(options.rewards)
-        return {entry.name: self.parts.reward(entry.use, "evaluate.rewards", entry.options) for entry in entries}
-
-    def _write_pictures(self, found: list[tuple[Measured, Measured]]) -> None:
-        """samples/before_after.png, and the first images one by one in samples/eval/guidance-<g>/{base,trained}/."""
-        write_picture(before_after(*found[0]), self.folder.samples / "before_after.png")
-        for base, trained in found:
-            write_images(base, trained, self.folder.samples / "eval" / f"guidance-{trained.guidance:g}")
 
 
 def _drawn_by(backbone: Block) -> list[Any]:

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, names_continued
 from agsm_rl.files import local_path
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts, complete_evaluation
+from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.shipped import PREFIX, recipe_path
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
@@ -248,7 +249,7 @@ def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str
     recipe = Recipe.from_data(data, where=where, allow_imports=plan.allow_imports)
     if budget is not None and budget.images is not None:
         images = round(share * budget.images)
-        recipe.steps = steps_for(recipe, images, where=where, allow_imports=plan.allow_imports)
+        recipe.steps = steps_for(recipe, images)
     return recipe, seconds
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.earlier import evaluation_of_today
-from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.sweep.plan import Cell, Plan, make_cell
 from agsm_rl.sweep.runner import Runner
 from agsm_rl.sweep.spec import Axis

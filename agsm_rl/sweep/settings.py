@@ -17,7 +17,7 @@ from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.earlier import evaluation_of_today, recipe_of_today
-from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.parts import Parts
 
 
 def read_kept(file: Path) -> dict[str, Any]:

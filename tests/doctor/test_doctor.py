@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Collection
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,9 @@ def content(tiny_checkpoint, tmp_path) -> dict[str, Any]:
     }
 
 
-def reds(content: dict[str, Any], **options: Any) -> dict[str, str]:
+def reds(content: dict[str, Any], *, run: Path | None = None, allow_imports: Collection[str] = ()) -> dict[str, str]:
     """What is red, and the line with its remedy."""
-    recipe = Recipe.from_data(content, allow_imports=options.get("allow_imports", ()))
-    found = list(diagnose(recipe, **options))
+    found = list(diagnose(Recipe.from_data(content, allow_imports=allow_imports), run=run))
     assert all(finding.good or finding.remedy for finding in found)
     assert len(found) > 5
     return {finding.what: str(finding) for finding in found if not finding.good}

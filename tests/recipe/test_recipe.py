@@ -8,7 +8,6 @@ import yaml
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.rewards import directions
 
 CONTENT = {
@@ -89,7 +88,7 @@ def test_a_reward_used_twice_has_a_name_for_each_use():
         "kind": given["kind"],
     }
     assert Recipe.from_data(recipe.to_data()) == recipe
-    made = Parts(where="x").construct("sources", recipe.sources["own_images"], "sources.own_images", seed=0).rewards
+    made = recipe.parts.construct("sources", recipe.sources["own_images"], "sources.own_images", seed=0).rewards
     assert [(one.name, one.weight, one.normalise) for one in made] == [
         ("shapes", 1.0, "raw"),
         ("kind", -0.5, "z_score"),

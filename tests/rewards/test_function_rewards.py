@@ -12,8 +12,8 @@ from agsm_rl_rewards.trl_style import TRLReward
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 
 CODE = """
 def red(images, prompts):
@@ -217,7 +217,7 @@ def test_a_recipe_rewards_rollouts_by_functions(recipe_data):
     with pytest.raises(UserError, match="--allow-import own_scores"):
         Recipe.from_data(data)
     recipe = Recipe.from_data(data, allow_imports=["own_scores"])
-    metrics = build_trainer(recipe, allow_imports=["own_scores"]).run_step()
+    metrics = build_trainer(recipe).run_step()
     assert metrics["ddpo/reward/words"] == 3
     assert metrics["ddpo/reward"] == pytest.approx(3 + 10 * metrics["ddpo/reward/red"])
 
@@ -226,7 +226,7 @@ def test_a_function_that_says_so_is_ascended_by_its_gradient(recipe_data):
     source = {"use": "prompts", "prompts": "prompts.txt", "batch_size": 2}
     term = {"use": "reward_backprop", "source": source, "num_steps": 2, "guidance": 1.0}
     recipe = Recipe.from_data(recipe_data(term | {"rewards": {"own_scores:red": 1.0}}), allow_imports=["own_scores"])
-    assert build_trainer(recipe, allow_imports=["own_scores"]).run_step()["reward_backprop/grad_norm"] > 0
+    assert build_trainer(recipe).run_step()["reward_backprop/grad_norm"] > 0
     with pytest.raises(UserError, match="'words' has no gradient"):
         Recipe.from_data(recipe_data(term | {"rewards": {"own_scores:words": 1.0}}), allow_imports=["own_scores"])
 

@@ -50,7 +50,7 @@ def test_an_allowed_script_scores_a_run_and_only_when_it_is_asked(recipe_with):
     data = recipe_with({"worker": {"script": "./mine.py", "options": {"times": 0.5}, "weight": 2.0}})
     allowed = permissions(commands=["./mine.py"])
     recipe = Recipe.from_data(data, allow_imports=allowed)
-    trainer = build_trainer(recipe, allow_imports=allowed)
+    trainer = build_trainer(recipe)
     assert not Path("it_ran").exists()
     assert trainer.run_step()["ddpo/reward"] == 2.0 * 0.5 * 16
     assert Path("it_ran").exists()

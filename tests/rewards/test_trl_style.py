@@ -77,7 +77,7 @@ def recipe_data(tiny_checkpoint, tmp_path, monkeypatch):
 
 def test_a_recipe_names_the_function_that_the_command_line_allows(recipe_data):
     recipe = Recipe.from_data(recipe_data, allow_imports=["my_rewards"])
-    metrics = build_trainer(recipe, allow_imports=["my_rewards"]).run_step()
+    metrics = build_trainer(recipe).run_step()
     assert metrics["ddpo/reward/wide"] == 16
     assert metrics["ddpo/reward"] == 32
 

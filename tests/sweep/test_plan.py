@@ -117,7 +117,7 @@ def test_a_budget_in_images_pays_for_so_many_steps(plan, recipe, objectives, ima
     variant = {"sources": {"own": ROLLOUTS}, "objectives": objectives}
     [cell] = plan(axes={"a": {"one": variant}}, budget={"images": images}).cells
     assert cell.recipe.steps == steps
-    assert images_taken(cell.recipe, steps, where="") <= images < images_taken(cell.recipe, steps + 1, where="")
+    assert images_taken(cell.recipe, steps) <= images < images_taken(cell.recipe, steps + 1)
 
 
 def test_a_variant_may_have_a_share_of_the_budget(plan):

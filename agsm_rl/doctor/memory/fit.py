@@ -7,14 +7,14 @@ fit, not reckoned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from agsm_rl.doctor.memory.predict import Prediction, predict
 from agsm_rl.errors import UserError
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts, source_of
 from agsm_rl.recipe.schema import Block
 from agsm_rl.recipe.yaml_file import set_value, split_path
 
@@ -32,14 +32,7 @@ class Fit:
     fits: bool
 
 
-def fit(
-    recipe: Recipe,
-    prediction: Prediction,
-    budget: float,
-    *,
-    where: str = "recipe",
-    allow_imports: Collection[str] = (),
-) -> Fit:
+def fit(recipe: Recipe, prediction: Prediction, budget: float) -> Fit:
     """The gentlest changes with which the run needs at most `budget` bytes, MARGIN to spare.
 
     `prediction`: the recipe's own. Passes are halved where the peak is, until it fits; where passes of 1 would not do,
@@ -47,13 +40,13 @@ def fit(
     """
     if _within(prediction, budget):
         return Fit({}, prediction, True)
-    knobs = _knobs(recipe, Parts(where=where, allow_imports=allow_imports))
+    knobs = _knobs(recipe, recipe.parts)
     smallest = {path: 1 for paths in knobs.values() for path in paths}
 
     def tried(changes: Mapping[str, Any]) -> Prediction:
-        found = predict(changed(recipe, changes, where, allow_imports), where=where, allow_imports=allow_imports)[1]
+        found = predict(changed(recipe, changes))[1]
         if isinstance(found, str):
-            raise UserError(f"{where}: the memory cannot be predicted ({found})")
+            raise UserError(f"{recipe.parts.where}: the memory cannot be predicted ({found})")
         return found
 
     least = Fit({}, prediction, False)
@@ -74,12 +67,12 @@ def fit(
     return least
 
 
-def changed(recipe: Recipe, changes: Mapping[str, Any], where: str, allow_imports: Collection[str]) -> Recipe:
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with values set by their paths, as `--set` does it."""
     data = recipe.to_data()
     for path, value in changes.items():
-        set_value(data, split_path(path), value, where=where)
-    return Recipe.from_data(data, where=where, allow_imports=allow_imports)
+        set_value(data, split_path(path), value, where=recipe.parts.where)
+    return Recipe.from_data(data, where=recipe.parts.where, allow_imports=recipe.parts.allow_imports)
 
 
 def _within(prediction: Prediction, budget: float) -> bool:
@@ -111,7 +104,7 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
     """Phase → path of an option that bounds its memory → its value, or what it comes to if left out; those above 1."""
     found: dict[str, dict[str, int]] = {}
     for index, term in enumerate(recipe.objectives):
-        block, place = source_of(recipe, index)
+        block, place = recipe.source_of(index)
         rows = _rows(block, term.view, parts, place)
         for name in PASSES:
             if name in term.options and rows is not None:
@@ -131,7 +124,7 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
 
 def _sources(recipe: Recipe) -> dict[str, Block]:
     """The recipe's sources by their key paths."""
-    found = [source_of(recipe, index) for index in range(len(recipe.objectives))]
+    found = [recipe.source_of(index) for index in range(len(recipe.objectives))]
     return {_path(place): block for block, place in found}
 
 

@@ -6,7 +6,7 @@ activations, batches and pictures on the device. What is not: NOT_COUNTED.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,19 +53,17 @@ class Prediction:
         return self.peaks[self.phase]
 
 
-def predict(
-    recipe: Recipe, *, where: str = "recipe", allow_imports: Collection[str] = ()
-) -> tuple[Trainer, Prediction | str]:
+def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
     """The recipe's trainer and the memory that the run will need, or why that cannot be told.
 
     The trainer has shapes alone: its weights are on the meta device, and damage within the weights' files is not seen.
     UserError as by `build_trainer`. A backbone without a `device` is loaded as it is, and nothing is predicted.
     """
     if "device" not in recipe.backbone.options:
-        trainer = build_trainer(recipe, where=where, allow_imports=allow_imports)
+        trainer = build_trainer(recipe)
         return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
     with Rehearsal() as rehearsal:
-        trainer = build_trainer(_for_rehearsal(recipe), where=where, allow_imports=allow_imports)
+        trainer = build_trainer(_for_rehearsal(recipe))
         resident = lie_there(trainer)
         try:
             _rehearse(trainer, recipe, rehearsal)

@@ -28,7 +28,7 @@ from agsm_rl.files import read_text
 from agsm_rl.interfaces import Reward
 from agsm_rl.recipe.earlier import reward_of_today
 from agsm_rl.recipe.options import validated
-from agsm_rl.recipe.resolve import Parts
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.screen import styled, tell
