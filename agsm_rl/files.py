@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -128,6 +128,8 @@ def replacing(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
     is written first, for callers that clean up after a kill by name. OSError when the disk refuses.
     """
     aside = aside or path.with_name(f".{path.name}.{os.getpid()}.new")
+    with suppress(FileNotFoundError):  # somebody's link in its place would be written through
+        aside.unlink()
     try:
         yield aside
         with aside.open("rb+") as file:
@@ -197,6 +199,29 @@ def parse_json(text: str, *, where: str) -> Any:
     return content
 
 
+def check_contained(folder: Path, names: Iterable[str]) -> None:
+    """UserError unless all under these names in a folder is in it: no links that lead out, no pipes, no devices."""
+    root = folder.resolve()
+    for name in names:
+        _check_contained(folder / name, root)
+
+
+def _check_contained(path: Path, root: Path) -> None:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(root):
+            raise UserError(
+                f"{path}: is a link out of its folder, to {target}; nothing is read, written or deleted through it. "
+                "Put the file itself there, or remove the link."
+            )
+    elif stat.S_ISDIR(mode):
+        for entry in os.scandir(path):
+            _check_contained(Path(entry.path), root)
+    elif not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is not a regular file (a named pipe, a device or a socket); remove it.")
+
+
 def _children(part: Any) -> Any:
     return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
@@ -206,7 +231,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have the rename itself on the disk; some file systems cannot, and the file is whole all the same."""
+    """Have the rename itself on the disk; some file systems cannot, and the file is complete all the same."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

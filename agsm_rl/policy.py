@@ -170,6 +170,11 @@ class Policy:
         for name, parameter in self.parameters().items():
             self._shadow[name].lerp_(parameter.detach(), 1 - self.ema_decay)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and their shadows, themselves and not copies, by names for messages."""
+        live = {f"'{name}'": parameter.detach() for name, parameter in self.parameters().items()}
+        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Parameters and shadow, by name."""
         live = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}

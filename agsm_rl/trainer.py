@@ -325,6 +325,23 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         self.optimizer.step()
         self.policy.update_ema()
+        self.check_finite(self.step + 1)
+
+    def check_finite(self, step: int | None = None) -> None:
+        """WentWrong when a parameter, its EMA or its optimiser state is not finite: such a state must not be kept."""
+        tensors = self._state_tensors()
+        if not torch.isfinite(torch.nn.utils.get_total_norm(list(tensors.values()), norm_type=torch.inf)):
+            wrong = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+            self.watch.state_went_wrong(self.step if step is None else step, wrong)
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """What the optimiser's step changes, by names for messages."""
+        tensors: dict[str, Tensor] = dict(self.policy.tensors())
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key != "step":
+                    tensors[f"the optimiser's {key} of '{name}'"] = value
+        return tensors
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact continuation needs; tensors and plain values only."""
@@ -351,6 +368,9 @@ class Trainer:
                 "use the run's recipe"
             )
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, tensor in self._state_tensors().items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to resume from an older one")
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
         if "watch" in state:  # checkpoints of earlier versions have none

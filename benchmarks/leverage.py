@@ -105,7 +105,7 @@ def report(policy: Policy, num_images: int, guidance: float, split: str, *, adap
     """Print a table's rows: strict / lenient % right of plain and cued prompts, and of plain ones with the adapter."""
     from agsm_rl.evaluate.suites.shapes import compare
     from agsm_rl.recipe.schema import Evaluate
-    from agsm_rl.run.evaluation import measure
+    from agsm_rl.run.measurement import measure
 
     def suite(cue: str) -> ShapesResult:
         options = Evaluate.model_validate({"split": split, "num_images": num_images, "prompt_suffix": cue})

@@ -18,10 +18,10 @@ from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_backbone, build_trainer
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.schema import Evaluate
-from agsm_rl.run.evaluation import Evaluation, to_json
+from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.measurement import to_json
 from agsm_rl.sweep.evaluations import Evaluations
 
 
@@ -90,7 +90,7 @@ def test_a_recipe_s_evaluation_draws_with_the_bank_that_it_names(read, tmp_path,
     trainer = build_trainer(recipe)
     disturb(trainer.policy.adapters.values())
     folder = RunFolder(tmp_path)
-    evaluation = Evaluation(folder, recipe, Parts(where="recipe"), Console(file=StringIO()))
+    evaluation = Evaluator(folder, recipe, Console(file=StringIO()))
     ((base, trained),) = evaluation.measure(trainer)
     backbone, prompts = trainer.policy.backbone, suite_prompts("held_out", 2, 0)
     with trainer.policy.using(bank):
@@ -119,7 +119,7 @@ def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_b
 
 def one_bank(recipe: Recipe) -> LoRA:
     lora = LoRA(rank=2)
-    lora.attach(build_backbone(recipe.backbone, parts=Parts(where="recipe")))
+    lora.attach(build_backbone(recipe.backbone, parts=recipe.parts))
     return lora
 
 

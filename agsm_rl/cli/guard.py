@@ -88,7 +88,7 @@ def report(error: Exception, command: str | None = None) -> int:
     from agsm_rl.run.stop import Ended
 
     if isinstance(error, Ended):
-        if error.tells:
+        if error.prints:
             say(f"agsm-rl: {error}", err=True)
         return error.exit_code
     message = explain(error, command)

@@ -17,7 +17,7 @@ from agsm_rl.files import write_text
 from agsm_rl.interfaces import Bank
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.schema import Evaluate
-from agsm_rl.run.evaluation import measure, to_json
+from agsm_rl.run.measurement import measure, to_json
 
 
 @dataclass(frozen=True)

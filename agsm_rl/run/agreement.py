@@ -1,15 +1,16 @@
 """Did a run's terms help or fight each other? The cosines between their gradients, from metrics.jsonl, in words."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+from agsm_rl.run.records import read_lines
+
 PREFIX = "cosine/"
 SMALL = 0.1
-"""A mean cosine below this in size is called no agreement and no conflict."""
+"""A mean cosine smaller than this, of either sign, is neither agreement nor conflict."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Agreement:
 
     def __str__(self) -> str:
         if self.low > SMALL:
-            verdict = "agreed: a step of one also served the other"
+            verdict = "agreed: a step for one also served the other"
         elif self.high < -SMALL:
-            verdict = "were in conflict: a step of one undid part of the other's (see `combine:`)"
+            verdict = "were in conflict: a step for one undid part of the other's (see `combine:`)"
         elif self.low > -SMALL and self.high < SMALL:
             verdict = "were orthogonal: they neither helped nor fought each other"
         else:
@@ -37,27 +38,26 @@ class Agreement:
 
 
 def agreements(metrics: Path) -> list[Agreement]:
-    """Of each two terms that ran in at least two common steps of a run's metrics.jsonl.
+    """The agreement of every two terms that both ran in at least two steps of a run's metrics.jsonl.
 
-    The interval is Student's over steps, taken as independent; it says how sure the mean is, not how the terms would
-    do on another seed.
+    The interval is Student's over steps, which are taken as independent: it says how certain the mean is, not what
+    another seed would give.
     """
-    found: dict[str, list[float]] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        row: dict[str, Any] = json.loads(line)
+    cosines: dict[str, list[float]] = {}
+    for row in read_lines(metrics):
         for key, value in row.items():
-            if key.startswith(PREFIX):
-                found.setdefault(key, []).append(float(value))
-    return [_agreement(key, values) for key, values in found.items() if len(values) > 1]
+            if key.startswith(PREFIX) and isinstance(value, int | float):
+                cosines.setdefault(key, []).append(float(value))
+    return [_agreement(key, values) for key, values in cosines.items() if len(values) > 1]
 
 
-def to_json(found: list[Agreement]) -> list[dict[str, Any]]:
+def agreements_to_json(agreed: list[Agreement]) -> list[dict[str, Any]]:
     """For eval.json: the figures, and the sentence."""
-    return [asdict(one) | {"sentence": str(one)} for one in found]
+    return [asdict(agreement) | {"sentence": str(agreement)} for agreement in agreed]
 
 
 def _agreement(key: str, values: list[float]) -> Agreement:
-    first, second = key.removeprefix(PREFIX).split("/")
+    first, _, second = key.removeprefix(PREFIX).partition("/")
     mean, error = sum(values) / len(values), float(stats.sem(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return Agreement(first, second, len(values), mean, mean - half, mean + half)

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from agsm_rl.run.folder import MetricsFile, RunFolder
+from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.records import MetricsFile
 from agsm_rl.run.screen import make_progress, tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer

@@ -1,54 +1,59 @@
-"""Checkpoints: written aside, checksummed, renamed; the newest good one is found and damaged ones are named."""
+"""Checkpoints: written aside, checksummed, renamed; the newest good one is found and damaged ones are named.
+
+torch is imported where it is used, because reports look at run folders too, and are quick without it.
+"""
 
 import hashlib
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agsm_rl.errors import UserError
-from agsm_rl.files import replacing
+from agsm_rl.files import read_text, replacing
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt")
+ASIDE = re.compile(r"step-\d{8}(\.checksum)?\.partial")
+"""Names of the files that are written first, which a kill may leave."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, best: int | None = None) -> Path:
     """Write `state` (tensors and plain values) as the checkpoint of `step`; the `keep` newest and that of `best` stay.
 
-    The checksum is written before the checkpoint gets its name, so that a kill at any instant leaves a good one behind;
-    where a checkpoint of that step exists already, both checksums hold until the new one stands in its place.
-    UserError when it cannot be written (the disk is full, say), naming the newest good one, which is left as it was.
+    The checksum is written before the checkpoint gets its name, so that a kill at any instant leaves a good checkpoint.
+    If one of that step exists already, both checksums hold until the new one has taken its place. UserError when it
+    cannot be written (the disk is full, say), naming the newest good checkpoint, which is left as it was.
     """
+    import torch
+
     path = folder / f"step-{step:08d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path, aside=path.with_suffix(".partial")) as aside:
-            torch.save(state, aside)
+            with aside.open("wb") as file:  # given a path, torch would hide why the disk refused
+                torch.save(state, file)
             digests = [_digest(aside)]
             _write_checksums(path, digests + ([_digest(path)] if path.exists() else []))
         _write_checksums(path, digests)
     except (OSError, RuntimeError) as error:
-        raise _unwritten(folder, path, error) from error
-    # Newer ones are damaged, passed over when the run was resumed before them: they must not push out the good.
-    kept = [old for old in _all(folder) if _step_of(old) <= step]
-    for old in [old for old in kept[keep:] if _step_of(old) != best]:
+        raise unwritten(path, folder, error) from error
+    # Newer ones are damaged: the run was resumed before them, and they must not push out the good ones.
+    previous = [old for old in _all(folder) if _step_of(old) <= step]
+    for old in [old for old in previous[keep:] if _step_of(old) != best]:
         old.unlink()
         _checksum_path(old).unlink(missing_ok=True)
     return path
 
 
 def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, as (step, state); None if there was never one.
+    """The newest checkpoint that is intact, as (step, state); None if there never was one.
 
-    Damaged ones are named in a warning and passed over; UserError if no good one is left.
+    Damaged ones are named in a warning and skipped; UserError if no good one is left.
     """
     damaged = []
     for path in _all(folder):
-        if is_whole(path):
+        if is_intact(path):
             return _step_of(path), _load(path)
         damaged.append(path.name)
         log.warning("%s is damaged (it does not match its checksum); trying the one before it", path)
@@ -59,10 +64,15 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that matches its checksum; None if there is none."""
+    return next((path for path in _all(folder) if is_intact(path)), None)
+
+
 def of_step(folder: Path, step: int) -> dict[str, Any] | None:
-    """The checkpoint of a step; None when it is not there or damaged."""
+    """The checkpoint of a step; None when it is missing or damaged."""
     path = folder / f"step-{step:08d}.pt"
-    return _load(path) if is_whole(path) else None
+    return _load(path) if is_intact(path) else None
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -75,40 +85,56 @@ def _step_of(path: Path) -> int:
 
 
 def verdicts(folder: Path) -> dict[str, bool]:
-    """Each checkpoint's name, newest first, and whether it is whole."""
-    return {path.name: is_whole(path) for path in _all(folder)}
+    """Each checkpoint's name, newest first, and whether it is intact."""
+    return {path.name: is_intact(path) for path in _all(folder)}
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a checkpoint matches its checksum."""
-    checksum = _checksum_path(path)
     try:
-        return _digest(path) in checksum.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError):
+        return path.is_file() and _digest(path) in read_text(_checksum_path(path), max_bytes=1000).split()
+    except (OSError, UserError):
         return False
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; UserError where torch's restricted unpickler refuses it."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: it is no checkpoint of this program ({str(error).splitlines()[0]})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Any error may come of any bytes. Torch's own words are left out: they advise to unpickle freely.
+        raise UserError(_not_ours(path, f"{type(error).__name__} while it was read")) from error
     if not isinstance(state, dict):
-        raise UserError(f"{path}: it is no checkpoint of this program (it holds a {type(state).__name__})")
+        raise UserError(_not_ours(path, f"it holds a {type(state).__name__}"))
     return state
 
 
-def _unwritten(folder: Path, path: Path, error: Exception) -> UserError:
-    """torch wraps the cause, such as `No space left on device`, in errors of its own."""
+def _not_ours(path: Path, reason: str) -> str:
+    return f"{path}: is not a checkpoint of this program ({reason}); delete it to resume from an older one"
+
+
+def unwritten(path: Path, folder: Path, error: Exception) -> UserError:
+    """The message for something that cannot be written; `folder` is that of the checkpoints."""
+    good = newest_good(folder)
+    kept = f"the newest good checkpoint is {good}" if good else "there is no earlier checkpoint"
+    return UserError(
+        f"{path}: cannot be written ({_reason(error)}); {kept}. Free some space (or fix the folder), then resume with "
+        "--resume"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """torch and safetensors wrap the cause, such as `No space left on device`, in errors of their own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-    good = [name for name, whole in verdicts(folder).items() if whole] if folder.is_dir() else []
-    left = f"the newest good checkpoint is {folder / good[0]}" if good else "there is no earlier checkpoint"
-    return UserError(
-        f"{path}: it cannot be written ({reason}); {left}. Make room (or mend the folder), then go on with --resume"
-    )
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _all(folder: Path) -> list[Path]:

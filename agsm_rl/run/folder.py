@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import local_path, write_text
+from agsm_rl.files import check_contained, local_path, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.run import checkpoints
 
-# What may be changed when a run is continued: nothing that alters the steps already made.
 MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
+"""Keys of a recipe that may be changed when a run is resumed: none of them alters the steps already made."""
+_OURS = re.compile(
+    r"recipe\.yaml|(metrics|evaluations|events)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
+    r"checkpoints|adapter|adapter-best|\.adapter-best\.(new|old)|samples|evals|logs|\.lock"
+)
+"""Names that we give in a run folder; all else in it is the user's."""
+_ASIDE = re.compile(r"\.(.+)\.\d+\.new|\.tmp[A-Za-z0-9]+")
+"""Names of files that we, or safetensors, write first and rename then; a kill may leave them."""
 
 
 def seed_suffix(seed: int) -> str:
-    """How the folder of one of several runs over seeds ends: a sweep names its cells so, a report groups them by it."""
+    """The end of the folder's name for one of several runs over seeds: sweeps use it, and reports group runs by it."""
     return f"-seed{seed}"
 
 
@@ -44,10 +51,11 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")
         self._new = False
 
-    def check(self, recipe: Recipe, *, resume: bool, allow_imports: Collection[str] = ()) -> None:
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
         """UserError when the folder cannot take this run. Writes nothing, so that a wrong command leaves no trace."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give a folder as --run-dir.")
+        self.check_contained()
         if not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir()):
             if resume:
                 raise UserError(
@@ -60,24 +68,30 @@ class RunFolder:
             self._take()
         if not resume:
             raise UserError(
-                f"{self.path}: is not empty. To continue the run in it, add --resume; for a new run, choose "
-                "another --run-dir."
+                f"{self.path}: is not empty. To resume the run in it, add --resume; for a new run, choose another "
+                "--run-dir."
             )
         if not self.recipe.is_file():
             raise UserError(
-                f"{self.path}: is no run folder (it has no recipe.yaml), so there is nothing to resume in it."
+                f"{self.path}: is not a run folder (it has no recipe.yaml), so there is nothing to resume in it."
             )
-        check_same(recipe, read_earlier(self.recipe, allow_imports=allow_imports), self.recipe)
-        from agsm_rl.run.checkpoints import steps_in
+        check_same(recipe, read_earlier(self.recipe, allow_imports=recipe.parts.allow_imports), self.recipe)
+        self._check_checkpoints(recipe)
 
-        done = max(steps_in(self.checkpoints), default=0)
+    def check_contained(self) -> None:
+        """UserError when something of ours is a link that leads out of the folder, a pipe or a device."""
+        if self.path.is_dir():
+            check_contained(self.path, [name for name in os.listdir(self.path) if _OURS.fullmatch(name)])
+
+    def _check_checkpoints(self, recipe: Recipe) -> None:
+        done = max(checkpoints.steps_in(self.checkpoints), default=0)
         if done > recipe.steps:
             raise UserError(
-                f"{self.path}: {done} steps of the run are made and kept, more than `steps: {recipe.steps}`. Give "
-                f"{done} or more; for a shorter run, choose another --run-dir."
+                f"{self.path}: the run has {done} steps already, more than `steps: {recipe.steps}`. Give {done} or "
+                "more; for a shorter run, choose another --run-dir."
             )
-        if any(self.adapter.glob("[!.]*.safetensors")) and not any(self.checkpoints.glob("step-*.pt")):
-            # adapter/ is written after a checkpoint; starting from nothing would pass for going on.
+        if not done and any(self.adapter.glob("[!.]*.safetensors")):
+            # adapter/ is written after a checkpoint; starting from nothing would pass for resuming.
             raise UserError(
                 f"{self.checkpoints}: the run's checkpoints are gone, but {self.adapter} shows that there were some. "
                 f"Put them back; or start a new run in another --run-dir, with start_from: {self.path} to begin with "
@@ -88,21 +102,34 @@ class RunFolder:
         """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            for left_over in self._left_over():
+                left_over.unlink(missing_ok=True)
+            for name in (".adapter-best.new", ".adapter-best.old"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            write_text(self.recipe, recipe.to_yaml())
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --run-dir.") from error
-        self._take()
-        for name in (".*.new", "checkpoints/*.partial", "adapter*/.*.new", "adapter*/.tmp*", "samples/.*.new"):
-            for aside in self.path.glob(name):  # left by a kill; safetensors writes aside too
-                if aside.is_dir():  # an export of the best evaluation
-                    shutil.rmtree(aside)
-                else:
-                    aside.unlink(missing_ok=True)
-        write_text(self.recipe, recipe.to_yaml())
+            good = checkpoints.newest_good(self.checkpoints)
+            kept = f" The newest good checkpoint is {good}." if good else ""
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror or error}); free some space, fix the folder's "
+                f"permissions, or choose another --run-dir.{kept}"
+            ) from error
+
+    def _left_over(self) -> Iterator[Path]:
+        """Files written aside that a kill left; only under names that we give."""
+        for path in self.path.iterdir():
+            match = _ASIDE.fullmatch(path.name)
+            if match and match[1] and _OURS.fullmatch(match[1]) and path.is_file():
+                yield path
+        for folder in (self.adapter, self.best_adapter, self.samples):
+            yield from (path for path in folder.rglob(".*") if _ASIDE.fullmatch(path.name) and path.is_file())
+        yield from (path for path in self.checkpoints.glob("*.partial") if checkpoints.ASIDE.fullmatch(path.name))
 
     def discard_unused(self) -> None:
-        """After a mistake that showed itself before the first step was kept: remove what a new run wrote, and no more.
+        """After a mistake that showed before the first step was kept: remove what a new run wrote, and nothing else.
 
-        A folder in which anything else stands is left as it is.
+        A folder that holds anything else is left as it is.
         """
         if not self._new or not self._lock.is_locked or not self.path.is_dir():  # another's, if we have no lock
             return
@@ -121,50 +148,21 @@ class RunFolder:
                 f"{self.path}: is busy, another process trains in it. Wait for it or stop it, or choose another "
                 "--run-dir."
             ) from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
 
     def close(self) -> None:
         """Let the folder go."""
         self._lock.release()
 
 
-class MetricsFile:
-    """metrics.jsonl: a line a step, each written whole; numbers that are not finite become null."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def cut(self, step: int) -> None:
-        """Drop the lines after `step` (and a torn last line): they will be written again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the line of a step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | finite(metrics)) + "\n")
-
-
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: null stands for it."""
-    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-
-
 def _is_left_over(name: str) -> bool:
-    """A kill before the recipe was written leaves a lock, and perhaps half a file written aside."""
-    return name == ".lock" or (name.startswith(".") and name.endswith(".new"))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    """A kill before the recipe was written leaves a lock, and perhaps a recipe written aside."""
+    return name == ".lock" or (name.startswith(".recipe.yaml.") and name.endswith(".new"))
 
 
 def check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
-    """UserError unless the recipe is the run's, but for what does not alter the steps already made."""
+    """UserError unless the recipe is the run's, apart from what does not alter the steps already made."""
     now, then = recipe.to_data(), kept.to_data()
     for key in now:
         if key not in MAY_CHANGE and now[key] != then[key]:
@@ -176,12 +174,13 @@ def check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
 
 
 def _first_difference(place: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+    """The innermost place at which two recipes differ, with both values."""
     if isinstance(now, dict) and isinstance(then, dict):
         for key in [*now, *then]:
             if now.get(key) != then.get(key):
                 return _first_difference(f"{place}.{key}", now.get(key), then.get(key))
     if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
-        for index, (one, other) in enumerate(zip(now, then, strict=True)):
-            if one != other:
-                return _first_difference(f"{place}[{index}]", one, other)
+        for index, (item, item_then) in enumerate(zip(now, then, strict=True)):
+            if item != item_then:
+                return _first_difference(f"{place}[{index}]", item, item_then)
     return place, now, then

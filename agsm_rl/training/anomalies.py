@@ -6,7 +6,7 @@ All figures looked at are already the same in all processes, so that all of them
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from agsm_rl.errors import UserError
 
@@ -102,6 +102,15 @@ class AnomalyWatch:
     def step_passes(self, step: int, grad_norm: float) -> bool:
         """Whether the terms' gradients made one may be applied."""
         return self._finite(step, "the combined gradient", "combine", {"grad_norm": grad_norm})
+
+    def state_went_wrong(self, step: int, what: str) -> NoReturn:
+        """End the run: what the step has made is not finite, and there is no way back from that."""
+        words = (
+            f"step {step}: {what} is not finite after the optimiser's step, so nothing of this step is kept. Start a "
+            "new run with a lower optimizer.learning_rate (with `start_from: <this run>` it begins with what this one "
+            "exported last)"
+        )
+        raise WentWrong(Event(step, "non_finite", what, float("nan"), "stop", words))
 
     def look_at_adapters(self, step: int, reached: Mapping[str, bool]) -> None:
         """Whether the gradient of each adapter that this step trains is other than exactly 0."""

@@ -236,6 +236,6 @@ def test_a_checkpoint_whose_tensors_are_a_trap_does_not_run(command, train, cont
     torch.save({"policy": Trap(mark), "step": 1}, path)
     path.with_suffix(".sha256").write_text(checkpoints._digest(path))
     result = command("train", "run/recipe.yaml", "--resume", "--set", "steps=2")
-    assert_refused(result, "no checkpoint of this program")
+    assert_refused(result, "not a checkpoint of this program")
     assert command("doctor", "run").exit_code == 1
     assert not mark.exists()

@@ -182,13 +182,19 @@ def _without(key: str) -> Any:
 
 
 CHECKPOINTS = {
-    "a pickle with its checksum": (lambda run: resealed(run, pickle.dumps(Trap())), ["no checkpoint of this program"]),
-    "a text with its checksum": (lambda run: resealed(run, b"nothing"), ["no checkpoint of this program"]),
+    "a pickle with its checksum": (
+        lambda run: resealed(run, pickle.dumps(Trap())),
+        ["not a checkpoint of this"],
+    ),
+    "a text with its checksum": (lambda run: resealed(run, b"nothing"), ["not a checkpoint of this"]),
     "NaN inside": (lambda run: rewritten(run, _nan), ["not finite"]),
     "another width": (lambda run: rewritten(run, _wider), ["shape (5, 5)"]),
-    "a list": (lambda run: rewritten(run, lambda state: [1]), ["no checkpoint of this program"]),
-    "no optimiser": (lambda run: rewritten(run, _without("optimizer")), ["no checkpoint of this program", "optimizer"]),
-    "no sources": (lambda run: rewritten(run, _without("sources")), ["no checkpoint of this program", "sources"]),
+    "a list": (lambda run: rewritten(run, lambda state: [1]), ["not a checkpoint of this"]),
+    "no optimiser": (
+        lambda run: rewritten(run, _without("optimizer")),
+        ["not a checkpoint of this", "optimizer"],
+    ),
+    "no sources": (lambda run: rewritten(run, _without("sources")), ["not a checkpoint of this", "sources"]),
     "truncated": (lambda run: truncated(next((run / "checkpoints").glob("*.pt"))), ["no good checkpoint is left"]),
     "vanished": (lambda run: shutil.rmtree(run / "checkpoints"), ["checkpoints are gone", "start_from"]),
 }

@@ -18,10 +18,10 @@ from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.evaluate.target import open_target
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.schema import Evaluate
-from agsm_rl.run.evaluation import Evaluation, measure, to_json
+from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.measurement import measure, to_json
 from agsm_rl.sweep.plan import make_plan
 
 SUFFIX = ", verified"
@@ -40,7 +40,7 @@ def test_a_recipe_s_evaluation_draws_base_and_trained_with_it_and_judges_by_the_
         }
     )
     trainer = build_trainer(recipe)
-    watching = Evaluation(RunFolder(tmp_path), recipe, Parts(where="recipe"), Console(file=StringIO()))
+    watching = Evaluator(RunFolder(tmp_path), recipe, Console(file=StringIO()))
     ((base, trained),) = watching.measure(trainer)
     prompts = suite_prompts("held_out", 3, 0)
     read = [prompt + SUFFIX for prompt in prompts]

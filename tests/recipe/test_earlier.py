@@ -10,8 +10,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe import earlier
 from agsm_rl.recipe.earlier import FIRST_DEFAULTS, read_earlier, recipe_of_today
 from agsm_rl.recipe.options import RewardOptions, options_model
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.resolve import Parts
 from agsm_rl.recipe.schema import Evaluate, RecipeKeys, TermBlock
 from agsm_rl.recipe.shipped import shipped_recipes
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from agsm_rl.run.agreement import agreements, to_json
+from agsm_rl.run.agreement import agreements, agreements_to_json
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_cosines_of_a_run_are_read_in_words(metrics, cosines, words):
 def test_only_steps_on_which_both_terms_ran_are_counted(metrics):
     (found,) = agreements(metrics(None, 0.5, None, 0.6))
     assert found.steps == 2
-    assert "over 2 common steps" in to_json([found])[0]["sentence"]
+    assert "over 2 common steps" in agreements_to_json([found])[0]["sentence"]
 
 
 def test_terms_that_never_met_are_not_judged(metrics):

@@ -76,6 +76,6 @@ def test_a_pickle_in_a_checkpoint_s_place_does_not_run(tmp_path):
     path = tmp_path / "step-00000001.pt"
     path.write_bytes(pickle.dumps(Trap()))
     path.with_suffix(".sha256").write_text(checkpoints._digest(path))
-    with pytest.raises(UserError, match="no checkpoint of this program"):
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
         checkpoints.newest(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -54,7 +54,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_names_it(
     checkpoints.save(tmp_path, 1, {"x": torch.ones(10)}, keep=1)
     with files_of_at_most(100_000), pytest.raises(UserError) as told:
         checkpoints.save(tmp_path, 2, {"x": torch.ones(100_000)}, keep=1)
-    assert "step-00000002.pt: it cannot be written (File too large)" in str(told.value)
+    assert "step-00000002.pt: cannot be written (File too large)" in str(told.value)
     assert f"the newest good checkpoint is {tmp_path / 'step-00000001.pt'}" in str(told.value)
     assert checkpoints.newest(tmp_path)[0] == 1
     assert not list(tmp_path.glob("*.partial"))

@@ -19,9 +19,10 @@ from agsm_rl.errors import UserError
 from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.run import evaluation as run_evaluation
-from agsm_rl.run.folder import MetricsFile, RunFolder
+from agsm_rl.run import measurement
+from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
+from agsm_rl.run.records import MetricsFile
 from agsm_rl.run.stop import Stopped
 from agsm_rl.trainer import Trainer
 
@@ -286,7 +287,7 @@ def test_a_report_that_fails_is_told_and_does_not_fail_the_run(make_recipe, tmp_
 def stopping_in_evaluation(monkeypatch, at):
     """SIGTERM when the batch number `at` (from 1) of all evaluations is drawn."""
     drawn = []
-    draw = run_evaluation.draw
+    draw = measurement.draw
 
     def noted(*arguments, **options):
         drawn.append(1)
@@ -294,7 +295,7 @@ def stopping_in_evaluation(monkeypatch, at):
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(run_evaluation, "draw", noted)
+    monkeypatch.setattr(measurement, "draw", noted)
 
 
 EVALUATION = {"every": 2, "num_images": 6, "num_steps": 2, "batch_size": 3, "rewards": ["shapes"]}

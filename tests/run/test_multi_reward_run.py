@@ -14,7 +14,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
-from agsm_rl.run.evaluation import Evaluation
+from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.lifecycle import train
 from agsm_rl.trainer import Trainer
 
@@ -151,7 +151,7 @@ def test_a_run_killed_around_an_evaluation_ends_as_the_uninterrupted_one(kept, t
     killed = tmp_path / "killed"
     with monkeypatch.context() as patched:
         place = {"before the evaluation": "on_step", "in the evaluation": "_note", "after the evaluation": "on_step"}
-        original = getattr(Evaluation, place[moment])
+        original = getattr(Evaluator, place[moment])
 
         def dying(self, trainer, *rest):
             if trainer.step == 2 and not moment.startswith("after"):
@@ -161,7 +161,7 @@ def test_a_run_killed_around_an_evaluation_ends_as_the_uninterrupted_one(kept, t
                 raise Killed
             return found
 
-        patched.setattr(Evaluation, place[moment], dying)
+        patched.setattr(Evaluator, place[moment], dying)
         with pytest.raises(Killed):
             train(recipe, killed, console=console)
     train(recipe, killed, resume=True, console=console)
@@ -216,7 +216,7 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told(make_r
     base = make_recipe().to_data()
     base["evaluate"]["rewards"]["opposite"] = {"use": "opposite:Opposite"}
     recipe = Recipe.from_data(base, allow_imports=["opposite"])
-    train(recipe, tmp_path / "run", console=console, allow_imports=["opposite"])
+    train(recipe, tmp_path / "run", console=console)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     told = {event["subject"]: event for event in events if event["watch"] == "held_out_falls"}
     assert told["opposite"]["action"] == "warn"

@@ -38,9 +38,10 @@ from agsm_rl.errors import UserError
 from agsm_rl.export.attach import write_export
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
-from agsm_rl.run.evaluation import Evaluation, SampleGrids
+from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
+from agsm_rl.run.sample_grids import SampleGrids
 from agsm_rl.sources.rollouts import Rollouts
 from agsm_rl.trainer import Trainer
 
@@ -106,7 +107,7 @@ def mark_phases(marker: Marker) -> None:
 
     Trainer.run_step = marker.around("step", Trainer.run_step)
     Rollouts._draw = marker.around("rollout", Rollouts._draw)
-    Evaluation.measure = marker.around("evaluation", Evaluation.measure)
+    Evaluator.measure = marker.around("evaluation", Evaluator.measure)
     SampleGrids.draw = marker.around("sample grid", SampleGrids.draw)
     checkpoints.save = marker.around("checkpoint", checkpoints.save)
     attachment.write_export = marker.around("adapter export", write_export)

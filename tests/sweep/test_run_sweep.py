@@ -14,7 +14,8 @@ from sweep_parts import EVALUATE
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.report.load import load
-from agsm_rl.run.folder import MetricsFile, RunFolder
+from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.records import MetricsFile
 from agsm_rl.sweep.cell import TimeLimit
 
 RUN = Path("runs/mine")
