@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from agsm_rl.errors import UserError
-from agsm_rl.training.limits import MAX_SEED
+from agsm_rl.training.limits import MAX_NUMBER, MAX_SEED
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _UNION_TAG = re.compile(
@@ -36,12 +36,14 @@ class Section(BaseModel):
     @classmethod
     def _only_known_keys(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
-            for key in data:
+            for key, value in data.items():
                 if key not in cls.model_fields:
                     raise _mistake(unknown_key(str(key), list(cls.model_fields)))
-                if isinstance(data[key], bool) and _wants_a_number(cls.model_fields[key].annotation):
+                if isinstance(value, bool) and _takes_number(cls.model_fields[key].annotation):
                     # Python would take true for 1.
-                    raise _mistake(f"'{key}' is {str(data[key]).lower()}, but a number is wanted")
+                    raise _mistake(f"'{key}' is {str(value).lower()}, but it must be a number")
+                if isinstance(value, int) and abs(value) > MAX_NUMBER and key != "seed":
+                    raise _mistake(f"'{key}' is {value}, but numbers here are at most {MAX_NUMBER:,}")
         return data
 
 
@@ -65,10 +67,10 @@ GivenReward = Annotated[
     Annotated[float, Tag("float")] | Annotated[RewardOptions, Tag("dict[options]")],
     Discriminator(lambda given: "dict[options]" if isinstance(given, Mapping | RewardOptions) else "float"),
 ]
-"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is told as such."""
+"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is reported as such."""
 
 
-def _wants_a_number(annotation: Any) -> bool:
+def _takes_number(annotation: Any) -> bool:
     """True for a number or a union with one, unless a bool is allowed too."""
     allowed = get_args(annotation) or (annotation,)
     return bool not in allowed and any(kind in allowed for kind in (int, float))
@@ -80,17 +82,16 @@ def _mistake(text: str) -> PydanticCustomError:
 
 def unknown_key(key: str, allowed: list[str]) -> str:
     """The message for a key that is not known."""
-    close = get_close_matches(key, allowed, n=1)
+    close = get_close_matches(key[:100], allowed, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
 
 
 def options_model(cls: Any, *, where: str) -> type[Section]:
-    """The schema of a class's constructor: an option an argument, with its type and default.
+    """The schema of a class's constructor: one option per argument, with its type and default.
 
-    UserError where its types cannot be known. Two arguments are special: `rewards` is given by name in a recipe ({name:
-    weight}, or {name: {use, weight, normalise, options…}}), and `seed` may be left out (null), which means the recipe's
-    seed.
+    Two arguments are special: a recipe gives `rewards` by name ({name: weight}, or {name: {use, weight, normalise,
+    options…}}), and `seed` may be null, which means the recipe's seed. UserError when a type cannot be resolved.
     """
     try:
         return _options_model(cls)
@@ -102,7 +103,7 @@ def options_model(cls: Any, *, where: str) -> type[Section]:
 
 @cache
 def _options_model(cls: Any) -> type[Section]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for parameter in inspect.signature(cls, eval_str=True).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -112,8 +113,8 @@ def _options_model(cls: Any) -> type[Section]:
             annotation = Annotated[dict[str, GivenReward], Field(min_length=1)]
         if parameter.name == "seed":
             annotation, default = Seed | None, None
-        found[parameter.name] = (annotation, default)
-    model: type[Section] = create_model(f"{cls.__name__}Options", __base__=Section, **found)
+        fields[parameter.name] = (annotation, default)
+    model: type[Section] = create_model(f"{cls.__name__}Options", __base__=Section, **fields)
     return model
 
 
@@ -126,7 +127,7 @@ def validated(cls: Any, given: Mapping[str, Any], *, where: str) -> dict[str, An
 
 
 def explain(error: ValidationError, *, where: str) -> UserError:
-    """The first of pydantic's errors as `where.place: what was got and what is wanted`."""
+    """The first of pydantic's errors as `where.place: what was got and what is allowed`."""
     first = error.errors(include_url=False)[0]
     place = ""
     for part in first["loc"]:
@@ -137,7 +138,7 @@ def explain(error: ValidationError, *, where: str) -> UserError:
     separator = "" if not place else "." if not where.endswith(": ") else ""
     head = f"{where}{separator}{place}" if place else where.removesuffix(": ")
     if first["type"] == "missing":
-        return UserError(f"{head}: this key is needed and is not there.")
+        return UserError(f"{head}: this key is required and missing.")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("mistake", "value_error"):
         return UserError(f"{head}: {message}")

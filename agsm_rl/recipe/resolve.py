@@ -16,6 +16,7 @@ from agsm_rl.files import local_or_hub
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import SCORES, in_evaluation
 from agsm_rl.recipe.schema import Block, Evaluate, RecipeKeys, TermBlock
+from agsm_rl.training.limits import MAX_BATCH
 
 if TYPE_CHECKING:
     from agsm_rl.interfaces import Batch
@@ -165,6 +166,8 @@ def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
             gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
         if not issubclass(gives, objective.consumes):
             raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")
+        if source.batch_size is not None and source.batch_size > MAX_BATCH:
+            raise parts.refuse(source_place, f"a batch of {source.batch_size} rows; at most {MAX_BATCH:,} are allowed")
         if batch_size is not None:
             try:
                 objective.check(batch_size)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 from agsm_rl.recipe.options import Section, Seed
-from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_NUMBER, MAX_SAMPLING_STEPS
 
 
 def _schedule(value: Any) -> Any:
@@ -17,12 +17,12 @@ def _schedule(value: Any) -> Any:
     if not points:
         raise ValueError("a weight is a number or a schedule {step: weight}; this schedule is empty")
     for step, weight in points.items():
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"a schedule's keys are steps, 0 or more; got {step!r}")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_NUMBER:
+            raise ValueError(f"a schedule's keys are steps from 0 to {MAX_NUMBER:,}; got {step!r}")
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"a weight is a number or a schedule such as {{0: 0.0, 100: 1.0}}; got {weight!r}")
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"a weight must be 0 or more, and finite; got {weight}. To leave a term out, set it to 0")
+            raise ValueError(f"a weight must be finite and at least 0; got {weight}. To leave a term out, set it to 0")
     return value
 
 
@@ -47,6 +47,8 @@ def _plain_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 Weight = Annotated[float | dict[int, float], BeforeValidator(_schedule)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 
 
 class Block(Section):
@@ -112,8 +114,8 @@ class Optimizer(Section):
         max_grad_norm: The combined gradient is scaled down to this norm where it is larger. Null: never.
     """
 
-    learning_rate: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1e-3
-    weight_decay: float = Field(1e-4, ge=0)
+    learning_rate: Rate | dict[str, Rate] = 1e-3
+    weight_decay: float = Field(1e-4, ge=0, le=1e6)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
@@ -140,15 +142,15 @@ class Evaluate(Section):
 
     suite: Literal["shapes"] = "shapes"
     every: Annotated[int, Field(ge=1)] | None = None
-    num_images: int = Field(200, ge=1)
+    num_images: int = Field(200, ge=1, le=MAX_IMAGES)
     rewards: list[str] | dict[str, dict[str, Any] | None] = []
-    guidance: Annotated[list[float], Field(min_length=1)] = [3.0]
+    guidance: Annotated[list[Guidance], Field(min_length=1)] = [3.0]
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
     prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)  # older cells stay finished
     seed: Seed = 0
-    batch_size: int = Field(50, ge=1)
+    batch_size: int = Field(50, ge=1, le=MAX_BATCH)
 
     @field_validator("guidance", mode="before")
     @classmethod
@@ -181,8 +183,8 @@ class Samples(Section):
 
     every: int = Field(100, ge=1)
     prompts: Annotated[list[str], Field(min_length=1)] | None = None
-    num_images: int = Field(8, ge=1)
-    guidance: float = 3.0
+    num_images: int = Field(8, ge=1, le=1000)
+    guidance: Guidance = 3.0
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     seed: Seed = 0
 
@@ -287,8 +289,8 @@ class RecipeKeys(Section):
     def _not_empty(cls, value: Any, info: Any) -> Any:
         if not value:
             missing = {
-                "adapters": "there are none, so nothing would be trained; add one, e.g. {lora: {use: lora, rank: 8}}",
-                "objectives": "there are none, so nothing would be learned; add one, e.g. [{use: agsm, source: …}]",
+                "adapters": "it is empty, so nothing would be trained; add one, e.g. {lora: {use: lora, rank: 8}}",
+                "objectives": "it is empty, so nothing would be learned; add one, e.g. [{use: agsm, source: …}]",
             }
             raise ValueError(missing[info.field_name])
         return value

@@ -5,6 +5,10 @@ from bad_input import assert_refused
 
 ROLLOUTS = "{use: rollouts, prompts: builtin:shapes-prompts, rewards: {shapes: 1.0}"
 PAIRS = "{use: pairs, dataset: builtin:shapes, batch_size: 2}"
+REST = (
+    b"backbone: {use: stable_diffusion, checkpoint: 'builtin:shapes-sd15', device: cpu}\n"
+    b"objectives: [{use: score_matching, source: {use: pairs, dataset: 'builtin:shapes', batch_size: 2}}]\n"
+)
 
 # `--set` of the sound recipe → words of the message.
 OVERRIDES = {
@@ -74,7 +78,7 @@ OVERRIDES = {
     "an alpha below zero": ("adapters.lora.alpha=-1", ["lora.alpha", "-1", "above 0"]),
     "more tokens than memory": (
         "adapters={tokens: {use: soft_tokens, num_tokens: 100000000000}}",
-        ["num_tokens", "100000000000", "1 to 1024"],
+        ["num_tokens", "100000000000", "1,000,000,000"],
     ),
     "more sampling steps than noise levels": (
         "evaluate={num_steps: 5000}",
@@ -121,6 +125,22 @@ OVERRIDES = {
     "an evaluation without guidance": ("evaluate={guidance: []}", ["evaluate.guidance"]),
     "a suite that is not there": ("evaluate={suite: shaps}", ["evaluate.suite", "'shaps'"]),
     "a negative checkpoint interval": ("checkpoint.every=-1", ["checkpoint.every", "-1"]),
+    "a step beyond all": ("steps=1000000000000", ["'steps' is 1000000000000", "1,000,000,000"]),
+    "a step of very many digits": ("steps=" + "9" * 5000, ["5000 digits"]),
+    "a rank beyond all": ("adapters.lora.rank=1000000000000000000", ["adapters.lora", "'rank'", "1,000,000,000"]),
+    "a large rank": ("adapters.lora.rank=100000", ["adapters.lora", "rank", "100000", "1 to 4096"]),
+    "a batch beyond all": ("objectives.0.source.batch_size=10000000000", ["batch_size", "10000000000"]),
+    "a large batch": ("objectives.0.source.batch_size=1000000", ["objectives[0].source", "1000000", "65,536"]),
+    "a large draw": (
+        f"objectives.0={{use: ddpo, source: {ROLLOUTS}, num_prompts: 60000, images_per_prompt: 60000}}}}",
+        ["objectives[0].source", "3600000000", "65,536"],
+    ),
+    "a grid of a million": ("sample.num_images=1000000", ["sample.num_images", "1000000", "1000"]),
+    "an evaluation of a billion": ("evaluate={num_images: 1000000000}", ["evaluate.num_images", "1000000"]),
+    "a step of a schedule beyond all": ("objectives.0.weight={1000000000000: 1.0}", ["objectives[0].weight", "steps"]),
+    "a guidance beyond all": ("sample.guidance=1e300", ["sample.guidance", "1e+300"]),
+    "an index that is no digit": ("objectives.²=x", ["objectives is a list of 1", "'²' is not an index"]),
+    "a path of very many keys": ("a." * 5000 + "b=1", ["key.path=value"]),
     "code by its name": ("objectives.0.use=os:system", ["objectives[0].use", "'os:system'", "--allow-import os"]),
 }
 
@@ -128,17 +148,41 @@ TEXTS = {
     "an empty file": (b"", ["x.yaml", "mapping", "empty"]),
     "a list": (b"- steps: 1\n", ["x.yaml", "mapping", "list"]),
     "a scalar": (b"train please\n", ["x.yaml", "mapping", "str"]),
-    "a key twice": (b"steps: 1\nsteps: 2\n", ["line 2", "'steps' stands twice"]),
+    "a key twice": (b"steps: 1\nsteps: 2\n", ["line 2", "'steps' is given twice"]),
     "a bracket that is open": (b"steps: [1\n", ["x.yaml", "line"]),
     "a tab": (b"steps:\n\t- 1\n", ["x.yaml", "line 2"]),
-    "a sequence that holds itself": (b"steps: &a [*a]\n", ["x.yaml"]),
-    "a mapping that holds itself": (b"backbone: &a {use: *a}\n", ["x.yaml"]),
+    "a sequence that contains itself": (b"steps: &a [*a]\n", ["x.yaml", "contains itself"]),
+    "a mapping that contains itself": (b"backbone: &a {use: *a}\n", ["x.yaml", "contains itself"]),
     "an alias of nothing": (b"steps: *gone\n", ["line 1", "gone"]),
-    "Latin-1": ("# für dich\nsteps: 1\n".encode("latin-1"), ["x.yaml", "cannot be read as text", "utf-8"]),
-    "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", ["x.yaml", "cannot be read as text"]),
+    "Latin-1": ("# für dich\nsteps: 1\n".encode("latin-1"), ["x.yaml", "is not UTF-8 text"]),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", ["x.yaml", "is not UTF-8 text"]),
     "a null byte": (b"steps: \x00\n", ["x.yaml", "not valid YAML"]),
     "nested too deeply": (b"a: " + b"[" * 5000 + b"]" * 5000, ["x.yaml", "not valid YAML"]),
-    "a missing key": (b"steps: 1\n", ["backbone", "needed"]),
+    "nested thirty levels too deeply": (b"a: " + b"[" * 62 + b"]" * 62, ["x.yaml", "32 levels deep"]),
+    "a missing key": (b"steps: 1\n", ["backbone", "required"]),
+    "a hexadecimal number without end": (b"steps: 0x" + b"f" * 6000, ["line 1", "6002 digits"]),
+    "a sexagesimal number without end": (b"steps: 1" + b":1" * 100_000, ["line 1", "digits"]),
+    "a float of many digits": (b"seed: 0." + b"1" * 6000, ["line 1", "6002 digits"]),
+    "an int of nothing": (b"steps: !!int ''", ["not valid YAML"]),
+    "a bool that is none": (b"steps: !!bool maybe", ["not valid YAML"]),
+    "bytes": (b"steps: !!binary aGk=", ["line 1", "YAML tags"]),
+    "a set": (b"steps: !!set {a, b}", ["line 1", "YAML tags"]),
+    "a date by its tag": (b"steps: !!timestamp 2001-01-01", ["line 1", "YAML tags"]),
+    "a date": (b"steps: 2001-01-01\n" + REST, ["steps", "'2001-01-01'", "integer"]),
+    "no number": (b"steps: .nan\n" + REST, ["steps", "nan"]),
+    "a key that is a number": (b"1: 2\n" + REST, ["'1' is not an option"]),
+    "a key that is null": (b"~: 2\n" + REST, ["'None' is not an option"]),
+    "a key that is no number": (b".nan: 2\n" + REST, ["'nan' is not an option"]),
+    "a key that is a list": (b"? [a, b]\n: 2\n" + REST, ["line 1", "unhashable"]),
+    "a key of a block that is a number": (b"steps: 1\nadapters: {lora: {use: lora, 1: 2}}\n" + REST, ["adapters.lora"]),
+    "a tag without a name": (b"steps: !<> 1", ["x.yaml"]),
+    "two documents": (b"steps: 1\n---\nsteps: 2\n", ["line 2", "another document"]),
+    "a text of a megabyte": (b"steps: '" + b"x" * 900_000 + b"'\n" + REST, ["steps", "integer"]),
+    "a name of a megabyte": (
+        b"steps: 1\nadapters: {lora: {use: lora}}\ncombine: " + b"x" * 900_000 + b"\n" + REST,
+        ["combine"],
+    ),
+    "a key of a megabyte": (b"? " + b"x" * 900_000 + b"\n: 1\n" + REST, ["is not an option"]),
 }
 
 

@@ -156,7 +156,7 @@ WRONG = {
     "adapters.lora=7": "adapters.lora: got 7; it should be a mapping",
     "adapters.a/b={use: lora}": "'a/b' cannot be a name",
     "steps=0": "steps: got 0.*greater than or equal to 1",
-    "steps=true": "'steps' is true, but a number is wanted",
+    "steps=true": "'steps' is true, but it must be a number",
     "steps=.inf": "steps: got inf",
     "backbone.dtype=int8": "backbone.dtype: got 'int8'.*float32",
     "backbone.use=os:system": "backbone.use: 'os:system'.*--allow-import os",
@@ -186,7 +186,7 @@ WRONG = {
     "combine=smu": "combine: 'smu' is not a combiner.*'sum'",
     "track=[tensorbord]": r"track\[0\]: 'tensorbord' is not a tracker.*'tensorboard'",
     "seed=!!python/name:os.system": "YAML tags .* are not allowed",
-    "objectives.7.every=1": "objectives is a list of 2; '7' is no index",
+    "objectives.7.every=1": "objectives is a list of 2; '7' is not an index",
     "steps.more=1": "steps is 10, which has no 'more'",
     "steps": "write it as key.path=value",
 }
@@ -220,13 +220,13 @@ def test_two_terms_of_one_name_are_refused(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 1\nsteps: 2\n", "x.yaml: line 2: the key 'steps' stands twice, first in line 1"),
+        ("steps: 1\nsteps: 2\n", "x.yaml: line 2: the key 'steps' is given twice, first in line 1"),
         ("steps: 1\nadapters: {lora: {use: lora}\n", "x.yaml: line 3: "),
         ("steps: !!python/object/apply:os.getcwd []\n", "x.yaml: line 1: YAML tags"),
         ("- a\n- b\n", "x.yaml: a recipe is a mapping.*list"),
         ("", "x.yaml: a recipe is a mapping.*empty"),
         ("a: &a [*a]\n", "x.yaml: "),
-        ("steps: 1\n", "x.yaml: backbone: this key is needed"),
+        ("steps: 1\n", "x.yaml: backbone: this key is required"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_told_with_its_line(write, text, message):
