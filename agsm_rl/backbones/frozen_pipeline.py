@@ -15,6 +15,7 @@ from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond, Tokens
+from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.precision import own_precision
 
 logger = logging.getLogger(__name__)
@@ -201,10 +202,13 @@ class FrozenPipeline:
         found = {name: getattr(pipeline, name, None) for name in names}
         self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
         config = self.denoiser.config
-        factor, multiple = pipeline.vae_scale_factor, pipeline.vae_scale_factor * self._patch_size()
+        factor, multiple = pipeline.vae_scale_factor, self._resolution_step(pipeline.vae_scale_factor)
         self.resolution = config.sample_size * factor if resolution is None else resolution
-        if self.resolution < multiple or self.resolution % multiple:
-            raise UserError(f"backbone.resolution: got {resolution}; a positive multiple of {multiple} is needed.")
+        if not multiple <= self.resolution <= MAX_RESOLUTION or self.resolution % multiple:
+            raise UserError(
+                f"backbone.resolution: got {self.resolution}; a positive multiple of {multiple} is needed, at most "
+                f"{MAX_RESOLUTION}."
+            )
         channels = pipeline.vae.config.latent_channels
         if config.in_channels != channels:
             raise UserError(
@@ -240,6 +244,10 @@ class FrozenPipeline:
 
     def _patch_size(self) -> int:
         return 1
+
+    def _resolution_step(self, factor: int) -> int:
+        """Of what the resolution must be a multiple, for latents and for the pipeline, which draws the samples."""
+        return factor * self._patch_size()
 
     def _attention(self) -> AbstractContextManager[None]:
         """The attention of predictions, with gradients or without, since log-probabilities are compared across the two.

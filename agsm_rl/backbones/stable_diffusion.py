@@ -4,6 +4,7 @@ Everything in it is frozen and in evaluation mode. Callers see images in [0, 1] 
 predicts the noise or v (arXiv 2202.00512) is settled here, from the scheduler's configuration.
 """
 
+from math import lcm
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class StableDiffusion(FrozenPipeline):
         "StableDiffusionXLInpaintPipeline",
     )
     drawing = (7.0, 30)
+
+    def _resolution_step(self, factor: int) -> int:
+        return lcm(factor, 8)  # diffusers' pipelines of U-Nets draw no others
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)

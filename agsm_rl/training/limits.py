@@ -8,5 +8,7 @@ MAX_BATCH = 2**16
 """Rows of a batch, and images that are drawn at once."""
 MAX_IMAGES = 10**6
 """Images of an evaluation."""
+MAX_RESOLUTION = 8192
+"""Pixels per side."""
 MAX_SAMPLING_STEPS = 1000
 """The noise levels that the base models were trained on; diffusers' samplers have no more steps."""

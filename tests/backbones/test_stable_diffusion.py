@@ -157,7 +157,7 @@ def test_latents_stay_float32_on_a_bfloat16_base(tiny_checkpoint: Path) -> None:
 
 def test_another_resolution_changes_the_latents_size(tiny_checkpoint: Path) -> None:
     assert StableDiffusion(str(tiny_checkpoint), resolution=32, device="cpu").latent_shape == (4, 16, 16)
-    with pytest.raises(UserError, match="resolution: got 17; a positive multiple of 2 is needed"):
+    with pytest.raises(UserError, match="resolution: got 17; a positive multiple of 8 is needed"):
         StableDiffusion(str(tiny_checkpoint), resolution=17, device="cpu")
 
 
