@@ -125,5 +125,5 @@ def _reward(key: Any, given: Any) -> Any:
 
 
 def _of(kind: str, name: Any) -> dict[str, Any]:
-    options: dict[str, Any] = _first_defaults()[kind].get(name, {})
+    options: dict[str, Any] = _first_defaults()[kind].get(name, {}) if isinstance(name, str) else {}
     return options

@@ -17,11 +17,14 @@ from agsm_rl.training.processes import GRACE, EndWhenStuck, ProcessLost
 
 @contextmanager
 def failures_named(folder: RunFolder, trainer: Trainer) -> Iterator[None]:
-    """Within the block, a lost process ends the run as Lost, and a disk that refuses as a UserError."""
+    """Within the block, a lost process ends the run as Lost; a disk that refuses, or sys.exit(), as a UserError."""
     try:
         yield
     except ProcessLost as error:
         raise lost(folder, trainer, f"another process ended, or {error}") from error
+    except SystemExit as error:
+        message = f"{folder.path}: the run ended after step {trainer.step}, because code that it uses called sys.exit()"
+        raise UserError(f"{message}. {_advice(folder)}") from error
     except OSError as error:
         raise UserError(
             f"{folder.path}: the run ended after step {trainer.step}: {error}. {_advice(folder)}"

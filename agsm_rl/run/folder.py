@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ def seed_suffix(seed: int) -> str:
 
 
 class RunFolder:
-    """The paths of a run folder and its lock. Constructing it touches nothing; `open` does."""
+    """The paths of a run folder and its lock. Constructing it touches nothing; `open` does.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: The folder.
+        reserved: The folder was made for this run, and goes if the run keeps nothing in it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, reserved: bool = False) -> None:
         self.path = local_path(path)
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -49,14 +55,14 @@ class RunFolder:
         self.eval = self.path / "eval.json"
         self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
-        self._new = False
+        self._new, self._made = False, reserved
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """UserError when the folder cannot take this run. Writes nothing, so that a wrong command leaves no trace."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give a folder as --run-dir.")
         self.check_contained()
-        if not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir()):
+        if self.is_unused():
             if resume:
                 raise UserError(
                     f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder "
@@ -77,6 +83,10 @@ class RunFolder:
             )
         check_same(recipe, read_earlier(self.recipe, allow_imports=recipe.parts.allow_imports), self.recipe)
         self._check_checkpoints(recipe)
+
+    def is_unused(self) -> bool:
+        """Whether there is nothing in the folder but what a run leaves that was killed before it wrote its recipe."""
+        return not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir())
 
     def check_contained(self) -> None:
         """UserError when something of ours is a link that leads out of the folder, a pipe or a device."""
@@ -101,6 +111,7 @@ class RunFolder:
     def open(self, recipe: Recipe) -> None:
         """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
         try:
+            self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
             for left_over in self._left_over():
@@ -127,16 +138,20 @@ class RunFolder:
         yield from (path for path in self.checkpoints.glob("*.partial") if checkpoints.ASIDE.fullmatch(path.name))
 
     def discard_unused(self) -> None:
-        """After a mistake that showed before the first step was kept: remove what a new run wrote, and nothing else.
+        """After a mistake that showed before the first step was kept: remove what this run made, and nothing else.
 
         A folder that holds anything else is left as it is.
         """
-        if not self._new or not self._lock.is_locked or not self.path.is_dir():  # another's, if we have no lock
-            return
-        names = {item.name for item in self.path.iterdir()} - {"recipe.yaml", "logs"}
-        if all(_is_left_over(name) for name in names):
-            self.close()
-            shutil.rmtree(self.path)
+        if self._new and self._lock.is_locked and self.path.is_dir():  # without the lock, it is another run's
+            names = {item.name for item in self.path.iterdir()} - {"recipe.yaml", "logs"}
+            if all(_is_left_over(name) for name in names):
+                self.close()
+                shutil.rmtree(self.path / "logs", ignore_errors=True)
+                for name in {*names, "recipe.yaml"}:
+                    (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):  # it is not empty, or not there
+                self.path.rmdir()
 
     def _take(self) -> None:
         if self._lock.is_locked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +56,7 @@ def train(
     and Lost when another process of the run is gone.
     """
     console = console or make_console(stderr=True)
-    folder = RunFolder(run_dir or _shared(lambda: default_folder(recipe.parts.where)))
+    folder = RunFolder(run_dir or _shared(lambda: _default_folder(recipe.parts.where)), reserved=run_dir is None)
     accelerator = make_accelerator(
         log_with=recipe.track or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.path / "logs")),
@@ -242,19 +243,24 @@ def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
         accelerator.init_trackers("agsm-rl", config=settings)
 
 
-def default_folder(where: str) -> Path:
-    """runs/<recipe's name>-<time>, one that does not exist."""
+def _default_folder(where: str) -> Path:
+    """runs/<recipe's name>-<time>, made at once: two runs that start in the same second get two folders."""
     name = f"{Path(where).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, count = Path("runs") / name, 1
-    while path.exists():
-        count += 1
-        path = Path("runs") / f"{name}-{count}"
-    return path
+    for count in itertools.count(1):
+        path = Path("runs") / (name if count == 1 else f"{name}-{count}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if not path.exists():
+                raise  # `runs` is a file
+        else:
+            return path
+    raise AssertionError("the count never ends")
 
 
 def _shared(make: Callable[[], Path]) -> Path:
     """The first process's path, on all processes: their clocks may differ."""
-    make_accelerator()  # before the first exchange, which would set the processes up with other timeouts
-    values = [str(make())]
+    accelerator = make_accelerator()  # before the first exchange, which would set the processes up with other timeouts
+    values = [str(make()) if accelerator.is_main_process else ""]
     broadcast_object_list(values)
     return Path(values[0])

@@ -1,6 +1,6 @@
 """One cell in a process of its own: `python -m agsm_rl.sweep.cell JOB` trains it, evaluates it, and writes cell.json.
 
-What is there already is not done again: training continues from the newest checkpoint, and each evaluation is kept as
+What is there already is not done again: training resumes from the newest checkpoint, and each measurement is kept as
 soon as it is made. The process ends, with a checkpoint, when the sweep that started it does.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -23,14 +22,17 @@ from agsm_rl.errors import UserError
 from agsm_rl.files import write_text
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.run import checkpoints
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
-from agsm_rl.run.screen import without_loading_bars
+from agsm_rl.run.records import read_lines
+from agsm_rl.run.screen import say, without_loading_bars
 from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
-from agsm_rl.sweep.evaluations import Evaluations
+from agsm_rl.sweep.evaluations import CellEvaluations
 from agsm_rl.sweep.job import Job
-from agsm_rl.sweep.settings import Settings, read_kept, same_training
+from agsm_rl.sweep.kept import Trained, read_kept
+from agsm_rl.sweep.settings import Settings, same_training
 from agsm_rl.trainer import Callback, Trainer
 
 
@@ -44,18 +46,29 @@ class TimeLimit(Callback):
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Stop when the time is spent."""
         if self._spent is None:
-            self._spent = sum(row["seconds"] for row in metric_rows(self.folder) if row["step"] < step)
+            self._spent = seconds_spent(self.folder, before=step)
         self._spent += metrics["seconds"]
         if self._spent >= self.seconds:
             trainer.stopping = True
+
+
+def seconds_spent(folder: RunFolder, *, before: int) -> float:
+    """Seconds that the steps before this one took, by metrics.jsonl."""
+    times = [(row.get("step"), row.get("seconds")) for row in read_lines(folder.metrics)]
+    return sum(
+        seconds
+        for step, seconds in times
+        if isinstance(step, int) and step < before and isinstance(seconds, int | float)
+    )
 
 
 def run_cell(job: Job) -> None:
     """Train and evaluate a cell, as far as that is not done, and write its cell.json."""
     recipe = Recipe.from_data(job.recipe, where=job.cell, allow_imports=frozenset(job.allow_imports))
     folder = RunFolder(job.run)
+    folder.check_contained()
     trained = _train(job, recipe, folder)
-    evaluations = Evaluations(folder, recipe, base=Path(job.base), model_id=f"{job.cell} {trained['recipe']}")
+    evaluations = CellEvaluations(folder, recipe, base=Path(job.base), model_id=f"{job.cell} {trained['recipe']}")
     figures: list[dict[str, Any]] = []
     for settings in job.evaluations:
         options = Evaluate.model_validate(settings)
@@ -66,51 +79,49 @@ def run_cell(job: Job) -> None:
 
 
 def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not begun again.
+    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not done again.
 
-    What is evaluated afterwards is none of it: guidances and splits may be added later, while the adapter is there.
+    That does not depend on what is evaluated: guidances and splits may be added later, while the adapter is there.
     """
     done = folder.path / "trained.json"
-    kept = read_kept(done)
+    kept = read_kept(done, Trained)
     if any(folder.adapter.glob("[!.]*.safetensors")) and _was_trained_so(kept, job):
         write_text(folder.recipe, recipe.to_yaml())
         return kept
     _wait_for(folder)
-    if folder.path.is_dir() and not folder.recipe.is_file():
-        # Killed before it had written its recipe: nothing was trained there.
-        shutil.rmtree(folder.path)
+    if not folder.recipe.is_file() and not folder.is_unused():
+        raise UserError(
+            f"{folder.path}: has no recipe.yaml, but it is not empty, so nothing in it is used, and nothing deleted. "
+            "Put its recipe.yaml back, or move the folder away to train the cell from the beginning."
+        )
     limits = [] if job.seconds is None else [TimeLimit(folder, job.seconds)]
     train(
         recipe,
         folder.path,
         resume=folder.recipe.is_file(),
         callbacks=limits,
-        evaluate=not job.evaluations,  # otherwise all of it is done here; else a last look at samples and curves
+        evaluate=not job.evaluations,  # what the sweep evaluates is measured here; else there are samples and curves
     )
-    rows = metric_rows(folder)
-    steps = int(rows[-1]["step"])
-    found = {
+    steps = max(checkpoints.steps_in(folder.checkpoints))
+    trained = {
         "settings": job.settings.to_json(),
         "recipe": job.settings.fingerprint,
         "steps": steps,
         "images": _images(recipe, steps),
-        "seconds": round(sum(row["seconds"] for row in rows), 2),
+        "seconds": round(seconds_spent(folder, before=steps + 1), 2),
     }
-    write_text(done, json.dumps(found) + "\n")
-    return found
+    write_text(done, json.dumps(trained) + "\n")
+    return trained
 
 
 def _was_trained_so(kept: dict[str, Any], job: Job) -> bool:
-    if "settings" not in kept:
+    """Whether the training that is kept is the one that the job asks for."""
+    if kept.get("settings") is None:
         return False
-    return same_training(job.settings, Settings.from_json(kept["settings"]), allow_imports=job.allow_imports)
-
-
-def metric_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none before the first step."""
-    if not folder.metrics.exists():
-        return []
-    return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    try:
+        return same_training(job.settings, Settings.from_json(kept["settings"]), allow_imports=job.allow_imports)
+    except UserError:  # not settings at all
+        return False
 
 
 def _images(recipe: Recipe, steps: int) -> int | None:
@@ -146,11 +157,11 @@ def main(job: Path) -> None:
     _end_with_parent()
     try:
         run_cell(Job.read(job))
-    except UserError as error:
-        typer.echo(f"agsm-rl: {error}", err=True)
+    except (UserError, OSError) as error:
+        say(f"agsm-rl: {error}", err=True)
         raise typer.Exit(2) from error
     except Stopped as stopped:
-        typer.echo(f"agsm-rl: {stopped}", err=True)
+        say(f"agsm-rl: {stopped}", err=True)
         raise typer.Exit(stopped.exit_code) from stopped
 
 

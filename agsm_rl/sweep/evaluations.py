@@ -22,7 +22,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
 from agsm_rl.export.attach import Handle, attach
-from agsm_rl.files import write_text
+from agsm_rl.files import check_regular, write_text
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import block_of_today, evaluation_of_today
@@ -32,14 +32,21 @@ from agsm_rl.run.agreement import agreements, agreements_to_json
 from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.measurement import Measured, measure, to_json
-from agsm_rl.sweep.settings import read_kept
+from agsm_rl.sweep.kept import Measurement, read_kept, warn_damaged
 
-NOT_THE_BASE_S = {"device", "gradient_checkpointing"}
+NOT_DRAWN = {"device", "gradient_checkpointing"}
 """Options of a backbone that change nothing of what it draws."""
 
 
-class Evaluations:
-    """Measures a cell's trained model and its base. `model_id` tells this training from another of the same cell."""
+class CellEvaluations:
+    """Measures a cell's trained model and its base.
+
+    Args:
+        folder: The cell's run folder.
+        recipe: The recipe that was trained.
+        base: The folder of the base's measurements, which all cells of the sweep share.
+        model_id: Distinguishes this training from another of the same cell.
+    """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, *, base: Path, model_id: str) -> None:
         self.folder, self.recipe, self.base, self.model_id = folder, recipe, base, model_id
@@ -53,17 +60,17 @@ class Evaluations:
             self._kept(self.folder.path / "evals", self.model_id, options, g, adapted=True) for g in options.guidance
         ]
         base = [self._base(options, guidance) for guidance in options.guidance]
-        found = list(zip(base, trained, strict=True))
-        content = to_json(found, options, step=step)
+        compared = list(zip(base, trained, strict=True))
+        content = to_json(compared, options, step=step)
         agreed = agreements(self.folder.metrics)
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
         if pictures:
-            write_pictures(found, self.folder.samples)
+            write_pictures(compared, self.folder.samples)
         model = {"backbone": self.recipe.backbone.options.get("checkpoint")}
-        self.base_figures += [model | figures(one, options) for one in base]
+        self.base_figures += [model | figures(measured, options) for measured in base]
         file = f"cells/{self.folder.path.name}/{name}"
-        return [figures(one, options, before) | {"file": file} for before, one in found]
+        return [figures(after, options, before) | {"file": file} for before, after in compared]
 
     def _base(self, options: Evaluate, guidance: float) -> Measured:
         return self._kept(self.base, _drawn_by(self.recipe.backbone), options, guidance, adapted=False)
@@ -71,41 +78,39 @@ class Evaluations:
     def _kept(
         self, folder: Path, model: str | list[Any], options: Evaluate, guidance: float, *, adapted: bool
     ) -> Measured:
-        """The measurement of these settings, from its file if it is there."""
+        """The measurement of these settings, from its file if it is there and intact."""
         settings = {"model": model, "how": _how(options, guidance, adapted=adapted)}
         text = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
         key = hashlib.sha256(json.dumps([text, settings["how"]], sort_keys=True).encode()).hexdigest()[:12]
         file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
-            if not file.is_file():
-                file = self._measured_earlier(file, settings, adapted=adapted) or file
-            if not file.is_file():
-                print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
-                found = self._measure(options, guidance, adapted=adapted)
-                for index, image in enumerate(found.images):
-                    write_picture(to_picture(image), file.with_suffix("") / f"{index:04d}.png")
-                write_text(file, json.dumps({"settings": settings} | found.to_json()) + "\n")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        images = [_read_picture(picture) for picture in sorted(file.with_suffix("").glob("*.png"))]
-        return Measured(guidance, ShapesResult.from_json(content), content["rewards"], torch.stack(images))
+            kept = _read(file, guidance) or self._measured_earlier(file, settings, guidance, adapted=adapted)
+            if kept is not None:
+                return kept
+            print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
+            measured = self._measure(options, guidance, adapted=adapted)
+            for index, image in enumerate(measured.images):
+                write_picture(to_picture(image), _pictures(file) / f"{index:04d}.png")
+            write_text(file, json.dumps({"settings": settings} | measured.to_json()) + "\n")
+            return measured
 
-    def _measured_earlier(self, file: Path, now: dict[str, Any], *, adapted: bool) -> Path | None:
-        """The file of a measurement whose settings lack options that came in later, and mean the same."""
-        for other in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
-            then = read_kept(other).get("settings")
-            if then is not None and self._of_today(then, adapted=adapted) == now:
-                return other
+    def _measured_earlier(self, file: Path, now: dict[str, Any], guidance: float, *, adapted: bool) -> Measured | None:
+        """A measurement whose settings lack options that came in later, and mean the same."""
+        for earlier in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
+            then = read_kept(earlier, Measurement).get("settings")
+            if earlier != file and then is not None and self._of_today(then, adapted=adapted) == now:
+                return _read(earlier, guidance)
         return None
 
     def _of_today(self, then: dict[str, Any], *, adapted: bool) -> dict[str, Any] | None:
-        """What a file's settings mean today; None if they name what no longer exists."""
+        """What a file's settings mean today; None if they name what no longer exists, or are not settings."""
         try:
             options, model = evaluation_of_today(then["how"], self.recipe.parts), then["model"]
             if not adapted:
                 use, given = model
                 model = _drawn_by(block_of_today("backbones", {"use": use} | given, self.recipe.parts))
-        except UserError:
+        except (UserError, KeyError, TypeError, ValueError):
             return None
         return {"model": model, "how": _how(options, options.guidance[0], adapted=adapted)}
 
@@ -131,32 +136,53 @@ class Evaluations:
 
 def _drawn_by(backbone: Block) -> list[Any]:
     """What of a backbone decides what it draws: its name and options."""
-    return [backbone.use, {key: value for key, value in backbone.options.items() if key not in NOT_THE_BASE_S}]
+    return [backbone.use, {key: value for key, value in backbone.options.items() if key not in NOT_DRAWN}]
 
 
 def _how(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]:
     """What of an evaluation decides what is measured at one guidance."""
     left_out = {"guidance", "every", "batch_size"}
     if not adapted or options.bank == "positive":
-        left_out.add("bank")  # the base has none, and the positive one is what is drawn with unless it is said
+        left_out.add("bank")  # the base has none, and the positive one is the default
     return options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
 
 
 def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:
-    """A measurement in short, as it stands in sweep.json; `difference` is strict, trained minus base, paired."""
-    found: dict[str, Any] = {"split": options.split, "guidance": measured.guidance}
-    found |= {"num_images": len(measured.result.verdicts)}
+    """A measurement in short, as in sweep.json; `difference` is strict, trained minus base, paired."""
+    short: dict[str, Any] = {"split": options.split, "guidance": measured.guidance}
+    short |= {"num_images": len(measured.result.verdicts)}
     for name, strict in (("strict", True), ("overall", False)):
         score = measured.result.scores(strict=strict).overall
-        found |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+        short |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
     if measured.rewards:
-        found["rewards"] = measured.rewards
+        short["rewards"] = measured.rewards
     if base is not None:
         change = compare(base.result, measured.result).strict.overall
-        found["difference"] = {"value": change.value, "low": change.low, "high": change.high}
-    return found
+        short["difference"] = {"value": change.value, "low": change.low, "high": change.high}
+    return short
+
+
+def _pictures(file: Path) -> Path:
+    """The folder of a measurement's images."""
+    return file.with_suffix("")
+
+
+def _read(file: Path, guidance: float) -> Measured | None:
+    """The measurement in a file; None where there is none, or where it or one of its images is damaged."""
+    content = read_kept(file, Measurement)
+    if not content:
+        return None
+    try:
+        result = ShapesResult.from_json(content)
+        images = [_read_picture(picture) for picture in sorted(_pictures(file).glob("*.png"))]
+        return Measured(guidance, result, content["rewards"], torch.stack(images))
+    except (UserError, OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+        # PIL raises a SyntaxError for a broken PNG; stacking fails where there are no images, or their sizes differ.
+        warn_damaged(file, f"{type(error).__name__}: {error}")
+        return None
 
 
 def _read_picture(path: Path) -> Tensor:
+    check_regular(path)
     with Image.open(path) as picture:
         return torch.from_numpy(img_as_float32(picture.convert("RGB"))).permute(2, 0, 1)

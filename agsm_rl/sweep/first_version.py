@@ -14,8 +14,11 @@ from typing import Any
 
 import yaml
 
-from agsm_rl.files import write_text
-from agsm_rl.sweep.settings import Settings, read_kept
+from agsm_rl.errors import UserError
+from agsm_rl.files import read_json, write_text
+from agsm_rl.recipe.yaml_file import read_yaml
+from agsm_rl.sweep.kept import Result, Trained, read_kept
+from agsm_rl.sweep.settings import Settings
 
 HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"
 """The first line of that version's recipe.yaml, which is part of a hash."""
@@ -24,12 +27,12 @@ HEADER = "# Fully resolved: every default is written out. `seed: null` in a bloc
 def add_settings(sweep: Path) -> None:
     """Add the settings to each cell.json and trained.json in a sweep's folder, where the hash confirms them."""
     for run in sorted((sweep / "cells").glob("*/")):
-        for name, hash_of, key in (
-            ("cell.json", fingerprint, "fingerprint"),
-            ("trained.json", training_fingerprint, "recipe"),
+        for name, shape, hash_of, key in (
+            ("cell.json", Result, fingerprint, "fingerprint"),
+            ("trained.json", Trained, training_fingerprint, "recipe"),
         ):
             file = run / name
-            content = read_kept(file)
+            content = read_kept(file, shape)
             if "settings" in content or key not in content:
                 continue
             settings = next((each for each in _possible(sweep, run) if hash_of(each) == content[key]), None)
@@ -57,20 +60,20 @@ def _possible(sweep: Path, run: Path) -> Iterator[Settings]:
     for read in (_of_job, _of_summary):
         try:
             settings = read(sweep, run)
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        except (UserError, LookupError, TypeError, AttributeError):
             continue
         yield settings
 
 
 def _of_job(sweep: Path, run: Path) -> Settings:
-    job = yaml.safe_load((sweep / "jobs" / f"{run.name}.yaml").read_text(encoding="utf-8"))
+    job = read_yaml(sweep / "jobs" / f"{run.name}.yaml", "job")
     return _settings(job["recipe"], job["evaluations"], job["reported"], job["seconds"])
 
 
 def _of_summary(sweep: Path, run: Path) -> Settings:
-    summary = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+    summary = read_json(sweep / "sweep.json")
     evaluations = [{"suite": section["suite"], "every": None} | section for section in summary["evaluate"]]
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run / "recipe.yaml")
     return _settings(recipe, evaluations, summary["reported"], (summary["budget"] or {}).get("seconds"))
 
 

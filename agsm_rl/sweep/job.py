@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from agsm_rl.errors import UserError
 from agsm_rl.files import write_text
+from agsm_rl.recipe.options import explain
+from agsm_rl.recipe.yaml_file import read_yaml
+from agsm_rl.sweep.kept import Result, read_kept, warn_damaged
 from agsm_rl.sweep.plan import Cell, Plan
-from agsm_rl.sweep.settings import Settings, read_kept, same_settings
+from agsm_rl.sweep.settings import Settings, same_settings
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,13 @@ class Job:
 
     @staticmethod
     def read(file: Path) -> Job:
-        """The job in a file, which may be an earlier version's."""
+        """The job in a file, which may be an earlier version's; UserError where it is not one."""
         known = {field.name for field in fields(Job)}
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Job(**{key: value for key, value in content.items() if key in known})
+        content = {key: value for key, value in read_yaml(file, "job").items() if key in known}
+        try:
+            return TypeAdapter(Job).validate_python(content)
+        except ValidationError as error:
+            raise explain(error, where=f"{file}: ") from error
 
 
 def job_of(plan: Plan, cell: Cell) -> Job:
@@ -61,8 +69,12 @@ def job_of(plan: Plan, cell: Cell) -> Job:
 
 def read_result(run: Path, job: Job) -> dict[str, Any] | None:
     """cell.json of a finished cell; None when it is not finished, or was finished under other settings."""
-    content = read_kept(run / "cell.json")
-    if "settings" not in content:
+    content = read_kept(run / "cell.json", Result)
+    if content.get("settings") is None:
         return None
-    then = Settings.from_json(content["settings"])
+    try:
+        then = Settings.from_json(content["settings"])
+    except UserError as error:
+        warn_damaged(run / "cell.json", str(error))
+        return None
     return content if same_settings(job.settings, then, allow_imports=job.allow_imports) else None

@@ -1,8 +1,9 @@
-"""Run a sweep: cells in the order of their dependencies, as many at once as fit; a failed one stops no other."""
+"""Run a sweep: cells in the order of their dependencies, as many at once as fit; one that fails stops no others."""
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import write_text
+from agsm_rl.files import check_contained, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
@@ -26,10 +27,13 @@ from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
 from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import Job
+from agsm_rl.sweep.kept import warn_damaged
 from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
 
-HEADER = "# Resolved: the base recipe and all that is evaluated are written out. Go on with it by `agsm-rl sweep`.\n"
+HEADER = "# Resolved: the base recipe and all evaluations are written out. Continue it with `agsm-rl sweep`.\n"
+OURS = ("sweep.yaml", "sweep.json", "sweep.log", "search.log", "jobs", "logs", "base", "cells", ".lock")
+"""What we write in a sweep's folder."""
 
 
 class SweepStopped(Stopped):
@@ -47,7 +51,7 @@ class _Signal(Exception):
 
 
 def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None) -> Board:
-    """Run what is unfinished of a sweep and return the board of its cells.
+    """Run the unfinished cells of a sweep and return the board of all of them.
 
     Raises UserError before anything runs when the folder holds other runs or is busy, SweepStopped after a signal.
     """
@@ -88,17 +92,19 @@ def _check_folder(plan: Plan) -> None:
     """Runs that are there already must be this sweep's."""
     if plan.folder.exists() and not plan.folder.is_dir():
         raise UserError(f"{plan.folder}: is a file; give a folder as --dir.")
-    if plan.folder.is_dir() and any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
-        raise UserError(f"{plan.folder}: is not empty and no sweep's folder; choose another --dir.")
+    if plan.folder.is_dir():
+        check_contained(plan.folder, [name for name in OURS if os.path.lexists(plan.folder / name)])
+        if any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
+            raise UserError(f"{plan.folder}: is not empty and not the folder of a sweep; choose another --dir.")
     wanted = {cell.name: _Length(cell.recipe.steps, cell.seconds) for cell in plan.cells}
     kept = {cell.name: _kept_length(plan, cell) for cell in plan.cells}
     for cell in plan.cells:
-        found = kept[cell.name]
-        if found is None:
+        length = kept[cell.name]
+        if length is None:
             continue
-        if found.is_more_than(wanted[cell.name]):
+        if length.is_more_than(wanted[cell.name]):
             raise _other_length(plan, cell, cell.name, wanted[cell.name])
-        # What a cell has begun with must still be what it would begin with.
+        # What a cell has started from must still be what it would start from.
         start = kept[cell.after] if cell.after else None
         if cell.after and start is not None and start != wanted[cell.after]:
             raise _other_length(plan, cell, cell.after, wanted[cell.after])
@@ -120,34 +126,32 @@ class _Length(NamedTuple):
 
 def _other_length(plan: Plan, cell: Cell, changed: str, length: _Length) -> UserError:
     return UserError(
-        f"{plan.run(changed)}: was begun with another budget than the {length} it has now, and cell "
-        f"'{cell.name}' cannot go on with that; choose another --dir, or remove these cells."
+        f"{plan.run(changed)}: was started with a budget other than the {length} that it has now, and cell "
+        f"'{cell.name}' cannot continue with that; choose another --dir, or remove these cells."
     )
 
 
 def _kept_length(plan: Plan, cell: Cell) -> _Length | None:
-    """How long a cell was to train when it was begun; None if it was not."""
+    """How long a cell was to train when it was started; None if it was not."""
     kept, file = _kept_recipe(plan, cell), plan.folder / "jobs" / f"{cell.name}.yaml"
     if kept is None:
         return None
     try:
-        return _Length(kept.steps, Job.read(file).seconds)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        yaml.YAMLError,
-    ):  # missing or damaged: it is rewritten
+        return _Length(kept.steps, Job.read(file).seconds if file.exists() else cell.seconds)
+    except UserError as error:
+        warn_damaged(file, str(error))
         return _Length(kept.steps, cell.seconds)
 
 
 def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:
-    """The recipe that a cell was begun with; UserError where the sweep has changed it since."""
+    """The recipe that a cell was started with; UserError where the sweep has changed it since."""
     file = plan.run(cell.name) / "recipe.yaml"
-    if not file.is_file():
+    if not file.exists():
         return None
-    kept = read_earlier(file, allow_imports=plan.allow_imports)
+    try:
+        kept = read_earlier(file, allow_imports=plan.allow_imports)
+    except UserError:  # the cell will fail with this message, and the others go ahead
+        return None
     try:
         check_same(cell.recipe, kept, file)
     except UserError as error:
@@ -161,14 +165,14 @@ def _only_sweep_in(folder: Path) -> Iterator[None]:
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: is busy, a sweep runs in it already. Wait for it or stop it.") from error
+        raise UserError(f"{folder}: is busy, another sweep runs in it. Wait for it or stop it.") from error
     with lock:
         yield
 
 
 @contextmanager
 def _signals_stop(runner: Runner) -> Iterator[None]:
-    """SIGINT and SIGTERM break the sweep off in order."""
+    """SIGINT and SIGTERM stop the sweep cleanly."""
 
     def note(number: int, frame: FrameType | None) -> None:
         runner.stop()
@@ -184,7 +188,7 @@ def _signals_stop(runner: Runner) -> Iterator[None]:
 
 @contextmanager
 def _live(board: Board, console: Console) -> Iterator[None]:
-    """The table, redrawn each second; on no terminal the lines alone."""
+    """The table, redrawn every second; without a terminal, lines only."""
     if not console.is_terminal:
         yield
         return

@@ -9,27 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.earlier import evaluation_of_today, recipe_of_today
 from agsm_rl.recipe.parts import Parts
-
-
-def read_kept(file: Path) -> dict[str, Any]:
-    """The content of cell.json or trained.json; nothing where there is none, or where it is damaged, with a warning."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        logging.getLogger(__name__).warning("%s: cannot be read (%s), so this is done again.", file, error)
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -47,11 +33,17 @@ class Settings:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Settings:
-        """What `to_json` gave, read from a file: there, the steps of a schedule have become texts."""
-        settings = Settings(**content)
-        for term in settings.recipe["objectives"]:
-            if isinstance(term["weight"], dict):
-                term["weight"] = {int(step): weight for step, weight in term["weight"].items()}
+        """What `to_json` gave, read from a file: there, the steps of a schedule have become texts.
+
+        UserError where it is something else.
+        """
+        try:
+            settings = Settings(**content)
+            for term in settings.recipe["objectives"]:
+                if isinstance(term["weight"], dict):
+                    term["weight"] = {int(step): weight for step, weight in term["weight"].items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"settings: {type(error).__name__}: {error}") from error
         return settings
 
     @property
@@ -69,7 +61,7 @@ def same_settings(now: Settings, then: Settings, *, allow_imports: Collection[st
     parts = Parts(where="evaluate", allow_imports=allow_imports)
     try:
         evaluations = [evaluation_of_today(data, parts).model_dump(mode="json") for data in then.evaluations]
-    except UserError:  # names an option or a reward that no longer exists
+    except (UserError, ValueError):  # names an option or a reward that no longer exists
         return False
     return now.evaluations == evaluations
 

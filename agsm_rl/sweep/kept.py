@@ -1,0 +1,81 @@
+"""What cells leave for the next session: trained.json, cell.json, and their measurements in evals/ and base/.
+
+Each is read with its types. One that is damaged counts as not there: a warning says so, and it is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.suites.shapes import ImageVerdict
+from agsm_rl.files import parse_json, read_text
+
+log = logging.getLogger(__name__)
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
+
+
+class Trained(_Kept):
+    """trained.json: what a cell's training came to. The first version had no `settings`."""
+
+    settings: dict[str, Any] | None = None
+    recipe: str
+    steps: int = Field(ge=0)
+    images: int | None
+    seconds: float
+
+
+class Figures(_Kept):
+    """A measurement in short, as in cell.json and sweep.json."""
+
+    split: str
+    guidance: float
+    num_images: int
+    strict: float
+    overall: float
+
+
+class Result(Trained):
+    """cell.json of a finished cell: its training and all that was measured."""
+
+    evaluations: list[Figures]
+    base: list[Figures]
+
+
+class Measurement(_Kept):
+    """A file of evals/ or base/: the suite's verdicts and mean rewards at one guidance."""
+
+    settings: dict[str, Any] | None = None
+    suite: str
+    images: list[ImageVerdict] = Field(min_length=1)
+    rewards: dict[str, float]
+
+
+def read_kept(file: Path, shape: type[_Kept]) -> dict[str, Any]:
+    """The content of such a file; empty where there is none, or where it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        text = read_text(file)
+        content: dict[str, Any] = parse_json(text, where=str(file))
+        shape.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        warn_damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": "))
+        return {}
+    except UserError as error:
+        warn_damaged(file, str(error).removeprefix(f"{file}: "))
+        return {}
+    return content
+
+
+def warn_damaged(file: Path, reason: str) -> None:
+    """Say that a file is not used."""
+    log.warning("%s: is damaged (%s), so it is made again", file, reason)
