@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import check_regular, read_json, write_text
+from agsm_rl.sources.pictures import upright_rgb
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -70,11 +71,11 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The whole picture in RGB, upright; UserError if it is torn or no picture."""
+    """The whole picture in RGB, upright, on white; UserError if it is torn or no picture."""
     check_regular(path)
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return upright_rgb(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: it cannot be read as a picture ({error}); draw or copy it again.") from error
 

@@ -140,7 +140,7 @@ def test_impossible_options_are_refused(options, message):
 
 def test_a_prompt_file_without_prompts_is_refused(tmp_path, make_rollouts):
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError, match="the file has no prompts"):
+    with pytest.raises(UserError, match="it has no prompts"):
         make_rollouts(prompts=str(tmp_path / "empty.txt"), bind=True)
 
 
@@ -168,3 +168,27 @@ def test_a_single_step_of_a_flow_is_refused_by_a_policy_gradient(sd3_backbone, m
     batch = make_rollouts(bind=True, num_steps=1).next(policy)
     with pytest.raises(UserError, match="num_steps to 2 or more"):
         DDPO().split(batch)
+
+
+def test_a_reward_may_take_the_other_columns_of_its_prompts(tmp_path, policy):
+    lines = ['{"prompt": "a star", "count": 1}', '{"prompt": "two stars", "count": 2}']
+    (tmp_path / "geneval.jsonl").write_text("\n".join(lines))
+    seen = []
+
+    def by_count(images, prompts, metadata):
+        seen.extend(zip(prompts, (row["count"] for row in metadata), strict=True))
+        return [float(row["count"]) for row in metadata]
+
+    options = {"num_prompts": 2, "images_per_prompt": 2, "num_steps": 2, "guidance": 1.0, "sample_batch_size": 3}
+    source = Rollouts(str(tmp_path / "geneval.jsonl"), [(by_count, 1.0)], **options)
+
+    class Shard:
+        index, count = 0, 1
+
+        def gather(self, values):
+            return values
+
+    source.bind("mine", 0, Shard())
+    batch = source.next(policy)
+    assert sorted(seen) == [("a star", 1)] * 2 + [("two stars", 2)] * 2
+    assert sorted(zip(batch.prompts, batch.rewards.tolist(), strict=True)) == sorted((p, float(n)) for p, n in seen)
