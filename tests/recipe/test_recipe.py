@@ -255,9 +255,9 @@ SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yam
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_recipe_that_is_shipped_can_be_read(name, tmp_path, monkeypatch):
-    """With the folder `photos` and the list data/prompts.txt, which the recipes' headers ask the user for."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "data").mkdir()
+    """With the data that the recipes' headers ask the user for."""
+    for folder in ("photos", "data/coco_train2017"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "data" / "prompts.txt").write_text("a red circle\n")
     monkeypatch.chdir(tmp_path)
     assert Recipe.from_yaml(RECIPES / name).steps > 0
