@@ -137,7 +137,7 @@ def replacing(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
         aside.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
-        if error.filename in (None, str(aside), aside):
+        if error.errno is not None and error.filename in (None, str(aside), aside):
             # A full disk is reported by `write`, which knows no name.
             error.filename, error.filename2 = str(path), None
         raise
