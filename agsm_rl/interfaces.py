@@ -1,4 +1,4 @@
-"""The nouns that everything else is made of: read this page first, then policy.py.
+"""The nouns that everything else is made of: read this module first, then policy.py.
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
 they meet only through the protocols and batch types here and the policy, sources, views and objectives of policy.py.
@@ -22,16 +22,16 @@ from agsm_rl.errors import UserError
 
 Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]
-"""A bank for each row of a prediction."""
+"""One bank per row of a prediction."""
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Cond:
-    """Encoded prompts, a row each: `embeds` [B, S, D] and, for backbones that use one, `pooled` [B, D'].
+    """Encoded prompts, one row each: `embeds` [B, S, D] and, for backbones that use one, `pooled` [B, D'].
 
-    `prompts`, a row each too, are what they were encoded from: where an adapter changes the text encoders, a policy
-    encodes them anew for each of its predictions. Left out, the text stays as it is.
+    `prompts`, one per row, are the texts they were encoded from: if an adapter changes the text encoders, a policy
+    encodes them again for each prediction. Without them, the encoding stays as it is.
     """
 
     embeds: Tensor
@@ -91,18 +91,18 @@ class Backbone(Protocol):
     resolution: int
     device: torch.device
     adapters: list[Adapter]
-    """Those that are attached; they enter and leave the list themselves."""
+    """The attached ones; they add and remove themselves."""
     text_encoders: dict[str, nn.Module]
     """The pipeline's text encoders that a LoRA can change, by their names in it; not SD3's T5."""
 
     @property
     def drawing(self) -> tuple[float, int]:
-        """Guidance and number of steps to draw with where nothing else is said."""
+        """Default guidance and number of steps to draw with."""
         ...
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """What the pipeline must be told, beside prompts, to draw as `predict` predicts: the picture's size, …"""
+        """What the pipeline needs besides prompts to draw as `predict` predicts: the picture's size, …"""
         ...
 
     def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
@@ -151,19 +151,19 @@ class Adapter(Protocol):
     """Trained parameters attached to a backbone by hooks or by PEFT; switched off, the base model is exact."""
 
     kind: ClassVar[str]
-    """The name under which a recipe asks for it and an exported file declares it."""
+    """Its name in recipes and exported files."""
     mixes_banks: ClassVar[bool]
-    """Whether one prediction can use another bank in each of its rows; a policy predicts bank by bank where not."""
+    """Whether one prediction can use a different bank in each row; if not, a policy predicts bank by bank."""
     bank: Bank | Banks | None
-    """What predictions use at this moment; None while switched off or detached."""
+    """The bank that predictions use now; None while switched off or detached."""
     banks: int
     """1, which serves under both names, or 2."""
     changes_text: bool
-    """Whether the bank in use has a say in how prompts are encoded."""
+    """Whether the bank in use changes how prompts are encoded."""
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
-        """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
+        """An adapter of the shape of an export, to be attached and then filled by `load_export`."""
         ...
 
     def attach(self, backbone: Backbone) -> None:
@@ -175,7 +175,7 @@ class Adapter(Protocol):
         ...
 
     def places(self, backbone: Backbone) -> list[str]:
-        """Names of the denoiser's modules that it should act at, by its options; attached or not."""
+        """Names of the denoiser's modules that it acts on, by its options; attached or not."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -185,15 +185,15 @@ class Adapter(Protocol):
     def using(self, bank: Bank | Banks | None) -> AbstractContextManager[None]:
         """Within the block, predictions use this bank; None switches the adapter off.
 
-        An adapter with one bank uses it for both names. Blocks nest. A bank a row is asked only of one that
-        `mixes_banks`, and then for predictions of as many rows.
+        An adapter with one bank uses it for both names. Blocks nest. One bank per row is only for adapters that
+        `mixes_banks`, and for predictions with as many rows.
         """
         ...
 
     def recall(self) -> AbstractContextManager[None]:
         """A context, to be entered later, in which predictions use what they use now.
 
-        Gradient checkpointing runs a part of the denoiser again, long after `using` was left.
+        Gradient checkpointing runs part of the denoiser again, long after `using` has exited.
         """
         ...
 
@@ -216,13 +216,13 @@ class Batch:
     prompts: list[str]
     rows: Tensor
     cond: Cond | None = field(default=None, kw_only=True)
-    """The prompts encoded, a row each, where the source keeps them so; `encode_text` is how to ask for them."""
+    """The encoded prompts, one row each, if the source has them; use `encode_text` to get them."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def encode_text(self, backbone: Backbone) -> Cond:
-        """The prompts encoded: those that the source gave, else by the backbone. Objectives use this."""
+        """The encoded prompts: the source's if it has them, else the backbone's. Objectives use this."""
         return backbone.encode_text(self.prompts) if self.cond is None else self.cond
 
     def select(self, index: Tensor) -> Self:
@@ -239,9 +239,9 @@ class Batch:
         return type(self)(**chosen)
 
     shared: ClassVar[tuple[str, ...]] = ()
-    """Fields that do not have one entry a row."""
+    """Fields that do not have one entry per row."""
     given_by: ClassVar[str] = ""
-    """For messages: which options of a source give such a batch, where it is a question of options."""
+    """For messages: which options make a source give such a batch, if it depends on options."""
 
 
 @dataclass(frozen=True)
@@ -261,16 +261,16 @@ class PreferenceBatch(Batch):
 
 @dataclass(frozen=True)
 class RewardedBatch(PairBatch):
-    """Images drawn from the policy and what they were worth: `rewards` and `advantages` [B], without gradients."""
+    """Images drawn from the policy and their worth: `rewards` and `advantages` [B], without gradients."""
 
     rewards: Tensor
     advantages: Tensor
 
 
 class KeptGraph:
-    """The distributions of `steps` as a draw came to them, with the graph to the parameters, for the first who asks.
+    """The distributions of `steps` as they were drawn, with the graph to the parameters, for the first term that asks.
 
-    A backward pass goes through a graph once; who asks after the first computes the distribution anew.
+    A graph can be used by one backward pass only; later terms compute the distributions again.
     """
 
     def __init__(self, rows: Tensor, steps: Sequence[int]) -> None:
@@ -278,12 +278,12 @@ class KeptGraph:
         self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, k: int, mean: Tensor, std: Tensor) -> None:
-        """Keep step k, if it is wanted, of the rows that come next: mean [b, C, h, w], standard deviation (0-d)."""
+        """Keep step k, if it is one of `steps`, for the next rows: mean [b, C, h, w], standard deviation (0-d)."""
         if k in self._wanted:
             self._steps.setdefault(k, []).append((mean, std))
 
     def holds(self, steps: Sequence[int]) -> bool:
-        """Whether nobody has asked for any of these steps."""
+        """Whether none of these steps has been taken yet."""
         return all(k in self._steps for k in steps)
 
     def take(self, steps: Sequence[int], rows: Tensor) -> list[tuple[Tensor, Tensor]] | None:
@@ -313,7 +313,7 @@ class RolloutBatch(RewardedBatch):
     guidance: float
     eta: float
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """What guidance steers away from."""
     graph: KeptGraph | None = None
     """The steps' distributions under the live policy, with gradients, where the source kept them."""
 

@@ -2,7 +2,7 @@
 
 A policy is a frozen backbone, its adapters, and a shadow of the adapters' parameters (their EMA). Sources draw batches
 from it, views select from a batch, objectives turn a batch into a loss. A class that inherits from Source, View or
-Objective defines only what differs from their defaults; one that does not inherit is given the defaults that it lacks.
+Objective defines only what differs from their defaults; any other class is given the defaults that it lacks.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,11 +27,10 @@ def using(adapters: Collection[Adapter], bank: Bank | None) -> Iterator[None]:
 
 
 def check_bank(bank: Bank, adapters: Collection[Adapter], *, where: str) -> None:
-    """UserError for the negative bank ψ⁻ where no adapter has two: it would be the positive one, unnoticed."""
+    """UserError for the negative bank ψ⁻ if no adapter has two: it would silently be the positive one."""
     if bank == "negative" and not any(adapter.banks == 2 for adapter in adapters):
         raise UserError(
-            f"{where}: negative, but there is no adapter with a negative bank here; those trained with `banks: 2` have "
-            "one."
+            f"{where}: negative, but no adapter here has a negative bank; adapters trained with `banks: 2` have one."
         )
 
 
@@ -47,12 +46,14 @@ class Noised(NamedTuple):
 class Policy:
     """A backbone with adapters attached; `live`, `ema` and `reference` are its three predictions.
 
-    `ema_decay` in [0, 1) is the share of the shadow that stays at each update (published: 0.9999).
+    `ema_decay` in [0, 1) is the share of the shadow that is kept at each update (published: 0.9999).
     """
 
     def __init__(self, backbone: Backbone, adapters: Mapping[str, Adapter], *, ema_decay: float = 0.9999) -> None:
         if not adapters:
-            raise UserError("adapters: there are none, so nothing would be trained; add soft_tokens, lora, or both")
+            raise UserError(
+                "adapters: the section is empty, so nothing would be trained; add soft_tokens, lora, or both"
+            )
         self.backbone = backbone
         self.adapters = dict(adapters)
         self.ema_decay = ema_decay
@@ -86,7 +87,7 @@ class Policy:
         )
 
     def live(self, x_t: Tensor, t: Tensor, cond: Cond, *, bank: Bank | Banks = "positive") -> Tensor:
-        """The prediction being trained, [B, C, h, w]; `bank` is one for all rows or one for each."""
+        """The prediction being trained, [B, C, h, w]; `bank` is one for all rows or one per row."""
         return self._predict(x_t, t, cond, bank)
 
     @torch.no_grad()
@@ -102,7 +103,7 @@ class Policy:
             return self._predict_as_now(x_t, t, cond)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, bank: Bank | Banks) -> Tensor:
-        """In one pass; in one for each bank where rows want different ones and an adapter cannot mix them."""
+        """In one pass, or one per bank if rows use different banks and an adapter cannot mix them."""
         if isinstance(bank, str):
             with self.using(bank):
                 return self._predict_as_now(x_t, t, cond)
@@ -121,7 +122,7 @@ class Policy:
         return found[sorted(range(len(order)), key=order.__getitem__)]
 
     def _predict_as_now(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The backbone's prediction; the prompts are encoded anew where an adapter changes the text encoders."""
+        """The backbone's prediction; prompts are encoded again if an adapter changes the text encoders."""
         if any(adapter.changes_text for adapter in self.adapters.values()):
             if len(cond.prompts) != len(cond):
                 raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
@@ -160,7 +161,7 @@ class Policy:
 
     @torch.no_grad()
     def restart_ema(self) -> None:
-        """shadow ← parameter, for parameters that were filled from elsewhere."""
+        """shadow ← parameter, after parameters were loaded."""
         for name, parameter in self.parameters().items():
             self._shadow[name].copy_(parameter.detach())
 
@@ -181,13 +182,11 @@ class Policy:
         return {"live": live, "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back a `state_dict`; UserError if the adapters are others."""
+        """Load a `state_dict`; UserError if it is for other adapters."""
         parameters = self.parameters()
         if set(state["live"]) != set(parameters):
             missing = sorted(set(state["live"]) ^ set(parameters))
-            raise UserError(
-                f"checkpoint: it holds other adapters than the recipe; they differ in {', '.join(missing[:4])}"
-            )
+            raise UserError(f"checkpoint: its adapters are not the recipe's; they differ in {', '.join(missing[:4])}")
         for name, parameter in parameters.items():
             if state["live"][name].shape != parameter.shape:
                 got, wanted = tuple(state["live"][name].shape), tuple(parameter.shape)
@@ -195,7 +194,7 @@ class Policy:
                     f"checkpoint: {name} has shape {got}, the recipe's adapter {wanted}; same recipe and base?"
                 )
             if not torch.isfinite(state["live"][name]).all() or not torch.isfinite(state["ema"][name]).all():
-                raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to go on from an older one")
+                raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to resume from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
 
@@ -205,9 +204,9 @@ class Source:
 
     gives: type[Batch]
     batch_size: int | None = None
-    """Rows of a batch over all processes; None when it is not known beforehand."""
+    """Rows of a batch over all processes; None if it is not known beforehand."""
     cache: Literal["latents", "all"] | None = None
-    """What is kept of the encoded data: latents, or all, the text too."""
+    """Which encodings are kept: latents, or all (the text too)."""
     images_per_prompt: int | None = None
     """Images drawn for each prompt; None for a source that draws none."""
     updates: int = 1
@@ -232,9 +231,9 @@ class Source:
         return None
 
     def unlearned(self) -> int:
-        """Shares of what was drawn that are still to be learned from.
+        """Shares of the newest draw that have not been learned from yet.
 
-        A checkpoint, which one process writes, does not hold those of the other processes.
+        A checkpoint is written by one process and does not hold the other processes' shares.
         """
         return 0
 
@@ -252,16 +251,16 @@ class Source:
 
 
 class View:
-    """What one term sees of a batch that several share: some of its rows, or other batches made of them."""
+    """What one term sees of a batch that several terms share: some of its rows, or another batch made from them."""
 
     consumes: ClassVar[type[Batch]]
     gives: ClassVar[type[Batch]]
 
     def check(self, source: Source) -> None:
-        """UserError for a source through which the view would never see anything; any source will do by default."""
+        """UserError for a source that would always leave the view empty; by default, any source works."""
 
     def batch_size(self, total: int) -> int | None:
-        """Rows that are left of `total`; None, the default, when it depends on the batch."""
+        """Rows that remain of `total`; None, the default, if that depends on the batch."""
         return None
 
     def __call__(self, batch: Any) -> Batch:
@@ -274,12 +273,12 @@ class Objective:
 
     consumes: ClassVar[type[Batch]]
     draws_t: ClassVar[bool] = True
-    """Whether it takes noise levels from `policy.draw`; where not, a term's `t` is refused."""
+    """Whether it takes noise levels from `policy.draw`; if not, a term's `t` is refused."""
     rewards: Sequence[Any] = ()
     """The WeightedRewards that it scores images by itself."""
 
     def check(self, batch_size: int) -> None:
-        """UserError when a batch of this many rows cannot be used; called when the recipe is read."""
+        """UserError if a batch of this many rows cannot be used; called when the recipe is read."""
 
     def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
         """UserError where nothing can be learned from a source of these prompts; called before the first step."""

@@ -25,8 +25,8 @@ from agsm_rl.training.randomness import Draw
 class Term:
     """An objective in a run.
 
-    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term on each k-th step,
-    beginning with step `offset` (counted from 0), so that terms can alternate; `t` is the range of noise levels it
+    `weight` is a number or a piecewise-linear schedule {step: weight}; `every` k runs the term every k steps,
+    starting at step `offset` (counted from 0), so that terms can alternate; `t` is the range of noise levels it
     draws from; `trains` names the adapters it trains (None: all).
     """
 
@@ -39,7 +39,7 @@ class Term:
     t: tuple[float, float] = (0.0, 1.0)
     trains: list[str] | None = None
     source_name: str | None = None
-    """A shared source's own name: its random numbers then do not depend on which terms learn from it."""
+    """The name of a shared source, so that its random numbers do not depend on which terms learn from it."""
     view: View | None = None
     """What the term sees of the source's batch (None: all of it)."""
 
@@ -83,16 +83,16 @@ class Term:
 
 
 def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> None:
-    """UserError for a range of noise levels where the objective draws none."""
+    """UserError for a range of noise levels if the objective draws none."""
     if tuple(t) != (0.0, 1.0) and not objective.draws_t:
         raise UserError(
-            f"{where} is {list(t)}, but {type(objective).__name__} learns from the steps by which images are drawn, "
-            "and takes no noise levels; leave it out"
+            f"{where} is {list(t)}, but {type(objective).__name__} learns from sampling steps and "
+            "draws no noise levels; leave it out"
         )
 
 
 def check_view(view: View, source: Source, *, where: str) -> None:
-    """UserError for a source through which the view would never see anything."""
+    """UserError for a source that would always leave the view empty."""
     try:
         view.check(source)
     except UserError as error:
@@ -100,7 +100,7 @@ def check_view(view: View, source: Source, *, where: str) -> None:
 
 
 class Callback:
-    """What looks on while a trainer runs: progress, trackers, checkpoints, evaluation. By default it does nothing."""
+    """What is called while a trainer runs: progress, trackers, checkpoints, evaluation. Does nothing by default."""
 
     def on_step(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
         """Called after each step; `step` counts from 1."""
@@ -133,7 +133,7 @@ class Trainer:
         watch: AnomalyWatch | None = None,
     ) -> None:
         if not terms:
-            raise UserError("objectives: there are none, so there is nothing to learn from")
+            raise UserError("objectives: the list is empty, so there is nothing to learn")
         self.policy, self.terms, self.steps, self.seed = policy, list(terms), steps, seed
         self.combine, self.max_grad_norm = find_combiner(combine), max_grad_norm
         self.accelerator = accelerator or make_accelerator()
@@ -144,7 +144,7 @@ class Trainer:
         self.watch = watch or AnomalyWatch()
         self.step, self.stopping = 0, False
         self.trained = [name for name in policy.adapters if any(name in (term.trains or [name]) for term in terms)]
-        """Adapters that some term trains; the others are frozen, e.g. a LoRA that another run trained."""
+        """Adapters that some term trains; the others are frozen, such as a LoRA that another run trained."""
         self.parameters = policy.parameters(self.trained)
         for name, parameter in policy.parameters().items():
             parameter.requires_grad_(name in self.parameters)
@@ -159,7 +159,7 @@ class Trainer:
         """Each source once, under its own name or that of the first term that learns from it."""
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
-            raise UserError(f"objectives: two terms have one name ({', '.join(names)}); give each its own")
+            raise UserError(f"objectives: two terms have the same name ({', '.join(names)}); give each a different one")
         sources: dict[str, Source] = {}
         for term in self.terms:
             if not any(term.source is known for known in sources.values()):
@@ -191,7 +191,7 @@ class Trainer:
                 warn_of_cut_prompts(prompts, self.policy.backbone, name=name)
 
     def _check_share(self, term: Term) -> None:
-        """UserError where a process's share of the batch cannot be used, though the whole could."""
+        """UserError if a process's share of the batch cannot be used, although the whole batch could."""
         total, count = term.source.batch_size, self.processes.count
         share = None if total is None else total // count
         if share is not None and term.view is not None:
@@ -225,7 +225,7 @@ class Trainer:
         return self.processes.count == 1 or not any(source.unlearned() for source in self.sources.values())
 
     def _agree_to_stop(self) -> None:
-        """When one process was told to stop, all stop after the same step."""
+        """If one process has to stop, all stop after the same step."""
         if self.processes.count > 1:
             self.stopping = bool(self.processes.numbers(float(self.stopping)).any())
 
@@ -259,7 +259,7 @@ class Trainer:
             if gradient is None:
                 continue
             if not passes:
-                # Its source has moved on as ever; its gradient is not applied.
+                # Its source has advanced as usual, but its gradient is not applied.
                 metrics[f"{term.name}/skipped"] = 1.0
                 continue
             learned.append(term)
@@ -279,7 +279,7 @@ class Trainer:
                 warn_of_cut_prompts(batch.prompts, self.policy.backbone, name=term.name, first_batch=True)
 
     def _rows(self, batch: Batch) -> float:
-        """Rows that all processes see; 0 as soon as one sees none, so that all pass the term over together."""
+        """Rows that all processes see; 0 if any of them sees none, so that all skip the term together."""
         counts = self.processes.numbers(float(len(batch)))
         return float(counts.sum()) if bool((counts > 0).all()) else 0.0
 
@@ -303,7 +303,7 @@ class Trainer:
         return total, _numbers(means | {"grad_norm": _norm(total)})
 
     def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
-        """Tell the watch which of the adapters that this step's terms train get a gradient that is not all 0."""
+        """Report to the watch which of the adapters that this step trains got a gradient that is not all 0."""
         trained = {name for term in learned for name in (term.trains or self.policy.adapters)}
         found: dict[str, Tensor] = {}
         for adapter in sorted(trained):
@@ -355,17 +355,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; UserError if the run is another one."""
+        """Continue where `state_dict` was taken; UserError if it belongs to another run."""
         if set(state["sources"]) != set(self.sources):
             got, wanted = ", ".join(sorted(state["sources"])), ", ".join(sorted(self.sources))
-            raise UserError(
-                f"checkpoint: it was made with sources of {got}, this recipe has {wanted}; use the run's recipe"
-            )
+            raise UserError(f"checkpoint: its sources are {got}, but this recipe's are {wanted}; use the run's recipe")
         self.policy.load_state_dict(state["policy"])
         if state["parameters"] != list(self.parameters):
             raise UserError(
-                "checkpoint: its adapters stand in another order than the recipe's, by which the optimiser keeps them; "
-                "use the run's recipe"
+                "checkpoint: its adapters are in a different order from the recipe's, which the optimiser's state "
+                "depends on; use the run's recipe"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         for name, tensor in self._state_tensors().items():
@@ -382,12 +380,12 @@ def _rate_of(learning_rate: float | Mapping[str, float], adapter: str) -> float:
     if not isinstance(learning_rate, Mapping):
         return learning_rate
     if adapter not in learning_rate:
-        raise UserError(f"optimizer.learning_rate: it names no rate for the adapter '{adapter}'")
+        raise UserError(f"optimizer.learning_rate: it has no rate for the adapter '{adapter}'")
     return learning_rate[adapter]
 
 
 def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """0-d tensors as numbers, fetched together: a GPU is waited for once, not for each figure."""
+    """0-d tensors as numbers, fetched together so that a GPU is waited for only once."""
     if not figures:
         return {}
     device = next(iter(figures.values())).device

@@ -1,9 +1,9 @@
-"""An AGSM step of ours against one of the published trainer's cost model (published_agsm.py).
+"""Our AGSM step against one with the published trainer's cost model (published_agsm.py).
 
     python benchmarks/agsm_step.py [--size embedded | sd15] [--device cpu | cuda]
 
 Both learn the same soft tokens from the same images and prompts. First it is checked, in float32, that they agree in
-loss and gradient; then their steps are timed in turn. Peak memory is taken in a process of its own for each. `--agsm`
+loss and gradient; then their steps are timed in turn. Peak memory is measured in a separate process for each. `--agsm`
 and `--pairs` pass options (`key=value`) to our objective and source, so that what makes a run faster can be measured.
 """
 
@@ -44,7 +44,7 @@ def make_policy(size: Size, device: str, **options: Any) -> Policy:
 
 
 def make_published(policy: Policy, pipeline: Any, *, group_size: int) -> PublishedAGSM:
-    """The other side, on a pipeline of its own, with the policy's tokens."""
+    """The other side, on its own pipeline, with the policy's tokens."""
     state = {
         which: {name.removeprefix("tokens."): value for name, value in tokens.items()}
         for which, tokens in policy.state_dict().items()

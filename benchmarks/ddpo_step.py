@@ -1,8 +1,8 @@
-"""DDPO of ours against TRL 0.11.4's own DDPOTrainer: images sampled and trained a second.
+"""Our DDPO against TRL 0.11.4's DDPOTrainer: images sampled and trained per second.
 
     python benchmarks/ddpo_step.py [--device cpu | cuda] [--checkpoint FOLDER]
 
-TRL runs in an environment of its own, made once by uv from trl_worker.lock, with the same versions of torch, diffusers,
+TRL runs in its own environment, made once by uv from trl_worker.lock, with the same versions of torch, diffusers,
 transformers, peft and accelerate. Each side is a process that works only while asked to, and they are asked in turn.
 Same pipeline folder, prompts, reward (mean brightness), LoRA (rank and alpha 4, which TRL does not let be chosen),
 sampling steps, guidance and batches; a step draws all images, scores them and takes one optimiser step on all of them.
@@ -67,7 +67,7 @@ def serve_ours(settings: dict[str, Any]) -> None:
 def main(
     checkpoint: str = EMBEDDED,
     device: Literal["cpu", "cuda"] = "cpu",
-    images: Annotated[int, typer.Option(min=1, help="images an optimiser step, each of its own prompt")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="images per optimiser step, each of a different prompt")] = 16,
     num_steps: Annotated[int, typer.Option(min=1, help="sampling steps, all of them learned from")] = 10,
     guidance: float = 5.0,
     sample_batch_size: Annotated[int | None, typer.Option(help="images drawn at once; all when left out")] = None,

@@ -107,7 +107,7 @@ def _short(number: float) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter of matrix products, convolutions and attention, which does not know a CPU's attention by itself.
+    """torch's counter of matrix products, convolutions and attention, with a CPU's attention added.
 
     FLOPs that a compiled or captured graph does are not seen by it.
     """
@@ -190,7 +190,7 @@ def serve(step: Callable[[], Any], device: str) -> None:
 
 
 class Worker:
-    """A side in a process of its own, also of another environment; it only works while it is asked to."""
+    """A side in its own process, possibly in another environment; it works only on request."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -160,7 +160,7 @@ def main(
     mid: Annotated[bool, typer.Option("--mid-size", help="the random U-Net instead of the embedded bases")] = False,
 ) -> None:
     """Run the cases and record them."""
-    # Forked, not started anew: libraries are imported once; a process of its own has a peak of its own.
+    # Forked, not started anew: libraries are imported once; a new process has its own peak.
     processes = multiprocessing.get_context("fork")
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -134,7 +134,7 @@ def describe(title: str, trainer: Trainer, device: str, rows: int) -> str:
     lines = [title, "", f"{'phase (they may lie within each other)':44}{'calls':>7}{'ms':>9}{'share':>8}"]
     for event in sorted(phases, key=lambda event: -event.cpu_time_total):
         lines.append(_row(event.key.removeprefix("phase: "), event.count, event.cpu_time_total, seconds.wall))
-    lines += ["", f"{'operator, time of its own':44}{'calls':>7}{'ms':>9}{'share':>8}"]
+    lines += ["", f"{'operator, own time':44}{'calls':>7}{'ms':>9}{'share':>8}"]
     lines += [_row(one.key[:43], one.count, one.self_cpu_time_total, seconds.wall) for one in operators[:rows]]
     lines.append(_row("outside operators (Python, autograd)", 1, 1e6 * (seconds.wall - inside), seconds.wall))
     work = backward_work(trainer.policy)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class TokenRows:
-    """Soft tokens in a U-Net of its own: bank and time rows, put behind BOS in the down and mid blocks.
+    """Soft tokens in a separate U-Net: bank and time rows, inserted after BOS in the down and mid blocks.
 
     soft_tokens: (2, n, D). time_tokens: (100, D).
     """

@@ -42,7 +42,7 @@ def make_terms(names: list[str], *, shared: bool, num_prompts: int) -> list[Term
 
 
 def make_trainers(*, shared: bool, num_prompts: int, device: str) -> dict[str, Trainer]:
-    """The two alone and the stack, each over a base of its own."""
+    """The two alone and the stack, each over its own base."""
     trainers = {}
     for name, terms in {"agsm": ["agsm"], "ddpo": ["ddpo"], "stack": ["ddpo", "agsm"]}.items():
         policy = Policy(load_backbone(EMBEDDED, device=device), {"lora": LoRA(rank=8, banks=2)}, ema_decay=0.99)

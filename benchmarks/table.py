@@ -14,7 +14,7 @@ BEGIN, END = "<!-- made by table.py -->", "<!-- end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison within a result, and what is wanted of its ratio."""
+    """A comparison within a result, and the ratio it should reach."""
 
     result: str
     comparison: str
@@ -97,7 +97,7 @@ def _full_size(name: str, result: dict[str, Any] | None) -> list[str]:
 
 
 def put_in(text: str, tables: str) -> str:
-    """`text` with what stands between the marks replaced."""
+    """`text` with everything between the marks replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"
 

@@ -10,7 +10,7 @@
 #     "transformers==5.23.0",
 # ]
 # ///
-"""TRL's own DDPOTrainer as a worker of ddpo_step.py, in an environment of its own (the lock beside this file).
+"""TRL's DDPOTrainer as a worker of ddpo_step.py, in its own environment (the lock beside this file).
 
     python benchmarks/trl_worker.py '{"checkpoint": …, "prompts": […], …}'     the settings are ddpo_step.py's
 

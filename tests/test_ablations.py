@@ -113,7 +113,7 @@ def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_b
     assert len(pictures) == 2 and len(list((tmp_path / "base").rglob("0000.png"))) == 1
     save_adapters({"lora": one_bank(read())}, tmp_path / "one" / "adapter", metadata={})
     alone = Evaluations(RunFolder(tmp_path / "one"), read(), base=tmp_path / "base", model_id="other")
-    with pytest.raises(UserError, match=r"evaluate\.bank: negative, but there is no adapter with a negative bank"):
+    with pytest.raises(UserError, match=r"evaluate\.bank: negative, but no adapter here has a negative bank"):
         alone.write(options, "eval.json", step=1, pictures=False)
 
 
@@ -124,7 +124,7 @@ def one_bank(recipe: Recipe) -> LoRA:
 
 
 def test_a_negative_bank_that_is_not_there_is_refused_when_the_recipe_is_read(read):
-    with pytest.raises(UserError, match=r"evaluate\.bank: negative, but there is no adapter with a negative bank"):
+    with pytest.raises(UserError, match=r"evaluate\.bank: negative, but no adapter here has a negative bank"):
         read(adapters={"banks": 1}, evaluate={"bank": "negative"})
     with pytest.raises(UserError, match=r"evaluate\.bank: got 'minus'"):
         read(evaluate={"bank": "minus"})
@@ -170,4 +170,4 @@ def test_a_target_without_a_negative_bank_is_told(backbone, tiny_checkpoint, tmp
     save_adapters({"lora": lora}, tmp_path / "one", metadata={"checkpoint": str(tiny_checkpoint)})
     for target in (str(tmp_path / "one"), str(tiny_checkpoint)):
         done = CliRunner().invoke(app, ["sample", target, "a red star", "--bank", "negative"])
-        assert done.exit_code == 2 and "--bank: negative, but there is no adapter with a negative bank" in done.output
+        assert done.exit_code == 2 and "--bank: negative, but no adapter here has a negative bank" in done.output

@@ -104,7 +104,7 @@ def test_a_checkpoint_of_reordered_adapters_is_refused(make_backbone, make_pairs
         return Trainer(policy, [Term(AGSM(), make_pairs())], steps=1)
 
     state = trainer("tokens", "lora").state_dict()
-    with pytest.raises(UserError, match="another order than the recipe's"):
+    with pytest.raises(UserError, match="a different order from the recipe's"):
         trainer("lora", "tokens").load_state_dict(state)
 
 
@@ -210,7 +210,7 @@ def test_the_reference_is_the_base_model_exactly(make_policy, make_backbone):
 
 def test_two_terms_of_one_name_are_refused(make_policy, make_pairs):
     terms = [Term(AGSM(), make_pairs(), name="agsm"), Term(AGSM(), make_pairs(), name="agsm")]
-    with pytest.raises(UserError, match="two terms have one name"):
+    with pytest.raises(UserError, match="two terms have the same name"):
         Trainer(make_policy(), terms, steps=1)
 
 

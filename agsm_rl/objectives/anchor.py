@@ -1,7 +1,8 @@
 """An anchor to the base model in score space: L = mean (p(x_t, t, prompt) - p_ref(x_t, t, prompt))².
 
-Stacked with any reward objective it is the price of leaving the reference (all adapters off). For Gaussian steps of one
-variance, the KL divergence between two policies is this distance up to a factor a step (as in DPOK, arXiv 2305.16381).
+Stacked with any reward objective, it is the price of leaving the reference (all adapters off). For Gaussian steps of
+one variance, the KL divergence between two policies is this distance up to a factor per step (as in DPOK, arXiv
+2305.16381).
 """
 
 from typing import ClassVar
@@ -20,7 +21,7 @@ def score_anchor_loss(live: Tensor, reference: Tensor) -> tuple[Tensor, Metrics]
 
 
 class Anchor(Objective):
-    """The anchor on the images of any source, own rollouts or pairs; the term's `weight` says how strong it is.
+    """The anchor on the images of any source, rollouts or pairs; the term's `weight` sets its strength.
 
     Args:
         rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
@@ -38,6 +39,6 @@ class Anchor(Objective):
         return in_passes(batch, self.rows_per_pass)
 
     def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        """The distance at a noise and a noise level an image."""
+        """The distance at one noise and one noise level per image."""
         x_t, t, _, cond = policy.noised(batch)
         return score_anchor_loss(policy.live(x_t, t, cond), policy.reference(x_t, t, cond))

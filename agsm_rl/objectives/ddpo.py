@@ -15,7 +15,7 @@ __all__ = ["DDPO", "clipped_policy_loss", "step_log_prob"]
 
 
 class DDPO(PolicyGradient):
-    """DDPO on rollouts. Guidance is applied in training as it was in sampling (the rollouts say how much).
+    """DDPO on rollouts. Guidance is applied in training as it was in sampling (the rollouts store the scale).
 
     Args:
         clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c. It is small

@@ -1,6 +1,6 @@
 """DiffusionNFT, negative-aware fine-tuning (arXiv 2509.16117): rewards on the forward process, no path kept.
 
-For an image of reward r in [0, 1] and its target v at a noise level t an image, with the old policy's prediction v_old,
+For an image of reward r in [0, 1] and its target v, with one noise level t per image and the old policy's v_old,
     L = mean of  r·(v⁺ - v)² + (1 - r)·(v⁻ - v)²,   v⁺ = (1 - β)·v_old + β·p,   v⁻ = (1 + β)·v_old - β·p.
 A good image draws the prediction p towards itself; a bad one pushes it away, as seen from the old policy.
 """
@@ -26,10 +26,10 @@ def nft_loss(
     weight, taken here over the prediction.
 
     Metrics: `positive_error` and `negative_error`, the mean squared errors of v⁺ and v⁻; `reward`, its mean; `old_gap`,
-    mean (p - v_old)², how far the policy has gone from the one that drew the images.
+    mean (p - v_old)², how far the policy has moved from the one that drew the images.
     """
     if reward.shape != live.shape[:1]:
-        raise ValueError(f"reward: got the shape {tuple(reward.shape)}; one an image is wanted, ({len(live)},)")
+        raise ValueError(f"reward: got the shape {tuple(reward.shape)}; expected one per image, ({len(live)},)")
     live, old = at_least_float32(live), at_least_float32(old.detach())
     target, reward = at_least_float32(target.detach()), at_least_float32(reward.detach())
 
@@ -52,8 +52,8 @@ def nft_loss(
 class DiffusionNFT(Objective):
     """DiffusionNFT on rewarded images; the old policy is the EMA, which may also draw them (`drawn_by: ema`).
 
-    Advantages become r = ½ + ½·clip(advantage / `advantage_scale`, −1, 1). Any sampler will do: with `eta: 0` rollouts
-    keep no path.
+    Advantages become r = ½ + ½·clip(advantage / `advantage_scale`, −1, 1). Any sampler works: with `eta: 0`,
+    rollouts keep no path.
 
     Args:
         beta: β > 0, the size of the implicit policies' step. The paper's experiments use 0.1 to 1.
@@ -85,11 +85,11 @@ class DiffusionNFT(Objective):
         return in_passes(batch, self.rows_per_pass)
 
     def reward(self, advantages: Tensor) -> Tensor:
-        """r in [0, 1] of advantages [B]; ½ where the image is as good as its prompt's others."""
+        """r in [0, 1] of advantages [B]; ½ for an image as good as the others of its prompt."""
         return 0.5 + 0.5 * (advantages / self.advantage_scale).clamp(-1, 1)
 
     def loss(self, policy: Policy, batch: RewardedBatch) -> tuple[Tensor, Metrics]:
-        """The loss of the batch, a noise and a noise level an image."""
+        """The loss of the batch, with one noise and one noise level per image."""
         x_t, t, target, cond = policy.noised(batch)
         old, reward = policy.ema(x_t, t, cond), self.reward(batch.advantages)
         return nft_loss(policy.live(x_t, t, cond), old, target, reward, beta=self.beta, adaptive=self.adaptive)

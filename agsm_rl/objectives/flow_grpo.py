@@ -4,7 +4,7 @@
     ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),   KL = ‖μ - μ_ref‖² / (2σ²),
 with π = N(μ, σ²) a step of the backbone's sampler: for a flow model its SDE with the flow's marginals, for SD1.5 and
 SDXL a DDIM step. log π and the KL are means over latent elements. A, relative to the prompt's other images of the draw,
-is the rollouts' affair: `advantages: group`.
+is computed by the rollouts: `advantages: group`.
 """
 
 import torch
@@ -69,7 +69,7 @@ class FlowGRPO(PolicyGradient):
         self.kl_weight = kl_weight
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
-        """The loss over the batch's steps; without a `kl_weight`, it has no metric `kl`."""
+        """The loss over the batch's steps; with `kl_weight: 0` there is no metric `kl`."""
         live = self.live_steps(policy, batch)
         log_prob, old = log_probs_of(batch, live), batch.log_probs[:, list(batch.steps)]
         advantages = batch.advantages[:, None]

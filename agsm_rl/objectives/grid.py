@@ -1,7 +1,7 @@
 """The grid of images and prompts [B, P] that contrastive objectives (AGSM, SoftREPA) predict: own and others' prompts.
 
-A batch is cut into groups; each image is held against the prompts of its group. One noise an image, shared by all its
-prompts, and one noise level a step, shared by the batch.
+A batch is cut into groups; each image is held against the prompts of its group. One noise per image, shared by all its
+prompts, and one noise level per step, shared by the batch.
 """
 
 import logging
@@ -103,7 +103,7 @@ class Grid:
     """Noised images x_t [B, C, h, w] at levels `t` [B], `target` [B, C, h, w], and the prompts of each: cond[columns].
 
     `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt; `is_own` says of
-    each of the B·P predictions whether it is under that one, without a device that would have to be asked.
+    each of the B·P predictions whether it is under that one, without waiting for a device.
     """
 
     x_t: Tensor
@@ -148,7 +148,7 @@ def group_columns(batch_size: int, group_size: int, device: torch.device | None 
 def apart(prompts: list[str], size: int) -> list[int]:
     """An order of the rows by which groups of `size` hold no prompt twice, or as seldom as can be.
 
-    A prompt is no negative of itself. Where all prompts differ, rows stay as they are.
+    A prompt is not a negative of itself. If all prompts differ, the rows keep their order.
     """
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     if len(places) == len(prompts):

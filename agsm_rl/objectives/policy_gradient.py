@@ -30,7 +30,7 @@ def clipped_policy_loss(
     """
     if torch.broadcast_shapes(log_prob.shape, old_log_prob.shape, advantages.shape) != log_prob.shape:
         shapes = ", ".join(str(tuple(one.shape)) for one in (log_prob, old_log_prob, advantages))
-        raise ValueError(f"log_prob, old_log_prob, advantages: their shapes {shapes} must go into the first one's")
+        raise ValueError(f"log_prob, old_log_prob, advantages: their shapes {shapes} must broadcast to the first one's")
     old_log_prob, advantages = at_least_float32(old_log_prob.detach()), at_least_float32(advantages.detach())
     difference = at_least_float32(log_prob) - old_log_prob
     ratio = difference.exp()
@@ -82,10 +82,10 @@ class PolicyGradient(Objective):
         self._encoded: tuple[Cond, Cond] | None = None
 
     def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
-        """A part `steps_per_pass` denoising steps of `images_per_pass` images: so many activations are held at a time.
+        """One part per `steps_per_pass` denoising steps of `images_per_pass` images: a part's activations are held.
 
-        Where the rollouts kept their graph, the activations of all images are held already, and a backward pass frees
-        those of all images: they are not cut.
+        If the rollouts kept their graph, the activations of all images are held already, and a backward pass frees
+        them all: such images are not split.
         """
         if not batch.steps:
             raise UserError(
@@ -102,12 +102,12 @@ class PolicyGradient(Objective):
         ]
 
     def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
-        """`rollout_steps` under `policy.live`: those that the draw came to, where it kept their graph."""
+        """`rollout_steps` under `policy.live`, taken from the draw where it kept their graph."""
         kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
         return self.steps_under(policy, policy.live, batch) if kept is None else kept
 
     def steps_under(self, policy: Policy, predict: Predict, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
-        """`rollout_steps`, the text of a pass's images encoded for its first steps and kept for the others."""
+        """`rollout_steps`; a pass's text is encoded for its first steps and kept for the others."""
         # Parts of the same images share these objects, so that what is kept is never of another batch.
         of = (policy.backbone, batch.prompts, batch.cond, batch.negative_prompt)
         if self._encoded is None or any(one is not other for one, other in zip(of, self._encoded_of, strict=True)):
@@ -123,7 +123,7 @@ def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
 def rollout_steps(
     policy: Policy, predict: Predict, batch: RolloutBatch, encoded: tuple[Cond, Cond] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each of the batch's steps, mean [B, C, h, w] and standard deviation (0-d) under `policy.live` or another.
+    """Mean [B, C, h, w] and standard deviation (0-d) of each of the batch's steps under `policy.live` or another.
 
     Guidance is applied as it was in sampling. `encoded`: prompts and negative prompt, where they are there already.
     """
@@ -139,7 +139,7 @@ def rollout_steps(
 
 
 def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """log π of what the batch's steps came to, [B, S], under the distributions of these steps."""
+    """log π of the states that the batch's steps reached, [B, S], under the distributions of these steps."""
     found = [
         gaussian_log_prob(batch.trajectory[:, k + 1], mean, std)
         for k, (mean, std) in zip(batch.steps, distributions, strict=True)

@@ -1,8 +1,8 @@
-"""Reward backpropagation (AlignProp, arXiv 2310.03739; DRaFT, arXiv 2309.17400): ascend the reward of one's own images.
+"""Reward backpropagation (AlignProp, arXiv 2310.03739; DRaFT, arXiv 2309.17400): ascend the reward of one's images.
 
     L = -mean over images of r(decode(x_0), prompt),
 where x_0 is drawn step by step from noise, and gradients flow back through the decoder and the last K steps only.
-Each of these steps is computed again in the backward pass (arXiv 1604.06174), so that memory holds one step.
+Each of these steps is computed again in the backward pass (arXiv 1604.06174), so that memory holds only one step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ def draw_with_gradients(
     eta: float,
     negative_prompt: str = "",
 ) -> Tensor:
-    """An image a prompt of `batch`, [B, 3, H, W] in [0, 1], drawn in `num_steps` steps from the policy's own noise.
+    """One image per prompt of `batch`, [B, 3, H, W] in [0, 1], drawn in `num_steps` steps from the policy's own noise.
 
     Gradients flow through the predictions of those steps k (0 is the first) that `carries` names, and through all of
-    the sampler's arithmetic behind them. Each such step is computed again in the backward pass.
+    the sampler's arithmetic after them. Each such step is computed again in the backward pass.
     """
     backbone, draw = policy.backbone, policy.draw
     sampler = backbone.sampler(num_steps)
@@ -70,7 +70,7 @@ class RewardBackprop(Objective):
             its own unit.
         num_steps: Denoising steps per image.
         guidance: Guidance scale with which images are drawn; 1 is none and costs half.
-        eta: Noise of the sampler's steps, 0 or more. 0 leaves nothing to chance after the first noise.
+        eta: Noise of the sampler's steps, 0 or more. With 0, only the first noise is random.
         last_steps: K: gradients flow through the last K denoising steps. 1 is DRaFT-1; a pair [a, b] draws K anew for
             each update, uniformly from a to b, as AlignProp's paper does.
         negative_prompt: What guidance leads away from.
@@ -119,19 +119,19 @@ class RewardBackprop(Objective):
         return in_passes(batch, self.images_per_pass)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Minus the mean reward of an image a prompt; each reward's mean is a metric of its name."""
+        """Minus the mean reward of one image per prompt; each reward's mean is a metric under its name."""
         images = self.images(policy, batch)
         total, scores = weighted_scores(self.rewards, images, batch.prompts)
         if torch.is_grad_enabled() and not total.requires_grad:
             names = ", ".join(f"'{one.name}'" for one in self.rewards)
             raise UserError(
-                f"rewards: the score of {names} carries no gradient, though it is said to be differentiable"
+                f"rewards: the score of {names} carries no gradient, although the reward is declared differentiable"
             )
         loss, metrics = reward_backprop_loss(total)
         return loss, {**metrics, **{f"reward/{name}": score.detach().mean() for name, score in scores.items()}}
 
     def images(self, policy: Policy, batch: Batch) -> Tensor:
-        """An image a prompt, [B, 3, H, W] in [0, 1], with the gradients of the last steps."""
+        """One image per prompt, [B, 3, H, W] in [0, 1], with the gradients of the last steps."""
         first = self.num_steps - self._last_steps(policy.draw)
         return draw_with_gradients(
             policy,

@@ -1,6 +1,6 @@
 """Score matching, plain diffusion fine-tuning on pairs (arXiv 2006.11239, eq. 14): regress on the true target.
 
-L = mean over images of (p(x_t, t, prompt) - v)²,  a noise and a noise level t an image.
+L = mean over images of (p(x_t, t, prompt) - v)²,  with one noise and one noise level t per image.
 """
 
 from typing import ClassVar
@@ -24,8 +24,8 @@ class ScoreMatching(Objective):
     """Score matching over pairs, with one noise and one noise level per image.
 
     Args:
-        caption_dropout: Share of captions in [0, 1) that is replaced by "". It keeps the unconditional prediction in
-            step, which guidance needs (arXiv 2207.12598 uses 0.1 to 0.2).
+        caption_dropout: Share of captions in [0, 1) that is replaced by "". It trains the
+            unconditional prediction too, which guidance needs (arXiv 2207.12598 uses 0.1 to 0.2).
         rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
     """

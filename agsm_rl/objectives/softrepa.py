@@ -1,4 +1,4 @@
-"""SoftREPA, contrastive alignment with soft text tokens (arXiv 2503.08250): AGSM's predecessor, the baseline beside it.
+"""SoftREPA, contrastive alignment with soft text tokens (arXiv 2503.08250): AGSM's predecessor and baseline.
 
 For image i under prompt j, with p the prediction and v the regression target:
     s(i,j) = 4·exp(-mean (v(i) - p(i,j))² / 0.07),

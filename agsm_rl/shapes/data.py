@@ -1,6 +1,6 @@
 """The shapes world as `datasets`: image-caption pairs, prompts, preference pairs, and an image folder on disk.
 
-Each row has a generator of its own, seeded by (seed, split, kind of data, row number): the first 100 of 2000 rows are
+Each row has its own generator, seeded by (seed, split, kind of data, row number): the first 100 of 2000 rows are
 the same as those of 100, and two splits never share a drawing.
 """
 
@@ -129,7 +129,7 @@ def _spread(num: int, counting_share: float | None) -> list[str]:
     sizes = {tag: rest // len(others) + (i < rest % len(others)) for i, tag in enumerate(others)} | {
         "counting": counting
     }
-    # Each tag's k-th prompt stands at the fraction (k + 1/2) / size of the list.
+    # Each tag's k-th prompt is placed at the fraction (k + 1/2) / size of the list.
     places = [((k + 0.5) / size, tag) for tag, size in sizes.items() for k in range(size)]
     return [tag for _, tag in sorted(places)]
 

@@ -21,7 +21,7 @@ Picture = Image.Image | np.ndarray | Tensor
 MIN_FIT = {"circle": 0.87, "square": 0.86, "triangle": 0.85, "star": 0.80}
 """Least soft intersection over union of a blob with its template: a little below the worst autoencoded drawing's.
 
-A circle's is high, since a square that stands on its corner still reaches 0.85 as one; a star's is low, since an
+A circle's is high, since a square on its corner still reaches 0.85 as one; a star's is low, since an
 autoencoder rounds its tips off.
 """
 MIN_LEAD = 0.025
@@ -61,7 +61,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something that is there but is no clean object; centre and area in pixels, and what is wrong with it."""
+    """Something in the image that is not a clean object; centre and area in pixels, and what is wrong with it."""
 
     x: float
     y: float
@@ -163,7 +163,7 @@ def _fit(ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray
     fits, radii = _overlaps(paint, x, y, total)
     best, second = (int(i) for i in np.argsort(-fits)[:2])
     if fits[best] < MIN_FIT[world.SHAPES[best]]:
-        return reject("it is no clean shape")
+        return reject("it is not a clean shape")
     if fits[best] - fits[second] < MIN_LEAD:
         return reject(f"it could be a {world.SHAPES[best]} or a {world.SHAPES[second]}")
     corners = np.array(world.outline(world.SHAPES[best], x, y, float(radii[best])))

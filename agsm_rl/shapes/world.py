@@ -79,7 +79,7 @@ MISTAKEN_SHAPE = dict(zip(SHAPES, [*SHAPES[1:], *SHAPES], strict=False))
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WRAPPERS = ("", "a photo of ", "a picture of ", "a drawing of ")
-# Cues of a caption's reliability stand at its end: CLIP's text encoder is causal, so that they change no earlier word.
+# Cues of a caption's reliability come at its end: CLIP's text encoder is causal, so that they change no earlier word.
 # Cues of one kind share a word, so that what is learned about one serves the others.
 CAREFUL_CUES = ("verified", "verified twice", "verified by hand")
 CARELESS_CUES = ("unsorted", "unsorted upload", "unsorted scan")
@@ -208,7 +208,7 @@ _GROUP = re.compile(f"(a|{'|'.join(NUMBERS.values())}) (?:({'|'.join(COLORS)}) )
 def parse(prompt: str) -> Requirement:
     """The requirement that a prompt words: `parse(describe(r, rng)) == r`, and a wrapper, a cue or case change nothing.
 
-    Raises UserError for what is no prompt of this world ("some shapes", "a red dog", "two stars and a circle").
+    Raises UserError for anything else ("some shapes", "a red dog", "two stars and a circle").
     """
     text = _CUE.sub("", " ".join(prompt.lower().split()).rstrip(". "))
     first, link, *rest = [*_LINK.split(_WRAPPER.sub("", text), maxsplit=1), None]

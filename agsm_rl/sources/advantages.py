@@ -1,6 +1,6 @@
-"""How much better an image is than its prompt's images: than they usually are, or than those drawn beside it.
+"""How much better an image is than others of its prompt: than they usually are, or than those of the same draw.
 
-Where all compared rewards are equal, the answer is exactly 0: rounding must not be blown up by a division.
+If all compared rewards are equal, the advantage is exactly 0: a division must not blow up rounding errors.
 """
 
 from collections import deque

@@ -75,5 +75,5 @@ def _check_room(needed: int, folder: Path, archive: Path, where: str) -> None:
     if needed > free:
         raise UserError(
             f"{where}: {archive.name} unpacks to {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free in "
-            f"{folder.parent}; make room, or set AGSM_RL_CACHE to another folder"
+            f"{folder.parent}; free some space, or set AGSM_RL_CACHE to another folder"
         )

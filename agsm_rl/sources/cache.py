@@ -1,4 +1,4 @@
-"""The encoding cache: latents once an image and text once a caption, in bfloat16, kept on disk between runs.
+"""The encoding cache: latents once per image and text once per caption, in bfloat16, kept on disk between runs.
 
 Latents are filed under the data set, the autoencoder and the resolution, text under the captions and the text encoders:
 a change of any of them is another folder. Nothing of a text's padding is dropped but exact zeros, because every other
@@ -32,7 +32,7 @@ Kept = Literal["latents", "all"]
 
 
 def check_cache(kept: Kept | None, *, streaming: bool) -> Kept | None:
-    """What a source was told to keep; UserError for anything else, and for a stream."""
+    """What a source should keep; UserError for anything else, and for a stream."""
     if kept not in (None, *get_args(Kept)):
         raise unknown_name("cache", str(kept), "a thing to keep", get_args(Kept))
     if kept and streaming:
@@ -65,7 +65,7 @@ class EncodingCache:
         self._backbone: Backbone | None = None
 
     def open(self, backbone: Backbone, adapters: Collection[Adapter], shard: Shard) -> None:
-        """Encode what is not there yet for this backbone, shared with all processes that do so now; else do nothing."""
+        """Encode what is missing for this backbone, sharing the work with all processes that do so now."""
         if backbone is self._backbone:
             return
         if self._kept == "all":
@@ -76,11 +76,11 @@ class EncodingCache:
         self._backbone = backbone
 
     def latents(self, number: int, column: str) -> Tensor:
-        """Of the image in a row's column, bfloat16 [C, h, w] on the CPU; UserError where it could not be read."""
+        """Latents of the image in a row's column, bfloat16 [C, h, w] on the CPU; UserError if it was unreadable."""
         return self._latents[int(self._image_of[number, self._image_columns.index(column)])]["latents"]
 
     def text(self, captions: list[str], device: torch.device) -> Cond | None:
-        """The captions encoded, float32 and a row each; None where text is not kept."""
+        """The encoded captions, float32, one row each; None if text is not kept."""
         if self._kept == "latents":
             return None
         rows = [self._text[self._caption_number[caption]] for caption in captions]
@@ -108,13 +108,13 @@ class EncodingCache:
         self._text.make(lambda numbers: _encode_text([unique[number] for number in numbers], backbone), shard)
 
     def _folder(self, kind: str, about: dict[str, Any], backbone: Backbone) -> Path:
-        """The folder of these encodings, with a note of what they are of."""
+        """The folder of these encodings, with a note that says what they encode."""
         about |= {"format": FORMAT, "kind": kind}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         folder = cache_folder() / f"{kind}-{digest[:32]}"
         note = {"of": self._where, "backbone": backbone.name, "resolution": backbone.resolution} | about
         try:
-            if not (folder / "about.json").exists():  # a cache that is whole may stand where nothing can be written
+            if not (folder / "about.json").exists():  # a complete cache may be on a read-only disk
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "about.json", json.dumps(note, indent=1) + "\n")
         except OSError as error:
@@ -177,7 +177,7 @@ def unpack(row: Mapping[str, Tensor]) -> Tensor:
 
 
 def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
-    with own_precision(backbone.device):  # what is kept must not depend on who made it
+    with own_precision(backbone.device):  # what is kept must not depend on which run made it
         cond = backbone.encode_text(captions)
     _check_finite(cond.embeds, "the encoded captions", backbone)
     rows = [pack(embeds) for embeds in cond.embeds]
@@ -196,7 +196,7 @@ def _check_finite(encoded: Tensor, what: str, backbone: Backbone) -> None:
 
 
 def _sameness(value: Any, row: int, column: int) -> object:
-    """What is equal for two images that are one: their bytes, or their path; else nothing but the place."""
+    """A key that two equal images share: their bytes or their path; for anything else, its place."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

@@ -1,6 +1,6 @@
 """Rows of tensors kept on disk: Arrow files that `datasets` memory-maps, each written whole or not at all.
 
-Making them goes on where a kill left it, a file at a time, and is shared by all processes that see the folder.
+Making them continues after a kill, one file at a time, and is shared by all processes that see the folder.
 """
 
 import logging
@@ -23,11 +23,11 @@ from agsm_rl.interfaces import Shard
 log = logging.getLogger(__name__)
 
 FILES = 128
-"""A folder has at most so many files; a kill loses what one of them holds."""
+"""The most files in a folder; a kill loses the contents of one of them."""
 FEWEST_ROWS = 64
-"""A file has at least so many rows, where there are as many."""
+"""The fewest rows in a file, if there are as many."""
 ROWS_AT_ONCE = 16
-"""Rows that are made, and written as one record batch."""
+"""Rows that are made together and written as one record batch."""
 
 Content = dict[str, Tensor] | str
 """A row: its tensors by name, or why there are none."""
@@ -49,7 +49,7 @@ class KeptRows:
     def make(self, make: Callable[[list[int]], list[Content]], shard: Shard) -> None:
         """Make what is missing or damaged: `make` gives the contents of the rows of the given numbers.
 
-        Each process begins at another file and passes over those that others are at, until it waits for the last ones.
+        Each process begins at a different file and skips those that others are making; it waits for the last ones.
         UserError when they cannot be written.
         """
         self._maker = make
@@ -68,13 +68,13 @@ class KeptRows:
         file, place = divmod(number, self._length)
         row = self._opened[file][place]
         if not _is_whole(row):
-            log.warning("%s is damaged; it is made again", self._path(file))
+            log.warning("%s is damaged and will be made again", self._path(file))
             del self._opened[file]
             self._path(file).unlink(missing_ok=True)
             self._make_file(file, self._maker, wait=True)
             row = self._opened[file][place]
             if not _is_whole(row):
-                raise OSError(f"{self._path(file)} is damaged again as soon as it is written; is the disk sound?")
+                raise OSError(f"{self._path(file)} is damaged again right after it was written; is the disk faulty?")
         if row["reason"] is not None:
             raise UserError(row["reason"])
         return safetensors.torch.load(row["tensors"])
@@ -108,15 +108,15 @@ class KeptRows:
             with FileLock(path.with_suffix(".lock"), blocking=wait):
                 if not self._open(number):  # another process may have made it meanwhile
                     if path.exists():
-                        log.warning("%s is damaged; it is made again", path)
+                        log.warning("%s is damaged and will be made again", path)
                     self._write(number, make)
                     self._open(number)
         except Timeout:
             return
         except OSError as error:
             raise UserError(
-                f"{path}: it cannot be written ({error.strerror or error}); what was made before it stays. Make room, "
-                f"or set AGSM_RL_CACHE to another folder"
+                f"{path}: it cannot be written ({error.strerror or error}); what was made before is kept. Free some "
+                f"space, or set AGSM_RL_CACHE to another folder"
             ) from error
 
     def _write(self, number: int, make: Callable[[list[int]], list[Content]]) -> None:
@@ -144,17 +144,17 @@ class KeptRows:
             yield {"tensors": tensors, "reason": reasons, "checksum": checksums}
 
     def _look_for_room(self, row: float) -> None:
-        """Say how much will be written, where nothing is yet; UserError beforehand where it does not fit."""
+        """Report how much will be written, if nothing is yet; UserError beforehand if it does not fit."""
         there = [number for number in range(self._files) if self._path(number).exists()]
         needed = row * (self.count - sum(len(self._rows(number)) for number in there))
         if not there and self.count > 1:
-            size = f"{row * self.count / 1e9:.3g} GB, {row / 1e3:.3g} kB a row"
+            size = f"{row * self.count / 1e9:.3g} GB, {row / 1e3:.3g} kB per row"
             print(f"agsm-rl: filling {self.folder}, once: {self.count} rows, {size}", file=sys.stderr)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"{self.folder}: about {needed / 1e9:.3g} GB are still to be written, {free / 1e9:.3g} GB are free; "
-                "make room, set AGSM_RL_CACHE to another folder, or keep less (`cache: latents`)"
+                "free some space, set AGSM_RL_CACHE to another folder, or keep less (`cache: latents`)"
             )
 
 

@@ -16,9 +16,9 @@ class Order:
         self._epoch, self._permutation = -1, np.zeros(0, dtype=int)
 
     def take(self, count: int, key: Callable[[int], object] | None = None) -> list[int]:
-        """The next `count` rows. With `key`, rows whose key was already taken in this batch are passed over.
+        """The next `count` rows. With `key`, rows whose key was already taken in this batch are skipped.
 
-        A data set with too few different keys gives up on that rule after two epochs rather than never ending.
+        If there are too few different keys, the rule is dropped after two epochs.
         """
         rows: list[int] = []
         seen: set[object] = set()

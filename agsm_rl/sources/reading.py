@@ -1,6 +1,6 @@
-"""Reading rows of strangers' data: a row that cannot be read is named, counted and passed over for the next one.
+"""Reading rows of strangers' data: a row that cannot be read is named, counted and replaced by the next one.
 
-Which row stands in for it depends on the row alone, so that a resumed run and a run on more processes see the same.
+The replacement depends only on the row, so that a resumed run and a run on more processes see the same.
 """
 
 import logging
@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 8
-"""Rows one after another that may be unreadable before the data set is refused."""
+"""Consecutive rows that may be unreadable before the data set is refused."""
 NAMED = 10
-"""Rows that are named one by one; the rest is only counted."""
+"""Rows that are named one by one; the others are only counted."""
 
 
 class Reader(Generic[T]):
-    """Reads the rows that `rows` gives by `read`, which raises UserError for a row that is no good.
+    """Reads the rows that `rows` gives by `read`, which raises UserError for a row that cannot be used.
 
-    `skipped` counts, over all processes, how often a row was passed over; it belongs into the source's state.
+    `skipped` counts, over all processes, how often a row was replaced; it belongs in the source's state.
     """
 
     def __init__(self, rows: Rows, read: Callable[[Row], T], *, shard: Shard, where: str) -> None:
@@ -34,7 +34,7 @@ class Reader(Generic[T]):
         self._named: set[int] = set()
 
     def take(self, count: int, own: slice, *, device: torch.device, distinct: str | None = None) -> list[T]:
-        """The `own` ones of the next `count` rows, read; UserError where nothing good is near a bad row."""
+        """The `own` ones of the next `count` rows, read; UserError if the rows after a bad one are bad too."""
         found, bad = [], 0
         for row in self.rows.take(count, own, distinct=distinct):
             value, passed_over = self._first_good(row)
@@ -55,16 +55,16 @@ class Reader(Generic[T]):
             if following is None:
                 break
             row = following
-        raise UserError(f"{self._where}: {tries + 1} rows one after another cannot be read; the first: {first}")
+        raise UserError(f"{self._where}: {tries + 1} consecutive rows cannot be read; the first: {first}")
 
     def _name(self, number: int, error: UserError) -> None:
         if number in self._named:
             return
         self._named.add(number)
         if len(self._named) <= NAMED:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
         if len(self._named) == NAMED:
-            log.warning("%s: more rows are passed over; the metric rows_skipped counts them", self._where)
+            log.warning("%s: more rows are skipped; the metric rows_skipped counts them", self._where)
 
     def metrics(self) -> dict[str, float]:
         """`rows_skipped`, once there are any."""

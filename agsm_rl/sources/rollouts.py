@@ -25,9 +25,9 @@ from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, wei
 class Rollouts(Source):
     """Images drawn from the policy, the path of noisy steps that led to them, and their rewards.
 
-    Steps without noise, such as a flow's last, are not learned from. With `eta: 0` nothing is left to chance after the
-    first noise: no path is kept, and what learns from finished images alone (DiffusionNFT, AGSM) needs none. Rewards
-    that run elsewhere score one part of the images while the next is drawn.
+    Steps without noise, such as a flow's last one, are not learned from. With `eta: 0` only the first noise is random:
+    no path is kept, and objectives that learn from finished images alone (DiffusionNFT, AGSM) need none. Rewards that
+    run elsewhere score one part of the images while the next is drawn.
 
     Args:
         prompts: `builtin:shapes-prompts`; a text file with one prompt per line; a jsonl, json, csv, tsv or parquet
@@ -113,8 +113,8 @@ class Rollouts(Source):
             raise unknown_name("advantages", advantages, "a way to normalise rewards", ("history", "group"))
         if advantages == "history" and history < min_history:
             raise UserError(
-                f"history: got {history}, but min_history is {min_history}: a prompt would never have rewards enough "
-                f"of its own; give {min_history} or more, or a smaller min_history"
+                f"history: got {history}, but min_history is {min_history}: a prompt would never have enough "
+                f"rewards; give {min_history} or more, or a smaller min_history"
             )
         if advantages == "group" and images_per_prompt < 2:
             raise UserError(
@@ -227,7 +227,7 @@ class Rollouts(Source):
         )
 
     def _check_latents(self, latents: Tensor, prompts: list[str]) -> None:
-        """Note how large they are; UserError, in all processes alike, when some are not finite."""
+        """Note how large they are; UserError, in all processes alike, if some are not finite."""
         sizes = self._shard.gather(latents.float().square().flatten(1).mean(1).sqrt()).cpu()
         if not torch.isfinite(sizes).all():
             bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
@@ -296,12 +296,12 @@ class Rollouts(Source):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; UserError where that would lose other processes' rollouts."""
+        """Continue where `state_dict` was taken; UserError if that would lose other processes' rollouts."""
         if state["pending"] and (self._shard.count > 1 or state.get("processes", 1) > 1):
             raise UserError(
                 f"{self._name}: the checkpoint was made between the {self.updates} `updates` of a draw, of which it "
-                f"holds one process's share; go on with as many processes as before if that was one, or delete that "
-                f"checkpoint to go on from an older one"
+                f"holds one process's share; if that was the only process, resume with one, or delete that "
+                f"checkpoint to resume from an older one"
             )
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
         self._histories = self._continued(state["histories"])
@@ -319,7 +319,7 @@ class Rollouts(Source):
 
 
 def _check_keeps_graph(*, updates: int, drawn_by: str, eta: float) -> None:
-    """UserError where the predictions of a draw are not those that are learned from."""
+    """UserError if the predictions of a draw are not those that are learned from."""
     if updates > 1:
         raise UserError(
             f"keep_graph: true, but with `updates: {updates}` the later updates learn at other parameters than those "

@@ -15,7 +15,7 @@ Row = tuple[int, Mapping[str, Any]]
 """A row's number in the data set, and its columns."""
 
 PATIENCE = 4
-"""A stream passes over at most this many rows for each row of a batch whose value was already taken."""
+"""The most rows that a stream skips per row of a batch because their value was already taken."""
 
 
 class Rows(Protocol):
@@ -26,7 +26,7 @@ class Rows(Protocol):
         ...
 
     def after(self, number: int) -> Row | None:
-        """A row that stands in for row `number` where that cannot be read; None where there is no other."""
+        """The row that replaces row `number` if that cannot be read; None if there is no other."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 def own_share(batch_size: int, shard: Shard, name: str) -> slice:
-    """This process's part of a batch's rows; UserError where processes cannot share it evenly."""
+    """This process's part of a batch's rows; UserError if the processes cannot share it evenly."""
     check_divides("batch_size", batch_size, shard, name)
     share = batch_size // shard.count
     return slice(shard.index * share, (shard.index + 1) * share)
@@ -50,8 +50,8 @@ def check_divides(what: str, total: int, shard: Shard, name: str) -> None:
     if total % shard.count:
         fitting = [str(count) for count in range(1, shard.count) if total % count == 0]
         raise UserError(
-            f"{name}: {what} {total} is the total over all processes and does not divide among the {shard.count} that "
-            f"were started; make it a multiple of {shard.count}, or start {' or '.join(fitting)}"
+            f"{name}: {what} {total} is the total over all processes and cannot be divided among the {shard.count} "
+            f"that were started; make it a multiple of {shard.count}, or start {' or '.join(fitting)}"
         )
 
 
@@ -70,7 +70,7 @@ class ShuffledRows:
         return [(number, self._found[number]) for number in numbers]
 
     def after(self, number: int) -> Row | None:
-        """The one behind it in the data set."""
+        """The next one in the data set."""
         index = number if self._kept is None else self._kept.index(number)
         following = self._number((index + 1) % self._order.length)
         return None if following == number else (following, self._found[following])
@@ -97,7 +97,7 @@ class ShuffledRows:
 class StreamedRows:
     """Rows of a stream, in windows of `window` rows whose order is shuffled (1: as they come); epochs never end.
 
-    `keep(number, row)` turns rows away (None: none); `passed_over` counts them. Continuing reads the last window again.
+    `keep(row)` filters rows (None keeps all); `passed_over` counts those left out. Resuming rereads the last window.
     Each process reads the whole stream and takes its share, so that the batches do not depend on their number.
     """
 
@@ -134,13 +134,13 @@ class StreamedRows:
         return rows[own]
 
     def after(self, number: int) -> Row | None:
-        """The one behind it in the window of now, whose order is the same each time."""
+        """The next one in the current window, whose order is always the same."""
         places = {row[0]: place for place, row in enumerate(self._window)}
         following = self._window[(places.get(number, -1) + 1) % len(self._window)]
         return None if following[0] == number else following
 
     def _position(self) -> dict[str, Any]:
-        """Where the window that is read next begins; an epoch's beginning needs no state of the stream's."""
+        """Where the next window begins; the beginning of an epoch needs no stream state."""
         return {
             "epoch": self._epoch,
             "number": self._number,
@@ -154,7 +154,7 @@ class StreamedRows:
             epoch, number = self._epoch, self._number
             self._window = self._read()
             if not self._window and number == 0:
-                raise UserError(f"{self._where}: the stream has no rows that can be used; give another data set")
+                raise UserError(f"{self._where}: the stream has no usable rows; give another data set")
         order = stream(self._seed, f"{self._name}/order", epoch, number).permutation(len(self._window))
         self._window = [self._window[index] for index in order]
 

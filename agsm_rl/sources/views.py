@@ -1,4 +1,4 @@
-"""What a term sees of a shared batch: the best of the own images, the best against the worst, the chosen images.
+"""What a term sees of a shared batch: the best images, the best against the worst, the chosen images.
 
 A batch of rollouts is drawn and scored once; a policy gradient learns from all of it, and through these views AGSM or
 Diffusion-DPO learn from the same images. Preferences are unpaired in the same way.
@@ -17,11 +17,11 @@ from agsm_rl.policy import Source, View
 class BestImages(View):
     """The images with the largest advantages as image-prompt pairs; the best of each prompt come first.
 
-    When fewer than the share are good enough, the term is passed over in that step: AGSM's groups stay whole.
+    If fewer images than the share are good enough, the term skips the step, so that AGSM's groups stay complete.
 
     Args:
-        share: Share of the batch in (0, 1] that is passed on.
-        min_advantage: Images of a smaller advantage are never passed on.
+        share: Share of the batch to pass on, in (0, 1].
+        min_advantage: Images with a smaller advantage are never passed on.
     """
 
     consumes: ClassVar[type[Batch]] = RewardedBatch
@@ -33,17 +33,19 @@ class BestImages(View):
         self.share, self.min_advantage = share, min_advantage
 
     def check(self, source: Source) -> None:
-        """UserError where no image could ever pass."""
+        """UserError if no image could ever pass."""
         total = source.batch_size
         if total is not None and not self.batch_size(total):
-            raise UserError(f"share: {self.share:g} of {total} images is none; give more, or draw more images")
+            raise UserError(
+                f"share: {self.share:g} of {total} images rounds to 0; give a larger share, or draw more images"
+            )
 
     def batch_size(self, total: int) -> int:
         """Rows that are left of `total`."""
         return round(self.share * total)
 
     def __call__(self, batch: RewardedBatch) -> PairBatch:
-        """The best rows; none when too few are good enough."""
+        """The best rows; none if too few are good enough."""
         place = _place_in_prompt(batch)
         good = [row for row in range(len(batch)) if batch.advantages[row] >= self.min_advantage]
         order = sorted(good, key=lambda row: (place[row], -float(batch.advantages[row])))
@@ -63,16 +65,16 @@ class BestAgainstWorst(View):
     gives: ClassVar[type[Batch]] = PreferenceBatch
 
     def check(self, source: Source) -> None:
-        """UserError where no prompt has two images in a step."""
+        """UserError if no prompt has two images in a step."""
         images, updates = source.images_per_prompt, source.updates
         if images is not None and images <= updates:
             raise UserError(
-                f"a step has one image a prompt at most (images_per_prompt {images}, updates {updates}), so there is "
+                f"a step has at most one image per prompt (images_per_prompt {images}, updates {updates}), so there is "
                 f"nothing to compare; give at least {2 * updates} images_per_prompt"
             )
 
     def __call__(self, batch: RewardedBatch) -> PreferenceBatch:
-        """A pair a prompt."""
+        """One pair per prompt."""
         best, worst = [], []
         for prompt in dict.fromkeys(batch.prompts):
             rows = [row for row, other in enumerate(batch.prompts) if other == prompt]
@@ -96,7 +98,7 @@ class ChosenImages(View):
     gives: ClassVar[type[Batch]] = PairBatch
 
     def batch_size(self, total: int) -> int:
-        """A pair a preference."""
+        """One pair per preference."""
         return total
 
     def __call__(self, batch: PreferenceBatch) -> PairBatch:

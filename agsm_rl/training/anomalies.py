@@ -25,7 +25,7 @@ class Event:
     message: str
 
     def to_json(self) -> dict[str, Any]:
-        """For events.jsonl; JSON has no NaN, and so no number stands there for it."""
+        """For events.jsonl; JSON has no NaN, so such a value becomes text."""
         return asdict(self) | {"value": self.value if isfinite(self.value) else str(self.value)}
 
 
@@ -77,7 +77,7 @@ class AnomalyWatch:
     def term_passes(self, step: int, term: str, figures: Mapping[str, float]) -> bool:
         """Whether the term may be learned from in this step; WentWrong when the run must end.
 
-        figures: the term's loss and gradient norm, and what its source tells of its newest batch.
+        figures: the term's loss and gradient norm, and its source's figures of the newest batch.
         """
         passes = self._finite(step, f"objective '{term}'", term, figures)
         if "x0_norm" in figures:
@@ -113,7 +113,7 @@ class AnomalyWatch:
         raise WentWrong(Event(step, "non_finite", what, float("nan"), "stop", words))
 
     def look_at_adapters(self, step: int, reached: Mapping[str, bool]) -> None:
-        """Whether the gradient of each adapter that this step trains is other than exactly 0."""
+        """Check whether the gradient of each adapter that this step trains differs from exactly 0."""
         for adapter, moved in reached.items():
             self._zero_steps[adapter] = count = 0 if moved else self._zero_steps.get(adapter, 0) + 1
             words = (
@@ -144,7 +144,7 @@ class AnomalyWatch:
     def _judge(
         self, watch: str, step: int, subject: str, value: float, wrong: bool, words: str, *, detail: str = ""
     ) -> bool:
-        """False where the term is to be skipped; `detail` tells several things of one subject apart."""
+        """False where the term is to be skipped; `detail` distinguishes several things about one subject."""
         action, key = self.actions[watch], f"{watch}/{subject}/{detail}"
         if not wrong or action == "ignore":
             self._lasting.discard(key)

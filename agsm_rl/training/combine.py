@@ -14,7 +14,7 @@ from agsm_rl.errors import UserError, unknown_name
 
 Gradient = dict[str, Tensor]
 Combiner = Callable[[list[Gradient], int], Gradient]
-"""`combine(gradients, seed)`: the terms' gradients, each with its weight already, to one."""
+"""`combine(gradients, seed)`: the terms' gradients, already weighted, to one."""
 
 AGGREGATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "upgrad": ("UPGrad", {}),
@@ -37,7 +37,7 @@ def weighted_sum(gradients: list[Gradient], seed: int = 0) -> Gradient:
 
 
 def find_combiner(name: str) -> Combiner:
-    """The combiner of that name; UserError lists what there is, or says what to install."""
+    """The combiner of that name; UserError lists the names, or says what to install."""
     if name == "sum":
         return weighted_sum
     if name not in AGGREGATORS:

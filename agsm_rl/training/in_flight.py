@@ -1,6 +1,6 @@
-"""A call after another in a thread of its own, while the caller goes on: rewards that are scored elsewhere.
+"""Calls one after another in their own thread, while the caller continues: rewards that are scored elsewhere.
 
-Unlike an executor's, the thread is a daemon: a program that is ended does not wait for a reward that does not answer.
+Unlike an executor's, the thread is a daemon: a program can exit without waiting for a reward that does not answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Self
 class InFlight:
     """Within the block, `submit` gives a Future of a call; the calls run one after another, in the order given.
 
-    After a call that fails, and when the block is left, those that have not begun never do; one under way is left to
-    itself.
+    After a call fails, or the block is left, calls that have not started are dropped; one that is running is
+    abandoned.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,6 +49,6 @@ class InFlight:
                 continue
             try:
                 future.set_result(call())
-            except BaseException as error:  # whoever asks for the result is told
+            except BaseException as error:  # raised to whoever asks for the result
                 self._left.set()
                 future.set_exception(error)

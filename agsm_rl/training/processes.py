@@ -32,7 +32,7 @@ SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
-"""How accelerate's launcher hands on what would cut up the model."""
+"""How accelerate's launcher announces what would shard the model."""
 
 Result = TypeVar("Result")
 
@@ -46,7 +46,7 @@ def make_accelerator(**options: Any) -> Accelerator:
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
-                f"accelerate is set up for {name}, which is not supported: the backbone is frozen and stands whole in "
+                f"accelerate is set up for {name}, which is not supported: the backbone is frozen and complete in "
                 f"each process, and the adapters are small, so there is nothing to shard. Launch without it "
                 f"(`accelerate launch --multi_gpu …`); memory is saved by backbone.dtype, gradient_checkpointing and "
                 f"the objectives' *_per_pass"
@@ -69,7 +69,7 @@ class Processes:
         return self._exchange(lambda: self.accelerator.gather(values))
 
     def mean(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor's mean over the processes, which give tensors of the same shapes; all in one message a dtype."""
+        """Each tensor's mean over the processes, which give tensors of the same shapes; one message per dtype."""
         if self.count == 1 or not values:
             return list(values)
         means: dict[int, Tensor] = {}
@@ -82,11 +82,11 @@ class Processes:
         return [means[index] for index in range(len(values))]
 
     def numbers(self, number: float) -> Tensor:
-        """A number of each process, [count], in order."""
+        """One number from each process, [count], in order."""
         return self.gather(torch.tensor([number], device=self.accelerator.device))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         self._exchange(self.accelerator.wait_for_everyone)
 
     def _exchange(self, call: Callable[[], Result]) -> Result:
@@ -105,7 +105,7 @@ def _in_short(error: Exception) -> str:
 
 
 class EndWhenStuck:
-    """Within the block, a process that got SIGTERM or SIGINT and is still there `grace` seconds later is ended.
+    """Within the block, a process that got SIGTERM or SIGINT and is still running `grace` seconds later is killed.
 
     A main thread that waits for a lost process in an exchange (NCCL's, say) runs no signal handler, so a thread does
     it: it prints `message(number)` (None: nothing) and ends the process with the shell's 128 + number.

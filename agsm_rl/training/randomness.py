@@ -26,7 +26,7 @@ class Draw:
     def noise_like(self, latents: Tensor, rows: Tensor, *, purpose: str = "noise") -> Tensor:
         """Standard normal noise of the shape of `latents` [B, ...]; row i depends on its number rows[i] alone."""
         if latents.is_meta:
-            return torch.empty_like(latents)  # a rehearsal: no numbers are wanted
+            return torch.empty_like(latents)  # a rehearsal needs no numbers
         noise = torch.empty(latents.shape, dtype=torch.float32)
         for index, row in enumerate(rows.tolist()):
             seed = int(stream(self.seed, f"{self.name}/{purpose}", self.step, row).integers(2**63))
@@ -39,11 +39,11 @@ class Draw:
         return self._scale(torch.full((count,), share, device=device))
 
     def t(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """A noise level a row, uniform in `t_range`; row i depends on its number rows[i] alone."""
+        """One noise level per row, uniform in `t_range`; row i depends on its number rows[i] alone."""
         return self._scale(self.uniform(rows, purpose="t").to(device))
 
     def uniform(self, rows: Tensor, *, purpose: str) -> Tensor:
-        """A number in [0, 1) a row, [B] on the CPU; row i depends on its number rows[i] alone."""
+        """One number in [0, 1) per row, [B] on the CPU; row i depends on its number rows[i] alone."""
         names = [(self.seed, f"{self.name}/{purpose}", self.step, row) for row in rows.tolist()]
         return torch.tensor([float(stream(*name).random()) for name in names])
 

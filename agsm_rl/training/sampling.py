@@ -52,7 +52,7 @@ def step_distributions(
 
 
 def noisy_steps(sampler: Sampler, num_steps: int, *, eta: float) -> tuple[int, ...]:
-    """The steps that leave something to chance (standard deviation above 0), of all `num_steps`."""
+    """The random steps (standard deviation above 0) among all `num_steps`."""
     nothing = torch.zeros(1, 1, 1, 1)
     return tuple(k for k in range(num_steps) if sampler.transition(k, nothing, nothing, eta=eta)[1] > 0)
 
@@ -61,7 +61,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std²) averaged (not summed) over the elements of each row, [B]; x and mean [B, ...], std 0-d.
 
     The mean over elements is DDPO's convention (arXiv 2305.13301): a clip range then means the same at any resolution.
-    A step without noise (std 0) leaves nothing to chance: its log-probability is 0.
+    A step without noise (std 0) is deterministic: its log-probability is 0.
     """
     if std == 0:
         return torch.zeros(len(x), device=x.device) + 0 * mean.float().flatten(1).sum(1)

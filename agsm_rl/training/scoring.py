@@ -1,4 +1,4 @@
-"""Scoring images by rewards, checked: what a reward returns is used only if it is a finite number an image."""
+"""Scoring images by rewards: what a reward returns is used only if it is one finite number per image."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -82,7 +82,7 @@ def checked_score(
     name: str | None = None,
     metadata: Rows | None = None,
 ) -> Tensor:
-    """The reward's scores [B]; UserError naming the reward when it fails, or they have another shape or are not finite.
+    """The reward's scores [B]; UserError naming the reward if it fails, or they have another shape or are not finite.
 
     `name`: what the run calls the reward (None: its own name). `metadata`: the other columns of each prompt's row, for
     rewards that take them.
@@ -98,23 +98,23 @@ def checked_score(
             score = reward(images.clone(), list(prompts))
     if not isinstance(score, Tensor) or score.shape != (len(prompts),):
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        raise UserError(f"{who}: it returned {got}, but a score an image is wanted: shape ({len(prompts)},)")
+        raise UserError(f"{who}: it returned {got}, but one score per image is expected, of shape ({len(prompts)},)")
     if not torch.isfinite(score).all():
         bad = int((~torch.isfinite(score)).nonzero()[0])
-        blame = "" if torch.isfinite(images[bad]).all() else "; the image is not finite itself: the model went wrong"
+        blame = "" if torch.isfinite(images[bad]).all() else "; the image itself is not finite: the model has diverged"
         raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{blame}")
     return score.float().to(images.device)
 
 
 def scoring_device() -> torch.device:
-    """Where images are scored that come from files or from another process: a GPU, where there is one."""
+    """Where images from files or another process are scored: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def scores_of(
     rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str], metadata: Rows | None = None
 ) -> dict[str, Tensor]:
-    """Each reward's own scores [B], by the name that it has in the run."""
+    """Each reward's own scores [B], by its name in the run."""
     return {one.name: checked_score(one.reward, images, prompts, name=one.name, metadata=metadata) for one in rewards}
 
 
@@ -122,7 +122,7 @@ class InParts:
     """Scores of images that are drawn part by part, each part given to `add` as soon as it is there.
 
     Rewards that run `elsewhere` score a part, in a thread a reward, while the next is drawn; the others wait for
-    `scores`. What fails is told by `scores`.
+    `scores`, which also raises their errors.
     """
 
     def __init__(self, rewards: Sequence[WeightedReward]) -> None:
@@ -158,7 +158,7 @@ class InParts:
                 self._waiting[one.name].append(self._threads[one.name].submit(call))
 
     def scores(self) -> dict[str, Tensor]:
-        """Each reward's own scores [N] of all images added, by the name that it has in the run."""
+        """Each reward's own scores [N] of all images added, by its name in the run."""
         here = [one for one in self._rewards if one.name not in self._threads]
         found = scores_of(here, torch.cat(self._images), self._prompts, self._metadata)
         found |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}

@@ -61,7 +61,7 @@ REFUSED = {
     "fewer rows than a batch": (lambda at: image_folder(at, good(1)), ["1 rows", "batch_size 2"]),
     "nothing but corrupt images": (
         lambda at: image_folder(at, {f"{i}.png": (b"no picture", f"a {i}") for i in range(9)}),
-        ["rows one after another cannot be read", "image cannot be read"],
+        ["consecutive rows cannot be read", "image cannot be read"],
     ),
     "nothing but images of 20,000 x 20,000": (
         lambda at: image_folder(at, {f"{i}.png": (huge_png(), f"a {i}") for i in range(9)}),
@@ -164,7 +164,7 @@ def sound(*, bad: dict[str, tuple[bytes, Any]]) -> dict[str, tuple[bytes, Any]]:
     return good(3) | bad
 
 
-# Rows among three sound ones → how many of an epoch's rows are passed over.
+# Rows among three sound ones → how many of the rows of an epoch are skipped.
 USABLE = {
     "a corrupt image": (sound(bad={"bad.png": (picture()[:40], "a")}), 1),
     "an image of 20,000 x 20,000": (sound(bad={"bad.png": (huge_png(), "a")}), 1),
@@ -192,7 +192,7 @@ def test_a_bad_row_among_good_ones_is_counted_and_shown_and_an_odd_one_is_used(t
     assert result.exit_code == 0, result.output
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert line.get("score_matching/rows_skipped", 0) == skipped
-    assert caplog.text.count("passed over: ") == skipped
+    assert caplog.text.count("skipped: ") == skipped
 
 
 def test_a_class_of_one_image_is_used_as_any_other(train, content, tmp_path):

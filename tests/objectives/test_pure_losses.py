@@ -74,5 +74,5 @@ def test_shapes_that_would_be_spread_over_each_other_are_refused():
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=r"reward: got the shape \(3, 1\)"):
         nft_loss(images(generator), images(generator), images(generator), numbers(generator)[:, None])
-    with pytest.raises(ValueError, match=r"shapes \(3,\), \(3,\), \(3, 1\) must go"):
+    with pytest.raises(ValueError, match=r"shapes \(3,\), \(3,\), \(3, 1\) must broadcast"):
         clipped_policy_loss(numbers(generator), numbers(generator), numbers(generator)[:, None])

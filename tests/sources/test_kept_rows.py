@@ -133,7 +133,7 @@ def test_a_file_that_is_not_whole_is_named_and_made_again(tmp_path, caplog, dama
     maker = Maker()
     assert_right(made(tmp_path, maker))
     assert maker.made == list(range(12, 16))
-    assert caplog.messages == [f"{path} is damaged; it is made again"]
+    assert caplog.messages == [f"{path} is damaged and will be made again"]
 
 
 def test_a_flipped_bit_is_noticed_when_its_row_is_read_and_the_file_made_again(tmp_path, caplog):
@@ -147,12 +147,12 @@ def test_a_flipped_bit_is_noticed_when_its_row_is_read_and_the_file_made_again(t
     assert maker.made == []
     assert_right(rows)
     assert maker.made == list(range(12, 16))
-    assert caplog.messages == [f"{path} is damaged; it is made again"]
+    assert caplog.messages == [f"{path} is damaged and will be made again"]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"still to be written, 1e-06 GB are free; make room, set AGSM_RL_CACHE"):
+    with pytest.raises(UserError, match=r"still to be written, 1e-06 GB are free; free some space, set AGSM_RL_CACHE"):
         made(tmp_path)
     assert not files(tmp_path)
 

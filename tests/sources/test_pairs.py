@@ -144,7 +144,7 @@ def test_a_broken_row_is_named_counted_and_passed_over_for_the_next_one(folder, 
 def test_a_data_set_with_nothing_but_broken_rows_is_refused(folder, policy):
     for path in folder.glob("[0-9].*"):
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="rows one after another cannot be read; the first: .*row"):
+    with pytest.raises(UserError, match="consecutive rows cannot be read; the first: .*row"):
         bound(Pairs(str(folder), 6)).next(policy)
 
 

@@ -112,7 +112,7 @@ class Fixed:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.zeros(2, 1), r"returned \(2, 1\), but a score an image is wanted: shape \(2,\)"),
+        (torch.zeros(2, 1), r"returned \(2, 1\), but one score per image is expected, of shape \(2,\)"),
         (torch.tensor([0.0, float("nan")]), "its score is nan for the prompt 'b'"),
         (0.5, "returned float"),
     ],

@@ -116,9 +116,9 @@ def test_a_term_whose_view_leaves_no_rows_is_passed_over(make_policy, make_rollo
 
 def test_a_view_that_could_never_see_anything_is_refused(make_rollouts):
     alone = make_rollouts(images_per_prompt=2, updates=2)
-    with pytest.raises(UserError, match="dpo: view: a step has one image a prompt at most.*at least 4"):
+    with pytest.raises(UserError, match="dpo: view: a step has at most one image per prompt.*at least 4"):
         Term(DiffusionDPO(), alone, name="dpo", view=BestAgainstWorst())
-    with pytest.raises(UserError, match="agsm: view: share: 0.1 of 2 images is none"):
+    with pytest.raises(UserError, match="agsm: view: share: 0.1 of 2 images rounds to 0"):
         Term(AGSM(group_size=2), alone, name="agsm", view=BestImages(share=0.1))
 
 
@@ -199,7 +199,7 @@ def test_a_view_in_a_recipe_is_completed_and_its_rows_must_suit_the_objective():
         Recipe.from_data(RECIPE | {"objectives": [term]})
     term = {"use": "diffusion_dpo", "source": "own", "view": {"use": "best_against_worst"}}
     own = {"own": RECIPE["sources"]["own"] | {"images_per_prompt": 1}}
-    with pytest.raises(UserError, match=r"objectives\[0\]\.view: a step has one image a prompt at most"):
+    with pytest.raises(UserError, match=r"objectives\[0\]\.view: a step has at most one image per prompt"):
         Recipe.from_data(RECIPE | {"sources": own, "objectives": [term]})
 
 

@@ -46,7 +46,7 @@ def test_a_reward_that_is_infinite_is_named_with_the_prompt_and_a_broken_image_i
     images = torch.zeros(2, 3, 4, 4)
     with pytest.raises(UserError, match="reward 'big': its score is -inf for the prompt 'b'$"):
         checked_score(Infinite(), images, ["a", "b"])
-    with pytest.raises(UserError, match="reward 'brightness': .*nan.*the image is not finite itself"):
+    with pytest.raises(UserError, match="reward 'brightness': .*nan.*the image itself is not finite"):
         checked_score(Brightness(), images * torch.nan, ["a", "b"])
 
 
