@@ -232,7 +232,7 @@ class Rollouts(Source):
         if not torch.isfinite(sizes).all():
             bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
             cause = (
-                "the trained parameters have blown up. Start a new run with a lower optimizer.learning_rate; "
+                "the trained parameters have diverged. Start a new run with a lower optimizer.learning_rate; "
                 "`start_from: <a run>` starts from what that run exported"
                 if self._draws
                 else "nothing has been trained yet, so the cause is the base, its scheduler or its dtype (or what "

@@ -261,9 +261,7 @@ def test_impossible_options_are_refused(options):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(
-        UserError, match="batch_size 3 is the total .* cannot be divided among the 2"
-    ):
+    with pytest.raises(UserError, match="batch_size 3 is the total .* cannot be divided among the 2"):
         bound(Preferences("builtin:shapes-preferences", 3), shard=FixedShard(0, 2))
 
 

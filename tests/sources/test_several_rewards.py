@@ -146,8 +146,11 @@ def test_an_image_s_advantage_is_the_same_whichever_process_drew_it(policy, make
 
 
 def test_images_that_are_not_finite_are_told_before_any_reward_sees_them(policy, make_rollouts):
-    source = make_rollouts(bind=True)
+    source, fresh = make_rollouts(bind=True), make_rollouts(bind=True)
+    source.next(policy)
     with torch.no_grad():
         next(iter(policy.parameters().values())).fill_(float("nan"))
-    with pytest.raises(UserError, match="ddpo: 4 of the 4 images drawn are not finite.*have blown up.*start_from"):
+    with pytest.raises(UserError, match="ddpo: 4 of the 4 images drawn are not finite.*have diverged.*start_from"):
         source.next(policy)
+    with pytest.raises(UserError, match="nothing has been trained yet, so the cause is the base"):
+        fresh.next(policy)
