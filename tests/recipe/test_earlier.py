@@ -132,7 +132,7 @@ def test_every_option_has_a_first_default():
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_a_stored_recipe_means_the_same_whichever_options_it_lacks(name):
+def test_a_stored_recipe_means_the_same_whichever_options_it_lacks(name, users_data):
     data = Recipe.from_yaml(shipped_recipes()[name]).to_data()
     stored = as_stored_before(data)
     assert len(yaml.safe_dump(stored)) < 0.8 * len(yaml.safe_dump(data))

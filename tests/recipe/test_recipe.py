@@ -254,10 +254,5 @@ SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yam
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_recipe_that_is_shipped_can_be_read(name, tmp_path, monkeypatch):
-    """With the data that the recipes' headers ask the user for."""
-    for folder in ("photos", "data/coco_train2017"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "data" / "prompts.txt").write_text("a red circle\n")
-    monkeypatch.chdir(tmp_path)
+def test_every_recipe_that_is_shipped_can_be_read(name, users_data):
     assert Recipe.from_yaml(RECIPES / name).steps > 0

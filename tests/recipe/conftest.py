@@ -1,0 +1,14 @@
+"""The data that the headers of shipped recipes ask the user for."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with it: images, a copy of COCO, a list of prompts."""
+    for folder in ("photos", "data/coco_train2017"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.chdir(tmp_path)
