@@ -200,10 +200,10 @@ def _check_allowed(name: str, *, where: str, allow_imports: Iterable[str]) -> No
 
 
 def _see_working_folder() -> None:
-    """Let an allowed module be a file of the working folder, as `python -m` does."""
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    """Let an allowed module be a file in the working folder. It comes last, so that it cannot shadow installed ones."""
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
 
 
 def _import(target: str, *, where: str, source: str) -> Any:

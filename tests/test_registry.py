@@ -70,8 +70,9 @@ def test_an_allowed_module_of_the_working_folder_can_be_used(tmp_path, monkeypat
     (tmp_path / "my_objective_file.py").write_text("class Mine: ...")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    found = registry.load("objectives", "my_objective_file:Mine", where="here", allow_imports={"my_objective_file"})
-    assert found.__name__ == "Mine"
+    loaded = registry.load("objectives", "my_objective_file:Mine", where="here", allow_imports={"my_objective_file"})
+    assert loaded.__name__ == "Mine"
+    assert sys.path[-1] == str(tmp_path), "first on the path, its files would shadow installed modules"
 
 
 def test_allowing_one_module_does_not_allow_others_that_begin_alike():
