@@ -19,8 +19,9 @@ from diffusers.utils import (
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor
 
-from agsm_rl.adapters.lora import LoRA, describe_lora
+from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.lora_config import check_alpha
+from agsm_rl.adapters.lora_export import describe_lora
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH
 from agsm_rl.adapters.tensor_files import read_safetensors
