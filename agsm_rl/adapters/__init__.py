@@ -1,4 +1,4 @@
-"""Adapters: small trained parameters on a frozen backbone, switched off without trace."""
+"""Adapters: small trained parameters on a frozen backbone, that leave no trace when switched off."""
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens

@@ -1,8 +1,8 @@
 """PEFT's description of a LoRA, in a file's metadata or in adapter_config.json, read as data.
 
 PEFT itself imports what such a description names (`megatron_core`, `auto_mapping`) and runs its patterns as regular
-expressions. Nothing of it is handed on to PEFT here: the scale is taken from it, what would change the meaning of the
-weights is refused, and all else is dropped.
+expressions. Nothing is passed on to PEFT here: we read the scale, refuse options that change what the weights mean,
+and ignore the rest.
 """
 
 import math
@@ -15,11 +15,11 @@ from agsm_rl.adapters.tensor_files import parse_json
 from agsm_rl.errors import UserError
 
 METADATA_KEY = "lora_adapter_metadata"
-"""Of a .safetensors file's metadata: PEFT's options as JSON, as diffusers writes them (and we do)."""
+"""Key in a .safetensors file's metadata: PEFT's options as JSON, as diffusers and we write them."""
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Of a pipeline, those that a LoRA may change."""
+"""The parts of a pipeline that a LoRA may change."""
 LITERAL = re.compile(r"\^?[\w.-]+")
-"""A pattern that stands for a module's name or the end of it, and is no other regular expression."""
+"""A pattern that is a module's name or the end of one, not any other regular expression."""
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights alone; PiSSA and its like change them."""
 CHANGES_MEANING = (
@@ -38,12 +38,12 @@ CHANGES_MEANING = (
     "kasa_config",
     "velora_config",
 )
-"""Options under which the weights mean something else than (alpha / rank)·B·A, so that they must be off."""
+"""Options under which the weights mean something other than (alpha / rank)·B·A; they must be off."""
 
 
 @dataclass(frozen=True)
 class LoraScale:
-    """What a description says of the rank and alpha of each layer; patterns are ends of module names."""
+    """The rank and alpha that a description gives each layer; patterns are ends of module names."""
 
     rank: int
     alpha: float
@@ -53,9 +53,9 @@ class LoraScale:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, where: str) -> Self:
-        """Of PEFT's options, those of one part; UserError for those that cannot be honoured. `where` is for messages.
+        """Read PEFT's options for one part of a pipeline. `where` begins the messages.
 
-        Raises UserError when rank or alpha are missing, not finite or not above 0.
+        UserError for options that are not supported, and if rank or alpha is missing, not finite or not above 0.
         """
         kind = options.get("peft_type", "LORA")
         if kind != "LORA":
@@ -90,20 +90,20 @@ class LoraScale:
         return _matching(self.rank_pattern, layer, self.rank)
 
     def alpha_of(self, layer: str) -> float:
-        """Rank times scale of a layer; rank-stabilised LoRA, which divides by √rank, is turned into that."""
+        """Rank times scale of a layer; rank-stabilised LoRA, which divides by √rank, is converted."""
         alpha = _matching(self.alpha_pattern, layer, self.alpha)
         return alpha * math.sqrt(self.rank_of(layer)) if self.rslora else alpha
 
 
 def options_by_part(text: str, *, where: str) -> dict[str, dict[str, Any]]:
-    """PEFT's options of each part of a pipeline, from JSON such as `{"unet.r": 4, …}`; of a single model under ''."""
+    """PEFT's options by part of a pipeline, from JSON such as `{"unet.r": 4, …}`; a single model's are under ''."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in parse_json(text, where).items():
         part, _, option = name.partition(".")
         if part not in PARTS or not option:
             part, option = "", name
         parts.setdefault(part, {})[option] = value
-    if len(parts) > 1:  # what is said beside the parts is of no layer
+    if len(parts) > 1:  # options outside the parts apply to no layer
         parts.pop("", None)
     return parts
 
@@ -122,20 +122,20 @@ def check_alpha(value: Any, what: str) -> float:
 def module_names(value: Any, what: str) -> tuple[str, ...]:
     """A list of module names; UserError for anything else, such as a regular expression."""
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{what} is {_shown(value)}; a list of module names is needed.")
+        raise UserError(f"{what} is {_shown(value)}; it must be a list of module names.")
     return tuple(value)
 
 
 def _rank(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{what} is {_shown(value)}; it must be a whole number, 1 or more.")
+        raise UserError(f"{what} is {_shown(value)}; it must be an integer, 1 or more.")
     return value
 
 
 def _patterns(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     patterns = options.get(name) or {}
     if not isinstance(patterns, dict):
-        raise UserError(f"{where}: {name} is {_shown(patterns)}; an object of module names is needed.")
+        raise UserError(f"{where}: {name} is {_shown(patterns)}; it must be an object of module names.")
     for pattern in patterns:
         if not LITERAL.fullmatch(pattern):
             raise UserError(
@@ -145,7 +145,7 @@ def _patterns(options: Mapping[str, Any], name: str, where: str) -> Mapping[str,
 
 
 def _matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that is the layer's name or an end of it, as PEFT decides it."""
+    """The value of the first pattern that is the layer's name or an end of it, as in PEFT."""
     if not patterns:
         return default
     parts = layer.split(".")

@@ -1,6 +1,6 @@
-"""A LoRA file from anywhere as plain low-rank additions: each tensor of it is used, or the file is refused.
+"""Read a LoRA file from anywhere as plain low-rank additions: every tensor is used, or the file is refused.
 
-Diffusers and PEFT pass over tensors that they have no place for, import what a file's metadata names, and run its
+Diffusers and PEFT ignore tensors that fit no layer, import what a file's metadata names, and run its
 patterns as regular expressions. Here the file is read as data; rank and alpha that contradict each other are refused.
 """
 
@@ -19,7 +19,7 @@ from agsm_rl.adapters.tensor_files import MAX_JSON, parse_json, read_safetensors
 from agsm_rl.errors import UserError
 
 NEGATIVE_PREFIX = "negative."
-"""Of the tensors of an agsm-rl export's second bank."""
+"""Prefix of the second bank's tensors in an agsm-rl export."""
 CONFIG_FILE = "adapter_config.json"
 """PEFT's description, beside its adapter_model.safetensors."""
 
@@ -44,12 +44,12 @@ class Addition:
 
 @dataclass
 class LoraFile:
-    """The layers of a LoRA file by the names that it gives them."""
+    """The layers of a LoRA file, by the names the file uses."""
 
     file: Path
     layers: dict[str, Addition]
     second_bank: bool = False
-    """Whether the file has a bank for negative prompts besides, which is not among `layers`."""
+    """Whether the file also has a bank for negative prompts, which `layers` leaves out."""
 
     def place(self, parts: Mapping[str, nn.Module], *, where: str) -> dict[str, dict[str, Addition]]:
         """The additions by part of the pipeline and module; UserError unless each has a module of its shape.
@@ -58,22 +58,22 @@ class LoraFile:
         """
         names = LayerNames(parts)
         placed: dict[str, dict[str, Addition]] = {}
-        homeless = []
+        unmatched = []
         for layer, addition in self.layers.items():
-            home = names.find(layer)
-            if home is None:
-                homeless.append(layer)
+            match = names.find(layer)
+            if match is None:
+                unmatched.append(layer)
                 continue
-            part, module = home
+            part, module = match
             if module in placed.setdefault(part, {}):
-                raise UserError(f"{where}: {part}.{module} is given twice, the second time as '{layer}'.")
+                raise UserError(f"{where}: {part}.{module} appears twice, the second time as '{layer}'.")
             _check_shape(addition, parts[part].get_parameter(f"{module}.weight"), f"{where}: '{layer}'")
             placed[part][module] = addition
-        if homeless:
+        if unmatched:
             raise UserError(
-                f"{where}: this base has no layer for {len(homeless)} of the file's {len(self.layers)}: "
-                f"{_first(homeless)}. Its layers are called {_first(names.examples)}. The LoRA is for another base, or "
-                "in a form that is not supported."
+                f"{where}: this base has no layer for {len(unmatched)} of the file's {len(self.layers)}: "
+                f"{_first(unmatched)}. Its layers are called {_first(names.examples)}. The LoRA is for another base "
+                "or in a form that is not supported."
             )
         return placed
 
@@ -81,8 +81,8 @@ class LoraFile:
 def read_lora(file: Path, *, where: str) -> LoraFile:
     """Read a LoRA in any form of lora_names.py; `where` begins each message.
 
-    The scale of a layer is said by an `alpha` tensor, by the file's metadata or by PEFT's adapter_config.json beside
-    the file; where nothing says it, alpha is the rank, as diffusers and kohya's scripts take it.
+    A layer's scale comes from an `alpha` tensor, the file's metadata or PEFT's adapter_config.json next to the file;
+    without any of these, alpha is the rank, as in diffusers and kohya's scripts.
     UserError for tensors of other methods (DoRA, LoHa, …), incomplete layers, numbers that are not finite, and ranks or
     alphas that contradict each other.
     """
@@ -90,28 +90,28 @@ def read_lora(file: Path, *, where: str) -> LoraFile:
         tensors, metadata = read_safetensors(file)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
-    second_bank = len(own) < len(tensors)
+    first_bank = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
+    second_bank = len(first_bank) < len(tensors)
     if second_bank and "kind" not in metadata:
-        raise UserError(f"{where}: '{NEGATIVE_PREFIX}…' tensors, in a file that agsm-rl has not exported.")
-    parts = _by_layer(own, where)
+        raise UserError(f"{where}: the file has '{NEGATIVE_PREFIX}…' tensors but was not exported by agsm-rl.")
+    parts = _by_layer(first_bank, where)
     scales = _Scales(file, metadata, peft=any(layer.startswith(PEFT_PREFIX) for layer in parts), where=where)
     layers = {layer: _addition(layer, roles, scales, where) for layer, roles in parts.items()}
     return LoraFile(file, layers, second_bank)
 
 
 def _by_layer(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:
-    """layer → role → tensor; UserError for a tensor that no LoRA has, and for a layer that lacks one."""
+    """layer → role → tensor; UserError for a tensor that is not part of a LoRA, and for an incomplete layer."""
     layers: dict[str, dict[str, Tensor]] = {}
-    strangers = []
+    unknown = []
     for name, tensor in tensors.items():
         split = split_name(name)
         if split is None:
-            strangers.append(name)
+            unknown.append(name)
             continue
         layer, role = split
         if role in layers.setdefault(layer, {}):
-            raise UserError(f"{where}: several adapters are in the file: '{layer}' has two tensors '{role}'.")
+            raise UserError(f"{where}: the file holds several adapters: '{layer}' has two '{role}' tensors.")
         layers[layer][role] = tensor
     if methods := {method for name in tensors if (method := method_of(name))}:
         raise UserError(
@@ -119,13 +119,13 @@ def _by_layer(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, 
             f"({_first(name for name in tensors if method_of(name))}); this is not supported. Fuse it into a base with "
             "the tool it was made with, and give that base as the checkpoint."
         )
-    if strangers or not layers:
+    if unknown or not layers:
         raise UserError(
-            f"{where}: the file holds {_first(strangers) or 'no tensors'}, which {'are' if strangers else 'is'} not a "
+            f"{where}: the file holds {_first(unknown) or 'no tensors'}, which {'are' if unknown else 'is'} not a "
             "LoRA's; those are called ….lora_A.weight and ….lora_B.weight, or ….lora_down.weight and ….lora_up.weight."
         )
     if incomplete := [layer for layer, roles in layers.items() if not {"down", "up"} <= {*roles}]:
-        raise UserError(f"{where}: half of a layer's weights is missing, of {_first(incomplete)}.")
+        raise UserError(f"{where}: half of a layer's weights is missing for {_first(incomplete)}.")
     return layers
 
 
@@ -134,24 +134,26 @@ def _addition(layer: str, roles: Mapping[str, Tensor], scales: "_Scales", where:
     rank = len(down) if down.ndim else 0
     if rank < 1 or down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != rank:
         raise UserError(
-            f"{where}: '{layer}' has weights of shapes {tuple(down.shape)} and {tuple(up.shape)}; (rank, in) and "
-            "(out, rank) are needed, with a rank of 1 or more."
+            f"{where}: '{layer}' has weights of shapes {tuple(down.shape)} and {tuple(up.shape)}; they must be "
+            "(rank, in) and (out, rank), with a rank of 1 or more."
         )
-    told = None
+    stated = None
     if "alpha" in roles:
         if roles["alpha"].numel() != 1:
-            raise UserError(f"{where}: '{layer}.alpha' has shape {tuple(roles['alpha'].shape)}; a number is needed.")
-        told = check_alpha(roles["alpha"].item(), f"{where}: '{layer}.alpha'")
-    return Addition(down, up, scales.alpha(layer, rank, told))
+            raise UserError(
+                f"{where}: '{layer}.alpha' has shape {tuple(roles['alpha'].shape)}; it must be a single number."
+            )
+        stated = check_alpha(roles["alpha"].item(), f"{where}: '{layer}.alpha'")
+    return Addition(down, up, scales.alpha(layer, rank, stated))
 
 
 class _Scales:
-    """What a file, and a description beside it, say of ranks and alphas."""
+    """The ranks and alphas that a file and the description next to it state."""
 
     def __init__(self, file: Path, metadata: Mapping[str, str], *, peft: bool, where: str) -> None:
         self._where = where
         self._kohya = metadata.get("ss_network_alpha")
-        self._said: list[tuple[str, dict[str, LoraScale]]] = []
+        self._descriptions: list[tuple[str, dict[str, LoraScale]]] = []
         if METADATA_KEY in metadata:
             source = f"the metadata '{METADATA_KEY}'"
             parts = options_by_part(metadata[METADATA_KEY], where=f"{where}: {source}")
@@ -159,41 +161,43 @@ class _Scales:
                 part: LoraScale.from_options(options, where=f"{where}: {source}{f', {part}' if part else ''}")
                 for part, options in parts.items()
             }
-            self._said.append((source, scales))
+            self._descriptions.append((source, scales))
         config = file.with_name(CONFIG_FILE)
         if config.is_file():
             options = _read_config(config, where)
-            self._said.append((CONFIG_FILE, {"": LoraScale.from_options(options, where=f"{where}: {CONFIG_FILE}")}))
-        elif peft and not self._said:
+            self._descriptions.append(
+                (CONFIG_FILE, {"": LoraScale.from_options(options, where=f"{where}: {CONFIG_FILE}")})
+            )
+        elif peft and not self._descriptions:
             raise UserError(
                 f"{where}: PEFT wrote this file, and its {CONFIG_FILE}, which says the LoRA's scale (lora_alpha), is "
-                f"not beside it. Put it into {file.absolute().parent}."
+                f"not next to it. Copy it to {file.absolute().parent}."
             )
 
-    def alpha(self, layer: str, rank: int, told: float | None) -> float:
-        """A layer's alpha: told by its own tensor, said by a description, or else the rank."""
-        saying = [] if told is None else [("its alpha tensor", told)]
-        for source, parts in self._said:
+    def alpha(self, layer: str, rank: int, stated: float | None) -> float:
+        """A layer's alpha: from its own tensor, else from a description, else the rank."""
+        alphas = [] if stated is None else [("its alpha tensor", stated)]
+        for source, parts in self._descriptions:
             scale, module = _of_part(parts, layer.removeprefix(PEFT_PREFIX))
             if scale is None:
-                raise UserError(f"{self._where}: {source} does not say at which scale '{layer}' acts.")
+                raise UserError(f"{self._where}: {source} does not give the scale of '{layer}'.")
             if scale.rank_of(module) != rank:
                 raise UserError(
                     f"{self._where}: '{layer}' has rank {rank}, but {source} says rank {scale.rank_of(module)}."
                 )
-            saying.append((source, scale.alpha_of(module)))
-        for source, alpha in saying[1:]:
-            if not math.isclose(alpha, saying[0][1], rel_tol=1e-6):
+            alphas.append((source, scale.alpha_of(module)))
+        for source, alpha in alphas[1:]:
+            if not math.isclose(alpha, alphas[0][1], rel_tol=1e-6):
                 raise UserError(
-                    f"{self._where}: the alpha of '{layer}' is {saying[0][1]:g} by {saying[0][0]}, and {alpha:g} by "
+                    f"{self._where}: the alpha of '{layer}' is {alphas[0][1]:g} by {alphas[0][0]}, and {alpha:g} by "
                     f"{source}. Remove the one that is wrong."
                 )
-        if not saying:
-            self._see_kohya(layer, rank)
-        return saying[0][1] if saying else float(rank)
+        if not alphas:
+            self._check_kohya(layer, rank)
+        return alphas[0][1] if alphas else float(rank)
 
-    def _see_kohya(self, layer: str, rank: int) -> None:
-        """UserError where kohya's metadata says another alpha than the one that its absence means."""
+    def _check_kohya(self, layer: str, rank: int) -> None:
+        """UserError if kohya's metadata contradicts the alpha that a missing alpha tensor implies."""
         if self._kohya in (None, "None"):
             return
         if check_alpha(self._kohya, f"{self._where}: the metadata 'ss_network_alpha'") != rank:
@@ -204,7 +208,7 @@ class _Scales:
 
 
 def _of_part(parts: Mapping[str, LoraScale], layer: str) -> tuple[LoraScale | None, str]:
-    """What is said of a layer, and the layer's name without its part's."""
+    """The scale that covers a layer, and the layer's name without its part."""
     part, _, module = layer.partition(".")
     if part in PARTS:
         return parts.get(part, parts.get("")), module
@@ -222,9 +226,11 @@ def _read_config(config: Path, where: str) -> dict[str, Any]:
 
 
 def _check_shape(addition: Addition, weight: Tensor, where: str) -> None:
-    taken, given = addition.down.shape[1:], addition.up.shape[2:]
-    same = taken == weight.shape[1:] or (taken.numel() == weight[0].numel() and {*taken[1:], *weight.shape[2:]} <= {1})
-    if len(addition.up) != len(weight) or not same or given.numel() != 1:
+    inputs, kernel = addition.down.shape[1:], addition.up.shape[2:]
+    same = inputs == weight.shape[1:] or (
+        inputs.numel() == weight[0].numel() and {*inputs[1:], *weight.shape[2:]} <= {1}
+    )
+    if len(addition.up) != len(weight) or not same or kernel.numel() != 1:
         raise UserError(
             f"{where} has weights of shapes {tuple(addition.down.shape)} and {tuple(addition.up.shape)}, which do not "
             f"fit this base's {tuple(weight.shape)}; the LoRA is for another base."
@@ -232,7 +238,7 @@ def _check_shape(addition: Addition, weight: Tensor, where: str) -> None:
 
 
 def _first(names: Iterable[str]) -> str:
-    """The first three, for a message."""
+    """The first three names, for a message."""
     listed = list(names)
     return ", ".join(name if len(name) <= 100 else f"{name[:100]}…" for name in listed[:3]) + (
         " …" if len(listed) > 3 else ""

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 Role = str
-"""Of a tensor in its layer: down (A), up (B) or alpha."""
+"""A tensor's role in its layer: down (A), up (B) or alpha."""
 ROLES = (
     (re.compile(r"(.+)\.lora_A(?:\.[A-Za-z0-9]+)?\.weight"), "down"),
     (re.compile(r"(.+)\.lora_B(?:\.[A-Za-z0-9]+)?\.weight"), "up"),
@@ -38,10 +38,10 @@ OTHER_METHODS = {
     "differences of whole weights": r"\.diff(_b)?$",
     "embeddings": r"string_to_param|emb_params|\.lora_embedding_",
 }
-"""Adapters that are no plain LoRA, by what their tensors are called."""
+"""Adapters other than plain LoRA, by the names of their tensors."""
 PEFT_PREFIX = "base_model.model."
 DOTTED_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-"""Beside `unet.` or `transformer.`, of a denoiser's layers."""
+"""Prefixes of a denoiser's layers besides `unet.` and `transformer.`."""
 UNDERSCORED = {
     "unet": ("lora_unet_",),
     "transformer": ("lora_transformer_", "lora_unet_"),
@@ -68,7 +68,7 @@ OUTSIDE_BLOCKS = {
 
 
 def split_name(name: str) -> tuple[str, Role] | None:
-    """The layer that a tensor's name is of, and its role in it; None for a tensor that no LoRA has."""
+    """The layer that a tensor belongs to, and its role there; None if it is not a LoRA's."""
     for pattern, role in ROLES:
         if named := pattern.fullmatch(name):
             return named[1], role
@@ -76,7 +76,7 @@ def split_name(name: str) -> tuple[str, Role] | None:
 
 
 def method_of(name: str) -> str | None:
-    """The method other than LoRA that writes tensors of this name, if a known one does."""
+    """The known method other than LoRA that writes tensors with this name, if any."""
     return next((method for method, mark in OTHER_METHODS.items() if re.search(mark, name)), None)
 
 
@@ -95,13 +95,13 @@ class LayerNames:
         self.examples = [f"{part}.{module}" for part, model in parts.items() for module in list(_layers(model))[:1]]
 
     def find(self, layer: str) -> tuple[str, str] | None:
-        """(part, module) of a layer's name in a file; None where no module has it, or modules of several parts do."""
+        """(part, module) of a layer's name in a file; None if no module, or several parts' modules, have it."""
         fitting = self._aliases.get(modern_name(layer.removeprefix(PEFT_PREFIX)), set())
         return next(iter(fitting)) if len(fitting) == 1 else None
 
 
 def modern_name(layer: str) -> str:
-    """A layer's name without the ways of diffusers' former attention processors."""
+    """A layer's name, converted from the style of diffusers' former attention processors."""
     if named := PROCESSOR.fullmatch(layer):
         return f"{named[1]}.to_{named[2]}" + (".0" if named[2] == "out" else "")
     head, _, last = layer.rpartition(".")
@@ -115,10 +115,10 @@ def _layers(model: nn.Module) -> Iterator[str]:
 
 
 def _aliases(part: str, model: Any, module: str) -> Iterator[str]:
-    """All names under which files have a module."""
+    """All names that files use for a module."""
     names = [module]
     if part.startswith("text_encoder"):
-        bare = module.removeprefix("text_model.")  # transformers 5 has no `text_model` around it, files do
+        bare = module.removeprefix("text_model.")  # absent in transformers 5, present in files
         names = [bare, f"text_model.{bare}"]
     prefixes: tuple[str, ...] = (f"{part}.", "")
     if not part.startswith("text_encoder"):

@@ -1,7 +1,7 @@
 """Soft text tokens (AGSM, arXiv 2605.30038; SoftREPA): learned rows in the text that the denoiser's attention sees.
 
-Where they go is said in token_places.py. They depend on the timestep, which a hook on the denoiser notes at each call,
-and on the bank in use; both are brought back where gradient checkpointing runs a block again.
+See token_places.py for where they go. They depend on the bank in use and on the timestep, which a hook on the denoiser
+records at each call; both are restored when gradient checkpointing runs a block again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ from agsm_rl.interfaces import Backbone, Bank, Banks
 
 TIME_ROWS = 100
 MAX_TOKENS = 1024
-"""Far beyond what has been tried; a slip of the finger would ask for all memory."""
-TIMESTEPS_A_ROW = 10
+"""Far beyond what has been tried; a typo here would allocate all memory."""
+TIMESTEPS_PER_ROW = 10
 INITIAL_STD = 0.02
 BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
 BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
@@ -29,18 +29,18 @@ class SoftTokens:
 
     Args:
         num_tokens: Tokens per bank, n. Published: 4.
-        banks: 2, as published, or 1 for SoftREPA, whose bank serves under both names.
+        banks: 2, as published, or 1 for SoftREPA, which uses one bank for positive and negative prompts.
         time_tokens: Add row ⌊timestep / 10⌋ of a learned (100, D) table to every token, as published (SD3: (100, L·D)).
-        jitter: Standard deviation of noise added to the tokens' initial values. Published: 0, so that all tokens of a
-            U-Net's bank begin equal, get equal gradients and stay equal; above 0 they can come to differ.
-        layers: Number of SD3's joint blocks that see tokens, each its own. Null is 5, as published. Not for U-Nets.
+        jitter: Standard deviation of noise added to the tokens' initial values. Published: 0, so all tokens of a
+            U-Net's bank start equal, get equal gradients and stay equal; above 0 they can diverge.
+        layers: Number of SD3's joint blocks that get tokens, each its own. Null means 5, as published. Not for U-Nets.
         seed: Seed of the initial values. Time rows, and SD3's tokens, are drawn from N(0, 0.02²); a U-Net's tokens
-            begin as the text encoder's BOS embedding of the empty prompt.
+            start as the text encoder's BOS embedding of the empty prompt.
     """
 
     kind: ClassVar[str] = "soft_tokens"
     mixes_banks: ClassVar[bool] = True
-    changes_text = False  # the rows are added behind the text encoders
+    changes_text = False  # the rows are added after the text encoders
 
     def __init__(
         self,
@@ -68,11 +68,11 @@ class SoftTokens:
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
-        """An adapter of the shape of an export, to be attached and then given it by `load_export`."""
+        """An adapter with an export's shape: attach it, then fill it with `load_export`."""
         shape = tuple(tensors["soft_tokens"].shape) if "soft_tokens" in tensors else ()
         if len(shape) not in (3, 4):
             raise UserError(
-                "soft tokens: the file holds no tensor 'soft_tokens' of the shape (banks, tokens, width), or (banks, "
+                "soft tokens: the file holds no tensor 'soft_tokens' of shape (banks, tokens, width), or (banks, "
                 "layers, tokens, width) for SD3."
             )
         layers = shape[1] if len(shape) == 4 else None
@@ -81,7 +81,7 @@ class SoftTokens:
     def attach(self, backbone: Backbone) -> None:
         """Create the parameters and hook the blocks that see tokens; UserError for a denoiser without such blocks."""
         if self._backbone is not None:
-            raise RuntimeError("these soft tokens are attached already; detach them first")
+            raise RuntimeError("these soft tokens are already attached; detach them first")
         denoiser = _uncompiled(backbone.denoiser)
         places = places_in(denoiser, self.layers)
         generator = torch.Generator().manual_seed(self.seed)
@@ -93,7 +93,7 @@ class SoftTokens:
             with ExitStack() as base:
                 for adapter in backbone.adapters:  # one may change the text encoders
                     base.enter_context(adapter.using(None))
-                # The empty prompt's tokens, by a space: "" itself is all zeros on SDXL.
+                # A space stands for the empty prompt: "" itself is all zeros on SDXL.
                 begin = backbone.encode_text([" "]).embeds[0, 0].float().cpu()
             tokens = begin.expand(self.banks, self.num_tokens, -1).clone()
         else:
@@ -137,7 +137,7 @@ class SoftTokens:
             self.bank = previous
 
     def recall(self) -> AbstractContextManager[None]:
-        """A context, to be entered later, with the bank and the timestep of now."""
+        """A context manager to enter later that restores the current bank and timestep."""
         return self._as_at(self.bank, self._timestep)
 
     @contextmanager
@@ -150,52 +150,54 @@ class SoftTokens:
             self._timestep = previous
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The parameters by name, and what base they are for."""
+        """The parameters by name, and the metadata, which names the base."""
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
         return tensors, describe_tokens(tensors, base=self._backbone.name if self._backbone else "")
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Fill the parameters; UserError if their width or number is another one."""
+        """Fill the parameters; UserError if their width or number differs."""
         for name, parameter in self._parameters.items():
             if name not in tensors:
                 raise UserError(f"soft tokens: the file holds no tensor '{name}'; it holds: {', '.join(tensors)}.")
-            got, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
-            if name == "soft_tokens" and got[-1:] != wanted[-1:]:
+            got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            if name == "soft_tokens" and got[-1:] != expected[-1:]:
                 raise UserError(
-                    f"soft tokens: these are {base_of_width(got[-1])}; this base's text is {base_of_width(wanted[-1])}."
-                    " Tokens work only on the base that they were trained on."
+                    f"soft tokens: these are {base_of_width(got[-1])}; this base's text is "
+                    f"{base_of_width(expected[-1])}. Tokens work only on the base they were trained on."
                 )
-            if got != wanted:
+            if got != expected:
                 raise UserError(
-                    f"soft tokens: '{name}' has shape {got} in the file, {wanted} here (banks, tokens, width)."
+                    f"soft tokens: '{name}' has shape {got} in the file, {expected} here (banks, tokens, width)."
                 )
         if extra := set(tensors) - set(self._parameters):
-            raise UserError(f"soft tokens: the file also holds {', '.join(sorted(extra))}; there is no place for it.")
+            raise UserError(
+                f"soft tokens: the file also holds {', '.join(sorted(extra))}, which this adapter does not have."
+            )
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors[name])
 
     def is_on(self) -> bool:
-        """Whether blocks are given tokens at this moment."""
+        """Whether the blocks currently get tokens."""
         return self.bank is not None
 
     def rows_for(self, text: Tensor, layer: int) -> Tensor | None:
         """The tokens of a layer, for each row of `text` [B, S, D]: [B, n, D]; None while switched off."""
         if self.bank is None:
             return None
-        # Read at each call: the EMA copy is used by swapping the parameters' data.
-        # On the text's device: `pipe.to` moves the pipeline's own parts alone.
+        # Read at each call: using the EMA copy swaps the parameters' data.
+        # On the text's device: `pipe.to` moves only the pipeline's own parts.
         values = self._parameters["soft_tokens"].to(text.device)
         values = values if self._layers is None else values[:, layer]
         if isinstance(self.bank, tuple) and self.banks == 2:
             is_negative = torch.tensor([bank == "negative" for bank in self.bank])
-            # To a GPU without waiting for what it is still at.
+            # Copied without waiting for the GPU to finish its queue.
             is_negative = is_negative.to(text.device, non_blocking=True)[:, None, None]
             tokens = torch.where(is_negative, values[1], values[0])
         else:
             tokens = values[1 if self.bank == "negative" and self.banks == 2 else 0][None]
         if self.time_tokens:
             timestep = torch.as_tensor(self._timestep, device=text.device).reshape(-1)
-            rows = (timestep.long() // TIMESTEPS_A_ROW).clamp(0, TIME_ROWS - 1)
+            rows = (timestep.long() // TIMESTEPS_PER_ROW).clamp(0, TIME_ROWS - 1)
             times = self._parameters["time_tokens"].to(text.device)[rows]
             tokens = tokens + times.unflatten(-1, (self._layers or 1, -1))[:, layer, None]
         return tokens.to(text.dtype).expand(len(text), -1, -1)
@@ -205,7 +207,7 @@ class SoftTokens:
 
 
 def describe_tokens(tensors: Mapping[str, Tensor], *, base: str) -> dict[str, str]:
-    """The metadata of an export: what is in it, and the name of the backbone that it is for."""
+    """The metadata of an export: its shape, and the name of the backbone it belongs to."""
     shape = tensors["soft_tokens"].shape
     layers = {"layers": str(shape[1])} if len(shape) == 4 else {}
     return {
@@ -219,7 +221,7 @@ def describe_tokens(tensors: Mapping[str, Tensor], *, base: str) -> dict[str, st
 
 
 def base_of_width(width: int) -> str:
-    """The width, and the base that has it where it is a known one."""
+    """The width, and the base that has it if known."""
     return f"{width} wide ({BASE_OF_WIDTH[width]})" if width in BASE_OF_WIDTH else f"{width} wide"
 
 
@@ -229,7 +231,7 @@ def _uncompiled(denoiser: Any) -> Any:
 
 
 def _forget_compiled(denoiser: Any) -> None:
-    """torch.compile does not look for hooks that came or went after the first call: it must begin anew."""
+    """torch.compile misses hooks added or removed after the first call, so reset it."""
     modules = denoiser.modules()
     if hasattr(denoiser, "_orig_mod") or any(module._compiled_call_impl is not None for module in modules):
         torch.compiler.reset()

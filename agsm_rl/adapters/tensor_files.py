@@ -1,6 +1,6 @@
-"""Reading a .safetensors file from anywhere: finite floating-point tensors and its text metadata, or one UserError.
+"""Read a .safetensors file from anywhere: finite floating-point tensors and text metadata, or a UserError.
 
-Every adapter comes in through here, ours and other people's, so that no reader forgets a check.
+Every adapter, ours or not, is read through here, so that no reader forgets a check.
 """
 
 import json
@@ -15,13 +15,13 @@ from agsm_rl.errors import UserError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_JSON = 1_000_000
-"""Characters of JSON that are parsed; a LoRA's metadata has a few thousand."""
+"""Longest JSON that is parsed, in characters; a LoRA's metadata has a few thousand."""
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file; UserError if it cannot be read or a tensor cannot be used."""
     try:
-        if not file.is_file():  # opening a named pipe would wait for ever
+        if not file.is_file():  # opening a named pipe would block forever
             raise FileNotFoundError("it is not a regular file" if file.exists() else "there is no such file")
         with safe_open(file, framework="pt") as content:
             names = list(content.keys())
@@ -44,13 +44,13 @@ def check_tensor(tensor: Tensor, what: str) -> None:
         raise UserError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}; allowed: {allowed}.")
     if not torch.isfinite(tensor.float()).all():
         raise UserError(
-            f"{what} holds numbers that are not finite, or too large for float32; it would draw noise. "
+            f"{what} holds numbers that are not finite, or too large for float32; images would be noise. "
             "Export another checkpoint."
         )
 
 
 def parse_json(text: str, what: str) -> dict[str, Any]:
-    """The JSON object of a text; UserError for anything else, and for one that is too long or too deep."""
+    """The JSON object of a text; UserError for anything else, or if it is too long or too deep."""
     try:
         if len(text) > MAX_JSON:
             raise ValueError(f"it has {len(text)} characters, more than {MAX_JSON}")

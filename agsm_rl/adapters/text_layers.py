@@ -1,7 +1,7 @@
-"""The layers of a text encoder that have a say in what prompts are encoded to.
+"""The layers of a text encoder that affect the encoded prompts.
 
-SDXL takes its first CLIP's last but one state, so that CLIP's last layer is computed for nothing: a LoRA there would be
-parameters that nothing trains. It is found by asking, so that no model's kind needs to be known here.
+SDXL uses the second-to-last hidden state of its first CLIP, so the last layer has no effect and a LoRA there would get
+no gradients. Gradients show which layers count, so this works for any model.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from agsm_rl.interfaces import Backbone
 
 
 def layers_that_act(backbone: Backbone, encoder: str, targets: Sequence[str]) -> tuple[str, ...]:
-    """The target modules of a text encoder: `targets` (ends of names) if all act, else the names of those that do."""
+    """A text encoder's target modules: `targets` (ends of names) if all act, else the names of those that do."""
     model = backbone.text_encoders[encoder]
     outputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            # Of a frozen model nothing needs a gradient until the first of these does.
+            # In a frozen model, nothing requires a gradient before the first of these outputs.
             outputs[name] = output if output.requires_grad else output.requires_grad_()
 
         return hook
@@ -35,8 +35,8 @@ def layers_that_act(backbone: Backbone, encoder: str, targets: Sequence[str]) ->
                 stack.callback(module.register_forward_hook(note(name)).remove)
         cond = backbone.encode_text([" "], gradients=True)
     sums = cond.embeds.sum() + (0 if cond.pooled is None else cond.pooled.sum())
-    found = torch.autograd.grad(sums, list(outputs.values()), allow_unused=True)
-    act = [name for name, gradient in zip(outputs, found, strict=True) if gradient is not None]
+    gradients = torch.autograd.grad(sums, list(outputs.values()), allow_unused=True)
+    act = [name for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
     if len(act) == len(outputs):
         return tuple(targets)
     return tuple(name.removeprefix("text_model.") for name in act)

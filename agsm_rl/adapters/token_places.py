@@ -1,7 +1,7 @@
 """Where soft tokens go in a denoiser (AGSM, arXiv 2605.30038; SoftREPA): hooks around blocks, never a copied forward.
 
 A U-Net's down and mid blocks see [BOS, soft × n, rest of the prompt], its up blocks the plain prompt. SD3's first L
-joint blocks see the text stream followed by their own layer's n tokens, which are taken off again behind each block.
+joint blocks see the text stream followed by their own layer's n tokens, which are removed after each block.
 """
 
 import inspect
@@ -17,7 +17,7 @@ PUBLISHED_LAYERS = 5
 
 
 class Tokens(Protocol):
-    """What hooks ask for: the tokens of a layer, to the rows of `text` [B, S, D]; None while switched off."""
+    """What the hooks need: the tokens of a layer for the rows of `text` [B, S, D]; None while switched off."""
 
     num_tokens: int
 
@@ -26,7 +26,7 @@ class Tokens(Protocol):
         ...
 
     def is_on(self) -> bool:
-        """Whether there are any."""
+        """Whether tokens are inserted."""
         ...
 
 
@@ -44,10 +44,10 @@ class CrossAttentionPlaces:
             raise UserError(f"soft_tokens: no down or mid block of this {type(denoiser).__name__} has cross-attention.")
 
     def hook(self, tokens: Tokens) -> list[Any]:
-        """Begin to insert; returns what undoes it by `remove()`."""
+        """Start inserting; returns the hooks, each with a `remove()`."""
         longer = LongerText(tokens)
         return [
-            # Bank, timestep and parameters are those of a call of the denoiser: nothing is kept beyond it.
+            # Bank, timestep and parameters may change between calls of the denoiser: nothing is cached longer.
             self.denoiser.register_forward_pre_hook(longer.begin),
             self.denoiser.register_forward_hook(longer.end, always_call=True),
             *(
@@ -71,7 +71,7 @@ class JointPlaces:
         self.width: int = denoiser.config.caption_projection_dim
 
     def hook(self, tokens: Tokens) -> list[Any]:
-        """Begin to append; returns what undoes it by `remove()`."""
+        """Start appending; returns the hooks, each with a `remove()`."""
         handles: list[Any] = []
         for layer, block in enumerate(self.blocks):
             append = partial(_append, tokens=tokens, layer=layer, positions=argument_positions(block))
@@ -81,7 +81,7 @@ class JointPlaces:
 
 
 def places_in(denoiser: Any, layers: int | None) -> CrossAttentionPlaces | JointPlaces:
-    """The places of a denoiser, by its structure; UserError if it has none, or `layers` does not fit it."""
+    """The places in a denoiser, by its structure; UserError if it has none or `layers` does not fit."""
     if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "context_embedder"):
         return JointPlaces(denoiser, layers)
     if not hasattr(denoiser, "down_blocks"):
@@ -106,35 +106,35 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LongerText:
-    """The text [B, S, D] with soft tokens after BOS; the same for all blocks of a U-Net, and so made once a call."""
+    """The text [B, S, D] with soft tokens after BOS; the same for all blocks of a U-Net, so computed once per call."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.num_tokens, self._tokens = tokens.num_tokens, tokens
         self._in_call = False
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._cached: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, text: Tensor) -> Tensor | None:
         """[B, S + n, D]; None while the tokens are switched off."""
-        if self._made is not None and self._made[0] is text:
-            return self._made[1]
+        if self._cached is not None and self._cached[0] is text:
+            return self._cached[1]
         rows = self._tokens.rows_for(text, 0)
         if rows is None:
             return None
         longer = torch.cat([text[:, :1], rows, text[:, 1:]], dim=1)
-        # With gradients each block makes its own: gradient checkpointing runs a block again by itself.
+        # With gradients each block makes its own: gradient checkpointing runs single blocks again.
         if self._in_call and not torch.is_grad_enabled():
-            self._made = text, longer
+            self._cached = text, longer
         return longer
 
     def begin(self, *_: Any) -> None:
-        """A call of the denoiser begins; a block that is run by itself makes its own text."""
+        """A call of the denoiser begins. A block that runs outside a call makes its own text."""
         if not torch.compiler.is_compiling():
-            self._in_call, self._made = True, None
+            self._in_call, self._cached = True, None
 
     def end(self, *_: Any) -> None:
-        """It has ended."""
+        """The call has ended."""
         if not torch.compiler.is_compiling():
-            self._in_call, self._made = False, None
+            self._in_call, self._cached = False, None
 
 
 def _insert(
@@ -149,7 +149,7 @@ def _insert(
     call.set("encoder_hidden_states", text)
     mask = call.get("encoder_attention_mask")
     if mask is not None:
-        # By now the mask is a bias [B, 1, S] added to the attention scores: 0 is "seen".
+        # Here the mask is a bias [B, 1, S] added to the attention scores: 0 means "seen".
         seen = mask.new_zeros(*mask.shape[:-1], longer.num_tokens)
         call.set("encoder_attention_mask", torch.cat([mask[..., :1], seen, mask[..., 1:]], dim=-1))
     return tuple(call.args), call.kwargs
@@ -164,7 +164,7 @@ def _append(
     layer: int,
     positions: dict[str, int],
 ) -> Arguments | None:
-    """A joint block's arguments with its layer's tokens behind the text."""
+    """A joint block's arguments with its layer's tokens after the text."""
     call = _Call(list(args), dict(kwargs), positions)
     text = call.get("encoder_hidden_states")
     rows = tokens.rows_for(text, layer)
@@ -183,7 +183,7 @@ def _strip(_: nn.Module, args: tuple[Any, ...], result: tuple[Any, Any], *, toke
 
 
 class _Call:
-    """A call's arguments by name, whether they were given by position or by keyword."""
+    """A call's arguments by name, whether passed by position or by keyword."""
 
     def __init__(self, args: list[Any], kwargs: dict[str, Any], positions: dict[str, int]) -> None:
         self.args, self.kwargs, self.positions = args, kwargs, positions

@@ -121,7 +121,7 @@ def test_peft_s_own_form_is_read_with_the_alpha_of_its_configuration(config, alp
         ({"lora_alpha": 1e300}, r"lora_alpha is 1e\+300"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"r": 4}, "has rank 2, but adapter_config.json says rank 4"),
-        ({"r": 0}, "r is 0; it must be a whole number"),
+        ({"r": 0}, "r is 0; it must be an integer"),
         ({"use_dora": True}, "use_dora is True; only plain LoRA"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights"),
@@ -178,7 +178,7 @@ def test_an_alpha_comes_from_its_tensor_or_the_metadata_and_both_must_agree(unet
         read_lora(file, where="x")
     text = {f"text_encoder.{MODULES[0]}.lora_{end}.weight": w for end, w in zip("AB", made[MODULES[0]], strict=True)}
     save_file(FORMS["diffusers"](made) | text, file, described(r=RANK, lora_alpha=5))
-    with pytest.raises(UserError, match="does not say at which scale 'text_encoder"):
+    with pytest.raises(UserError, match="does not give the scale of 'text_encoder"):
         read_lora(file, where="x")
 
 
@@ -224,7 +224,7 @@ REFUSED = {
     "nothing": (lambda made: {}, "holds no tensors"),
     "two adapters": (
         lambda made: {f"unet.{MODULES[0]}.lora_A.{a}.weight": torch.ones(2, 2) for a in ("one", "two")},
-        "several adapters are in the file",
+        "the file holds several adapters",
     ),
     "a second bank of nobody's": (
         with_more("negative.unet.a.lora_A.weight", torch.ones(2, 2)),
@@ -262,7 +262,7 @@ def test_a_layer_without_a_place_is_named_beside_the_names_that_would_fit(unet, 
 def test_a_layer_of_another_width_or_given_twice_is_refused(unet, tmp_path):
     made, file = weights(unet), tmp_path / "x.safetensors"
     save_file(FORMS["diffusers"](made) | FORMS["kohya"](made), file)
-    with pytest.raises(UserError, match=r"to_q is given twice, the second time as 'lora_unet_mid|'unet.mid"):
+    with pytest.raises(UserError, match=r"to_q appears twice, the second time as 'lora_unet_mid|'unet.mid"):
         read_lora(file, where="x").place({"unet": unet}, where="x")
     save_file(FORMS["diffusers"]({MODULES[0]: (torch.ones(2, 3), torch.ones(64, 2))}), file)
     with pytest.raises(UserError, match=r"\(2, 3\) and \(64, 2\), which do not fit this base's \(64, 64\)"):

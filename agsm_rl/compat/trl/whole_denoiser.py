@@ -32,7 +32,7 @@ class WholeDenoiser:
     def attach(self, backbone: Backbone) -> None:
         """Keep the base's weights and make the denoiser's trainable."""
         if self._backbone is not None:
-            raise RuntimeError("this adapter is attached already; detach it first")
+            raise RuntimeError("this adapter is already attached; detach it first")
         self._backbone = backbone
         self._base = {name: value.detach().cpu().clone() for name, value in self.named_parameters()}
         backbone.denoiser.requires_grad_(True)
