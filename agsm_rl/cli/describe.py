@@ -1,4 +1,4 @@
-"""What `agsm-rl check` prints: what would be trained, on what, and the memory that the run will need."""
+"""What `agsm-rl check` prints: what would be trained, on what, and the memory the run will need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from agsm_rl.doctor.memory.fit import MARGIN, Fit
-from agsm_rl.doctor.memory.predict import NOT_COUNTED, Prediction, lie_there
+from agsm_rl.doctor.memory.predict import NOT_COUNTED, Prediction, always_in_use
 from agsm_rl.export.attach import read_exports
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
@@ -24,14 +24,16 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
     device = recipe.backbone.options.get("device") or trainer.accelerator.device
     lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]
     for name, block in recipe.adapters.items():
-        found = policy.parameters([name]).values()
-        done = "trained" if name in trainer.trained else "frozen"
-        lines.append(f"adapter     {name}: {block.use}, {count(found):,} parameters {done} in {len(found)} tensors")
+        tensors = policy.parameters([name]).values()
+        state = "trained" if name in trainer.trained else "frozen"
+        lines.append(
+            f"adapter     {name}: {block.use}, {count(tensors):,} parameters {state} in {len(tensors)} tensors"
+        )
     if recipe.start_from is not None:
-        there = read_exports(recipe.start_from)
-        new = [name for name in recipe.adapters if name not in there]
-        words = f"; new: {', '.join(new)}" if new else ""
-        lines.append(f"start       from the adapters of {recipe.start_from}{words}")
+        exports = read_exports(recipe.start_from)
+        new = [name for name in recipe.adapters if name not in exports]
+        suffix = f"; new: {', '.join(new)}" if new else ""
+        lines.append(f"start       from the adapters of {recipe.start_from}{suffix}")
     for term in recipe.objectives:
         source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
         source += f" through {term.view.use}" if term.view else ""
@@ -47,9 +49,9 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
 
 
 def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
-    """The peak and its parts; where there is no prediction, what is sure to be needed."""
+    """The peak and its parts; without a prediction, the memory that is certainly needed."""
     if isinstance(prediction, str):
-        rows = lie_there(trainer)
+        rows = always_in_use(trainer)
         lines = [f"memory      at least {readable(sum(rows.values()))}: {listed(rows)}; activations come on top"]
         return [*lines, f"            no prediction of the peak: {prediction}", f"            {NOT_COUNTED}"]
     rows = prediction.resident
@@ -62,7 +64,7 @@ def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
 
 
 def proposal(fit: Fit, budget: float) -> str:
-    """What `--fit-vram` found."""
+    """The line for `--fit-vram`: the changes that make the run fit, if any do."""
     of = f"{readable(fit.prediction.peak)} at its peak, in {fit.prediction.phase}"
     if not fit.fits:
         even = f", even with {settings(fit.changes)}" if fit.changes else ""
@@ -76,24 +78,24 @@ def proposal(fit: Fit, budget: float) -> str:
 
 
 def settings(changes: Mapping[str, Any]) -> str:
-    """Changes of a recipe as the command line takes them."""
+    """A recipe's changes as command-line options."""
     return " ".join(
         f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
     )
 
 
 def listed(rows: Mapping[str, int]) -> str:
-    """Names with their bytes."""
+    """Names with their sizes."""
     return ", ".join(f"{name} {readable(value)}" for name, value in rows.items())
 
 
 def count(tensors: Iterable[Tensor]) -> int:
-    """Numbers in the tensors."""
+    """Number of elements in the tensors."""
     return sum(tensor.numel() for tensor in tensors)
 
 
 def readable(amount: float) -> str:
-    """Bytes in the unit that suits them."""
+    """A number of bytes in a suitable unit."""
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
             return f"{amount:.4g} {unit}"

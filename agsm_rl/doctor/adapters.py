@@ -1,4 +1,4 @@
-"""Adapters: off, the base bit for bit; on, something else; and acting at every module that they should act at."""
+"""Adapters: off, predictions equal the base's bit for bit; on, they differ, at every module that should change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agsm_rl.policy import Policy
 PROMPTS = ["a red circle", "two blue squares"]
 LEVELS = (0.3, 0.8)
 SIZE = 0.05
-"""Of the noise that is put on an adapter's parameters: many begin at values that change nothing (LoRA's B is 0)."""
+"""Scale of the noise added to an adapter's parameters: many start at values with no effect (LoRA's B is 0)."""
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def check_adapters(policy: Policy, base: Tensor, *, trained: bool) -> Iterator[F
 
 @torch.no_grad()
 def scatter(policy: Policy) -> None:
-    """Put small noise on all parameters, and on their shadow the same."""
+    """Add small noise to all parameters, and the same to their EMA copy."""
     generator = torch.Generator().manual_seed(0)
     for parameter in policy.parameters().values():
         parameter.add_((SIZE * torch.randn(parameter.shape, generator=generator)).to(parameter))
@@ -55,12 +55,12 @@ def _check_off(policy: Policy, base: Tensor) -> Finding:
     return red(
         "adapters off",
         f"predictions differ from the base's by up to {(off - base).abs().max():.3g}",
-        "whoever wrote the adapter must leave no trace when it is switched off (Adapter.using(None))",
+        "fix the adapter: it must leave no trace when it is switched off (Adapter.using(None))",
     )
 
 
 def _check_on(policy: Policy, name: str, adapter: Adapter, how: str, remedy: str) -> Finding:
-    """With all others off, each bank must change the prediction, and leave it finite."""
+    """With all other adapters off, each bank must change the prediction and keep it finite."""
     with policy.switched_off():
         off = base_prediction(policy.backbone)
         banks: tuple[Bank, Bank] = ("positive", "negative")
@@ -79,7 +79,7 @@ def _check_on(policy: Policy, name: str, adapter: Adapter, how: str, remedy: str
 
 @torch.no_grad()
 def _check_places(policy: Policy, name: str, adapter: Adapter) -> Finding:
-    """Each module that the adapter should act at gives something else with the adapter on, for the same inputs."""
+    """With the adapter on, each module it should change must return something else for the same inputs."""
     what, denoiser = f"adapter '{name}' bound", policy.backbone.denoiser
     modules, places = dict(denoiser.named_modules()), adapter.places(policy.backbone)
     with policy.switched_off():
@@ -92,7 +92,7 @@ def _check_places(policy: Policy, name: str, adapter: Adapter) -> Finding:
             off = _run(modules[place], inputs[place])
             with adapter.using("positive"):
                 on = _run(modules[place], inputs[place])
-            if all(torch.equal(one, other) for one, other in zip(off, on, strict=True)):
+            if all(torch.equal(before, after) for before, after in zip(off, on, strict=True)):
                 unbound.append(place)
     if not places or unbound:
         shown = f": {', '.join(unbound[:3])}{' …' if len(unbound) > 3 else ''}" if unbound else ""
@@ -108,12 +108,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _inputs_of(modules: dict[str, nn.Module], backbone: Backbone) -> dict[str, Call]:
-    """What each module is called with in a prediction."""
-    found: dict[str, Call] = {}
+    """The arguments that each module gets in a prediction."""
+    calls: dict[str, Call] = {}
 
     def note(place: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[place] = (args, dict(kwargs))
+            calls[place] = (args, dict(kwargs))
 
         return hook
 
@@ -127,16 +127,16 @@ def _inputs_of(modules: dict[str, nn.Module], backbone: Backbone) -> dict[str, C
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def _run(module: nn.Module, call: Call) -> list[Tensor]:
     """The tensors that a module returns."""
-    left, found = [module(*call[0], **call[1])], []
-    while left:
-        one = left.pop()
-        if isinstance(one, Tensor):
-            found.append(one)
-        elif isinstance(one, list | tuple):
-            left.extend(one)
-    return found
+    pending, tensors = [module(*call[0], **call[1])], []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+    return tensors

@@ -1,5 +1,6 @@
-"""`agsm-rl doctor`: does what a recipe names work as it should, here and now? A finding a line, red or green, with a
-remedy. Nothing is trained or written, and no objective, reward or adapter is known here by its name.
+"""`agsm-rl doctor`: do the parts of a recipe work on this machine? One finding per line, green, or red with a remedy.
+
+Nothing is trained or written, and the checks know no objective, reward or adapter by name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from agsm_rl.recipe.recipe import Recipe
 def diagnose(recipe: Recipe, *, run: Path | None = None) -> Iterator[Finding]:
     """All findings about a recipe, or about a run folder (its checkpoints and the adapters as trained), one by one.
 
-    Raises UserError when the recipe cannot be built at all; what is merely wrong is a red finding.
+    Raises UserError if the recipe cannot be built at all; anything else that is wrong is a red finding.
     """
     from agsm_rl.doctor.adapters import base_prediction, check_adapters
     from agsm_rl.doctor.files import check_bases, check_run, load_run
@@ -29,7 +30,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None) -> Iterator[Finding]:
     yield from guarded("rewards", lambda: check_rewards(rewards))
     if run is not None:
         yield from guarded("run folder", lambda: check_run(run))
-    # By itself, before anything was attached: what "off" is compared with.
+    # Before anything is attached: the reference for "off".
     base = base_prediction(build_backbone(recipe.backbone, parts=recipe.parts))
     trainer = build_trainer(recipe, fresh=run is None)
     if run is not None:
@@ -39,7 +40,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None) -> Iterator[Finding]:
 
 
 def guarded(what: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings; an error on the way is a finding too, so that the other checks still run."""
+    """The findings. An error becomes a finding too, so that the other checks still run."""
     try:
         yield from findings()
     except UserError as error:

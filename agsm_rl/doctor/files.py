@@ -1,4 +1,4 @@
-"""Files: shipped bases match their checksums, other weights are finite, a run's checkpoints and adapters are whole."""
+"""Files: shipped bases match their checksums, other weights are finite, a run's checkpoints and adapters are intact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKSUMS = BUILTINS / "SHA256SUMS"
 
 
 def check_bases(recipe: Recipe) -> Iterator[Finding]:
-    """Each builtin that the backbone's block names, against the checksums that are shipped with it."""
+    """Check each builtin that the backbone's block names against its shipped checksums."""
     named = [value for value in recipe.backbone.options.values() if isinstance(value, str)]
     builtins = [value.removeprefix("builtin:") for value in named if value.startswith("builtin:")]
     if not builtins:
@@ -32,27 +32,27 @@ def check_bases(recipe: Recipe) -> Iterator[Finding]:
 
 def _check_base(name: str) -> Finding:
     what, bad = f"base 'builtin:{name}'", []
-    wanted = {file: digest for file, digest in shipped_checksums().items() if file.startswith(f"{name}/")}
-    for file, digest in wanted.items():
+    expected = {file: digest for file, digest in shipped_checksums().items() if file.startswith(f"{name}/")}
+    for file, digest in expected.items():
         path = BUILTINS / file
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             bad.append(file)
-    if bad or not wanted:
+    if bad or not expected:
         detail = f"damaged: {', '.join(bad)}" if bad else "it has no checksums in SHA256SUMS"
         return red(what, detail, "install agsm-rl again (in a clone: git checkout agsm_rl/shapes/checkpoints)")
-    return green(what, f"all {len(wanted)} files match their checksums")
+    return green(what, f"all {len(expected)} files match their checksums")
 
 
 def shipped_checksums() -> dict[str, str]:
-    """File, from the bases' folder → SHA-256."""
+    """File (relative to the bases' folder) → SHA-256."""
     rows = [line.split(maxsplit=1) for line in CHECKSUMS.read_text(encoding="utf-8").splitlines()]
     return {file.strip().removeprefix("*"): digest for digest, file in rows}
 
 
 def check_run(run: Path) -> Iterator[Finding]:
     """Each checkpoint against its checksum, and the exported adapters."""
-    for name, whole in checkpoints.verdicts(run / "checkpoints").items():
-        if whole:
+    for name, intact in checkpoints.verdicts(run / "checkpoints").items():
+        if intact:
             yield green(f"checkpoint {name}", "matches its checksum")
         else:
             yield red(
@@ -72,10 +72,10 @@ def check_run(run: Path) -> Iterator[Finding]:
 
 def load_run(trainer: Trainer, run: Path) -> Iterator[Finding]:
     """Put the newest good checkpoint into the trainer."""
-    found = checkpoints.newest(run / "checkpoints")
-    if found is None:
+    newest = checkpoints.newest(run / "checkpoints")
+    if newest is None:
         yield red("run folder", f"{run / 'checkpoints'} holds no checkpoint", "train it, or continue with --resume")
         return
-    step, state = found
+    step, state = newest
     trainer.load_state_dict(state)
     yield green("run folder", f"the checkpoint of step {step} fits the recipe")

@@ -1,11 +1,11 @@
-"""What the doctor found: green or red, a line, and a remedy for what is red."""
+"""A finding of the doctor: green, or red with a remedy."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`good` is green. `remedy` is empty where there is nothing to fix."""
+    """One line of the doctor's output. `good` means green; `remedy` is empty if there is nothing to fix."""
 
     what: str
     good: bool
@@ -18,10 +18,10 @@ class Finding:
 
 
 def green(what: str, detail: str) -> Finding:
-    """All is well."""
+    """A finding that needs no action."""
     return Finding(what, True, detail)
 
 
 def red(what: str, detail: str, remedy: str) -> Finding:
-    """Something is wrong."""
+    """A finding that needs fixing."""
     return Finding(what, False, detail, remedy)

@@ -17,18 +17,18 @@ from agsm_rl.training.randomness import Draw
 
 RATIO_TOLERANCE = 1e-5
 ROWS = 8
-"""Of a rollout that are compared."""
+"""Number of a rollout's rows that are compared."""
 
 
 def check_learning(trainer: Trainer) -> Iterator[Finding]:
-    """Draws a batch of each source under the parameters of now, and computes each term's gradient once."""
+    """Draw a batch from each source with the current parameters, and compute each term's gradient once."""
     batches: dict[str, Batch] = {}
     for name, source in trainer.sources.items():
         try:
             with trainer.accelerator.autocast():
                 batches[name] = source.next(trainer.policy)
         except Exception as error:
-            yield red(f"source '{name}'", f"it gives no batch: {error}", "fix what the message names")
+            yield red(f"source '{name}'", f"it returns no batch: {error}", "fix what the message names")
             continue
         yield _check_batch(name, batches[name])
         batch = batches[name]
@@ -72,7 +72,7 @@ def _check_ratio(trainer: Trainer, name: str, batch: RolloutBatch) -> Finding:
     return red(
         what,
         detail + f", more than {RATIO_TOLERANCE:g}",
-        "the model draws otherwise than it learns: another dtype, dropout, or a kernel that depends on the batch size",
+        "drawing and learning disagree: check for another dtype, dropout, or a kernel that depends on the batch size",
     )
 
 
@@ -80,7 +80,7 @@ def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, f
     """The term's gradient; `reached` collects each parameter's largest one."""
     what, note = f"objective '{term.name}'", ""
     if isinstance(batch, RewardedBatch) and len(batch) > 1 and batch.advantages.max() == batch.advantages.min():
-        # Equal rewards (told above) would hide whether gradients can pass at all.
+        # Equal rewards (reported above) would hide whether gradients flow at all.
         advantages = torch.where(torch.arange(len(batch)) % 2 == 0, 1.0, -1.0).to(batch.advantages)
         batch, note = replace(batch, advantages=advantages, rewards=advantages), " (for made-up rewards)"
     seen = batch if term.view is None else term.view(batch)
@@ -93,8 +93,8 @@ def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, f
         with trainer.accelerator.autocast():
             value, _ = term.objective.loss(trainer.policy, part)
         loss += share * float(value.detach())
-        found = torch.autograd.grad(value * share, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
+        gradients = torch.autograd.grad(value * share, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
             size = 0.0 if gradient is None else float(gradient.abs().max())
             reached[name] = size if size != size else max(reached.get(name, 0.0), size)
     values: list[Any] = [reached[name] for name in parameters]
@@ -108,7 +108,7 @@ def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, f
 def _check_reached(trainer: Trainer, reached: dict[str, float]) -> Iterator[Finding]:
     for adapter in trainer.policy.adapters:
         if adapter not in trainer.trained:
-            yield green(f"adapter '{adapter}' is frozen", "no term trains it: it stays as `start_from` has it")
+            yield green(f"adapter '{adapter}' is frozen", "no term trains it; it stays as loaded by `start_from`")
             continue
         names = list(trainer.policy.parameters([adapter]))
         without = [name for name in names if not reached.get(name)]

@@ -1,5 +1,6 @@
-"""Golden check of rewards: the scores of shipped images against stored ones; a reward without stored scores must at
-least give a finite score an image, and not the same for all.
+"""Golden check of rewards: compare the scores of shipped images with stored ones.
+
+A reward without stored scores must at least give each image a finite score, and not all images the same one.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def stored_scores(target: str, options: Mapping[str, Any]) -> tuple[list[float],
 
 
 def configured_rewards(terms: Sequence[Term]) -> list[Any]:
-    """The rewards that the terms' objectives and sources hold, each once with the same options, if it shows them."""
+    """The rewards of the terms' objectives and sources, without duplicates (same class and options, if visible)."""
     owners: list[Any] = [owner for term in terms for owner in (term.source, term.objective)]
     rewards = [entry.reward for owner in owners for entry in owner.rewards]
-    found = {_identity(reward) if _shows_options(reward) else id(reward): reward for reward in rewards}
-    return list(found.values())
+    unique = {_identity(reward) if _shows_options(reward) else id(reward): reward for reward in rewards}
+    return list(unique.values())
 
 
 def check_rewards(rewards: Sequence[Any]) -> Iterator[Finding]:
-    """A finding for each of the rewards."""
+    """One finding per reward."""
     if not rewards:
         yield green("rewards", "the recipe has none")
     for reward in rewards:
@@ -59,12 +60,12 @@ def check_rewards(rewards: Sequence[Any]) -> Iterator[Finding]:
 
 
 def _shows_options(reward: Any) -> bool:
-    """Whether it keeps all that it was made with under its own names."""
+    """Whether the reward stores all constructor arguments as attributes of the same names."""
     return vars(reward).keys() >= inspect.signature(type(reward)).parameters.keys()
 
 
 def _identity(reward: Any) -> tuple[str, str]:
-    """Its class, and the options that it was made with, as they are kept under their own names."""
+    """The reward's class and its constructor arguments, as far as it stores them as attributes."""
     kind = type(reward)
     names = [name for name in inspect.signature(kind).parameters if name in vars(reward)]
     return f"{kind.__module__}:{kind.__qualname__}", json.dumps(
@@ -81,9 +82,9 @@ def _check(reward: Any) -> Finding:
     target, options = _identity(reward)
     stored = stored_scores(target, json.loads(options))
     if stored is not None:
-        wanted = torch.tensor(stored[0])
-        off = (scores - wanted).abs().max()
-        if off > stored[1] * wanted.abs().max():
+        expected = torch.tensor(stored[0])
+        off = (scores - expected).abs().max()
+        if off > stored[1] * expected.abs().max():
             return red(
                 what,
                 f"its scores of the golden images differ by up to {off:.3g} from the stored ones",

@@ -1,8 +1,8 @@
 """Settings with which a recipe's run fits a given memory: smaller passes, gradient checkpointing, bfloat16 weights.
 
-Smaller passes and checkpointing leave what is learned as it is; only where they are not enough is the base held in
-bfloat16, which changes it a little. Each candidate is rehearsed (memory.py), so that what is proposed is predicted to
-fit, not reckoned.
+Smaller passes and checkpointing do not change what is learned. Only if they are not enough are the base's weights held
+in bfloat16, which changes the base slightly. Each candidate is rehearsed (meta_device.py), so the proposal comes with a
+prediction, not an estimate.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from agsm_rl.recipe.schema import Block
 from agsm_rl.recipe.yaml_file import set_value, split_path
 
 MARGIN = 0.15
-"""Of the prediction, kept free: predictions are good to that."""
+"""Share of the prediction that is kept free: predictions are accurate to about this."""
 PASSES = ("groups_per_pass", "images_per_pass", "rows_per_pass")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`changes` of the recipe by key path, and what the run then needs; not `fits`: the least that was found."""
+    """`changes` to the recipe by key path, and the memory the run then needs. If not `fits`: the smallest found."""
 
     changes: dict[str, Any]
     prediction: Prediction
@@ -33,37 +33,37 @@ class Fit:
 
 
 def fit(recipe: Recipe, prediction: Prediction, budget: float) -> Fit:
-    """The gentlest changes with which the run needs at most `budget` bytes, MARGIN to spare.
+    """The gentlest changes that make the run fit `budget` bytes with MARGIN to spare.
 
-    `prediction`: the recipe's own. Passes are halved where the peak is, until it fits; where passes of 1 would not do,
-    gradient checkpointing comes first, then bfloat16 too.
+    `prediction`: that of the unchanged recipe. Passes are halved where the peak is, until the run fits. If passes of 1
+    are not enough, gradient checkpointing is added, then bfloat16.
     """
     if _within(prediction, budget):
         return Fit({}, prediction, True)
     knobs = _knobs(recipe, recipe.parts)
     smallest = {path: 1 for paths in knobs.values() for path in paths}
 
-    def tried(changes: Mapping[str, Any]) -> Prediction:
-        found = predict(changed(recipe, changes))[1]
-        if isinstance(found, str):
-            raise UserError(f"{recipe.parts.where}: the memory cannot be predicted ({found})")
-        return found
+    def try_out(changes: Mapping[str, Any]) -> Prediction:
+        result = predict(changed(recipe, changes))[1]
+        if isinstance(result, str):
+            raise UserError(f"{recipe.parts.where}: the memory cannot be predicted ({result})")
+        return result
 
     least = Fit({}, prediction, False)
     for extra in _extras(recipe):
-        found = tried(extra | smallest)
-        least = min(least, Fit(extra | smallest, found, False), key=lambda one: one.prediction.peak)
-        if not _within(found, budget):
+        candidate = try_out(extra | smallest)
+        least = min(least, Fit(extra | smallest, candidate, False), key=lambda fit: fit.prediction.peak)
+        if not _within(candidate, budget):
             continue
         chosen: dict[str, Any] = dict(extra)
-        while not _within(found := tried(chosen), budget):
+        while not _within(candidate := try_out(chosen), budget):
             before = dict(chosen)
-            for phase, peak in found.peaks.items():
+            for phase, peak in candidate.peaks.items():
                 for path, size in knobs.get(phase, {}).items() if not _within_bytes(peak, budget) else ():
                     chosen[path] = max(1, chosen.get(path, size) // 2)
             if chosen == before:
-                chosen |= smallest  # which is known to fit
-        return Fit(chosen, found, True)
+                chosen |= smallest  # known to fit
+        return Fit(chosen, candidate, True)
     return least
 
 
@@ -84,25 +84,27 @@ def _within_bytes(peak: int, budget: float) -> bool:
 
 
 def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """What may be changed beside passes: nothing; graphs are not kept; gradient checkpointing; and bfloat16 too."""
+    """Changes besides passes, cumulative: none; no kept graphs; gradient checkpointing; bfloat16."""
     extra: dict[str, Any] = {}
     yield dict(extra)
-    kept = {f"{path}.keep_graph": False for path, block in _sources(recipe).items() if block.options.get("keep_graph")}
-    if kept:
-        extra |= kept
+    graphs = {
+        f"{path}.keep_graph": False for path, block in _sources(recipe).items() if block.options.get("keep_graph")
+    }
+    if graphs:
+        extra |= graphs
         yield dict(extra)
-    own = recipe.backbone.options
+    options = recipe.backbone.options
     # Checkpointed blocks cannot be compiled.
-    further = {} if own.get("compile") else {"gradient_checkpointing": True}
+    further = {} if options.get("compile") else {"gradient_checkpointing": True}
     for name, value in (further | {"dtype": "bfloat16"}).items():
-        if own.get(name, value) in (False, "float32"):
+        if options.get(name, value) in (False, "float32"):
             extra[f"backbone.{name}"] = value
             yield dict(extra)
 
 
 def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
-    """Phase → path of an option that bounds its memory → its value, or what it comes to if left out; those above 1."""
-    found: dict[str, dict[str, int]] = {}
+    """Phase → path of an option that bounds its memory → its value, or the effective one; only those above 1."""
+    knobs: dict[str, dict[str, int]] = {}
     for index, term in enumerate(recipe.objectives):
         block, place = recipe.source_of(index)
         rows = _rows(block, term.view, parts, place)
@@ -110,22 +112,22 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
             if name in term.options and rows is not None:
                 most = rows // int(term.options["group_size"]) if name == "groups_per_pass" else rows
                 size = min(most, term.options[name] or most)
-                found[f"learning {term.name}"] = {f"objectives.{index}.{name}": size}
+                knobs[f"learning {term.name}"] = {f"objectives.{index}.{name}": size}
         if "steps_per_pass" in term.options:
             steps = {f"objectives.{index}.steps_per_pass": term.options["steps_per_pass"]}
-            found.setdefault(f"learning {term.name}", {}).update(steps)
+            knobs.setdefault(f"learning {term.name}", {}).update(steps)
         if "sample_batch_size" in block.options:
             named = term.source if isinstance(term.source, str) else term.name
-            found[f"drawing {named}"] = {f"{_path(place)}.sample_batch_size": block.options["sample_batch_size"]}
+            knobs[f"drawing {named}"] = {f"{_path(place)}.sample_batch_size": block.options["sample_batch_size"]}
     if recipe.evaluate is not None:
-        found["evaluating"] = {"evaluate.batch_size": min(recipe.evaluate.batch_size, recipe.evaluate.num_images)}
-    return {phase: {path: size for path, size in paths.items() if size > 1} for phase, paths in found.items()}
+        knobs["evaluating"] = {"evaluate.batch_size": min(recipe.evaluate.batch_size, recipe.evaluate.num_images)}
+    return {phase: {path: size for path, size in paths.items() if size > 1} for phase, paths in knobs.items()}
 
 
 def _sources(recipe: Recipe) -> dict[str, Block]:
     """The recipe's sources by their key paths."""
-    found = [recipe.source_of(index) for index in range(len(recipe.objectives))]
-    return {_path(place): block for block, place in found}
+    sources = [recipe.source_of(index) for index in range(len(recipe.objectives))]
+    return {_path(place): block for block, place in sources}
 
 
 def _path(place: str) -> str:
@@ -134,7 +136,7 @@ def _path(place: str) -> str:
 
 
 def _rows(block: Block, view: Block | None, parts: Parts, place: str) -> int | None:
-    """Rows that a term learns from in a step; None where that depends on the batch."""
+    """Rows that a term learns from in a step; None if that depends on the batch."""
     size = parts.construct("sources", block, place, seed=0).batch_size
     if view is not None and size is not None:
         size = parts.construct("views", view, f"{place}.view", seed=0).batch_size(size)

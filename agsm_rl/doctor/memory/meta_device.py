@@ -1,9 +1,9 @@
-"""Run a step without its numbers: tensors on torch's meta device have shapes but no memory, and are counted as if.
+"""Run a step without data: tensors on torch's meta device have shapes but no memory, and are counted as if they had.
 
-The real trainer, objectives and backbone run, so that nothing is described a second time. torch has the same idea in
-FakeTensorMode and MemTracker; they do not serve here: a fake integer has no value, but rows are chosen by integers, and
-MemTracker refuses a network that is called twice in a step. Here integers and booleans that are made from known values
-stay real, on the CPU; only floating-point tensors on the meta device are counted.
+The real trainer, objectives and backbone run, so nothing is modelled twice. torch's FakeTensorMode and MemTracker do
+the same but do not work here: a fake integer has no value, while integers select rows, and MemTracker rejects a model
+that is called twice in a step. Here integers and booleans computed from known values stay real, on the CPU; only
+floating-point tensors on the meta device are counted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 
 
 class Rehearsal(TorchDispatchMode):
-    """While entered, counts the bytes of living tensors on the meta device: `now`, and `peaks` by the current `phase`.
+    """While entered, counts the bytes of live tensors on the meta device: `now`, and `peaks` by the current `phase`.
 
-    Whatever is asked of a number that is not known is answered so that the run goes on: booleans are true, an equality
-    is false, other numbers are 1, and a copy to the CPU is zeros.
+    Unknown values are replaced so that the run continues: booleans are true, an equality is false, other numbers are 1,
+    and a copy to the CPU is zeros.
     """
 
     def __init__(self) -> None:
@@ -38,29 +38,29 @@ class Rehearsal(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def touch(self, extra: int = 0) -> None:
-        """Note that `extra` bytes beyond those of now were in use for a moment."""
+        """Record that `extra` bytes on top of `now` were briefly in use."""
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + extra)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options: dict[str, Any] = dict(kwargs or {})
-        there = [tensor.is_meta for tensor in _tensors((*args, *options.values()))]
-        found = None
-        if any(there):
-            if not all(there):
+        on_meta = [tensor.is_meta for tensor in _tensors((*args, *options.values()))]
+        result = None
+        if any(on_meta):
+            if not all(on_meta):
                 args, options = _together(func, args, options)
-            found = _answer(func, args, options)
-            if found is None and func in QUICK and not options:
-                found = QUICK[func](*args)
+            result = _answer(func, args, options)
+            if result is None and func in QUICK and not options:
+                result = QUICK[func](*args)
         else:
             _keep_exact(func, args, options)
-        if found is None:
-            found = func(*args, **options)
-        for tensor in _tensors(found if isinstance(found, tuple | list) else (found,)):
+        if result is None:
+            result = func(*args, **options)
+        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
             if tensor.is_meta:
                 self._count(tensor)
-        return found
+        return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -69,18 +69,18 @@ class Rehearsal(TorchDispatchMode):
             return
         size = storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def on_delete(_: Any) -> None:
             self._known.pop(key, None)
             self.now -= size
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, on_delete)
         self.now += size
         self.touch()
 
     def remember(self, call: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, which is run for the first of equal arguments only; then its memory and shapes are known.
+        """Wrap `call` so that it runs only once per key; later calls repeat the recorded memory and shapes.
 
-        `key` gives of the arguments what these depend on; None where the call must be run.
+        `key` maps the arguments to whatever the memory and shapes depend on; None means that the call must run.
         """
         past: dict[Any, tuple[int, Any]] = {}
 
@@ -93,12 +93,12 @@ class Rehearsal(TorchDispatchMode):
                 self.phase = "remembered"
                 self.touch()
                 try:
-                    found = call(*args, **options)
+                    result = call(*args, **options)
                 finally:
                     self.phase, most = phase, self.peaks.pop("remembered")
-                past[what] = most - before, tree_map_only(Tensor, _Shape.of, found)
+                past[what] = most - before, tree_map_only(Tensor, _Shape.of, result)
                 self.peaks[phase] = max(self.peaks.get(phase, 0), most)
-                return found
+                return result
             transient, shapes = past[what]
             self.touch(transient)
             return tree_map_only(_Shape, _Shape.empty, shapes)
@@ -108,7 +108,7 @@ class Rehearsal(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is kept of a tensor on the meta device."""
+    """Shape and dtype of a tensor on the meta device."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -135,17 +135,17 @@ def _fused(
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=is_causal, scale=scale)[0]
 
 
-# On CPUs and GPUs attention is one kernel; the meta device would hold all its [tokens, tokens].
+# On CPUs and GPUs attention is a single kernel; the meta device would allocate all [tokens, tokens] scores.
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _LIBRARY.impl("scaled_dot_product_attention", _fused, "AutogradMeta")
 
 
 def _pointwise(*args: Any) -> Tensor | None:
-    """The result of an elementwise function of tensors of one type, the first of which is as large as it."""
-    first, *others = (one for one in args if isinstance(one, Tensor))
-    if not first.dtype.is_floating_point or any(one.dtype != first.dtype for one in others):
+    """The result of an elementwise function of tensors of one dtype, if it has the shape of the first."""
+    first, *others = (tensor for tensor in args if isinstance(tensor, Tensor))
+    if not first.dtype.is_floating_point or any(tensor.dtype != first.dtype for tensor in others):
         return None
-    if others and torch.broadcast_shapes(first.shape, *(one.shape for one in others)) != first.shape:
+    if others and torch.broadcast_shapes(first.shape, *(tensor.shape for tensor in others)) != first.shape:
         return None
     return torch.empty_like(first)
 
@@ -163,7 +163,7 @@ def _group_norm(tensor: Tensor, _weight: Any, _bias: Any, rows: int, _c: int, _h
 
 
 def _norm_backward(gradient: Tensor, tensor: Tensor, *rest: Any) -> Any:
-    """With frozen weights the input's gradient alone is asked for."""
+    """The case of frozen weights, where only the input's gradient is needed."""
     return (tensor.new_empty(tensor.shape), None, None) if list(rest[-1]) == [True, False, False] else None
 
 
@@ -175,9 +175,9 @@ QUICK: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: lambda bias, first, second: first.new_empty(first.shape[0], second.shape[1]),
     aten.linalg_vector_norm.default: lambda tensor, *rest: tensor.new_empty(()) if len(rest) < 2 else None,
     **{
-        found: _pointwise
+        overload: _pointwise
         for name in ("add", "sub", "mul", "div")
-        for found in (getattr(aten, name).Tensor, getattr(aten, name).Scalar)
+        for overload in (getattr(aten, name).Tensor, getattr(aten, name).Scalar)
     },
     **dict.fromkeys((aten.silu.default, aten.gelu.default, aten.gelu_backward.default, aten.sqrt.default), _pointwise),
     **dict.fromkeys(
@@ -185,7 +185,7 @@ QUICK: dict[Any, Callable[..., Any]] = {
         lambda first, *_: first,
     ),
 }
-"""Shapes of what is called most, faster than torch tells them; None where the call is not an ordinary one."""
+"""Result shapes of the most frequent calls, faster than torch infers them; None for unusual arguments."""
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -201,40 +201,40 @@ def _is_exact(dtype: torch.dtype) -> bool:
 
 
 def _together(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The arguments with all tensors on the meta device; masks of known values are the numbers of their rows there."""
+    """The arguments with all tensors on the meta device; masks with known values become row indices."""
     if func in INDEXED:
-        args = (args[0], _as_numbers(args[1]), *args[2:])
-    return tree_map_only(Tensor, lambda one: one if one.is_meta else one.to(META), (args, options))
+        args = (args[0], _as_row_indices(args[1]), *args[2:])
+    return tree_map_only(Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to(META), (args, options))
 
 
-def _as_numbers(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    found: list[Tensor | None] = []
+def _as_row_indices(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    rows: list[Tensor | None] = []
     for index in indices:
         if index is not None and not index.is_meta and index.dtype in (torch.bool, torch.uint8):
-            found.extend(index.nonzero(as_tuple=True))
+            rows.extend(index.nonzero(as_tuple=True))
         else:
-            found.append(index)
-    return found
+            rows.append(index)
+    return rows
 
 
 def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What would be made on the meta device of known values, or moved there, stays on the CPU if it is exact."""
+    """Keep exact tensors that would be created on, or moved to, the meta device from known values on the CPU."""
     if options.get("device") is None or torch.device(options["device"]) != META:
         return
     dtype = options.get("dtype")
-    given = next(_tensors(args), None)
-    if dtype is None and given is not None:
-        dtype = given.dtype
+    source = next(_tensors(args), None)
+    if dtype is None and source is not None:
+        dtype = source.dtype
     if dtype is not None:
         exact = _is_exact(dtype)
     else:
-        exact = func.name().startswith("aten::arange") and all(isinstance(one, int) for one in args)
+        exact = func.name().startswith("aten::arange") and all(isinstance(value, int) for value in args)
     if exact:
         options["device"] = CPU
 
 
 def _answer(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-    """What is said where a number is asked for that is not known; None where none is."""
+    """The stand-in for an unknown value that the call would read; None if it reads none."""
     tensor = args[0]
     if func is aten._local_scalar_dense.default:
         return True if tensor.dtype == torch.bool else 1 if _is_exact(tensor.dtype) else 1.0

@@ -1,7 +1,7 @@
-"""The memory that a recipe's run will need, found by rehearsing its steps without numbers (rehearsal.py).
+"""The memory that a recipe's run will need, found by rehearsing its steps without data (meta_device.py).
 
-What is counted: weights, adapters, their gradients, AdamW's state and EMA, and at the peak of each phase of a run the
-activations, batches and pictures on the device. What is not: NOT_COUNTED.
+Counted: weights, adapters, their gradients, AdamW's state and the EMA, plus the activations, batches and images on the
+device at the peak of each phase. Not counted: NOT_COUNTED.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ NOT_COUNTED = (
     "workspace and the allocator's gaps), autocast's copies"
 )
 STEPS_LOOKED_AT = 10_000
-"""Of a run, to see which terms come together."""
+"""Steps of a run that are searched for terms that are due together."""
 NOTHING_DUE = "steps in which no term is due"
-"""The phase of a run that learns and draws nothing."""
+"""The phase name for a run that neither draws nor learns."""
 DRAWN_AT_ONCE = 50
-"""Pictures of a sample grid that are drawn at once (drawing.draw)."""
+"""Images of a sample grid that are drawn at once (drawing.draw)."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes: what lies there all the time, by name, and the peak of each phase of the run, what lies there included."""
+    """Bytes that are always in use, by name, and each phase's peak, which includes them."""
 
     resident: dict[str, int]
     peaks: dict[str, int]
@@ -49,50 +49,52 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """The largest of the peaks."""
+        """The largest peak."""
         return self.peaks[self.phase]
 
 
 def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
-    """The recipe's trainer and the memory that the run will need, or why that cannot be told.
+    """The recipe's trainer and the memory that the run will need, or the reason why it cannot be predicted.
 
-    The trainer has shapes alone: its weights are on the meta device, and damage within the weights' files is not seen.
-    UserError as by `build_trainer`. A backbone without a `device` is loaded as it is, and nothing is predicted.
+    The trainer's weights are on the meta device, so damaged weight files go unnoticed. UserError as in `build_trainer`.
+    A backbone without a `device` option is loaded normally, and nothing is predicted.
     """
     if "device" not in recipe.backbone.options:
         trainer = build_trainer(recipe)
         return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
     with Rehearsal() as rehearsal:
         trainer = build_trainer(_for_rehearsal(recipe))
-        resident = lie_there(trainer)
+        resident = always_in_use(trainer)
         try:
             _rehearse(trainer, recipe, rehearsal)
         except UserError:
             raise
-        except Exception as error:  # whatever other people's parts make of tensors without numbers
+        except Exception as error:  # third-party parts may fail in any way on tensors without data
             return trainer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return trainer, Prediction(resident, rehearsal.peaks or {NOTHING_DUE: sum(resident.values())})
 
 
 def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:
-    """The run's different steps and pictures, as they are after its first step."""
+    """Run each kind of step and image drawing once, with the state as after the first step."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     rehearsal.peaks = {}
-    _lighten(trainer, rehearsal)
+    _skip_repeats(trainer, rehearsal)
     for step in steps_to_see(trainer.terms, recipe.steps):
         trainer.step = step
         trainer.run_step()
     _rehearse_pictures(trainer.policy, recipe, rehearsal)
 
 
-def lie_there(trainer: Trainer) -> dict[str, int]:
-    """Bytes that are in use all the time: weights, adapters, gradients, optimiser, EMA."""
-    own = {id(tensor): tensor for tensor in trainer.policy.parameters().values()}
+def always_in_use(trainer: Trainer) -> dict[str, int]:
+    """Bytes that are always in use: weights, adapters, gradients, optimiser, EMA."""
+    adapter_tensors = {id(tensor): tensor for tensor in trainer.policy.parameters().values()}
     modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
-    frozen = {id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in own}
-    adapters, trained = size_of(own.values()), size_of(trainer.parameters.values())
+    frozen = {
+        id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in adapter_tensors
+    }
+    adapters, trained = size_of(adapter_tensors.values()), size_of(trainer.parameters.values())
     return {
         "frozen weights": size_of(frozen.values()),
         "adapters": adapters,
@@ -108,24 +110,24 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def steps_to_see(terms: list[Term], steps: int) -> list[int]:
-    """Steps (from 0) with different sets of terms that are due; none whose set is part of another's."""
-    found: dict[frozenset[str], int] = {}
+    """Steps (from 0) with different sets of due terms, without those whose set is part of another's."""
+    first_step: dict[frozenset[str], int] = {}
     for step in range(min(steps, STEPS_LOOKED_AT)):
         due = frozenset(term.name for term in terms if term.is_due(step))
-        found.setdefault(due, step)
-    return [step for due, step in found.items() if due and not any(due < other for other in found)]
+        first_step.setdefault(due, step)
+    return [step for due, step in first_step.items() if due and not any(due < larger for larger in first_step)]
 
 
 def _for_rehearsal(recipe: Recipe) -> Recipe:
-    """The recipe on the meta device, with no more data than a batch takes."""
+    """The recipe on the meta device, with no more data than one batch needs."""
 
     def changed(block: Block) -> Block:
         options = block.options
         for name in ("num_images", "num_pairs"):
             if name in options and options.get("batch_size"):
                 options[name] = min(options[name] or options["batch_size"], options["batch_size"])
-        own = {key: getattr(block, key) for key in type(block).model_fields}
-        return type(block)(**own, **options)
+        settings = {key: getattr(block, key) for key in type(block).model_fields}
+        return type(block)(**settings, **options)
 
     backbone = type(recipe.backbone)(use=recipe.backbone.use, **recipe.backbone.options | {"device": "meta"})
     objectives = [
@@ -136,15 +138,15 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"backbone": backbone, "objectives": objectives, "sources": sources})
 
 
-def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
-    """What is the same again is not done again, and rewards are not asked: their models would be loaded."""
+def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal) -> None:
+    """Run repeated work only once, and replace the rewards, whose models would otherwise be loaded."""
     _remember(trainer.policy.backbone, rehearsal)
     sources: dict[int, Any] = {}
     names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
     holders: list[Any] = [*trainer.sources.values(), *(term.objective for term in trainer.terms)]
     for holder in holders:
         if holder.rewards:
-            holder.rewards = [replace(one, reward=_StandIn(one.reward)) for one in holder.rewards]
+            holder.rewards = [replace(entry, reward=_StandIn(entry.reward)) for entry in holder.rewards]
     for term in trainer.terms:
         key = id(term.source)
         if key not in sources:
@@ -155,6 +157,8 @@ def _lighten(trainer: Trainer, rehearsal: Rehearsal) -> None:
 
 
 def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
+    """Replace the backbone's methods, on this instance only, by ones that run once per set of shapes."""
+
     def banks() -> tuple[Any, ...]:
         return tuple(adapter.bank for adapter in backbone.adapters)
 
@@ -168,19 +172,19 @@ def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
     for name, key in keys.items():
         setattr(backbone, name, rehearsal.remember(getattr(backbone, name), key))
     samplers: dict[int, _Sampler] = {}
-    whole: Any = backbone
-    make = whole.sampler
+    patched: Any = backbone  # assigning to a method needs Any
+    make_sampler = patched.sampler
 
     def sampler(num_steps: int) -> _Sampler:
         if num_steps not in samplers:
-            samplers[num_steps] = _Sampler(make(num_steps), rehearsal)
+            samplers[num_steps] = _Sampler(make_sampler(num_steps), rehearsal)
         return samplers[num_steps]
 
-    whole.sampler = sampler
+    patched.sampler = sampler
 
 
 class _Sampler:
-    """A sampler whose steps without gradients are done once."""
+    """A sampler whose steps without gradients run once."""
 
     def __init__(self, sampler: Any, rehearsal: Rehearsal) -> None:
         self.t = sampler.t
@@ -193,7 +197,7 @@ class _Sampler:
 
 
 class _StandIn:
-    """In a reward's place: differentiable, and without a model."""
+    """Stands in for a reward: differentiable, and without a model."""
 
     elsewhere = False
 
@@ -205,7 +209,7 @@ class _StandIn:
 
 
 class _Source:
-    """A source whose drawing is a phase."""
+    """A source whose drawing counts as a phase."""
 
     def __init__(self, source: Any, rehearsal: Rehearsal, phase: str) -> None:
         self._source, self._rehearsal, self._phase = source, rehearsal, phase
@@ -219,7 +223,7 @@ class _Source:
 
 
 class _Objective:
-    """An objective whose learning is a phase, of which no more parts are done than there are different ones."""
+    """An objective whose learning counts as a phase; parts of the same size run at most twice."""
 
     def __init__(self, objective: Any, rehearsal: Rehearsal, phase: str) -> None:
         self._objective, self._rehearsal, self._phase = objective, rehearsal, phase
@@ -231,25 +235,25 @@ class _Objective:
         parts = self._objective.split(batch)
         done: list[int] = []
         for part, share in parts:
-            if done.count(len(part)) < 2:  # from the second on, gradients are added up
+            if done.count(len(part)) < 2:  # the second part adds to existing gradients
                 done.append(len(part))
                 yield part, share
 
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
-        found: tuple[Tensor, Metrics] = self._objective.loss(policy, batch)
-        return found
+        result: tuple[Tensor, Metrics] = self._objective.loss(policy, batch)
+        return result
 
 
 def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> None:
-    """Sample grids and evaluations, as far as the run makes any."""
-    wanted = {}
+    """Rehearse sample grids and evaluations, if the run has any."""
+    phases = {}
     if recipe.evaluate is not None:
         guidance = max(recipe.evaluate.guidance)
-        wanted["evaluating"] = (min(recipe.evaluate.batch_size, recipe.evaluate.num_images), guidance)
+        phases["evaluating"] = (min(recipe.evaluate.batch_size, recipe.evaluate.num_images), guidance)
     if recipe.sample.prompts is not None or recipe.evaluate is not None:
-        wanted["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), recipe.sample.guidance)
+        phases["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), recipe.sample.guidance)
     backbone = policy.backbone
-    for phase, (count, guidance) in wanted.items():
+    for phase, (count, guidance) in phases.items():
         rehearsal.phase = phase
         with torch.no_grad():
             cond = backbone.encode_text([f"picture {index}" for index in range(count)])
