@@ -205,7 +205,7 @@ REFUSED = {
     "integers": (spoiled(lambda w: w.long()), "is int64; allowed"),
     "an infinite alpha": (lambda made: kohya(made, float("inf")), "not finite"),
     "an alpha of zero": (lambda made: kohya(made, 0.0), "alpha' is 0.0; it must be a finite number above 0"),
-    "an alpha a row": (lambda made: kohya(made, [1.0, 2.0]), r"alpha' has shape \(2,\); a number"),
+    "an alpha a row": (lambda made: kohya(made, [1.0, 2.0]), r"alpha' has shape \(2,\); it must be a single number"),
     "a rank of zero": (spoiled(lambda w: w[:0]), "with a rank of 1 or more"),
     "another rank above": (spoiled(lambda w: w[:1]), "has weights of shapes"),
     "a scalar": (spoiled(lambda w: w[0, 0]), "has weights of shapes"),
@@ -228,7 +228,7 @@ REFUSED = {
     ),
     "a second bank of nobody's": (
         with_more("negative.unet.a.lora_A.weight", torch.ones(2, 2)),
-        "agsm-rl has not",
+        "not exported by agsm-rl",
     ),
 }
 
