@@ -1,10 +1,10 @@
 """Scores and paired differences with 95 % intervals, over training seeds and prompts.
 
-Every run of a variant draws the same prompts, so seeds and prompts are crossed, not nested: both are drawn anew, each
-on its own (prompts within their tag, a prompt with all its images), and a resample is the table of the drawn seeds by
-the drawn prompts (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; it errs on the wide side). A few
-seeds look more alike than they are; the seeds' deviations are widened by √(S / (S − 1)) for that. With one seed there
-is nothing to draw over seeds: the intervals are over images only, the same as in eval.json.
+Every run of a variant uses the same prompts, so seeds and prompts are crossed, not nested. Both are resampled
+independently (prompts within their tag, each with all its images), and a resample is the table of drawn seeds by drawn
+prompts (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007; it errs on the wide side). A small sample of
+seeds understates their spread, so their deviations are widened by √(S / (S − 1)). With one seed the intervals are over
+images only, as in eval.json.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from agsm_rl.evaluate.intervals import CONFIDENCE, Interval, mean_of, paired_dif
 
 RESAMPLES = 4000
 BATCH = 500
-"""Resamples made at a time; only the memory depends on it."""
+"""Resamples drawn at a time; affects only the memory used."""
 RANDOM_SEED = 0
 ROUNDING = 1e-9
-"""A narrower interval is none: resamples that are all alike differ by rounding."""
+"""A narrower interval counts as empty: identical resamples differ only by rounding."""
 
 Table = NDArray[Any]
-"""Marks of a variant: [seeds, images], true where right."""
+"""Marks of a variant: [seeds, images], true where correct."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Estimate:
     by_seed: tuple[float, ...]
 
     def mirrored(self) -> Estimate:
-        """Of a difference: the same with the two models exchanged."""
+        """For a difference: the same with the two models swapped."""
         tags = {name: _mirrored(part) for name, part in self.tags.items()}
         return Estimate(_mirrored(self.overall), tags, tuple(-value for value in self.by_seed))
 
@@ -62,7 +62,7 @@ class Quantity:
         return marks if self.minus is None else marks - self.minus
 
     def over_images(self, chosen: Table) -> Interval:
-        """By the first seed's images among `chosen`: the house's interval for one run."""
+        """The interval for a single run: over the first seed's images among `chosen`."""
         marks = self.marks[0][chosen]
         if self.minus is None:
             return wilson(int(marks.sum()), len(marks))
@@ -72,17 +72,17 @@ class Quantity:
 def estimate(
     quantities: Mapping[Any, Quantity], tags: Sequence[str], names: Sequence[str], prompts: Sequence[str]
 ) -> dict[Any, Estimate]:
-    """The estimates of all quantities. `tags` and `prompts` are those of each image, `names` the tags in order.
+    """The estimates of all quantities. `tags` and `prompts` are those of each image, `names` the tags in their order.
 
-    Images of one prompt are drawn together.
+    The images of a prompt are resampled together.
     """
     rows = {name: np.flatnonzero(np.array([tag == name for tag in tags])) for name in names}
-    found = {key: _over_images(one, rows) for key, one in quantities.items() if len(one.marks) == 1}
-    sizes = {len(one.marks) for one in quantities.values()} - {1}
+    estimates = {key: _over_images(item, rows) for key, item in quantities.items() if len(item.marks) == 1}
+    sizes = {len(item.marks) for item in quantities.values()} - {1}
     for size in sorted(sizes):
-        group = {key: one for key, one in quantities.items() if len(one.marks) == size}
-        found |= _over_seeds(group, rows, prompts)
-    return {key: found[key] for key in quantities}
+        group = {key: item for key, item in quantities.items() if len(item.marks) == size}
+        estimates |= _over_seeds(group, rows, prompts)
+    return {key: estimates[key] for key in quantities}
 
 
 def _over_images(quantity: Quantity, rows: Mapping[str, Table]) -> Estimate:
@@ -95,9 +95,9 @@ def _over_seeds(
     quantities: Mapping[Any, Quantity], rows: Mapping[str, Table], prompts: Sequence[str]
 ) -> dict[Any, Estimate]:
     """Several seeds: one bootstrap for all quantities, which see the same resamples."""
-    values = np.stack([one.values for one in quantities.values()])
+    values = np.stack([item.values for item in quantities.values()])
     count = values.shape[1]
-    # Of each tag's images: the number of its prompt among the tag's.
+    # For each of a tag's images: the index of its prompt among the tag's.
     prompt_of = [np.unique([prompts[row] for row in chosen], return_inverse=True)[1] for chosen in rows.values()]
     sizes = [int(numbers.max()) + 1 for numbers in prompt_of]
 
@@ -111,10 +111,10 @@ def _over_seeds(
             center = by_seed.mean(axis=1)
             deviation = (by_seed * seed_weights.T).sum(axis=1) - center
             parts.append(center + np.sqrt(count / (count - 1)) * deviation)
-        found = np.stack(parts, axis=1)
-        return np.concatenate([found.mean(axis=1, keepdims=True), found], axis=1)
+        by_tag = np.stack(parts, axis=1)
+        return np.concatenate([by_tag.mean(axis=1, keepdims=True), by_tag], axis=1)
 
-    # The bootstrap wants two of what it draws: a tag's only prompt stands for two alike.
+    # scipy's bootstrap needs two of what it draws: a tag's only prompt counts as two equal ones.
     samples = (np.arange(count), *(np.arange(max(size, 2)) for size in sizes))
     interval = stats.bootstrap(
         samples,
@@ -126,12 +126,12 @@ def _over_seeds(
         method="percentile",
         rng=np.random.default_rng(RANDOM_SEED),
     ).confidence_interval
-    # Widened deviations may reach past what a share can be.
-    floor = np.array([0.0 if one.minus is None else -1.0 for one in quantities.values()])[:, None]
+    # Widened deviations may leave a share's range.
+    floor = np.array([0.0 if item.minus is None else -1.0 for item in quantities.values()])[:, None]
     lows, highs = np.maximum(interval.low, floor), np.minimum(interval.high, 1.0)
     # [K, seeds, tags]
     scores = np.stack([values[:, :, chosen].mean(axis=2) for chosen in rows.values()], axis=2)
-    found = {}
+    estimates = {}
     for index, (key, quantity) in enumerate(quantities.items()):
         tags = {}
         for place, (name, chosen) in enumerate(rows.items()):
@@ -141,19 +141,19 @@ def _over_seeds(
         low, high = float(lows[index, 0]), float(highs[index, 0])
         spread = high - low > ROUNDING
         overall = Interval(float(by_seed.mean()), low, high) if spread else mean_of(list(tags.values()))
-        found[key] = Estimate(overall, tags, tuple(float(one) for one in by_seed))
-    return found
+        estimates[key] = Estimate(overall, tags, tuple(float(score) for score in by_seed))
+    return estimates
 
 
 def _shares(drawn: Table, size: int) -> Table:
-    """How large a share of each resample [B, n] every one of `size` items has, [B, size]."""
+    """The share of each resample [B, n] that each of `size` items has, [B, size]."""
     drawn = np.atleast_2d(drawn).astype(int)
     offset = np.arange(len(drawn))[:, None] * size
     return np.bincount((drawn + offset).ravel(), minlength=len(drawn) * size).reshape(len(drawn), size) / drawn.shape[1]
 
 
 def _interval(value: float, low: float, high: float, quantity: Quantity, chosen: Table) -> Interval:
-    """All alike leave a bootstrap without doubt: then the interval is the one over a single run's images."""
+    """The bootstrap's interval, or that over a single run's images if all resamples are equal."""
     if high - low > ROUNDING:
         return Interval(value, min(low, value), max(high, value))
     doubt = quantity.over_images(chosen)

@@ -23,19 +23,19 @@ class Findings:
     scores: dict[tuple[str, Model], Estimate] = field(default_factory=dict)
     differences: dict[tuple[str, Model, Model], Estimate] = field(default_factory=dict)
     seeds: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    """Of each two variants: the seeds that both have."""
+    """For each pair of variants: the seeds that both have."""
 
     def score(self, verdict: str, view: GuidanceView, name: str) -> Estimate:
-        """A model's in a view."""
+        """A model's score in a view."""
         return self.scores[verdict, (name, view.guidance[name])]
 
     def difference(self, verdict: str, view: GuidanceView, name: str, minus: str = BASE) -> Estimate | None:
-        """Of two models in a view, either way round; None where they have no seed in common."""
-        one, other = (name, view.guidance[name]), (minus, view.guidance[minus])
-        if (verdict, one, other) in self.differences:
-            return self.differences[verdict, one, other]
-        back = self.differences.get((verdict, other, one))
-        return None if back is None else back.mirrored()
+        """The difference of two models in a view, in either order; None if they share no seed."""
+        first, second = (name, view.guidance[name]), (minus, view.guidance[minus])
+        if (verdict, first, second) in self.differences:
+            return self.differences[verdict, first, second]
+        reverse = self.differences.get((verdict, second, first))
+        return None if reverse is None else reverse.mirrored()
 
 
 def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
@@ -60,30 +60,30 @@ def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
 
 
 def _score_quantities(loaded: Loaded, verdict: str) -> dict[Any, Quantity]:
-    made: dict[Any, Quantity] = {}
+    quantities: dict[Any, Quantity] = {}
     for guidance in measured_of_base(loaded):
         # The base is one model: its verdicts are the same for every seed.
-        made[verdict, (BASE, guidance)] = Quantity(base_marks(loaded, loaded.runs[0], guidance, verdict)[None])
+        quantities[verdict, (BASE, guidance)] = Quantity(base_marks(loaded, loaded.runs[0], guidance, verdict)[None])
     for variant in loaded.variants:
         for guidance in measured_of(variant):
-            made[verdict, (variant.name, guidance)] = Quantity(_marks(variant, guidance, verdict, variant.seeds))
-    return made
+            quantities[verdict, (variant.name, guidance)] = Quantity(_marks(variant, guidance, verdict, variant.seeds))
+    return quantities
 
 
 def _difference_quantities(loaded: Loaded, found: Findings, view: GuidanceView, verdict: str) -> dict[Any, Quantity]:
-    made: dict[Any, Quantity] = {}
+    quantities: dict[Any, Quantity] = {}
     models = {name: (name, guidance) for name, guidance in view.guidance.items()}
     for variant in loaded.variants:
         base = np.stack([base_marks(loaded, run, view.guidance[BASE], verdict) for run in variant.runs])
         trained = _marks(variant, view.guidance[variant.name], verdict, variant.seeds)
-        made[verdict, models[variant.name], models[BASE]] = Quantity(trained, base)
+        quantities[verdict, models[variant.name], models[BASE]] = Quantity(trained, base)
     for one, other in combinations(loaded.variants, 2):
         seeds = found.seeds[one.name, other.name]
         if seeds:
             first = _marks(one, view.guidance[one.name], verdict, seeds)
             second = _marks(other, view.guidance[other.name], verdict, seeds)
-            made[verdict, models[one.name], models[other.name]] = Quantity(first, second)
-    return made
+            quantities[verdict, models[one.name], models[other.name]] = Quantity(first, second)
+    return quantities
 
 
 def _marks(variant: Variant, guidance: float, verdict: str, seeds: tuple[int, ...]) -> Any:

@@ -9,9 +9,9 @@ from agsm_rl.report.load import Loaded
 from agsm_rl.report.views import BASE, OWN, GuidanceView, scores_on_validation
 
 NAMED = 4
-"""More figures than these do not go into a sentence: they are counted."""
+"""Up to this many figures go into a sentence; more are counted."""
 FEW = 5
-"""With fewer seeds the interval itself is a rough one."""
+"""With fewer seeds the interval itself is rough."""
 
 
 def headline(loaded: Loaded, views: list[GuidanceView], found: Findings) -> str:
@@ -52,10 +52,10 @@ def reach(loaded: Loaded) -> str:
     seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     plural = "" if max(counts) == 1 else "s"
     each = " a variant" if len(counts) > 1 else ""
-    behind = f" with “{evaluation.prompt_suffix}” behind them" if evaluation.prompt_suffix else ""
+    suffix = f" with “{evaluation.prompt_suffix}” behind them" if evaluation.prompt_suffix else ""
     drawn = (
         f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {evaluation.split.replace('_', '-')} "
-        f"prompts{behind}, the same noise for all models; {seeds} training seed{plural}{each}."
+        f"prompts{suffix}, the same noise for all models; {seeds} training seed{plural}{each}."
     )
     if max(counts) == 1:
         return f"{drawn} The 95 % intervals are over images only: another training seed may differ by more."
@@ -67,22 +67,22 @@ def reach(loaded: Loaded) -> str:
 
 
 def _with_own_guidance(loaded: Loaded, view: GuidanceView, found: Findings, verdict: str, what: str) -> str:
-    """The variant that leads on the validation prompts: chosen there, so that its figure here is not a lucky one."""
+    """The variant that leads on the validation prompts: chosen there, so its figure here is not a lucky pick."""
     on_validation = {
         variant.name: scores_on_validation(variant.runs)[view.guidance[variant.name]] for variant in loaded.variants
     }
     first, *others = sorted(on_validation, key=lambda name: -on_validation[name])
     at = f"(at guidance {view.guidance[first]:g}, the base at {view.guidance[BASE]:g})"
-    told = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
+    sentence = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
     if not others:
-        return f"{_on(loaded)} {told}."
+        return f"{_on(loaded)} {sentence}."
     change = found.difference(verdict, view, first, others[0])
     rest = f"; minus {others[0]}, the next on validation prompts: {_points(change.overall)} points" if change else ""
-    return f"{_on(loaded)} {told}{rest}."
+    return f"{_on(loaded)} {sentence}{rest}."
 
 
 def _on(loaded: Loaded) -> str:
-    """How a sentence begins whose next word is a variant's name, which is told as it is written."""
+    """The start of a sentence, so that it need not begin with a variant's name, which keeps its case."""
     return f"On {loaded.evaluation.split.replace('_', '-')} prompts,"
 
 
@@ -95,12 +95,12 @@ def _sentence(start: str, found: Findings, view: GuidanceView, name: str, verdic
 
 def _counted(found: Findings, view: GuidanceView, names: list[str], verdict: str) -> str:
     changes = {name: _against_base(found, verdict, view, name).overall for name in names}
-    up = [one for one in changes.values() if one.low > 0]
-    down = [one for one in changes.values() if one.high < 0]
+    up = [change for change in changes.values() if change.low > 0]
+    down = [change for change in changes.values() if change.high < 0]
     top = max(changes, key=lambda name: changes[name].value)
-    told = f"{len(up) or 'none'} {'does' if len(up) == 1 else 'do'} so clearly"
-    told += f", {len(down)} lower{'s' if len(down) == 1 else ''} it" if down else ""
-    return f"{told} (the highest is {top}'s {_points(changes[top])} points)"
+    text = f"{len(up) or 'none'} {'does' if len(up) == 1 else 'do'} so clearly"
+    text += f", {len(down)} lower{'s' if len(down) == 1 else ''} it" if down else ""
+    return f"{text} (the highest is {top}'s {_points(changes[top])} points)"
 
 
 def _against_base(found: Findings, verdict: str, view: GuidanceView, name: str) -> Estimate:

@@ -16,12 +16,12 @@ from agsm_rl.report.load import Run
 from agsm_rl.run.folder import RunFolder
 
 MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 240, 60, 4000
-"""Points a curve, and (roughly) of all runs' curves of one metric together."""
+"""Points per curve, and (roughly) per metric over all runs' curves."""
 DETAILED = 8
-"""Up to so many runs bring all their metrics; more bring losses, rewards, gradient norms and cosines."""
+"""Up to this many runs show all their metrics; more show losses, rewards, gradient norms and cosines."""
 OWN_AXES = ("step", "seconds", "images")
 EDGE = 0.1
-"""The first and the last tenth of a run's draws stand for its beginning and its end."""
+"""Share of a run's draws that represents its beginning and its end."""
 
 MAX_LINE, MAX_STEP = 2**24, 2**53
 """Bytes of a line; steps that a number in the page's scripts can hold."""
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def curves(run: Run, *, runs: int) -> dict[str, Any]:
     """A run's metrics: means over bins of steps, with steps, seconds and images so far at each bin's end.
 
-    `runs` is how many share the page. An axis that the file does not have is null.
+    `runs` is the number of runs on the page. An axis that the file does not have is null.
     """
     rows = read_rows(RunFolder(run.path).metrics)
     names = list(dict.fromkeys(name for row in rows for name in row if name not in OWN_AXES))
@@ -43,17 +43,17 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
     points = max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // runs))
     bins = np.array_split(np.arange(len(rows)), min(len(rows), points)) if rows else []
     ends = [int(part[-1]) for part in bins]
-    found = {}
+    metrics = {}
     for name in names:
         values = np.array([_number(row.get(name)) for row in rows])
         means = [_mean(values[part]) for part in bins]
         if any(value is not None for value in means):
-            found[name] = means
+            metrics[name] = means
     return {
         "step": [rows[end]["step"] for end in ends],
         "seconds": _axis(rows, ends, "seconds", summed=True),
         "images": _axis(rows, ends, "images", summed=False),
-        "metrics": found,
+        "metrics": metrics,
     }
 
 
@@ -93,7 +93,7 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a .jsonl file, none if there is no file; a torn last line, of a run under way, is left out."""
+    """The lines of a .jsonl file, none if there is no file; an incomplete last line of a running run is left out."""
     if not path.exists():
         return []
     check_regular(path)
@@ -109,7 +109,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _add(rows: list[Row], line: bytes, where: str) -> UserError | None:
-    """Add a line's figures to the rows, or say why there are none."""
+    """Add a line's figures to the rows, or return the error."""
     try:
         row = parse_json(line.decode("utf-8"), where=where)
         step = row["step"]

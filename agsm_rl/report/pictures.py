@@ -1,7 +1,7 @@
 """A few of the suite's images as drawn by base and variants from the same noise, with the judge's verdicts.
 
-A variant is shown by its first seed. Images are read and written anew, so that nothing but pixels gets into the page;
-equal ones (the base's, in every run) are kept once.
+A variant is shown by its first seed. Images are re-encoded, so that only pixels get into the page; equal ones (the
+base's, in every run) are stored once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from agsm_rl.report.views import BASE, measured_of
 from agsm_rl.run.folder import RunFolder
 
 LARGEST = 192
-"""Pixels of the longer side; larger images are made smaller."""
+"""Pixels of the longer side; larger images are scaled down."""
 SHEET = 1536
-"""The same of a grid of samples."""
+"""The same for a sample grid."""
 LOSSLESS = 96
 """Up to this size images are PNG; above, WebP is a tenth of it."""
 MOST_IMAGES, FEWEST_PROMPTS = 400, 8
 
 
 def pictures(loaded: Loaded) -> dict[str, Any]:
-    """`prompts` (number, text, tag), `images` (id → data URI) and `shown` (guidance → model → an entry a prompt).
+    """`prompts` (number, text, tag), `images` (id → data URI) and `shown` (guidance → model → one entry per prompt).
 
     An entry is {image, verdicts…, reason}; a model whose run kept no images has none.
     """
@@ -52,17 +52,17 @@ def pictures(loaded: Loaded) -> dict[str, Any]:
 
 def sheets(loaded: Loaded) -> list[tuple[str, str]]:
     """Where nothing was evaluated: each variant's sample grid as a data URI, base above trained or the newest."""
-    found = []
+    grids = []
     for variant in loaded.variants if not loaded.evaluated else ():
         run = variant.runs[0]
         steps = sorted(RunFolder(run.path).samples.glob("step-*.png"), reverse=True)
         files = [_inside(run, f"samples/{name}") for name in ("before_after.png", *(step.name for step in steps))]
-        found += [(variant.name, _data_uri(file, largest=SHEET)) for file in files if file is not None][:1]
-    return found
+        grids += [(variant.name, _data_uri(file, largest=SHEET)) for file in files if file is not None][:1]
+    return grids
 
 
 def _prompts_shown(loaded: Loaded) -> int:
-    """Fewer prompts where many variants are to be shown."""
+    """The number of prompts to show: fewer if there are many variants."""
     models = sum(len(measured_of(variant)) for variant in loaded.variants) + len(loaded.guidances)
     if not models:
         return 0
@@ -106,7 +106,7 @@ def _file(run: Run, guidance: float, side: str, judged: Judged, number: int) -> 
 
 
 def _inside(run: Run, name: str) -> Path | None:
-    """The file if it is there; a stranger's folder may name, or link to, what lies elsewhere: that is none."""
+    """The file, if it exists inside the run's folder; names and links that lead elsewhere give None."""
     try:
         path = run.path / name
         return path if path.resolve().is_relative_to(run.path.resolve()) and path.is_file() else None

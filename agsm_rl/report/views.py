@@ -1,4 +1,4 @@
-"""At which guidance models are compared: all at one, or each at its own, if that was chosen on other prompts."""
+"""The guidance at which models are compared: the same for all, or each model's own, if chosen on other prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agsm_rl.report.eval_file import EvalFile, Marks
 from agsm_rl.report.load import Loaded, Run, Variant, difference
 
 BASE = ""
-"""The base's place among the variants, which all have names."""
+"""The base's key among the variants, which all have names."""
 OWN = "own"
 
 
@@ -25,9 +25,12 @@ class GuidanceView:
 
 
 def make_views(loaded: Loaded) -> tuple[list[GuidanceView], list[str]]:
-    """The views, the one for the headline first, and what to know of them in sentences."""
+    """The views, the headline's first, and sentences to show with them."""
     names = [BASE, *(variant.name for variant in loaded.variants)]
-    views = [GuidanceView(f"{one:g}", f"guidance {one:g}", dict.fromkeys(names, one)) for one in loaded.guidances]
+    views = [
+        GuidanceView(f"{guidance:g}", f"guidance {guidance:g}", dict.fromkeys(names, guidance))
+        for guidance in loaded.guidances
+    ]
     with_validation = [run for run in loaded.runs if run.validation is not None]
     if not with_validation:
         several = len(loaded.guidances) > 1
@@ -47,60 +50,60 @@ def make_views(loaded: Loaded) -> tuple[list[GuidanceView], list[str]]:
 
 
 def _unlike_validations(runs: Sequence[Run]) -> str:
-    """In what the runs' validations are unlike, or not on validation prompts; empty where all is well."""
-    found = [(run, run.validation) for run in runs if run.validation is not None]
-    for run, validation in found:
+    """How the runs' validations differ, or which is not on validation prompts; empty if they can be used."""
+    validated = [(run, run.validation) for run in runs if run.validation is not None]
+    for run, validation in validated:
         if validation.split != "validation":
             return f"{run.name}'s are of the split {validation.split}"
-        unlike = difference(found[0][1], validation)
+        unlike = difference(validated[0][1], validation)
         if unlike is not None:
-            return f"{found[0][0].name} and {run.name} have different {unlike}"
+            return f"{validated[0][0].name} and {run.name} have different {unlike}"
     return ""
 
 
 def _own(loaded: Loaded) -> tuple[GuidanceView | None, str]:
-    """Each model at the guidance at which its validation score is the highest."""
+    """Each model at the guidance with its highest validation score."""
     chosen = {BASE: choose(scores_on_validation(loaded.runs, base=True), measured_of_base(loaded))}
     for variant in loaded.variants:
         chosen[variant.name] = choose(scores_on_validation(variant.runs), measured_of(variant))
-    found = {name: value for name, value in chosen.items() if value is not None}
-    if len(found) < len(chosen):
+    guidance = {name: value for name, value in chosen.items() if value is not None}
+    if len(guidance) < len(chosen):
         return None, "No guidance was chosen on validation prompts: those were drawn at other guidances than these."
     size = len(loaded.runs[0].validation.prompts) if loaded.runs[0].validation else 0
     note = f"Each model's own guidance is the one at which it scores highest on {size} images of validation prompts."
-    return GuidanceView(OWN, "each model at its own guidance", found), note
+    return GuidanceView(OWN, "each model at its own guidance", guidance), note
 
 
 def scores_on_validation(runs: Sequence[Run], *, base: bool = False) -> dict[float, float]:
-    """The mean over runs of the validation score by guidance, where every run has it (of the base: where any has)."""
-    found: dict[float, list[float]] = {}
+    """The mean over runs of the validation score by guidance, if every run has it (for the base: if any run has)."""
+    scores: dict[float, list[float]] = {}
     for run in runs:
         assert run.validation is not None
         judged = run.validation.base if base else run.validation.trained
-        for guidance, one in judged.items():
-            found.setdefault(guidance, []).append(run.validation.score(one, run.validation.verdicts[0]))
-    return {one: float(np.mean(values)) for one, values in found.items() if base or len(values) == len(runs)}
+        for guidance, result in judged.items():
+            scores.setdefault(guidance, []).append(run.validation.score(result, run.validation.verdicts[0]))
+    return {guidance: float(np.mean(values)) for guidance, values in scores.items() if base or len(values) == len(runs)}
 
 
 def choose(validation: Mapping[float, float], measured: Sequence[float]) -> float | None:
-    """The best guidance on validation among those measured; the lowest of equals, which costs least to sample."""
-    both = [one for one in sorted(measured) if one in validation]
-    return max(both, key=lambda one: validation[one]) if both else None
+    """The best guidance on validation among those measured; ties go to the lowest, which costs least to sample."""
+    both = [guidance for guidance in sorted(measured) if guidance in validation]
+    return max(both, key=lambda guidance: validation[guidance]) if both else None
 
 
 def measured_of(variant: Variant) -> list[float]:
     """Guidances at which all of a variant's runs were evaluated."""
     first = variant.runs[0].evaluation.guidances
-    return [one for one in first if all(one in run.evaluation.trained for run in variant.runs)]
+    return [guidance for guidance in first if all(guidance in run.evaluation.trained for run in variant.runs)]
 
 
 def measured_of_base(loaded: Loaded) -> list[float]:
     """Guidances at which the base was drawn for any run."""
-    return list(dict.fromkeys(one for run in loaded.runs for one in run.evaluation.guidances))
+    return list(dict.fromkeys(guidance for run in loaded.runs for guidance in run.evaluation.guidances))
 
 
 def base_marks(loaded: Loaded, run: Run, guidance: float, verdict: str) -> Marks:
-    """The base's marks as the run's own evaluation has them, or else the first run's that drew it at that guidance."""
-    holders = [run.evaluation, *(other.evaluation for other in loaded.runs)]
-    holder: EvalFile = next(one for one in holders if guidance in one.base)
+    """The base's marks from the run's own evaluation, else from the first run that drew it at that guidance."""
+    holders = [run.evaluation, *(sibling.evaluation for sibling in loaded.runs)]
+    holder: EvalFile = next(evaluation for evaluation in holders if guidance in evaluation.base)
     return holder.base[guidance].marks[verdict]
