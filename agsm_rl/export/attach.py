@@ -25,7 +25,7 @@ from agsm_rl.interfaces import Adapter
 from agsm_rl.registry import load
 
 BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
-"""Options of a backbone that say, beside its checkpoint, on what an adapter was trained; an export tells them."""
+"""Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them."""
 # The name under which `pipe.load_lora_weights(folder)` looks for it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -39,7 +39,7 @@ class Handle:
     _modes: list[tuple[nn.Module, bool]]
 
     def detach(self) -> None:
-        """Give the pipeline back as it was, bit for bit; a second call does nothing."""
+        """Restore the pipeline bit for bit; a second call does nothing."""
         for adapter in reversed(self.adapters.values()):
             adapter.detach()
         for parameter, flag in self._frozen:
@@ -84,7 +84,7 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
 
 
 def find_exports(path: Path) -> list[Path]:
-    """The .safetensors files that a run folder, an adapter folder or a file's own path stands for."""
+    """The .safetensors files of a run folder, an adapter folder or a file's path."""
     path = local_path(path)
     if path.is_file():
         return [path]
@@ -126,7 +126,7 @@ def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) ->
     """
     exports = read_exports(path)
     kinds = {name: metadata["kind"] for name, (_, metadata) in exports.items()}
-    continued = names_continued({name: one.kind for name, one in adapters.items()}, kinds, where=str(path))
+    continued = names_continued({name: adapter.kind for name, adapter in adapters.items()}, kinds, where=str(path))
     for name in continued:
         tensors, metadata = exports[name]
         if metadata["kind"] != adapters[name].kind:
@@ -136,7 +136,7 @@ def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) ->
 
 
 def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: str) -> list[str]:
-    """Which of a run's adapters (kind by name) go on from those of `where`.
+    """Which of a run's adapters (kind by name) continue from those in `where`.
 
     UserError if none does, or if one that would begin new is of the kind of one there that would be dropped: a slip of
     the name, after which the run would have lost what it starts from.

@@ -1,6 +1,6 @@
 """Trained adapters in other people's files, and theirs in ours: `agsm-rl convert`.
 
-Soft tokens as their authors publish them, two files of PyTorch, of which nothing is run that is in them:
+Soft tokens as their authors publish them, two PyTorch files, from which no code is run:
 
 | | tokens, width D | time rows, a pickled nn.Embedding |
 |---|---|---|
@@ -39,14 +39,14 @@ NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens
 def convert(
     source: Path, out: Path, form: Form | None = None, *, tell: Callable[[str], None] = lambda line: None
 ) -> list[Path]:
-    """Write `source` to `out` in another form, and return the files. `tell` is given what a reader should know.
+    """Write `source` to `out` in another form, and return the files. `tell` gets notes for the user.
 
     form `agsm-rl`: from published token files (the tokens', or their folder), or from a .safetensors file in kohya's
     form, to a .safetensors file for `attach`; a LoRA's goes into `pipe.load_lora_weights` too.
     `agsm`, `softrepa`: from a run folder, an adapter folder or an exported file to a folder with the two token files;
     SoftREPA's has one bank, and gets the positive one. `kohya`: from the same to a .safetensors file, positive bank.
     None: by `out`, `agsm-rl` for a .safetensors file; for a folder `agsm`, or `softrepa` where there is only one bank.
-    UserError when the source holds nothing of the kind, or cannot be believed; nothing is written then.
+    UserError when the source holds nothing of the kind, or contradicts itself; nothing is written then.
     """
     if form is None and out.suffix == ".safetensors":
         form = "agsm-rl"
@@ -135,7 +135,7 @@ def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["ags
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """UserError where OUT cannot be written."""
+    """UserError if OUT cannot be written."""
     try:
         yield
     except OSError as error:
@@ -163,7 +163,7 @@ def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
 
 def _read(file: Path) -> Tensor:
     """The finite tensor of a file, float32."""
-    if not file.is_file():  # opening a named pipe would wait for ever
+    if not file.is_file():  # opening a named pipe would block forever
         raise UserError(f"{file}: is not a regular file.")
     try:
         # The one class beside tensors that published files hold; unpickling it only fills its attributes.
@@ -178,7 +178,7 @@ def _read(file: Path) -> Tensor:
         ) from error
     except Exception as error:  # a broken archive fails in many ways
         cause = str(error) or type(error).__name__
-        raise UserError(f"{file}: cannot be read, it is truncated or no file of PyTorch ({cause}).") from error
+        raise UserError(f"{file}: cannot be read, it is truncated or not a PyTorch file ({cause}).") from error
     if isinstance(found, nn.Embedding):
         found = getattr(found, "weight", None)
     if not isinstance(found, Tensor) or not found.is_floating_point():
@@ -190,10 +190,12 @@ def _read(file: Path) -> Tensor:
 
 
 def _export_of(source: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The one exported adapter of a kind in a run folder, an adapter folder or a file."""
+    """The only exported adapter of a kind in a run folder, an adapter folder or a file."""
     exports = {file: read_export(file) for file in find_exports(source)}
     found = [export for export in exports.values() if export[1]["kind"] == kind]
     if len(found) != 1:
         there = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
-        raise UserError(f"{source}: {len(found)} adapters of kind '{kind}' in it, one is wanted; it holds: {there}.")
+        raise UserError(
+            f"{source}: {len(found)} adapters of kind '{kind}' in it; it must have exactly one. It holds: {there}."
+        )
     return found[0]

@@ -1,4 +1,4 @@
-"""LoRA in kohya's form, which ComfyUI and A1111 take: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`.
+"""LoRA in kohya's form, which ComfyUI and A1111 read: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 A form for U-Nets and their CLIPs (`lora_te_…` for SD1.5's; `lora_te1_…`, `lora_te2_…` for SDXL's), with one set of
 weights: the positive bank. `pipe.load_lora_weights` reads it too.
@@ -33,7 +33,7 @@ PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 OURS = (".lora_A.weight", ".lora_B.weight")
 ORIGIN = ("base", "backbone", "backbone_options", "checkpoint", "objectives", "recipe_sha256", "step", "version")
-"""What an export's metadata tells of where it comes from; all else is of the form."""
+"""Metadata keys that say where an export comes from; the others belong to the form."""
 
 
 def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path) -> None:
@@ -45,19 +45,19 @@ def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path)
             "ComfyUI, but for its alpha: give it the strength alpha / rank there"
         )
     converted = convert_state_dict_to_kohya(own)
-    if metadata.get("base") == "stable_diffusion":  # an only text encoder has no number
+    if metadata.get("base") == "stable_diffusion":  # a single text encoder has no number
         converted = {name.replace("lora_te1_", "lora_te_", 1): tensor for name, tensor in converted.items()}
     alpha = torch.tensor(float(LoRA.from_export(tensors, metadata).alpha))  # diffusers writes the rank
     converted = {name: alpha if name.endswith(".alpha") else tensor for name, tensor in converted.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors wants an own memory for each tensor, the alphas too.
+    # safetensors requires separate memory for each tensor, including the alphas.
     write_export(out, {name: tensor.clone() for name, tensor in converted.items()}, _origin(metadata))
 
 
 def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of our export; layers may have diffusers' names or SDXL's original ones.
 
-    UserError for what is no such LoRA, or has layers of different rank or alpha.
+    UserError if the file is not such a LoRA, or its layers differ in rank or alpha.
     """
     tensors, metadata = read_safetensors(file)
     if "kind" in metadata:
@@ -70,7 +70,7 @@ def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet)
     except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: has layers that diffusers finds no place for in a U-Net ({error}).") from error
-    own = _in_peft_s_form(renamed)
+    own = _to_peft_names(renamed)
     if odd := [name for name in own if not name.endswith(OURS)]:
         raise UserError(f"{file}: has layers that diffusers finds no place for ({', '.join(odd[:3])}).")
     if lost := expected - len(own):
@@ -87,13 +87,13 @@ def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return own, {**described, "name": "lora", **_origin(metadata)}
 
 
-def _in_peft_s_form(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_peft_names(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names for the layers of U-Net and text encoders, of which it has several kinds, as PEFT's."""
     unet = {name: tensor for name, tensor in renamed.items() if name.startswith("unet.")}
     text = {name: tensor for name, tensor in renamed.items() if name not in unet}
     own = convert_unet_state_dict_to_peft(unet)
     if text:
-        # Said, since otherwise guessed, wrongly for a file that leaves some projections out.
+        # Given explicitly: diffusers' guess is wrong for files without some projections.
         text = convert_state_dict_to_diffusers(text, original_type=StateDictType.DIFFUSERS_OLD)
         own |= convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS)
     return {name: tensor.float() for name, tensor in own.items()}
@@ -107,20 +107,22 @@ def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]
     odd = [n for n, parts in layers.items() if not n.startswith(PREFIXES) or {*parts} - {"alpha"} != {DOWN, UP}]
     if odd or not any(name.startswith(UNET) for name in layers):
         raise UserError(
-            f"{file}: is no LoRA of a U-Net in kohya's form, with or without its CLIPs; it holds "
+            f"{file}: is not a LoRA of a U-Net in kohya's form, with or without its CLIPs; it holds "
             f"{', '.join(odd[:3] or [*layers][:3]) or 'nothing'}. Others may go into pipe.load_lora_weights."
         )
     # Where alpha is left out it is the rank, for a scale of 1.
     ranks = {name: parts[DOWN].shape[0] if parts[DOWN].ndim else 0 for name, parts in layers.items()}
     if empty := [name for name, rank in ranks.items() if rank < 1]:
         raise UserError(f"{file}: the rank of {', '.join(empty[:3])} is 0; it must be 1 or more.")
-    found = {(rank, _alpha(layers[name].get("alpha"), rank, f"{file}: '{name}.alpha'")) for name, rank in ranks.items()}
-    if len(found) > 1:
+    scales = {
+        (rank, _alpha(layers[name].get("alpha"), rank, f"{file}: '{name}.alpha'")) for name, rank in ranks.items()
+    }
+    if len(scales) > 1:
         raise UserError(
-            f"{file}: the (rank, alpha) of its layers are {sorted(found)}; one for all is supported. "
+            f"{file}: the (rank, alpha) of its layers are {sorted(scales)}; one for all is supported. "
             "pipe.load_lora_weights takes several."
         )
-    return found.pop()
+    return scales.pop()
 
 
 def _alpha(tensor: Tensor | None, rank: int, what: str) -> float:

@@ -199,7 +199,7 @@ def test_every_inner_epoch_learns_from_every_image_once(make_trainer):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda images: images.mean(dim=(1, 2, 3)), r"it returned Tensor, but \(scores, metadata\) is wanted"),
+        (lambda images: images.mean(dim=(1, 2, 3)), r"it returned Tensor, but it must return \(scores, metadata\)"),
         (lambda images: (images.mean(), {}), r"scores of shape \(\) for 2 images"),
         (lambda images: ([1.0, float("nan")], {}), "its score is nan for the prompt"),
     ],

@@ -27,7 +27,7 @@ def test_all_right_or_all_wrong_still_leaves_doubt(correct) -> None:
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 4)])
 def test_an_impossible_share_is_refused(correct, total) -> None:
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a valid share"):
         wilson(correct, total)
 
 

@@ -163,13 +163,13 @@ class BaseTrainer(
 
 
 def checked_rewards(rewards: Any, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
-    """A reward function's scores as [B], with their gradients; UserError unless there is one finite number an image."""
+    """A reward function's scores as [B], with their gradients; UserError unless each image has one finite number."""
     found = torch.as_tensor(rewards, device=device)
     found = found if found.is_floating_point() else found.float()
     if found.numel() != len(prompts):
         raise UserError(
             f"reward_function: it returned scores of shape {tuple(found.shape)} for {len(prompts)} images; it must "
-            "return (scores, metadata) with one score an image"
+            "return (scores, metadata) with one score per image"
         )
     found = found.reshape(-1)
     if not torch.isfinite(found).all():

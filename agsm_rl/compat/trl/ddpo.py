@@ -195,6 +195,8 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
 def _scored(returned: Any) -> tuple[Any, Any]:
     """The reward function's (scores, metadata), waited for where it gave futures."""
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise UserError(f"reward_function: it returned {type(returned).__name__}, but (scores, metadata) is wanted")
+        raise UserError(
+            f"reward_function: it returned {type(returned).__name__}, but it must return (scores, metadata)"
+        )
     scores, metadata = (part.result() if isinstance(part, Future) else part for part in returned)
     return scores, metadata

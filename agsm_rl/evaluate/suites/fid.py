@@ -64,7 +64,7 @@ class FIDResult:
         console.print(made)
 
     def against(self, other: FIDResult) -> dict[str, Any]:
-        """This minus the other; UserError at different numbers of images, which FID's bias would tell apart."""
+        """This minus the other; UserError for different numbers of images, because FID's bias depends on them."""
         if self.num_images != other.num_images:
             raise UserError(
                 f"FID of {self.num_images} images cannot be compared with FID of {other.num_images}: it depends on the "
@@ -112,7 +112,7 @@ class FID:
         """Any image will do."""
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """None: the distance is one of all images together."""
+        """None: the distance is over all images together."""
         return []
 
     def measure(self, images: Sequence[Drawn]) -> None:

@@ -79,8 +79,8 @@ class GenEvalResult:
     def by_tag(self) -> dict[str, list[ImageResult]]:
         """The verdicts of each tag that occurs, tags in GenEval's order."""
         order = [*TAGS, *dict.fromkeys(row.tag for row in self.rows if row.tag not in TAGS)]
-        found = {tag: [row for row in self.rows if row.tag == tag] for tag in order}
-        return {tag: rows for tag, rows in found.items() if rows}
+        by_tag = {tag: [row for row in self.rows if row.tag == tag] for tag in order}
+        return {tag: rows for tag, rows in by_tag.items() if rows}
 
     @property
     def scores(self) -> Scores:
@@ -144,7 +144,7 @@ class GenEvalResult:
 
 
 class GenEval:
-    """The suite. Detections are kept beside the images, so that verdicts by other rules need no detector.
+    """The suite. Detections are stored with the images, so that verdicts by other rules need no detector.
 
     detector, classifier: folders or hub ids (Mask2Former for COCO instances, CLIP).
     """
@@ -161,7 +161,7 @@ class GenEval:
         return Detector(self.detector, self.classifier)
 
     def asked(self) -> dict[int, dict[str, Any]]:
-        """GenEval's prompts by their line, the tags interleaved: the first n of them are balanced as the whole is."""
+        """GenEval's prompts by their line, the tags interleaved: the first n are as balanced as the full set."""
         data = files("agsm_rl.evaluate.suites") / "geneval_data" / "evaluation_metadata.jsonl"
         found = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
         of_tag = {tag: [index for index, row in found.items() if row["tag"] == tag] for tag in TAGS}
@@ -258,9 +258,9 @@ def _fault(metadata: Mapping[str, Any], names: set[str]) -> str:
         if not isinstance(wanted, dict) or wanted.get("class") not in names or not isinstance(wanted.get("count"), int):
             return f"{wanted} has no class of COCO's 80 and no count"
         if "color" in wanted and wanted["color"] not in COLORS:
-            return f"'{wanted['color']}' is none of GenEval's colours"
+            return f"'{wanted['color']}' is not one of GenEval's colours"
         if "position" in wanted and (wanted["position"][0] not in RELATIONS or wanted["position"][1] >= index):
-            return f"{wanted['position']} is no position relative to an earlier object"
+            return f"{wanted['position']} is not a position relative to an earlier object"
     return ""
 
 

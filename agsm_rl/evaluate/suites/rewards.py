@@ -60,14 +60,14 @@ def parse_rewards(
 ) -> list[RewardSpec]:
     """From `NAME` or `NAME:option=value,…` texts and a YAML of {name: weight} or {name: {weight, options…}}.
 
-    UserError for an unknown name or option (with the nearest), and where there is no reward at all.
+    UserError for an unknown name or option (with the nearest), and if no reward is given.
     """
     parts = Parts(where="--reward", allow_imports=allow_imports)
     found = [_parse(text, parts) for text in given]
     if file is not None:
         found += _read_yaml(file, Parts(where=str(file), allow_imports=allow_imports))
     if not found:
-        raise UserError("--suite rewards: there is no reward; name one or more, e.g. --reward jpeg_compressibility.")
+        raise UserError("--suite rewards: no reward given; name one or more, e.g. --reward jpeg_compressibility.")
     labels = [spec.label for spec in found]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
@@ -99,7 +99,7 @@ class RewardsResult:
         return mean_over_prompts(list(self._weighted().values()))
 
     def constant(self) -> list[str]:
-        """Rewards that gave all images of several prompts one and the same score: they measured nothing."""
+        """Rewards that gave all images of several prompts the same score, and so measured nothing."""
         if len(self.prompts) < 2:
             return []
         values = {label: np.concatenate(list(found.values())) for label, found in self.scores.items()}
@@ -129,7 +129,7 @@ class RewardsResult:
         }
 
     def show(self, console: Console, other: RewardsResult | None = None) -> None:
-        """Print a row a reward; with `other`, both, the paired difference, and the win rate in percent."""
+        """Print one row per reward; with `other`, both, the paired difference, and the win rate in percent."""
         columns = ("other", "this", "difference", "wins %") if other else ("mean",)
         made = plain_table(f"rewards on {len(self.prompts)} prompts, 95 % intervals over prompts", ("reward", *columns))
         for label in self.scores:
@@ -172,7 +172,7 @@ class RewardsResult:
 
 
 class Rewards:
-    """The suite. `prompts` are numbered metadata (`prompts.read_prompts`); scores are kept beside the images."""
+    """The suite. `prompts` are numbered metadata (`prompts.read_prompts`); scores are stored with the images."""
 
     name = "rewards"
 
@@ -253,7 +253,7 @@ def _parse(text: str, parts: Parts) -> RewardSpec:
     for piece in filter(None, listed.split(",")):
         key, equals, value = piece.partition("=")
         if not equals:
-            raise UserError(f"--reward {text}: '{piece}' is no option; write NAME:option=value,option=value.")
+            raise UserError(f"--reward {text}: '{piece}' is not an option; write NAME:option=value,option=value.")
         # The constructor's types turn texts into numbers; only what no text can be is read as YAML.
         try:
             options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
@@ -287,7 +287,7 @@ def _spec(name: str, options: dict[str, Any], weight: float, parts: Parts) -> Re
 
 
 def _folder(spec: RewardSpec) -> str:
-    """A folder's name for a reward's scores: readable, and another one for other options."""
+    """A folder's name for a reward's scores: readable, and different for different options."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", spec.label).strip("-.")
     tail = "" if plain == spec.label else "-" + hashlib.sha256(spec.label.encode()).hexdigest()[:8]
     return f"reward-{plain[:60]}{tail}"

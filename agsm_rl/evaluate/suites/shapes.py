@@ -102,7 +102,7 @@ def suite_prompts(split: str, num_images: int, seed: int) -> list[str]:
 
 
 def evaluate(draw: Draw, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64) -> ShapesResult:
-    """Draw one image a prompt, image i from the noise of seed + i, and judge each.
+    """Draw one image per prompt, image i from the noise of seed + i, and judge each.
 
     The same prompts and `seed` give two models the same noise, whatever the batch size: compare them by `compare`.
     UserError for a prompt that is none of the shapes world, before anything is drawn.

@@ -260,11 +260,11 @@ def test_a_yaml_weighs_rewards_into_the_overall_figure(command, tmp_path):
         (["brightnes"], "Did you mean 'brightness'?"),
         (["shapes:verdct=lenient"], "Did you mean 'verdict'?"),
         (["shapes:verdict=x"], "verdict"),
-        (["shapes:verdict=lenient,x"], "'x' is no option"),
+        (["shapes:verdict=lenient,x"], "'x' is not an option"),
         (["os:system"], "--allow-import os"),
         (["shapes:verdict=[a"], "verdict: '[a' cannot be read as YAML".replace("[", r"\[")),
         (["brightness", "brightness"], "named twice"),
-        ([], "there is no reward"),
+        ([], "no reward given"),
     ],
 )
 def test_rewards_that_cannot_be_are_told(given, word):
