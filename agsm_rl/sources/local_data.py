@@ -37,6 +37,8 @@ SPLITS = {
 """What files and folders of a split are called → the split, as `datasets` names it."""
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 """A shard as `datasets` writes it to the hub."""
+YES = ("true", "True", "TRUE", "yes", "Yes", "on")
+"""How YAML says that a configuration is the default one."""
 DOCUMENTS = re.compile(
     r"readme|licen[cs]e|citation|changelog|notice|dataset_infos?\.|thumbs\.db|desktop\.ini|.*\.(md|rst|txt|caption|py|ipynb|lock)$"
 )
@@ -110,7 +112,8 @@ def read_configs(root: Path, where: str) -> dict[str, Mapping[str, Any]]:
     try:
         text = readme.read_text(encoding="utf-8-sig", errors="replace")[: 1 << 20] if readme.is_file() else ""
         match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        header = yaml.safe_load(match[1]) if match else None
+        # Texts only: the other loaders follow merges and read numbers of any length, which can take for ever.
+        header = yaml.load(match[1], Loader=yaml.BaseLoader) if match else None
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         log.warning("%s: the header of its README.md cannot be read and is ignored (%s)", where, str(error)[:200])
         return {}
@@ -118,7 +121,7 @@ def read_configs(root: Path, where: str) -> dict[str, Mapping[str, Any]]:
     named = [
         entry for entry in configs or [] if isinstance(entry, Mapping) and entry.keys() & {"data_files", "data_dir"}
     ]
-    return {str(entry.get("config_name", "default")): entry for entry in named}
+    return {_texts(entry.get("config_name", "default"), "config_name", where)[0]: entry for entry in named}
 
 
 def choose_config(
@@ -129,7 +132,7 @@ def choose_config(
         if config not in names:
             raise unknown_name(f"{where}: config", config, "a configuration of it", names)
         return config
-    default = [name for name in names if entries[name].get("default") is True]
+    default = [name for name in names if entries[name].get("default") in YES]
     default += [name for name in names if name == "default"]
     if len(names) == 1 or default:
         return (default or list(names))[0]
@@ -140,7 +143,7 @@ def _of_config(root: Path, entry: Mapping[str, Any], where: str) -> Listing:
     """The files that a README's configuration names; UserError where it names none that are there."""
     given = entry.get("data_files")
     if given is None:
-        place = _inside(root, str(entry["data_dir"]), where)
+        place = _inside(root, _texts(entry["data_dir"], "data_dir", where)[0], where)
         return _listing(place, list_files(place), where)
     patterns: dict[str, list[str]] = {}
     if isinstance(given, Mapping):
@@ -149,7 +152,8 @@ def _of_config(root: Path, entry: Mapping[str, Any], where: str) -> Listing:
         split, path = (
             (item.get("split", "train"), item.get("path", "")) if isinstance(item, Mapping) else ("train", item)
         )
-        patterns.setdefault(str(split), []).extend(map(str, path if isinstance(path, list) else [path]))
+        paths = _texts(path, "data_files", where)
+        patterns.setdefault(_texts(split, "split", where)[0], []).extend(paths)
     splits = {split: _matching(root, paths, where) for split, paths in patterns.items()}
     kinds = {}
     for split, files in splits.items():
@@ -160,6 +164,14 @@ def _of_config(root: Path, entry: Mapping[str, Any], where: str) -> Listing:
             )
         kinds[split], splits[split] = _data_among(files, where)
     return Listing(next(iter(kinds.values())), splits)
+
+
+def _texts(value: object, key: str, where: str) -> list[str]:
+    """A text or a list of texts of the README; UserError for anything else (never shown: aliases can make it huge)."""
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: `{key}` in its README.md is not a text or a list of texts; correct it there")
+    return texts
 
 
 def _matching(root: Path, patterns: Sequence[str], where: str) -> list[Path]:

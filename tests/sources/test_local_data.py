@@ -12,6 +12,7 @@ from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.sources.images import column_names, find_columns, open_dataset
+from agsm_rl.sources.local_data import list_data
 from agsm_rl.sources.pictures import read_picture
 
 
@@ -157,6 +158,18 @@ def test_of_several_configurations_in_a_clone_one_must_be_named(tmp_path):
     readme.write_text("---\nconfigs:\n- config_name: x\n  data_files: ../**\n---\n")
     with pytest.raises(UserError, match="outside the data set"):
         captions(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("key", ["config_name", "data_files", "data_dir"])
+def test_a_readme_whose_aliases_stand_for_billions_of_texts_is_refused_at_once(tmp_path, key):
+    image_folder(tmp_path, ["a.png"])
+    lines = ["x0: &x0 [t, t, t, t, t, t, t, t, t, t]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 10)]
+    entry = {"config_name": "plain", "data_dir": "."} | {key: "*x9"}
+    lines += ["configs:", "- " + "\n  ".join(f"{name}: {value}" for name, value in entry.items())]
+    (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
+    with pytest.raises(UserError, match=f"`{key}` in its README.md is not a text"):
+        list_data(tmp_path, config=None, where="data")
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path):
