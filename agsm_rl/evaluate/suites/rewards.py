@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.yaml_file import parse_yaml
 from agsm_rl.run.screen import styled, tell
 from agsm_rl.training.scoring import checked_score, scoring_device
 
@@ -255,18 +255,13 @@ def _parse(text: str, parts: Parts) -> RewardSpec:
         if not equals:
             raise UserError(f"--reward {text}: '{piece}' is not an option; write NAME:option=value,option=value.")
         # The constructor's types turn texts into numbers; only what no text can be is read as YAML.
-        try:
-            options[key] = yaml.safe_load(value) if value in ("null", "none") or value[:1] in "[{" else value
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise UserError(f"--reward {text:.200}: {key}: {value!r:.200} cannot be read as YAML ({error}).") from error
+        is_yaml = value in ("null", "none") or value[:1] in "[{"
+        options[key] = parse_yaml(value, where=f"--reward {text:.200}: {key}") if is_yaml else value
     return _spec(name, options, 1.0, parts)
 
 
 def _read_yaml(file: Path, parts: Parts) -> list[RewardSpec]:
-    try:
-        content = yaml.safe_load(read_text(file, max_bytes=MAX_BYTES))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({error}).") from error
+    content = parse_yaml(read_text(file, max_bytes=MAX_BYTES), where=str(file))
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: it should be rewards by name, e.g. `hpsv2: {{weight: 1.0, version: '2.1'}}`.")

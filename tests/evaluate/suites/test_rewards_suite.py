@@ -262,7 +262,7 @@ def test_a_yaml_weighs_rewards_into_the_overall_figure(command, tmp_path):
         (["shapes:verdict=x"], "verdict"),
         (["shapes:verdict=lenient,x"], "'x' is not an option"),
         (["os:system"], "--allow-import os"),
-        (["shapes:verdict=[a"], "verdict: '[a' cannot be read as YAML".replace("[", r"\[")),
+        (["shapes:verdict=[a"], r"verdict=\[a: verdict: line 1: "),
         (["brightness", "brightness"], "named twice"),
         ([], "no reward given"),
     ],
@@ -286,3 +286,11 @@ def test_without_prompts_or_with_other_prompts_the_user_is_told(command, tmp_pat
     folder_of(tmp_path / "theirs", THEIRS[:3])
     unlike = command("ours", "--suite", "rewards", "--reward", "brightness", "--against", "theirs")
     assert unlike.exit_code == 2 and "cannot be paired" in unlike.stderr
+
+
+def test_a_rewards_file_whose_aliases_stand_for_billions_of_values_is_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, "shapes: {weight: *a9}"]))
+    with pytest.raises(UserError, match="r.yaml.*values"):
+        parse_rewards([], tmp_path / "r.yaml")
