@@ -24,6 +24,7 @@ from agsm_rl.backbones.parts import (
     check_complete,
     check_config,
     check_index,
+    check_numbers,
     check_single_file,
     check_tokenizers,
     load_parts,
@@ -164,6 +165,7 @@ def _load_pipeline(
             variant = only_variant(Path(source) / _denoiser_of(kind))
             parts = load_parts(source, parts, options, variant=variant, empty=empty)
             pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **options, **parts)
+        check_numbers(pipeline)
         check_tokenizers(pipeline)
     except _PASSED_ON:
         raise

@@ -6,6 +6,7 @@ have a place, the files must be safetensors, and a configuration may not name co
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -130,6 +131,19 @@ def check_tokenizers(pipeline: Any) -> None:
             )
 
 
+def check_numbers(pipeline: Any) -> None:
+    """BadPart for a VAE's scale or a scheduler's betas that are not usable numbers: every picture would be noise."""
+    config = pipeline.vae.config
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if not _is_finite(scale) or scale <= 0:
+        raise BadPart(f"its vae's config.json has scaling_factor {scale!r:.80}; it must be a finite number above 0.")
+    if shift is not None and not _is_finite(shift):
+        raise BadPart(f"its vae's config.json has shift_factor {shift!r:.80}; it must be a finite number or null.")
+    kept = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    if isinstance(kept, torch.Tensor) and not kept.is_meta and not torch.isfinite(kept).all():
+        raise BadPart("its scheduler_config.json has betas that are not finite numbers; correct it.")
+
+
 def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> None:
     """BadPart for a model_index.json with a component that is not an ordinary class of diffusers or transformers.
 
@@ -163,6 +177,10 @@ def only_variant(folder: Path) -> str | None:
     """The variant of a folder's weight files, such as fp16 of `model.fp16.safetensors`, if they are all of one."""
     variants = {_variant_of(file) for file in folder.glob("*.safetensors")}
     return variants.pop() if len(variants) == 1 else None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse(what: str, noun: str, names: Iterable[str]) -> None:

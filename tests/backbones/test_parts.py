@@ -129,6 +129,24 @@ def test_a_strange_configuration_is_one_message(
     assert named in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor 0"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor nan"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x'"),
+        ("vae/config.json", {"shift_factor": float("inf")}, "shift_factor inf"),
+        ("scheduler/scheduler_config.json", {"beta_end": float("nan")}, "betas that are not finite"),
+    ],
+)
+def test_a_number_that_makes_every_picture_noise_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, file: str, values: dict[str, Any], named: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    change_json(folder / file, **values)
+    assert named in refusal(folder)
+
+
 def test_a_configuration_nested_beyond_reason_is_one_message(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
     (folder / "unet" / "config.json").write_text("[" * 100_000)
