@@ -219,7 +219,7 @@ def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[
             MetricsFile(file).cut(step)
         tell(
             console,
-            f"resuming {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
+            f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
         )
     return standing
 
