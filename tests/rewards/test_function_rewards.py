@@ -275,7 +275,7 @@ def test_a_recipe_takes_functions_of_every_shape(recipe_data, tmp_path):
     rollouts = {"use": "rollouts", "prompts": "prompts.txt", "num_prompts": 1, "images_per_prompt": 2, "num_steps": 1}
     rollouts |= {"guidance": 1.0, "rewards": {f"shaped_scores:{name}": 1.0 for name in NAMES}}
     recipe = Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["shaped_scores"])
-    metrics = build_trainer(recipe, allow_imports=["shaped_scores"]).run_step()
+    metrics = build_trainer(recipe).run_step()
     assert {name: metrics[f"ddpo/reward/{name}"] for name in NAMES} == NAMES
     rollouts["rewards"] = {"shaped_scores:nine": 1.0}
     with pytest.raises(UserError, match="rewards.shaped_scores:nine.* a reward function takes"):
@@ -291,5 +291,5 @@ def test_a_function_sees_the_other_columns_of_its_prompts_file(recipe_data, tmp_
     rollouts = {"use": "rollouts", "prompts": "counts.jsonl", "num_prompts": 2, "images_per_prompt": 1, "num_steps": 1}
     rollouts |= {"guidance": 1.0, "min_history": 2, "rewards": {"counting_scores:counted": 1.0}}
     recipe = Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["counting_scores"])
-    trainer = build_trainer(recipe, allow_imports=["counting_scores"])
+    trainer = build_trainer(recipe)
     assert [trainer.run_step()["ddpo/reward/counted"] for _ in range(2)] == [16.5, 16.5]

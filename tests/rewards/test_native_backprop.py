@@ -80,7 +80,7 @@ def test_the_exact_way_is_refused_when_the_recipe_is_read(recipe_data):
 def test_a_recipe_without_hpsv2s_version_is_refused(recipe_data):
     data = recipe_data("hpsv2")
     del data["objectives"][0]["rewards"]["hpsv2"]["version"]
-    with pytest.raises(UserError, match=r"objectives\[0\]\.rewards\.hpsv2\.version: this key is needed"):
+    with pytest.raises(UserError, match=r"objectives\[0\]\.rewards\.hpsv2\.version: this key is required"):
         Recipe.from_data(data)
 
 
