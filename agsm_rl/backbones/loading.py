@@ -83,6 +83,9 @@ def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
         return _kind_of_file(Path(source), where)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise UserError(f"{where} is a folder without model_index.json; give the folder of a diffusers pipeline.")
+    for path in Path(source).rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # opening a named pipe would block forever
+            raise UserError(f"{where}: {path.relative_to(source)} is not a regular file; get another copy.")
     try:
         with cache_where_unreachable(source):
             index = DiffusionPipeline.load_config(source, local_files_only=local_files_only)

@@ -56,6 +56,8 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, bytes | bytearray | memoryview):
         return Image.open(BytesIO(value), formats=_formats())
     if isinstance(value, Path):
+        if value.exists() and not value.is_file():  # opening a named pipe would block forever
+            raise ValueError(f"{value} is not a regular file")
         return Image.open(value, formats=_formats())
     if isinstance(value, Image.Image):
         return value

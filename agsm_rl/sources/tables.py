@@ -40,6 +40,8 @@ def is_table(path: Path) -> bool:
 def read_text(path: Path, where: str) -> str:
     """A UTF-8 file's text without its byte order mark; UserError, with the line, where it is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")  # opening a named pipe would block forever
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{where}: it cannot be read ({error.strerror or error})") from error

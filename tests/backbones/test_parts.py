@@ -1,6 +1,7 @@
 """A base is what its files say: nothing is drawn at random, dropped, unpickled, imported or guessed as it loads."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -179,3 +180,13 @@ def test_a_whole_base_loads_as_diffusers_loads_it(each_checkpoint: Path) -> None
         if isinstance(part, torch.nn.Module):
             mine = ours.components[name].state_dict()
             assert all(torch.equal(tensor, mine[key]) for key, tensor in part.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "text_encoder/model.safetensors", "vae/more.safetensors"])
+def test_a_named_pipe_among_a_base_s_files_is_refused_and_not_waited_for(
+    tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name} is not a regular file" in refusal(folder)

@@ -1,5 +1,6 @@
 """Pictures as people keep them become what people see: upright, on white, in 8 bits."""
 
+import os
 from io import BytesIO
 
 import numpy as np
@@ -61,3 +62,9 @@ def test_a_file_is_read_by_what_it_holds_and_other_programs_are_not_called(tmp_p
     (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n")
     with pytest.raises(UserError, match="row: its image cannot be read .it is not an image file"):
         read_picture({"bytes": None, "path": str(tmp_path / "b.png")}, "row")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises((UserError, ValueError), match="not a regular file"):
+        read_picture(tmp_path / "a.png", "row 0")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import datasets
 import pytest
@@ -125,3 +126,10 @@ def test_a_file_that_is_not_a_list_of_prompts_is_refused_with_the_place(tmp_path
 def test_a_huge_cell_is_read_and_a_prompt_that_is_not_one_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text(f"prompt,notes\na star,{'x' * 300_000}\n")
     assert texts(tmp_path / "a.csv") == ["a star"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError):
+        read_prompts(str(tmp_path / name))
