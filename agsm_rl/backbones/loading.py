@@ -211,7 +211,7 @@ def is_single_file(path: Path) -> bool:
 
 def _kind_of_file(file: Path, where: str) -> str:
     if file.suffix != ".safetensors":
-        raise UserError(f"{where}: single files must be .safetensors; a pickled file could run code.")
+        raise UserError(f"{where}: only .safetensors are read as single files; a pickled file could run code.")
     names = _tensor_names(file, where)
     for part, kind in SINGLE_FILES.items():
         if any(name.removeprefix(DENOISER).startswith(part) for name in names):

@@ -235,13 +235,13 @@ def _check_files(folder: Path, variant: str | None) -> None:
                 "are read, because a pickled file could run code."
             )
     if not files:
-        raise BadPart(f"there are no .safetensors in {folder}{' except for variants' if present else ''}.")
+        raise FileNotFoundError(f"there are no .safetensors in {folder}{' except for variants' if present else ''}.")
     for file in files:
         with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
             pass
     for part in sorted(set(indexed)):
         if _variant_of(part) == _variant_of(files[0]) and not part.is_file():
-            raise BadPart(f"{part}, which the weight index names, is missing.")
+            raise FileNotFoundError(f"{part}, which the weight index names, is missing.")
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -72,7 +72,7 @@ def test_a_denoiser_may_come_from_another_pipeline_s_folder_or_from_its_own(
 def test_a_denoiser_of_another_width_is_refused_with_both_widths(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = {**tiny_unet().config, "cross_attention_dim": 48}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match=r"backbone.unet.*cross_attention_dim 48, the checkpoint's own unet 32"):
+    with pytest.raises(UserError, match=r"backbone.unet.*cross_attention_dim 48, the checkpoint's unet 32"):
         load(tiny_checkpoint, unet=str(tmp_path / "wide"))
 
 
@@ -225,10 +225,10 @@ def test_a_single_file_without_its_configuration_asks_for_it_while_the_hub_may_n
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = original_file(tiny_checkpoint, tmp_path / "single.safetensors")
-    with pytest.raises(UserError, match="in spite of local_files_only. Give `config:`"):
+    with pytest.raises(UserError, match="in spite of local_files_only. Set `config:`"):
         load(file, local_files_only=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set. Give `config:`"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set. Set `config:`"):
         load(file)
 
 

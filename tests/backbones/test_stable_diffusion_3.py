@@ -39,7 +39,7 @@ def test_the_t5_can_be_given_fewer_tokens(tiny_sd3_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 513])
 def test_the_t5_s_length_must_be_one_that_the_pipeline_takes(tiny_sd3_checkpoint: Path, length: int) -> None:
-    with pytest.raises(UserError, match=f"backbone.t5_length: {length}; diffusers allows 1 to 512"):
+    with pytest.raises(UserError, match=f"backbone.t5_length: got {length}; diffusers allows 1 to 512"):
         load_backbone(str(tiny_sd3_checkpoint), device="cpu", t5_length=length)
 
 

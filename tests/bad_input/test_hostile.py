@@ -165,8 +165,9 @@ def test_auto_map_runs_nothing_and_trust_remote_code_is_no_option(train, content
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "intruder.Thing"}}))
     content["backbone"]["checkpoint"] = str(base)
-    assert train(content, "--set", "steps=1").exit_code == 0
+    assert_refused(train(content, "--set", "steps=1"), "text_encoder", "auto_map")
     assert not mark.exists()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": None}))
     for option in ("backbone", "objectives.0.source"):
         assert_refused(
             train(content, "--set", f"{option}.trust_remote_code=true"), "'trust_remote_code' is not an option"
@@ -178,7 +179,7 @@ def test_a_data_set_s_loading_script_does_not_run(train, content, mark, tmp_path
     shutil.copy(tmp_path / "intruder.py", tmp_path / "data" / "data.py")
     for dataset in ("data", "data/data.py", str(tmp_path / "data")):
         content["objectives"][0]["source"]["dataset"] = dataset
-        assert_refused(train(content), "dataset", "no images and no tables", folder=tmp_path / "run")
+        assert_refused(train(content), "dataset", "images", "table", folder=tmp_path / "run")
     assert not mark.exists()
 
 
