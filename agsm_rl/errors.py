@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MAX_MESSAGE = 2000
+MAX_MESSAGE = 1200
 """Characters of a message; what is longer quotes somebody's file."""
 
 

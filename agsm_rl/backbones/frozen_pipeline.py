@@ -337,6 +337,6 @@ def _check_finite(pipeline: Any, checkpoint: str) -> None:
         for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"backbone.checkpoint: '{checkpoint}': its {part} has non-finite weights, the first in "
+                    f"backbone.checkpoint: '{checkpoint}': its {part} has weights that are not finite, first in "
                     f"'{name}'; download the file again, or use another one."
                 )

@@ -74,7 +74,7 @@ OVERRIDES = {
     "no resolution": ("backbone.resolution=0", ["backbone.resolution", "0", "positive multiple of 8"]),
     "a dtype that is for drawing": ("backbone.dtype=float16", ["backbone.dtype", "'float16'", "bfloat16"]),
     "a device that is none": ("backbone.device=gpu", ["backbone.device", "'gpu'", "cuda:1"]),
-    "a device that is not here": ("backbone.device=cuda:77", ["backbone.device", "cuda:77", "give cpu"]),
+    "a device that is not here": ("backbone.device=cuda:77", ["backbone.device", "cuda:77", "use cpu"]),
     "a seed that no generator takes": ("seed=18446744073709551616", ["seed", "less than or equal to"]),
     "a seed of a part that no generator takes": (
         "adapters.lora.seed=18446744073709551616",
@@ -131,7 +131,7 @@ OVERRIDES = {
     "a suite that is not there": ("evaluate={suite: shaps}", ["evaluate.suite", "'shaps'"]),
     "a negative checkpoint interval": ("checkpoint.every=-1", ["checkpoint.every", "-1"]),
     "a step beyond all": ("steps=1000000000000", ["'steps' is 1000000000000", "1,000,000,000"]),
-    "a step of very many digits": ("steps=" + "9" * 5000, ["5000 digits"]),
+    "a step of very many digits": ("steps=" + "9" * 5000, ["--set", "5000 digits"]),
     "a rank beyond all": ("adapters.lora.rank=1000000000000000000", ["adapters.lora", "'rank'", "1,000,000,000"]),
     "a large rank": ("adapters.lora.rank=100000", ["adapters.lora", "rank", "100000", "1 to 4096"]),
     "a batch beyond all": ("objectives.0.source.batch_size=10000000000", ["batch_size", "10000000000"]),
@@ -144,8 +144,8 @@ OVERRIDES = {
     "an evaluation of a billion": ("evaluate={num_images: 1000000000}", ["evaluate.num_images", "1000000"]),
     "a step of a schedule beyond all": ("objectives.0.weight={1000000000000: 1.0}", ["objectives[0].weight", "steps"]),
     "a guidance beyond all": ("sample.guidance=1e300", ["sample.guidance", "1e+300"]),
-    "an index that is no digit": ("objectives.²=x", ["objectives is a list of 1", "'²' is not an index"]),
-    "a path of very many keys": ("a." * 5000 + "b=1", ["key.path=value"]),
+    "an index that is no digit": ("objectives.²=x", ["--set", "objectives is a list of 1", "'²' is not an index"]),
+    "a path of very many keys": ("a." * 5000 + "b=1", ["--set", "key.path=value"]),
     "code by its name": ("objectives.0.use=os:system", ["objectives[0].use", "'os:system'", "--allow-import os"]),
 }
 
@@ -194,7 +194,8 @@ TEXTS = {
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_an_impossible_value_is_refused(train, content, tmp_path, case):
     override, words = OVERRIDES[case]
-    assert_refused(train(content, "--set", override), "x.yaml", *words, folder=tmp_path / "run")
+    place = [] if "--set" in words else ["x.yaml"]
+    assert_refused(train(content, "--set", override), *place, *words, folder=tmp_path / "run")
 
 
 @pytest.mark.parametrize("case", TEXTS)

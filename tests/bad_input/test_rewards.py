@@ -106,7 +106,7 @@ def test_code_that_cannot_be_imported_is_told(train, with_reward, tmp_path, modu
 @pytest.mark.parametrize(
     ("rewards", "words"),
     [
-        ({"odd_rewards:Odd": 1.0}, ["kind", "needed"]),
+        ({"odd_rewards:Odd": 1.0}, ["kind", "required"]),
         ({"odd_rewards:Odd": {"kind": "NaN", "knd": 1}}, ["'knd'", "kind"]),
         ({"shapes": {"verdict": "strikt"}}, ["shapes", "verdict", "strict"]),
         ({"shaps": 1.0}, ["'shaps'", "Did you mean 'shapes'?"]),

@@ -192,9 +192,9 @@ CHECKPOINTS = {
     "a list": (lambda run: rewritten(run, lambda state: [1]), ["not a checkpoint of this"]),
     "no optimiser": (
         lambda run: rewritten(run, _without("optimizer")),
-        ["not a checkpoint of this", "optimizer"],
+        ["does not belong to this", "optimizer"],
     ),
-    "no sources": (lambda run: rewritten(run, _without("sources")), ["not a checkpoint of this", "sources"]),
+    "no sources": (lambda run: rewritten(run, _without("sources")), ["does not belong to this", "sources"]),
     "truncated": (lambda run: truncated(next((run / "checkpoints").glob("*.pt"))), ["no good checkpoint is left"]),
     "vanished": (lambda run: shutil.rmtree(run / "checkpoints"), ["checkpoints are gone", "start_from"]),
 }
