@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agsm_rl.errors import UserError
@@ -84,6 +83,8 @@ def _formats() -> tuple[str, ...]:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Greys of 16 bits as 8, which `convert` would clip to white; ValueError for numbers without a known range."""
     if picture.mode.startswith("I;16"):
+        import numpy as np  # the command line, which names files only, does without
+
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits")

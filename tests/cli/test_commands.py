@@ -239,7 +239,7 @@ def test_a_run_folder_in_use_is_told(command, recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
     assert_told(command("train", recipe, "--run-dir", "run"), "run", "not empty")
-    assert_told(command("train", recipe, "--run-dir", "run", "--resume"), "no run folder")
+    assert_told(command("train", recipe, "--run-dir", "run", "--resume"), "not a run folder")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
