@@ -168,8 +168,9 @@ def _of_config(root: Path, entry: Mapping[str, Any], where: str) -> Listing:
 
 def _texts(value: object, key: str, where: str) -> list[str]:
     """A text or a list of texts of the README; UserError for anything else (never shown: aliases can make it huge)."""
-    texts = value if isinstance(value, list) else [value]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    if not texts or len(texts) < len(values):
         raise UserError(f"{where}: `{key}` in its README.md is not a text or a list of texts; correct it there")
     return texts
 

@@ -263,7 +263,7 @@ def test_a_pipeline_of_one_s_own_is_refused_with_what_works(make_config):
 
 
 def test_a_pipeline_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="pretrained_model_name: '/nowhere/sd' cannot be loaded"):
+    with pytest.raises(UserError, match="'/nowhere/sd': there is no such file or folder"):
         DefaultDDPOStableDiffusionPipeline("/nowhere/sd")
 
 
