@@ -152,4 +152,4 @@ def test_a_damaged_cell_file_is_named_and_the_cell_is_finished_again(sweep, capl
     sweep(evaluate=EVALUATE[:1])
     (CELL / "cell.json").write_text('{"settings": ')
     assert sweep(evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
-    assert "cell.json: cannot be read" in caplog.text
+    assert "cell.json: is damaged" in caplog.text
