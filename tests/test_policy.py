@@ -125,5 +125,5 @@ def test_another_number_of_banks_than_rows_is_an_error(backbone: Backbone) -> No
 
 def test_a_lora_cannot_be_asked_for_a_bank_a_row(backbone: Backbone) -> None:
     policy = make_policy(backbone, "lora")
-    with pytest.raises(ValueError, match="a LoRA's bank is one for all"), policy.adapters["lora"].using(BANKS):
+    with pytest.raises(ValueError, match="a LoRA cannot use one bank per row"), policy.adapters["lora"].using(BANKS):
         pass

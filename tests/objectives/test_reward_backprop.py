@@ -144,7 +144,7 @@ def test_a_reward_that_only_claims_gradients_is_named(policy):
         def __call__(self, images, prompts):
             return super().__call__(images, prompts).detach()
 
-    with pytest.raises(UserError, match="'brightness' carries no gradient, though"):
+    with pytest.raises(UserError, match="'brightness' carries no gradient, although"):
         RewardBackprop([(Detached(), 1.0)], num_steps=2, guidance=1.0).loss(policy, BATCH)
 
 
