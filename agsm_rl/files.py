@@ -128,9 +128,9 @@ def replacing(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
     is written first, for callers that clean up after a kill by name. OSError when the disk refuses.
     """
     aside = aside or path.with_name(f".{path.name}.{os.getpid()}.new")
-    with suppress(FileNotFoundError):  # somebody's link in its place would be written through
-        aside.unlink()
     try:
+        with suppress(FileNotFoundError):  # somebody's link in its place would be written through
+            aside.unlink()
         yield aside
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
