@@ -133,7 +133,7 @@ def test_the_proposal_fits_and_halves_passes_before_it_changes_the_base(make_rec
     assert fit(recipe, own, own.peak * 2).changes == {}
     smaller = fit(recipe, own, own.peak)  # which leaves nothing to spare
     assert smaller.fits and set(smaller.changes) == {"objectives.0.groups_per_pass"}
-    again = predict(changed(recipe, smaller.changes, "recipe", ()))[1]
+    again = predict(changed(recipe, smaller.changes))[1]
     assert again.peak == smaller.prediction.peak <= own.peak / (1 + MARGIN)
 
 
