@@ -22,7 +22,7 @@ from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.measurement import to_json
-from agsm_rl.sweep.evaluations import Evaluations
+from agsm_rl.sweep.evaluations import CellEvaluations
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_recipe_s_evaluation_draws_with_the_bank_that_it_names(read, tmp_path,
 def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_base_s(read, exported, tmp_path):
     folder = RunFolder(tmp_path)  # whose adapter/ is there
     folder.metrics.write_text("")
-    evaluations = Evaluations(folder, read(), base=tmp_path / "base", model_id="cell")
+    evaluations = CellEvaluations(folder, read(), base=tmp_path / "base", model_id="cell")
     for bank in ("positive", "negative"):
         options = Evaluate(num_images=2, num_steps=2, bank=bank)
         evaluations.write(options, f"{bank}.json", step=1, pictures=False)
@@ -112,7 +112,7 @@ def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_b
     pictures = {path.read_bytes() for path in (tmp_path / "evals").rglob("0000.png")}
     assert len(pictures) == 2 and len(list((tmp_path / "base").rglob("0000.png"))) == 1
     save_adapters({"lora": one_bank(read())}, tmp_path / "one" / "adapter", metadata={})
-    alone = Evaluations(RunFolder(tmp_path / "one"), read(), base=tmp_path / "base", model_id="other")
+    alone = CellEvaluations(RunFolder(tmp_path / "one"), read(), base=tmp_path / "base", model_id="other")
     with pytest.raises(UserError, match=r"evaluate\.bank: negative, but no adapter here has a negative bank"):
         alone.write(options, "eval.json", step=1, pictures=False)
 
