@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from agsm_rl.interfaces import Batch, with_defaults
 from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
+from agsm_rl.training.gradients import as_numbers, cosines, norm
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
@@ -265,7 +265,7 @@ class Trainer:
             learned.append(term)
             metrics["loss"] += weight * figures["loss"]
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
-        metrics |= _cosines(gradients)
+        metrics |= cosines(gradients)
         combined = self.combine(list(gradients.values()), self.seed + self.step)
         self._look_at_adapters(learned, combined)
         self._apply(combined, metrics)
@@ -300,7 +300,7 @@ class Trainer:
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
         total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
         means = dict(zip(sums, self.processes.mean(list(sums.values())), strict=True))
-        return total, _numbers(means | {"grad_norm": _norm(total)})
+        return total, as_numbers(means | {"grad_norm": norm(total)})
 
     def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
         """Report to the watch which of the adapters that this step trains got a gradient that is not all 0."""
@@ -309,12 +309,12 @@ class Trainer:
         for adapter in sorted(trained):
             values = [gradient[name] for name in self.policy.parameters([adapter]) if name in gradient]
             found[adapter] = sum((value.count_nonzero() for value in values), torch.zeros(()))
-        self.watch.look_at_adapters(self.step + 1, {name: number > 0 for name, number in _numbers(found).items()})
+        self.watch.look_at_adapters(self.step + 1, {name: number > 0 for name, number in as_numbers(found).items()})
 
     def _apply(self, gradient: Gradient, metrics: dict[str, float]) -> None:
         if not gradient:
             return
-        metrics["grad_norm"] = float(_norm(gradient))
+        metrics["grad_norm"] = float(norm(gradient))
         if not self.watch.step_passes(self.step + 1, metrics["grad_norm"]):
             metrics["skipped"] = 1.0
             return
@@ -382,30 +382,3 @@ def _rate_of(learning_rate: float | Mapping[str, float], adapter: str) -> float:
     if adapter not in learning_rate:
         raise UserError(f"optimizer.learning_rate: it has no rate for the adapter '{adapter}'")
     return learning_rate[adapter]
-
-
-def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """0-d tensors as numbers, fetched together so that a GPU is waited for only once."""
-    if not figures:
-        return {}
-    device = next(iter(figures.values())).device
-    together = torch.stack([figure.to(device, torch.float32) for figure in figures.values()])
-    return dict(zip(figures, together.tolist(), strict=True))
-
-
-def _norm(gradient: Gradient) -> Tensor:
-    if not gradient:
-        return torch.zeros(())
-    return torch.stack([value.float().norm() for value in gradient.values()]).norm()
-
-
-def _cosines(gradients: dict[str, Gradient]) -> dict[str, float]:
-    """The cosine between each two terms' gradients, over the parameters that both reach."""
-    found: dict[str, float] = {}
-    for (first, one), (second, other) in combinations(gradients.items(), 2):
-        common = [name for name in one if name in other]
-        product = sum((one[name].float() * other[name].float()).sum() for name in common)
-        size = _norm({name: one[name] for name in common}) * _norm({name: other[name] for name in common})
-        if common and size > 0:
-            found[f"cosine/{first}/{second}"] = float(product / size)
-    return found

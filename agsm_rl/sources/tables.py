@@ -32,11 +32,6 @@ TABLES = {
 LINE_END = re.compile("\r\n|\n|\r")
 
 
-def is_table(path: Path) -> bool:
-    """Whether the file's name says that it has columns."""
-    return path.suffix.lower() in TABLES
-
-
 def read_text(path: Path, where: str) -> str:
     """A UTF-8 file's text without its byte order mark; UserError, with the line, where it is not UTF-8."""
     try:

@@ -90,7 +90,7 @@ def check_result(result: Result) -> None:
     assert not [letter for letter in result.output if not letter.isprintable() and letter not in "\n\t"]
 
 
-def refused_or_fine(call: Callable[[], Any]) -> None:
+def check_refused_or_fine(call: Callable[[], Any]) -> None:
     """The call returns, or raises a UserError whose message can be shown."""
     try:
         call()
@@ -111,7 +111,7 @@ def test_a_recipe_with_odd_values_is_read_or_refused(content: Any, tmp_path_fact
     folder.mkdir()
     with nothing_outside(folder):
         (folder / "r.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-        refused_or_fine(lambda: Recipe.from_yaml(folder / "r.yaml"))
+        check_refused_or_fine(lambda: Recipe.from_yaml(folder / "r.yaml"))
 
 
 @QUICK
@@ -121,7 +121,7 @@ def test_a_recipe_with_damaged_bytes_is_read_or_refused(
 ) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "r.yaml"
     file.write_bytes(content)
-    refused_or_fine(lambda: Recipe.from_yaml(file))
+    check_refused_or_fine(lambda: Recipe.from_yaml(file))
 
 
 @QUICK
@@ -134,7 +134,7 @@ def test_a_changed_value_on_the_command_line_is_taken_or_refused(
     file = tmp_path_factory.mktemp("fuzz") / "r.yaml"
     file.write_text(yaml.safe_dump(RECIPE))
     override = f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}"
-    refused_or_fine(lambda: Recipe.from_yaml(file, [override]))
+    check_refused_or_fine(lambda: Recipe.from_yaml(file, [override]))
 
 
 @QUICK
@@ -167,7 +167,7 @@ def test_an_adapter_with_an_odd_header_is_read_or_refused(
     file = folder / "lora.safetensors"
     file.write_bytes(header_file(header, torch.ones(16).numpy().tobytes()))
     with nothing_outside(folder):
-        refused_or_fine(lambda: read_export(file))
+        check_refused_or_fine(lambda: read_export(file))
         for form in ("kohya", "agsm-rl"):
             check_result(CliRunner().invoke(app, ["convert", str(file), str(folder / "o.safetensors"), "--to", form]))
 
@@ -197,4 +197,4 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     if whole_checksum:  # damaged on purpose, by somebody who wrote the checksum too
         path.with_suffix(".sha256").write_text(checkpoints._digest(path) + "\n")
     with nothing_outside(folder):
-        refused_or_fine(lambda: checkpoints.newest(folder))
+        check_refused_or_fine(lambda: checkpoints.newest(folder))
