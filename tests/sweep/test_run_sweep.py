@@ -178,6 +178,7 @@ def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
 
 def test_a_failed_cell_is_told_and_stops_no_other(sweep, tmp_path, recipe):
     prompts = tmp_path / "prompts.txt"
+    prompts.write_text("")
     own = {"use": "rollouts", "prompts": str(prompts), "rewards": {"brightness": 1.0}, "num_steps": 2}
     own |= {"num_prompts": 1, "images_per_prompt": 2}
     broken = {"sources": {"own": own}, "objectives": [{"use": "ddpo", "source": "own"}]}
@@ -187,7 +188,7 @@ def test_a_failed_cell_is_told_and_stops_no_other(sweep, tmp_path, recipe):
     assert (board.count("failed"), board.count("done")) == (2, 1)
     rows = {row["cell"]: row for row in summary()["cells"]}
     assert rows["broken-seed0"]["status"] == "failed"
-    assert "prompts.txt': there is no such file" in rows["broken-seed0"]["error"]
+    assert "prompts.txt': it has no prompts" in rows["broken-seed0"]["error"]
     assert rows["after-seed0"]["error"] == "not started, because 'broken-seed0' failed"
     assert "broken-seed0: failed: exit code 2" in (RUN / "sweep.log").read_text()
     prompts.write_text("a red star\n")
@@ -250,13 +251,13 @@ def test_a_sweep_that_was_changed_is_refused(sweep):
     sweep(evaluate=EVALUATE[:1])
     with pytest.raises(UserError, match=r"mine-seed0.recipe.yaml: the run was started with optimizer.*another --dir"):
         sweep(set={"optimizer.learning_rate": 0.5})
-    with pytest.raises(UserError, match="another budget than the 1 steps it has now"):
+    with pytest.raises(UserError, match="a budget other than the 1 steps that it has now"):
         sweep(budget={"steps": 1})
 
 
-def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_is_gone_on_with(sweep):
+def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_continues(sweep):
     sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[:1])
-    with pytest.raises(UserError, match="mine-seed0: was begun with another budget than the 1e-07 seconds"):
+    with pytest.raises(UserError, match="mine-seed0: was started with a budget other than the 1e-07 seconds"):
         sweep(budget={"seconds": 1e-7}, evaluate=EVALUATE[:1])
     assert sweep(budget={"seconds": 2e-6}, evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
 
@@ -264,7 +265,7 @@ def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_is_gone_on_with
 def test_a_chain_is_not_continued_from_a_start_that_has_changed(sweep):
     axes = {"objective": {"first": {}, "second": {"start_from": "first"}}}
     sweep(axes=axes, evaluate=EVALUATE[:1])
-    with pytest.raises(UserError, match="cell 'second-seed0' cannot go on with that"):
+    with pytest.raises(UserError, match="cell 'second-seed0' cannot continue with that"):
         sweep(axes=axes, evaluate=EVALUATE[:1], budget={"steps": 3})
 
 
