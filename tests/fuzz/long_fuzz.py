@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -16,9 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ["FUZZ_PROFILE"] = "long"  # read when the tests are defined
 
 import test_fuzz  # noqa: E402
-from hypothesis import seed, settings  # noqa: E402
+from hypothesis import seed  # noqa: E402
 
 
 class Folders:
@@ -49,8 +51,7 @@ def main() -> None:
         for name, test in tests.items():
             with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
                 folders, began = Folders(Path(root)), time.monotonic()
-                many = settings(test_fuzz.QUICK, max_examples=100, derandomize=False)
-                seed(number)(many(test))(tmp_path_factory=folders)
+                seed(number)(test)(tmp_path_factory=folders)
                 counts[name] += folders.count
                 slowest[name] = max(slowest[name], (time.monotonic() - began) / max(1, folders.count))
         number += 1

@@ -7,6 +7,7 @@ Deterministic and short here; `python tests/fuzz/long_fuzz.py --minutes 30` draw
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -53,13 +54,14 @@ LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 ADAPTER = {f"{LORA}.lora_A.weight": torch.ones(2, 4), f"{LORA}.lora_B.weight": torch.ones(4, 2)}
 METADATA = {"kind": "lora", "name": "lora", "version": "0.1.0", "rank": "2", "alpha": "2", "banks": "1"}
 TEXT_FILES = ("metrics.jsonl", "evaluations.jsonl", "eval.json", "recipe.yaml")
-QUICK = settings(
-    max_examples=40,
-    derandomize=True,
+PATIENT = settings(
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+settings.register_profile("quick", PATIENT, max_examples=40, derandomize=True)
+settings.register_profile("long", PATIENT, max_examples=100, derandomize=False)
+settings.load_profile(os.environ.get("FUZZ_PROFILE", "quick"))
 
 
 @contextmanager
@@ -104,7 +106,6 @@ def header_file(header: Any, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@QUICK
 @given(content=changed(RECIPE))
 def test_a_recipe_with_odd_values_is_read_or_refused(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
@@ -114,7 +115,6 @@ def test_a_recipe_with_odd_values_is_read_or_refused(content: Any, tmp_path_fact
         check_refused_or_fine(lambda: Recipe.from_yaml(folder / "r.yaml"))
 
 
-@QUICK
 @given(content=damaged(yaml.safe_dump(RECIPE).encode()))
 def test_a_recipe_with_damaged_bytes_is_read_or_refused(
     content: bytes, tmp_path_factory: pytest.TempPathFactory
@@ -124,7 +124,6 @@ def test_a_recipe_with_damaged_bytes_is_read_or_refused(
     check_refused_or_fine(lambda: Recipe.from_yaml(file))
 
 
-@QUICK
 @given(
     value=VALUES, key=st.sampled_from(["steps", "backbone.checkpoint", "objectives.0.weight", "sources.own.rewards"])
 )
@@ -137,7 +136,6 @@ def test_a_changed_value_on_the_command_line_is_taken_or_refused(
     check_refused_or_fine(lambda: Recipe.from_yaml(file, [override]))
 
 
-@QUICK
 @given(data=st.data(), name=st.sampled_from(TEXT_FILES), how=st.sampled_from(["bytes", "values"]))
 def test_a_run_folder_with_an_odd_file_is_reported_or_refused(
     data: st.DataObject, name: str, how: str, tmp_path_factory: pytest.TempPathFactory
@@ -157,7 +155,6 @@ def test_a_run_folder_with_an_odd_file_is_reported_or_refused(
         run.mkdir()
 
 
-@QUICK
 @given(header=changed(json.loads(save(ADAPTER, METADATA)[8 : 8 + struct.unpack("<Q", save(ADAPTER, METADATA)[:8])[0]])))
 def test_an_adapter_with_an_odd_header_is_read_or_refused(
     header: Any, tmp_path_factory: pytest.TempPathFactory
@@ -172,7 +169,6 @@ def test_an_adapter_with_an_odd_header_is_read_or_refused(
             check_result(CliRunner().invoke(app, ["convert", str(file), str(folder / "o.safetensors"), "--to", form]))
 
 
-@QUICK
 @given(content=damaged(save(ADAPTER, METADATA)))
 def test_an_adapter_with_damaged_bytes_is_read_or_refused(
     content: bytes, tmp_path_factory: pytest.TempPathFactory
@@ -185,7 +181,6 @@ def test_an_adapter_with_damaged_bytes_is_read_or_refused(
         check_result(CliRunner().invoke(app, ["convert", str(file), str(folder / "o.safetensors"), "--to", "kohya"]))
 
 
-@QUICK
 @given(data=st.data(), whole_checksum=st.booleans())
 def test_a_damaged_checkpoint_is_passed_over_or_refused(
     data: st.DataObject, whole_checksum: bool, tmp_path_factory: pytest.TempPathFactory

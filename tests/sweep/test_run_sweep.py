@@ -272,7 +272,7 @@ def test_a_chain_is_not_continued_from_a_start_that_has_changed(sweep):
 def test_a_folder_of_something_else_is_refused(sweep):
     RUN.mkdir(parents=True)
     (RUN / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="is not empty and no sweep's folder"):
+    with pytest.raises(UserError, match="is not empty and not the folder of a sweep"):
         sweep()
 
 
