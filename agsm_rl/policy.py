@@ -47,6 +47,8 @@ class Policy:
     """A backbone with adapters attached; `live`, `ema` and `reference` are its three predictions.
 
     `ema_decay` in [0, 1) is the share of the shadow that is kept at each update (published: 0.9999).
+    The shadow begins as a copy of the parameters. AGSM's released trainer keeps a second denoiser for the EMA instead,
+    whose tokens begin at random values of their own; the two agree once those are forgotten (some ten thousand steps).
     """
 
     def __init__(self, backbone: Backbone, adapters: Mapping[str, Adapter], *, ema_decay: float = 0.9999) -> None:

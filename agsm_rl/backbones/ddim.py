@@ -40,11 +40,24 @@ class DDIMSampler:
         """
         # A step is mean + σ · variance_noise: noise 0 gives the mean.
         step = self.scheduler.step(prediction, self.timesteps[k], x_t, eta=eta, variance_noise=torch.zeros_like(x_t))
-        return step.prev_sample, self._std(k, eta).to(x_t)
+        std, alpha = self._std(k, eta), self._alpha_after(k)
+        if 1 - alpha - std.to(alpha) ** 2 < 0:
+            # From pure noise (zero terminal SNR) η = 1 keeps none of it, 1 − ᾱ' = σ². Rounding can put the difference
+            # below 0, of which `step` takes the root; clamped at 0, the mean is the predicted image's part alone.
+            return (alpha.sqrt().to(x_t) * step.pred_original_sample).to(x_t), std.to(x_t)
+        return step.prev_sample, std.to(x_t)
 
     def _std(self, k: int, eta: float) -> Tensor:
         # From a zero sample and a zero prediction the mean is 0 for every prediction type, and noise 1 leaves σ alone.
+        # σ is proportional to η: half of it keeps `step` from the root of a number below 0, and doubling is exact.
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        step = self.scheduler.step(zero, self.timesteps[k], zero, eta=eta, variance_noise=one)
-        std: Tensor = step.prev_sample[0]
+        step = self.scheduler.step(zero, self.timesteps[k], zero, eta=eta / 2, variance_noise=one)
+        std: Tensor = 2 * step.prev_sample[0]
         return std
+
+    def _alpha_after(self, k: int) -> Tensor:
+        """ᾱ' after step `k`, 0-d, as `step` reads it."""
+        scheduler = self.scheduler
+        timestep = self.timesteps[k] - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        alpha: Tensor = scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod
+        return alpha

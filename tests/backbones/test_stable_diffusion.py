@@ -120,6 +120,28 @@ def test_a_transition_is_the_closed_form_of_ddim(
     assert (std == 0) == (eta == 0)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_steps_from_zero_terminal_snr_are_finite_and_exact(backbone: StableDiffusion, eta: float) -> None:
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    backbone = with_scheduler(backbone, **options)
+    generator = torch.Generator().manual_seed(0)
+    x_t, output = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    for num_steps in range(10, 51):
+        sampler = backbone.sampler(num_steps)
+        assert sampler.timesteps[0] == 999  # pure noise
+        for k in range(num_steps):
+            mean, std = sampler.transition(k, x_t, output, eta=eta)
+            assert torch.isfinite(mean).all() and torch.isfinite(std)
+        # From pure noise v is −x0 and the noise is x_t itself, of which η = 1 keeps nothing.
+        mean, std = sampler.transition(0, x_t, output, eta=eta)
+        previous = sampler.scheduler.alphas_cumprod[999 - 1000 // num_steps].double()
+        sigma = eta * (1 - previous).sqrt()
+        kept = ((1 - previous - sigma**2).clamp(min=0)).sqrt()
+        torch.testing.assert_close(std.double(), sigma, rtol=1e-6, atol=0)
+        # float32: the root of a rounding error of 1e-7 is 3e-4, times x_t.
+        torch.testing.assert_close(mean, (-previous.sqrt() * output + kept * x_t).float(), rtol=1e-4, atol=2e-3)
+
+
 def test_a_drawn_step_is_what_the_scheduler_itself_draws(backbone: StableDiffusion) -> None:
     generator = torch.Generator().manual_seed(0)
     x_t, output, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
