@@ -4,6 +4,7 @@ If all compared rewards are equal, the advantage is exactly 0: a division must n
 """
 
 from collections import deque
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,16 +33,21 @@ def normalised_by_prompt(
     return advantages
 
 
-def normalised_by_group(rewards: Tensor, prompts: list[str]) -> Tensor:
-    """(reward − mean) / (standard deviation + 1e-4), [N], over the images of the same prompt among these.
+def normalised_by_group(rewards: Tensor, prompts: list[str], *, std: Literal["group", "global"] = "group") -> Tensor:
+    """(reward − mean of its prompt) / (standard deviation + 1e-4), [N], over the images of the same prompt among these.
 
     GRPO's group-relative advantage (arXiv 2402.03300), as Flow-GRPO uses it (arXiv 2505.05470; 1e-4 is its code's).
-    A group whose rewards are all equal teaches nothing: 0.
+    `std`: the standard deviation of the prompt's own images, or of all N rewards, as in Flow-GRPO's configurations for
+    SD3.5: a prompt whose images hardly differ then counts little. A group of equal rewards teaches nothing: 0.
     """
+    if std not in ("group", "global"):
+        raise ValueError(f"std: '{std}' is neither 'group' nor 'global'")
+    _, overall = _center_and_spread(rewards)
     advantages = torch.empty_like(rewards)
     for prompt in dict.fromkeys(prompts):
         group = [index for index, other in enumerate(prompts) if other == prompt]
-        advantages[group] = normalised_over_all(rewards[group])
+        center, spread = _center_and_spread(rewards[group])
+        advantages[group] = (rewards[group] - center) / ((spread if std == "group" else overall) + 1e-4)
     return advantages
 
 
