@@ -9,7 +9,7 @@ are float [B] in [0, 1), 0 being clean (a flow's sampler begins at 1); tensors a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MethodType
@@ -359,6 +359,15 @@ class TakesMetadata(Protocol):
     """
 
     takes_metadata: bool
+
+
+def free_name(name: str, taken: Collection[str | None]) -> str:
+    """The first of name, name_2, name_3, … that is not taken."""
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def with_defaults(thing: Any, base: type) -> Any:

@@ -5,7 +5,7 @@ layer returns its base layer's output unchanged. Other people's adapters on the 
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -28,7 +28,7 @@ from agsm_rl.adapters.lora_export import (
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Bank, Banks
+from agsm_rl.interfaces import Backbone, Bank, Banks, free_name
 
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
 MAX_RANK = 4096
@@ -116,7 +116,7 @@ class LoRA:
             raise RuntimeError("this LoRA is already attached; detach it first")
         self._models = self._find_models(backbone)
         taken = {name for model in self._models.values() for name in getattr(model, "peft_config", {})}
-        self._names = [_free_name(bank, taken) for bank in BANKS[: self.banks]]
+        self._names = [free_name(bank, taken) for bank in BANKS[: self.banks]]
         # PEFT would put the adapters of a meta-device base on the CPU.
         device = torch.device("meta") if backbone.device.type == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), device:
@@ -278,13 +278,6 @@ def _set_active(layer: Any, names: list[str]) -> None:
 
 def _ends_with(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _free_name(bank: str, taken: Collection[str]) -> str:
-    number = 1
-    while (name := bank if number == 1 else f"{bank}_{number}") in taken:
-        number += 1
-    return name
 
 
 def _denoiser_name(backbone: Backbone) -> str:

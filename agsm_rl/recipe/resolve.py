@@ -7,7 +7,7 @@ of them reads data or weights until it is bound, attached or called.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
@@ -119,15 +119,17 @@ def _complete_terms(recipe: RecipeKeys, parts: Parts) -> list[TermBlock]:
 
 
 def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
-    """By its place, the name of each term that has none.
+    """A name for each term that has none, by its index.
 
-    Noise hangs on the name, so those that never learn are named last: a term of weight 0 is as no term.
+    Noise depends on the name. Terms that never learn are named last, so that a term of weight 0 changes nothing.
     """
+    from agsm_rl.interfaces import free_name
+
     taken = {term.name for term in terms}
     names = {}
     for index in sorted(range(len(terms)), key=lambda index: _never_learns(terms[index])):
         if terms[index].name is None:
-            names[index] = _free_name(terms[index].use.rpartition(":")[2], taken)
+            names[index] = free_name(terms[index].use.rpartition(":")[2], taken)
             taken.add(names[index])
     return names
 
@@ -135,14 +137,6 @@ def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
 def _never_learns(term: TermBlock) -> bool:
     weights = term.weight.values() if isinstance(term.weight, dict) else [term.weight]
     return not any(weights)
-
-
-def _free_name(use: str, taken: Collection[str | None]) -> str:
-    """agsm, agsm_2, agsm_3, …: the first that is free."""
-    count = 1
-    while (name := use if count == 1 else f"{use}_{count}") in taken:
-        count += 1
-    return name
 
 
 def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
