@@ -148,7 +148,7 @@ class Evaluate(Section):
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
-    prompt_suffix: str = Field("", exclude_if=lambda suffix: not suffix)  # older cells stay finished
+    prompt_suffix: str = ""
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)
 

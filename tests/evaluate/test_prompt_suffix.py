@@ -1,4 +1,4 @@
-"""What is read behind each prompt of an evaluation: drawn with, not judged by, and told."""
+"""An evaluation's prompt suffix: images are drawn with it, judged without it, and it is reported."""
 
 import json
 from io import StringIO
@@ -17,6 +17,8 @@ from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.evaluate.target import open_target
 from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.earlier import evaluation_of_today
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import Evaluator
@@ -53,9 +55,12 @@ def test_a_recipe_s_evaluation_draws_base_and_trained_with_it_and_judges_by_the_
     assert to_json([(base, trained)], recipe.evaluate)["prompt_suffix"] == SUFFIX
 
 
-def test_settings_without_it_are_written_as_they_were_before_there_was_one():
-    assert "prompt_suffix" not in Evaluate().model_dump(mode="json")
-    assert Evaluate(prompt_suffix=SUFFIX).model_dump(mode="json")["prompt_suffix"] == SUFFIX
+def test_settings_stored_before_there_was_one_mean_none():
+    settings = Evaluate().model_dump(mode="json")
+    assert settings.pop("prompt_suffix") == ""
+    parts = Parts(where="recipe.yaml")
+    assert evaluation_of_today(settings, parts) == evaluation_of_today(settings | {"prompt_suffix": ""}, parts)
+    assert evaluation_of_today(settings | {"prompt_suffix": SUFFIX}, parts).prompt_suffix == SUFFIX
 
 
 def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(tiny_checkpoint, tmp_path):
