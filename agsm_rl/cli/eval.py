@@ -124,7 +124,7 @@ def evaluate(
     output.check()
     without_loading_bars()
     if suite == "shapes" and not _needs_files(target, comparison, output):
-        _evaluate_in_memory(target, drawing, comparison, output, options)
+        _evaluate_in_memory(target, drawing, comparison, output, options, allowed.granted())
         return
     if drawing.bank != "positive":
         raise UserError(
@@ -141,7 +141,12 @@ def _needs_files(target: str, comparison: Comparison, output: Output) -> bool:
 
 
 def _evaluate_in_memory(
-    target: str, drawing: Drawing, comparison: Comparison, output: Output, options: SuiteFlags
+    target: str,
+    drawing: Drawing,
+    comparison: Comparison,
+    output: Output,
+    options: SuiteFlags,
+    granted: frozenset[str],
 ) -> None:
     from agsm_rl.evaluate.in_memory import InMemoryOptions, evaluate_in_memory
     from agsm_rl.evaluate.target import open_target
@@ -156,7 +161,7 @@ def _evaluate_in_memory(
         batch_size=drawing.batch_size,
         prompt_suffix=drawing.prompt_suffix,
     )
-    opened = open_target(target, base=drawing.base, options=drawing.backbone())
+    opened = open_target(target, base=drawing.base, options=drawing.backbone(), allow_imports=granted)
     evaluate_in_memory(opened, what, compare=comparison.compare, json_file=output.json_file)
 
 
@@ -189,6 +194,7 @@ def _evaluate_on_disk(
         compare=comparison.compare,
         base=drawing.base,
         backbone=drawing.backbone(),
+        allow_imports=granted,
     )
     chosen = make_suite(
         suite, options, target=target, num_images=drawing.num_images, seed=drawing.seed, allow_imports=granted

@@ -104,7 +104,7 @@ SetOption = Annotated[
 ]
 AllowOption = Annotated[
     list[str] | None,
-    typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code of this module. Repeatable."),
+    typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code from this module. Repeatable."),
 ]
 BaseOption = Annotated[str | None, typer.Option(help="The base to use an adapter on, instead of the one it names.")]
 GuidanceOption = Annotated[float | None, typer.Option(callback=_finite, help="Classifier-free guidance; 1 is off.")]

@@ -10,6 +10,7 @@ import typer
 
 from agsm_rl.cli.options import BankOption, BaseOption, GuidanceOption, StepsOption, TargetArgument
 from agsm_rl.errors import UserError
+from agsm_rl.registry import permissions
 from agsm_rl.run.screen import say, without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
 
@@ -25,6 +26,10 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
     bank: BankOption = "positive",
     base: BaseOption = None,
+    allow_import: Annotated[
+        list[str] | None,
+        typer.Option("--allow-import", metavar="MODULE", help="Let TARGET use code from this module. Repeatable."),
+    ] = None,
 ) -> None:
     """Draw pictures."""
     from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
@@ -32,7 +37,7 @@ def sample(
 
     without_loading_bars()
     check_output_folder(out, option="-o")
-    opened = open_target(target, base=base)
+    opened = open_target(target, base=base, allow_imports=permissions(imports=allow_import))
     with opened.using(bank):
         for start in range(0, number, batch_size):
             seeds = [seed + index for index in range(start, min(start + batch_size, number))]

@@ -25,9 +25,16 @@ MEASURED_AT_ONCE = 16
 class OnDiskOptions:
     """What to draw, where to keep it, and what to compare with.
 
-    images: the folder that keeps drawn images; a temporary one by default. against: another target to compare with;
-    compare: the target's own base instead. share: `i/n`, this process's share of the drawing and measuring. base: the
-    base to use the target on. backbone: options of it, over the target's own.
+    Attributes:
+        images: The folder that keeps drawn images; a temporary one by default.
+        num_images: How many images to draw; None is the suite's number.
+        drawing: How images are drawn.
+        share: `i/n`, this process's share of the drawing and measuring.
+        against: Another target to compare with.
+        compare: Compare with the target's own base.
+        base: The base to use the target on.
+        backbone: Options of the backbone, which take precedence over the target's.
+        allow_imports: Modules whose code a target may name.
     """
 
     images: Path | None = None
@@ -38,6 +45,7 @@ class OnDiskOptions:
     compare: bool = False
     base: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
+    allow_imports: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -139,7 +147,8 @@ class SuiteProcess:
             self.target = None  # two models need not be in memory at once
             resolution = (like.drawing or {}).get("resolution") if like is not None else None
             base = self.options.base if target != self.options.against else None
-            self.target = open_target(target, base=base, options=self._backbone(resolution))
+            options, allowed = self._backbone(resolution), self.options.allow_imports
+            self.target = open_target(target, base=base, options=options, allow_imports=allowed)
         assert self.target is not None
         drawing = draw_images(planned, folder, self.target, settings, self.share, console=self.console)
         return TargetImages(self.target.name, planned, drawing, folder=folder if self.options.images else None)

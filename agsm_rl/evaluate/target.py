@@ -1,8 +1,8 @@
-"""What `sample` and `eval` are asked about: a run folder, an exported adapter, or a base."""
+"""The target of `sample` and `eval`: a run folder, an exported adapter, or a base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, ValidationError
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach, find_exports, read_export
+from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach_to_backbone, find_exports, read_export
 from agsm_rl.files import local_path, parse_json
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
@@ -25,7 +25,7 @@ from agsm_rl.recipe.schema import Block, Samples
 from agsm_rl.recipe.yaml_file import read_yaml
 
 BUILTIN_DRAWING = (3.0, 20)
-"""Guidance and steps that suit the small bases, where nothing else is said."""
+"""Guidance and steps for the small bases, unless a recipe says otherwise."""
 
 
 class _Sample(Section):
@@ -35,8 +35,8 @@ class _Sample(Section):
     num_steps: int = Samples().num_steps
 
 
-class _Drawn(Section):
-    """What a run's recipe says of drawing with it; the rest may be of another version, or name parts not installed."""
+class _DrawingKeys(Section):
+    """The keys of a run's recipe that drawing needs; the others may name parts of another version, or not installed."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -46,63 +46,75 @@ class _Drawn(Section):
 
 @dataclass
 class Target:
-    """A backbone, with adapters attached unless the target is a base."""
+    """A backbone, with adapters attached unless the target is a base.
+
+    Attributes:
+        name: The target as the user gave it.
+        block: The backbone's options.
+        files: The adapters' files.
+    """
 
     backbone: Backbone
     handle: Handle | None
     guidance: float
     num_steps: int
     name: str = ""
-    """As it was given."""
     block: Mapping[str, Any] = field(default_factory=dict)
-    """The backbone's options."""
     files: tuple[Path, ...] = ()
-    """Of its adapters."""
 
     def using(self, bank: Bank) -> AbstractContextManager[None]:
-        """Draw with this bank within the block; UserError for the negative one where there is none."""
+        """Draw with this bank within the block; UserError for the negative bank if there is none."""
         adapters = list(self.handle.adapters.values()) if self.handle else []
         check_bank(bank, adapters, where="--bank")
         return using(adapters, bank)
 
 
-def open_target(target: str, *, base: str | None = None, options: Mapping[str, Any] | None = None) -> Target:
-    """Load a run folder, an adapter file or folder (`base` overrules the base that it names), or a base.
+def open_target(
+    target: str,
+    *,
+    base: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow_imports: Collection[str] = (),
+) -> Target:
+    """Load a run folder, an adapter file or folder, or a base.
 
-    A LoRA that is not of ours (as diffusers and PEFT write it) goes with a `base`. options: of the backbone, over the
-    run's own (dtype, device, …).
+    Args:
+        target: The folder, file or name.
+        base: The base to use instead of the one that the target names; needed for a LoRA that diffusers or PEFT wrote.
+        options: Options of the backbone (dtype, device, …), which take precedence over the run's.
+        allow_imports: Modules whose code the target may name (registry.permissions).
     """
     path, more = local_path(target), dict(options or {})
     if (path / "recipe.yaml").is_file():
-        return _open_run(path, base, more)
+        return _open_run(path, base, more, allow_imports)
     is_adapter = path.suffix == ".safetensors" and not is_single_file(path)
     if is_adapter or (path.is_dir() and not (path / "model_index.json").is_file()):
-        return _open_adapter(path, base, more)
+        return _open_adapter(path, base, more, allow_imports)
     if base is not None:
         raise UserError(
             f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter."
         )
-    return _opened({"use": "stable_diffusion", "checkpoint": target} | more, where=target)
+    return _load({"use": "stable_diffusion", "checkpoint": target} | more, where=target)
 
 
-def _open_run(path: Path, base: str | None, more: dict[str, Any]) -> Target:
+def _open_run(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
-        given = _Drawn.model_validate(recipe | {"backbone": with_first_defaults(recipe)["backbone"]})
+        given = _DrawingKeys.model_validate(recipe | {"backbone": with_first_defaults(recipe)["backbone"]})
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
     block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more
-    block.pop("compile", None)  # it pays over a training, not over a few pictures
-    found = _opened(block, where=where, name=str(path), adapter=path)
+    block.pop("compile", None)  # compiling pays off in a training, not for a few pictures
+    target = _load(block, where=where, name=str(path), adapter=path, allow_imports=allow_imports)
     if given.sample is not None:
-        found.guidance, found.num_steps = given.sample.guidance, given.sample.num_steps
-    return found
+        target.guidance, target.num_steps = given.sample.guidance, given.sample.num_steps
+    return target
 
 
-def _open_adapter(path: Path, base: str | None, more: dict[str, Any]) -> Target:
+def _open_adapter(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
     files = find_exports(path)
     if base and len(files) == 1 and _is_foreign(files[0]):
-        return _opened({"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])} | more, where=str(path))
+        return _load({"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])} | more, where=str(path))
     _, metadata = read_export(files[0])
     checkpoint = base or metadata.get("checkpoint")
     if not checkpoint:
@@ -112,11 +124,11 @@ def _open_adapter(path: Path, base: str | None, more: dict[str, Any]) -> Target:
     block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
     if base is None:
         block |= _trained_on(metadata, files[0])
-    return _opened(block | more, where=str(path), adapter=path)
+    return _load(block | more, where=str(path), adapter=path, allow_imports=allow_imports)
 
 
 def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """What else an export says of its base: another U-Net in it, a fused LoRA, its dtype."""
+    """What else an export says about its base: another U-Net, a fused LoRA, its dtype."""
     try:
         options = parse_json(metadata.get("backbone_options", "{}"), where="JSON")
         return {key: options[key] for key in BASE_OPTIONS if options.get(key) is not None}
@@ -125,16 +137,23 @@ def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
 
 
 def _is_foreign(file: Path) -> bool:
-    """True for a LoRA of another tool's, without our metadata."""
+    """True for a LoRA written by another tool, without our metadata."""
     return "kind" not in read_safetensors(file)[1]
 
 
-def _opened(block: dict[str, Any], *, where: str, name: str = "", adapter: Path | None = None) -> Target:
-    # Exports are looked for before the base is loaded, which takes long for a large one.
+def _load(
+    block: dict[str, Any],
+    *,
+    where: str,
+    name: str = "",
+    adapter: Path | None = None,
+    allow_imports: Collection[str] = (),
+) -> Target:
+    # Look for the exports first: loading a large base takes long.
     lora = Path(block.get("lora") or "")
     files = find_exports(adapter) if adapter is not None else [lora] if lora.is_file() else []
-    parts = Parts(where=where)
+    parts = Parts(where=where, allow_imports=allow_imports)
     backbone = build_backbone(parts.complete("backbones", Block.model_validate(block), "backbone"), parts=parts)
-    handle = attach(backbone.pipeline, adapter) if adapter is not None else None
+    handle = None if adapter is None else attach_to_backbone(backbone, adapter, allow_imports=allow_imports)
     guidance, num_steps = BUILTIN_DRAWING if str(block["checkpoint"]).startswith("builtin:") else backbone.drawing
     return Target(backbone, handle, guidance, num_steps, name=name or where, block=block, files=tuple(files))

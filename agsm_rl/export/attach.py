@@ -7,7 +7,8 @@ The files are ordinary safetensors whose metadata names the adapter's kind; a Lo
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
 from agsm_rl.files import local_path, replacing
-from agsm_rl.interfaces import Adapter
+from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
 
 BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
@@ -57,30 +58,62 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
     offloaded layer by layer; nothing is attached then.
     """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
-    modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
-    handle = Handle(
-        {},
-        [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()],
-        [(part, part.training) for module in modules for part in module.modules()],
-    )
-    try:
+    handle = _unchanged(pipeline)
+    with _detached_on_error(handle):
         backbone = backbone_of(pipeline)
         if pipeline.device.type == "meta":
             raise UserError(
                 f"{path}: cannot be attached to a pipeline after enable_sequential_cpu_offload(), which leaves no "
                 "weights to put it on. Attach first, then offload; or use enable_model_cpu_offload()."
             )
-        for name, (tensors, metadata) in exports.items():
-            adapter = load("adapters", metadata["kind"], where=f"{name}.safetensors").from_export(tensors, metadata)
-            adapter.attach(backbone)
-            handle.adapters[name] = adapter
-            adapter.load_export(tensors, metadata)
-            for _, parameter in adapter.named_parameters():
-                parameter.requires_grad_(False)
+        _add_exports(handle, backbone, exports, ())
+    return handle
+
+
+def attach_to_backbone(
+    backbone: Backbone, path: str | os.PathLike[str], *, allow_imports: Collection[str] = ()
+) -> Handle:
+    """`attach` for a backbone that is already loaded, of any class, also one that only `allow_imports` makes known."""
+    exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
+    handle = _unchanged(backbone.pipeline)
+    with _detached_on_error(handle):
+        _add_exports(handle, backbone, exports, allow_imports)
+    return handle
+
+
+def _unchanged(pipeline: Any) -> Handle:
+    """A handle without adapters, which remembers the pipeline as it is."""
+    modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    return Handle(
+        {},
+        [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()],
+        [(part, part.training) for module in modules for part in module.modules()],
+    )
+
+
+@contextmanager
+def _detached_on_error(handle: Handle) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         handle.detach()
         raise
-    return handle
+
+
+def _add_exports(
+    handle: Handle,
+    backbone: Backbone,
+    exports: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]],
+    allow_imports: Collection[str],
+) -> None:
+    for name, (tensors, metadata) in exports.items():
+        adapter_class = load("adapters", metadata["kind"], where=f"{name}.safetensors", allow_imports=allow_imports)
+        adapter = adapter_class.from_export(tensors, metadata)
+        adapter.attach(backbone)
+        handle.adapters[name] = adapter
+        adapter.load_export(tensors, metadata)
+        for _, parameter in adapter.named_parameters():
+            parameter.requires_grad_(False)
 
 
 def find_exports(path: Path) -> list[Path]:
