@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from agsm_rl.errors import UserError
-from agsm_rl.sources.local_data import METADATA, counted, name_some, sidecar_of
+from agsm_rl.sources.folder_files import Sidecars, counted, name_some
+from agsm_rl.sources.local_data import METADATA
 from agsm_rl.sources.pictures import SUFFIXES
 from agsm_rl.sources.tables import columns_of, read_lines, read_rows
 
@@ -103,21 +104,28 @@ def _image(table: Path, value: Any, where: str, inside: Path | None) -> Path | N
 
 def _with_sidecars(images: Sequence[Path], where: str) -> Any:
     """The images beside which a text file has captions: a caption per line."""
-    folders = {image.parent for image in images}
-    beside = sidecar_of(file for folder in folders for file in folder.iterdir())
-    rows, without = [], []
+    beside = Sidecars(images)
+    rows, without, differing = [], [], []
     for image in images:
-        file = beside(image)
-        if file is None:
+        files = beside.of(image)
+        if not files:
             without.append(image)
             continue
-        lines = read_lines(file, f"{where}: {file.name}")
-        rows.append({"image": image, "caption": lines if len(lines) > 1 else "".join(lines)})
+        texts = [read_lines(file, f"{where}: {file.name}") for file in files]
+        if any(lines != texts[0] for lines in texts[1:]):
+            differing.append(image)
+        rows.append({"image": image, "caption": texts[0] if len(texts[0]) > 1 else "".join(texts[0])})
     if not rows:
         raise UserError(f"{where}: it has {counted(len(images), 'image')} but no captions; {CAPTIONS_WANTED}")
+    of_all = counted(len(images), "image")
     if without:
-        count = f"{len(without)} of {counted(len(images), 'image')}"
-        log.warning("%s: left out %s without a text file beside: %s", where, count, name_some(without))
+        names = name_some(without)
+        log.warning("%s: left out %s of %s without a text file beside: %s", where, len(without), of_all, names)
+    if differing:
+        log.warning(
+            "%s: %s of %s have both a .txt and a .caption with different text; the .txt is used: %s",
+            where, len(differing), of_all, name_some(differing),
+        )  # fmt: skip
     return to_dataset(rows, where)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.sources.folder_files import NAMED, SIDECARS, counted, list_files, name_some
 from agsm_rl.sources.pictures import SUFFIXES as PICTURES
 from agsm_rl.sources.tables import TABLES
 
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables that say what the images beside and below them show."""
-SIDECARS = (".txt", ".caption")
-"""Endings of the files with one image's captions, as kohya's and others' trainers read them."""
 SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -43,8 +42,6 @@ DOCUMENTS = re.compile(
     r"readme|licen[cs]e|citation|changelog|notice|dataset_infos?\.|thumbs\.db|desktop\.ini|.*\.(md|rst|txt|caption|py|ipynb|lock)$"
 )
 """Files of which nobody expects that they are data."""
-NAMED = 5
-"""Files that a message names one by one."""
 
 Kind = Literal["saved", "parquet", "arrow", "archives", "images", "tables"]
 
@@ -88,22 +85,7 @@ def list_data(root: Path, *, config: str | None, where: str) -> Listing:
                 f"{where}: config '{config}': its README names no configurations, and it has no such folder"
             )
         root = root / config
-    return _listing(root, list_files(root), where)
-
-
-def list_files(root: Path) -> list[Path]:
-    """All files below a folder, sorted, through links; hidden ones and what macOS adds to archives are left out."""
-    files: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "__pycache__"))]
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it
-            folders[:] = []
-            continue
-        seen.add(real)
-        files += [Path(place) / name for name in names if not name.startswith(".")]
-    return sorted(files)
+    return _listing(root, list_files(root, where), where)
 
 
 def read_configs(root: Path, where: str) -> dict[str, Mapping[str, Any]]:
@@ -144,7 +126,7 @@ def _of_config(root: Path, entry: Mapping[str, Any], where: str) -> Listing:
     given = entry.get("data_files")
     if given is None:
         place = _inside(root, _texts(entry["data_dir"], "data_dir", where)[0], where)
-        return _listing(place, list_files(place), where)
+        return _listing(place, list_files(place, where), where)
     patterns: dict[str, list[str]] = {}
     if isinstance(given, Mapping):
         given = [{"split": split, "path": path} for split, path in given.items()]
@@ -181,7 +163,7 @@ def _matching(root: Path, patterns: Sequence[str], where: str) -> list[Path]:
         _inside(root, pattern, where)
         for name in sorted(glob.glob(pattern, root_dir=root, recursive=True)):
             path = root / name
-            files |= dict.fromkeys(list_files(path) if path.is_dir() else [path])
+            files |= dict.fromkeys(list_files(path, where) if path.is_dir() else [path] if path.is_file() else [])
     return list(files)
 
 
@@ -203,7 +185,9 @@ def _data_among(files: Sequence[Path], where: str) -> tuple[Kind, list[Path]]:
     by_kind: dict[str, list[Path]] = {}
     for file in files:
         by_kind.setdefault(_role(file), []).append(file)
-    captioned = "images" in by_kind and ("metadata" in by_kind or any(map(sidecar_of(files), by_kind["images"])))
+    sidecars = {file.with_suffix("") for file in files if file.suffix.lower() in SIDECARS}
+    captioned = "metadata" in by_kind or any(image.with_suffix("") in sidecars for image in by_kind.get("images", []))
+    captioned &= "images" in by_kind
     kinds: list[Kind] = ["images"] if captioned else ["parquet", "arrow", "images", "archives", "tables"]
     for kind in kinds:
         if kind in by_kind:
@@ -219,12 +203,6 @@ def _data_among(files: Sequence[Path], where: str) -> tuple[Kind, list[Path]]:
         f"{where}: it has no images and no tables{holds}; give a folder of images with captions (a metadata.jsonl, or "
         "a NAME.txt beside each image), or of parquet, csv or jsonl files"
     )
-
-
-def sidecar_of(files: Iterable[Path]) -> Callable[[Path], Path | None]:
-    """A function from an image to the file with its captions among `files`: NAME.txt beside NAME.png."""
-    sidecars = {file.with_suffix(""): file for file in files if file.suffix.lower() in SIDECARS}
-    return lambda image: sidecars.get(image.with_suffix(""))
 
 
 def _role(file: Path) -> str:
@@ -265,18 +243,6 @@ def _report_unused(files: Sequence[Path], kind: str, where: str) -> None:
 
 def _others(files: Sequence[Path]) -> str:
     return counted(len(files), "other file")
-
-
-def counted(count: int, noun: str) -> str:
-    """1 image, 2 images."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def name_some(things: Iterable[object]) -> str:
-    """The first few, and how many more."""
-    names = [thing.name if isinstance(thing, Path) else str(thing) for thing in things]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _splits_of_folders(root: Path, files: Sequence[Path], where: str) -> dict[str, list[Path]]:

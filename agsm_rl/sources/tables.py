@@ -29,6 +29,8 @@ TABLES = {
     ".parquet": "parquet",
 }
 """How the names of tables end, in lower case."""
+SEPARATORS = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}
+"""What people's tables separate columns by."""
 LINE_END = re.compile("\r\n|\n|\r")
 
 
@@ -124,6 +126,7 @@ def _csv_rows(text: str, where: str, delimiter: str) -> Iterator[tuple[str, Row]
                 continue
             if header is None:
                 header = [name.strip() for name in cells]
+                _check_separator(header, delimiter, where)
                 if twice := sorted({name for name in header if header.count(name) > 1}):
                     raise UserError(f"{where}: its header names the column '{twice[0]}' twice; rename one")
                 continue
@@ -135,6 +138,16 @@ def _csv_rows(text: str, where: str, delimiter: str) -> Iterator[tuple[str, Row]
             yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} cannot be read as a table ({error})") from error
+
+
+def _check_separator(header: list[str], delimiter: str, where: str) -> None:
+    """UserError for a header of one column that holds another separator: a spreadsheet in many languages writes `;`."""
+    for other, name in SEPARATORS.items():
+        if len(header) == 1 and other != delimiter and other in header[0]:
+            raise UserError(
+                f"{where}: its columns are separated by {name} ({header[0]:.100}), but a .csv is read with commas and "
+                "a .tsv with tabs; save it so, or as .jsonl"
+            )
 
 
 def _parquet_rows(path: Path, where: str) -> list[tuple[str, Row]]:

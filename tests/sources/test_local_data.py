@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tarfile
 import zipfile
 from io import BytesIO
@@ -219,3 +220,64 @@ def test_a_linked_folder_is_followed_and_a_circle_ends(tmp_path):
     (tmp_path / "x" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "x")
     assert captions(tmp_path / "x") == ["1.png"]
+
+
+def captioned(folder, names):
+    """Images with a text file beside each."""
+    image_folder(folder, names, metadata=None)
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(name)
+
+
+def test_links_are_followed_to_files_and_folders_and_reported_once(tmp_path, caplog):
+    captioned(tmp_path / "pool", ["a.png", "b.png"])
+    captioned(tmp_path / "data", ["c.png"])
+    captioned(tmp_path / "data" / "more", ["d.png"])
+    for name in ("a.png", "a.txt"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "pool" / name)
+    (tmp_path / "data" / "e.png").symlink_to("more/d.png")
+    (tmp_path / "data" / "e.txt").symlink_to("more/d.txt")
+    assert captions(tmp_path / "data") == ["a.png", "c.png", "d.png", "d.png"]
+    (message,) = [record.message for record in caplog.records]
+    assert "2 files of it are read through links to other folders: a.png, a.txt" in message
+
+
+def test_a_folder_is_read_once_however_many_links_lead_to_it(tmp_path, caplog):
+    captioned(tmp_path / "data" / "z", ["a.png"])
+    (tmp_path / "data" / "a").symlink_to("z")
+    (tmp_path / "data" / "z" / "up").symlink_to("..")
+    assert captions(tmp_path / "data") == ["a.png"]
+    assert "left out 2 links to folders that are read already: up, a" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe.txt", "metadata.jsonl", "pipe.parquet", "gone.png", "self.png"])
+def test_pipes_devices_and_links_to_nothing_are_left_out_and_reported(tmp_path, caplog, name):
+    captioned(tmp_path / "data", ["a.png"])
+    odd = tmp_path / "data" / name
+    if name == "gone.png":
+        odd.symlink_to("nothing")
+    elif name == "self.png":
+        odd.symlink_to(name)
+    else:
+        os.mkfifo(odd)
+        (tmp_path / "data" / "null.png").symlink_to("/dev/zero")
+    assert captions(tmp_path / "data") == ["a.png"]
+    assert "that are not files (named pipes, devices, links to nothing)" in caplog.text and name in caplog.text
+
+
+def test_of_two_text_files_beside_an_image_the_txt_is_used_and_that_is_said_where_they_differ(tmp_path, caplog):
+    captioned(tmp_path / "data", ["a.png", "b.png", "c.png"])
+    (tmp_path / "data" / "a.caption").write_text("another")
+    (tmp_path / "data" / "b.caption").write_text("b.png\n")
+    (tmp_path / "data" / "c.txt").rename(tmp_path / "data" / "c.caption")
+    assert captions(tmp_path / "data") == ["a.png", "b.png", "c.png"]
+    (message,) = [record.message for record in caplog.records]
+    assert "1 of 3 images have both a .txt and a .caption with different text; the .txt is used: a.png" in message
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_a_csv_with_another_separator_is_refused_by_its_name(tmp_path, separator, name):
+    image_folder(tmp_path / "data", ["a.png"], metadata=None)
+    (tmp_path / "data" / "metadata.csv").write_text(f"file_name{separator}caption\na.png{separator}a star, red\n")
+    with pytest.raises(UserError, match=f"its columns are separated by {name}.*a .csv is read with commas"):
+        opened(tmp_path / "data")
