@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.identity import digest_parts
-from agsm_rl.backbones.loading import KINDS, find_kind, load_pipeline, unsupported
+from agsm_rl.backbones.loading import KINDS, check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond, Tokens
 from agsm_rl.training.limits import MAX_RESOLUTION
@@ -130,7 +130,7 @@ class FrozenPipeline:
             empty=empty,
         )
         if not empty:
-            _check_finite(pipeline, checkpoint)
+            check_finite(pipeline, f"backbone.checkpoint: '{checkpoint}'")
             pipeline = _moved(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
@@ -329,14 +329,3 @@ class FrozenPipeline:
         scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         images = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0].to(latents.dtype)
         return (images / 2 + 0.5).clamp(0, 1)
-
-
-def _check_finite(pipeline: Any, checkpoint: str) -> None:
-    """UserError naming the first weight that is not finite: all that is drawn would be noise."""
-    for part, module in pipeline.components.items():
-        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"backbone.checkpoint: '{checkpoint}': its {part} has weights that are not finite, first in "
-                    f"'{name}'; download the file again, or use another one."
-                )

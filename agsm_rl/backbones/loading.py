@@ -25,6 +25,7 @@ from agsm_rl.backbones.parts import (
     check_config,
     check_index,
     check_numbers,
+    check_object,
     check_single_file,
     check_tokenizers,
     load_parts,
@@ -76,9 +77,11 @@ def find_checkpoint(checkpoint: str, where: str = "backbone.checkpoint") -> str:
     return str(BUILTINS / name)
 
 
-def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
-    """The name of a checkpoint's pipeline class, one of KINDS; UserError for any other class."""
-    source, where = find_checkpoint(checkpoint), f"backbone.checkpoint: '{checkpoint}'"
+def find_kind(
+    checkpoint: str, *, local_files_only: bool = False, revision: str | None = None, key: str = "backbone.checkpoint"
+) -> str:
+    """The name of a checkpoint's pipeline class, one of KINDS; UserError, which names `key`, for any other class."""
+    source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
     if Path(source).is_file():
         return _kind_of_file(Path(source), where)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
@@ -88,10 +91,13 @@ def find_kind(checkpoint: str, *, local_files_only: bool = False) -> str:
             raise UserError(f"{where}: {path.relative_to(source)} is not a regular file; get another copy.")
     try:
         with cache_where_unreachable(source):
-            index = DiffusionPipeline.load_config(source, local_files_only=local_files_only)
+            index = DiffusionPipeline.load_config(source, local_files_only=local_files_only, revision=revision)
+        check_object(index, "model_index.json")
         kind = str(index.get("_class_name"))
     except _PASSED_ON:
         raise
+    except BadPart as error:
+        raise UserError(f"{where}: {error}") from error
     except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, local_files_only) from error
     if kind not in KINDS:
@@ -113,18 +119,21 @@ def load_pipeline(
     lora: str | None = None,
     config: str | None = None,
     empty: bool = False,
+    revision: str | None = None,
+    key: str = "backbone.checkpoint",
 ) -> Any:
     """Load the checkpoint's pipeline, one of KINDS; UserError if that fails.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
     config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
-    torch's meta device. The parts of a folder or hub id are then built from their configurations alone.
+    torch's meta device. The parts of a folder or hub id are then built from their configurations alone. revision: of
+    the hub's files. key: what names the checkpoint, for messages.
 
     If a folder's files are all of one variant, such as fp16, that one is read. A part whose files lack a weight, or
     hold a tensor that it has no place for, is refused (parts.py).
     """
     with cache_where_unreachable(checkpoint, *(denoisers or {}).values(), lora, config):
-        return _load_pipeline(checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty)
+        return _load_pipeline(checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty, revision, key)
 
 
 def _load_pipeline(
@@ -135,9 +144,11 @@ def _load_pipeline(
     lora: str | None,
     config: str | None,
     empty: bool,
+    revision: str | None,
+    key: str,
 ) -> Any:
-    kind, source = find_kind(checkpoint, local_files_only=local_files_only), find_checkpoint(checkpoint)
-    where = f"backbone.checkpoint: '{checkpoint}'"
+    kind = find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
+    source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
     single = Path(source).is_file()
     if config is not None and not single:
         raise UserError("backbone.config: only a single-file checkpoint needs it; leave it out.")
@@ -166,8 +177,9 @@ def _load_pipeline(
             _use_prediction_type(pipeline, _tensor_names(Path(source), where))
         else:
             variant = only_variant(Path(source) / _denoiser_of(kind))
-            parts = load_parts(source, parts, options, variant=variant, empty=empty)
-            pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **options, **parts)
+            whole = options | {"revision": revision}
+            parts = load_parts(source, parts, whole, variant=variant, empty=empty)
+            pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **whole, **parts)
         check_numbers(pipeline)
         check_tokenizers(pipeline)
     except _PASSED_ON:
@@ -186,6 +198,17 @@ def _load_pipeline(
     if lora is not None:
         _add_lora(pipeline, lora, local_files_only, empty=empty)
     return pipeline
+
+
+def check_finite(pipeline: Any, where: str) -> None:
+    """UserError naming the first weight that is not finite: all that is drawn would be noise."""
+    for part, module in pipeline.components.items():
+        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"{where}: its {part} has weights that are not finite, first in "
+                    f"'{name}'; download the file again, or use another one."
+                )
 
 
 def _use_prediction_type(pipeline: Any, names: list[str]) -> None:

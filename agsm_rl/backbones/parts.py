@@ -5,10 +5,12 @@ place for, with a warning at most. Here every weight of a part must come from it
 have a place, the files must be safetensors, and a configuration may not name code or kernels to be fetched.
 """
 
+import inspect
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,14 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from agsm_rl.errors import UserError
+from agsm_rl.files import parse_json, read_json
+
+NEEDED = ("vae", "unet", "transformer", "scheduler")
+"""Parts without which no pipeline draws."""
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 COMPONENTS = (
     nn.Module,
@@ -34,6 +41,15 @@ FOREIGN_KEYS = {
     "quantization_config": "quantised weights, which are not supported",
 }
 """Keys of a part's configuration that would have a library run or fetch more than this package's own classes."""
+CONFIGURATIONS = (
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+)
+HUB_OPTIONS = ("local_files_only", "revision")
+"""Options of from_pretrained that say which files of the hub are read."""
 ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 
 
@@ -49,23 +65,77 @@ def load_parts(
     `options` are from_pretrained's. `empty`: on torch's meta device, from the configurations alone; a folder's weight
     files are only checked to be there and whole. Raises BadPart, or whatever the libraries raise.
     """
-    local_only = options["local_files_only"]
     parts = dict(replaced)
-    index = DiffusionPipeline.load_config(source, local_files_only=local_only)
+    where = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    index = DiffusionPipeline.load_config(source, **where)
     check_index(index, replaced=replaced)
     for name, entry in index.items():
-        model_class = _model_class(entry)
-        if name in replaced or model_class is None:
+        component = _class_of(entry)
+        if name in replaced or component is None:
             continue
-        config = _config_of(model_class, source, name, local_only)
-        check_config(config, part=name)
-        if Path(source).is_dir():
-            _check_files(Path(source) / name, variant)
-        if empty:
-            parts[name] = _on_meta(model_class, source, name, local_only).to(options["dtype"])
-        else:
-            parts[name] = load_whole(model_class, source, name, part=name, variant=variant, options=options)
+        with _named(f"its {name} ({entry[1]})", source):
+            if Path(source).is_dir():
+                _check_objects(Path(source) / name)
+            if issubclass(component, nn.Module):
+                parts[name] = _load_model(component, source, name, options, where, variant=variant, empty=empty)
+            else:
+                parts[name] = component.from_pretrained(source, subfolder=name, **where)
     return parts
+
+
+def _load_model(
+    model_class: Any,
+    source: str,
+    name: str,
+    options: Mapping[str, Any],
+    where: Mapping[str, Any],
+    *,
+    variant: str | None,
+    empty: bool,
+) -> Any:
+    check_config(_config_of(model_class, source, name, where), part=name)
+    if Path(source).is_dir():
+        _check_files(Path(source) / name, variant)
+    if empty:
+        return _on_meta(model_class, source, name, where).to(options["dtype"])
+    return load_whole(model_class, source, name, part=name, variant=variant, options=options)
+
+
+@contextmanager
+def _named(part: str, source: str) -> Iterator[None]:
+    """Within the block, whatever the libraries make of a folder's files is a BadPart that names the part.
+
+    Errors of the hub and of missing files say more as they are.
+    """
+    try:
+        yield
+    except (BadPart, UserError, MemoryError, torch.OutOfMemoryError, SafetensorError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if not Path(source).is_dir():
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BadPart(
+            f"{part} cannot be loaded from its files ({cause}); they are damaged or of another class. Correct "
+            "model_index.json, or take another copy."
+        ) from error
+
+
+def _check_objects(folder: Path) -> None:
+    """BadPart for a configuration that is not a JSON object."""
+    for name in CONFIGURATIONS:
+        if (folder / name).is_file():
+            try:
+                content = read_json(folder / name)
+            except UserError as error:
+                raise BadPart(f"its {folder.name} cannot be loaded: {error} Take another copy.") from error
+            check_object(content, f"{folder.name}/{name}")
+
+
+def check_object(content: Any, file: str) -> None:
+    """BadPart for the content of a JSON file that is not an object."""
+    if not isinstance(content, Mapping):
+        raise BadPart(f"its {file} holds {json.dumps(content):.60}, but must be a JSON object; take another copy.")
 
 
 def load_whole(
@@ -97,13 +167,13 @@ def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], 
         names = list(file.keys())
         tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     for name, entry in DiffusionPipeline.load_config(config, local_files_only=local_only).items():
-        model_class = _model_class(entry)
+        model_class = _class_of(entry)
         convert = SINGLE_FILE_LOADABLE_CLASSES.get(entry[1], {}).get("checkpoint_mapping_fn") if model_class else None
         if convert is None or name in replaced:
             continue
         settings = dict(model_class.load_config(config, subfolder=name, local_files_only=local_only))
         held = convert(config=settings, checkpoint=dict(tensors))
-        needed = _on_meta(model_class, config, name, local_only).state_dict()
+        needed = _on_meta(model_class, config, name, {"local_files_only": local_only}).state_dict()
         _refuse(f"its {name} lacks", "weight", [key for key in needed if key not in held])
 
 
@@ -129,6 +199,12 @@ def check_tokenizers(pipeline: Any) -> None:
                 f"its {name} knows {len(tokenizer)} tokens, its {encoder_name} {config.vocab_size}; "
                 f"{name}/tokenizer.json (or vocab.json and merges.txt) is missing or of another model."
             )
+        tokens = tokenizer("a").input_ids
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in tokens:
+            raise BadPart(
+                f"its {name} ({type(tokenizer).__name__}) does not end a text with an end token, which its "
+                f"{encoder_name} ({type(encoder).__name__}) was trained with; correct its class in model_index.json."
+            )
 
 
 def check_numbers(pipeline: Any) -> None:
@@ -144,21 +220,46 @@ def check_numbers(pipeline: Any) -> None:
         raise BadPart("its scheduler_config.json has betas that are not finite numbers; correct it.")
 
 
+def check_scheduler(scheduler: Any, key: str, example: str) -> None:
+    """UserError for a scheduler of another kind of diffusion, whose configuration lacks `key`: no noise would fit."""
+    if key not in scheduler.config:
+        raise UserError(
+            f"backbone.checkpoint: its scheduler is a {type(scheduler).__name__}, which has another noise schedule "
+            f"than this kind of model is trained with; give one such as {example} in model_index.json and scheduler/."
+        )
+
+
 def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> None:
     """BadPart for a model_index.json with a component that is not an ordinary class of diffusers or transformers.
 
     diffusers before 0.41 imports any library that is named there. Those that are `replaced` are not loaded.
     """
-    for name, entry in index.items():
-        if name.startswith("_") or name in replaced or not isinstance(entry, list | tuple) or None in entry:
+    check_object(index, "model_index.json")
+    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    parameters = inspect.signature(pipeline_class).parameters if isinstance(pipeline_class, type) else {}
+    needed = [name for name in NEEDED if name in parameters]
+    if "text_encoder_2" not in parameters:  # pipelines of several encoders do without some
+        needed += [name for name in ("text_encoder", "tokenizer") if name in parameters]
+    for name in {**index, **dict.fromkeys(needed)}:
+        entry = index.get(name)
+        if name.startswith("_") or name in replaced:
             continue
-        library, class_name = entry if len(entry) == 2 else (None, None)
-        found = getattr(LIBRARIES.get(str(library)), class_name, None) if isinstance(class_name, str) else None
-        if not (isinstance(found, type) and issubclass(found, COMPONENTS)):
+        if entry is None or isinstance(entry, list | tuple) and entry and set(entry) == {None}:
+            if name in needed:
+                raise BadPart(f"model_index.json names no {name}, which its pipeline needs; take a complete copy.")
+        elif not _is_flag(entry, name, parameters) and _class_of(entry) is None:
             raise BadPart(
-                f"its {name} is {list(entry)} in model_index.json; models, schedulers, tokenizers and image processors "
-                "of diffusers and transformers are loaded, and no other code."
+                f"its {name} is {entry!r:.100} in model_index.json, but must be [library, class], as in "
+                '["diffusers", "AutoencoderKL"]; models, schedulers, tokenizers and image processors of diffusers and '
+                "transformers are loaded, and no other code."
             )
+
+
+def _is_flag(entry: Any, name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether an entry of model_index.json is a setting of the pipeline's, such as `requires_safety_checker`."""
+    if isinstance(entry, list | tuple):
+        return False
+    return name not in parameters or isinstance(parameters[name].default, bool) or name == "add_watermarker"
 
 
 def check_config(config: Mapping[str, Any], *, part: str) -> None:
@@ -189,27 +290,27 @@ def _refuse(what: str, noun: str, names: Iterable[str]) -> None:
         raise BadPart(f"{what} {len(names)} {noun}{'s' if len(names) > 1 else ''}, first '{names[0]}'.")
 
 
-def _model_class(entry: Any) -> Any:
-    """The class of a component in model_index.json, if it is a model of a library that we load."""
-    if not isinstance(entry, list | tuple) or len(entry) != 2 or None in entry:
+def _class_of(entry: Any) -> Any:
+    """The class of a component in model_index.json, if it is one of COMPONENTS of a library that we load."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
         return None
-    found: Any = getattr(LIBRARIES.get(entry[0]), str(entry[1]), None)
-    return found if nn.Module in getattr(found, "__mro__", ()) else None
+    named = getattr(LIBRARIES.get(entry[0]), entry[1], None)
+    return named if isinstance(named, type) and issubclass(named, COMPONENTS) else None
 
 
-def _config_of(model_class: Any, source: str, name: str, local_only: bool) -> dict[str, Any]:
+def _config_of(model_class: Any, source: str, name: str, where: Mapping[str, Any]) -> dict[str, Any]:
     if issubclass(model_class, diffusers.ModelMixin):
-        return dict(model_class.load_config(source, subfolder=name, local_files_only=local_only))
-    config, _ = model_class.config_class.get_config_dict(source, subfolder=name, local_files_only=local_only)
+        return dict(model_class.load_config(source, subfolder=name, **where))
+    config, _ = model_class.config_class.get_config_dict(source, subfolder=name, **where)
     return dict(config)
 
 
-def _on_meta(model_class: Any, source: str, name: str, local_only: bool) -> Any:
+def _on_meta(model_class: Any, source: str, name: str, where: Mapping[str, Any]) -> Any:
     if issubclass(model_class, diffusers.ModelMixin):
-        config = model_class.load_config(source, subfolder=name, local_files_only=local_only)
+        config = model_class.load_config(source, subfolder=name, **where)
         with torch.device("meta"):
             return model_class.from_config(config)
-    config = model_class.config_class.from_pretrained(source, subfolder=name, local_files_only=local_only)
+    config = model_class.config_class.from_pretrained(source, subfolder=name, **where)
     with torch.device("meta"):
         return model_class(config)
 
@@ -229,10 +330,16 @@ def _check_files(folder: Path, variant: str | None) -> None:
     ]
     indexed = [part for index in sorted(folder.glob("*.safetensors.index*.json")) for part in _indexed(index)]
     for part in indexed:
-        if part.suffix != ".safetensors" or part.parent != folder:
+        named = part.relative_to(folder)  # as it is written, `..` too
+        if part.suffix != ".safetensors":
             raise BadPart(
-                f"the weight index of its {folder.name} names '{part.name}'; only .safetensors files beside the index "
-                "are read, because a pickled file could run code."
+                f"the weight index of its {folder.name} names '{named}'; only .safetensors files are read, because a "
+                "pickled file could run code."
+            )
+        if len(named.parts) != 1:
+            raise BadPart(
+                f"the weight index of its {folder.name} names '{named}', a file in another folder; only files beside "
+                "the index are read. Put it there and correct the index."
             )
     if not files:
         raise FileNotFoundError(f"there are no .safetensors in {folder}{' except for variants' if present else ''}.")
@@ -245,5 +352,15 @@ def _check_files(folder: Path, variant: str | None) -> None:
 
 
 def _indexed(index: Path) -> list[Path]:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return [index.parent / str(name) for name in dict.fromkeys(weight_map.values())]
+    """The files that a weight index names, in its folder; BadPart where it is not one."""
+    content = parse_json(index.read_text(encoding="utf-8"), where=index.name)
+    weight_map = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadPart(
+            f"{index.parent.name}/{index.name} has no weight_map from tensors' names to files' names; take another "
+            "copy."
+        )
+    for name in weight_map.values():
+        if Path(name).is_absolute():
+            raise BadPart(f"the weight index of its {index.parent.name} names '{name}', an absolute path; correct it.")
+    return [index.parent / name for name in dict.fromkeys(weight_map.values())]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agsm_rl.backbones.ddim import DDIMSampler, ddim_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+from agsm_rl.backbones.parts import check_scheduler
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Cond
 from agsm_rl.training.precision import at_least_float32
@@ -45,6 +46,7 @@ class StableDiffusion(FrozenPipeline):
         self._is_xl = hasattr(pipeline, "text_encoder_2")
         if self._is_xl:
             self.name = "stable_diffusion_xl"
+        check_scheduler(pipeline.scheduler, "beta_start", "DDIMScheduler")
         self._scheduler = ddim_scheduler(pipeline.scheduler.config)
         self._num_timesteps: int = self._scheduler.config.num_train_timesteps
         if self._scheduler.config.prediction_type not in ("epsilon", "v_prediction"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agsm_rl.backbones.flow import FlowSampler, flow_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+from agsm_rl.backbones.parts import check_scheduler
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond
 
@@ -33,6 +34,7 @@ class StableDiffusion3(FrozenPipeline):
         largest = pipeline.transformer.config.pos_embed_max_size * pipeline.vae_scale_factor * self._patch_size()
         if self.resolution > largest:
             raise UserError(f"backbone.resolution: got {resolution}, but this transformer goes up to {largest}.")
+        check_scheduler(pipeline.scheduler, "shift", "FlowMatchEulerDiscreteScheduler")
         self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
 
     @property

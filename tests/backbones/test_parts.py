@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from original_layout import in_original_layout
 from safetensors.torch import load_file, save_file
 
@@ -190,3 +190,93 @@ def test_a_named_pipe_among_a_base_s_files_is_refused_and_not_waited_for(
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     assert f"{name} is not a regular file" in refusal(folder)
+
+
+def indexed(folder: Path, content: Any) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
+
+
+INDEX = "model_index.json"
+PART = "must be [library, class]"
+SHARD = "the weight index of its unet names"
+ODD = {
+    "a text in place of a part": (
+        lambda at: change_json(at / INDEX, vae="x"),
+        ["its vae is 'x' in model_index.json", PART],
+    ),
+    "a number in place of a part": (lambda at: change_json(at / INDEX, unet=1), ["its unet is 1", PART]),
+    "an object in place of a part": (lambda at: change_json(at / INDEX, tokenizer={}), ["its tokenizer is {}", PART]),
+    "three words in place of a part": (
+        lambda at: change_json(at / INDEX, vae=["diffusers", "AutoencoderKL", "x"]),
+        [PART],
+    ),
+    "half of a part": (lambda at: change_json(at / INDEX, vae=["diffusers", None]), [PART]),
+    "a part that is null": (lambda at: change_json(at / INDEX, vae=[None, None]), ["model_index.json names no vae"]),
+    "no encoder": (lambda at: change_json(at / INDEX, text_encoder=None), ["model_index.json names no text_encoder"]),
+    "an index that is a list": (
+        lambda at: (at / INDEX).write_text("[1]"),
+        ["its model_index.json holds [1]", "object"],
+    ),
+    "an index that is null": (lambda at: (at / INDEX).write_text("null"), ["its model_index.json holds null"]),
+    "a configuration that is a list": (
+        lambda at: (at / "unet/config.json").write_text("[1]"),
+        ["unet/config.json", "[1]"],
+    ),
+    "a scheduler's that is a list": (
+        lambda at: (at / "scheduler/scheduler_config.json").write_text("[1]"),
+        ["scheduler/scheduler_config.json holds [1]"],
+    ),
+    "a configuration in Latin-1": (
+        lambda at: (at / "vae/config.json").write_bytes(b'{"a": "\xff"}'),
+        ["its vae cannot be loaded", "vae/config.json", "UTF-8"],
+    ),
+    "a T5's tokenizer on a CLIP": (
+        lambda at: change_json(at / INDEX, tokenizer=["transformers", "T5Tokenizer"]),
+        ["its tokenizer (T5Tokenizer) cannot be loaded from its files", "another class"],
+    ),
+    "a schedule without timesteps": (
+        lambda at: change_json(at / "scheduler/scheduler_config.json", num_train_timesteps=0),
+        ["its scheduler (DDIMScheduler) cannot be loaded"],
+    ),
+    "a shard in another folder": (
+        lambda at: indexed(at, {"weight_map": {"a": "../x.safetensors"}}),
+        [SHARD, "'../x.safetensors'", "another folder"],
+    ),
+    "a shard anywhere": (lambda at: indexed(at, {"weight_map": {"a": "/x.safetensors"}}), [SHARD, "absolute path"]),
+    "a pickled shard": (lambda at: indexed(at, {"weight_map": {"a": "x.bin"}}), [SHARD, "pickled"]),
+    "a shard that is a number": (lambda at: indexed(at, {"weight_map": {"a": 1}}), ["has no weight_map"]),
+    "no map of shards": (lambda at: indexed(at, [1]), ["has no weight_map"]),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_file_of_a_base_is_named_with_what_it_holds(tiny_checkpoint: Path, tmp_path: Path, case: str) -> None:
+    damage, words = ODD[case]
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    damage(folder)
+    message = refusal(folder)
+    assert "base" in message
+    for word in words:
+        assert word in message
+
+
+def test_a_scheduler_of_another_kind_of_diffusion_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    change_json(folder / INDEX, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert "its scheduler is a FlowMatchEulerDiscreteScheduler" in refusal(folder)
+
+
+def test_clip_encoders_whose_keys_begin_with_text_model_load(each_checkpoint: Path, tmp_path: Path) -> None:
+    """So are those on the hub, from older versions of transformers."""
+    folder = Path(shutil.copytree(each_checkpoint, tmp_path / "base"))
+    for file in folder.glob("text_encoder*/model.safetensors"):
+        tensors = load_file(file)
+        if any(name.startswith("embeddings.") for name in tensors):
+            renamed = {name if name.startswith("text_") else f"text_model.{name}": tensors[name] for name in tensors}
+            save_file(renamed, file, {"format": "pt"})
+    names = load_file(folder / "text_encoder/model.safetensors")
+    assert any(name.startswith("text_model.embeddings.") for name in names)
+    prompts = ["a red star", "two blue circles"]
+    before, after = (load_backbone(str(at), device="cpu").encode_text(prompts) for at in (each_checkpoint, folder))
+    assert torch.equal(before.embeds, after.embeds)

@@ -133,7 +133,9 @@ COMPONENTS = (
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_a_pipeline_s_index_names_ordinary_classes_of_two_libraries_only(component):
-    named = {"_class_name": "StableDiffusionPipeline", "scheduler": component}
+    parts = {"vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"]}
+    parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    named = {"_class_name": "StableDiffusionPipeline", **parts, "scheduler": component}
     with pytest.raises(BadPart, match=r"its scheduler is \['.* in model_index.json"):
         check_index(named, replaced={})
     check_index(named | {"scheduler": ["diffusers", "DDIMScheduler"]}, replaced={})

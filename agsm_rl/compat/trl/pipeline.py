@@ -2,11 +2,11 @@
 
 import copy
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
@@ -16,8 +16,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.lora_files import read_lora
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.fused_lora import lora_parts
-from agsm_rl.backbones.loading import find_checkpoint
-from agsm_rl.backbones.parts import check_index
+from agsm_rl.backbones.loading import check_finite, find_checkpoint, load_pipeline
 from agsm_rl.compat.trl.whole_denoiser import WholeDenoiser
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import LORA_FILE, save_adapters
@@ -45,7 +44,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self, pretrained_model_name: str, *, pretrained_model_revision: str = "main", use_lora: bool = True
     ) -> None:
         self.pretrained_model, self.pretrained_revision = pretrained_model_name, pretrained_model_revision
-        source = find_checkpoint(pretrained_model_name)
+        source = find_checkpoint(pretrained_model_name, "pretrained_model_name")
         self.sd_pipeline: Any = _load(source, pretrained_model_revision)
         self._backbone: Backbone = backbone_of(self.sd_pipeline)
         found = _load_lora(self.sd_pipeline, self._backbone.denoiser, source, pretrained_model_revision)
@@ -125,32 +124,30 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
 
 
 def _load(source: str, revision: str) -> Any:
-    where = f"pretrained_model_name: '{source}'"
-    _refuse_injected(Path(source), where)
-    options: dict[str, Any] = {"revision": revision, "use_safetensors": True}  # a pickled checkpoint could run code
+    """The pipeline, loaded and checked as a recipe's base is."""
+    key = "pretrained_model_name"
     try:
-        index = DiffusionPipeline.load_config(source, revision=revision)
-        if "safety_checker" in index:
-            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        check_index(index, replaced=options)
-        return DiffusionPipeline.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{where} cannot be loaded: {error}\nGive an existing pipeline folder, a hub id (owner/name), or "
-            "builtin:shapes-sd15."
-        ) from error
-
-
-def _refuse_injected(folder: Path, where: str) -> None:
-    """TRL's `save_pretrained` writes LoRA's layers into the U-Net; diffusers would draw what it misses at random."""
-    for file in folder.glob("unet/*.safetensors"):
-        with safe_open(file, framework="pt") as content:
-            injected = any(".base_layer." in name for name in content.keys())  # noqa: SIM118 — not a dict
-        if injected:
+        pipeline = load_pipeline(source, dtype=torch.float32, revision=revision, key=key)
+    except UserError as error:
+        if _is_injected(Path(source)):
             raise UserError(
-                f"{where}: its U-Net was saved with LoRA layers inside, which cannot be read back as a base. Put its "
-                f"{LORA_FILE} into a copy of the original base's folder, and give that"
-            )
+                f"{key}: '{source}': its U-Net was saved with LoRA layers inside, which cannot be read back as a base. "
+                f"Put its {LORA_FILE} into a copy of the original base's folder, and give that"
+            ) from error
+        raise
+    check_finite(pipeline, f"{key}: '{source}'")
+    return pipeline
+
+
+def _is_injected(folder: Path) -> bool:
+    """Whether TRL's `save_pretrained` wrote LoRA's layers into the U-Net of this folder."""
+    with suppress(OSError, SafetensorError):
+        for file in folder.glob("unet/*.safetensors"):
+            if file.is_file():
+                with safe_open(file, framework="pt") as content:
+                    if any(".base_layer." in name for name in content.keys()):  # noqa: SIM118 — not a dict
+                        return True
+    return False
 
 
 def _load_lora(
@@ -178,6 +175,8 @@ def _load_lora(
 
 def _lora_beside(source: str, revision: str) -> Path | None:
     """The LoRA of a pipeline's folder, or of a hub's repository; None where there is none."""
+    if Path(source).is_file():
+        return None
     if Path(source).is_dir():
         file = Path(source) / LORA_FILE
         return file if file.is_file() else None
