@@ -16,9 +16,11 @@ from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.gradients import as_numbers, cosines, norm
+from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
+from agsm_rl.training.schedules import LearningRates
 
 
 @dataclass
@@ -110,10 +112,11 @@ class Callback:
 
 
 class Trainer:
-    """Learns the policy's parameters from terms with AdamW (published: lr 1e-3, weight decay 1e-4, betas 0.9/0.999).
+    """Learns the policy's parameters from terms, by default with AdamW (published: weight decay 1e-4, betas 0.9/0.999).
 
-    `learning_rate` is one number or one per trained adapter, {adapter: number}. Gradients are clipped to
-    `max_grad_norm` (None: not). `watch` says what is done about numbers that go wrong.
+    `learning_rate` is one number or one per trained adapter, {adapter: number}; None is the optimizer's own default
+    (AdamW's: 1e-3, as published). `optimizer` and `schedule` are names, or {use: name, options…}, as in a recipe.
+    Gradients are clipped to `max_grad_norm` (None: not). `watch` says what is done about numbers that go wrong.
     """
 
     def __init__(
@@ -123,7 +126,9 @@ class Trainer:
         *,
         steps: int,
         seed: int = 0,
-        learning_rate: float | Mapping[str, float] = 1e-3,
+        learning_rate: float | Mapping[str, float] | None = None,
+        optimizer: str | Mapping[str, Any] = "adamw",
+        schedule: str | Mapping[str, Any] = "constant",
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float | None = 1.0,
@@ -148,11 +153,11 @@ class Trainer:
         self.parameters = policy.parameters(self.trained)
         for name, parameter in policy.parameters().items():
             parameter.requires_grad_(name in self.parameters)
-        groups = [
-            {"params": list(policy.parameters([name]).values()), "lr": _rate_of(learning_rate, name)}
-            for name in self.trained
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=weight_decay, betas=betas)
+        kind: NamedOptimizer = chosen(OPTIMIZERS, optimizer, "optimizer")
+        given = kind.default_rate if learning_rate is None else learning_rate
+        self.rates = LearningRates(given, self.trained, schedule=schedule, steps=steps)
+        self.optimizer = self.rates.make(kind, policy, weight_decay=weight_decay, betas=betas)
+        self.optimizer_kind = kind
         self.sources = self._bind_sources()
 
     def _bind_sources(self) -> dict[str, Source]:
@@ -268,7 +273,9 @@ class Trainer:
         metrics |= cosines(gradients)
         combined = self.combine(list(gradients.values()), self.seed + self.step)
         self._look_at_adapters(learned, combined)
+        self.rates.set(self.optimizer, self.step)
         self._apply(combined, metrics)
+        metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
         return metrics
 
@@ -338,9 +345,8 @@ class Trainer:
         """What the optimiser's step changes, by names for messages."""
         tensors: dict[str, Tensor] = dict(self.policy.tensors())
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key != "step":
-                    tensors[f"the optimiser's {key} of '{name}'"] = value
+            for key, value in floating_state(self.optimizer, parameter).items():
+                tensors[f"the optimiser's {key} of '{name}'"] = value
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,11 +380,3 @@ class Trainer:
         if "watch" in state:  # checkpoints of earlier versions have none
             self.watch.load_state_dict(state["watch"])
         self.step = int(state["step"])
-
-
-def _rate_of(learning_rate: float | Mapping[str, float], adapter: str) -> float:
-    if not isinstance(learning_rate, Mapping):
-        return learning_rate
-    if adapter not in learning_rate:
-        raise UserError(f"optimizer.learning_rate: it has no rate for the adapter '{adapter}'")
-    return learning_rate[adapter]

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -23,6 +23,8 @@ from agsm_rl.interfaces import Batch
 from agsm_rl.recipe import schema
 from agsm_rl.recipe.meanings import Option, about, in_words, keys_of, options_of
 from agsm_rl.recipe.options import RewardOptions, Section
+from agsm_rl.training.optimizers import OPTIMIZERS
+from agsm_rl.training.schedules import SCHEDULES
 
 FOLDER = Path(__file__).parent / "reference"
 MADE = "<!-- Made by docs/make_reference.py from the code; change the docstrings, then run it. -->"
@@ -83,7 +85,18 @@ def recipe_page() -> str:
     ]
     for title, section, note in SECTIONS:
         parts += [f"## {title}", note or about(section), table(keys_of(section))]
+        if section is schema.Optimizer:
+            parts += named_parts("optimizer", OPTIMIZERS) + named_parts("optimizer.schedule", SCHEDULES)
     return joined(parts)
+
+
+def named_parts(place: str, kinds: Mapping[str, Any]) -> list[str]:
+    """The own options of each optimizer or schedule."""
+    parts = []
+    for name, found in kinds.items():
+        text = [linked(" ".join(paragraph.split())) for paragraph in about(found).split("\n\n")]
+        parts += [f"### {place}: {name}", *text, table(options_of(found, where=name))]
+    return parts
 
 
 def kind_page(kind: str) -> str:

@@ -63,6 +63,9 @@ def with_first_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     recipe["backbone"] = _block("backbones", recipe.get("backbone"))
     if recipe["evaluate"] is not None:
         recipe["evaluate"] = _evaluation(recipe["evaluate"])
+    if isinstance(recipe["optimizer"], Mapping):
+        optimizer = _block("optimizers", recipe["optimizer"])
+        recipe["optimizer"] = optimizer | {"schedule": _block("schedules", optimizer["schedule"])}
     for key in ("adapters", "sources"):
         if isinstance(recipe.get(key), Mapping):
             recipe[key] = {name: _block(key, block) for name, block in recipe[key].items()}

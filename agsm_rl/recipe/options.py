@@ -21,6 +21,17 @@ _UNION_TAG = re.compile(
 )
 
 
+MEANT = {
+    "lr": ("learning_rate", "optimizer.learning_rate"),
+    "learning_rate": ("optimizer.learning_rate",),
+    "lr_scheduler": ("schedule", "optimizer.schedule"),
+    "lr_warmup_steps": ("warmup_steps", "schedule.warmup_steps", "optimizer.schedule.warmup_steps"),
+    "warmup_steps": ("schedule.warmup_steps", "optimizer.schedule.warmup_steps"),
+    "wd": ("weight_decay", "optimizer.weight_decay"),
+}
+"""What keys of other programs are called here, where spelling alone does not tell; the first that is allowed there."""
+
+
 class Section(BaseModel):
     """Keys with types; unknown keys are errors with the nearest match, and numbers are finite."""
 
@@ -35,9 +46,11 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
+        if isinstance(data, Mapping):
             for key, value in data.items():
                 if key not in cls.model_fields:
+                    if cls.model_config.get("extra") == "allow":
+                        continue
                     raise _mistake(unknown_key(str(key), list(cls.model_fields)))
                 if isinstance(value, bool) and _takes_number(cls.model_fields[key].annotation):
                     # Python would take true for 1.
@@ -82,7 +95,8 @@ def _mistake(text: str) -> PydanticCustomError:
 
 def unknown_key(key: str, allowed: list[str]) -> str:
     """The message for a key that is not known."""
-    close = get_close_matches(key[:100], allowed, n=1)
+    close = [meant for meant in MEANT.get(key, ()) if meant.split(".")[0] in allowed]
+    close = close or get_close_matches(key[:100], allowed, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"'{key}' is not an option here; allowed: {', '.join(sorted(allowed)) or 'none'}.{hint}"
 

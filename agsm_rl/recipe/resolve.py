@@ -7,15 +7,16 @@ of them reads data or weights until it is bound, attached or called.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import local_or_hub
+from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import SCORES, in_evaluation
-from agsm_rl.recipe.schema import Block, Evaluate, RecipeKeys, TermBlock
+from agsm_rl.recipe.schema import Block, Evaluate, Optimizer, RecipeKeys, TermBlock
 from agsm_rl.training.limits import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
             "backbone": parts.complete("backbones", recipe.backbone, "backbone"),
             "adapters": _completed_blocks(recipe.adapters, "adapters", parts),
             "sources": _completed_blocks(recipe.sources, "sources", parts),
+            "optimizer": _complete_optimizer(recipe.optimizer, parts),
         }
     )
     if recipe.evaluate is not None:
@@ -62,6 +64,40 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
 
 def _completed_blocks(blocks: dict[str, Block], kind: str, parts: Parts) -> dict[str, Block]:
     return {name: parts.complete(kind, block, f"{kind}.{name}") for name, block in blocks.items()}
+
+
+def _complete_optimizer(given: Optimizer, parts: Parts) -> Optimizer:
+    """With the own options of the optimizer and of its schedule filled in."""
+    from agsm_rl.training.optimizers import OPTIMIZERS
+    from agsm_rl.training.schedules import SCHEDULES
+
+    options = _own_options(given, OPTIMIZERS, "optimizer", parts, "an optimizer")
+    schedule = _own_options(given.schedule, SCHEDULES, "optimizer.schedule", parts, "a schedule")
+    keys = {key: getattr(given, key) for key in Optimizer.model_fields if key != "schedule"}
+    if "learning_rate" not in given.model_fields_set:
+        keys["learning_rate"] = OPTIMIZERS[given.use].default_rate
+    completed = Optimizer(**keys, schedule=Block(use=given.schedule.use, **schedule), **options)
+    rates = completed.learning_rate
+    kind = OPTIMIZERS[given.use](**options)
+    try:
+        kind.check(rates.values() if isinstance(rates, dict) else [rates], completed.betas)
+    except UserError as error:
+        raise UserError(f"{parts.at('optimizer')}.{error}") from error
+    return completed
+
+
+def _own_options(block: Block, kinds: Mapping[str, Any], place: str, parts: Parts, what: str) -> dict[str, Any]:
+    """A block's own options with their defaults, as its class in `kinds` has them."""
+    if block.use not in kinds:
+        raise unknown_name(parts.at(f"{place}.use"), block.use, what, kinds)
+    kind = kinds[block.use]
+    others = [key for key in type(block).model_fields if key != "use"]
+    for key in block.options:
+        if key not in kind.__dataclass_fields__:
+            raise parts.refuse(place, unknown_key(key, [*others, *kind.__dataclass_fields__]))
+    options = validated(kind, block.options, where=parts.at(place))
+    parts.call(kind, options, place)
+    return options
 
 
 def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evaluate") -> Evaluate:

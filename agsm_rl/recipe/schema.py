@@ -38,6 +38,11 @@ def _source(value: Any) -> Any:
     return value
 
 
+def _named(value: Any) -> Any:
+    """A block whose options are left at their defaults may be its name alone."""
+    return {"use": value} if isinstance(value, str) else value
+
+
 def _plain_name(name: str) -> str:
     """Names become file names and parts of metrics' names."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -104,17 +109,21 @@ class Ema(Section):
     decay: float = Field(0.9999, ge=0, lt=1)
 
 
-class Optimizer(Section):
-    """AdamW over the trained adapters.
+class Optimizer(Block):
+    """The optimizer over the trained adapters, and its learning rate.
 
     Args:
-        learning_rate: One number, or one for each trained adapter by its name.
+        use: Name of the optimizer: `adamw`, `adamw_8bit`, `prodigy`, `adafactor` or `muon`.
+        learning_rate: One number, or one for each trained adapter by its name. Left out with `prodigy`, it is 1.
+        schedule: The learning rate over the steps, `constant` by default: a name, or a block {use: name, …}.
         weight_decay: Decoupled weight decay.
         betas: Decay rates of the averages of the gradient and of its square.
         max_grad_norm: The combined gradient is scaled down to this norm where it is larger. Null: never.
     """
 
+    use: str = "adamw"
     learning_rate: Rate | dict[str, Rate] = 1e-3
+    schedule: Annotated[Block, BeforeValidator(_named)] = Block(use="constant")
     weight_decay: float = Field(1e-4, ge=0, le=1e6)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -255,7 +264,7 @@ class RecipeKeys(Section):
         sources: Sources by name, a block each, so that several terms can share them.
         objectives: The terms: what is learned, from what, and with which weight.
         combine: How the terms' gradients become one: `sum`, or TorchJD's `upgrad`, `pcgrad`, `mgda`, `cagrad`.
-        optimizer: AdamW's settings.
+        optimizer: The optimizer, its learning rate and their schedule.
         evaluate: Evaluation in the run. Null: none.
         sample: Grids of pictures in the run.
         checkpoint: Checkpoints in the run.

@@ -57,6 +57,8 @@ def as_described(name: str, terms: list[str]) -> tuple[str, str]:
     head, _, rest = name.partition("/")
     if head == "cosine":
         return "step", "cosine/<a>/<b>"
+    if head == "learning_rate" and rest:
+        return "step", "learning_rate/<adapter>"
     if head not in terms:
         return "step", name
     kind = rest.partition("/")[0]
@@ -114,6 +116,7 @@ def test_the_page_describes_what_runs_log_and_nothing_else(logged, preferences):
     names |= logged(
         [{"use": "score_matching", "source": PAIRS, "weight": 1e45}, {"use": "ddpo", "source": one_image}],
         watch={"non_finite": "skip", "zero_variance": "skip"},
+        optimizer={"learning_rate": {"lora": 1e-5}},
     )
     assert {name for place, name in names if place == "step"} == STEP
     assert {name for place, name in names if place == "term"} == TERM

@@ -14,6 +14,8 @@ from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate, RecipeKeys, TermBlock
 from agsm_rl.recipe.shipped import shipped_recipes
+from agsm_rl.training.optimizers import OPTIMIZERS
+from agsm_rl.training.schedules import SCHEDULES
 
 SECTIONS = {"recipe": RecipeKeys, "evaluate": Evaluate, "term": TermBlock, "weighted_reward": RewardOptions}
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8}
@@ -47,6 +49,8 @@ def options_of_today():
     options = {name: defaults(model) for name, model in SECTIONS.items()}
     for kind, names in registry.BUILTIN.items():
         options[kind] = {name: defaults(options_model(parts.load(kind, name, name), where=name)) for name in names}
+    for kind, classes in {"optimizers": OPTIMIZERS, "schedules": SCHEDULES}.items():
+        options[kind] = {name: defaults(options_model(found, where=name)) for name, found in classes.items()}
     return options
 
 

@@ -1,7 +1,7 @@
 """The memory that a recipe's run will need, found by rehearsing its steps without data (meta_device.py).
 
-Counted: weights, adapters, their gradients, AdamW's state and the EMA, plus the activations, batches and images on the
-device at the peak of each phase. Not counted: NOT_COUNTED.
+Counted: weights, adapters, their gradients, the optimizer's state and the EMA, plus the activations, batches and images
+on the device at the peak of each phase. Not counted: NOT_COUNTED.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
         "frozen weights": size_of(frozen.values()),
         "adapters": adapters,
         "gradients": trained,
-        "AdamW": 2 * trained,
+        type(trainer.optimizer_kind).__name__: round(trainer.optimizer_kind.state_size * trained),
         "EMA": adapters,
     }
 
