@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
     from agsm_rl.objectives.diffusion_nft import DiffusionNFT
     from agsm_rl.objectives.flow_grpo import FlowGRPO
+    from agsm_rl.objectives.inpo import InPO
     from agsm_rl.objectives.reward_backprop import RewardBackprop
     from agsm_rl.objectives.score_matching import ScoreMatching
     from agsm_rl.objectives.softrepa import SoftREPA
@@ -48,6 +49,7 @@ _HOMES = {
     "objectives.diffusion_dpo": ("DiffusionDPO",),
     "objectives.diffusion_nft": ("DiffusionNFT",),
     "objectives.flow_grpo": ("FlowGRPO",),
+    "objectives.inpo": ("InPO",),
     "objectives.reward_backprop": ("RewardBackprop",),
     "objectives.score_matching": ("ScoreMatching",),
     "objectives.softrepa": ("SoftREPA",),
@@ -74,6 +76,7 @@ __all__ = [
     "DiffusionDPO",
     "DiffusionNFT",
     "FlowGRPO",
+    "InPO",
     "LoRA",
     "Objective",
     "Pairs",

@@ -30,6 +30,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
         "diffusion_nft": "agsm_rl.objectives.diffusion_nft:DiffusionNFT",
         "flow_grpo": "agsm_rl.objectives.flow_grpo:FlowGRPO",
+        "inpo": "agsm_rl.objectives.inpo:InPO",
         "reward_backprop": "agsm_rl.objectives.reward_backprop:RewardBackprop",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",

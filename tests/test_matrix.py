@@ -39,6 +39,7 @@ SOURCE_OF = {
     "diffusion_dpo": "preferences",
     "diffusion_nft": "rollouts",
     "flow_grpo": "rollouts",
+    "inpo": "preferences",
     "reward_backprop": "prompts",
     "score_matching": "pairs",
     "softrepa": "pairs",

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Cond, Metrics, PairBatch, PreferenceBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Objective, Policy
+from agsm_rl.policy import Noised, Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
 
@@ -68,8 +68,15 @@ class DiffusionDPO(Objective):
         """Parts of `rows_per_pass` preferences; all at once by default."""
         return in_passes(batch, self.rows_per_pass)
 
+    def noised(self, policy: Policy, images: PairBatch) -> Noised:
+        """The images at their noise levels, all chosen ones before all rejected ones; a pair's have the same `rows`.
+
+        Here both images of a pair get the same random noise; InPO inverts them instead.
+        """
+        return policy.noised(images)
+
     def loss(self, policy: Policy, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
-        """The preference loss of the batch; both images of a pair get the same noise and noise level."""
+        """The preference loss of the batch; both images of a pair are compared at the same noise level."""
         cond = batch.encode_text(policy.backbone)
         both = PairBatch(
             prompts=batch.prompts * 2,
@@ -77,7 +84,7 @@ class DiffusionDPO(Objective):
             latents=torch.cat([batch.chosen, batch.rejected]),
             cond=Cond.cat([cond, cond]),
         )
-        x_t, t, target, cond = policy.noised(both)
+        x_t, t, target, cond = self.noised(policy, both)
 
         def errors(prediction: Tensor) -> tuple[Tensor, ...]:
             """Of the chosen and of the rejected images, [B] each."""

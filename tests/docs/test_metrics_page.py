@@ -109,7 +109,7 @@ def preferences(tmp_path):
 
 
 def test_the_page_describes_what_runs_log_and_nothing_else(logged, preferences):
-    objectives = [*ON_OTHER_SOURCES, {"use": "diffusion_dpo", "source": preferences}]
+    objectives = [*ON_OTHER_SOURCES, *({"use": name, "source": preferences} for name in ("diffusion_dpo", "inpo"))]
     assert {term["use"] for term in objectives} == set(registry.BUILTIN["objectives"])
     names = logged(objectives, sources={"drawn": DRAWN}, optimizer={"learning_rate": 1e-5})
     one_image = DRAWN | {"num_prompts": 1, "images_per_prompt": 1}

@@ -1,5 +1,7 @@
 """However a batch is cut to save memory, the optimiser comes to the same parameters within 1e-5."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
 from agsm_rl.objectives.diffusion_nft import DiffusionNFT
 from agsm_rl.objectives.flow_grpo import FlowGRPO
+from agsm_rl.objectives.inpo import InPO
 from agsm_rl.objectives.score_matching import ScoreMatching
 from agsm_rl.objectives.softrepa import SoftREPA
 from agsm_rl.policy import Policy
@@ -66,7 +69,8 @@ def test_preferences_in_passes_of_few_rows_train_as_all_at_once(make_policy):
     def source():
         return Preferences("builtin:shapes-preferences", 4, num_pairs=8)
 
-    check(make_policy, lambda **options: DiffusionDPO(beta=100.0, **options), source, (1, 3), "rows_per_pass")
+    for objective in (DiffusionDPO, InPO):
+        check(make_policy, partial(objective, beta=100.0), source, (1, 3), "rows_per_pass")
 
 
 @pytest.mark.parametrize(
