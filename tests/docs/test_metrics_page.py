@@ -47,7 +47,15 @@ STEP = described("Each step")
 TERM = set().union(
     *map(
         described,
-        ["Every term", "Every source", "AGSM", "SoftREPA", "DDPO and Flow-GRPO", "DiffusionNFT", "Diffusion-DPO"],
+        [
+            "Every term",
+            "Every source",
+            "AGSM",
+            "SoftREPA",
+            "DDPO and Flow-GRPO",
+            "DiffusionNFT",
+            "Diffusion-DPO and InPO",
+        ],
     )
 )
 
