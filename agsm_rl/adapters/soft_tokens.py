@@ -6,11 +6,12 @@ records at each call; both are restored when gradient checkpointing runs a block
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, check_form
 from agsm_rl.adapters.token_places import argument_positions, places_in
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank, Banks
@@ -36,6 +37,10 @@ class SoftTokens:
         layers: Number of SD3's joint blocks that get tokens, each its own. Null means 5, as published. Not for U-Nets.
         seed: Seed of the initial values. Time rows, and SD3's tokens, are drawn from N(0, 0.02²); a U-Net's tokens
             start as the text encoder's BOS embedding of the empty prompt.
+        guidance_bank: Bank of guidance's unconditional branch wherever pictures are drawn with these tokens; kept in
+            the exported file. The conditional branch uses ψ⁺. Published: `positive`, but `negative` for SDXL.
+        guidance_prompt: Prompt of that branch: `empty`, as published, or with `guidance_bank: negative` also the `same`
+            prompt, so that guidance steers from ψ⁻ to ψ⁺.
     """
 
     kind: ClassVar[str] = "soft_tokens"
@@ -51,6 +56,8 @@ class SoftTokens:
         jitter: float = 0.0,
         layers: int | None = None,
         seed: int = 0,
+        guidance_bank: GuidanceBank = "positive",
+        guidance_prompt: GuidancePrompt = "empty",
     ) -> None:
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise UserError(f"soft_tokens.num_tokens: {num_tokens}; allowed: 1 to {MAX_TOKENS} (published: 4).")
@@ -58,6 +65,8 @@ class SoftTokens:
             raise UserError(f"soft_tokens.banks: {banks}; allowed: 1, 2.")
         if not 0 <= jitter < float("inf"):
             raise UserError(f"soft_tokens.jitter: {jitter}; it must be 0 or more.")
+        check_form(guidance_bank, guidance_prompt, banks=banks, where="soft_tokens.")
+        self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
         self.num_tokens, self.banks, self.time_tokens, self.jitter = num_tokens, banks, time_tokens, jitter
         self.layers, self.seed = layers, seed
         self.bank: Bank | Banks | None = None
@@ -76,7 +85,14 @@ class SoftTokens:
                 "layers, tokens, width) for SD3."
             )
         layers = shape[1] if len(shape) == 4 else None
-        return cls(num_tokens=shape[-2], banks=shape[0], layers=layers, time_tokens="time_tokens" in tensors)
+        return cls(
+            num_tokens=shape[-2],
+            banks=shape[0],
+            layers=layers,
+            time_tokens="time_tokens" in tensors,
+            guidance_bank=cast(GuidanceBank, metadata.get("guidance_bank", "positive")),
+            guidance_prompt=cast(GuidancePrompt, metadata.get("guidance_prompt", "empty")),
+        )
 
     def attach(self, backbone: Backbone) -> None:
         """Create the parameters and hook the blocks that see tokens; UserError for a denoiser without such blocks."""
@@ -152,7 +168,9 @@ class SoftTokens:
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The parameters by name, and the metadata, which names the base."""
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
-        return tensors, describe_tokens(tensors, base=self._backbone.name if self._backbone else "")
+        metadata = describe_tokens(tensors, base=self._backbone.name if self._backbone else "")
+        form = {"guidance_bank": self.guidance_bank, "guidance_prompt": self.guidance_prompt}
+        return tensors, metadata | form
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Fill the parameters; UserError if their width or number differs."""

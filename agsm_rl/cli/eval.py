@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from agsm_rl.cli.options import BankOption, BaseOption, GuidanceOption, Permissions, StepsOption, grouped
+from agsm_rl.cli.options import (
+    BankOption,
+    BaseOption,
+    GuidanceBankOption,
+    GuidanceOption,
+    GuidancePromptOption,
+    Permissions,
+    StepsOption,
+    grouped,
+)
 from agsm_rl.cli.results import check_output_file, check_output_folder
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.choose import SuiteOptions
@@ -38,6 +47,8 @@ class Drawing:
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type of the base's weights.")
     ] = None
     bank: BankOption = "positive"
+    guidance_bank: GuidanceBankOption = None
+    guidance_prompt: GuidancePromptOption = None
     base: BaseOption = None
 
     def backbone(self) -> dict[str, Any]:
@@ -155,6 +166,8 @@ def _evaluate_in_memory(
         num_images=drawing.num_images or InMemoryOptions.num_images,
         split=options.split or InMemoryOptions.split,
         bank=drawing.bank,
+        guidance_bank=drawing.guidance_bank,
+        guidance_prompt=drawing.guidance_prompt,
         seed=drawing.seed,
         guidance=drawing.guidance,
         num_steps=drawing.num_steps,
@@ -184,6 +197,8 @@ def _evaluate_on_disk(
         num_steps=drawing.num_steps,
         batch_size=drawing.batch_size or DrawingSettings.batch_size,
         prompt_suffix=drawing.prompt_suffix,
+        guidance_bank=drawing.guidance_bank,
+        guidance_prompt=drawing.guidance_prompt,
     )
     what = OnDiskOptions(
         images=output.images,

@@ -110,7 +110,22 @@ BaseOption = Annotated[str | None, typer.Option(help="The base to use an adapter
 GuidanceOption = Annotated[float | None, typer.Option(callback=_finite, help="Classifier-free guidance; 1 is off.")]
 BankOption = Annotated[
     Literal["positive", "negative"],
-    typer.Option(help="negative: draw with the negative bank, the ablation of the AGSM paper."),
+    typer.Option(
+        help="negative: both branches of guidance use the negative bank, the AGSM paper's ablation. For the "
+        "unconditional branch alone: --guidance-bank."
+    ),
+]
+GuidanceBankOption = Annotated[
+    Literal["positive", "negative"] | None,
+    typer.Option(
+        help="Bank of guidance's unconditional branch; the conditional one's is positive. Default: the adapter's."
+    ),
+]
+GuidancePromptOption = Annotated[
+    Literal["empty", "same"] | None,
+    typer.Option(
+        help="Prompt of guidance's unconditional branch; same needs the negative bank. Default: the adapter's."
+    ),
 ]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, max=MAX_SAMPLING_STEPS, help="Sampling steps.")]
 

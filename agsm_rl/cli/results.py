@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from agsm_rl.cli.options import BankOption, BaseOption, GuidanceOption, StepsOption, TargetArgument
+from agsm_rl.cli.options import (
+    BankOption,
+    BaseOption,
+    GuidanceBankOption,
+    GuidanceOption,
+    GuidancePromptOption,
+    StepsOption,
+    TargetArgument,
+)
 from agsm_rl.errors import UserError
 from agsm_rl.registry import permissions
 from agsm_rl.run.screen import say, without_loading_bars
@@ -25,6 +33,8 @@ def sample(
     num_steps: StepsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
     bank: BankOption = "positive",
+    guidance_bank: GuidanceBankOption = None,
+    guidance_prompt: GuidancePromptOption = None,
     base: BaseOption = None,
     allow_import: Annotated[
         list[str] | None,
@@ -38,7 +48,7 @@ def sample(
     without_loading_bars()
     check_output_folder(out, option="-o")
     opened = open_target(target, base=base, allow_imports=permissions(imports=allow_import))
-    with opened.using(bank):
+    with opened.using(bank, guidance_bank, guidance_prompt):
         for start in range(0, number, batch_size):
             seeds = [seed + index for index in range(start, min(start + batch_size, number))]
             images = draw(

@@ -19,6 +19,7 @@ import diffusers
 from rich.console import Console
 
 from agsm_rl import __version__
+from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
@@ -43,6 +44,8 @@ class DrawingSettings:
     num_steps: int | None = None
     batch_size: int = 8
     prompt_suffix: str = ""
+    guidance_bank: GuidanceBank | None = None
+    guidance_prompt: GuidancePrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def pinned(target: Target, how: DrawingSettings) -> dict[str, Any]:
                 "seed": how.seed,
                 "guidance": target.guidance if how.guidance is None else how.guidance,
                 "num_steps": how.num_steps or target.num_steps,
+                **target.guidance_form(),
                 "prompt_suffix": how.prompt_suffix,
                 "resolution": target.backbone.resolution,
                 "call_options": target.backbone.call_options,
@@ -129,6 +133,18 @@ def draw_images(
 
     UserError if the folder holds images that were drawn otherwise.
     """
+    with target.using("positive", how.guidance_bank, how.guidance_prompt):
+        return _draw_as_pinned(wanted, folder, target, how, shard, console)
+
+
+def _draw_as_pinned(
+    wanted: Sequence[Drawn],
+    folder: Path,
+    target: Target,
+    how: DrawingSettings,
+    shard: Share,
+    console: Console | None,
+) -> dict[str, Any]:
     settings = _pin(folder, pinned(target, how) | {"num_images": len(wanted)})
     own = shard.of(wanted)
     missing = [item for item in own if not is_whole(item.path)]
@@ -163,7 +179,8 @@ def read_pinned(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{error} Remove {folder} and draw again.") from error
     if not isinstance(content, dict) or not isinstance(content.get("num_images"), int):
         raise UserError(f"{file}: is not a record of how images were drawn; remove {folder} and draw again.")
-    return {"prompt_suffix": ""} | content  # a folder that is older than suffixes says nothing of them
+    # A folder that is older than an option says nothing of it.
+    return {"prompt_suffix": "", "guidance_bank": "positive", "guidance_prompt": "empty"} | content
 
 
 def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from agsm_rl.adapters.guidance import hooked
 from agsm_rl.files import replacing
 from agsm_rl.interfaces import Backbone
 
@@ -24,19 +25,21 @@ def draw(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1], on the CPU, by the backbone's pipeline as it stands (adapters on or off).
 
+    Guidance's unconditional branch is what the backbone's adapters say (adapters/guidance.py).
     Image i depends on prompts[i] and seeds[i], not on its neighbours.
     """
     found = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        images = backbone.pipeline(
-            prompt=list(prompts[part]),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            num_inference_steps=num_steps,
-            guidance_scale=guidance,
-            output_type="pt",
-            **backbone.call_options,
-        ).images
+        with hooked(backbone.pipeline, backbone.denoiser, backbone.adapters):
+            images = backbone.pipeline(
+                prompt=list(prompts[part]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                num_inference_steps=num_steps,
+                guidance_scale=guidance,
+                output_type="pt",
+                **backbone.call_options,
+            ).images
         found.append(images.float().cpu())
     return torch.cat(found)
 

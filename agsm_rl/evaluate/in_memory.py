@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings, pinned
 from agsm_rl.evaluate.table import print_table
@@ -27,6 +28,8 @@ class InMemoryOptions:
     num_images: int = 600
     split: str = "held_out"
     bank: Bank = "positive"
+    guidance_bank: GuidanceBank | None = None
+    guidance_prompt: GuidancePrompt | None = None
     seed: int = 0
     guidance: float | None = None
     num_steps: int | None = None
@@ -40,7 +43,8 @@ def evaluate_in_memory(target: Target, options: InMemoryOptions, *, compare: boo
     if compare and target.handle is None:
         raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")
     guidance = settings.guidance[0]
-    with target.using(settings.bank):
+    with target.using(settings.bank, settings.guidance_bank, settings.guidance_prompt):
+        form = target.guidance_form()
         trained = measure(target.backbone, settings, guidance, {})
     base = None
     if compare and target.handle is not None:
@@ -51,7 +55,7 @@ def evaluate_in_memory(target: Target, options: InMemoryOptions, *, compare: boo
     else:
         print_table(base.result, trained.result)
     content = to_json([(base, trained)] if base is not None else [(None, trained)], settings)
-    content["drawing"] = _drawing(target, settings)
+    content["drawing"] = _drawing(target, settings) | form
     if json_file is not None:
         write_text(json_file, json.dumps(content, indent=1) + "\n")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,9 @@ class SuiteProcess:
 
     def _drawn(self, target: str | None, folder: Path, like: TargetImages | None) -> TargetImages:
         settings = self.options.drawing
+        if target is None or target == self.options.against:
+            # What is compared with is drawn as it says itself; a base has no banks.
+            settings = replace(settings, guidance_bank=None, guidance_prompt=None)
         if like is not None and like.images:
             settings = _as_drawn(settings, like.drawing or {})
             planned = [image_of(folder, item.prompt_index, item.number, item.metadata) for item in like.images]
@@ -192,10 +195,10 @@ def is_plain_folder(target: str, suite: Suite) -> bool:
 
 def _as_drawn(settings: DrawingSettings, drawing: dict[str, Any]) -> DrawingSettings:
     """The settings of the images to compare with, so that guidance, steps and suffix are no part of the difference."""
-    return DrawingSettings(
+    return replace(
+        settings,
         seed=drawing.get("seed", settings.seed),
         guidance=drawing.get("guidance") if settings.guidance is None else settings.guidance,
         num_steps=settings.num_steps or drawing.get("num_steps"),
-        batch_size=settings.batch_size,
         prompt_suffix=drawing.get("prompt_suffix", settings.prompt_suffix),
     )

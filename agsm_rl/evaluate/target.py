@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
+from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import is_single_file
 from agsm_rl.errors import UserError
@@ -62,11 +63,31 @@ class Target:
     block: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
-    def using(self, bank: Bank) -> AbstractContextManager[None]:
-        """Draw with this bank within the block; UserError for the negative bank if there is none."""
+    @contextmanager
+    def using(
+        self,
+        bank: Bank = "positive",
+        guidance_bank: GuidanceBank | None = None,
+        guidance_prompt: GuidancePrompt | None = None,
+    ) -> Iterator[None]:
+        """Draw with this bank, and guide in this form (None: as the adapters say), within the block.
+
+        UserError for the negative bank where there is none, and for a form that cannot be.
+        """
         adapters = list(self.handle.adapters.values()) if self.handle else []
         check_bank(bank, adapters, where="--bank")
-        return using(adapters, bank)
+        if bank == "negative" and (guidance_bank or guidance_prompt):
+            raise UserError(
+                "--bank negative: draws both branches of guidance with the negative bank; leave it out to choose the "
+                "unconditional branch alone by --guidance-bank and --guidance-prompt."
+            )
+        with using(adapters, bank), guiding(adapters, guidance_bank, guidance_prompt, where="--"):
+            yield
+
+    def guidance_form(self) -> dict[str, str]:
+        """How guidance's unconditional branch is predicted now."""
+        bank, prompt = guidance_form(list(self.handle.adapters.values()) if self.handle else [])
+        return {"guidance_bank": bank, "guidance_prompt": prompt}
 
 
 def open_target(

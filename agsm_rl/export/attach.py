@@ -1,7 +1,7 @@
 """Exported adapters on plain diffusers pipelines: `attach(pipeline, path)`, and `save_adapters`, which writes them.
 
 The files are ordinary safetensors whose metadata names the adapter's kind; a LoRA's also goes straight into
-`pipe.load_lora_weights`. Pictures are drawn with the positive bank, as published (arXiv 2605.30038).
+`pipe.load_lora_weights`. Pictures are drawn with the positive bank (arXiv 2605.30038), and guided as the file says.
 """
 
 import errno
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agsm_rl import __version__
+from agsm_rl.adapters.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
@@ -38,9 +39,12 @@ class Handle:
     adapters: dict[str, Adapter]
     _frozen: list[tuple[nn.Parameter, bool]]
     _modes: list[tuple[nn.Module, bool]]
+    _guidance: GuidanceHook | None = None
 
     def detach(self) -> None:
         """Restore the pipeline bit for bit; a second call does nothing."""
+        if self._guidance is not None:
+            self._guidance.remove()
         for adapter in reversed(self.adapters.values()):
             adapter.detach()
         for parameter, flag in self._frozen:
@@ -50,10 +54,18 @@ class Handle:
         self.adapters, self._frozen, self._modes = {}, [], []
 
 
-def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
+def attach(
+    pipeline: Any,
+    path: str | os.PathLike[str],
+    *,
+    guidance_bank: GuidanceBank | None = None,
+    guidance_prompt: GuidancePrompt | None = None,
+) -> Handle:
     """Put exported adapters on a diffusers pipeline.
 
     path: a run folder (its `adapter/`), a folder of exported adapters, or one .safetensors file.
+    guidance_bank, guidance_prompt: how guidance's unconditional branch is predicted (adapters/guidance.py); None is
+    what the file says.
     Raises UserError when a file is missing, broken, not one of ours, or for another base, or the pipeline's weights are
     offloaded layer by layer; nothing is attached then.
     """
@@ -67,13 +79,17 @@ def attach(pipeline: Any, path: str | os.PathLike[str]) -> Handle:
                 "weights to put it on. Attach first, then offload; or use enable_model_cpu_offload()."
             )
         _add_exports(handle, backbone, exports, ())
+        _guide(handle, pipeline, backbone.denoiser, guidance_bank, guidance_prompt)
     return handle
 
 
 def attach_to_backbone(
     backbone: Backbone, path: str | os.PathLike[str], *, allow_imports: Collection[str] = ()
 ) -> Handle:
-    """`attach` for a backbone that is already loaded, of any class, also one that only `allow_imports` makes known."""
+    """`attach` for a backbone that is already loaded, of any class, also one that only `allow_imports` makes known.
+
+    Pictures are guided as the files say where `evaluate.drawing.draw` draws them.
+    """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
     handle = _unchanged(backbone.pipeline)
     with _detached_on_error(handle):
@@ -114,6 +130,16 @@ def _add_exports(
         adapter.load_export(tensors, metadata)
         for _, parameter in adapter.named_parameters():
             parameter.requires_grad_(False)
+
+
+def _guide(
+    handle: Handle, pipeline: Any, denoiser: nn.Module, bank: GuidanceBank | None, prompt: GuidancePrompt | None
+) -> None:
+    """Guide the pipeline's pictures as is asked, or as the files say, until the handle is detached."""
+    adapters = list(handle.adapters.values())
+    choose_form(adapters, bank, prompt)
+    if any(isinstance(adapter, Guides) for adapter in adapters):
+        handle._guidance = GuidanceHook(pipeline, denoiser, adapters)
 
 
 def find_exports(path: Path) -> list[Path]:

@@ -56,10 +56,25 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
         from agsm_rl.policy import check_bank
 
         check_bank(completed.evaluate.bank, adapters, where=parts.at("evaluate.bank"))
+        _check_guidance_form(completed.evaluate, adapters, parts)
     _check_terms(completed, parts, adapters)
     _check_adapters_trained(completed, parts)
     _check_rest(completed, parts)
     return completed
+
+
+def _check_guidance_form(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
+    """UserError for a form of guidance that the adapters do not have, or that `bank: negative` overrules."""
+    from agsm_rl.adapters.guidance import guiding
+
+    bank, prompt = evaluate.guidance_bank, evaluate.guidance_prompt
+    if evaluate.bank == "negative" and (bank or prompt):
+        raise UserError(
+            f"{parts.at('evaluate.bank')}: negative puts both branches of guidance under the negative bank; leave it "
+            "out to choose the unconditional branch alone by guidance_bank and guidance_prompt."
+        )
+    with guiding(adapters, bank, prompt, where=parts.at("evaluate.")):
+        pass
 
 
 def _completed_blocks(blocks: dict[str, Block], kind: str, parts: Parts) -> dict[str, Block]:

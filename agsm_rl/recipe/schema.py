@@ -142,7 +142,11 @@ class Evaluate(Section):
         guidance: Guidance scale, or a list of several.
         num_steps: Denoising steps per image.
         split: Prompts of this split.
-        bank: Bank that the trained model draws with; `negative` (ψ⁻) is the paper's ablation.
+        bank: Bank that the trained model draws with: `negative` puts both branches of guidance under ψ⁻, the paper's
+            ablation.
+        guidance_bank: Bank of the trained model's unconditional branch, `positive` or `negative`; the conditional one
+            stays under ψ⁺. Null is what the adapters say (`soft_tokens`: `guidance_bank`).
+        guidance_prompt: Prompt of that branch, `empty` or the `same`. Null is what the adapters say.
         prompt_suffix: Text that both models read behind each prompt (", best quality"); images are judged by the prompt
             alone. Sample grids have none.
         seed: Seed of the noise; image i has seed + i.
@@ -157,6 +161,8 @@ class Evaluate(Section):
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
+    guidance_bank: Literal["positive", "negative"] | None = None
+    guidance_prompt: Literal["empty", "same"] | None = None
     prompt_suffix: str = ""
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)

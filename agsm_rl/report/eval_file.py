@@ -40,7 +40,8 @@ class EvalFile:
     """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
 
     `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
-    behind each prompt, `bank` is what the trained model drew with. `adapters`: the SHA-256 of its files, where told.
+    behind each prompt, `bank` is what the trained model drew with, and `guidance_form` the bank and the prompt of its
+    unconditional branch, where the evaluation chose them. `adapters`: the SHA-256 of its files, where told.
     """
 
     suite: str
@@ -57,6 +58,7 @@ class EvalFile:
     step: int | None
     agreement: tuple[str, ...]
     adapters: dict[str, str] = field(default_factory=dict)
+    guidance_form: tuple[str | None, str | None] = (None, None)
 
     def score(self, judged: Judged, verdict: str) -> float:
         """Share right, the mean over tags."""
@@ -137,6 +139,7 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> EvalFile:
         step=None if content.get("step") is None else int(content["step"]),
         agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
         adapters=_digests((content.get("drawing") or {}).get("adapters", {})),
+        guidance_form=(content.get("guidance_bank"), content.get("guidance_prompt")),
     )
 
 

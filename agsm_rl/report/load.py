@@ -237,6 +237,7 @@ def _but_for_seed(run: Run) -> dict[str, Any]:
     """What is measured. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
     kept["bank"] = run.evaluation.bank
+    kept["guidance_form"] = run.evaluation.guidance_form
     if kept.get("start_from"):
         kept["start_from"] = str(kept["start_from"]).removesuffix(seed_suffix(run.seed))
     return kept

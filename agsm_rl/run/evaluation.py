@@ -17,7 +17,7 @@ from agsm_rl.run.agreement import Agreement, agreements_to_json
 from agsm_rl.run.checkpoint_writer import CheckpointWriter
 from agsm_rl.run.evaluation_output import print_tables, summary, write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import Compared, Measured, measure, to_json
+from agsm_rl.run.measurement import Compared, Measured, drawn_as, measure, to_json
 from agsm_rl.run.records import EventsFile, MetricsFile
 from agsm_rl.run.score_history import Standing
 from agsm_rl.run.screen import make_console, tell
@@ -126,7 +126,7 @@ class Evaluator(Callback):
             if guidance not in self._base:
                 with trainer.policy.switched_off():
                     self._base[guidance] = self._measure(trainer, self.options, guidance)
-            with trainer.policy.exported(self.export), trainer.policy.using(self.options.bank):
+            with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
                 trained = self._measure(trainer, self.options, guidance)
             compared.append((self._base[guidance], trained))
             figures = trained.figures()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from agsm_rl.adapters.guidance import guiding
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare, evaluate, suite_prompts
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import Adapter, Reward
+from agsm_rl.policy import using
 from agsm_rl.recipe.rewards import SCORES
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.training.scoring import checked_score
@@ -61,6 +64,13 @@ class Measured:
 
 Compared = tuple[Measured, Measured]
 """The base and the trained model at the same guidance."""
+
+
+@contextmanager
+def drawn_as(adapters: Collection[Adapter], options: Evaluate, *, where: str = "evaluate.") -> Iterator[None]:
+    """Within the block, adapters draw with the bank and the form of guidance that an evaluation asks for."""
+    with using(adapters, options.bank), guiding(adapters, options.guidance_bank, options.guidance_prompt, where=where):
+        yield
 
 
 def measure(
@@ -120,5 +130,7 @@ def to_json(
         entries.append(entry)
     settings: dict[str, Any] = {"split": options.split, "seed": options.seed, "num_steps": options.num_steps}
     settings |= {"bank": options.bank, "prompt_suffix": options.prompt_suffix}
+    form = {"guidance_bank": options.guidance_bank, "guidance_prompt": options.guidance_prompt}
+    settings |= {key: value for key, value in form.items() if value is not None}
     settings |= {} if step is None else {"step": step}
     return entries[0] | settings | ({"other_guidances": entries[1:]} if entries[1:] else {})

@@ -23,7 +23,7 @@ from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
 from agsm_rl.export.attach import Handle, attach
 from agsm_rl.files import check_regular, write_text
-from agsm_rl.policy import check_bank, using
+from agsm_rl.policy import check_bank
 from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import block_of_today, evaluation_of_today
 from agsm_rl.recipe.recipe import Recipe
@@ -31,7 +31,7 @@ from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.run.agreement import agreements, agreements_to_json
 from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import Measured, measure, to_json
+from agsm_rl.run.measurement import Measured, drawn_as, measure, to_json
 from agsm_rl.sweep.kept import Measurement, read_kept, warn_damaged
 
 NOT_DRAWN = {"device", "gradient_checkpointing"}
@@ -119,7 +119,7 @@ class CellEvaluations:
         adapters = self._handle.adapters.values() if self._handle else ()
         if adapted:
             check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
-        with using(adapters, options.bank):
+        with drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."):
             return measure(backbone, options, guidance, self.recipe.parts.evaluated_rewards(options))
 
     def _model(self, *, adapted: bool) -> Any:
@@ -144,6 +144,8 @@ def _how(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]
     left_out = {"guidance", "every", "batch_size"}
     if not adapted or options.bank == "positive":
         left_out.add("bank")  # the base has none, and the positive one is the default
+    if not adapted:
+        left_out |= {"guidance_bank", "guidance_prompt"}
     return options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
 
 

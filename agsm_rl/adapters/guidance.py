@@ -1,0 +1,186 @@
+"""Guidance's unconditional branch, in the three forms of AGSM's released code (arXiv 2605.30038).
+
+Classifier-free guidance (arXiv 2207.12598) steers from an unconditional prediction to the conditional one, which always
+uses ψ⁺. The unconditional one is
+
+| `guidance_bank` | `guidance_prompt` | it sees |
+|---|---|---|
+| `positive` | `empty` | the empty prompt under ψ⁺: SD1.5 and SD3 |
+| `negative` | `empty` | the empty prompt under ψ⁻: SDXL's released default |
+| `negative` | `same` | the same prompt under ψ⁻ |
+
+A form belongs to an adapter, which keeps it in its file. Pipelines of diffusers predict both branches in one call, the
+unconditional rows first; a hook on the denoiser gives those rows their bank and their prompt.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import Adapter, Bank
+
+GuidanceBank = Literal["positive", "negative"]
+GuidancePrompt = Literal["empty", "same"]
+BANKS: tuple[GuidanceBank, ...] = ("positive", "negative")
+PROMPTS: tuple[GuidancePrompt, ...] = ("empty", "same")
+
+
+@runtime_checkable
+class Guides(Protocol):
+    """An adapter that has a form of guidance."""
+
+    guidance_bank: GuidanceBank
+    guidance_prompt: GuidancePrompt
+    banks: int
+
+
+def check_form(bank: str, prompt: str, *, banks: int, where: str) -> None:
+    """UserError for a form that does not exist, needs a second bank, or leaves guidance without effect."""
+    if bank not in BANKS:
+        raise unknown_name(f"{where}guidance_bank", bank, "a bank", BANKS)
+    if prompt not in PROMPTS:
+        raise unknown_name(f"{where}guidance_prompt", prompt, "a prompt of the unconditional branch", PROMPTS)
+    if bank == "negative" and banks != 2:
+        raise UserError(
+            f"{where}guidance_bank: negative, but there is only one bank; train with `banks: 2`, or use `positive`."
+        )
+    if prompt == "same" and bank != "negative":
+        raise UserError(
+            f"{where}guidance_prompt: same, with `guidance_bank: positive`: both branches would be the same, and "
+            "guidance would change nothing; set `guidance_bank: negative`, or use `empty`."
+        )
+
+
+def choose_form(
+    adapters: Collection[Adapter], bank: GuidanceBank | None, prompt: GuidancePrompt | None, *, where: str = ""
+) -> None:
+    """Let the adapters guide in this form; None keeps what each adapter says.
+
+    UserError if a form is asked for and no adapter has one, or if it does not exist for one of them.
+    """
+    guides: list[Any] = [adapter for adapter in adapters if isinstance(adapter, Guides)]
+    if (bank or prompt) and not guides:
+        raise UserError(
+            f"{where}guidance_{'bank' if bank else 'prompt'}: {bank or prompt}, but no adapter here can guide so; soft "
+            "tokens with `banks: 2` can. Leave it out."
+        )
+    wanted = [(bank or adapter.guidance_bank, prompt or adapter.guidance_prompt) for adapter in guides]
+    for adapter, form in zip(guides, wanted, strict=True):
+        check_form(*form, banks=adapter.banks, where=where)
+    for adapter, form in zip(guides, wanted, strict=True):
+        adapter.guidance_bank, adapter.guidance_prompt = form
+
+
+@contextmanager
+def guiding(
+    adapters: Collection[Adapter], bank: GuidanceBank | None, prompt: GuidancePrompt | None, *, where: str = ""
+) -> Iterator[None]:
+    """Within the block, the adapters guide in this form, as `choose_form` says."""
+    guides: list[Any] = [adapter for adapter in adapters if isinstance(adapter, Guides)]
+    before = [(adapter.guidance_bank, adapter.guidance_prompt) for adapter in guides]
+    choose_form(adapters, bank, prompt, where=where)
+    try:
+        yield
+    finally:
+        for adapter, form in zip(guides, before, strict=True):
+            adapter.guidance_bank, adapter.guidance_prompt = form
+
+
+def guidance_form(adapters: Collection[Adapter]) -> tuple[GuidanceBank, GuidancePrompt]:
+    """The form that adapters, as they are switched now, guide in: `positive, empty` unless one of them says otherwise.
+
+    Adapters that are off, or that draw with ψ⁻ alone, have none.
+    """
+    active = acting(adapters)
+    same = any(isinstance(adapter, Guides) and adapter.guidance_prompt == "same" for adapter in active)
+    return "negative" if active else "positive", "same" if same else "empty"
+
+
+def acting(adapters: Collection[Adapter]) -> list[Adapter]:
+    """The adapters that put the unconditional rows under ψ⁻, as they are switched now."""
+    return [
+        adapter
+        for adapter in adapters
+        if isinstance(adapter, Guides) and adapter.guidance_bank == "negative" and adapter.bank == "positive"
+    ]
+
+
+@contextmanager
+def unconditional_first(adapters: Collection[Adapter], rows: int) -> Iterator[None]:
+    """Within the block, the first half of a prediction's rows is the unconditional branch, under its adapters' bank."""
+    banks: list[Bank] = ["negative" if row < rows // 2 else "positive" for row in range(rows)]
+    with ExitStack() as stack:
+        for adapter in acting(adapters):
+            stack.enter_context(adapter.using(tuple(banks)))
+        yield
+
+
+class GuidanceHook:
+    """The hook on a pipeline's denoiser; `remove` takes it off. It does nothing in calls without guidance."""
+
+    def __init__(self, pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter]) -> None:
+        self._pipeline, self._adapters = pipeline, adapters
+        self._inside = ExitStack()
+        self._hooks = [
+            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            denoiser.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        text = kwargs.get("encoder_hidden_states")
+        # Skip-layer guidance calls SD3's transformer once more for the conditional rows alone.
+        if text is None or kwargs.get("skip_layers") is not None or not acting(self._adapters):
+            return None
+        if not hasattr(self._pipeline, "_guidance_scale"):
+            raise UserError(
+                "guidance_bank: negative works only in the pipeline that the adapter is attached to, and another one "
+                "(made by from_pipe, or a call of the denoiser alone) is drawing; attach to that pipeline."
+            )
+        if not self._pipeline.do_classifier_free_guidance:
+            return None
+        prompt = guidance_form(self._adapters)[1]
+        self._inside.enter_context(unconditional_first(self._adapters, len(text)))
+        return (args, _with_same_prompt(kwargs)) if prompt == "same" else None
+
+    def _end(self, *_: Any) -> None:
+        self._inside.close()
+
+
+def _with_same_prompt(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's arguments with the conditional rows' prompt in the unconditional rows too."""
+    changed = dict(kwargs)
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        if changed.get(name) is not None:
+            changed[name] = _second_half_twice(changed[name])
+    added = changed.get("added_cond_kwargs")
+    if added and "text_embeds" in added:
+        changed["added_cond_kwargs"] = added | {"text_embeds": _second_half_twice(added["text_embeds"])}
+    return changed
+
+
+def _second_half_twice(rows: Tensor) -> Tensor:
+    half = rows[len(rows) // 2 :]
+    return torch.cat([half, half])
+
+
+@contextmanager
+def hooked(pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter]) -> Iterator[None]:
+    """Within the block, the pipeline's pictures are guided as the adapters say."""
+    if not acting(adapters):
+        yield
+        return
+    hook = GuidanceHook(pipeline, denoiser, adapters)
+    try:
+        yield
+    finally:
+        hook.remove()

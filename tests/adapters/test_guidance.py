@@ -1,0 +1,131 @@
+"""The three forms of guidance's unconditional branch, wherever pictures are drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agsm_rl.adapters.guidance import guiding
+from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.backbones import load_backbone
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.drawing import draw
+from agsm_rl.export.attach import attach, read_export, save_adapters
+from agsm_rl.interfaces import Backbone, Cond
+
+PROMPTS = ["a red circle", "two blue squares"]
+FORMS = [("positive", "empty"), ("negative", "empty"), ("negative", "same")]
+
+
+def attached(backbone: Backbone, **options: Any) -> SoftTokens:
+    tokens = SoftTokens(num_tokens=2, **options)
+    tokens.attach(backbone)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in tokens.named_parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+    return tokens
+
+
+def drawn(backbone: Backbone, guidance: float = 3.0) -> Tensor:
+    return draw(backbone, PROMPTS, [0, 1], guidance=guidance, num_steps=2)
+
+
+def first_call(backbone: Backbone, guidance: float) -> tuple[Tensor, Tensor]:
+    """Latents into and prediction out of the denoiser's first call while pictures are drawn."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        latents = args[0] if args else kwargs["hidden_states"]
+        calls.append((latents.clone(), result[0].clone()))
+
+    hook = backbone.denoiser.register_forward_hook(note, with_kwargs=True)
+    try:
+        draw(backbone, PROMPTS, [0, 1], guidance=guidance, num_steps=2)
+    finally:
+        hook.remove()
+    return calls[0]
+
+
+@pytest.mark.parametrize(("bank", "prompt"), FORMS)
+def test_each_branch_sees_its_bank_and_its_prompt(each_backbone: Backbone, bank: Any, prompt: Any) -> None:
+    tokens = attached(each_backbone, guidance_bank=bank, guidance_prompt=prompt)
+    latents, prediction = first_call(each_backbone, 3.0)
+    t = (each_backbone.pipeline.scheduler.timesteps[0] / 1000).float().expand(2)
+    cond = each_backbone.encode_text(PROMPTS)
+    uncond: Cond = cond if prompt == "same" else each_backbone.encode_text([""]).expand(2)
+    with torch.no_grad():
+        with tokens.using(bank):
+            without = each_backbone.predict(latents[:2], t, uncond)
+        with tokens.using("positive"):
+            with_prompt = each_backbone.predict(latents[2:], t, cond)
+        with tokens.using(None):
+            base = each_backbone.predict(latents[2:], t, cond)
+    torch.testing.assert_close(prediction, torch.cat([without, with_prompt]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(with_prompt, base, atol=1e-3)
+
+
+@pytest.mark.parametrize(("bank", "prompt"), FORMS[1:])
+def test_an_exported_form_draws_the_same_on_a_plain_pipeline(
+    each_checkpoint: Path, tmp_path: Path, bank: Any, prompt: Any
+) -> None:
+    ours, plain = (load_backbone(str(each_checkpoint), device="cpu") for _ in range(2))
+    tokens = attached(ours, guidance_bank=bank, guidance_prompt=prompt)
+    save_adapters({"tokens": tokens}, tmp_path, metadata={})
+    base = drawn(plain)
+    handle = attach(plain.pipeline, tmp_path)
+    assert torch.equal(drawn(plain), drawn(ours))
+    handle.detach()
+    assert torch.equal(drawn(plain), base)
+
+
+def test_the_file_names_the_form_and_attach_may_overrule_it(
+    backbone: Backbone, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tokens = attached(backbone, guidance_bank="negative")
+    save_adapters({"tokens": tokens}, tmp_path, metadata={})
+    _, metadata = read_export(tmp_path / "tokens.safetensors")
+    assert (metadata["guidance_bank"], metadata["guidance_prompt"]) == ("negative", "empty")
+    plain = load_backbone(str(tiny_checkpoint), device="cpu")
+    attach(plain.pipeline, tmp_path, guidance_bank="positive")
+    with guiding([tokens], "positive", None):
+        expected = drawn(backbone)
+    assert torch.equal(drawn(plain), expected) and not torch.equal(expected, drawn(backbone))
+
+
+def test_without_guidance_and_while_off_the_form_changes_nothing(backbone: Backbone) -> None:
+    base = drawn(backbone)
+    tokens = attached(backbone, guidance_bank="negative", guidance_prompt="same")
+    with tokens.using(None):
+        assert torch.equal(drawn(backbone), base)
+    unguided = drawn(backbone, guidance=1.0)
+    with guiding([tokens], "positive", "empty"):
+        assert torch.equal(drawn(backbone, guidance=1.0), unguided)
+
+
+def test_the_negative_bank_alone_overrules_the_form(backbone: Backbone) -> None:
+    tokens = attached(backbone, guidance_bank="negative", guidance_prompt="same")
+    with tokens.using("negative"):
+        both_negative = drawn(backbone)
+    with guiding([tokens], "positive", "empty"), tokens.using("negative"):
+        assert torch.equal(drawn(backbone), both_negative)
+
+
+def test_predictions_in_training_are_not_guided_after_a_picture_was_drawn(backbone: Backbone) -> None:
+    attached(backbone, guidance_bank="negative")
+    x_t, t, cond = torch.ones(2, *backbone.latent_shape), torch.full((2,), 0.5), backbone.encode_text(PROMPTS)
+    before = backbone.predict(x_t, t, cond)
+    drawn(backbone)
+    assert torch.equal(backbone.predict(x_t, t, cond), before)
+
+
+def test_forms_that_cannot_be_are_refused(backbone: Backbone) -> None:
+    with pytest.raises(UserError, match="only one bank"):
+        SoftTokens(banks=1, guidance_bank="negative")
+    with pytest.raises(UserError, match="both branches would be the same"):
+        SoftTokens(guidance_prompt="same")
+    with pytest.raises(UserError, match="Did you mean 'negative'"):
+        SoftTokens(guidance_bank="negativ")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no adapter here can guide so"), guiding([], "negative", None):
+        pass
