@@ -1,1 +1,1 @@
-"""Sweeps: one recipe over axes and seeds, each cell an ordinary run folder (docs/sweeps.md)."""
+"""Sweeps: one recipe over axes and seeds; each cell is an ordinary run folder (docs/sweeps.md)."""

@@ -1,4 +1,4 @@
-"""How far a sweep is: the states of its cells, in sweep.json, in sweep.log, and as a live table."""
+"""Progress of a sweep: the states of its cells, in sweep.json, in sweep.log, and as a live table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from agsm_rl.run.screen import styled, tell
 from agsm_rl.sweep.plan import Cell, Plan
 
 Status = Literal["pending", "running", "done", "failed"]
-BEST = 5
-"""Cells in the list of the best."""
+NUM_LISTED = 5
+"""Cells in the lists of the best and of the failed."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class State:
 
 
 class Board:
-    """The cells' states. Every change is written to sweep.json and told in a line."""
+    """The states of the cells. Every change is written to sweep.json and reported in one line."""
 
     def __init__(self, plan: Plan, console: Console, *, capacity: int, total: int | None = None) -> None:
         self.plan, self.console, self.capacity = plan, console, capacity
@@ -48,67 +48,67 @@ class Board:
         self.extra: dict[str, Any] = {}
 
     def add(self, cells: Iterable[Cell]) -> None:
-        """Take up cells that wait."""
+        """Add pending cells; those already on the board keep their state."""
         with self._lock:
             for cell in cells:
                 self.states.setdefault(cell.name, State(cell))
             self.write()
 
-    def found_done(self, name: str, result: dict[str, Any]) -> None:
-        """A cell was finished in an earlier session."""
+    def mark_done(self, name: str, result: dict[str, Any]) -> None:
+        """Record a cell that was finished in an earlier session."""
         with self._lock:
             self.states[name].status, self.states[name].result = "done", result
 
     def start(self, name: str) -> None:
-        """A cell begins, or goes on."""
+        """Record that a cell starts or continues."""
         with self._lock:
             state = self.states[name]
             state.status, state.error, state.started = "running", None, time.monotonic()
-            self.tell(f"{name}: {'goes on' if self.plan.run(name).is_dir() else 'starts'}")
+            self.log(f"{name}: {'continues' if self.plan.run(name).is_dir() else 'starts'}")
             self.write()
 
     def end(self, name: str, *, result: dict[str, Any] | None, error: str | None) -> None:
-        """A cell is finished, or has failed."""
+        """Record that a cell has finished or failed."""
         with self._lock:
             state = self.states[name]
             state.status, state.result, state.error = ("failed" if error else "done"), result, error
             if state.started:
                 state.took = time.monotonic() - state.started
             if error:
-                self.tell(f"{name}: failed: {error}")
+                self.log(f"{name}: failed: {error}")
             else:
-                self.tell(f"{name}: done{_in(state.took)}{_score_text(self.plan, result)}{self._left_text()}")
+                self.log(f"{name}: done{_in(state.took)}{_score_text(self.plan, result)}{self._left_text()}")
             self.write()
 
-    def stopped(self) -> None:
-        """The sweep was broken off: nothing runs any more."""
+    def mark_stopped(self) -> None:
+        """Record that the sweep has ended: cells that were still running are pending again."""
         with self._lock:
             for state in self.states.values():
                 state.status = "pending" if state.status == "running" else state.status
             self.write()
 
     def count(self, status: Status) -> int:
-        """Cells in that state."""
+        """The number of cells in that state."""
         with self._lock:
             return sum(state.status == status for state in self.states.values())
 
     @property
     def total(self) -> int:
-        """Cells in all, those not yet thought of by a search included."""
+        """The number of all cells, including those that a search has yet to suggest."""
         return max(self._total or 0, len(self.states))
 
     def seconds_left(self) -> float | None:
-        """A guess from what cells took, the same variant's where there is one; None before the first is done."""
+        """An estimate from the times of finished cells, of the same variant if possible; None before the first."""
         with self._lock:
-            took = {s.cell.variant: s.took for s in self.states.values() if s.took is not None and s.status == "done"}
-            if not took:
+            times = {s.cell.variant: s.took for s in self.states.values() if s.took is not None and s.status == "done"}
+            if not times:
                 return None
-            usual = mean(took.values())
-            waiting = [s for s in self.states.values() if s.status in ("pending", "running")]
-            left = sum(max(0.0, took.get(s.cell.variant, usual) - self._ran(s)) for s in waiting)
+            usual = mean(times.values())
+            unfinished = [s for s in self.states.values() if s.status in ("pending", "running")]
+            left = sum(max(0.0, times.get(s.cell.variant, usual) - self._elapsed(s)) for s in unfinished)
             return (left + usual * (self.total - len(self.states))) / self.capacity
 
-    def _ran(self, state: State) -> float:
+    def _elapsed(self, state: State) -> float:
         return time.monotonic() - state.started if state.status == "running" else 0.0
 
     def _left_text(self) -> str:
@@ -116,15 +116,15 @@ class Board:
         ended = self.count("done") + self.count("failed")
         return f" ({ended} of {self.total}{'' if left is None else f', about {_span(left)} left'})"
 
-    def tell(self, line: str) -> None:
-        """A plain line on the console and, with its time, in sweep.log."""
+    def log(self, line: str) -> None:
+        """Print a plain line, and add it to sweep.log with the time."""
         with self._lock:
             tell(self.console, line)
             with (self.plan.folder / "sweep.log").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
     def write(self) -> None:
-        """sweep.json as things stand."""
+        """Write sweep.json."""
         with self._lock:
             content = json.dumps(self.to_json(), indent=1)
             write_text(self.plan.folder / "sweep.json", content + "\n")
@@ -143,14 +143,14 @@ class Board:
             "budget": sweep.budget.model_dump(exclude_none=True) if sweep.budget else None,
             "seeds": sweep.seed_list,
             "reported": plan.reported_split,
-            "evaluate": [one.model_dump(mode="json", exclude={"every"}) for one in plan.evaluations],
+            "evaluate": [evaluation.model_dump(mode="json", exclude={"every"}) for evaluation in plan.evaluations],
             "base": list(base.values()),
             **self.extra,
             "cells": [_cell_json(state) for state in self.states.values()],
         }
 
     def __rich__(self) -> RenderableType:
-        """The live table: totals, what runs, what failed, the best so far."""
+        """The live table: totals, running cells, failed cells, the best so far."""
         with self._lock:
             best = [self._best()] if self.plan.evaluations else []
             return Group(self._totals(), self._running(), *self._failed(), *best)
@@ -168,21 +168,21 @@ class Board:
         rows = Table.grid(padding=(0, 2))
         for state in self.states.values():
             if state.status == "running":
-                share, what = _progress(self.plan, state)
+                share, stage = _progress(self.plan, state)
                 bar = ProgressBar(total=1.0, completed=share, width=20)
-                rows.add_row(state.cell.name, bar, what, _span(self._ran(state)))
+                rows.add_row(state.cell.name, bar, stage, _span(self._elapsed(state)))
         return rows
 
     def _failed(self) -> list[Text]:
         failed = [state for state in self.states.values() if state.status == "failed"]
-        return [styled(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", "red") for s in failed[-BEST:]]
+        return [styled(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", "red") for s in failed[-NUM_LISTED:]]
 
     def _best(self) -> Table:
         best = Table(title=f"best cells ({_chosen_split(self.plan)}, strict)", title_justify="left", box=None)
         for column in ("cell", "score", "at guidance"):
             best.add_column(column)
         scored = [(_best_row(self.plan, s.result), s.cell.name) for s in self.states.values() if s.result]
-        for row, name in sorted(scored, key=lambda item: -item[0]["strict"])[:BEST]:
+        for row, name in sorted(scored, key=lambda item: -item[0]["strict"])[:NUM_LISTED]:
             best.add_row(name, f"{100 * row['strict']:.1f} %", f"{row['guidance']:g}")
         return best
 
@@ -206,11 +206,12 @@ def _cell_json(state: State) -> dict[str, Any]:
 
 
 def _progress(plan: Plan, state: State) -> tuple[float, str]:
-    """The share of a running cell's training that is done, and where it is."""
+    """The finished share of a running cell's training, and its stage in words."""
     run = plan.run(state.cell.name)
     if (run / "trained.json").is_file():
-        made = len(list((run / "evals").glob("*.json")))
-        return 1.0, f"evaluation {made} of {sum(len(one.guidance) for one in plan.evaluations)}"
+        finished = len(list((run / "evals").glob("*.json")))
+        total = sum(len(evaluation.guidance) for evaluation in plan.evaluations)
+        return 1.0, f"evaluation {finished} of {total}"
     step = _last_step(run / "metrics.jsonl")
     if state.cell.seconds is not None:
         return min(1.0, (time.monotonic() - state.started) / state.cell.seconds), f"step {step}"
@@ -218,7 +219,7 @@ def _progress(plan: Plan, state: State) -> tuple[float, str]:
 
 
 def _last_step(file: Any) -> int:
-    """The step of the last whole line of metrics.jsonl, from the file's end."""
+    """The step of the last complete line of metrics.jsonl, read from the end of the file."""
     try:
         with file.open("rb") as lines:
             size = lines.seek(0, 2)
@@ -230,8 +231,8 @@ def _last_step(file: Any) -> int:
 
 
 def _chosen_split(plan: Plan) -> str | None:
-    """By which cells are ranked: validation, where it is measured."""
-    splits = [one.split for one in plan.evaluations]
+    """The split that ranks the cells: validation if it is measured."""
+    splits = [evaluation.split for evaluation in plan.evaluations]
     return "validation" if "validation" in splits else plan.reported_split
 
 

@@ -1,7 +1,7 @@
-"""One cell in a process of its own: `python -m agsm_rl.sweep.cell JOB` trains it, evaluates it, and writes cell.json.
+"""One cell in its own process: `python -m agsm_rl.sweep.cell JOB` trains it, evaluates it, and writes cell.json.
 
-What is there already is not done again: training resumes from the newest checkpoint, and each measurement is kept as
-soon as it is made. The process ends, with a checkpoint, when the sweep that started it does.
+Finished work is not repeated: training resumes from the newest checkpoint, and each measurement is saved as soon as it
+is made. The process ends, with a checkpoint, when the sweep that started it ends.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from agsm_rl.trainer import Callback, Trainer
 
 
 class TimeLimit(Callback):
-    """Ends training after so many seconds of steps, those of earlier sessions included; nothing else is counted."""
+    """Ends training after `seconds` spent in steps, including those of earlier sessions. Nothing else counts."""
 
     def __init__(self, folder: RunFolder, seconds: float) -> None:
         self.folder, self.seconds = folder, seconds
         self._spent: float | None = None
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """Stop when the time is spent."""
+        """Stop when the time is up."""
         if self._spent is None:
             self._spent = seconds_spent(self.folder, before=step)
         self._spent += metrics["seconds"]
@@ -53,7 +53,7 @@ class TimeLimit(Callback):
 
 
 def seconds_spent(folder: RunFolder, *, before: int) -> float:
-    """Seconds that the steps before this one took, by metrics.jsonl."""
+    """The seconds that the steps before this one took, according to metrics.jsonl."""
     times = [(row.get("step"), row.get("seconds")) for row in read_lines(folder.metrics)]
     return sum(
         seconds
@@ -63,7 +63,7 @@ def seconds_spent(folder: RunFolder, *, before: int) -> float:
 
 
 def run_cell(job: Job) -> None:
-    """Train and evaluate a cell, as far as that is not done, and write its cell.json."""
+    """Do what is left of a cell's training and evaluation, and write its cell.json."""
     recipe = Recipe.from_data(job.recipe, where=job.cell, allow_imports=frozenset(job.allow_imports))
     folder = RunFolder(job.run)
     folder.check_contained()
@@ -79,20 +79,21 @@ def run_cell(job: Job) -> None:
 
 
 def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    """What training came to: steps, images, seconds. It is kept in trained.json, so that it is not done again.
+    """Train the cell and return its steps, images and seconds. They are kept in trained.json.
 
-    That does not depend on what is evaluated: guidances and splits may be added later, while the adapter is there.
+    A trained cell is not trained again, whatever is evaluated: guidances and splits may be added later, as long as the
+    adapter is there.
     """
     done = folder.path / "trained.json"
     kept = read_kept(done, Trained)
-    if any(folder.adapter.glob("[!.]*.safetensors")) and _was_trained_so(kept, job):
+    if any(folder.adapter.glob("[!.]*.safetensors")) and _is_training_of(kept, job):
         write_text(folder.recipe, recipe.to_yaml())
         return kept
     _wait_for(folder)
     if not folder.recipe.is_file() and not folder.is_unused():
         raise UserError(
-            f"{folder.path}: has no recipe.yaml, but it is not empty, so nothing in it is used, and nothing deleted. "
-            "Put its recipe.yaml back, or move the folder away to train the cell from the beginning."
+            f"{folder.path}: has no recipe.yaml but is not empty, so its files are neither used nor deleted. Put its "
+            "recipe.yaml back, or move the folder away to train the cell from the beginning."
         )
     limits = [] if job.seconds is None else [TimeLimit(folder, job.seconds)]
     train(
@@ -100,7 +101,7 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         folder.path,
         resume=folder.recipe.is_file(),
         callbacks=limits,
-        evaluate=not job.evaluations,  # what the sweep evaluates is measured here; else there are samples and curves
+        evaluate=not job.evaluations,  # the sweep's evaluations are made here; without any, the run draws its samples
     )
     steps = max(checkpoints.steps_in(folder.checkpoints))
     trained = {
@@ -114,18 +115,18 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     return trained
 
 
-def _was_trained_so(kept: dict[str, Any], job: Job) -> bool:
-    """Whether the training that is kept is the one that the job asks for."""
+def _is_training_of(kept: dict[str, Any], job: Job) -> bool:
+    """Whether a trained.json describes the training that the job asks for."""
     if kept.get("settings") is None:
         return False
     try:
         return same_training(job.settings, Settings.from_json(kept["settings"]), allow_imports=job.allow_imports)
-    except UserError:  # not settings at all
+    except UserError:  # these are not settings
         return False
 
 
 def _images(recipe: Recipe, steps: int) -> int | None:
-    """Images that were taken in; None where a source does not say how many it hands out."""
+    """The number of images consumed; None if a source does not say how many it returns."""
     try:
         return images_taken(recipe, steps)
     except UserError as error:
@@ -134,14 +135,14 @@ def _images(recipe: Recipe, steps: int) -> int | None:
 
 
 def _wait_for(folder: RunFolder, seconds: float = 600) -> None:
-    """A killed sweep's cell may still be writing its last checkpoint."""
+    """Wait for an earlier process of this cell: after a kill, it may still be writing its last checkpoint."""
     if folder.path.is_dir():
         with FileLock(folder.path / ".lock", timeout=seconds):
             pass
 
 
 def _end_with_parent() -> None:
-    """The sweep holds the other end of stdin: when it is gone, for whatever reason, stop as by SIGTERM."""
+    """Stop as after SIGTERM when the sweep is gone for any reason: it holds the other end of stdin."""
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):
@@ -152,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 def main(job: Path) -> None:
-    """Run the cell of a job file; ends with its sweep, so stdin must stay open."""
+    """Run the cell of a job file. It stops when stdin is closed."""
     without_loading_bars()
     _end_with_parent()
     try:

@@ -1,7 +1,7 @@
-"""The evaluations of a cell, each kept as soon as it is made, and the base's, which all cells of a sweep share.
+"""The evaluations of a cell, each saved as soon as it is made, and those of the base, which all cells of a sweep share.
 
-The base is measured once for each set of settings (backbone, suite, split, images, seed, steps, guidance, suffix):
-whichever cell comes first does it, others that come meanwhile wait for it and read the file.
+The base is measured once for each combination of settings (backbone, suite, split, images, seed, steps, guidance,
+suffix). The first cell that needs it measures it; others wait for that cell and read its file.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.measurement import Measured, drawn_as, measure, to_json
 from agsm_rl.sweep.kept import Measurement, read_kept, warn_damaged
 
-NOT_DRAWN = {"device", "gradient_checkpointing"}
-"""Options of a backbone that change nothing of what it draws."""
+WITHOUT_EFFECT = {"device", "gradient_checkpointing"}
+"""Options of a backbone that do not change the images it draws."""
 
 
 class CellEvaluations:
@@ -55,7 +55,7 @@ class CellEvaluations:
         self._handle: Handle | None = None
 
     def write(self, options: Evaluate, name: str, *, step: int, pictures: bool) -> list[dict[str, Any]]:
-        """Measure base and trained at each guidance, write the run folder's file `name`, and return the figures."""
+        """Measure base and trained model at each guidance, write the run folder's file `name`, return the figures."""
         trained = [
             self._kept(self.folder.path / "evals", self.model_id, options, g, adapted=True) for g in options.guidance
         ]
@@ -73,19 +73,19 @@ class CellEvaluations:
         return [figures(after, options, before) | {"file": file} for before, after in compared]
 
     def _base(self, options: Evaluate, guidance: float) -> Measured:
-        return self._kept(self.base, _drawn_by(self.recipe.backbone), options, guidance, adapted=False)
+        return self._kept(self.base, _backbone_settings(self.recipe.backbone), options, guidance, adapted=False)
 
     def _kept(
         self, folder: Path, model: str | list[Any], options: Evaluate, guidance: float, *, adapted: bool
     ) -> Measured:
-        """The measurement of these settings, from its file if it is there and intact."""
-        settings = {"model": model, "how": _how(options, guidance, adapted=adapted)}
+        """The measurement with these settings, read from its file if that exists and is intact."""
+        settings = {"model": model, "how": _evaluation_settings(options, guidance, adapted=adapted)}
         text = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
         key = hashlib.sha256(json.dumps([text, settings["how"]], sort_keys=True).encode()).hexdigest()[:12]
         file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
-            kept = _read(file, guidance) or self._measured_earlier(file, settings, guidance, adapted=adapted)
+            kept = _read(file, guidance) or self._measured_by_earlier_version(file, settings, guidance, adapted=adapted)
             if kept is not None:
                 return kept
             print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
@@ -95,8 +95,10 @@ class CellEvaluations:
             write_text(file, json.dumps({"settings": settings} | measured.to_json()) + "\n")
             return measured
 
-    def _measured_earlier(self, file: Path, now: dict[str, Any], guidance: float, *, adapted: bool) -> Measured | None:
-        """A measurement whose settings lack options that came in later, and mean the same."""
+    def _measured_by_earlier_version(
+        self, file: Path, now: dict[str, Any], guidance: float, *, adapted: bool
+    ) -> Measured | None:
+        """A measurement of an earlier version: its settings lack newer options, but mean the same."""
         for earlier in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
             then = read_kept(earlier, Measurement).get("settings")
             if earlier != file and then is not None and self._of_today(then, adapted=adapted) == now:
@@ -104,15 +106,15 @@ class CellEvaluations:
         return None
 
     def _of_today(self, then: dict[str, Any], *, adapted: bool) -> dict[str, Any] | None:
-        """What a file's settings mean today; None if they name what no longer exists, or are not settings."""
+        """What a file's settings mean in this version; None if they use names that it lacks, or are not settings."""
         try:
             options, model = evaluation_of_today(then["how"], self.recipe.parts), then["model"]
             if not adapted:
                 use, given = model
-                model = _drawn_by(block_of_today("backbones", {"use": use} | given, self.recipe.parts))
+                model = _backbone_settings(block_of_today("backbones", {"use": use} | given, self.recipe.parts))
         except (UserError, KeyError, TypeError, ValueError):
             return None
-        return {"model": model, "how": _how(options, options.guidance[0], adapted=adapted)}
+        return {"model": model, "how": _evaluation_settings(options, options.guidance[0], adapted=adapted)}
 
     def _measure(self, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
         backbone = self._model(adapted=adapted)
@@ -123,7 +125,7 @@ class CellEvaluations:
             return measure(backbone, options, guidance, self.recipe.parts.evaluated_rewards(options))
 
     def _model(self, *, adapted: bool) -> Any:
-        """The backbone, loaded when it is first needed, with the run's adapters or without."""
+        """The backbone with or without the run's adapters; it is loaded when it is first needed."""
         if self._backbone is None:
             self._backbone = build_backbone(self.recipe.backbone, parts=self.recipe.parts)
         if adapted and self._handle is None:
@@ -134,13 +136,13 @@ class CellEvaluations:
         return self._backbone
 
 
-def _drawn_by(backbone: Block) -> list[Any]:
-    """What of a backbone decides what it draws: its name and options."""
-    return [backbone.use, {key: value for key, value in backbone.options.items() if key not in NOT_DRAWN}]
+def _backbone_settings(backbone: Block) -> list[Any]:
+    """The backbone's name and those of its options that affect its images."""
+    return [backbone.use, {key: value for key, value in backbone.options.items() if key not in WITHOUT_EFFECT}]
 
 
-def _how(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]:
-    """What of an evaluation decides what is measured at one guidance."""
+def _evaluation_settings(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]:
+    """The settings of an evaluation that affect its result at one guidance."""
     left_out = {"guidance", "every", "batch_size"}
     if not adapted or options.bank == "positive":
         left_out.add("bank")  # the base has none, and the positive one is the default
@@ -150,7 +152,7 @@ def _how(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]
 
 
 def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:
-    """A measurement in short, as in sweep.json; `difference` is strict, trained minus base, paired."""
+    """A summary of a measurement, as in sweep.json; `difference` is trained minus base in the strict score, paired."""
     short: dict[str, Any] = {"split": options.split, "guidance": measured.guidance}
     short |= {"num_images": len(measured.result.verdicts)}
     for name, strict in (("strict", True), ("overall", False)):
@@ -170,7 +172,7 @@ def _pictures(file: Path) -> Path:
 
 
 def _read(file: Path, guidance: float) -> Measured | None:
-    """The measurement in a file; None where there is none, or where it or one of its images is damaged."""
+    """The measurement in a file; None if there is no file, or if it or one of its images is damaged."""
     content = read_kept(file, Measurement)
     if not content:
         return None
@@ -179,7 +181,7 @@ def _read(file: Path, guidance: float) -> Measured | None:
         images = [_read_picture(picture) for picture in sorted(_pictures(file).glob("*.png"))]
         return Measured(guidance, result, content["rewards"], torch.stack(images))
     except (UserError, OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL raises a SyntaxError for a broken PNG; stacking fails where there are no images, or their sizes differ.
+        # PIL raises a SyntaxError for a broken PNG; stacking fails if there are no images, or their sizes differ.
         warn_damaged(file, f"{type(error).__name__}: {error}")
         return None
 

@@ -1,7 +1,7 @@
-"""Where cells run: processes of this machine (concurrent.futures), or a Ray cluster. Both give futures.
+"""Where cells run: processes on this machine (concurrent.futures), or a Ray cluster. Both return futures.
 
-A cell is a process of its own either way, so that one that fails, or is killed for want of memory, takes nothing along.
-It ends by itself when the sweep is gone: it reads the end of a pipe that only the sweep (or Ray's worker) holds open.
+Either way each cell has its own process, so one that fails or runs out of memory does not affect the others. A cell
+ends by itself when the sweep is gone: it waits for the end of a pipe that only the sweep (or Ray's worker) holds open.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, Literal, Protocol
 
 from agsm_rl_rewards.worker.ray_cluster import import_ray, start_ray
 
-TOLD = 5
+SHOWN_LINES = 5
 """Lines of a failed cell's log that are shown."""
-KEPT_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
     "MALLOC_TOP_PAD_": "67108864",
 }
-"""glibc gives freed memory back at once, which makes steps on a CPU up to three times as long; this keeps it."""
+"""glibc returns freed memory at once, which makes steps on a CPU up to three times slower; this makes it keep it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell's process ended: its exit code (negative: killed by that signal), how long it ran, its last lines."""
+    """How a cell's process ended: its exit code (negative: killed by that signal), its duration, and its last lines."""
 
     code: int
     seconds: float
@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Takes cells' job files; `capacity` is how many run at once."""
+    """Runs the cells of job files, at most `capacity` at once."""
 
     capacity: int
 
@@ -48,13 +48,13 @@ class Executor(Protocol):
         ...
 
     def stop(self) -> None:
-        """Tell all cells that run to end."""
+        """Tell all running cells to end."""
         ...
 
 
 @contextmanager
 def open_executor(kind: Literal["local", "ray"], *, workers: int | None) -> Iterator[Executor]:
-    """The executor of that kind; at the end of the block, cells that still run are told to stop and waited for."""
+    """An executor of that kind. At the end of the block, running cells are told to stop, and waited for."""
     if kind == "ray":
         with _ray(workers) as executor:
             yield executor
@@ -67,12 +67,12 @@ def open_executor(kind: Literal["local", "ray"], *, workers: int | None) -> Iter
 
 
 class LocalExecutor:
-    """`workers` processes at once on this machine, which share its cores evenly."""
+    """Up to `workers` processes at once on this machine, which share its cores evenly."""
 
     def __init__(self, workers: int) -> None:
         self.capacity = workers
-        self.threads = threads_each(workers)
-        # Cells inherit the reading end; when the writing end closes, by our will or our death, they stop.
+        self.threads = threads_per_worker(workers)
+        # Cells inherit the read end. They stop when the write end closes, whether we close it or die.
         self._read, write = os.pipe()
         self._write = os.fdopen(write, "wb")
         self._pool = ThreadPoolExecutor(workers)
@@ -82,28 +82,28 @@ class LocalExecutor:
         return self._pool.submit(run_job, job, log, self.threads, self._read)
 
     def stop(self) -> None:
-        """Tell all cells that run to end; each writes a checkpoint first."""
+        """Tell all running cells to end; each writes a checkpoint first."""
         self._write.close()
 
     def close(self) -> None:
-        """Stop what runs and wait for it."""
+        """Stop all running cells and wait for them."""
         self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         os.close(self._read)
 
 
-def threads_each(workers: int) -> int:
-    """Threads for each of so many workers: two that use all cores each would slow one another down many times."""
+def threads_per_worker(workers: int) -> int:
+    """Threads per worker: workers that use all cores each slow one another down many times over."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)
 
 
 def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd: str | None = None) -> Outcome:
-    """Run a cell in a process and wait for its end; all that it prints is added to `log`."""
-    # The user's own OMP_NUM_THREADS is a limit too.
+    """Run a cell in a process and wait for it; its output is appended to `log`."""
+    # OMP_NUM_THREADS as the user set it is an upper limit.
     given = os.environ.get("OMP_NUM_THREADS", "")
     allowed = min(threads, int(given)) if given.isdigit() and int(given) else threads
-    environment = KEPT_MEMORY | os.environ | {"OMP_NUM_THREADS": str(allowed), "PYTHONUNBUFFERED": "1"}
+    environment = KEEP_FREED_MEMORY | os.environ | {"OMP_NUM_THREADS": str(allowed), "PYTHONUNBUFFERED": "1"}
     started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -114,7 +114,7 @@ def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=cwd,
-            # Ctrl-C is for the sweep, which then tells its cells.
+            # Ctrl-C goes to the sweep, which then stops its cells.
             start_new_session=True,
         )
         code = process.wait()
@@ -123,12 +123,12 @@ def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd
     with log.open("rb") as file:
         file.seek(before)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return Outcome(code, time.monotonic() - started, "\n".join(lines[-TOLD:]))
+    return Outcome(code, time.monotonic() - started, "\n".join(lines[-SHOWN_LINES:]))
 
 
 @contextmanager
 def _ray(workers: int | None) -> Iterator[Executor]:
-    """Cells as tasks of the cluster that RAY_ADDRESS names, or of a Ray on this machine alone."""
+    """Run cells as tasks on the cluster at RAY_ADDRESS, or on a Ray that is started on this machine."""
     ray = import_ray("--executor ray")
     start_ray(who="--executor ray")
     try:
@@ -138,7 +138,7 @@ def _ray(workers: int | None) -> Iterator[Executor]:
 
 
 class RayExecutor:
-    """Tasks of a Ray cluster, a GPU each where there are any. All its machines must see the sweep's folder."""
+    """Tasks on a Ray cluster, with one GPU each if it has GPUs. All machines must see the sweep's folder."""
 
     def __init__(self, workers: int | None) -> None:
         import ray
@@ -147,20 +147,20 @@ class RayExecutor:
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         self.capacity = workers or gpus or cores
         # A task must fit on one machine.
-        most = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-        self.threads = max(1, min(cores // self.capacity, most))
+        smallest_node = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        self.threads = max(1, min(cores // self.capacity, smallest_node))
         self._run: Any = ray.remote(run_job).options(num_cpus=self.threads, num_gpus=1 if gpus else 0, max_retries=0)
         self._running: list[Any] = []
 
     def submit(self, job: Path, log: Path) -> Future[Outcome]:
-        """Run the cell of a job file somewhere."""
+        """Run the cell of a job file somewhere on the cluster."""
         reference = self._run.remote(job.absolute(), log.absolute(), self.threads, None, os.getcwd())
         self._running.append(reference)
         future: Future[Outcome] = reference.future()
         return future
 
     def stop(self) -> None:
-        """Tell all tasks to end; a cell ends with the worker that holds its pipe."""
+        """Cancel all tasks; a cell ends with the worker that holds its pipe."""
         import ray
 
         for reference in self._running:

@@ -1,7 +1,7 @@
-"""Sweeps of the first version: their cells kept a hash over the settings where later ones keep the settings.
+"""Sweeps of the first version, whose cells contain a hash of their settings instead of the settings.
 
-What else that version left (each cell's job and recipe, sweep.json) says what the settings may have been, and the hash
-shows whether they were. They are then added to the cell's files, before any of those others is written anew.
+The other files of that version (each cell's job and recipe, sweep.json) suggest what the settings were, and the hash
+confirms it. The settings are then added to the cell's files, before any of the other files is written again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADER = "# Fully resolved: every default is written out. `seed: null` in a bloc
 
 
 def add_settings(sweep: Path) -> None:
-    """Add the settings to each cell.json and trained.json in a sweep's folder, where the hash confirms them."""
+    """Add the settings to every cell.json and trained.json in a sweep's folder whose hash confirms them."""
     for run in sorted((sweep / "cells").glob("*/")):
         for name, shape, hash_of, key in (
             ("cell.json", Result, fingerprint, "fingerprint"),
@@ -35,27 +35,27 @@ def add_settings(sweep: Path) -> None:
             content = read_kept(file, shape)
             if "settings" in content or key not in content:
                 continue
-            settings = next((each for each in _possible(sweep, run) if hash_of(each) == content[key]), None)
+            settings = next((guess for guess in _candidates(sweep, run) if hash_of(guess) == content[key]), None)
             if settings is not None:
                 write_text(file, json.dumps({"settings": settings.to_json()} | content, indent=1) + "\n")
 
 
 def fingerprint(settings: Settings) -> str:
-    """What cell.json had."""
+    """The hash in cell.json."""
     return _digest([repr(settings.recipe), settings.limit, settings.evaluations, settings.reported])
 
 
 def training_fingerprint(settings: Settings) -> str:
-    """What trained.json had."""
+    """The hash in trained.json."""
     recipe = settings.recipe | {"evaluate": None}
     text = HEADER + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
     return _digest({"recipe": text, "limit": settings.limit})
 
 
-def _possible(sweep: Path, run: Path) -> Iterator[Settings]:
-    """A cell's settings as its job has them; for a sweep without its jobs, as its recipe and the summary do.
+def _candidates(sweep: Path, run: Path) -> Iterator[Settings]:
+    """A cell's settings according to its job, then according to its recipe and the summary.
 
-    What is missing or damaged says nothing.
+    Missing and damaged files are skipped.
     """
     for read in (_of_job, _of_summary):
         try:

@@ -1,4 +1,4 @@
-"""A cell as plain data for the process that runs it, and what that process leaves when the cell is finished."""
+"""A cell as plain data for the process that runs it, and the result that this process writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agsm_rl.sweep.settings import Settings, same_settings
 
 @dataclass(frozen=True)
 class Job:
-    """All that is needed to train and evaluate a cell. Folders are as the sweep was given them."""
+    """All that is needed to train and evaluate a cell. Paths are kept as they were given to the sweep."""
 
     cell: str
     run: str
@@ -33,18 +33,18 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """Whatever changes the cell's figures."""
+        """Everything that affects the cell's figures."""
         limit = {"steps": self.recipe["steps"], "seconds": self.seconds}
         return Settings(self.recipe, limit, self.evaluations, self.reported)
 
     def write(self, file: Path) -> None:
-        """Write it to a file."""
+        """Write the job to a file."""
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=120))
 
     @staticmethod
     def read(file: Path) -> Job:
-        """The job in a file, which may be an earlier version's; UserError where it is not one."""
+        """The job in a file, possibly written by an earlier version; UserError if it is not a job."""
         known = {field.name for field in fields(Job)}
         content = {key: value for key, value in read_yaml(file, "job").items() if key in known}
         try:
@@ -60,7 +60,7 @@ def job_of(plan: Plan, cell: Cell) -> Job:
         run=str(plan.run(cell.name)),
         base=str(plan.folder / "base"),
         recipe=cell.recipe.to_data(),
-        evaluations=[one.model_dump(mode="json") for one in plan.evaluations],
+        evaluations=[evaluation.model_dump(mode="json") for evaluation in plan.evaluations],
         reported=plan.reported_split,
         seconds=cell.seconds,
         allow_imports=sorted(plan.allow_imports),
@@ -68,7 +68,7 @@ def job_of(plan: Plan, cell: Cell) -> Job:
 
 
 def read_result(run: Path, job: Job) -> dict[str, Any] | None:
-    """cell.json of a finished cell; None when it is not finished, or was finished under other settings."""
+    """cell.json of a finished cell; None if it is not finished, or was finished with other settings."""
     content = read_kept(run / "cell.json", Result)
     if content.get("settings") is None:
         return None

@@ -1,6 +1,6 @@
-"""What cells leave for the next session: trained.json, cell.json, and their measurements in evals/ and base/.
+"""The files that cells keep for the next session: trained.json, cell.json, and the measurements in evals/ and base/.
 
-Each is read with its types. One that is damaged counts as not there: a warning says so, and it is made again.
+All are validated when they are read. A damaged file counts as missing: a warning is logged, and the file is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Kept(BaseModel):
 
 
 class Trained(_Kept):
-    """trained.json: what a cell's training came to. The first version had no `settings`."""
+    """trained.json: the result of a cell's training. The first version had no `settings`."""
 
     settings: dict[str, Any] | None = None
     recipe: str
@@ -33,7 +33,7 @@ class Trained(_Kept):
 
 
 class Figures(_Kept):
-    """A measurement in short, as in cell.json and sweep.json."""
+    """A summary of a measurement, as in cell.json and sweep.json."""
 
     split: str
     guidance: float
@@ -43,7 +43,7 @@ class Figures(_Kept):
 
 
 class Result(Trained):
-    """cell.json of a finished cell: its training and all that was measured."""
+    """cell.json of a finished cell: its training and all its measurements."""
 
     evaluations: list[Figures]
     base: list[Figures]
@@ -59,7 +59,7 @@ class Measurement(_Kept):
 
 
 def read_kept(file: Path, shape: type[_Kept]) -> dict[str, Any]:
-    """The content of such a file; empty where there is none, or where it is damaged."""
+    """The content of such a file; empty if it is missing or damaged."""
     if not file.exists():
         return {}
     try:
@@ -77,5 +77,5 @@ def read_kept(file: Path, shape: type[_Kept]) -> dict[str, Any]:
 
 
 def warn_damaged(file: Path, reason: str) -> None:
-    """Say that a file is not used."""
+    """Warn that a file is damaged and therefore not used."""
     log.warning("%s: is damaged (%s), so it is made again", file, reason)

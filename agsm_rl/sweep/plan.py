@@ -1,4 +1,4 @@
-"""From a sweep to its cells: each combination of the axes with each seed, as a validated recipe, before any runs."""
+"""From a sweep to its cells: every combination of the axes with every seed, all validated before the first one runs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.shipped import PREFIX, recipe_path
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
 from agsm_rl.run.folder import seed_suffix
-from agsm_rl.sweep.budget import MOST_STEPS, steps_for
-from agsm_rl.sweep.spec import OWN_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
+from agsm_rl.sweep.budget import MAX_STEPS, steps_for
+from agsm_rl.sweep.spec import SWEEP_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant with a seed: a run to be. `seconds` limits its training; `after` is the cell that it starts from."""
+    """A variant with a seed: one run. `seconds` limits its training; `after` names the cell it starts from."""
 
     name: str
     variant: str
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass
 class Plan:
-    """A sweep with everything read and checked. `choices`: the variants, {axis: value or variant's name}."""
+    """A sweep, read and checked."""
 
     where: str
     folder: Path
@@ -58,14 +58,14 @@ class Plan:
 
     @property
     def reported(self) -> Evaluate | None:
-        """The evaluation that goes into eval.json: the held-out one, or else the last; None if there is none."""
-        held_out = [one for one in self.evaluations if one.split == "held_out"]
-        found = held_out or self.evaluations
-        return found[-1] if found else None
+        """The evaluation that goes into eval.json: the held-out one, otherwise the last; None if there is none."""
+        held_out = [evaluation for evaluation in self.evaluations if evaluation.split == "held_out"]
+        candidates = held_out or self.evaluations
+        return candidates[-1] if candidates else None
 
     @property
     def reported_split(self) -> str | None:
-        """On what that is."""
+        """The split of the reported evaluation."""
         return None if self.reported is None else self.reported.split
 
     def run(self, cell: str) -> Path:
@@ -73,10 +73,10 @@ class Plan:
         return self.folder / "cells" / cell
 
     def to_data(self) -> dict[str, Any]:
-        """The resolved sweep: the base recipe stands in it, defaults of what is evaluated are written out."""
+        """The resolved sweep: it contains the base recipe, and the evaluations with all their defaults."""
         data = self.sweep.model_dump(mode="json", exclude_defaults=True)
-        resolved = [one.model_dump(mode="json", exclude={"every"}) for one in self.evaluations]
-        # Recipes' values as they were read: JSON would make texts of a schedule's steps.
+        resolved = [evaluation.model_dump(mode="json", exclude={"every"}) for evaluation in self.evaluations]
+        # The recipe's values as they were read: JSON would turn a schedule's steps into strings.
         values = {"recipe": self.base, "set": self.sweep.set, "axes": self.sweep.axes, "evaluate": resolved}
         return {"name": self.name} | data | values
 
@@ -84,18 +84,21 @@ class Plan:
 def make_plan(
     given: str, overrides: Iterable[str] = (), *, folder: Path | None = None, allow_imports: Collection[str] = ()
 ) -> Plan:
-    """Read a sweep file (or builtin:<name>) and check all of it; UserError names the first wrong key or cell.
+    """Read a sweep file (or builtin:<name>) and check all of it; a UserError names the first wrong key or cell.
 
-    `folder` None: where the file lies if it is a sweep's own sweep.yaml, runs/<name> otherwise.
+    Without `folder`, a sweep.yaml inside a sweep's folder keeps that folder; any other file gets runs/<name>.
     """
     path = recipe_path(given)
     data = read_yaml(path, "sweep")
     apply_overrides(data, overrides)
     sweep, axes = read_sweep(data, where=str(path))
     base = _base_recipe(sweep, path)
-    evaluations = read_evaluations(_what_is_evaluated(sweep, base, where=str(path)), where=str(path))
+    evaluations = read_evaluations(_evaluate_block(sweep, base, where=str(path)), where=str(path))
     parts = Parts(where=str(path), allow_imports=allow_imports)
-    evaluations = [complete_evaluation(one, parts, place=f"evaluate[{index}]") for index, one in enumerate(evaluations)]
+    evaluations = [
+        complete_evaluation(evaluation, parts, place=f"evaluate[{index}]")
+        for index, evaluation in enumerate(evaluations)
+    ]
     if folder is None:
         folder = path.parent if (path.parent / "sweep.json").is_file() else Path("runs") / (sweep.name or path.stem)
     plan = Plan(str(path), folder, sweep, axes, base, evaluations, frozenset(allow_imports))
@@ -103,14 +106,14 @@ def make_plan(
     if sweep.search is None:
         plan.cells = _all_cells(plan)
     else:
-        # One trial's worth: the ends of the ranges stand for what will be searched.
+        # Check one trial at each end of the ranges; the values between are not known yet.
         for end in ("low", "high"):
             _check_cells(plan, [make_cell(plan, choice, sweep.seed_list[0]) for choice in _choices(axes, end)])
     return plan
 
 
 def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
-    """The cell of a choice on each axis; UserError naming it when its recipe cannot work."""
+    """The cell for one choice on each axis; a UserError names it if its recipe cannot work."""
     variant = _label(plan, choice)
     name = variant + seed_suffix(seed)
     where = f"{plan.where}: cell '{name}'"
@@ -122,7 +125,7 @@ def make_cell(plan: Plan, choice: dict[str, Any], seed: int) -> Cell:
         picked = choice[axis.key]
         changes = axis.variants[picked] if axis.variants else {axis.key: picked}
         for key, value in changes.items():
-            if axis.variants and key in OWN_KEYS:
+            if axis.variants and key in SWEEP_KEYS:
                 continue
             _change(data, key, value, where=f"{where}: {key}")
         share *= changes.get("budget_share", 1.0)
@@ -141,45 +144,45 @@ def _base_recipe(sweep: Sweep, path: Path) -> dict[str, Any]:
     try:
         return read_yaml(file)
     except UserError as error:
-        hint = " (A recipe's path is looked for from the sweep's own folder.)" if not file.exists() else ""
+        hint = " (The path of a recipe is relative to the folder of the sweep file.)" if not file.exists() else ""
         raise UserError(f"{path}: recipe: {error}{hint}") from error
 
 
-def _what_is_evaluated(sweep: Sweep, base: dict[str, Any], *, where: str) -> Any:
-    """The sweep's `evaluate`, or the base recipe's without its intervals."""
+def _evaluate_block(sweep: Sweep, base: dict[str, Any], *, where: str) -> Any:
+    """The sweep's `evaluate`, or the base recipe's without `every`."""
     if sweep.evaluate is not None:
         return sweep.evaluate
-    own = base.get("evaluate")
-    if not isinstance(own, dict):
+    block = base.get("evaluate")
+    if not isinstance(block, dict):
         raise UserError(
-            f"{where}: evaluate: nothing is evaluated, so cells could not be compared; add e.g. "
-            "[{split: held_out, guidance: [1.0, 3.0], num_images: 600}], or say by [] that you measure them yourself."
+            f"{where}: evaluate: nothing is evaluated, so the cells could not be compared; add e.g. "
+            "[{split: held_out, guidance: [1.0, 3.0], num_images: 600}], or [] if you measure them yourself."
         )
-    return {key: value for key, value in own.items() if key != "every"}
+    return {key: value for key, value in block.items() if key != "every"}
 
 
 def _check_searched_split(plan: Plan) -> None:
     search = plan.sweep.search
     if search is None:
         return
-    chosen = [one for one in plan.evaluations if one.split == search.split]
+    chosen = [evaluation for evaluation in plan.evaluations if evaluation.split == search.split]
     if not chosen:
         raise UserError(f"{plan.where}: search.split: '{search.split}' is not evaluated; add it to `evaluate`.")
     if search.guidance is not None and search.guidance not in chosen[0].guidance:
         raise UserError(
-            f"{plan.where}: search.guidance: {search.guidance:g} is not evaluated on {search.split}; there: "
+            f"{plan.where}: search.guidance: {search.guidance:g} is not evaluated on {search.split}; choose one of "
             f"{', '.join(f'{guidance:g}' for guidance in chosen[0].guidance)}."
         )
 
 
 def _choices(axes: list[Axis], end: str = "low") -> list[dict[str, Any]]:
-    """Every combination of the axes' values; of a range, one end."""
+    """Every combination of the axes' values; a range contributes one of its ends."""
     options = [list(axis.variants) or axis.values or [getattr(axis.range, end)] for axis in axes]
     return [dict(zip((axis.key for axis in axes), picked, strict=True)) for picked in product(*options)]
 
 
 def _all_cells(plan: Plan) -> list[Cell]:
-    """All cells, seed by seed, so that a sweep that is broken off has compared all variants on fewer seeds."""
+    """All cells, seed by seed, so that an interrupted sweep has compared all variants, on fewer seeds."""
     cells = [make_cell(plan, choice, seed) for seed in plan.sweep.seed_list for choice in _choices(plan.axes)]
     _check_cells(plan, cells)
     return cells
@@ -190,31 +193,33 @@ def _check_cells(plan: Plan, cells: list[Cell]) -> None:
     if len(by_name) < len(cells):
         names = [cell.name for cell in cells]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{plan.where}: axes: two cells would be named '{twice}'; name the variants, or drop one.")
+        raise UserError(f"{plan.where}: axes: two cells would be named '{twice}'; name the variants, or remove one.")
     for cell in cells:
         if cell.after is not None:
             _check_same_adapters(plan, cell, by_name[cell.after])
-            _check_no_circle(plan, cell, by_name)
+            _check_no_cycle(plan, cell, by_name)
 
 
 def _check_same_adapters(plan: Plan, cell: Cell, start: Cell) -> None:
-    """What a cell goes on from must be as its own adapter of that name."""
-    own, there = cell.recipe.to_data()["adapters"], start.recipe.to_data()["adapters"]
-    kinds, kinds_there = ({name: block["use"] for name, block in one.items()} for one in (own, there))
+    """Adapters that a cell takes over from its start must have the same options in both."""
+    adapters, start_adapters = cell.recipe.to_data()["adapters"], start.recipe.to_data()["adapters"]
+    kinds, start_kinds = (
+        {name: block["use"] for name, block in blocks.items()} for blocks in (adapters, start_adapters)
+    )
     where = f"{plan.where}: cell '{cell.name}': start_from"
-    for name in names_continued(kinds, kinds_there, where=f"{where}: {start.name}"):
-        if there[name] != own[name]:
+    for name in names_continued(kinds, start_kinds, where=f"{where}: {start.name}"):
+        if start_adapters[name] != adapters[name]:
             raise UserError(
-                f"{where}: its adapter '{name}' is {own[name]}, but that of '{start.name}' is {there[name]}; give both "
-                "variants the same."
+                f"{where}: its adapter '{name}' is {adapters[name]}, but that of '{start.name}' is "
+                f"{start_adapters[name]}; give both variants the same."
             )
 
 
-def _check_no_circle(plan: Plan, cell: Cell, by_name: dict[str, Cell]) -> None:
+def _check_no_cycle(plan: Plan, cell: Cell, by_name: dict[str, Cell]) -> None:
     seen, at = [cell.name], cell
     while at.after is not None:
         if at.after in seen:
-            raise UserError(f"{plan.where}: start_from goes in a circle: {' -> '.join([*seen, at.after])}.")
+            raise UserError(f"{plan.where}: start_from forms a cycle: {' -> '.join([*seen, at.after])}.")
         seen.append(at.after)
         at = by_name[at.after]
 
@@ -222,7 +227,7 @@ def _check_no_circle(plan: Plan, cell: Cell, by_name: dict[str, Cell]) -> None:
 def _start(
     plan: Plan, axis: Axis, choice: dict[str, Any], given: str | None, seed: int, *, where: str
 ) -> tuple[str | None, str | None]:
-    """What stands in the recipe's start_from, and the cell that it is the result of (None: a finished run's folder)."""
+    """The recipe's `start_from`, and the cell that produces it (None: the folder of a finished run)."""
     if given is None:
         return None, None
     if given in axis.variants:
@@ -238,10 +243,10 @@ def _start(
 
 
 def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str) -> tuple[Recipe, float | None]:
-    """The cell's recipe with the steps that its share of the budget pays for, and its limit in seconds."""
+    """The cell's recipe, with the steps that its share of the budget pays for, and its time limit in seconds."""
     budget, seconds = plan.sweep.budget, None
     if budget is not None:
-        data["steps"] = 1 if budget.images is not None else MOST_STEPS
+        data["steps"] = 1 if budget.images is not None else MAX_STEPS
         if budget.steps is not None:
             data["steps"] = max(1, round(share * budget.steps))
         elif budget.seconds is not None:
@@ -254,10 +259,10 @@ def _within_budget(plan: Plan, data: dict[str, Any], share: float, *, where: str
 
 
 def _change(data: dict[str, Any], key: str, value: Any, *, where: str) -> None:
-    """Set what stands at a dotted key. null takes it out, unless null is a value there (optimizer.max_grad_norm)."""
+    """Set the value at a dotted key. null removes the key, unless it accepts null (optimizer.max_grad_norm)."""
     path = split_path(key)
     if path[0] == "evaluate":
-        raise UserError(f"{where}: what is measured is the same for all cells; say it in the sweep's own `evaluate`.")
+        raise UserError(f"{where}: all cells are evaluated in the same way; set it in the sweep's own `evaluate`.")
     if value is None and not _takes_null(path):
         remove_value(data, path, where=where)
     else:
@@ -265,7 +270,7 @@ def _change(data: dict[str, Any], key: str, value: Any, *, where: str) -> None:
 
 
 def _takes_null(path: list[str]) -> bool:
-    """Whether null is a value of the recipe's own key at a path; blocks' options and names are never its own."""
+    """Whether the recipe's key at a path accepts null. Options inside blocks are not the recipe's keys."""
     model: type[BaseModel] = Recipe
     for depth, key in enumerate(path):
         if key not in model.model_fields:
@@ -282,7 +287,7 @@ def _takes_null(path: list[str]) -> bool:
 
 
 def _label(plan: Plan, choice: dict[str, Any]) -> str:
-    """The variant's name: a named variant's own, `key=value` for the others, joined by commas."""
+    """The variant's name: the names of named variants and `key=value` for other axes, joined by commas."""
     if not choice:
         return plan.name
     return ",".join(
@@ -292,7 +297,7 @@ def _label(plan: Plan, choice: dict[str, Any]) -> str:
 
 
 def _short(key: str, keys: Iterable[str]) -> str:
-    """The last part of a dotted key, or as many as tell it from the other axes."""
+    """The last part of a dotted key, or as many parts as distinguish it from the other axes."""
     parts = split_path(key)
     others = [split_path(other) for other in keys if other != key]
     for count in range(1, len(parts)):
@@ -302,7 +307,7 @@ def _short(key: str, keys: Iterable[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as part of a file's name."""
+    """A value as part of a file name."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):

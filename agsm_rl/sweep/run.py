@@ -1,4 +1,4 @@
-"""Run a sweep: cells in the order of their dependencies, as many at once as fit; one that fails stops no others."""
+"""Run a sweep: cells in the order of their dependencies, as many at once as fit. A failed cell does not stop others."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
 
 HEADER = "# Resolved: the base recipe and all evaluations are written out. Continue it with `agsm-rl sweep`.\n"
-OURS = ("sweep.yaml", "sweep.json", "sweep.log", "search.log", "jobs", "logs", "base", "cells", ".lock")
-"""What we write in a sweep's folder."""
+SWEEP_FILES = ("sweep.yaml", "sweep.json", "sweep.log", "search.log", "jobs", "logs", "base", "cells", ".lock")
+"""What a sweep writes into its folder."""
 
 
 class SweepStopped(Stopped):
-    """The sweep was stopped by a signal; its cells have written checkpoints."""
+    """A signal stopped the sweep; its cells have written checkpoints."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.exit_code = 128 + number
@@ -51,9 +51,9 @@ class _Signal(Exception):
 
 
 def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None) -> Board:
-    """Run the unfinished cells of a sweep and return the board of all of them.
+    """Run the unfinished cells of a sweep and return the board of all cells.
 
-    Raises UserError before anything runs when the folder holds other runs or is busy, SweepStopped after a signal.
+    Raises UserError, before anything runs, if the folder contains other runs or is busy; SweepStopped after a signal.
     """
     console = console or make_console()
     _check_folder(plan)
@@ -75,7 +75,7 @@ def run_sweep(plan: Plan, executor: Executor, *, console: Console | None = None)
         except _Signal as stop:
             raise SweepStopped(plan.folder, stop.number) from stop
         finally:
-            board.stopped()
+            board.mark_stopped()
     return board
 
 
@@ -89,13 +89,13 @@ def _run(runner: Runner) -> None:
 
 
 def _check_folder(plan: Plan) -> None:
-    """Runs that are there already must be this sweep's."""
+    """Raise a UserError unless the folder is new or already belongs to this sweep."""
     if plan.folder.exists() and not plan.folder.is_dir():
-        raise UserError(f"{plan.folder}: is a file; give a folder as --dir.")
+        raise UserError(f"{plan.folder}: is a file; pass a folder to --dir.")
     if plan.folder.is_dir():
-        check_contained(plan.folder, [name for name in OURS if os.path.lexists(plan.folder / name)])
+        check_contained(plan.folder, [name for name in SWEEP_FILES if os.path.lexists(plan.folder / name)])
         if any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
-            raise UserError(f"{plan.folder}: is not empty and not the folder of a sweep; choose another --dir.")
+            raise UserError(f"{plan.folder}: is not empty and does not belong to a sweep; choose another --dir.")
     wanted = {cell.name: _Length(cell.recipe.steps, cell.seconds) for cell in plan.cells}
     kept = {cell.name: _kept_length(plan, cell) for cell in plan.cells}
     for cell in plan.cells:
@@ -104,20 +104,20 @@ def _check_folder(plan: Plan) -> None:
             continue
         if length.is_more_than(wanted[cell.name]):
             raise _other_length(plan, cell, cell.name, wanted[cell.name])
-        # What a cell has started from must still be what it would start from.
+        # The cell that this one was started from must not have changed its length since.
         start = kept[cell.after] if cell.after else None
         if cell.after and start is not None and start != wanted[cell.after]:
             raise _other_length(plan, cell, cell.after, wanted[cell.after])
 
 
 class _Length(NamedTuple):
-    """How long a cell trains: steps, or seconds where these are its budget."""
+    """How long a cell trains: in steps, or in seconds if its budget is in seconds."""
 
     steps: int
     seconds: float | None
 
     def is_more_than(self, other: _Length) -> bool:
-        """Whether what was begun goes beyond the other."""
+        """Whether this length exceeds the other."""
         return self.steps > other.steps or (self.seconds or 0) > (other.seconds or math.inf)
 
     def __str__(self) -> str:
@@ -126,13 +126,13 @@ class _Length(NamedTuple):
 
 def _other_length(plan: Plan, cell: Cell, changed: str, length: _Length) -> UserError:
     return UserError(
-        f"{plan.run(changed)}: was started with a budget other than the {length} that it has now, and cell "
-        f"'{cell.name}' cannot continue with that; choose another --dir, or remove these cells."
+        f"{plan.run(changed)}: was started with a different budget than the {length} that it has now, so cell "
+        f"'{cell.name}' cannot be continued; choose another --dir, or remove these cells."
     )
 
 
 def _kept_length(plan: Plan, cell: Cell) -> _Length | None:
-    """How long a cell was to train when it was started; None if it was not."""
+    """How long a cell was meant to train when it was started; None if it has not been started."""
     kept, file = _kept_recipe(plan, cell), plan.folder / "jobs" / f"{cell.name}.yaml"
     if kept is None:
         return None
@@ -144,19 +144,19 @@ def _kept_length(plan: Plan, cell: Cell) -> _Length | None:
 
 
 def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:
-    """The recipe that a cell was started with; UserError where the sweep has changed it since."""
+    """The recipe that a cell was started with; UserError if the sweep has changed it since."""
     file = plan.run(cell.name) / "recipe.yaml"
     if not file.exists():
         return None
     try:
         kept = read_earlier(file, allow_imports=plan.allow_imports)
-    except UserError:  # the cell will fail with this message, and the others go ahead
+    except UserError:  # the cell will fail with this message, and the others will run
         return None
     try:
         check_same(cell.recipe, kept, file)
     except UserError as error:
         message = str(error).split(" Resume with")[0]
-        raise UserError(f"{message} The sweep was changed: choose another --dir, or remove that cell.") from error
+        raise UserError(f"{message} The sweep has changed: choose another --dir, or remove that cell.") from error
     return kept
 
 
@@ -165,7 +165,7 @@ def _only_sweep_in(folder: Path) -> Iterator[None]:
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: is busy, another sweep runs in it. Wait for it or stop it.") from error
+        raise UserError(f"{folder}: another sweep is running in this folder; wait for it, or stop it.") from error
     with lock:
         yield
 
@@ -174,21 +174,21 @@ def _only_sweep_in(folder: Path) -> Iterator[None]:
 def _signals_stop(runner: Runner) -> Iterator[None]:
     """SIGINT and SIGTERM stop the sweep cleanly."""
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         runner.stop()
         raise _Signal(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _live(board: Board, console: Console) -> Iterator[None]:
-    """The table, redrawn every second; without a terminal, lines only."""
+    """Show the table, redrawn every second; without a terminal there are only log lines."""
     if not console.is_terminal:
         yield
         return

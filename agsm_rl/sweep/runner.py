@@ -1,4 +1,4 @@
-"""Cells on an executor, in the order of their dependencies, and the board that says how each of them stands."""
+"""Runs cells on an executor in the order of their dependencies, and keeps the board up to date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agsm_rl.sweep.plan import Cell, Plan
 
 
 class Runner:
-    """Runs cells on an executor and keeps the board. A search runs several trials' cells from threads of its own."""
+    """Runs cells on an executor and updates the board. A search runs the cells of several trials from threads."""
 
     def __init__(self, plan: Plan, board: Board, executor: Executor) -> None:
         self.plan, self.board, self.executor = plan, board, executor
@@ -24,24 +24,24 @@ class Runner:
         self._lock = threading.RLock()
 
     def stop(self) -> None:
-        """Tell all cells to write a checkpoint and end; nothing is begun or noted any more."""
+        """Tell all cells to write a checkpoint and end. No more cells are started or recorded."""
         self.stopping = True
         self.executor.stop()
 
     def run(self, cells: list[Cell]) -> None:
-        """Run all cells that are not done, those first that stand first, each after the one that it starts from."""
+        """Run all cells that are not done, in their order, each after the one that it starts from."""
         self.board.add(cells)
         for cell in cells:
-            self.look(cell)
+            self.note_if_done(cell)
         by_name = {cell.name: cell for cell in cells}
-        place = {name: index for index, name in enumerate(by_name)}
+        position = {name: index for index, name in enumerate(by_name)}
         graph = TopologicalSorter({cell.name: [cell.after] if cell.after else [] for cell in cells})
         graph.prepare()
         ready: list[tuple[int, str]] = []
         running: dict[Future[Outcome], str] = {}
         while graph.is_active() and not self.stopping:
             for name in graph.get_ready():
-                heapq.heappush(ready, (place[name], name))
+                heapq.heappush(ready, (position[name], name))
             while ready and len(running) < self.executor.capacity:
                 name = heapq.heappop(ready)[1]
                 future = self.start(by_name[name])
@@ -56,16 +56,16 @@ class Runner:
                 self.finish(by_name[name], future)
                 graph.done(name)
 
-    def look(self, cell: Cell) -> None:
-        """Note a cell that is done already, wherever it stands in the order."""
+    def note_if_done(self, cell: Cell) -> None:
+        """Record a cell that is already done, wherever it is in the order."""
         result = read_result(self.plan.run(cell.name), job_of(self.plan, cell))
         if result is not None:
-            self.board.found_done(cell.name, result)
+            self.board.mark_done(cell.name, result)
 
     def start(self, cell: Cell) -> Future[Outcome] | None:
-        """Begin a cell, or join it where it runs for another trial of the same values.
+        """Start a cell, or join it if it is already running for another trial with the same values.
 
-        None when there is nothing to run: it is done, or what it starts from has failed.
+        None if there is nothing to run: the cell is done, or the cell that it starts from has failed.
         """
         with self._lock:
             if cell.name not in self._running:
@@ -87,7 +87,7 @@ class Runner:
         return self.executor.submit(file, self.plan.folder / "logs" / f"{cell.name}.log")
 
     def finish(self, cell: Cell, future: Future[Outcome]) -> None:
-        """Note how a cell ended, once, unless it was by our own wish."""
+        """Record how a cell ended, once, unless we stopped it ourselves."""
         with self._lock:
             if self._running.pop(cell.name, None) is not None and not self.stopping:
                 self._note(cell, future)
@@ -95,13 +95,13 @@ class Runner:
     def _note(self, cell: Cell, future: Future[Outcome]) -> None:
         try:
             outcome = future.result()
-        except Exception as error:  # noqa: BLE001 - whatever an executor fails with, the other cells go on
+        except Exception as error:  # noqa: BLE001 - however the executor fails, the other cells continue
             self.board.end(cell.name, result=None, error=f"{type(error).__name__}: {error}")
             return
         result = read_result(self.plan.run(cell.name), job_of(self.plan, cell))
         if outcome.code == 0 and result is not None:
             self.board.end(cell.name, result=result, error=None)
             return
-        how = f"exit code {outcome.code}" if outcome.code >= 0 else f"killed by {signal.Signals(-outcome.code).name}"
+        ending = f"exit code {outcome.code}" if outcome.code >= 0 else f"killed by {signal.Signals(-outcome.code).name}"
         log = self.plan.folder / "logs" / f"{cell.name}.log"
-        self.board.end(cell.name, result=None, error=f"{how}, see {log}\n{outcome.last_lines}".rstrip())
+        self.board.end(cell.name, result=None, error=f"{ending}, see {log}\n{outcome.last_lines}".rstrip())

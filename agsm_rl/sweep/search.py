@@ -1,8 +1,9 @@
-"""Axes that are ranges: Optuna suggests, cells are run, and what they score on the validation split is told to it.
+"""Axes that are ranges: Optuna suggests values, cells run with them, and Optuna gets their validation scores.
 
-Every axis takes part, named variants and lists as choices. A trial is one choice on all axes, run on every seed; its
-value is the mean over seeds. Trials are kept in search.log (Optuna's journal). One that was broken off or failed is
-tried again with the same values, so its cells go on from their checkpoints; trials of equal values share their cells.
+All axes are searched; named variants and lists are categorical. A trial is one choice on all axes, run on every seed;
+its value is the mean over seeds. Trials are kept in search.log (Optuna's journal). A trial that was interrupted or
+failed is repeated with the same values, so its cells continue from their checkpoints. Trials with equal values share
+their cells.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from agsm_rl.sweep.runner import Runner
 from agsm_rl.sweep.spec import Axis
 
 DIGITS = 4
-"""Suggested numbers are rounded to so many, so that a cell's name tells the value in full."""
+"""Suggested numbers are rounded to this many significant digits, so that a cell's name contains the exact value."""
 SETTINGS = "settings"
-"""What the values of a study's trials hang on, kept with it."""
+"""The study's attribute that holds all that its trials' values depend on."""
+RETRIED = "queued again"
+"""The study's attribute with the numbers of trials that were queued again."""
 
 
 def check_installed() -> None:
-    """UserError where Optuna is missing, before anything runs."""
+    """Raise a UserError if Optuna is missing, before anything runs."""
     try:
         import optuna  # noqa: F401
     except ImportError as error:
@@ -33,7 +36,7 @@ def check_installed() -> None:
 
 
 def search(runner: Runner) -> None:
-    """Run as many trials as are still to be made, several at once where the executor has room."""
+    """Run the trials that are missing, several at once if the executor has room."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -50,9 +53,9 @@ def search(runner: Runner) -> None:
     )
     _check_settings(study, runner)
     known: list[FrozenTrial] = study.get_trials(deepcopy=False)
-    # A sampler begins its random numbers anew in each session: with the same seed it would suggest the same again.
+    # A new sampler starts its random numbers over: with the same seed, it would repeat its earlier suggestions.
     study.sampler = optuna.samplers.TPESampler(seed=(options.seed + len(known)) % 2**32, constant_liar=True)
-    _queue_again(study, [trial for trial in known if trial.state in (TrialState.RUNNING, TrialState.FAIL)])
+    _retry(study, [trial for trial in known if trial.state in (TrialState.RUNNING, TrialState.FAIL)])
     done = [trial for trial in known if trial.state == TrialState.COMPLETE]
     for trial in done:
         runner.run(_cells(runner, {axis.key: _suggest(trial, axis) for axis in plan.axes}))
@@ -65,16 +68,16 @@ def search(runner: Runner) -> None:
         scores = [_score(runner, cell) for cell in cells]
         return mean(score for score in scores if score is not None) if None not in scores else float("nan")
 
-    at_once = max(1, runner.executor.capacity // len(plan.sweep.seed_list))
-    study.optimize(objective, n_trials=max(0, options.trials - len(done)), n_jobs=at_once)
+    parallel_trials = max(1, runner.executor.capacity // len(plan.sweep.seed_list))
+    study.optimize(objective, n_trials=max(0, options.trials - len(done)), n_jobs=parallel_trials)
     if [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]:
         best = {axis.key: _suggest(study.best_trial, axis) for axis in plan.axes}
         runner.board.extra["best"] = {"axes": best, "value": study.best_value}
-        runner.board.tell(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
+        runner.board.log(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
 
 
 def _check_settings(study: Any, runner: Runner) -> None:
-    """UserError when the sweep has changed since the study's first trial, whose values would be another sweep's."""
+    """Raise a UserError if the sweep has changed since the study's first trial: old values would not be comparable."""
     given = runner.plan.to_data()
     search = {key: given["search"].get(key) for key in ("maximise", "split", "guidance")}
     now = {key: given.get(key) for key in ("recipe", "set", "axes", "seeds", "budget", "evaluate")} | {"search": search}
@@ -85,29 +88,29 @@ def _check_settings(study: Any, runner: Runner) -> None:
     for key, value in now.items():
         if kept is not None and kept[key] != value:
             raise UserError(
-                f"{runner.plan.folder}: its search was begun with another `{key}`, so its trials cannot be gone on "
-                "with; choose another --dir. (`search.trials` may grow.)"
+                f"{runner.plan.folder}: its search was started with a different `{key}`, so it cannot be continued; "
+                "choose another --dir. (Only `search.trials` may be increased.)"
             )
     study.set_user_attr(SETTINGS, now)
 
 
 def _of_today(evaluations: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
-    """Kept evaluations, with the options that came in since they were kept."""
+    """Evaluations of an earlier version, completed with the options that were added since."""
     parts = Parts(where=f"{plan.folder}: search.log", allow_imports=plan.allow_imports)
     return [evaluation_of_today(data, parts).model_dump(mode="json", exclude={"every"}) for data in evaluations]
 
 
-def _queue_again(study: Any, trials: list[Any]) -> None:
-    """Have trials that were broken off or failed tried again with the same values, each once."""
+def _retry(study: Any, trials: list[Any]) -> None:
+    """Queue interrupted and failed trials again with the same values, once each."""
     from optuna.trial import TrialState
 
-    before = study.user_attrs.get("queued again", [])
+    retried = study.user_attrs.get(RETRIED, [])
     for trial in trials:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-        if trial.number not in before and trial.params:
+        if trial.number not in retried and trial.params:
             study.enqueue_trial(trial.params)
-    study.set_user_attr("queued again", [*before, *(trial.number for trial in trials)])
+    study.set_user_attr(RETRIED, [*retried, *(trial.number for trial in trials)])
 
 
 def _cells(runner: Runner, choice: dict[str, Any]) -> list[Cell]:
@@ -127,7 +130,7 @@ def _suggest(trial: Any, axis: Axis) -> Any:
 
 
 def _score(runner: Runner, cell: Cell) -> float | None:
-    """What a cell scored; None when it failed."""
+    """A cell's score; None if it failed."""
     options, result = runner.plan.sweep.search, runner.board.states[cell.name].result
     assert options is not None
     if result is None:

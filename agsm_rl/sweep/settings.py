@@ -1,8 +1,8 @@
-"""What a cell's figures depend on, and whether it was finished under that.
+"""The settings that a cell's figures depend on, and whether the cell was finished with them.
 
-The settings of a finished cell are kept in its cell.json, those of its training in trained.json. It is done if they
-mean the same as what it would run with now: an option that came in since then does not matter while it has its first
-default (recipe/earlier.py); any other difference does.
+The settings of a finished cell are in its cell.json, those of its training in trained.json. The cell is done if they
+mean the same as the settings it would run with now: an option that was added since does not matter while it has its
+first default (recipe/earlier.py); any other difference does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agsm_rl.recipe.parts import Parts
 
 @dataclass(frozen=True)
 class Settings:
-    """A complete recipe, until when it trains ({steps, seconds}), all evaluations, and which split is reported."""
+    """A complete recipe, the limit of its training ({steps, seconds}), all evaluations, and the reported split."""
 
     recipe: dict[str, Any]
     limit: dict[str, Any]
@@ -28,14 +28,14 @@ class Settings:
     reported: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept."""
+        """The settings as they are written to a file."""
         return asdict(self)
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Settings:
-        """What `to_json` gave, read from a file: there, the steps of a schedule have become texts.
+        """The settings that `to_json` wrote. JSON has turned the steps of a schedule into strings; this undoes it.
 
-        UserError where it is something else.
+        UserError if the content is something else.
         """
         try:
             settings = Settings(**content)
@@ -48,12 +48,12 @@ class Settings:
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other settings: tells one training of a cell from another."""
+        """A hash of the settings, which distinguishes one training of a cell from another."""
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
 
 
 def same_settings(now: Settings, then: Settings, *, allow_imports: Collection[str] = ()) -> bool:
-    """Whether a cell that was finished under `then` is finished under `now`."""
+    """Whether a cell that was finished with the settings `then` counts as finished with `now`."""
     if now == then:
         return True
     if now.reported != then.reported or not same_training(now, then, allow_imports=allow_imports):
@@ -67,7 +67,7 @@ def same_settings(now: Settings, then: Settings, *, allow_imports: Collection[st
 
 
 def same_training(now: Settings, then: Settings, *, allow_imports: Collection[str] = ()) -> bool:
-    """Whether a cell that was trained under `then` is trained under `now`, however it is evaluated."""
+    """Whether a cell that was trained with the settings `then` counts as trained with `now`, evaluations aside."""
     if now.limit != then.limit:
         return False
     try:

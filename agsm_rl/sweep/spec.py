@@ -1,4 +1,4 @@
-"""The sweep file and its typed form: a base recipe, axes, seeds, a budget, what is evaluated, what is searched."""
+"""The sweep file and its typed form: a base recipe, axes, seeds, a budget, evaluations, and a search."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
 from agsm_rl.recipe.schema import Evaluate, Name
 
 VALUES = (str, int, float, bool, type(None))
-OWN_KEYS = ("start_from", "budget_share")
-"""Keys of a named variant that are the sweep's: an earlier variant to begin from, and its share of the budget."""
+SWEEP_KEYS = ("start_from", "budget_share")
+"""Keys of a named variant that belong to the sweep: the variant to start from, and its share of the budget."""
 
 
 class Budget(Section):
-    """The same for every cell, in one of three measures.
+    """The budget of every cell, in one of three units.
 
-    `steps`: of the optimiser. `images`: sampled by rollouts plus consumed from pairs (budget.py). `seconds`: of
-    training, evaluation not counted.
+    `steps`: optimiser steps. `images`: images sampled by rollouts plus images read from pairs (budget.py). `seconds`:
+    training time without evaluation.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -37,7 +37,7 @@ class Budget(Section):
 
 
 class Range(Section):
-    """An axis that is searched: from `low` to `high`, whole numbers if both are; `log`: evenly in the logarithm."""
+    """An axis to search, from `low` to `high`: integers if both are integers; `log` searches on a log scale."""
 
     low: int | float
     high: int | float
@@ -46,14 +46,14 @@ class Range(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Range:
         if not self.low < self.high:
-            raise ValueError(f"a range goes from low to a larger high; got {self.low} and {self.high}")
+            raise ValueError(f"`low` must be less than `high`; got {self.low} and {self.high}")
         if self.log and self.low <= 0:
-            raise ValueError(f"a range with `log` begins above 0; got {self.low}")
+            raise ValueError(f"with `log`, `low` must be greater than 0; got {self.low}")
         return self
 
 
 class Search(Section):
-    """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at the best one)."""
+    """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at each cell's best guidance)."""
 
     trials: int = Field(ge=1)
     maximise: Literal["strict", "overall"] = "strict"
@@ -66,14 +66,14 @@ class Search(Section):
     def _never_held_out(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("split") == "held_out":
             raise ValueError(
-                "`split: held_out` is for the report alone; what is chosen by it measures nothing any more"
+                "`split: held_out` is for the report alone: a score that was used to choose no longer measures anything"
             )
         return value
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that varies. `key` is a dotted path of the recipe, but a mere label where the variants are named."""
+    """One thing that varies. `key` is a dotted path of the recipe; with named variants, it is only a label."""
 
     key: str
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Axis:
 
 
 class Sweep(Section):
-    """All that `agsm-rl sweep` needs to know."""
+    """The keys of a sweep file."""
 
     name: Name | None = None
     recipe: str | dict[str, Any]
@@ -95,20 +95,22 @@ class Sweep(Section):
 
     @property
     def seed_list(self) -> list[int]:
-        """The seeds; a number n stands for 0 … n − 1."""
+        """The seeds; a number n means 0 … n − 1."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
 
 def read_sweep(data: dict[str, Any], *, where: str) -> tuple[Sweep, list[Axis]]:
-    """The sweep of a file's data, and its axes; UserError with the place of the first mistake."""
+    """The sweep in a file's data, and its axes; a UserError names the first mistake and its place."""
     if "objectives" in data and "recipe" not in data:
-        raise UserError(f"{where}: is a recipe (it has `objectives`), not a sweep; run it by `agsm-rl train {where}`.")
+        raise UserError(
+            f"{where}: is a recipe (it has `objectives`), not a sweep; run it with `agsm-rl train {where}`."
+        )
     try:
         sweep = Sweep.model_validate(data)
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
     if len(set(sweep.seed_list)) < len(sweep.seed_list):
-        raise UserError(f"{where}: seeds: {sweep.seed_list} has one twice.")
+        raise UserError(f"{where}: seeds: {sweep.seed_list} lists a seed twice.")
     axes = [_axis(key, value, where=where) for key, value in sweep.axes.items()]
     _check_search(sweep, axes, where=where)
     return sweep, axes
@@ -121,8 +123,8 @@ def _axis(key: str, value: Any, *, where: str) -> Axis:
             parts = item if isinstance(item, list) else [item]
             if not all(isinstance(part, VALUES) for part in parts):
                 raise UserError(
-                    f"{place}: a list holds numbers, texts, booleans or lists of them; got {item!r}. To vary whole "
-                    f"blocks, name the variants: {{first: {{{key}: …}}, second: {{{key}: …}}}}."
+                    f"{place}: a list may contain numbers, strings, booleans, or lists of them; got {item!r}. To vary "
+                    f"whole blocks, name the variants: {{first: {{{key}: …}}, second: {{{key}: …}}}}."
                 )
         return Axis(key, values=value)
     if isinstance(value, dict) and value and not set(value) - set(Range.model_fields) and not _holds_changes(value):
@@ -136,18 +138,18 @@ def _axis(key: str, value: Any, *, where: str) -> Axis:
         return Axis(key, variants={str(name): changes or {} for name, changes in value.items()})
     raise UserError(
         f"{place}: got {value!r}; an axis is a list of values, named variants {{name: {{key: value, …}}}}, or a range "
-        "{low: …, high: …} to be searched."
+        "{low: …, high: …} to search."
     )
 
 
 def _holds_changes(value: dict[str, Any]) -> bool:
-    """Variants may be called low and high."""
+    """Whether these are variants (which may be called low and high) rather than a range."""
     return all(isinstance(changes, dict) for changes in value.values())
 
 
 def _check_variant(name: str, changes: Any, *, place: str) -> None:
     if not all(letter.isalnum() and letter.isascii() or letter in "_-." for letter in name):
-        raise UserError(f"{place}.{name}: names of variants are made of letters, digits, _, - and .")
+        raise UserError(f"{place}.{name}: a variant's name may contain letters, digits, _, - and . only.")
     if not isinstance(changes, dict | None):
         raise UserError(f"{place}.{name}: got {changes!r}; a variant is a mapping {{key.path: value, …}}, or {{}}.")
     for key in changes or {}:
@@ -155,10 +157,10 @@ def _check_variant(name: str, changes: Any, *, place: str) -> None:
             raise UserError(f"{place}.{name}: got the key {key!r}; a key is a dotted path of the recipe.")
     start = (changes or {}).get("start_from")
     if not isinstance(start, str | None):
-        raise UserError(f"{place}.{name}.start_from: got {start!r}; it is a variant's name, a run's folder, or null.")
+        raise UserError(f"{place}.{name}.start_from: got {start!r}; give a variant's name, a run folder, or null.")
     share = (changes or {}).get("budget_share", 1)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise UserError(f"{place}.{name}.budget_share: got {share!r}; it is a number in (0, 1].")
+        raise UserError(f"{place}.{name}.budget_share: got {share!r}; give a number in (0, 1].")
 
 
 def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
@@ -169,25 +171,26 @@ def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
         raise UserError(f"{where}: search: no axis is a range {{low: …, high: …}}, so there is nothing to search.")
     if sweep.search and any("start_from" in changes for axis in axes for changes in axis.variants.values()):
         raise UserError(
-            f"{where}: search: variants with `start_from` cannot be searched over; list the values instead."
+            f"{where}: search: variants with `start_from` cannot be searched; list the values instead of a range."
         )
 
 
 def read_evaluations(given: Any, *, where: str) -> list[Evaluate]:
-    """What is measured of each cell; the splits are all different, since each has its file."""
+    """The evaluations of each cell. Their splits must differ, because each split has its own file."""
     entries = given if isinstance(given, list) else [given]
-    found = []
+    evaluations: list[Evaluate] = []
     for index, entry in enumerate(entries):
         place = f"{where}: evaluate[{index}]"
         if isinstance(entry, dict) and entry.get("every") is not None:
             raise UserError(f"{place}.every: a sweep evaluates finished cells only; leave it out.")
         try:
-            found.append(Evaluate.model_validate(entry))
+            evaluation = Evaluate.model_validate(entry)
         except ValidationError as error:
             raise explain(error, where=place) from error
-        if found[-1].split in [other.split for other in found[:-1]]:
-            raise UserError(f"{place}.split: '{found[-1].split}' stands twice; give each evaluation its own split.")
-    return found
+        if evaluation.split in [other.split for other in evaluations]:
+            raise UserError(f"{place}.split: '{evaluation.split}' is listed twice; give each evaluation its own split.")
+        evaluations.append(evaluation)
+    return evaluations
 
 
 def unknown_variant(name: str, axis: Axis, *, where: str) -> UserError:
@@ -199,5 +202,5 @@ def unknown_variant(name: str, axis: Axis, *, where: str) -> UserError:
 
 
 def stem(where: str) -> str:
-    """The name of a sweep that has none: its file's."""
+    """The default name of a sweep: that of its file."""
     return Path(where).stem

@@ -18,7 +18,7 @@ from agsm_rl.sweep.run import run_sweep
 
 
 class InProcess:
-    """Runs cells here; `ran` are the cells in the order in which they ran."""
+    """Runs cells in this process; `ran` lists them in the order in which they ran."""
 
     capacity = 1
 
@@ -86,7 +86,7 @@ def sweep(plan):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The evaluations that are really made: (split, whether an adapter was attached)."""
+    """The evaluations that are actually made: (split, whether an adapter was attached)."""
     made = []
     measure = evaluations.measure
 

@@ -1,4 +1,4 @@
-"""Blocks of recipes that the tests of sweeps share."""
+"""Recipe blocks that the sweep tests share."""
 
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
 ROLLOUTS = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}, "num_prompts": 2}

@@ -1,4 +1,4 @@
-"""Damage in a sweep's folder: one cell pays for it, the others go ahead, and nothing that is not ours is deleted."""
+"""Damage in a sweep's folder: it affects one cell, the others run, and files that are not ours are never deleted."""
 
 import json
 import os
@@ -19,12 +19,12 @@ def cell(name):
 
 @pytest.fixture
 def trained(sweep):
-    """Two finished cells of which nothing is measured, and how to run the sweep again."""
+    """Two finished cells without evaluations, and a function that runs the sweep again."""
     sweep(axes=TWO, name="mine", evaluate=[])
     return lambda: sweep(axes=TWO, name="mine", evaluate=[])
 
 
-def test_a_damaged_cell_json_has_its_cell_done_again_and_no_other(trained):
+def test_a_damaged_cell_json_repeats_its_own_cell_only(trained):
     before = json.loads((cell("plain-seed0") / "cell.json").read_text())
     for content in (b"", b"[1]", b'{"settings": 5}'):
         (cell("plain-seed0") / "cell.json").write_bytes(content)
@@ -33,7 +33,7 @@ def test_a_damaged_cell_json_has_its_cell_done_again_and_no_other(trained):
         assert json.loads((cell("plain-seed0") / "cell.json").read_text()) == before
 
 
-def test_a_damaged_trained_json_and_job_cost_nothing_but_a_look(trained):
+def test_a_damaged_trained_json_and_job_repeat_no_training(trained):
     (cell("half-seed0") / "cell.json").unlink()
     (cell("half-seed0") / "trained.json").write_bytes(b"")
     (RUN / "jobs" / "half-seed0.yaml").write_text("[1]")
@@ -51,7 +51,7 @@ def test_a_cell_without_its_recipe_fails_and_keeps_all_its_files(trained):
     (cell("half-seed0") / "cell.json").unlink()
     board, ran = trained()
     assert ran == ["plain-seed0", "half-seed0"] and (board.count("done"), board.count("failed")) == (1, 1)
-    assert "has no recipe.yaml, but it is not empty" in board.states["plain-seed0"].error
+    assert "has no recipe.yaml but is not empty" in board.states["plain-seed0"].error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
 
 
@@ -76,7 +76,7 @@ def test_metrics_that_are_damaged_or_gone_do_not_stop_a_finished_cell(trained):
     assert json.loads((cell("plain-seed0") / "trained.json").read_text())["steps"] == 2
 
 
-def test_a_damaged_measurement_is_made_again_and_comes_out_the_same(sweep, measured):
+def test_a_damaged_measurement_is_repeated_with_the_same_result(sweep, measured):
     sweep(name="mine", evaluate=EVALUATE[:1])
     before = json.loads((cell("mine-seed0") / "cell.json").read_text())
     assert len(measured) == 2
@@ -104,7 +104,7 @@ def test_a_link_out_of_the_sweep_is_refused_before_anything_is_written(trained, 
     assert sorted(path.name for path in outside.rglob("*")) == before
 
 
-def test_a_pipe_in_the_sweep_s_folder_is_refused_and_does_not_hang(trained):
+def test_a_pipe_in_a_sweep_folder_is_refused_and_does_not_hang(trained):
     (RUN / "sweep.log").unlink()
     os.mkfifo(RUN / "sweep.log")
     with pytest.raises(UserError, match=r"sweep.log: is not a regular file"):

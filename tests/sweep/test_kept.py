@@ -1,4 +1,4 @@
-"""What cells leave is read with its types; what is damaged counts as not there, and a warning names it."""
+"""The files that cells keep are validated when read; a damaged one counts as missing, and a warning names it."""
 
 import json
 import os
@@ -31,21 +31,21 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("shape", "content"), SOUND)
-def test_what_is_sound_is_read_as_it_was_written(tmp_path, shape, content):
+def test_an_intact_file_is_read_as_it_was_written(tmp_path, shape, content):
     (tmp_path / "x.json").write_text(json.dumps(content))
     assert read_kept(tmp_path / "x.json", shape) == content
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("shape", [Trained, Result, Measurement])
-def test_what_is_damaged_counts_as_not_there_and_is_named(tmp_path, caplog, shape, damage):
+def test_a_damaged_file_counts_as_missing_and_is_named(tmp_path, caplog, shape, damage):
     (tmp_path / "x.json").write_bytes(DAMAGED[damage])
     assert read_kept(tmp_path / "x.json", shape) == {}
     assert "x.json: is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(("shape", "content"), SOUND)
-def test_one_value_of_another_type_is_enough(tmp_path, caplog, shape, content):
+def test_one_value_of_the_wrong_type_counts_as_damage(tmp_path, caplog, shape, content):
     for key in content:
         wrong = {
             "settings": 5,
@@ -68,11 +68,11 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, caplog):
     assert "not a regular file" in caplog.text
 
 
-def test_nothing_is_said_of_a_file_that_is_not_there(tmp_path, caplog):
+def test_a_missing_file_gives_no_warning(tmp_path, caplog):
     assert read_kept(tmp_path / "x.json", Trained) == {} and not caplog.text
 
 
-def test_a_measurement_without_its_pictures_is_made_again(tmp_path, caplog):
+def test_a_measurement_without_its_images_is_repeated(tmp_path, caplog):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(MEASUREMENT))
     assert evaluations._read(file, 1.0) is None

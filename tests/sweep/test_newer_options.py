@@ -1,4 +1,4 @@
-"""Options that come in after a sweep was run: its cells stay done, until one of them is set or a default changes."""
+"""Options that are added after a sweep was run: its cells stay done until one is set or a default changes."""
 
 import json
 from functools import partial
@@ -46,7 +46,7 @@ def first(monkeypatch):
 
 
 def as_the_first_version_left_it():
-    """Hashes in place of the settings."""
+    """Replace the settings by their hashes."""
     for name, hash_of, key in (
         ("cell.json", fingerprint, "fingerprint"),
         ("trained.json", training_fingerprint, "recipe"),
@@ -57,7 +57,7 @@ def as_the_first_version_left_it():
 
 
 @pytest.mark.parametrize("made_by", ["this version", "the first version", "the first version, without its jobs"])
-def test_a_sweep_stays_done_when_options_come_in(sweep, newer_version, made_by):
+def test_a_sweep_stays_done_when_options_are_added(sweep, newer_version, made_by):
     sweep(evaluate=REWARDED)
     if made_by != "this version":
         as_the_first_version_left_it()
@@ -71,15 +71,15 @@ def test_a_sweep_stays_done_when_options_come_in(sweep, newer_version, made_by):
 
 
 @pytest.mark.parametrize("kind, name", PARTS[:4])
-def test_a_newer_option_that_is_set_is_another_setting(sweep, newer_version, kind, name):
+def test_setting_a_newer_option_changes_the_settings(sweep, newer_version, kind, name):
     sweep(evaluate=EVALUATE[:1])
     newer_version(kind, name, newer=0.0)
-    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.5.*The sweep was changed"):
+    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.5.*The sweep has changed"):
         sweep(evaluate=EVALUATE[:1], set={KEYS[kind]: 0.5})
     assert sweep(evaluate=EVALUATE[:1], set={KEYS[kind]: 0.0})[1] == []
 
 
-def test_a_newer_option_of_an_evaluated_reward_that_is_set_has_the_cell_measured_anew(sweep, newer_version):
+def test_setting_a_newer_option_of_an_evaluated_reward_measures_the_cell_again(sweep, newer_version):
     sweep(evaluate=REWARDED)
     newer_version("rewards", "shapes", newer=0.0)
     told = [REWARDED[0] | {"rewards": {"shapes": {"newer": 0.5}}}, REWARDED[1]]
@@ -87,23 +87,23 @@ def test_a_newer_option_of_an_evaluated_reward_that_is_set_has_the_cell_measured
     assert sweep(evaluate=told)[1] == []
 
 
-def test_a_default_that_is_changed_is_another_setting(sweep, newer_version):
+def test_a_changed_default_changes_the_settings(sweep, newer_version):
     sweep(evaluate=EVALUATE[:1])
     newer_version("objectives", "score_matching", caption_dropout=0.5)
-    with pytest.raises(UserError, match=r"caption_dropout = 0.0, but now it is 0.5.*The sweep was changed"):
+    with pytest.raises(UserError, match=r"caption_dropout = 0.0, but now it is 0.5.*The sweep has changed"):
         sweep(evaluate=EVALUATE[:1])
 
 
-def test_a_newer_option_whose_default_was_changed_later_is_another_setting(sweep, newer_version, first):
+def test_a_newer_option_whose_default_changed_later_changes_the_settings(sweep, newer_version, first):
     sweep(evaluate=EVALUATE[:1])
     newer_version("objectives", "score_matching", newer=0.25)
     first("objectives", "score_matching", newer=0.0)
-    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.25.*The sweep was changed"):
+    with pytest.raises(UserError, match=r"newer = 0.0, but now it is 0.25.*The sweep has changed"):
         sweep(evaluate=EVALUATE[:1])
     assert sweep(evaluate=EVALUATE[:1], set={"objectives.0.newer": 0.0})[1] == []
 
 
-def test_what_was_measured_is_not_measured_again_when_options_come_in(sweep, measured, newer_version):
+def test_measurements_are_not_repeated_when_options_are_added(sweep, measured, newer_version):
     sweep(evaluate=REWARDED)
     measured.clear()
     for kind, name in PARTS:
@@ -120,7 +120,7 @@ def test_what_was_measured_is_not_measured_again_when_options_come_in(sweep, mea
 
 
 @pytest.mark.parametrize("made_by", ["this version", "the first version"])
-def test_training_is_not_done_again_when_options_come_in_and_more_is_evaluated(sweep, newer_version, made_by):
+def test_training_is_not_repeated_when_options_and_evaluations_are_added(sweep, newer_version, made_by):
     sweep(evaluate=EVALUATE[:1])
     if made_by != "this version":
         as_the_first_version_left_it()
@@ -133,7 +133,7 @@ def test_training_is_not_done_again_when_options_come_in_and_more_is_evaluated(s
     assert sweep(evaluate=EVALUATE)[1] == []
 
 
-def test_a_cell_of_the_first_version_that_was_finished_under_other_settings_is_not_done(sweep):
+def test_a_cell_of_the_first_version_with_other_settings_is_not_done(sweep):
     sweep(evaluate=EVALUATE[:1])
     as_the_first_version_left_it()
     content = json.loads((CELL / "cell.json").read_text())
@@ -141,7 +141,7 @@ def test_a_cell_of_the_first_version_that_was_finished_under_other_settings_is_n
     assert sweep(evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
 
 
-def test_a_damaged_job_of_the_first_version_is_passed_over(sweep):
+def test_a_damaged_job_of_the_first_version_is_skipped(sweep):
     sweep(evaluate=EVALUATE[:1])
     as_the_first_version_left_it()
     Path("runs/mine/jobs/mine-seed0.yaml").write_text("recipe: [")

@@ -42,7 +42,7 @@ def test_a_sweep_without_axes_is_the_recipe_over_its_seeds(plan):
     assert [cell.name for cell in plan(seeds=2).cells] == ["mine-seed0", "mine-seed1"]
 
 
-def test_a_variant_replaces_whole_blocks_and_null_takes_a_key_out(plan):
+def test_a_variant_replaces_whole_blocks_and_null_removes_a_key(plan):
     base_and_ddpo = {"base": {}, "ddpo": DDPO | {"checkpoint": None, "adapters.lora.rank": None}}
     found = recipes_of(plan(axes={"objective": base_and_ddpo}, set={"sample.num_images": 3}))
     assert [term.use for term in found["ddpo-seed0"].objectives] == ["ddpo"]
@@ -53,7 +53,7 @@ def test_a_variant_replaces_whole_blocks_and_null_takes_a_key_out(plan):
     assert {recipe.sample.num_images for recipe in found.values()} == {3}
 
 
-def test_null_is_set_where_it_is_a_value(plan):
+def test_null_is_set_where_the_key_accepts_it(plan):
     found = recipes_of(plan(axes={"optimizer.max_grad_norm": [1.0, None]}))
     assert found["max_grad_norm=1-seed0"].optimizer.max_grad_norm == 1.0
     assert found["max_grad_norm=null-seed0"].optimizer.max_grad_norm is None
@@ -68,7 +68,7 @@ def test_a_variant_starts_from_the_cell_of_the_same_seed_and_other_axes(plan):
     assert cells[then.after].after is None
 
 
-def test_a_variant_may_begin_from_nothing_where_the_recipe_begins_from_a_run(plan):
+def test_a_variant_may_start_from_scratch_although_the_recipe_starts_from_a_run(plan):
     axes = {"start": {"after": {}, "scratch": {"start_from": None}}}
     cells = plan(axes=axes, set={"start_from": "before"}).cells
     assert [cell.recipe.start_from for cell in cells] == ["before", None]
@@ -79,7 +79,7 @@ def test_variants_may_be_called_low_and_high(plan):
     assert [cell.variant for cell in plan(axes=axes).cells] == ["low", "high"]
 
 
-def test_a_variant_may_add_an_adapter_to_those_that_it_starts_from(plan):
+def test_a_variant_may_add_an_adapter_to_those_it_starts_from(plan):
     tokens = {"start_from": "first", "adapters.tokens": {"use": "soft_tokens"}, "objectives.0.trains": ["tokens"]}
     found = plan(axes={"objective": {"first": {}, "then": tokens}}).cells[1]
     assert list(found.recipe.adapters) == ["lora", "tokens"]
@@ -113,7 +113,7 @@ def test_the_resolved_sweep_is_the_same_sweep(plan, tmp_path):
         ([{"use": "score_matching", "source": PAIRS, "weight": {0: 0.0, 2: 0.0, 4: 1.0}}], 8, 5),
     ],
 )
-def test_a_budget_in_images_pays_for_so_many_steps(plan, recipe, objectives, images, steps):
+def test_a_budget_in_images_sets_the_number_of_steps(plan, recipe, objectives, images, steps):
     variant = {"sources": {"own": ROLLOUTS}, "objectives": objectives}
     [cell] = plan(axes={"a": {"one": variant}}, budget={"images": images}).cells
     assert cell.recipe.steps == steps
@@ -133,7 +133,7 @@ def test_the_held_out_evaluation_is_the_one_that_is_reported(plan):
     assert found.cells[0].recipe.evaluate == found.reported
 
 
-def test_what_the_recipe_evaluates_is_evaluated_where_the_sweep_says_nothing(plan, recipe):
+def test_a_sweep_without_evaluations_uses_those_of_its_recipe(plan, recipe):
     recipe["evaluate"] = {"every": 1, "num_images": 5, "split": "validation"}
     [found] = plan(evaluate=None).evaluations
     assert (found.num_images, found.every) == (5, None)
@@ -148,12 +148,12 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ({"axis": {}}, r"mine.yaml: 'axis' is not an option here.*Did you mean 'axes'"),
         ({"axes": {"steps": 3}}, r"axes.steps: got 3; an axis is a list of values, named variants"),
         ({"axes": {"steps": []}}, r"axes.steps: got \[\]; an axis is"),
-        ({"axes": LIST_OF_BLOCKS}, r"axes.objectives.0: a list holds numbers.*name the variants"),
-        ({"axes": {"a": {"b c": {}}}}, r"axes.a.b c: names of variants are made of"),
+        ({"axes": LIST_OF_BLOCKS}, r"axes.objectives.0: a list may contain numbers.*name the variants"),
+        ({"axes": {"a": {"b c": {}}}}, r"axes.a.b c: a variant's name may contain"),
         ({"axes": {"a": {"b": 3}}}, r"axes.a.b: got 3; a variant is a mapping"),
-        ({"axes": {"a": {"b": {"budget_share": 2}}}}, r"a.b.budget_share: got 2; it is a number in \(0, 1\]"),
+        ({"axes": {"a": {"b": {"budget_share": 2}}}}, r"a.b.budget_share: got 2; give a number in \(0, 1\]"),
         ({"axes": {"a": {"b": {5: 1}}}}, r"axes.a.b: got the key 5; a key is a dotted path"),
-        ({"axes": {"a": {"b": {"start_from": ["c"]}}}}, r"a.b.start_from: got \['c'\]; it is a variant's name"),
+        ({"axes": {"a": {"b": {"start_from": ["c"]}}}}, r"a.b.start_from: got \['c'\]; give a variant's name"),
         ({"axes": {"a": {"b": {"steps": 0}}}}, r"cell 'b-seed0': steps: got 0"),
         ({"axes": {"a": {"b": {"objectives.0.use": "agms"}}}}, r"cell 'b-seed0': objectives\[0\].use: 'agms'.*'agsm'"),
         (
@@ -169,7 +169,7 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ({"axes": {"a": {"b": {"start_from": "b"}}}}, r"cell 'b-seed0': start_from: 'b' would start from itself"),
         (
             {"axes": {"a": {"b": {"start_from": "c"}, "c": {"start_from": "b"}}}},
-            r"in a circle: b-seed0 -> c-seed0 -> b",
+            r"forms a cycle: b-seed0 -> c-seed0 -> b",
         ),
         (
             {"axes": {"a": {"b": {}, "c": {"start_from": "b", "adapters.lora.rank": 4}}}},
@@ -180,31 +180,40 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
             r"cell 'c-seed0': start_from: b-seed0: it holds no adapter 'lroa'; it holds: lora",
         ),
         ({"seeds": 0}, r"seeds: got 0"),
-        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] has one twice"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] lists a seed twice"),
         (
             {"budget": {"steps": 3, "images": 3}},
             r"budget: a budget is one of steps, images or seconds; got steps, images",
         ),
-        ({"budget": {"images": 3}}, r"cell 'mine-seed0': budget.images: 3 pay for no step; the first takes in 4"),
-        ({"set": {"objectives.0.weight": 0}, "budget": {"images": 9}}, r"budget.images: the recipe takes in 0 images"),
+        (
+            {"budget": {"images": 3}},
+            r"cell 'mine-seed0': budget.images: 3 is too few for a single step; the first one takes 4",
+        ),
+        (
+            {"set": {"objectives.0.weight": 0}, "budget": {"images": 9}},
+            r"budget.images: the recipe never takes more than 0 images",
+        ),
         ({"set": {"objectives.0.source": "own"}}, r"cell 'mine-seed0': objectives\[0\].source: 'own' is not a source"),
         ({"evaluate": None}, r"evaluate: nothing is evaluated"),
         ({"evaluate": {"split": "test"}}, r"evaluate\[0\].*split: got 'test'"),
-        ({"evaluate": [{}, {}]}, r"evaluate\[1\].split: 'held_out' stands twice"),
+        ({"evaluate": [{}, {}]}, r"evaluate\[1\].split: 'held_out' is listed twice"),
         ({"evaluate": {"every": 5}}, r"evaluate\[0\].every: a sweep evaluates finished cells only"),
         ({"evaluate": {"rewards": ["shape"]}}, r"evaluate\[0\].rewards\[0\]: 'shape' is not a reward.*'shapes'"),
-        ({"recipe": "none.yaml"}, r"mine.yaml: recipe: none.yaml: no such recipe file.*from the sweep's own folder"),
+        (
+            {"recipe": "none.yaml"},
+            r"mine.yaml: recipe: none.yaml: no such recipe file.*relative to the folder of the sweep",
+        ),
         ({"recipe": "builtin:agms"}, r"'builtin:agms' is not a shipped recipe.*'builtin:agsm'"),
         ({"axes": {"steps": {"low": 1, "high": 5}}}, r"axes.steps is a range; add `search"),
         ({"search": {"trials": 3}}, r"search: no axis is a range"),
         (
             {"axes": {"steps": {"low": 5, "high": 1}}, "search": {"trials": 1}},
-            r"axes.steps: a range goes from low to a",
+            r"axes.steps: `low` must be less than `high`",
         ),
         ({"search": {"trials": 1, "split": "held_out"}}, r"search: `split: held_out` is for the report alone"),
         (
             {"axes": {"steps": {"low": 1, "high": 5}}, "search": {"trials": 1, "guidance": 3.0}},
-            r"search.guidance: 3 is not evaluated on validation; there: 1",
+            r"search.guidance: 3 is not evaluated on validation; choose one of 1",
         ),
         (
             {"axes": {"steps": {"low": 0, "high": 5}}, "search": {"trials": 1}},
@@ -212,13 +221,13 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(plan, changes, message):
+def test_a_mistake_is_reported_before_anything_runs(plan, changes, message):
     with pytest.raises(UserError, match=message):
         plan(**changes)
     assert not Path("runs").exists()
 
 
-def test_a_recipe_given_as_a_sweep_and_a_sweep_as_a_recipe_are_told(write, recipe, tmp_path):
+def test_a_recipe_given_as_a_sweep_is_refused_and_the_other_way_round(write, recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="recipe.yaml: is a recipe.*agsm-rl train"):
         make_plan("recipe.yaml")
@@ -232,5 +241,5 @@ SWEEPS = Path(__file__).parents[2] / "recipes" / "study"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-def test_every_sweep_that_is_shipped_can_be_read(name):
+def test_every_shipped_sweep_can_be_read(name):
     assert make_plan(str(SWEEPS / f"{name}.yaml")).cells

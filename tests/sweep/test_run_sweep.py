@@ -1,4 +1,4 @@
-"""Running a sweep: what is left behind, what is done again and what is not, failures, dependencies, and the budget."""
+"""Running a sweep: its files, what is repeated and what is not, failures, dependencies, and the budget."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def steps_of(name):
     return [json.loads(line)["step"] for line in (cell(name) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_sweep_that_measures_nothing_leaves_cells_to_be_measured_and_a_report_of_their_curves(sweep, measured):
+def test_a_sweep_without_evaluations_reports_curves_until_its_cells_are_measured(sweep, measured):
     board, _ = sweep(axes=TWO, name="mine", evaluate=[])
     assert board.count("done") == 2 and measured == []
     assert (summary()["reported"], summary()["evaluate"]) == (None, [])
@@ -42,7 +42,7 @@ def test_a_sweep_that_measures_nothing_leaves_cells_to_be_measured_and_a_report_
     loaded = load([RUN])
     assert not loaded.evaluated and [variant.name for variant in loaded.variants] == ["plain", "half"]
     assert sweep(axes=TWO, name="mine", evaluate=[])[1] == []  # all of it is done
-    # A cell that is measured afterwards is in the report; the other one is told.
+    # A cell that is measured afterwards is in the report; the other one is listed as not evaluated.
     shutil.copy(write_run(Path("judged")) / "eval.json", cell("half-seed0"))
     loaded = load([RUN])
     assert loaded.evaluated and [run.name for run in loaded.runs] == ["half-seed0"]
@@ -87,7 +87,7 @@ def test_the_base_is_measured_once_for_all_cells_with_the_same_settings(sweep, m
     ]
 
 
-def test_cells_with_another_base_have_that_one_measured(sweep, measured, recipe, tiny_checkpoint, tmp_path):
+def test_cells_with_another_base_measure_that_base(sweep, measured, recipe, tiny_checkpoint, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(tiny_checkpoint)
     sweep(axes={"backbone.checkpoint": [str(tiny_checkpoint), str(other)]}, evaluate=EVALUATE[:1])
@@ -111,7 +111,7 @@ def test_only_new_cells_run_when_seeds_and_variants_are_added(sweep):
     assert ran == ["plain-seed3", "half-seed3"]
 
 
-def test_cells_that_are_done_count_from_the_start_wherever_they_stand(sweep):
+def test_finished_cells_count_from_the_start_wherever_they_are_in_the_order(sweep):
     sweep(axes={"objective": {"half": TWO["objective"]["half"]}}, evaluate=EVALUATE[:1])
     _, ran = sweep(axes=TWO, evaluate=EVALUATE[:1])
     assert ran == ["plain-seed0"]
@@ -119,11 +119,11 @@ def test_cells_that_are_done_count_from_the_start_wherever_they_stand(sweep):
     assert "(2 of 2" in (RUN / "sweep.log").read_text().splitlines()[-1]
 
 
-def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, measured):
+def test_a_cell_continues_from_its_checkpoint_and_keeps_its_evaluations(sweep, measured):
     sweep(axes=TWO)
     folder = cell("plain-seed0")
     weights = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
-    # As if killed during the second evaluation.
+    # As after a kill during the second evaluation.
     (folder / "cell.json").unlink()
     next((folder / "evals").glob("held_out*.json")).unlink()
     # And another during training, after the first checkpoint.
@@ -143,7 +143,7 @@ def test_a_cell_goes_on_from_its_checkpoint_and_keeps_its_evaluations(sweep, mea
         assert all(after[name].equal(before[name]) for name in before)
 
 
-def test_when_a_guidance_and_a_split_are_added_they_alone_are_measured(sweep, measured):
+def test_an_added_guidance_or_split_is_all_that_is_measured(sweep, measured):
     sweep(evaluate=EVALUATE[:1])
     checkpoints = cell("mine-seed0") / "checkpoints"
     for file in checkpoints.iterdir():
@@ -158,7 +158,7 @@ def test_when_a_guidance_and_a_split_are_added_they_alone_are_measured(sweep, me
     assert Recipe.from_yaml(cell("mine-seed0") / "recipe.yaml").evaluate.split == "held_out"
 
 
-def test_a_cell_whose_adapter_is_gone_is_trained_anew_when_it_is_to_be_measured_further(sweep, measured):
+def test_a_cell_without_its_adapter_is_trained_again_when_evaluations_are_added(sweep, measured):
     sweep(evaluate=EVALUATE[:1])
     before = steps_of("mine-seed0")
     for name in ("adapter", "checkpoints"):
@@ -168,7 +168,7 @@ def test_a_cell_whose_adapter_is_gone_is_trained_anew_when_it_is_to_be_measured_
     assert list((cell("mine-seed0") / "adapter").glob("*.safetensors"))
 
 
-def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
+def test_a_cell_that_was_killed_before_its_first_step_starts(sweep):
     cell("plain-seed0").mkdir(parents=True)
     (cell("plain-seed0") / ".recipe.yaml.1.new").write_text("st")
     (RUN / "sweep.yaml").write_text("")
@@ -176,7 +176,7 @@ def test_a_cell_that_was_killed_before_its_first_step_is_begun(sweep):
     assert board.count("done") == 1
 
 
-def test_a_failed_cell_is_told_and_stops_no_other(sweep, tmp_path, recipe):
+def test_a_failed_cell_is_reported_and_does_not_stop_others(sweep, tmp_path, recipe):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("")
     own = {"use": "rollouts", "prompts": str(prompts), "rewards": {"brightness": 1.0}, "num_steps": 2}
@@ -196,8 +196,8 @@ def test_a_failed_cell_is_told_and_stops_no_other(sweep, tmp_path, recipe):
     assert (ran, board.count("done")) == (["broken-seed0", "after-seed0"], 3)
 
 
-def test_a_cell_begins_with_the_adapter_of_the_one_that_it_starts_from(sweep):
-    """The learning rate is too small to move anything: the second has what the first has."""
+def test_a_cell_starts_with_the_adapter_of_the_cell_named_in_start_from(sweep):
+    """The learning rate is too small to change anything: the second cell ends with the first one's adapter."""
     still = {"start_from": "first", "optimizer.learning_rate": 1e-30, "optimizer.weight_decay": 0.0}
     _, ran = sweep(axes={"objective": {"second": still, "first": {}}}, seeds=2, evaluate=EVALUATE[:1])
     assert ran == ["first-seed0", "second-seed0", "first-seed1", "second-seed1"]
@@ -212,7 +212,7 @@ def test_a_cell_begins_with_the_adapter_of_the_one_that_it_starts_from(sweep):
     assert [row["start_from"] for row in summary()["cells"]] == ["first-seed0", None, "first-seed1", None]
 
 
-def test_a_larger_budget_is_trained_on_and_evaluated_anew(sweep, measured):
+def test_a_larger_budget_continues_training_and_is_evaluated_again(sweep, measured):
     sweep(budget={"steps": 1}, evaluate=EVALUATE[:1])
     measured.clear()
     sweep(budget={"steps": 3}, evaluate=EVALUATE[:1])
@@ -221,7 +221,7 @@ def test_a_larger_budget_is_trained_on_and_evaluated_anew(sweep, measured):
     assert summary()["cells"][0]["steps"] == 3
 
 
-def test_a_budget_in_seconds_ends_the_training_and_not_the_evaluation(sweep):
+def test_a_budget_in_seconds_ends_training_but_not_evaluation(sweep):
     sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[1:])
     assert [row["error"] for row in summary()["cells"]] == [None]
     assert steps_of("mine-seed0") == [1]
@@ -247,17 +247,17 @@ def test_seconds_of_earlier_sessions_count(tmp_path):
         assert trainer.stopping is stopping
 
 
-def test_a_sweep_that_was_changed_is_refused(sweep):
+def test_a_changed_sweep_is_refused(sweep):
     sweep(evaluate=EVALUATE[:1])
     with pytest.raises(UserError, match=r"mine-seed0.recipe.yaml: the run was started with optimizer.*another --dir"):
         sweep(set={"optimizer.learning_rate": 0.5})
-    with pytest.raises(UserError, match="a budget other than the 1 steps that it has now"):
+    with pytest.raises(UserError, match="a different budget than the 1 steps that it has now"):
         sweep(budget={"steps": 1})
 
 
 def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_continues(sweep):
     sweep(budget={"seconds": 1e-6}, evaluate=EVALUATE[:1])
-    with pytest.raises(UserError, match="mine-seed0: was started with a budget other than the 1e-07 seconds"):
+    with pytest.raises(UserError, match="mine-seed0: was started with a different budget than the 1e-07 seconds"):
         sweep(budget={"seconds": 1e-7}, evaluate=EVALUATE[:1])
     assert sweep(budget={"seconds": 2e-6}, evaluate=EVALUATE[:1])[1] == ["mine-seed0"]
 
@@ -265,18 +265,18 @@ def test_a_smaller_budget_of_seconds_is_refused_and_a_larger_one_continues(sweep
 def test_a_chain_is_not_continued_from_a_start_that_has_changed(sweep):
     axes = {"objective": {"first": {}, "second": {"start_from": "first"}}}
     sweep(axes=axes, evaluate=EVALUATE[:1])
-    with pytest.raises(UserError, match="cell 'second-seed0' cannot continue with that"):
+    with pytest.raises(UserError, match="cell 'second-seed0' cannot be continued"):
         sweep(axes=axes, evaluate=EVALUATE[:1], budget={"steps": 3})
 
 
-def test_a_folder_of_something_else_is_refused(sweep):
+def test_a_folder_that_belongs_to_something_else_is_refused(sweep):
     RUN.mkdir(parents=True)
     (RUN / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="is not empty and not the folder of a sweep"):
+    with pytest.raises(UserError, match="is not empty and does not belong to a sweep"):
         sweep()
 
 
-def test_the_live_table_tells_what_runs_what_failed_and_what_is_best(sweep):
+def test_the_live_table_shows_running_failed_and_best_cells(sweep):
     board, _ = sweep(axes={"objective": {"plain": {}}}, evaluate=EVALUATE[:1])
     out = StringIO()
     Console(file=out, width=100).print(board)

@@ -1,4 +1,4 @@
-"""Axes that are searched: trials are cells, the best is told, and broken-off trials are tried again."""
+"""Axes that are searched: trials are cells, the best is reported, and interrupted trials are repeated."""
 
 import json
 from concurrent.futures import Future
@@ -26,7 +26,7 @@ RUN = Path("runs/mine")
 
 @pytest.fixture
 def scores(monkeypatch):
-    """What the cells score: the learning rate stands for it, so that the best is known."""
+    """Scores of the cells: learning rate times steps, so that the best cell is known."""
     monkeypatch.setattr(
         "agsm_rl.sweep.search._score", lambda runner, cell: cell.recipe.optimizer.learning_rate * cell.recipe.steps
     )
@@ -36,7 +36,7 @@ def summary():
     return json.loads((RUN / "sweep.json").read_text())
 
 
-def test_each_trial_is_a_cell_and_the_best_one_is_told(sweep, scores):
+def test_each_trial_is_a_cell_and_the_best_one_is_reported(sweep, scores):
     board, ran = sweep(**SEARCHED, search={"trials": 2})
     assert len(ran) == board.count("done") == 2
     found = summary()
@@ -51,7 +51,7 @@ def test_each_trial_is_a_cell_and_the_best_one_is_told(sweep, scores):
     assert [row["cell"] for row in summary()["cells"]][:2] == [row["cell"] for row in found["cells"]]
 
 
-def test_a_trial_that_was_broken_off_is_tried_again_with_the_same_values(sweep, scores, monkeypatch):
+def test_an_interrupted_trial_is_repeated_with_the_same_values(sweep, scores, monkeypatch):
     run, tried = Runner.run, []
 
     def killed(runner, cells):
@@ -68,7 +68,7 @@ def test_a_trial_that_was_broken_off_is_tried_again_with_the_same_values(sweep, 
     assert ran == []
 
 
-def test_a_trial_that_failed_is_tried_again_with_the_same_values(sweep, monkeypatch):
+def test_a_failed_trial_is_repeated_with_the_same_values(sweep, monkeypatch):
     monkeypatch.setattr("agsm_rl.sweep.search._score", lambda runner, cell: None)
     _, failed = sweep(**SEARCHED, search={"trials": 1})
     assert "best" not in summary()
@@ -87,13 +87,13 @@ def test_a_trial_that_failed_is_tried_again_with_the_same_values(sweep, monkeypa
         ({"axes": SEARCHED["axes"] | {"kind": {"a": {}, "b": {}}}}, "axes"),
     ],
 )
-def test_a_search_that_was_changed_is_refused(sweep, scores, changes, key):
+def test_a_changed_search_is_refused(sweep, scores, changes, key):
     sweep(**SEARCHED, search={"trials": 1})
-    with pytest.raises(UserError, match=f"its search was begun with another `{key}`.*another --dir"):
+    with pytest.raises(UserError, match=f"its search was started with a different `{key}`.*another --dir"):
         sweep(**SEARCHED | {"search": {"trials": 1}} | changes)
 
 
-def test_a_search_is_continued_when_options_come_in(sweep, scores, monkeypatch):
+def test_a_search_continues_when_options_are_added(sweep, scores, monkeypatch):
     evaluate = [EVALUATE[0] | {"rewards": ["shapes"]}]
     sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 1})
     change_options(monkeypatch, "rewards", "shapes", newer=0.0)
@@ -101,11 +101,11 @@ def test_a_search_is_continued_when_options_come_in(sweep, scores, monkeypatch):
     board, ran = sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 2})
     assert (len(ran), board.count("done")) == (1, 2)
     change_options(monkeypatch, "rewards", "shapes", newer=0.0, verdict="graded")
-    with pytest.raises(UserError, match="its search was begun with another `evaluate`"):
+    with pytest.raises(UserError, match="its search was started with a different `evaluate`"):
         sweep(**SEARCHED | {"evaluate": evaluate}, search={"trials": 2})
 
 
-def test_trials_of_the_same_values_share_a_running_cell_and_it_is_noted_once(plan):
+def test_trials_with_equal_values_share_a_running_cell_that_is_recorded_once(plan):
     class Waiting:
         submitted: ClassVar[list[str]] = []
 

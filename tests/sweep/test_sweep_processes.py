@@ -1,4 +1,4 @@
-"""Sweeps as processes, as a user starts them: exit codes, a kill at any instant, a failing cell's log, and Ray."""
+"""Sweeps as processes, as a user starts them: exit codes, kills at any moment, a failing cell's log, and Ray."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.sweep.executors import open_executor, threads_each
+from agsm_rl.sweep.executors import open_executor, threads_per_worker
 
 pytestmark = pytest.mark.slow
 RUN = Path("runs/mine")
@@ -32,7 +32,7 @@ def lines_of(cell, folder=RUN):
 
 
 def wait_until(there, process):
-    """However long it takes, as long as the process lives."""
+    """Wait as long as the process lives."""
     while not there():
         assert process.poll() is None, f"it ended with exit code {process.returncode}"
         time.sleep(0.02)
@@ -51,17 +51,17 @@ def start(request):
     return start
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_been(write, start):
+def test_a_killed_sweep_continues_and_ends_like_an_uninterrupted_one(write, start):
     file = write(set={"steps": STEPS}, evaluate=EVALUATE[:1])
     sweep = start(file)
     wait_until(lambda: len(lines_of("mine-seed0")) > 3, sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
-    # Given again at once: the orphaned cell writes its checkpoint and ends; the new one waits for it.
+    # Started again at once: the orphaned cell writes its checkpoint and ends; the new one waits for it.
     again = start(file)
     out, told = again.communicate()
     assert again.returncode == 0, told
-    assert "mine-seed0: goes on" in out
+    assert "mine-seed0: continues" in out
     log = (RUN / "logs" / "mine-seed0.log").read_text()
     assert "stopped by SIGTERM after step" in log and "continuing runs/mine/cells/mine-seed0 after step" in log
     assert [json.loads(line)["step"] for line in lines_of("mine-seed0")] == list(range(1, STEPS + 1))
@@ -73,7 +73,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_b
     assert all(killed[name].equal(unbroken[name]) for name in unbroken)
 
 
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(write, start):
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_continue(write, start):
     sweep = start(write(set={"steps": 10_000}, evaluate=EVALUATE[:1]))
     wait_until(lambda: len(lines_of("mine-seed0")) > 1, sweep)
     sweep.send_signal(signal.SIGTERM)
@@ -85,7 +85,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(write, start):
     assert (RUN / f"cells/mine-seed0/checkpoints/step-{steps:08d}.pt").is_file()
 
 
-def test_a_failing_cell_keeps_its_last_words_and_the_exit_code_tells(write):
+def test_a_failing_cell_keeps_its_last_lines_and_sets_the_exit_code(write):
     broken = {"objectives.0.source": {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 1}}
     file = write(axes={"objective": {"broken": broken, "plain": {}}}, evaluate=EVALUATE[:1])
     result = CliRunner().invoke(app, ["sweep", file, "--workers", "2"])
@@ -97,7 +97,7 @@ def test_a_failing_cell_keeps_its_last_words_and_the_exit_code_tells(write):
     assert said in (RUN / "logs" / "broken-seed0.log").read_text()
 
 
-def test_a_mistake_is_one_message_and_checking_runs_nothing(write):
+def test_a_mistake_gives_one_message_and_check_runs_nothing(write):
     result = CliRunner().invoke(app, ["sweep", write(axes={"a": {"b": {"steps": "x"}}})])
     assert (result.exit_code, result.stdout, len(result.stderr.strip().splitlines())) == (2, "", 1)
     assert "cell 'b-seed0': steps" in result.stderr
@@ -110,8 +110,8 @@ def test_a_mistake_is_one_message_and_checking_runs_nothing(write):
 
 def test_workers_share_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
-    assert threads_each(1) == cores
-    assert threads_each(cores) == threads_each(2 * cores) == 1
+    assert threads_per_worker(1) == cores
+    assert threads_per_worker(cores) == threads_per_worker(2 * cores) == 1
 
 
 def test_cells_run_as_tasks_of_ray(write):
