@@ -1,10 +1,10 @@
-"""Names that recipes may use: kind → name → "module:Class", imported only when asked for.
+"""The names that recipes may use: kind → name → "module:Class", imported on first use.
 
-Built-in names stand in BUILTIN; other packages add theirs by entry points of the group `agsm_rl.<kind>`. A recipe is
-data: it can run registered code only, unless the command line allows one more module by `--allow-import`. Registered
-code that runs what the recipe says, or sends pictures or keys to where it says, has a static method
-`permissions(options)`: what that returns must be allowed on the command line too, by `--allow-command`, `--allow-host`
-and `--allow-env`.
+Built-in names are in BUILTIN; other packages register theirs as entry points of the group `agsm_rl.<kind>`. A recipe
+is data: it can run registered code only, unless `--allow-import` on the command line allows another module. Registered
+code that runs a command, or sends images or keys to a host, that the recipe specifies has a static method
+`permissions(options)`. The permissions that it returns must be granted on the command line by `--allow-command`,
+`--allow-host` and `--allow-env`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ NOUNS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered name: where its class is and which installed package it is from."""
+    """A registered name, the location of its class, and the installed package that it comes from."""
 
     name: str
     target: str
@@ -97,7 +97,7 @@ class Entry:
 def available(kind: str) -> dict[str, Entry]:
     """All registered names of a kind, sorted.
 
-    Raises UserError when two packages register one name: which one runs must not depend on the order of installation.
+    Raises UserError if two packages register the same name: the choice must not depend on the order of installation.
     """
     entries = {name: Entry(name, target, HOME) for name, target in BUILTIN[kind].items()}
     for point in entry_points(group=f"agsm_rl.{kind}"):
@@ -114,13 +114,13 @@ def available(kind: str) -> dict[str, Entry]:
 
 
 def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = ()) -> Any:
-    """The class behind a name; `where` is the place in the recipe, for messages.
+    """The class registered under a name; `where` is the place in the recipe, for messages.
 
-    `name` may be `module:Class` when `allow_imports` holds the module or a package above it.
+    `name` may be `module:Class` if `allow_imports` contains the module or one of its parent packages.
     """
     if ":" in name:
         _check_allowed(name, where=where, allow_imports=allow_imports)
-        _see_working_folder()
+        _add_working_folder()
         return _import(name, where=where, source=f"--allow-import {name.partition(':')[0]}")
     entries = available(kind)
     if name not in entries:
@@ -136,55 +136,58 @@ def permissions(
     hosts: Iterable[str] | None = (),
     variables: Iterable[str] | None = (),
 ) -> frozenset[str]:
-    """What the command line allows, as the `allow_imports` of all functions: modules, `command:…`, `host:…`, `env:…`.
+    """The permissions of the command line, as `allow_imports` takes them: modules, `command:…`, `host:…`, `env:…`.
 
-    A module's name has no colon, so no permission can pass for another.
+    A module name has no colon, so the kinds of permission cannot be confused.
     """
     modules = frozenset(imports or ())
     if wrong := [name for name in modules if ":" in name]:
-        raise UserError(f"--allow-import {wrong[0]}: give the module alone, {wrong[0].partition(':')[0]}")
+        raise UserError(f"--allow-import {wrong[0]}: give only the module, {wrong[0].partition(':')[0]}")
     others = {"command": commands, "host": hosts, "env": variables}
     return modules | {f"{kind}:{text}" for kind, texts in others.items() for text in texts or ()}
 
 
-DOES = {
+ACTIONS = {
     "command": "runs {}",
-    "host": "sends pictures and prompts to {}",
+    "host": "sends images and prompts to {}",
     "env": "sends the value of your environment variable {}",
 }
-"""What code does that needs each kind of permission."""
+"""The action that each kind of permission allows."""
 
 
-def check_permissions(found: Any, options: Mapping[str, Any], *, where: str, allow_imports: Collection[str]) -> None:
-    """UserError unless all that `found` would do with these options beyond its own code was allowed."""
+def check_permissions(
+    registered: Any, options: Mapping[str, Any], *, where: str, allow_imports: Collection[str]
+) -> None:
+    """Raise a UserError unless all permissions that a class needs with these options have been granted."""
     try:
-        needed = permissions_needed(found, options)
+        needed = permissions_needed(registered, options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     missing = [wanted.partition(":")[::2] for wanted in needed if wanted not in allow_imports]
     if missing:
-        does = " and ".join(DOES[kind].format(what) for kind, what in missing)
+        actions = " and ".join(ACTIONS[kind].format(what) for kind, what in missing)
         flags = " ".join(f"--allow-{kind} {shlex.quote(what)}" for kind, what in missing)
         raise UserError(
-            f"{where}: this {does}, and a recipe may not do so by itself. If you trust it, add {flags} to the command."
+            f"{where}: this {actions}, which a recipe may not do by itself. If you trust it, add {flags} to the "
+            "command."
         )
 
 
-def permissions_needed(found: Any, options: Mapping[str, Any]) -> list[str]:
-    """What a class's static method `permissions(options)` returns; nothing for a class without one."""
-    return list(getattr(found, "permissions", lambda options: ())(options))
+def permissions_needed(registered: Any, options: Mapping[str, Any]) -> list[str]:
+    """The result of a class's static method `permissions(options)`; empty if it has none."""
+    return list(getattr(registered, "permissions", lambda options: ())(options))
 
 
 def names_that(kind: str, accept: Any) -> list[str]:
-    """The registered names whose class passes `accept`; classes that cannot be imported are left out."""
-    good = []
+    """The registered names whose class passes `accept`; classes that cannot be imported are skipped."""
+    accepted = []
     for name in available(kind):
         try:
             if accept(load(kind, name, where=name)):
-                good.append(name)
+                accepted.append(name)
         except UserError:
             continue
-    return good
+    return accepted
 
 
 def _package(point: EntryPoint) -> str:
@@ -195,13 +198,13 @@ def _check_allowed(name: str, *, where: str, allow_imports: Iterable[str]) -> No
     module = name.partition(":")[0]
     if not any(module == allowed or module.startswith(allowed + ".") for allowed in allow_imports):
         raise UserError(
-            f"{where}: '{name}' names code that is not registered, and a recipe may not run such code by itself. "
-            f"If you trust it, add --allow-import {module} to the command."
+            f"{where}: '{name}' is not registered, and a recipe may not run other code by itself. If you trust it, add "
+            f"--allow-import {module} to the command."
         )
 
 
-def _see_working_folder() -> None:
-    """Let an allowed module be a file in the working folder. It comes last, so that it cannot shadow installed ones."""
+def _add_working_folder() -> None:
+    """Make modules in the working folder importable. It goes last on the path, so it cannot shadow installed ones."""
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
@@ -215,7 +218,7 @@ def _import(target: str, *, where: str, source: str) -> Any:
         raise UserError(f"{where}: {source} names {target}, but importing it failed: {error}") from error
     except AttributeError as error:
         raise UserError(f"{where}: {source} names {target}, but {module} has no '{attribute}'.") from error
-    except (Exception, SystemExit) as error:  # whatever other people's modules do while they are imported
+    except (Exception, SystemExit) as error:  # other people's modules may raise anything when imported
         raise UserError(
             f"{where}: {source} names {target}, but importing it failed: {type(error).__name__}: {error}"
         ) from error

@@ -29,11 +29,11 @@ from agsm_rl.training.schedules import SCHEDULES
 FOLDER = Path(__file__).parent / "reference"
 MADE = "<!-- Made by docs/make_reference.py from the code; change the docstrings, then run it. -->"
 INTRODUCTIONS = {
-    "objectives": "What is learned: terms of `objectives:`. Beside its own options stand the [keys of every "
-    "term](recipe.md#objectives).",
-    "rewards": "Scores of images, by name in the `rewards:` of a source, of an objective or of `evaluate`. Beside its "
-    "own options stand the [keys of every reward](recipe.md#rewards). How to choose one, and where the weights come "
-    "from: [Rewards](../rewards.md).",
+    "objectives": "What is learned: terms of `objectives:`. In addition to its own options, each takes the [keys of "
+    "every term](recipe.md#objectives).",
+    "rewards": "Scores of images, by name in the `rewards:` of a source, of an objective or of `evaluate`. In addition "
+    "to its own options, each takes the [keys of every reward](recipe.md#rewards). How to choose one, and where the "
+    "weights come from: [Rewards](../rewards.md).",
     "adapters": "What is trained: blocks of `adapters:` in a [recipe](recipe.md#adapters).",
     "sources": "Where batches come from: blocks of `sources:` in a [recipe](recipe.md#sources), or a term's own "
     "`source:`.",
@@ -50,8 +50,8 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
     (
         "objectives",
         schema.TermBlock,
-        "A list of terms. Beside these keys stand the objective's own options: [Objectives](objectives.md). The blocks "
-        "of `view`: [Views](views.md).",
+        "A list of terms. The objective's own options go beside these keys: [Objectives](objectives.md). The blocks of "
+        "`view`: [Views](views.md).",
     ),
     (
         "rewards",
@@ -63,7 +63,7 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
     ("evaluate", schema.Evaluate, ""),
     ("sample", schema.Samples, ""),
     ("checkpoint", schema.CheckpointKeys, ""),
-    ("stop_when", schema.StopRule, "Rules by the score they look at: `{overall: {falls_by: 0.05}}`."),
+    ("stop_when", schema.StopRule, "Rules by score: `{overall: {falls_by: 0.05}}`."),
     ("watch", schema.WatchKeys, ""),
 ]
 """Title, keys, and what is said of them where the docstring is for readers of the code."""
@@ -79,8 +79,8 @@ def recipe_page() -> str:
     """Every key of a recipe."""
     parts = [
         "# Recipe",
-        "Every key of a recipe, with its type, its default and its meaning. A key that is not here, nor an option of "
-        "what the block uses, is an error. `agsm-rl check RECIPE` validates without running; `--set key.path=value` "
+        "Every key of a recipe, with its type, its default and its meaning. Any other key is an error, unless it is an "
+        "option of what its block uses. `agsm-rl check RECIPE` validates without running; `--set key.path=value` "
         "changes a value on the command line.",
     ]
     for title, section, note in SECTIONS:
@@ -213,7 +213,7 @@ def table(options: Iterable[Option]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that may stand between two `|`."""
+    """Text that is safe between two `|`."""
     return text.replace("|", "\\|")
 
 

@@ -51,7 +51,7 @@ def test_a_package_cannot_take_over_a_built_in_name(monkeypatch):
         registry.load("objectives", "agsm", where="test")
 
 
-def test_an_unknown_name_is_told_with_the_allowed_ones_and_the_nearest():
+def test_an_unknown_name_is_reported_with_the_allowed_and_the_nearest_name():
     with pytest.raises(
         UserError, match=r"here: 'dppo' is not an objective; allowed: agsm, .*ddpo.*Did you mean 'ddpo'\?"
     ):
@@ -75,7 +75,7 @@ def test_an_allowed_module_of_the_working_folder_can_be_used(tmp_path, monkeypat
     assert sys.path[-1] == str(tmp_path), "first on the path, its files would shadow installed modules"
 
 
-def test_allowing_one_module_does_not_allow_others_that_begin_alike():
+def test_allowing_a_module_does_not_allow_others_with_the_same_prefix():
     with pytest.raises(UserError, match="--allow-import osx"):
         registry.load("objectives", "osx:Mine", where="here", allow_imports={"os"})
 

@@ -208,7 +208,7 @@ def test_the_reference_is_the_base_model_exactly(make_policy, make_backbone):
         assert not torch.equal(policy.live(x_t, t, cond), bare.predict(x_t, t, cond))
 
 
-def test_two_terms_of_one_name_are_refused(make_policy, make_pairs):
+def test_two_terms_with_the_same_name_are_refused(make_policy, make_pairs):
     terms = [Term(AGSM(), make_pairs(), name="agsm"), Term(AGSM(), make_pairs(), name="agsm")]
     with pytest.raises(UserError, match="two terms have the same name"):
         Trainer(make_policy(), terms, steps=1)

@@ -1,7 +1,7 @@
-"""What a registered class and its options mean, read from docstrings: for `agsm-rl list` and the reference pages.
+"""Descriptions of registered classes and their options, read from docstrings, for `agsm-rl list` and the reference.
 
-A class explains its constructor's arguments in an `Args:` section, a line `name: text` each (`name, name: text` for
-several). What it leaves out is looked for in its base classes.
+A class documents its constructor's arguments in an `Args:` section, as `name: text` (or `name, name: text`). Arguments
+that it does not document are looked up in its base classes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from agsm_rl.recipe.options import Section, options_model
 
 SECTION = re.compile(r"\n*^Args:\n((?:[ \t].*\n?|\n)*)", re.M)
 ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): ", re.M)
-COMMON = {"seed": "Seed of its random numbers. Null is the recipe's seed."}
-"""Options that mean the same everywhere, where a class does not say more."""
+COMMON = {"seed": "Random seed. Null: the recipe's seed."}
+"""Options with the same meaning everywhere, unless a class documents them itself."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a block: its type in words, its default as JSON (None: it must be given), and its meaning."""
+    """An option of a block: its type in words, its default as JSON (None: it is required), and its meaning."""
 
     name: str
     type: str
@@ -32,23 +32,23 @@ class Option:
     meaning: str
 
     def to_json(self) -> dict[str, str]:
-        """Without a default where there is none."""
+        """The option as plain data; a required option has no default."""
         default = {} if self.default is None else {"default": self.default}
         return {"name": self.name, "type": self.type, **default, "meaning": self.meaning}
 
 
-def about(found: Any) -> str:
-    """What a class or function says of itself, without the list of its arguments."""
-    return SECTION.sub("", inspect.cleandoc(found.__doc__ or "")).strip()
+def about(documented: Any) -> str:
+    """The docstring of a class or function without its `Args:` section."""
+    return SECTION.sub("", inspect.cleandoc(documented.__doc__ or "")).strip()
 
 
-def options_of(found: Any, *, where: str) -> list[Option]:
+def options_of(registered: Any, *, where: str) -> list[Option]:
     """The options of a registered class or function, in the order of its signature."""
-    return _options(options_model(found, where=where), COMMON | _meanings(found))
+    return _options(options_model(registered, where=where), COMMON | _meanings(registered))
 
 
 def keys_of(section: type[Section]) -> list[Option]:
-    """The keys of a part of a recipe."""
+    """The keys of a section of a recipe."""
     return _options(section, _meanings(section))
 
 
@@ -61,12 +61,12 @@ def _options(section: type[Section], meanings: dict[str, str]) -> list[Option]:
 
 
 def _plain(default: Any) -> Any:
-    """A section's default is that of its own keys: an empty mapping gives it."""
+    """A section's default is an empty mapping, since all its keys have defaults."""
     return {} if isinstance(default, Section) else str(default)
 
 
 def in_words(annotation: Any) -> str:
-    """A type as somebody who writes YAML reads it: `int or null`, `live or ema`, `dict[str, float]`."""
+    """A type in words for people who write YAML: `int or null`, `live or ema`, `dict[str, float]`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return in_words(arguments[0])
@@ -86,15 +86,15 @@ def in_words(annotation: Any) -> str:
 
 
 def _choice(value: Any) -> str:
-    """A value as YAML has it: text that would be read as a number stands in quotes."""
+    """A value as it is written in YAML: a string that looks like a number is quoted."""
     return f'"{value}"' if re.fullmatch(r"[\d.]+", str(value)) and isinstance(value, str) else str(value)
 
 
-def _meanings(found: Any) -> dict[str, str]:
-    classes = found.__mro__ if inspect.isclass(found) else [found]
+def _meanings(documented: Any) -> dict[str, str]:
+    classes = documented.__mro__ if inspect.isclass(documented) else [documented]
     meanings: dict[str, str] = {}
-    for one in reversed(classes):
-        section = SECTION.search(inspect.cleandoc(one.__doc__ or "") + "\n")
+    for cls in reversed(classes):
+        section = SECTION.search(inspect.cleandoc(cls.__doc__ or "") + "\n")
         _, *entries = ENTRY.split(section[1]) if section else [""]
         for names, text in zip(entries[::2], entries[1::2], strict=True):
             meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))

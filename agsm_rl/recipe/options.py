@@ -1,4 +1,4 @@
-"""A block's options are its constructor's arguments: the signature is the schema. Pydantic's errors in plain words."""
+"""The options of a block are its constructor's arguments: the signature is the schema. Also readable error messages."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ MEANT = {
     "warmup_steps": ("schedule.warmup_steps", "optimizer.schedule.warmup_steps"),
     "wd": ("weight_decay", "optimizer.weight_decay"),
 }
-"""What keys of other programs are called here, where spelling alone does not tell; the first that is allowed there."""
+"""Keys of other programs and their names here, in order of preference, where the spelling is too different to match."""
 
 
 class Section(BaseModel):
-    """Keys with types; unknown keys are errors with the nearest match, and numbers are finite."""
+    """Typed keys. Unknown keys are errors that suggest the nearest match; numbers must be finite."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -53,7 +53,7 @@ class Section(BaseModel):
                         continue
                     raise _mistake(unknown_key(str(key), list(cls.model_fields)))
                 if isinstance(value, bool) and _takes_number(cls.model_fields[key].annotation):
-                    # Python would take true for 1.
+                    # In Python, True is the number 1.
                     raise _mistake(f"'{key}' is {str(value).lower()}, but it must be a number")
                 if isinstance(value, int) and abs(value) > MAX_NUMBER and key != "seed":
                     raise _mistake(f"'{key}' is {value}, but numbers here are at most {MAX_NUMBER:,}")
@@ -61,12 +61,12 @@ class Section(BaseModel):
 
 
 class RewardOptions(Section):
-    """A reward in a source's `rewards`: what it is, how it enters the sum, and its constructor's arguments.
+    """A reward in a source's `rewards`: its name, how it enters the sum, and its constructor's arguments.
 
     Args:
-        use: Registered name of the reward. Null is the name under which it stands.
-        weight: Factor in the sum. Negative: what the reward likes is avoided; 0: it is only logged.
-        normalise: `raw`: the reward's own unit. `z_score`: standard deviations of that reward alone.
+        use: Registered name of the reward. Null: the key under which it is listed.
+        weight: Factor in the sum. A negative weight lowers the reward; with 0 it is only logged.
+        normalise: `raw`: the reward's own unit. `z_score`: standard deviations of this reward.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -80,11 +80,11 @@ GivenReward = Annotated[
     Annotated[float, Tag("float")] | Annotated[RewardOptions, Tag("dict[options]")],
     Discriminator(lambda given: "dict[options]" if isinstance(given, Mapping | RewardOptions) else "float"),
 ]
-"""A weight alone, or a mapping: told apart beforehand, so that a mistake in a mapping is reported as such."""
+"""A weight, or a mapping. They are distinguished before validation, so that errors refer to the right one."""
 
 
 def _takes_number(annotation: Any) -> bool:
-    """True for a number or a union with one, unless a bool is allowed too."""
+    """Whether an annotation allows a number but not a bool."""
     allowed = get_args(annotation) or (annotation,)
     return bool not in allowed and any(kind in allowed for kind in (int, float))
 
@@ -94,7 +94,7 @@ def _mistake(text: str) -> PydanticCustomError:
 
 
 def unknown_key(key: str, allowed: list[str]) -> str:
-    """The message for a key that is not known."""
+    """The message for an unknown key."""
     close = [meant for meant in MEANT.get(key, ()) if meant.split(".")[0] in allowed]
     close = close or get_close_matches(key[:100], allowed, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
@@ -104,8 +104,8 @@ def unknown_key(key: str, allowed: list[str]) -> str:
 def options_model(cls: Any, *, where: str) -> type[Section]:
     """The schema of a class's constructor: one option per argument, with its type and default.
 
-    Two arguments are special: a recipe gives `rewards` by name ({name: weight}, or {name: {use, weight, normalise,
-    options…}}), and `seed` may be null, which means the recipe's seed. UserError when a type cannot be resolved.
+    Two arguments are special: a recipe lists `rewards` by name ({name: weight}, or {name: {use, weight, normalise,
+    options…}}), and `seed` may be null, which means the recipe's seed. UserError if a type cannot be resolved.
     """
     try:
         return _options_model(cls)
@@ -133,7 +133,7 @@ def _options_model(cls: Any) -> type[Section]:
 
 
 def validated(cls: Any, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The options of a class with every default filled in, as plain data; UserError at the first wrong one."""
+    """The options of a class as plain data, with all defaults; a UserError names the first wrong one."""
     try:
         return options_model(cls, where=where).model_validate(dict(given)).model_dump(mode="json")
     except ValidationError as error:
@@ -141,7 +141,7 @@ def validated(cls: Any, given: Mapping[str, Any], *, where: str) -> dict[str, An
 
 
 def explain(error: ValidationError, *, where: str) -> UserError:
-    """The first of pydantic's errors as `where.place: what was got and what is allowed`."""
+    """The first of pydantic's errors, as `where.place: got …; it should be …`."""
     first = error.errors(include_url=False)[0]
     place = ""
     for part in first["loc"]:
@@ -152,7 +152,7 @@ def explain(error: ValidationError, *, where: str) -> UserError:
     separator = "" if not place else "." if not where.endswith(": ") else ""
     head = f"{where}{separator}{place}" if place else where.removesuffix(": ")
     if first["type"] == "missing":
-        return UserError(f"{head}: this key is required and missing.")
+        return UserError(f"{head}: this key is required, but it is missing.")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("mistake", "value_error"):
         return UserError(f"{head}: {message}")

@@ -1,4 +1,4 @@
-"""Rewards as a recipe names them: in a source's or an objective's `rewards`, and in `evaluate.rewards`.
+"""Rewards in a recipe: in the `rewards` of a source or objective, and in `evaluate.rewards`.
 
 rewards: {shapes: 1.0, small: {use: jpeg_compressibility, weight: 0.1, normalise: z_score}}
 """
@@ -15,12 +15,12 @@ from agsm_rl.recipe.options import RewardOptions
 from agsm_rl.recipe.schema import Block, RecipeKeys
 
 SCORES = ("overall", "strict")
-"""What a suite measures by itself, by names that no evaluated reward may have."""
+"""The suite's own scores; no evaluated reward may have one of these names."""
 
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """A reward that stands under `key`; `use` is the registered one, `options` its constructor's arguments."""
+    """The reward under `key` in a recipe. `use` is its registered name, `options` are its constructor's arguments."""
 
     key: str
     use: str
@@ -31,69 +31,71 @@ class RewardEntry:
 
     @property
     def name(self) -> str:
-        """What the reward is called in metrics: its key; of `module:function`, the function's name."""
+        """The reward's name in metrics: its key, or the function's name for `module:function`."""
         return self.key.rpartition(":")[2]
 
     def to_data(self) -> float | dict[str, Any]:
-        """As a recipe writes it; a number where there is nothing but a weight."""
-        said: dict[str, Any] = {} if self.use == self.key else {"use": self.use}
-        said |= {"weight": self.weight} if "weight" in self.own_keys else {}
-        said |= {} if self.normalise == "raw" else {"normalise": self.normalise}
-        said |= self.options
-        return self.weight if said == {"weight": self.weight} else said
+        """The entry as plain data for a recipe; a number if there is only a weight."""
+        data: dict[str, Any] = {} if self.use == self.key else {"use": self.use}
+        data |= {"weight": self.weight} if "weight" in self.own_keys else {}
+        data |= {} if self.normalise == "raw" else {"normalise": self.normalise}
+        data |= self.options
+        return self.weight if data == {"weight": self.weight} else data
 
 
 def in_source(rewards: Mapping[str, Any]) -> list[RewardEntry]:
-    """The entries of a source's or an objective's `rewards`, {name: weight} or {name: {use, weight, …}}."""
-    found = []
+    """The entries of the `rewards` of a source or objective, {name: weight} or {name: {use, weight, …}}."""
+    entries = []
     for key, value in rewards.items():
-        said = RewardOptions.model_validate(value if isinstance(value, Mapping) else {"weight": float(value)})
-        found.append(
-            RewardEntry(key, _use(key, said.use), said.weight, said.normalise, options=dict(said.model_extra or {}))
+        given = RewardOptions.model_validate(value if isinstance(value, Mapping) else {"weight": float(value)})
+        entries.append(
+            RewardEntry(key, _use(key, given.use), given.weight, given.normalise, options=dict(given.model_extra or {}))
         )
-    _check_names(found)
-    return found
+    _check_names(entries)
+    return entries
 
 
 def in_evaluation(rewards: list[str] | Mapping[str, Any]) -> list[RewardEntry]:
-    """The entries of `evaluate.rewards`, a list of names or {name: {use, options…}}; they have no weight."""
+    """The entries of `evaluate.rewards`, a list of names or {name: {use, options…}}, without weights."""
     given = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards)
     if len(given) < len(rewards):
-        raise UserError("rewards: a reward stands in it twice")
-    found = []
+        raise UserError("rewards: a reward is listed twice")
+    entries = []
     for key, value in given.items():
-        said = dict(value or {})
+        options = dict(value or {})
         for extra in ("weight", "normalise"):
-            if extra in said:
-                raise UserError(f"rewards.{key}: '{extra}' means nothing here, where rewards are only measured")
-        use = _use(key, said.pop("use", None))
-        found.append(RewardEntry(key, use, options=said, own_keys=("use",)))
+            if extra in options:
+                raise UserError(f"rewards.{key}: '{extra}' has no effect here, because rewards are only measured")
+        use = _use(key, options.pop("use", None))
+        entries.append(RewardEntry(key, use, options=options, own_keys=("use",)))
         if key in SCORES:
-            raise UserError(f"rewards.{key}: that is the name of a suite's score; give it another, with `use: {use}`")
-    _check_names(found)
-    return found
+            raise UserError(
+                f"rewards.{key}: this is the name of one of the suite's own scores; choose another, with `use: {use}`"
+            )
+    _check_names(entries)
+    return entries
 
 
 def trained_on(recipe: RecipeKeys) -> list[RewardEntry]:
-    """The rewards that the terms of a completed recipe learn from (weight 0 is only looked at)."""
+    """The rewards that the terms of a completed recipe learn from; those of weight 0 are only logged."""
     used = [block for term in recipe.objectives for block in (term, _source(recipe, term.source))]
     entries = [entry for block in used for entry in in_source(block.options.get("rewards", {}))]
     return [entry for entry in entries if entry.weight]
 
 
 def directions(recipe: RecipeKeys) -> dict[str, int]:
-    """Each evaluated reward's name → 1 or -1 where a term learns to raise or to lower it, 0 where it is held out.
+    """Each evaluated reward's name → 1 or -1 if a term learns to raise or lower it, 0 if it is held out.
 
-    Held out is also a reward that is learned from with other options.
+    A reward that a term learns from with other options is held out, too.
     """
     if recipe.evaluate is None:
         return {}
     trained = trained_on(recipe)
-    found = {}
+    directions = {}
     for entry in in_evaluation(recipe.evaluate.rewards):
-        weights = [one.weight for one in trained if (one.use, one.options) == (entry.use, entry.options)]
-        found[entry.name] = 0 if not weights else 1 if weights[0] > 0 else -1
-    return found
+        weights = [reward.weight for reward in trained if (reward.use, reward.options) == (entry.use, entry.options)]
+        directions[entry.name] = 0 if not weights else 1 if weights[0] > 0 else -1
+    return directions
 
 
 def _source(recipe: RecipeKeys, source: str | Block) -> Block:
@@ -102,7 +104,7 @@ def _source(recipe: RecipeKeys, source: str | Block) -> Block:
 
 def _use(key: str, use: str | None) -> str:
     if use is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", key):
-        raise UserError(f"rewards: '{key}' cannot be a name; use letters, digits, _ and - only")
+        raise UserError(f"rewards: '{key}' is not a valid name; use letters, digits, _ and - only")
     return key if use is None else use
 
 
@@ -111,6 +113,5 @@ def _check_names(entries: list[RewardEntry]) -> None:
     for entry in entries:
         if names.count(entry.name) > 1:
             raise UserError(
-                f"rewards: two would be called '{entry.name}'; give one a name of its own, as in "
-                f"{{mine: {{use: '{entry.use}'}}}}"
+                f"rewards: two would be called '{entry.name}'; rename one, as in {{mine: {{use: '{entry.use}'}}}}"
             )

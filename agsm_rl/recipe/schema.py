@@ -1,4 +1,4 @@
-"""The keys of a recipe and their types. The options inside its blocks are checked by options.py and resolve.py."""
+"""The keys of a recipe and their types. The options inside blocks are checked by options.py and resolve.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_NUMBER, MAX_SAMPL
 
 
 def _schedule(value: Any) -> Any:
-    """A weight: a number, or {step: number} with linear pieces between."""
+    """Check a weight: a number, or {step: number}, interpolated linearly."""
     points = value if isinstance(value, dict) else {0: value}
     if not points:
         raise ValueError("a weight is a number or a schedule {step: weight}; this schedule is empty")
@@ -22,7 +22,7 @@ def _schedule(value: Any) -> Any:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"a weight is a number or a schedule such as {{0: 0.0, 100: 1.0}}; got {weight!r}")
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"a weight must be finite and at least 0; got {weight}. To leave a term out, set it to 0")
+            raise ValueError(f"a weight must be finite and at least 0; got {weight}. A weight of 0 disables the term")
     return value
 
 
@@ -34,19 +34,19 @@ def _range(t: tuple[float, float]) -> tuple[float, float]:
 
 def _source(value: Any) -> Any:
     if not isinstance(value, str | dict | Block):
-        raise ValueError(f"a source is the name of one under `sources:`, or {{use: name, …}}; got {value!r}")
+        raise ValueError(f"a source is a name from `sources:`, or a block {{use: name, …}}; got {value!r}")
     return value
 
 
 def _named(value: Any) -> Any:
-    """A block whose options are left at their defaults may be its name alone."""
+    """Turn a name into a block with default options."""
     return {"use": value} if isinstance(value, str) else value
 
 
 def _plain_name(name: str) -> str:
-    """Names become file names and parts of metrics' names."""
+    """Check a name, which becomes part of file names and of the names of metrics."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"'{name}' cannot be a name; use letters, digits, _ and - only")
+        raise ValueError(f"'{name}' is not a valid name; use letters, digits, _ and - only")
     return name
 
 
@@ -57,7 +57,7 @@ Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 
 
 class Block(Section):
-    """`{use: name, …}`: what is used, and its constructor's options (checked against its signature).
+    """`{use: name, …}`: a registered name, and options that are checked against the signature of its constructor.
 
     Args:
         use: Registered name (`agsm-rl list`), or `module:Class` with `--allow-import module`.
@@ -74,19 +74,19 @@ class Block(Section):
 
 
 class TermBlock(Block):
-    """An objective in the run; its own options stand beside these keys.
+    """An objective in the run. The objective's own options go beside these keys.
 
     Args:
-        name: Name of the term in metrics, letters, digits, _ and -. Null is the objective's name, numbered where it
-            would come twice.
-        source: Name of a source under `sources`, or a source's own block.
-        view: What the term sees of the source's batch, a block. Null is all of it.
-        weight: Factor of the term's gradient: a number, or a schedule {step: number} with linear pieces between.
-        every: The term learns every so many steps.
-        offset: First step in which it learns, counted from 0, so that terms can alternate.
-        t: Range [low, high] within [0, 1] of the noise levels it draws, 0 being clean. Not for objectives that learn
-            from sampling steps.
-        trains: Names of the adapters it trains. Null is all. An adapter that no term trains stays frozen.
+        name: Name of the term in metrics: letters, digits, _ and -. Null: the objective's name, with a number if
+            several terms would share it.
+        source: Name of a source from `sources`, or a source's own block.
+        view: A block that selects what the term sees of the source's batch. Null: all of it.
+        weight: Factor of the term's gradient: a number, or a schedule {step: number}, interpolated linearly.
+        every: The term learns in one of every this many steps.
+        offset: The first step in which the term learns, counted from 0, so that terms can alternate.
+        t: Range [low, high] within [0, 1] of the noise levels that the term draws; 0 is clean. Not for objectives that
+            learn from sampling steps.
+        trains: Names of the adapters that the term trains. Null: all. An adapter that no term trains stays frozen.
     """
 
     name: Name | None = None
@@ -100,10 +100,10 @@ class TermBlock(Block):
 
 
 class Ema(Section):
-    """The shadow of the adapters' parameters, an exponential moving average.
+    """The exponential moving average of the adapters' parameters.
 
     Args:
-        decay: Share of the shadow that stays at each step. Published: 0.9999.
+        decay: Share of the average that is kept at each step. Published: 0.9999.
     """
 
     decay: float = Field(0.9999, ge=0, lt=1)
@@ -114,11 +114,12 @@ class Optimizer(Block):
 
     Args:
         use: Name of the optimizer: `adamw`, `adamw_8bit`, `prodigy`, `adafactor` or `muon`.
-        learning_rate: One number, or one for each trained adapter by its name. Left out with `prodigy`, it is 1.
-        schedule: The learning rate over the steps, `constant` by default: a name, or a block {use: name, …}.
+        learning_rate: One number, or {adapter: number} with one for each trained adapter. The default is 1 with
+            `prodigy`.
+        schedule: Schedule of the learning rate: a name, or a block {use: name, …}. Default: `constant`.
         weight_decay: Decoupled weight decay.
         betas: Decay rates of the averages of the gradient and of its square.
-        max_grad_norm: The combined gradient is scaled down to this norm where it is larger. Null: never.
+        max_grad_norm: Clip the combined gradient to this norm. Null: no clipping.
     """
 
     use: str = "adamw"
@@ -130,27 +131,27 @@ class Optimizer(Block):
 
 
 class Evaluate(Section):
-    """Base against trained model on the same prompts and the same noise, at intervals and at the end.
+    """Compare the base and the trained model on the same prompts and noise, during the run and at its end.
 
-    Rules (`checkpoint.best`, `stop_when`, `watch`) look at the first guidance.
+    Rules (`checkpoint.best`, `stop_when`, `watch`) use the first guidance.
 
     Args:
-        suite: The suite that draws and judges: the shapes world's prompts.
-        every: Evaluate every so many steps. Null: at the end only.
+        suite: The suite of prompts and judgements: the shapes world.
+        every: Evaluate every this many steps. Null: at the end only.
         num_images: Images per model and guidance.
-        rewards: Rewards to measure besides: a list of names, or {name: {use, options…}}. They have no weight.
+        rewards: Further rewards to measure: a list of names, or {name: {use, options…}}. They have no weight.
         guidance: Guidance scale, or a list of several.
         num_steps: Denoising steps per image.
-        split: Prompts of this split.
-        bank: Bank that the trained model draws with: `negative` puts both branches of guidance under ψ⁻, the paper's
+        split: The split to take the prompts from.
+        bank: Bank that the trained model draws with. `negative` uses ψ⁻ for both branches of guidance, the paper's
             ablation.
-        guidance_bank: Bank of the trained model's unconditional branch, `positive` or `negative`; the conditional one
-            stays under ψ⁺. Null is what the adapters say (`soft_tokens`: `guidance_bank`).
-        guidance_prompt: Prompt of that branch, `empty` or the `same`. Null is what the adapters say.
-        prompt_suffix: Text that both models read behind each prompt (", best quality"); images are judged by the prompt
-            alone. Sample grids have none.
+        guidance_bank: Bank of the trained model's unconditional branch, `positive` or `negative`; the conditional
+            branch keeps ψ⁺. Null: as the adapters say (`guidance_bank` of `soft_tokens`).
+        guidance_prompt: Prompt of that branch, `empty` or the `same`. Null: as the adapters say.
+        prompt_suffix: Text appended to each prompt for both models (", best quality"). Images are judged by the prompt
+            without it. Sample grids do not use it.
         seed: Seed of the noise; image i has seed + i.
-        batch_size: Images that are drawn at once; it bounds memory.
+        batch_size: Images to draw at once; limits the memory needed.
     """
 
     suite: Literal["shapes"] = "shapes"
@@ -179,21 +180,21 @@ class Evaluate(Section):
             if options is not None and not isinstance(options, dict):
                 raise ValueError(
                     f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
-                    f"{name}: {{}}, or its options in the braces"
+                    f"{name}: {{}}, with any options inside the braces"
                 )
         return value
 
 
 class Samples(Section):
-    """A grid of pictures into samples/ at intervals, always for the same prompts and noise.
+    """Draw grids of images into samples/ during the run, always from the same prompts and noise.
 
     Args:
-        every: Draw a grid every so many steps.
-        prompts: Prompts of the grid. Null is the first ones of the suite that is evaluated; without a suite, no grid.
-        num_images: Pictures in the grid.
+        every: Draw a grid every this many steps.
+        prompts: Prompts of the grid. Null: the first prompts of the evaluated suite; without a suite, no grid.
+        num_images: Images in the grid.
         guidance: Guidance scale.
         num_steps: Denoising steps per image.
-        seed: Seed of the noise; picture i has seed + i.
+        seed: Seed of the noise; image i has seed + i.
     """
 
     every: int = Field(100, ge=1)
@@ -205,13 +206,13 @@ class Samples(Section):
 
 
 class CheckpointKeys(Section):
-    """Checkpoints at intervals and at the end.
+    """Write checkpoints during the run and at its end.
 
     Args:
-        every: Write a checkpoint every so many steps.
-        keep: Number of the newest checkpoints that stay.
-        best: An evaluated reward, or the suite's `overall` or `strict`. The checkpoint of the evaluation at which it
-            was largest stays too, and its adapters are in adapter-best/.
+        every: Write a checkpoint every this many steps.
+        keep: Number of newest checkpoints to keep.
+        best: An evaluated reward, or the suite's `overall` or `strict`. The checkpoint with the highest score is kept
+            too, and its adapters are exported to adapter-best/.
     """
 
     every: int = Field(100, ge=1)
@@ -223,26 +224,26 @@ class StopRule(Section):
     """End the run when a score has fallen too far below its best so far.
 
     Args:
-        falls_by: Size of the fall, in the score's own unit.
+        falls_by: Size of the fall, in the unit of the score.
     """
 
     falls_by: float = Field(gt=0)
 
 
 class WatchKeys(Section):
-    """What is done when numbers go wrong: `warn`, `skip` (the term is left out of that step), `stop`, or `ignore`.
+    """What to do when numbers go wrong: `warn`, `skip` (leave the term out of that step), `stop`, or `ignore`.
 
     Args:
         non_finite: A loss or gradient is not finite. It is never applied.
-        non_finite_skips: With `non_finite: skip`: the run stops after so many skipped steps in a row.
+        non_finite_skips: With `non_finite: skip`, the run stops after this many skipped steps in a row.
         x0_norm: The latents of a drawn image are `x0_norm_factor` times as large as those of the first draw.
-        x0_norm_factor: The factor that `x0_norm` speaks of.
-        zero_variance: The images of a draw are all worth the same.
-        constant_reward: A reward has one value for all images of a draw.
+        x0_norm_factor: The factor for `x0_norm`.
+        zero_variance: All images of a draw have the same total reward.
+        constant_reward: A reward has the same value for all images of a draw.
         zero_gradient: An adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
-        zero_gradient_steps: The number of steps that `zero_gradient` speaks of.
-        held_out_falls: An evaluated reward that is not trained on fell from its best while a trained one rose, both by
-            more than chance.
+        zero_gradient_steps: The number of steps for `zero_gradient`.
+        held_out_falls: An evaluated reward that is not trained on fell below its best while a trained one improved,
+            both by more than chance.
     """
 
     non_finite: Literal["stop", "skip"] = "stop"
@@ -257,27 +258,27 @@ class WatchKeys(Section):
 
 
 class RecipeKeys(Section):
-    """The keys of a recipe, each with its default; the blocks' options are not yet checked.
+    """The keys of a recipe with their defaults. The options inside blocks are checked later.
 
     Args:
         version: Version of the format.
-        seed: Seed of everything that is left to chance: the same seed gives the same run.
-        steps: Optimiser steps of the run.
+        seed: Random seed of the run. The same seed gives the same run.
+        steps: Number of optimiser steps.
         backbone: The frozen base model, a block.
-        adapters: What is trained: adapters by name, a block each.
-        start_from: A run folder, or a folder of exported adapters, to begin with. Adapters that it lacks begin new.
+        adapters: The adapters to train: {name: block}.
+        start_from: A run folder, or a folder of exported adapters, to start from. Adapters that it lacks start fresh.
         ema: The moving average of the adapters.
-        sources: Sources by name, a block each, so that several terms can share them.
-        objectives: The terms: what is learned, from what, and with which weight.
-        combine: How the terms' gradients become one: `sum`, or TorchJD's `upgrad`, `pcgrad`, `mgda`, `cagrad`.
-        optimizer: The optimizer, its learning rate and their schedule.
-        evaluate: Evaluation in the run. Null: none.
-        sample: Grids of pictures in the run.
-        checkpoint: Checkpoints in the run.
-        export: What adapter/ holds: the `live` parameters, or their `ema`.
-        stop_when: Rules that end the run, by the score they look at.
-        watch: What is done when numbers go wrong.
-        track: Trackers that get the metrics, those of accelerate: tensorboard, wandb, … An empty list: none.
+        sources: Sources that several terms can share: {name: block}.
+        objectives: The terms: what to learn, from which source, with which weight.
+        combine: How to combine the terms' gradients: `sum`, or TorchJD's `upgrad`, `pcgrad`, `mgda`, `cagrad`.
+        optimizer: The optimizer, its learning rate and its schedule.
+        evaluate: Evaluation of the run. Null: none.
+        sample: Grids of sample images.
+        checkpoint: When to write checkpoints, and which to keep.
+        export: Which parameters to export to adapter/: the `live` ones, or their `ema`.
+        stop_when: Rules that end the run: {score: rule}.
+        watch: What to do when numbers go wrong.
+        track: Trackers to send the metrics to, from accelerate: tensorboard, wandb, … An empty list: none.
     """
 
     version: Literal[1] = 1
@@ -312,7 +313,7 @@ class RecipeKeys(Section):
 
     @property
     def trained(self) -> list[str]:
-        """The adapters that some term trains; the others stay as `start_from` has them."""
+        """The adapters that at least one term trains. The others stay as they are in `start_from`."""
         return [name for name in self.adapters if any(name in (term.trains or [name]) for term in self.objectives)]
 
     def source_of(self, index: int) -> tuple[Block, str]:
@@ -323,9 +324,9 @@ class RecipeKeys(Section):
         return source, f"objectives[{index}].source"
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain data, which `from_data` takes back."""
+        """The recipe as plain data; `from_data` reads it back."""
         data: dict[str, Any] = self.model_dump(mode="json")
-        # JSON's keys are text, a schedule's are steps.
+        # JSON would turn a schedule's steps into strings.
         for term, block in zip(data["objectives"], self.objectives, strict=True):
             term["weight"] = block.weight
         return data

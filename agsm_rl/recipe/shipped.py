@@ -1,4 +1,4 @@
-"""The recipes and sweeps that come with the package: `builtin:<name>` on the command line."""
+"""The recipes and sweeps shipped with the package: `builtin:<name>` on the command line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from agsm_rl.files import local_path
 
 PREFIX = "builtin:"
 SWEEPS = "study/"
-"""The folder of the sweeps; all else are recipes."""
+"""The folder of the sweeps; all other files are recipes."""
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file; a recipe in a folder is named `folder/name`."""
+    """Shipped recipes by name; a recipe in a folder is named `folder/name`."""
     return {name: file for name, file in _shipped().items() if not name.startswith(SWEEPS)}
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """The same of the sweeps, `study/name`."""
+    """Shipped sweeps by name, `study/name`."""
     return {name: file for name, file in _shipped().items() if name.startswith(SWEEPS)}
 
 
 def _shipped() -> dict[str, Path]:
     spec = find_spec("agsm_rl_recipes")
-    # Run from a clone that is not installed, the recipes lie beside the package.
+    # In a clone that is not installed, the recipes are beside the package.
     folder = Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[2] / "recipes"
     files = sorted(folder.rglob("*.yaml"))
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}

@@ -1,4 +1,4 @@
-"""What was compared and what came out: one sentence with its intervals, and how far it reaches."""
+"""The result of a comparison in one sentence with its intervals, and what it is based on."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from agsm_rl.report.findings import Findings
 from agsm_rl.report.load import Loaded
 from agsm_rl.report.views import BASE, OWN, GuidanceView, scores_on_validation
 
-NAMED = 4
-"""Up to this many figures go into a sentence; more are counted."""
-FEW = 5
-"""With fewer seeds the interval itself is rough."""
+MAX_LISTED = 4
+"""Up to this many figures are listed in the sentence; more are summarised."""
+ENOUGH_SEEDS = 5
+"""With fewer seeds, the interval itself is rough."""
 
 
-def headline(loaded: Loaded, views: list[GuidanceView], found: Findings) -> str:
-    """The sentence, on the first verdict."""
+def headline(loaded: Loaded, views: list[GuidanceView], findings: Findings) -> str:
+    """The sentence, about the first verdict."""
     if not loaded.evaluated:
-        of = loaded.variants[0].name if len(loaded.variants) == 1 else f"{len(loaded.variants)} variants"
-        return f"How {of} learned. Nothing was evaluated, so there are curves alone."
+        subject = loaded.variants[0].name if len(loaded.variants) == 1 else f"{len(loaded.variants)} variants"
+        return f"How {subject} learned. Nothing was evaluated, so there are only curves."
     verdict = loaded.evaluation.verdicts[0]
     what = f"images that are {loaded.evaluation.labels[verdict].partition(' (')[0]}"
     names = [variant.name for variant in loaded.variants]
     if views[0].key == OWN:
-        return _with_own_guidance(loaded, views[0], found, verdict, what)
+        return _with_own_guidance(loaded, views[0], findings, verdict, what)
     if len(names) == 1:
         parts = []
         for place, view in enumerate(views):
             start = f"{names[0]} {{verb}} the share of {what}" if place == 0 else "it {verb} it"
-            parts.append(f"at {view.label} {_sentence(start, found, view, names[0], verdict)}")
+            parts.append(f"at {view.label} {_sentence(start, findings, view, names[0], verdict)}")
         return f"{_on(loaded)} {'; '.join(parts)}."
-    if len(names) * len(views) <= NAMED:
+    if len(names) * len(views) <= MAX_LISTED:
         parts = []
         for view in views:
-            changes = [f"{name} {_points(_against_base(found, verdict, view, name).overall)}" for name in names]
+            changes = [f"{name} {_points(_against_base(findings, verdict, view, name).overall)}" for name in names]
             parts.append(f"at {view.label} {_listed(changes)}")
         return f"Against the base, in points of the share of {what}: {'; '.join(parts)}."
-    parts = [f"at {view.label}: {_counted(found, view, names, verdict)}" for view in views]
-    return f"Of {len(names)} variants meant to raise the base's share of {what}, {'; '.join(parts)}."
+    parts = [f"at {view.label}: {_counted(findings, view, names, verdict)}" for view in views]
+    return f"Of {len(names)} variants trained to raise the share of {what}, {'; '.join(parts)}."
 
 
 def reach(loaded: Loaded) -> str:
-    """On how many images and seeds, and what the intervals cover."""
+    """The number of images and seeds behind the result, and what the intervals cover."""
     if not loaded.evaluated:
         return (
-            "To compare with the base: agsm-rl eval RUN --suite geneval --compare --images RUN/geneval --json "
-            "RUN/eval.json, and the report again."
+            "To compare with the base, run: agsm-rl eval RUN --suite geneval --compare --images RUN/geneval --json "
+            "RUN/eval.json, then make the report again."
         )
     evaluation = loaded.evaluation
     counts = [len(variant.runs) for variant in loaded.variants]
     seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     plural = "" if max(counts) == 1 else "s"
-    each = " a variant" if len(counts) > 1 else ""
-    suffix = f" with “{evaluation.prompt_suffix}” behind them" if evaluation.prompt_suffix else ""
+    each = " per variant" if len(counts) > 1 else ""
+    suffix = f" with “{evaluation.prompt_suffix}” appended" if evaluation.prompt_suffix else ""
     drawn = (
         f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {evaluation.split.replace('_', '-')} "
         f"prompts{suffix}, the same noise for all models; {seeds} training seed{plural}{each}."
@@ -62,49 +62,49 @@ def reach(loaded: Loaded) -> str:
     over = "The 95 % intervals are over training seeds and prompts (bootstrap)"
     if min(counts) == 1:
         over += "; for variants with one seed they are over images only"
-    rough = f"; fewer than {FEW} seeds make them rough" if min(counts) < FEW else ""
+    rough = f"; with fewer than {ENOUGH_SEEDS} seeds they are rough" if min(counts) < ENOUGH_SEEDS else ""
     return f"{drawn} {over}{rough}."
 
 
-def _with_own_guidance(loaded: Loaded, view: GuidanceView, found: Findings, verdict: str, what: str) -> str:
-    """The variant that leads on the validation prompts: chosen there, so its figure here is not a lucky pick."""
+def _with_own_guidance(loaded: Loaded, view: GuidanceView, findings: Findings, verdict: str, what: str) -> str:
+    """The sentence about the best variant on the validation prompts; its figure here is therefore not a lucky pick."""
     on_validation = {
         variant.name: scores_on_validation(variant.runs)[view.guidance[variant.name]] for variant in loaded.variants
     }
     first, *others = sorted(on_validation, key=lambda name: -on_validation[name])
     at = f"(at guidance {view.guidance[first]:g}, the base at {view.guidance[BASE]:g})"
-    sentence = _sentence(f"{first} {at} {{verb}} the share of {what}", found, view, first, verdict)
+    sentence = _sentence(f"{first} {at} {{verb}} the share of {what}", findings, view, first, verdict)
     if not others:
         return f"{_on(loaded)} {sentence}."
-    change = found.difference(verdict, view, first, others[0])
-    rest = f"; minus {others[0]}, the next on validation prompts: {_points(change.overall)} points" if change else ""
+    change = findings.difference(verdict, view, first, others[0])
+    rest = f"; minus {others[0]}, next best on validation prompts: {_points(change.overall)} points" if change else ""
     return f"{_on(loaded)} {sentence}{rest}."
 
 
 def _on(loaded: Loaded) -> str:
-    """The start of a sentence, so that it need not begin with a variant's name, which keeps its case."""
+    """The start of a sentence, so that it does not start with the name of a variant, which may be in lower case."""
     return f"On {loaded.evaluation.split.replace('_', '-')} prompts,"
 
 
-def _sentence(start: str, found: Findings, view: GuidanceView, name: str, verdict: str) -> str:
-    before, after = found.score(verdict, view, BASE).overall.value, found.score(verdict, view, name).overall.value
-    change = _against_base(found, verdict, view, name).overall
+def _sentence(start: str, findings: Findings, view: GuidanceView, name: str, verdict: str) -> str:
+    before, after = findings.score(verdict, view, BASE).overall.value, findings.score(verdict, view, name).overall.value
+    change = _against_base(findings, verdict, view, name).overall
     verb = "does not clearly change" if not change.excludes_zero else "raises" if change.value > 0 else "lowers"
     return f"{start.format(verb=verb)} from {100 * before:.1f} to {100 * after:.1f} %, {_points(change)} points"
 
 
-def _counted(found: Findings, view: GuidanceView, names: list[str], verdict: str) -> str:
-    changes = {name: _against_base(found, verdict, view, name).overall for name in names}
+def _counted(findings: Findings, view: GuidanceView, names: list[str], verdict: str) -> str:
+    changes = {name: _against_base(findings, verdict, view, name).overall for name in names}
     up = [change for change in changes.values() if change.low > 0]
     down = [change for change in changes.values() if change.high < 0]
     top = max(changes, key=lambda name: changes[name].value)
-    text = f"{len(up) or 'none'} {'does' if len(up) == 1 else 'do'} so clearly"
+    text = f"{len(up) or 'none'} clearly {'does' if len(up) == 1 else 'do'}"
     text += f", {len(down)} lower{'s' if len(down) == 1 else ''} it" if down else ""
     return f"{text} (the highest is {top}'s {_points(changes[top])} points)"
 
 
-def _against_base(found: Findings, verdict: str, view: GuidanceView, name: str) -> Estimate:
-    change = found.difference(verdict, view, name)
+def _against_base(findings: Findings, verdict: str, view: GuidanceView, name: str) -> Estimate:
+    change = findings.difference(verdict, view, name)
     assert change is not None
     return change
 
@@ -114,8 +114,8 @@ def _points(part: Interval) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference of shares in points, with its sign."""
-    rounded = round(100 * value, 1) + 0.0  # never −0.0
+    """A difference of shares in percentage points, with its sign."""
+    rounded = round(100 * value, 1) + 0.0  # avoid −0.0
     return f"{rounded:+.1f}".replace("-", "−")
 
 

@@ -1,4 +1,4 @@
-"""What looks on at a run: metrics and trackers, the progress bar, a graceful stop."""
+"""Callbacks of every run: metrics and trackers, the progress bar, a graceful stop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from agsm_rl.training.processes import ProcessLost
 
 
 class MetricsWriter(Callback):
-    """A line a step into metrics.jsonl, and the same figures to the trackers.
+    """Writes one line per step to metrics.jsonl, and sends the same figures to the trackers.
 
-    With `seconds`, the step's wall time, and, for runs that learn from their own images, `images`: how many were drawn
-    so far, by all sources and processes.
+    For runs that learn from their own images, it adds `images`: the number drawn so far by all sources and processes.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -28,15 +27,15 @@ class MetricsWriter(Callback):
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Write the step's figures."""
-        drawn = [source.images_drawn() for source in trainer.sources.values()]
-        if any(number is not None for number in drawn):
-            metrics["images"] = float(sum(number or 0 for number in drawn))
+        counts = [source.images_drawn() for source in trainer.sources.values()]
+        if any(count is not None for count in counts):
+            metrics["images"] = float(sum(count or 0 for count in counts))
         self.file.add(step, metrics)
         trainer.accelerator.log(metrics, step=step)
 
 
 class ProgressBar(Callback):
-    """Step, losses, rewards and the time left: a bar on a terminal, some twenty lines in a log."""
+    """Shows the step, losses, rewards and remaining time: a bar on a terminal, about twenty lines in a log."""
 
     def __init__(self, console: Console, *, steps: int, done: int, enabled: bool = True) -> None:
         self.console, self.steps = console, steps
@@ -55,45 +54,45 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Show the step's figures."""
-        figures = shown(metrics)
+        figures = brief(metrics)
         self._bar.update(self._task, completed=step, figures=figures)
         if not self.console.is_terminal and (step % self._interval == 0 or step == self.steps):
             tell(self.console, f"step {step}/{self.steps}  {figures}")
 
 
-def shown(metrics: dict[str, float]) -> str:
-    """The losses and rewards among a step's metrics, in short."""
-    several = sum(name.endswith("/loss") for name in metrics) > 1
+def brief(metrics: dict[str, float]) -> str:
+    """The losses and rewards among a step's metrics, on one line."""
+    has_several_terms = sum(name.endswith("/loss") for name in metrics) > 1
     chosen = [
         (name, value)
         for name, value in metrics.items()
-        if (name == "loss" and several) or name.endswith(("/loss", "/reward")) or name == "reward"
+        if (name == "loss" and has_several_terms) or name.endswith(("/loss", "/reward")) or name == "reward"
     ]
     return "  ".join(f"{name} {value:.4g}" for name, value in chosen)
 
 
 class GracefulStop(Callback):
-    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one ends it at once.
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
 
-    An evaluation asks between its batches (`check`) and is left there. When another process was lost, the launcher's
-    SIGTERM is ignored from then on: it must not come before the message.
+    An evaluation calls `check` between its batches and is interrupted there. If another process was lost, the
+    launcher's SIGTERM is ignored from then on, so that it cannot kill this process before the message is printed.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, ProcessLost):
-            self._before[signal.SIGTERM] = signal.SIG_IGN
-        for number, handler in self._before.items():
+            self._previous[signal.SIGTERM] = signal.SIG_IGN
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -102,11 +101,11 @@ class GracefulStop(Callback):
         self.received = number
 
     def check(self) -> None:
-        """Raise Interrupted when a signal has come."""
+        """Raise Interrupted if a signal has been received."""
         if self.received is not None:
             raise Interrupted
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """Tell the trainer, and the callbacks after this one, that the run ends here."""
+        """After a signal, tell the trainer and later callbacks that the run ends with this step."""
         if self.received is not None:
             trainer.stopping = True

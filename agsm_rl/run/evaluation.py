@@ -19,7 +19,7 @@ from agsm_rl.run.evaluation_output import print_tables, summary, write_pictures
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.measurement import Compared, Measured, drawn_as, measure, to_json
 from agsm_rl.run.records import EventsFile, MetricsFile
-from agsm_rl.run.score_history import Standing
+from agsm_rl.run.score_history import ScoreHistory
 from agsm_rl.run.screen import make_console, tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer
@@ -29,7 +29,7 @@ from agsm_rl.training.anomalies import Event
 class Evaluator(Callback):
     """Compares base and trained every `evaluate.every` steps and at the end; the only writer of eval.json.
 
-    What is measured is what would be exported. `standing` keeps the best scores so far; when a rule of the recipe says
+    What is measured is what would be exported. `history` keeps the best scores so far; when a rule of the recipe says
     so, the run ends after the step, and `ended` says why.
 
     Args:
@@ -46,11 +46,11 @@ class Evaluator(Callback):
         self.options = recipe.evaluate
         self.rewards = recipe.parts.evaluated_rewards(recipe.evaluate) if recipe.evaluate else {}
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
-        self.standing = Standing(recipe)
+        self.history = ScoreHistory(recipe)
         self.events = EventsFile(folder.events, console)
         self.ended: Event | None = None
         """The rule that ended the run, if one did."""
-        self.checkpoints = CheckpointWriter(folder, recipe, self.standing)
+        self.checkpoints = CheckpointWriter(folder, recipe, self.history)
         self.history = MetricsFile(folder.evaluations)
         self._base: dict[float, Measured] = {}
         self._newest: tuple[int, list[Compared]] | None = None
@@ -61,16 +61,16 @@ class Evaluator(Callback):
             self._evaluate_or_stop(trainer)
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
-        """Restore the standing (None: the checkpoint has none), and repeat an evaluation that a stop interrupted."""
-        if state is not None and not self.standing.load_state_dict(state):
+        """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
+        if state is not None and not self.history.load_state_dict(state):
             tell(self.console, "evaluate: its settings have changed, so the search for the best score starts over")
         self.checkpoints.restore_best(trainer)
-        if self._due(trainer.step) and trainer.step < trainer.steps and self.standing.newest != trainer.step:
+        if self._due(trainer.step) and trainer.step < trainer.steps and self.history.newest != trainer.step:
             # With several guidances, some lines may have been written already.
             self.history.cut(trainer.step - 1)
             self._evaluate_or_stop(trainer)
         else:
-            self._obey(trainer, [event for event in self.standing.verdict() if event.action == "stop"])
+            self._obey(trainer, [event for event in self.history.events() if event.action == "stop"])
 
     def _due(self, step: int) -> bool:
         return bool(self.options and self.options.every and step and step % self.options.every == 0)
@@ -89,8 +89,8 @@ class Evaluator(Callback):
 
     def _note(self, trainer: Trainer, compared: list[Compared]) -> list[Event]:
         base, trained = compared[0]
-        self.standing.note_base(base.means(), base.scores)
-        return self.standing.note(trainer.step, trained.means(), trained.scores)
+        self.history.note_base(base.means(), base.scores)
+        return self.history.note(trainer.step, trained.means(), trained.scores)
 
     def _obey(self, trainer: Trainer, events: list[Event]) -> None:
         for event in events:
@@ -151,7 +151,7 @@ class Evaluator(Callback):
         """eval.json of the newest evaluation."""
         content = to_json(compared, options, step=step)
         content |= {"reward_roles": self.roles} if self.roles else {}
-        content |= {"best": self.standing.best()} if self.standing.best_by else {}
+        content |= {"best": self.history.best()} if self.history.best_by else {}
         content |= {"ended_by": self.ended.to_json()} if self.ended else {}
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.eval, json.dumps(content, indent=1) + "\n")

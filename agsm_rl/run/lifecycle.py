@@ -70,7 +70,7 @@ def train(
             folder.open(recipe)
         with failures_named(folder, trainer):
             trainer.processes.wait()
-            standing = _load_newest(trainer, folder, console) if resume else None
+            history = _load_newest(trainer, folder, console) if resume else None
             if accelerator.is_main_process and trainer.processes.count > 1:
                 tell(console, f"{trainer.processes.count} processes")
             _start_trackers(accelerator, recipe)
@@ -78,7 +78,7 @@ def train(
             with GracefulStop() as stop, ended_when_stuck(folder, trainer):
                 evaluator = Evaluator(folder, recipe, console, check=stop.check)
                 if accelerator.is_main_process and resume:
-                    evaluator.resume(trainer, standing)
+                    evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, stop, console).run(evaluate=evaluate)
     return folder.path
 
@@ -198,12 +198,12 @@ def _write_report(folder: RunFolder, console: Console) -> None:
 
 
 def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[str, Any] | None:
-    """Load the newest good checkpoint, if any, and drop what was recorded after it; the evaluations' standing."""
+    """Load the newest good checkpoint, if any, and drop what was recorded after it; return its score history."""
     newest = checkpoints.newest(folder.checkpoints)
-    step, standing = 0, None
+    step, history = 0, None
     if newest is not None:
         step, state = newest
-        standing = state.get("standing")  # checkpoints of earlier versions have none
+        history = state.get("standing")  # checkpoints of earlier versions have none
         try:
             trainer.load_state_dict(state)
         except UserError as error:
@@ -221,7 +221,7 @@ def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[
             console,
             f"continuing {folder.path} after step {step}" if step else f"{folder.path}: no checkpoint yet, starting",
         )
-    return standing
+    return history
 
 
 def _check_same_step(trainer: Trainer, folder: RunFolder) -> None:

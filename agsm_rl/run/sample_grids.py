@@ -1,4 +1,4 @@
-"""Grids of samples at intervals in a run: always the same prompts and noise, so that change is all that is seen."""
+"""Sample grids during a run: the prompts and noise stay the same, so every difference comes from training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agsm_rl.trainer import Callback, Trainer
 
 
 class SampleGrids(Callback):
-    """samples/step-<step>.png each `sample.every` steps: always the same prompts and noise."""
+    """Writes samples/step-<step>.png every `sample.every` steps, always from the same prompts and noise."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
         self.folder, self.options, self.export = folder, recipe.sample, recipe.export
@@ -25,14 +25,14 @@ class SampleGrids(Callback):
         self.prompts = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """Draw the grid when it is time."""
+        """Draw the grid if it is due."""
         if self.prompts and step % self.options.every == 0:
             with trainer.policy.exported(self.export):
                 sheet = grid(self.draw(trainer.policy), columns=min(4, len(self.prompts)))
             write_picture(sheet, self.folder.samples / f"step-{step:08d}.png")
 
     def resume(self, trainer: Trainer) -> None:
-        """Make up for a grid that a kill cut off after the checkpoint of its step was written."""
+        """Draw the checkpoint's grid if a kill prevented it."""
         if trainer.step and not (self.folder.samples / f"step-{trainer.step:08d}.png").exists():
             self.on_step(trainer, trainer.step, {})
 
@@ -48,7 +48,7 @@ class SampleGrids(Callback):
         )
 
     def write_before_after(self, trainer: Trainer) -> None:
-        """samples/before_after.png for runs without a suite: the base's row above the trained one's."""
+        """Write samples/before_after.png, for runs without a suite: the base's row above the trained model's."""
         if self.prompts:
             with trainer.policy.switched_off():
                 before = self.draw(trainer.policy)

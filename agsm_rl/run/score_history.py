@@ -1,6 +1,6 @@
-"""What evaluations say of a run as it goes on: the best one so far, and whether a score has fallen too far from it.
+"""The scores of a run's evaluations: the best so far, and whether a score has fallen too far below its best.
 
-All evaluations of a run are on the same prompts and noise, so that two of them are compared image by image.
+All evaluations of a run use the same prompts and noise, so any two of them can be compared image by image.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from agsm_rl.recipe.rewards import directions
 from agsm_rl.training.anomalies import Event
 
 START = 0
-"""The step under which the base stands: the model with which a run begins, unless it starts from other adapters."""
+"""The step of the base: a run starts as the base model, unless it starts from other adapters."""
 
 
-class Standing:
-    """Scores of the evaluations that matter: of the best one by each score, of the base, and of the newest.
+class ScoreHistory:
+    """The scores of the evaluations that matter: the best one by each score, the base, and the newest.
 
-    Of each evaluation the mean of every score is kept, and the scores [N] of each reward, an image each.
+    For each evaluation it keeps the mean of every score, and each reward's scores of the images [N].
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -32,7 +32,7 @@ class Standing:
         self.rules = {name: rule.falls_by for name, rule in recipe.stop_when.items()}
         self.on_fall = recipe.watch.held_out_falls
         self.directions = directions(recipe)
-        self._how = _how(recipe)
+        self._settings = _settings(recipe)
         self._starts_as_base = recipe.start_from is None
         self._means: dict[int, dict[str, float]] = {}
         self._scores: dict[int, dict[str, Tensor]] = {}
@@ -40,26 +40,26 @@ class Standing:
         self.newest: int | None = None
         """The step of the newest evaluation."""
         self.best_step: int | None = None
-        """The step of the best by `checkpoint.best` among those that were trained."""
+        """The step of the best evaluation by `checkpoint.best`, the base excluded."""
 
     @property
     def knows_base(self) -> bool:
-        """Whether the base's scores are there already."""
+        """Whether the base's scores are known."""
         return START in self._means
 
     def note_base(self, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> None:
-        """Take the base's scores for those of the run's beginning, unless it began with other adapters."""
+        """Record the base's scores as those of step 0, unless the run started from other adapters."""
         if self._starts_as_base and not self.knows_base:
             self._note(START, means, scores)
 
     def note(self, step: int, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> list[Event]:
-        """Take in an evaluation; what it says against going on, as the recipe's rules have it."""
+        """Record an evaluation; return the events that it triggers by the recipe's rules."""
         self._note(step, means, scores)
         self.newest = step
         needed = {step, START, self.best_step, *self._best.values()}
-        self._means = {at: found for at, found in self._means.items() if at in needed}
-        self._scores = {at: found for at, found in self._scores.items() if at in needed}
-        return self.verdict()
+        self._means = {at: means for at, means in self._means.items() if at in needed}
+        self._scores = {at: scores for at, scores in self._scores.items() if at in needed}
+        return self.events()
 
     def _note(self, step: int, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> None:
         self._means[step] = {name: float(value) for name, value in means.items()}
@@ -68,12 +68,12 @@ class Standing:
             if name not in self._best or value > self._means[self._best[name]][name]:
                 self._best[name] = step
         if step != START and self.best_by in self._means[step]:
-            kept = None if self.best_step is None else self._means[self.best_step][self.best_by]
-            if kept is None or self._means[step][self.best_by] > kept:
+            best = None if self.best_step is None else self._means[self.best_step][self.best_by]
+            if best is None or self._means[step][self.best_by] > best:
                 self.best_step = step
 
     def best(self) -> dict[str, Any] | None:
-        """The best by `checkpoint.best`, for eval.json: which, when, how good, and how good the base was."""
+        """The best evaluation by `checkpoint.best`, for eval.json: the score's name, step and value, and the base's."""
         if self.best_by is None or self.best_step is None:
             return None
         base = self._means.get(START, {}).get(self.best_by)
@@ -84,54 +84,54 @@ class Standing:
             "base": base,
         }
 
-    def verdict(self) -> list[Event]:
-        """What the newest evaluation says against going on."""
+    def events(self) -> list[Event]:
+        """The events that the newest evaluation triggers."""
         if self.newest is None:
             return []
         return [*self._broken_rules(self.newest), *self._hacked(self.newest)]
 
     def _broken_rules(self, step: int) -> list[Event]:
-        found = []
+        events = []
         for name, falls_by in self.rules.items():
             best, now = self._best[name], self._means[step][name]
             fall = self._means[best][name] - now
             if fall >= falls_by:
-                words = (
+                message = (
                     f"step {step}: stop_when: '{name}' fell by {fall:.4g}, {self._from_to(name, best, step)} since "
                     f"{_when(best)} (falls_by: {falls_by:g})"
                 )
-                found.append(Event(step, "stop_when", name, now, "stop", words))
-        return found
+                events.append(Event(step, "stop_when", name, now, "stop", message))
+        return events
 
     def _hacked(self, step: int) -> list[Event]:
-        """Held-out rewards that fell from their best while a trained one rose, each by more than chance."""
-        found = []
+        """Events for held-out rewards that fell below their best while a trained one improved, both beyond chance."""
+        events = []
         for name, direction in self.directions.items():
             if direction or self.on_fall == "ignore" or name not in self._best:
                 continue
             best = self._best[name]
-            others = [other for other, trained in self.directions.items() if trained]
-            risen = [other for other in others if self._change(other, best, step) == self.directions[other]]
-            if self._change(name, best, step) < 0 and risen:
-                told = f"'{risen[0]}', which is trained on, went {self._from_to(risen[0], best, step)}"
-                words = (
+            trained = [other for other, direction in self.directions.items() if direction]
+            improved = [other for other in trained if self._change(other, best, step) == self.directions[other]]
+            if self._change(name, best, step) < 0 and improved:
+                message = (
                     f"step {step}: held-out reward '{name}' fell {self._from_to(name, best, step)} since "
-                    f"{_when(best)}, while {told}: the trained reward may be being hacked"
+                    f"{_when(best)}, while '{improved[0]}', which is trained on, went "
+                    f"{self._from_to(improved[0], best, step)}: this may be reward hacking"
                 )
-                found.append(Event(step, "held_out_falls", name, self._means[step][name], self.on_fall, words))
-        return found
+                events.append(Event(step, "held_out_falls", name, self._means[step][name], self.on_fall, message))
+        return events
 
     def _change(self, name: str, before: int, now: int) -> int:
-        """1 or -1 where a reward rose or fell from one step to another by more than chance, else 0."""
+        """1 or -1 if a reward rose or fell between two steps by more than chance, otherwise 0."""
         return sign_of_mean(self._scores[now][name] - self._scores[before][name])
 
     def _from_to(self, name: str, before: int, now: int) -> str:
         return f"from {self._means[before][name]:.4g} to {self._means[now][name]:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """The state as tensors and plain values only."""
         return {
-            "how": self._how,
+            "how": self._settings,
             "means": {at: dict(means) for at, means in self._means.items()},
             "scores": {at: dict(scores) for at, scores in self._scores.items()},
             "best": dict(self._best),
@@ -141,8 +141,8 @@ class Standing:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Continue where `state_dict` was taken; False, and nothing taken, when it was measured in another way."""
-        if state["how"] != self._how:
+        """Restore a state; return False, and restore nothing, if its evaluations had other settings."""
+        if state["how"] != self._settings:
             return False
         self._means = {at: dict(means) for at, means in state["means"].items()}
         self._scores = {at: dict(scores) for at, scores in state["scores"].items()}
@@ -153,7 +153,7 @@ class Standing:
 
 
 def sign_of_mean(differences: Tensor) -> int:
-    """1 or -1 where the mean of paired differences [N] is above or below 0 by its 95 % interval (Student's), else 0."""
+    """The sign of the mean of paired differences [N] if its 95 % interval (Student's) excludes 0, otherwise 0."""
     values = differences.double().numpy()
     if len(values) < 2 or not np.ptp(values):
         return int(np.sign(values.mean()))
@@ -165,12 +165,12 @@ def _when(step: int) -> str:
     return "the start" if step == START else f"step {step}"
 
 
-def _how(recipe: Recipe) -> str:
-    """What two evaluations must share to be comparable, as text."""
+def _settings(recipe: Recipe) -> str:
+    """The settings that two evaluations must share to be comparable, as text."""
     if recipe.evaluate is None:
         return ""
     data = recipe.evaluate.model_dump(mode="json") | {"export": recipe.export}
     data |= {"guidance": data["guidance"][0]}
-    for free in ("every", "batch_size"):
-        data.pop(free)
+    for irrelevant in ("every", "batch_size"):
+        data.pop(irrelevant)
     return str(sorted(data.items(), key=lambda item: item[0]))

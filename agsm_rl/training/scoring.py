@@ -1,4 +1,4 @@
-"""Scoring images by rewards: what a reward returns is used only if it is one finite number per image."""
+"""Scoring images with rewards. A reward must return one finite number per image."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -26,10 +26,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward in a run: under which name it is logged, with which weight and in which unit it enters the sum.
+    """A reward in a run: the name it is logged under, and the weight and unit with which it enters the sum.
 
-    `weight` may be negative (what the reward likes is then avoided) or 0 (it is logged, nothing is learned from it).
-    `normalise`: `raw`, in the reward's own unit, or `z_score`, in standard deviations of that reward alone.
+    A negative `weight` lowers the reward; with 0 the reward is only logged. `normalise`: `raw`, the reward's own unit,
+    or `z_score`, standard deviations of this reward.
     """
 
     reward: Reward
@@ -41,9 +41,9 @@ class WeightedReward:
 def check_rewards(
     rewards: Sequence[WeightedReward | tuple[Reward, float]] | Mapping[str, float],
 ) -> list[WeightedReward]:
-    """The rewards as WeightedRewards, with functions wrapped as in a recipe; {name: weight} names registered ones.
+    """The rewards as WeightedRewards. Functions are wrapped as in a recipe; {name: weight} names registered rewards.
 
-    UserError if nothing can be learned from them: there are none, two have the same name, or all weights are 0.
+    UserError if there are no rewards, if two have the same name, or if all weights are 0.
     """
     if isinstance(rewards, Mapping):
         rewards = [(load("rewards", name, where="rewards")(), weight) for name, weight in rewards.items()]
@@ -82,16 +82,17 @@ def checked_score(
     name: str | None = None,
     metadata: Rows | None = None,
 ) -> Tensor:
-    """The reward's scores [B]; UserError naming the reward if it fails, or they have another shape or are not finite.
+    """The reward's scores [B]. A UserError names the reward if it fails, or if its scores are of another shape or not
+    finite.
 
-    `name`: what the run calls the reward (None: its own name). `metadata`: the other columns of each prompt's row, for
+    `name`: the reward's name in the run (None: its own name). `metadata`: the other columns of each prompt's row, for
     rewards that take them.
     """
     who = f"reward '{name or reward.name}'"
     about = f"on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
-    # A reward's scale is its own network's: the same in training as where the run's images are judged.
+    # A reward runs in its own precision, so that it scores the same in training as in evaluation.
     with own_precision(images.device), user_code(who, about):
-        # Copies, because a reward may change what it gets in place; a copy of images with a graph keeps the graph.
+        # Copies, because a reward may modify its inputs in place. A clone of the images keeps their graph.
         if metadata is not None and isinstance(reward, TakesMetadata) and reward.takes_metadata:
             score = reward(images.clone(), list(prompts), deepcopy(list(metadata)))  # type: ignore[call-arg]
         else:
@@ -101,13 +102,13 @@ def checked_score(
         raise UserError(f"{who}: it returned {got}, but one score per image is expected, of shape ({len(prompts)},)")
     if not torch.isfinite(score).all():
         bad = int((~torch.isfinite(score)).nonzero()[0])
-        blame = "" if torch.isfinite(images[bad]).all() else "; the image itself is not finite: the model has diverged"
-        raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{blame}")
+        cause = "" if torch.isfinite(images[bad]).all() else "; the image itself is not finite: the model has diverged"
+        raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{cause}")
     return score.float().to(images.device)
 
 
 def scoring_device() -> torch.device:
-    """Where images from files or another process are scored: a GPU if there is one."""
+    """The device for scoring images from files or another process: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -115,14 +116,16 @@ def scores_of(
     rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str], metadata: Rows | None = None
 ) -> dict[str, Tensor]:
     """Each reward's own scores [B], by its name in the run."""
-    return {one.name: checked_score(one.reward, images, prompts, name=one.name, metadata=metadata) for one in rewards}
+    return {
+        item.name: checked_score(item.reward, images, prompts, name=item.name, metadata=metadata) for item in rewards
+    }
 
 
 class InParts:
-    """Scores of images that are drawn part by part, each part given to `add` as soon as it is there.
+    """Scores images that are drawn in parts; pass each part to `add` as soon as it is drawn.
 
-    Rewards that run `elsewhere` score a part, in a thread a reward, while the next is drawn; the others wait for
-    `scores`, which also raises their errors.
+    Rewards that run `elsewhere` score one part while the next is drawn, in one thread per reward. The others run in
+    `scores`, which also raises all errors.
     """
 
     def __init__(self, rewards: Sequence[WeightedReward]) -> None:
@@ -135,10 +138,10 @@ class InParts:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for one in self._rewards:
-            if one.reward.elsewhere:
-                self._threads[one.name] = self._stack.enter_context(InFlight(f"reward {one.name}"))
-                self._waiting[one.name] = []
+        for item in self._rewards:
+            if item.reward.elsewhere:
+                self._threads[item.name] = self._stack.enter_context(InFlight(f"reward {item.name}"))
+                self._waiting[item.name] = []
         return self
 
     def __exit__(
@@ -147,28 +150,28 @@ class InParts:
         self._stack.close()
 
     def add(self, images: Tensor, prompts: list[str], metadata: Rows | None = None) -> None:
-        """The next images [B, 3, H, W] with their prompts, and the other columns of the prompts' rows."""
+        """Add the next images [B, 3, H, W] with their prompts, and the other columns of the prompts' rows."""
         metadata = [{} for _ in prompts] if metadata is None else metadata
         self._images.append(images)
         self._prompts += prompts
         self._metadata += metadata
-        for one in self._rewards:
-            if one.name in self._threads:
-                call = partial(checked_score, one.reward, images, prompts, name=one.name, metadata=metadata)
-                self._waiting[one.name].append(self._threads[one.name].submit(call))
+        for item in self._rewards:
+            if item.name in self._threads:
+                call = partial(checked_score, item.reward, images, prompts, name=item.name, metadata=metadata)
+                self._waiting[item.name].append(self._threads[item.name].submit(call))
 
     def scores(self) -> dict[str, Tensor]:
-        """Each reward's own scores [N] of all images added, by its name in the run."""
-        here = [one for one in self._rewards if one.name not in self._threads]
-        found = scores_of(here, torch.cat(self._images), self._prompts, self._metadata)
-        found |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
-        return {one.name: found[one.name] for one in self._rewards}
+        """Each reward's own scores [N] of all added images, by its name in the run."""
+        local_rewards = [item for item in self._rewards if item.name not in self._threads]
+        scores = scores_of(local_rewards, torch.cat(self._images), self._prompts, self._metadata)
+        scores |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
+        return {item.name: scores[item.name] for item in self._rewards}
 
 
 def weighted_scores(
     rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the rewards' scores, [B], each in its own unit, and each reward's own scores [B] by name."""
+    """The weighted sum [B] of the rewards' scores in their own units, and each reward's own scores [B] by name."""
     scores = scores_of(rewards, images, prompts)
     return weighted_sum(rewards, scores), scores
 
@@ -176,6 +179,6 @@ def weighted_scores(
 def weighted_sum(rewards: Sequence[WeightedReward], scores: dict[str, Tensor]) -> Tensor:
     """The sum of weight · score, [B]."""
     total = torch.zeros_like(scores[rewards[0].name])
-    for one in rewards:
-        total = total + one.weight * scores[one.name]
+    for item in rewards:
+        total = total + item.weight * scores[item.name]
     return total

@@ -1,4 +1,4 @@
-"""What a class says of its options is read from its docstring, and from its bases'."""
+"""The descriptions of options are read from the docstrings of a class and its bases."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ class Explained(Base):
     """
 
 
-def test_what_a_class_is_stands_apart_from_its_options():
+def test_the_description_of_a_class_excludes_its_options():
     assert about(Explained) == "What it is.\n\nAnd more of it."
 
 
@@ -41,11 +41,11 @@ def test_options_are_explained_by_the_class_then_by_its_bases():
         "size": "Its size in pixels, which is two lines long.",
         "low": "Its bounds.",
         "high": "Its bounds.",
-        "seed": "Seed of its random numbers. Null is the recipe's seed.",
+        "seed": "Random seed. Null: the recipe's seed.",
     }
 
 
-def test_an_option_that_nobody_explains_has_an_empty_meaning():
+def test_an_undocumented_option_has_an_empty_meaning():
     class Silent:
         def __init__(self, given: int, size: int = 2) -> None: ...
 
@@ -66,5 +66,5 @@ def test_an_option_that_nobody_explains_has_an_empty_meaning():
         (Mapping[str, Any], "dict[str, any]"),
     ],
 )
-def test_types_are_written_as_yaml_has_them(annotation, words):
+def test_types_are_written_as_in_yaml(annotation, words):
     assert in_words(annotation) == words

@@ -1,4 +1,4 @@
-"""Recipes: what they mean, and that each mistake is told with its place and its remedy."""
+"""Recipes: what they mean, and that each mistake is reported with its place and its remedy."""
 
 import copy
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_term_that_never_learns_takes_no_name_from_one_that_does(weight):
     assert [term.name for term in Recipe.from_data(content).objectives] == ["agsm_2", "agsm", "ddpo"]
 
 
-def test_rollouts_serve_an_objective_that_wants_pairs():
+def test_rollouts_can_feed_an_objective_that_needs_pairs():
     content = copy.deepcopy(CONTENT)
     content["objectives"][0]["source"] = "own_images"
     assert Recipe.from_data(content).objectives[0].source == "own_images"
@@ -120,7 +120,7 @@ def test_set_changes_a_value_in_a_list(write, override, value):
     assert Recipe.from_yaml(write(), [override]).objectives[0].options["temperature"] == value
 
 
-def test_set_makes_a_section_that_is_not_there_and_changes_a_schedule(write):
+def test_set_adds_a_missing_section_and_changes_a_schedule(write):
     recipe = Recipe.from_yaml(write(), ["checkpoint.every=7", "objectives.1.weight.100=2"])
     assert recipe.checkpoint.every == 7
     assert recipe.objectives[1].weight == {0: 0.0, 100: 2.0}
@@ -133,7 +133,7 @@ WRONG = {
     "objectives.0.temperatur=1": r"objectives\[0\]: 'temperatur' is not an option.*Did you mean 'temperature'",
     "objectives.0.temperature=0": r"objectives\[0\]: temperature.*above 0",
     "objectives.0.source=nowhere": r"objectives\[0\].source: 'nowhere' is not a source of this recipe; allowed: own",
-    "objectives.0.source=7": r"objectives\[0\].source: a source is the name of one",
+    "objectives.0.source=7": r"objectives\[0\].source: a source is a name from `sources:`",
     "objectives.0.source.use=pars": r"source.use: 'pars' is not a source.*'pairs'",
     "objectives.0.source.batch_size=6": r"objectives\[0\].*batch_size 6 is not a multiple of group_size 4",
     "objectives.0.source.dataset=./nope": r"source.dataset: './nope': there is no such file or folder",
@@ -150,11 +150,11 @@ WRONG = {
     "objectives.1.t=[0.5, 1.0]": r"objectives\[1\].t is .*, but DDPO learns from sampling steps.*leave it out",
     "objectives.0.t=[0, 2]": r"objectives\[0\].t: .*got \[0.0, 2.0\]",
     "objectives=[]": "objectives: it is empty, so nothing would be learned",
-    "objectives.1.name=a b": r"objectives\[1\].name: 'a b' cannot be a name",
+    "objectives.1.name=a b": r"objectives\[1\].name: 'a b' is not a valid name",
     "adapters={}": "adapters: it is empty, so nothing would be trained.*lora",
     "adapters.lora.rank=x": "adapters.lora.rank: got 'x'",
     "adapters.lora=7": "adapters.lora: got 7; it should be a mapping",
-    "adapters.a/b={use: lora}": "'a/b' cannot be a name",
+    "adapters.a/b={use: lora}": "'a/b' is not a valid name",
     "steps=0": "steps: got 0.*greater than or equal to 1",
     "steps=true": "'steps' is true, but it must be a number",
     "steps=.inf": "steps: got inf",
@@ -166,12 +166,12 @@ WRONG = {
     "sources.own_images.rewards.shapes={normalize: raw}": "rewards.shapes: 'normalize'.*Did you mean 'normalise'",
     "sources.own_images.rewards.shapes={normalise: zscore}": "rewards.shapes.normalise: got 'zscore'.*'z_score'",
     "sources.own_images.rewards.mine={use: shaps}": "rewards.mine.use: 'shaps' is not a reward.*'shapes'",
-    "sources.own_images.rewards={a/b: {use: shapes}}": "own_images: rewards: 'a/b' cannot be a name",
+    "sources.own_images.rewards={a/b: {use: shapes}}": "own_images: rewards: 'a/b' is not a valid name",
     "sources.own_images.rewards={shapes: 0}": "own_images: rewards: all weights are 0",
-    "evaluate.rewards={shapes: {weight: 1}}": "evaluate.rewards.shapes: 'weight' means nothing here",
-    "evaluate.rewards={strict: {use: shapes}}": "evaluate.rewards.strict: that is the name of a suite's score",
+    "evaluate.rewards={shapes: {weight: 1}}": "evaluate.rewards.shapes: 'weight' has no effect here",
+    "evaluate.rewards={strict: {use: shapes}}": "evaluate.rewards.strict: this is the name of one of the suite's own",
     "evaluate.rewards={shapes: {verdict: kind}}": "evaluate.rewards.shapes.verdict: got 'kind'",
-    "evaluate.rewards=[shapes, shapes]": "evaluate.rewards: a reward stands in it twice",
+    "evaluate.rewards=[shapes, shapes]": "evaluate.rewards: a reward is listed twice",
     "evaluate.rewards={shapes: 1.0}": "evaluate.rewards: 'shapes' is 1.0, but rewards are only measured.*shapes: {}",
     "checkpoint.best=sharpness": "checkpoint.best: 'sharpness' is not a score .*allowed: overall, shapes, strict",
     "stop_when.shaps.falls_by=1": "stop_when.shaps: 'shaps' is not a score.*Did you mean 'shapes'",
@@ -193,7 +193,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_each_mistake_is_told_with_its_place_and_remedy(write, override):
+def test_each_mistake_is_reported_with_its_place_and_remedy(write, override):
     with pytest.raises(UserError, match=WRONG[override]):
         Recipe.from_yaml(write(), [override])
 
@@ -203,7 +203,7 @@ def test_a_frozen_adapter_needs_no_learning_rate(write):
     assert Recipe.from_yaml(write(), changes).optimizer.learning_rate == {"lora": 1e-3}
 
 
-def test_a_rule_on_what_is_only_measured_at_the_end_is_refused(write):
+def test_a_rule_on_a_score_that_is_only_measured_at_the_end_is_refused(write):
     with pytest.raises(
         UserError, match="checkpoint.best: 'shapes' is not measured while the run goes on; set evaluate.e"
     ):
@@ -212,7 +212,7 @@ def test_a_rule_on_what_is_only_measured_at_the_end_is_refused(write):
         Recipe.from_yaml(write(), ["stop_when.strict.falls_by=0.1", "evaluate=null"])
 
 
-def test_two_terms_of_one_name_are_refused(write):
+def test_two_terms_with_the_same_name_are_refused(write):
     with pytest.raises(UserError, match=r"objectives\[1\].name: 'first' is the name of another term"):
         Recipe.from_yaml(write(), ["objectives.0.name=first", "objectives.1.name=first"])
 
@@ -229,18 +229,18 @@ def test_two_terms_of_one_name_are_refused(write):
         ("steps: 1\n", "x.yaml: backbone: this key is required"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told_with_its_line(write, text, message):
+def test_a_file_that_is_not_a_recipe_is_reported_with_the_line(write, text, message):
     with pytest.raises(UserError, match=message):
         Recipe.from_yaml(write(text))
 
 
-def test_a_missing_file_is_told_with_the_recipes_that_are_there(write):
+def test_a_missing_file_is_reported_with_the_recipes_beside_it(write):
     path = write()
     with pytest.raises(UserError, match=r"y.yaml: no such recipe file. Recipes there: .*x.yaml"):
         Recipe.from_yaml(path.with_name("y.yaml"))
 
 
-def test_a_tracker_that_is_not_installed_is_told_with_the_command(write, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_with_the_command(write, monkeypatch):
     monkeypatch.setattr("agsm_rl.recipe.resolve.TRACKERS", {"wandb": "no_such_package_at_all"})
     with pytest.raises(UserError, match=r"track\[0\]: 'wandb' is not installed; run `pip install"):
         Recipe.from_yaml(write(), ["track=[wandb]"])
@@ -254,5 +254,5 @@ SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yam
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_recipe_that_is_shipped_can_be_read(name, users_data):
+def test_every_shipped_recipe_can_be_read(name, users_data):
     assert Recipe.from_yaml(RECIPES / name).steps > 0

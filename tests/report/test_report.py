@@ -187,11 +187,11 @@ def test_runs_of_one_recipe_are_one_variant_over_seeds(tmp_path):
     assert len(change["by_seed"]) == 1  # only seed 0 is common
 
 
-def test_the_first_screen_says_what_stood_behind_the_prompts(tmp_path):
+def test_the_first_screen_names_the_text_appended_to_the_prompts(tmp_path):
     run = write_run(tmp_path / "agsm-seed0")
     content = json.loads((run / "eval.json").read_text())
     (run / "eval.json").write_text(json.dumps(content | {"prompt_suffix": ", verified"}))
-    assert "prompts with “, verified” behind them, the same noise" in page(run).text
+    assert "prompts with “, verified” appended, the same noise" in page(run).text
 
 
 def test_a_run_that_evaluates_nothing_has_its_curves_and_samples(tmp_path):

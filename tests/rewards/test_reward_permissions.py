@@ -74,7 +74,7 @@ COMMAND = [sys.executable, "mine.py", "--quick run"]
         ({"ray_pool": {"reward": "worker", "options": {"script": "./mine.py"}}}, {}, "--allow-command ./mine.py"),
         ({"ray_pool": {"reward": "http", "options": {"url": "http://x.example"}}}, {}, "--allow-host x.example"),
         ({"ray_pool": {"reward": "shapes", "address": "ray://x.example:1"}}, {}, "--allow-host ray://x.example:1"),
-        ({"vlm_judge": JUDGE | KEY}, {}, "environment variable A_KEY, and a recipe"),
+        ({"vlm_judge": JUDGE | KEY}, {}, "environment variable A_KEY, which a recipe"),
         ({"vlm_judge": JUDGE | KEY}, {"hosts": ["127.0.0.1"], "imports": ["env"]}, "add --allow-env A_KEY to"),
         (
             {"vlm_judge": JUDGE | KEY | REMOTE},
@@ -86,14 +86,14 @@ COMMAND = [sys.executable, "mine.py", "--quick run"]
         ({"ray_pool": {"reward": "vlm_judge", "options": JUDGE | KEY}}, {}, "--allow-env A_KEY"),
     ],
 )
-def test_without_leave_nothing_runs_and_the_message_says_what_to_add(recipe_with, rewards, allowed, needed):
-    with pytest.raises(UserError, match="may not do so by itself") as told:
+def test_without_permission_nothing_runs_and_the_message_says_what_to_add(recipe_with, rewards, allowed, needed):
+    with pytest.raises(UserError, match="may not do by itself") as told:
         Recipe.from_data(recipe_with(rewards), allow_imports=permissions(**allowed))
     assert needed in str(told.value)
     assert not Path("it_ran").exists()
 
 
-def test_loopback_and_registered_rewards_need_no_leave(recipe_with):
+def test_loopback_and_registered_rewards_need_no_permission(recipe_with):
     for rewards in (
         {"http": {"url": "http://127.0.0.1:1"}},
         {"ray_pool": {"reward": "jpeg_compressibility"}},
@@ -141,7 +141,7 @@ def test_the_command_line_takes_the_leave(recipe_with):
     assert CliRunner().invoke(app, ["check", "mine.yaml", "--allow-command", "./mine.py"]).exit_code == 0
     assert not Path("it_ran").exists()
     mixed = CliRunner().invoke(app, ["check", "mine.yaml", "--allow-import", "command:./mine.py"])
-    assert mixed.exit_code == 2 and "give the module alone" in mixed.stderr
+    assert mixed.exit_code == 2 and "give only the module" in mixed.stderr
 
 
 def test_a_key_is_sent_with_leave_for_its_variable(recipe_with):

@@ -27,7 +27,7 @@ def metrics(tmp_path):
         ([0.9, -0.9, 0.8, -0.8], "no clear agreement or conflict"),
     ],
 )
-def test_the_cosines_of_a_run_are_read_in_words(metrics, cosines, words):
+def test_the_cosines_of_a_run_are_summarised_in_words(metrics, cosines, words):
     (found,) = agreements(metrics(*cosines))
     assert words in str(found)
     assert found.cosine == pytest.approx(sum(cosines) / len(cosines))
@@ -40,5 +40,5 @@ def test_only_steps_on_which_both_terms_ran_are_counted(metrics):
     assert "over 2 common steps" in agreements_to_json([found])[0]["sentence"]
 
 
-def test_terms_that_never_met_are_not_judged(metrics):
+def test_terms_that_never_ran_together_are_not_judged(metrics):
     assert agreements(metrics(None, 0.5)) == []

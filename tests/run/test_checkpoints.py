@@ -10,7 +10,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.run import checkpoints
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
+def test_the_newest_checkpoint_is_loaded_unchanged(tmp_path):
     checkpoints.save(tmp_path, 5, {"step": 5, "tensor": torch.arange(3)})
     checkpoints.save(tmp_path, 10, {"step": 10, "tensor": torch.arange(4)})
     step, state = checkpoints.newest(tmp_path)
@@ -18,7 +18,7 @@ def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
     assert torch.equal(state["tensor"], torch.arange(4))
 
 
-def test_only_the_last_ones_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoints.save(tmp_path, step, {}, keep=2)
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00000003.pt", "step-00000010.pt"]
@@ -43,13 +43,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert "step-00000002.pt is damaged" in caplog.text
 
 
-def test_when_all_are_damaged_it_stops_instead_of_starting_again(tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_stops_instead_of_starting_over(tmp_path):
     checkpoints.save(tmp_path, 1, {"step": 1}).write_bytes(b"")
     with pytest.raises(UserError, match="no good checkpoint is left"):
         checkpoints.newest(tmp_path)
 
 
-def test_damaged_newer_checkpoints_do_not_push_out_what_a_resumed_run_saves(tmp_path):
+def test_damaged_newer_checkpoints_do_not_displace_those_of_a_resumed_run(tmp_path):
     for step in (200, 300, 400):
         path = checkpoints.save(tmp_path, step, {"step": step}, keep=3)
         if step > 200:
@@ -68,7 +68,7 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert checkpoints.newest(tmp_path) is None
 
 
-def test_a_pickle_in_a_checkpoint_s_place_does_not_run(tmp_path):
+def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))

@@ -37,9 +37,7 @@ def quiet() -> Console:
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "samples", "logs", "metrics.jsonl", "eval.json"])
-def test_a_link_under_one_of_our_names_that_leads_out_is_refused_and_nothing_outside_changes(
-    recipe, quiet, tmp_path, name
-):
+def test_a_link_out_of_the_run_folder_is_refused_and_nothing_outside_changes(recipe, quiet, tmp_path, name):
     outside = tmp_path / "outside"
     (outside / "checkpoints").mkdir(parents=True)
     (outside / "step-00000001.pt").write_text("mine")
@@ -57,7 +55,7 @@ def test_a_link_under_one_of_our_names_that_leads_out_is_refused_and_nothing_out
     assert {path.name: path.read_text() for path in outside.iterdir() if path.is_file()} == before
 
 
-def test_a_named_pipe_under_one_of_our_names_is_refused_and_not_waited_for(recipe, quiet, tmp_path):
+def test_a_named_pipe_in_a_run_folder_is_refused_without_waiting(recipe, quiet, tmp_path):
     run = train(recipe, tmp_path / "run", console=quiet, evaluate=False)
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
@@ -65,7 +63,7 @@ def test_a_named_pipe_under_one_of_our_names_is_refused_and_not_waited_for(recip
         train(recipe, run, resume=True, console=quiet, evaluate=False)
 
 
-def test_two_runs_begun_in_the_same_second_get_a_folder_each(recipe, quiet, tmp_path, monkeypatch):
+def test_two_runs_started_in_the_same_second_get_different_folders(recipe, quiet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
     first, second = (train(recipe, console=quiet, evaluate=False) for _ in range(2))
@@ -91,7 +89,7 @@ def test_a_state_that_is_not_finite_is_neither_checkpointed_nor_exported(recipe,
     assert step == 1 and all(torch.isfinite(tensor).all() for tensor in state["policy"]["live"].values())
 
 
-def test_code_of_the_users_that_calls_exit_does_not_pass_for_a_finished_run(recipe, quiet, tmp_path):
+def test_user_code_that_calls_exit_does_not_look_like_a_finished_run(recipe, quiet, tmp_path):
     class Exits(Callback):
         def on_step(self, trainer, step, metrics):
             if step == 2:

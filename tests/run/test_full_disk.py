@@ -50,7 +50,7 @@ def quiet():
     return Console(file=StringIO())
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_names_it(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one_and_names_it(tmp_path):
     checkpoints.save(tmp_path, 1, {"x": torch.ones(10)}, keep=1)
     with files_of_at_most(100_000), pytest.raises(UserError) as told:
         checkpoints.save(tmp_path, 2, {"x": torch.ones(100_000)}, keep=1)
@@ -82,7 +82,7 @@ def test_a_kill_between_checksum_and_checkpoint_of_the_same_step_loses_neither(t
     assert checkpoints.newest(tmp_path) == (1, {"x": 2})
 
 
-def test_a_run_on_a_full_disk_ends_with_what_to_do_and_goes_on_when_there_is_room(make_recipe, tmp_path, quiet):
+def test_a_run_on_a_full_disk_says_what_to_do_and_continues_when_there_is_room(make_recipe, tmp_path, quiet):
     run = tmp_path / "run"
     train(make_recipe(steps=1), run, console=quiet)
     with files_of_at_most(2_000), pytest.raises(UserError, match=r"cannot be written.*step-00000001.pt.*--resume"):
@@ -101,7 +101,7 @@ def test_metrics_that_cannot_be_written_end_the_run_with_the_newest_checkpoint_n
     assert "step-00000001.pt" in str(told.value) and "--resume" in str(told.value)
 
 
-def test_a_run_folder_that_vanishes_ends_the_run_and_is_not_made_again(make_recipe, tmp_path, quiet, monkeypatch):
+def test_a_run_folder_that_vanishes_ends_the_run_and_is_not_recreated(make_recipe, tmp_path, quiet, monkeypatch):
     run, run_step = tmp_path / "run", Trainer.run_step
 
     def without_folder(trainer):
@@ -119,7 +119,7 @@ def test_a_run_folder_that_vanishes_ends_the_run_and_is_not_made_again(make_reci
     assert not run.exists()
 
 
-def test_what_a_kill_left_half_written_is_cleared_away_when_the_run_goes_on(make_recipe, tmp_path, quiet):
+def test_half_written_files_are_removed_when_a_killed_run_continues(make_recipe, tmp_path, quiet):
     run = tmp_path / "run"
     train(make_recipe(steps=1), run, console=quiet)
     good = sorted(path.name for path in run.rglob("*"))
@@ -129,7 +129,7 @@ def test_what_a_kill_left_half_written_is_cleared_away_when_the_run_goes_on(make
     assert sorted(path.name for path in run.rglob("*")) == good
 
 
-def test_a_new_run_whose_first_step_fails_leaves_no_folder_but_never_takes_others_files_away(
+def test_a_new_run_whose_first_step_fails_removes_its_folder_but_no_other_files(
     make_recipe, tmp_path, quiet, monkeypatch
 ):
     def failing(trainer):

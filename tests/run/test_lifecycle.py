@@ -56,7 +56,7 @@ def steps_of(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_all_that_the_contract_names(make_recipe, tmp_path, quiet):
+def test_a_run_writes_all_files_of_the_contract(make_recipe, tmp_path, quiet):
     evaluation = {"every": 2, "num_images": 6, "num_steps": 2, "guidance": [1.0, 3.0], "rewards": ["shapes"]}
     recipe = make_recipe(evaluate=evaluation, track=["tensorboard"])
     folder = train(recipe, tmp_path / "run", console=quiet)
@@ -88,7 +88,7 @@ def test_a_second_run_in_the_same_folder_is_refused(make_recipe, tmp_path, quiet
         train(make_recipe(steps=1), tmp_path / "run", console=quiet)
 
 
-def test_a_run_that_came_second_leaves_the_folder_of_the_first(make_recipe, tmp_path):
+def test_a_second_run_leaves_the_folder_of_the_first_alone(make_recipe, tmp_path):
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (first, second):
         folder.check(make_recipe(), resume=False)
@@ -101,7 +101,7 @@ def test_a_run_that_came_second_leaves_the_folder_of_the_first(make_recipe, tmp_
     assert not first.path.exists()
 
 
-def test_what_a_kill_left_written_aside_is_no_hindrance(make_recipe, tmp_path, quiet):
+def test_temporary_files_of_a_killed_run_do_no_harm(make_recipe, tmp_path, quiet):
     folder = train(make_recipe(steps=1), tmp_path / "run", console=quiet)
     (folder / ".adapter-best.new").mkdir()
     (folder / ".adapter-best.new" / "tokens.safetensors").write_bytes(b"half")
@@ -126,13 +126,13 @@ def test_each_exported_adapter_says_where_it_comes_from(make_recipe, tmp_path, q
         assert metadata["recipe_sha256"] == hashlib.sha256((folder / "recipe.yaml").read_bytes()).hexdigest()
 
 
-def test_a_folder_that_another_process_trains_in_is_refused(make_recipe, tmp_path, quiet):
+def test_a_folder_in_which_another_process_trains_is_refused(make_recipe, tmp_path, quiet):
     folder = train(make_recipe(steps=1), tmp_path / "run", console=quiet)
     with FileLock(folder / ".lock"), pytest.raises(UserError, match="is busy"):
         train(make_recipe(steps=2), folder, resume=True, console=quiet)
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(make_recipe, tmp_path, quiet):
+def test_a_run_that_cannot_start_leaves_no_folder(make_recipe, tmp_path, quiet):
     recipe = make_recipe()
     recipe.backbone = recipe.backbone.model_validate(
         {"use": "stable_diffusion", **recipe.backbone.options, "checkpoint": str(tmp_path / "missing")}
@@ -142,7 +142,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(make_recipe, tmp_path, quiet):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_stops_with_a_checkpoint_and_the_run_is_continued_from_it(make_recipe, tmp_path, quiet, monkeypatch):
+def test_a_signal_stops_with_a_checkpoint_from_which_the_run_continues(make_recipe, tmp_path, quiet, monkeypatch):
     run_step = Trainer.run_step
 
     def with_signal(trainer):
@@ -183,7 +183,7 @@ def adapter_of(folder):
     return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
 
-def test_a_run_that_starts_from_another_begins_with_its_adapters_and_their_ema(make_recipe, tmp_path, quiet):
+def test_a_run_that_starts_from_another_has_its_adapters_and_their_ema(make_recipe, tmp_path, quiet):
     first = train(make_recipe(), tmp_path / "first", console=quiet)
     trainer = build_trainer(make_recipe(start_from=str(first)))
     live = {name.removeprefix("lora."): value for name, value in trainer.policy.state_dict()["live"].items()}
@@ -197,7 +197,7 @@ def test_a_run_that_starts_from_another_begins_with_its_adapters_and_their_ema(m
         assert torch.equal(trainer.policy.state_dict()["ema"][f"lora.{name}"], kept)
 
 
-def test_a_continued_run_does_not_start_over_from_the_other_run(make_recipe, tmp_path, quiet):
+def test_a_resumed_run_does_not_start_from_the_other_run_again(make_recipe, tmp_path, quiet):
     first = train(make_recipe(), tmp_path / "first", console=quiet)
     recipe = make_recipe(start_from=str(first))
     whole = train(recipe, tmp_path / "whole", console=quiet)
@@ -208,7 +208,7 @@ def test_a_continued_run_does_not_start_over_from_the_other_run(make_recipe, tmp
     assert all(torch.equal(before[name], value) for name, value in adapter_of(whole).items())
 
 
-def test_adapters_that_the_start_lacks_begin_new_beside_those_that_it_has(make_recipe, tmp_path, quiet):
+def test_adapters_that_the_start_lacks_start_fresh_beside_the_others(make_recipe, tmp_path, quiet):
     """As AGSM's soft tokens on top of a LoRA that a reward has trained, which stays as it is."""
     first = train(make_recipe(), tmp_path / "first", console=quiet)
     lora = {"use": "lora", "rank": 2, "banks": 2}
@@ -227,7 +227,7 @@ def test_adapters_that_the_start_lacks_begin_new_beside_those_that_it_has(make_r
     assert fresh and not all(torch.equal(fresh[name], tokens[name]) for name in fresh)
 
 
-def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet):
+def test_starting_from_adapters_that_do_not_fit_is_refused(make_recipe, tmp_path, quiet):
     with pytest.raises(UserError, match="start_from: .*there is no such file or folder"):
         build_trainer(make_recipe(start_from=str(tmp_path / "nothing")))
     first = train(make_recipe(), tmp_path / "first", console=quiet)
@@ -248,7 +248,7 @@ def test_starting_from_what_does_not_fit_is_refused(make_recipe, tmp_path, quiet
         build_trainer(make_recipe(start_from=str(first), adapters={"lora": {"use": "lora", "rank": 3, "banks": 2}}))
 
 
-def test_a_stack_ends_with_a_sentence_on_whether_its_terms_agreed(make_recipe, tmp_path, quiet, capsys):
+def test_a_run_of_several_terms_ends_by_saying_whether_they_agreed(make_recipe, tmp_path, quiet, capsys):
     pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
     evaluation = {"num_images": 6, "num_steps": 2, "guidance": 1.0}
     terms = [{"use": "agsm", "source": pairs}, {"use": "score_matching", "source": pairs}]
@@ -276,7 +276,7 @@ def test_a_run_that_evaluates_nothing_has_a_report_of_its_curves_and_samples(mak
     assert "How run learned." in page and "run: samples" in page and "agsm/grad_norm" in page
 
 
-def test_a_report_that_fails_is_told_and_does_not_fail_the_run(make_recipe, tmp_path, quiet, monkeypatch):
+def test_a_failing_report_is_reported_and_does_not_fail_the_run(make_recipe, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr("agsm_rl.report.page.write_report", lambda *_: 1 / 0)
     folder = train(make_recipe(evaluate={"num_images": 6, "num_steps": 2}), tmp_path / "run", console=quiet)
     assert (folder / "eval.json").is_file() and not (folder / "report.html").exists()
@@ -301,7 +301,7 @@ def stopping_in_evaluation(monkeypatch, at):
 EVALUATION = {"every": 2, "num_images": 6, "num_steps": 2, "batch_size": 3, "rewards": ["shapes"]}
 
 
-def test_a_signal_in_the_last_evaluation_keeps_all_steps_and_says_how_to_go_on(
+def test_a_signal_in_the_last_evaluation_keeps_all_steps_and_says_how_to_continue(
     make_recipe, tmp_path, quiet, monkeypatch
 ):
     recipe = make_recipe(evaluate=EVALUATION | {"every": None}, sample={"every": 100})
@@ -316,7 +316,7 @@ def test_a_signal_in_the_last_evaluation_keeps_all_steps_and_says_how_to_go_on(
     assert all(torch.equal(kept[name], value) for name, value in adapter_of(tmp_path / "run").items())
 
 
-def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(make_recipe, tmp_path, quiet, monkeypatch):
+def test_an_evaluation_that_a_signal_interrupts_is_repeated(make_recipe, tmp_path, quiet, monkeypatch):
     recipe = make_recipe(evaluate=EVALUATION, checkpoint={"every": 100}, sample={"every": 100}, export="ema")
     whole = train(recipe, tmp_path / "whole", console=quiet)
     stopping_in_evaluation(monkeypatch, 3)  # base: batches 1 and 2; trained: 3 and 4

@@ -124,7 +124,7 @@ def test_evaluated_rewards_are_marked_as_trained_on_or_held_out(kept, console, c
     assert "reward/sharp (held out)" in said(console)
 
 
-def test_a_best_export_that_a_kill_left_old_is_mended_when_the_run_goes_on(kept, console):
+def test_a_best_export_left_outdated_by_a_kill_is_fixed_when_the_run_continues(kept, console):
     recipe, folder = kept
     before = lora_of(folder / "adapter-best")
     shutil.rmtree(folder / "adapter-best")
@@ -134,7 +134,7 @@ def test_a_best_export_that_a_kill_left_old_is_mended_when_the_run_goes_on(kept,
     assert same(newest, lora_of(folder / "adapter"))
 
 
-def test_a_best_checkpoint_that_is_gone_is_told_with_what_to_do(kept, console):
+def test_a_missing_best_checkpoint_is_reported_with_a_remedy(kept, console):
     recipe, folder = kept
     shutil.rmtree(folder / "adapter-best")
     (folder / "checkpoints" / "step-00000001.pt").unlink()
@@ -168,7 +168,7 @@ def test_a_run_killed_around_an_evaluation_ends_as_the_uninterrupted_one(kept, t
     assert_same_run(whole, killed)
 
 
-def test_a_rule_ends_the_run_cleanly_and_says_so_everywhere(make_recipe, tmp_path, console):
+def test_a_rule_ends_the_run_cleanly_and_is_reported_everywhere(make_recipe, tmp_path, console):
     recipe = make_recipe(steps=50, stop_when={"light": {"falls_by": 1e-4}})
     folder = train(recipe, tmp_path / "run", console=console)
     (event,) = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -187,7 +187,7 @@ def test_a_rule_ends_the_run_cleanly_and_says_so_everywhere(make_recipe, tmp_pat
     assert checkpoints_of(folder) == [step + 1]
 
 
-def test_a_run_that_a_watch_stops_leaves_a_record_and_its_last_checkpoint(make_recipe, tmp_path, console, monkeypatch):
+def test_a_run_stopped_by_a_watch_leaves_an_event_and_its_last_checkpoint(make_recipe, tmp_path, console, monkeypatch):
     run_step = Trainer.run_step
 
     def with_broken_weights(trainer):
@@ -207,7 +207,9 @@ def test_a_run_that_a_watch_stops_leaves_a_record_and_its_last_checkpoint(make_r
     assert checkpoints_of(tmp_path / "run") == [1]
 
 
-def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told(make_recipe, tmp_path, console, monkeypatch):
+def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_reported(
+    make_recipe, tmp_path, console, monkeypatch
+):
     (tmp_path / "opposite.py").write_text(
         "class Opposite:\n    name, range, differentiable = 'opposite', (-1.0, 0.0), False\n\n"
         "    def __call__(self, images, prompts):\n        return images.mean(dim=(1, 2, 3))\n"
@@ -223,7 +225,7 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told(make_r
     assert "while 'light', which is trained on, went from" in told["opposite"]["message"]
 
 
-def test_the_ema_is_exported_and_measured_where_the_recipe_says_so(make_recipe, tmp_path, console):
+def test_the_ema_is_exported_and_measured_if_the_recipe_says_so(make_recipe, tmp_path, console):
     evaluation = EVALUATION | {"every": None, "rewards": {"light": {"use": "brightness"}}}
     found = {}
     for export in ("live", "ema"):

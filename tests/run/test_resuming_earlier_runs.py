@@ -51,7 +51,7 @@ def newer(monkeypatch):
     change_options(monkeypatch, "backbones", "stable_diffusion", newer=0.0)
 
 
-def test_it_is_resumed_while_the_newer_options_are_not_set(content, folder, newer):
+def test_an_earlier_run_is_resumed_while_newer_options_are_not_set(content, folder, newer):
     assert resumed(content | {"steps": 3}, folder) == [1, 2, 3]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["objectives"][0]["newer"] == 0.0
 
@@ -62,13 +62,13 @@ def test_a_newer_option_that_is_set_is_refused_with_both_values(content, folder,
         resumed(content | {"steps": 3}, folder)
 
 
-def test_a_default_that_was_changed_is_refused_with_both_values(content, folder, monkeypatch):
+def test_a_changed_default_is_refused_with_both_values(content, folder, monkeypatch):
     change_options(monkeypatch, "objectives", "score_matching", caption_dropout=0.5)
     with pytest.raises(UserError, match=r"started with objectives\[0\].caption_dropout = 0.0, but now it is 0.5"):
         resumed(content | {"steps": 3}, folder)
 
 
-def test_its_own_recipe_has_the_first_default_of_an_option_that_has_another_by_now(folder, monkeypatch):
+def test_the_recipe_of_an_earlier_run_gets_the_first_default_of_a_newer_option(folder, monkeypatch):
     record = yaml.safe_load(earlier.FIRST_DEFAULTS.read_text())
     monkeypatch.setattr(earlier, "_first_defaults", lambda: record)
     for kind, name in (("objectives", "score_matching"), ("backbones", "stable_diffusion")):

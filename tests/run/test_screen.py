@@ -15,7 +15,7 @@ from agsm_rl.run.screen import make_console, plain, say, steady_screen, styled, 
 STEERING = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eback \r over \udcff"
 
 
-def test_control_characters_are_spelled_out_and_lines_stay():
+def test_control_characters_are_escaped_but_line_breaks_stay():
     assert plain("a\tb\nψ 图 “ü”") == "a\tb\nψ 图 “ü”"
     assert plain(STEERING) == r"\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eback \r over \udcff"
 
@@ -55,7 +55,7 @@ def test_no_control_character_reaches_a_terminal_through_a_console():
 
 
 @pytest.mark.parametrize(("encoding", "seen"), [("ascii", "psi- -> +-- \\u56fe"), ("cp1252", "psi- -> ±– \\u56fe")])
-def test_what_an_encoding_lacks_is_spelled(encoding, seen, monkeypatch):
+def test_characters_that_an_encoding_lacks_are_escaped(encoding, seen, monkeypatch):
     stream = TextIOWrapper(BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     with steady_screen():
@@ -80,13 +80,13 @@ def run(tmp_path):
     return run
 
 
-def test_a_full_disk_under_stdout_is_remembered_and_raises_nothing(run):
+def test_a_full_disk_behind_stdout_is_remembered_and_raises_nothing(run):
     with open("/dev/full", "w") as full:
         code, lost = run("[say('x' * 100) for _ in range(2000)]; make_console().print('y')", stdout=full)
     assert code == 0 and "No space left on device" in lost
 
 
-def test_a_reader_that_has_gone_ends_nothing(run):
+def test_a_closed_reader_of_stdout_ends_nothing(run):
     reading, writing = os.pipe()
     os.close(reading)
     code = "[say('x' * 100) for _ in range(2000)]; make_console().print('y'); print('z')"
@@ -94,7 +94,7 @@ def test_a_reader_that_has_gone_ends_nothing(run):
     os.close(writing)
 
 
-def test_a_closed_stdout_does_not_lend_its_number_to_the_next_file(run, tmp_path):
+def test_the_number_of_a_closed_stdout_is_not_reused_for_the_next_file(run, tmp_path):
     file = tmp_path / "data"
     code = f"file = open({str(file)!r}, 'w'); file.write('mine'); say('not this'); os.write(1, b'nor this')"
     assert run(code, preexec_fn=lambda: os.close(1)) == (0, "[]")

@@ -72,7 +72,7 @@ def assert_same_run(first, second, tolerance):
         assert max(float((one[key] - other[key]).abs().max()) for key in one) <= tolerance
 
 
-def test_a_run_killed_and_continued_equals_the_uninterrupted_one(recipe, tmp_path):
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(recipe, tmp_path):
     subprocess.run(command(recipe, tmp_path / "whole"), check=True, capture_output=True)
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(recipe, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -238,7 +238,7 @@ def said_after(signal_it, recipe, folder, *more, lines):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, tmp_path, killed):
+def test_a_killed_process_ends_the_run_which_says_how_to_continue(recipe, tmp_path, killed):
     def kill(process, workers):
         os.kill(workers[killed], signal.SIGKILL)
 
@@ -250,7 +250,7 @@ def test_a_process_that_is_killed_ends_the_run_which_says_how_to_go_on(recipe, t
     assert step >= 1 and str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}.pt") in words
 
 
-def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tmp_path):
+def test_a_signal_in_the_last_evaluation_stops_all_processes_cleanly(recipe, tmp_path):
     def stop(process, workers):
         process.send_signal(signal.SIGTERM)
 
@@ -262,7 +262,7 @@ def test_a_signal_in_the_last_evaluation_stops_all_processes_in_order(recipe, tm
     assert step == 2 and not (tmp_path / "run" / "eval.json").exists()
 
 
-def test_a_signal_to_one_process_stops_all_in_order(recipe, tmp_path):
+def test_a_signal_to_one_process_stops_all_of_them_cleanly(recipe, tmp_path):
     def stop_one(process, workers):
         os.kill(workers[1], signal.SIGTERM)
 
