@@ -76,7 +76,11 @@ class Sampler(Protocol):
     """Noise level before each step, [K], descending."""
 
     def transition(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
-        """Mean [B, C, H, W] and standard deviation (0-d; 0 when `eta` is 0) of step `k`, for tensors of any device."""
+        """Mean [B, C, H, W] and standard deviation (0-d; 0 when `eta` is 0) of step `k`, for tensors of any device.
+
+        A sampler whose steps can have other forms of noise names them all in `noises`, the default of rollouts first
+        and `ddim` among them, and takes `noise=` here, `ddim` by default.
+        """
         ...
 
 
@@ -312,12 +316,15 @@ class RolloutBatch(RewardedBatch):
     steps: tuple[int, ...]
     guidance: float
     eta: float
+    """The level of the steps' noise: η of `ddim`, else a."""
     negative_prompt: str = ""
     """What guidance steers away from."""
     graph: KeptGraph | None = None
     """The steps' distributions under the live policy, with gradients, where the source kept them."""
+    noise: str = "ddim"
+    """The form of the steps' noise, as `Sampler` has it."""
 
-    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph")
+    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph", "noise")
     given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"
 
 

@@ -25,6 +25,8 @@ def ddim_scheduler(config: dict[str, Any]) -> Any:
 class DDIMSampler:
     """`num_steps` DDIM steps: `t` [K] descending, and `transition` as in `interfaces.Sampler`."""
 
+    noises = ("ddim",)
+
     def __init__(self, config: dict[str, Any], num_steps: int, device: torch.device) -> None:
         self.scheduler = ddim_scheduler(config)
         self.scheduler.set_timesteps(num_steps)

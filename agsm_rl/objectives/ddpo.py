@@ -20,7 +20,7 @@ class DDPO(PolicyGradient):
     Args:
         clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c. It is small
             because log-probabilities are means over latent elements. Published: 1e-4.
-        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced. Published: 1.
+        timestep_fraction: Share f of each image's steps in (0, 1] that is learned from. Published: 1.
     """
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:

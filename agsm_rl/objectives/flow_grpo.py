@@ -7,6 +7,8 @@ SDXL a DDIM step. log π and the KL are means over latent elements. A, relative 
 is computed by the rollouts: `advantages: group`.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,8 @@ class FlowGRPO(PolicyGradient):
             1e-4, and 1e-5 without guidance.
         kl_weight: w ≥ 0 of the KL divergence from the base model. 0 needs no prediction of the base. Published: 0.04
             for GenEval and text rendering, 0.01 for PickScore.
-        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced. Published: 0.99.
+        timestep_fraction: Share f of each image's steps in (0, 1] that is learned from. Published: 0.99, all but the
+            last of 10.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class FlowGRPO(PolicyGradient):
         clip_range: float = 1e-4,
         kl_weight: float = 0.04,
         timestep_fraction: float = 1.0,
+        timesteps: Literal["first", "even"] = "first",
         images_per_pass: int | None = None,
         steps_per_pass: int = 1,
     ) -> None:
         super().__init__(
             clip_range=clip_range,
             timestep_fraction=timestep_fraction,
+            timesteps=timesteps,
             images_per_pass=images_per_pass,
             steps_per_pass=steps_per_pass,
         )

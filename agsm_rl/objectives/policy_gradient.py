@@ -5,17 +5,17 @@ the split of a batch by steps. Nothing here asks which backbone's sampler made t
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
-from agsm_rl.training.sampling import Predict, gaussian_log_prob, step_distributions
+from agsm_rl.training.sampling import Predict, log_density, step_distributions
 
 
 def clipped_policy_loss(
@@ -51,7 +51,9 @@ class PolicyGradient(Objective):
 
     Args:
         clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c.
-        timestep_fraction: Share of each image's steps in (0, 1] that is learned from, evenly spaced.
+        timestep_fraction: Share f of each image's steps in (0, 1] that is learned from.
+        timesteps: Which steps these are. `first`: those among the first ⌊n·f⌋ of all n that have noise, as the authors
+            of Flow-GRPO choose them; `even`: as many of the noisy ones, evenly spaced.
         images_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
         steps_per_pass: Denoising steps of each image that go through the denoiser at once: the same gradient, faster on
@@ -66,6 +68,7 @@ class PolicyGradient(Objective):
         *,
         clip_range: float = 1e-4,
         timestep_fraction: float = 1.0,
+        timesteps: Literal["first", "even"] = "first",
         images_per_pass: int | None = None,
         steps_per_pass: int = 1,
     ) -> None:
@@ -76,7 +79,9 @@ class PolicyGradient(Objective):
         check_at_least_one("images_per_pass", images_per_pass)
         check_at_least_one("steps_per_pass", steps_per_pass)
         self.clip_range = clip_range
-        self.timestep_fraction, self.images_per_pass = timestep_fraction, images_per_pass
+        if timesteps not in ("first", "even"):
+            raise unknown_name("timesteps", timesteps, "a choice of steps", ("first", "even"))
+        self.timestep_fraction, self.timesteps, self.images_per_pass = timestep_fraction, timesteps, images_per_pass
         self.steps_per_pass = steps_per_pass
         self._encoded_of: tuple[object, ...] = ()
         self._encoded: tuple[Cond, Cond] | None = None
@@ -92,14 +97,26 @@ class PolicyGradient(Objective):
                 f"none of the {batch.num_steps} sampling steps has noise; set the rollouts' num_steps to 2 or more"
             )
         kept = batch.graph is not None and batch.graph.holds(batch.steps)
+        learned = self._learned_steps(batch)
+        passes = [learned[first : first + self.steps_per_pass] for first in range(0, len(learned), self.steps_per_pass)]
+        return [
+            (replace(part, steps=steps), share * len(steps) / len(learned))
+            for part, share in in_passes(batch, None if kept else self.images_per_pass)
+            for steps in passes
+        ]
+
+    def _learned_steps(self, batch: RolloutBatch) -> tuple[int, ...]:
+        """One of the noisy steps at least."""
+        if self.timesteps == "first":
+            end = int(batch.num_steps * self.timestep_fraction + 1e-9)
+            return tuple(k for k in batch.steps if k < end) or batch.steps[:1]
         count = max(1, round(self.timestep_fraction * len(batch.steps)))
         places = torch.linspace(0, len(batch.steps) - 1, count).round().long()
-        chosen = [tuple(batch.steps[place] for place in some.tolist()) for some in places.split(self.steps_per_pass)]
-        return [
-            (replace(part, steps=steps), share * len(steps) / count)
-            for part, share in in_passes(batch, None if kept else self.images_per_pass)
-            for steps in chosen
-        ]
+        return tuple(batch.steps[place] for place in places.tolist())
+
+    def step_of(self, part: RolloutBatch) -> int | None:
+        """The denoising step that a part is of; None if it is of several."""
+        return part.steps[0] if len(part.steps) == 1 else None
 
     def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
         """`rollout_steps` under `policy.live`, taken from the draw where it kept their graph."""
@@ -135,13 +152,14 @@ def rollout_steps(
         *(encoded or _encode(policy, batch)),
         guidance=batch.guidance,
         eta=batch.eta,
+        noise=batch.noise,
     )
 
 
 def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]) -> Tensor:
     """log π of the states that the batch's steps reached, [B, S], under the distributions of these steps."""
     found = [
-        gaussian_log_prob(batch.trajectory[:, k + 1], mean, std)
+        log_density(batch.trajectory[:, k + 1], mean, std, noise=batch.noise)
         for k, (mean, std) in zip(batch.steps, distributions, strict=True)
     ]
     return torch.stack(found, dim=1)

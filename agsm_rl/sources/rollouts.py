@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutBatch, Shard
+from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
+from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_noise, choose_noise, draw_trajectories
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
-from agsm_rl.training.sampling import gaussian_log_prob, noisy_steps, step_distribution
 from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 
 
@@ -41,7 +41,17 @@ class Rollouts(Source):
         images_per_prompt: Images per prompt and draw.
         num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).
         guidance: Guidance scale; 1 is none and costs half. DDPO's published setting: 5.
-        eta: Noise of the sampler's steps, in [0, 1]. DDPO's published setting: 1.
+        noise: Form of the steps' noise. Null: `flow_sde` for flow models, else `ddim`. `flow_sde`: Flow-GRPO's SDE,
+            without noise in the last step.
+            `cps`: coefficients-preserving sampling (arXiv 2509.05952), whose log-probability leaves 1/(2σ²) out.
+            `ddim`: DDIM's, for flow models a step with the ODE's marginals; there late steps are almost noiseless and
+            rule a policy gradient. It was the only one in earlier versions.
+        noise_level: Level a of `flow_sde` (above 0) and `cps` (up to 1). Null: 0.7, Flow-GRPO's published setting.
+        eta: Noise of `ddim` steps, in [0, 1]. DDPO's published setting: 1. With 0, no steps have noise, of any form.
+        sde_window: Noise, and learning, in a few consecutive steps only; the others follow the ODE: `{size: 2, range:
+            [0, 5], move: random}` (Flow-GRPO-Fast). `range`: the steps [first, end) that it stays in; by default the
+            first half. `move`: `random`, another place for each draw, or a number n: a step further every n draws, and
+            at the end back to the first (MixGRPO, arXiv 2507.21802: size 4, move 25).
         drawn_by: `live`, the parameters being trained, or `ema`, whose path is not kept: a policy gradient's ratios to
             it would leave the clip range at once, and nothing would be learned.
         updates: Steps of the trainer that learn from each draw, each from its own share of the images.
@@ -77,7 +87,10 @@ class Rollouts(Source):
         images_per_prompt: int = 8,
         num_steps: int = 50,
         guidance: float = 5.0,
+        noise: Literal["flow_sde", "cps", "ddim"] | None = None,
+        noise_level: float | None = None,
         eta: float = 1.0,
+        sde_window: Mapping[str, Any] | None = None,
         drawn_by: Literal["live", "ema"] = "live",
         updates: int = 1,
         advantages: Literal["history", "group"] = "history",
@@ -105,8 +118,7 @@ class Rollouts(Source):
                 raise UserError(f"{name}: got {value}, but it must be above 0")
         if num_steps > MAX_SAMPLING_STEPS:
             raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta: got {eta}, but it must lie in [0, 1] (published: 1)")
+        check_noise(noise, noise_level, eta)
         if drawn_by not in ("live", "ema"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
         if advantages not in ("history", "group"):
@@ -130,6 +142,8 @@ class Rollouts(Source):
         self.rewards, self.keep_graph = check_rewards(rewards), keep_graph
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
+        self.noise, self.noise_level = noise, noise_level
+        self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
         self.sample_batch_size, self.drawn_by, self.advantages = sample_batch_size, drawn_by, advantages
         self.batch_size = num_prompts * images_per_prompt // updates
@@ -182,7 +196,9 @@ class Rollouts(Source):
         first = self._shard.index * share
         rows = torch.arange(first, first + share)
         draw = Draw(self._seed, self._name, self._draws)
-        steps = noisy_steps(policy.backbone.sampler(self.num_steps), self.num_steps, eta=self.eta)
+        sampler = policy.backbone.sampler(self.num_steps)
+        noise = self._step_noise(sampler)
+        steps = noise.noisy_steps(sampler, self.num_steps)
         graph = KeptGraph(rows, steps) if self.keep_graph else None
         parts = []
         with InParts(self.rewards) as scoring:
@@ -196,7 +212,7 @@ class Rollouts(Source):
                         part,
                         num_steps=self.num_steps,
                         guidance=self.guidance,
-                        eta=self.eta,
+                        noise=noise,
                         keep_path=self.keep_path,
                         graph=graph,
                     )
@@ -222,8 +238,20 @@ class Rollouts(Source):
             num_steps=self.num_steps,
             steps=steps,
             guidance=self.guidance,
-            eta=self.eta,
+            eta=noise.level,
+            noise=noise.form,
             graph=graph,
+        )
+
+    def _step_noise(self, sampler: Sampler) -> StepNoise:
+        window = None if self.sde_window is None else self.sde_window.at(self._seed, self._name, self._draws)
+        return choose_noise(
+            sampler,
+            self.num_steps,
+            noise=self.noise,
+            eta=self.eta,
+            noise_level=self.noise_level,
+            window=window,
         )
 
     def _check_latents(self, latents: Tensor, prompts: list[str]) -> None:
@@ -350,41 +378,3 @@ def _moved(batch: RewardedBatch, device: torch.device) -> RewardedBatch:
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "rows"}
     moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
     return replace(batch, **moved)
-
-
-def draw_trajectories(
-    policy: Policy,
-    prompts: list[str],
-    draw: Draw,
-    rows: Tensor,
-    *,
-    num_steps: int,
-    guidance: float,
-    eta: float,
-    negative_prompt: str = "",
-    keep_path: bool = True,
-    graph: KeptGraph | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
-
-    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
-    gradients from its mean to the parameters; none go from one step to another.
-    """
-    backbone = policy.backbone
-    sampler = backbone.sampler(num_steps)
-    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
-    like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
-    states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
-    for k in range(num_steps):
-        x_t = states[-1]
-        with nullcontext() if graph is None else torch.enable_grad():
-            mean, std = step_distribution(policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
-        if graph is not None:
-            graph.add(k, mean, std)
-            mean = mean.detach()
-        noise = draw.noise_like(x_t, rows, purpose=f"step {k}") if eta else 0
-        states.append((mean + std * noise).to(x_t.dtype))
-        log_probs.append(gaussian_log_prob(states[-1], mean, std))
-        if not keep_path:
-            states = states[-1:]
-    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)

@@ -10,6 +10,22 @@ from agsm_rl.interfaces import Cond, Sampler
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]
 
+DDIM = "ddim"
+"""The form of noise that every sampler has."""
+
+
+def noises_of(sampler: Sampler) -> tuple[str, ...]:
+    """The forms of noise that a sampler's steps can have, its default first."""
+    return getattr(sampler, "noises", (DDIM,))
+
+
+def transition(
+    sampler: Sampler, k: int, x_t: Tensor, prediction: Tensor, *, eta: float, noise: str = DDIM
+) -> tuple[Tensor, Tensor]:
+    """The sampler's step k; a sampler with one form of noise need not know its name."""
+    options = {} if noise == DDIM else {"noise": noise}
+    return sampler.transition(k, x_t, prediction, eta=eta, **options)
+
 
 def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
@@ -24,12 +40,21 @@ def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, s
 
 
 def step_distribution(
-    predict: Predict, sampler: Sampler, k: int, x_t: Tensor, cond: Cond, uncond: Cond, *, guidance: float, eta: float
+    predict: Predict,
+    sampler: Sampler,
+    k: int,
+    x_t: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    *,
+    guidance: float,
+    eta: float,
+    noise: str = DDIM,
 ) -> tuple[Tensor, Tensor]:
     """Mean [B, C, h, w] and standard deviation (0-d) of the sampler's step k from x_t [B, C, h, w]."""
     t = sampler.t[k].to(x_t.device).expand(len(x_t))
     prediction = guided(predict, x_t, t, cond, uncond, guidance)
-    return sampler.transition(k, x_t, prediction, eta=eta)
+    return transition(sampler, k, x_t, prediction, eta=eta, noise=noise)
 
 
 def step_distributions(
@@ -42,19 +67,34 @@ def step_distributions(
     *,
     guidance: float,
     eta: float,
+    noise: str = DDIM,
 ) -> list[tuple[Tensor, Tensor]]:
     """`step_distribution` of several steps in one prediction; `states` [B, S, C, h, w] are where each begins."""
     count, rows = len(steps), states.flatten(0, 1)
     t = torch.stack([sampler.t[k] for k in steps]).to(states.device).repeat(len(states))
     each = cond if count == 1 else cond[torch.arange(len(cond)).repeat_interleave(count)]
     predictions = guided(predict, rows, t, each, uncond, guidance).unflatten(0, (-1, count))
-    return [sampler.transition(k, states[:, place], predictions[:, place], eta=eta) for place, k in enumerate(steps)]
+    return [
+        transition(sampler, k, states[:, place], predictions[:, place], eta=eta, noise=noise)
+        for place, k in enumerate(steps)
+    ]
 
 
-def noisy_steps(sampler: Sampler, num_steps: int, *, eta: float) -> tuple[int, ...]:
-    """The random steps (standard deviation above 0) among all `num_steps`."""
+def has_noise(sampler: Sampler, k: int, *, eta: float, noise: str = DDIM) -> bool:
+    """Whether step k is random: its standard deviation is above 0."""
     nothing = torch.zeros(1, 1, 1, 1)
-    return tuple(k for k in range(num_steps) if sampler.transition(k, nothing, nothing, eta=eta)[1] > 0)
+    return bool(transition(sampler, k, nothing, nothing, eta=eta, noise=noise)[1] > 0)
+
+
+def log_density(x: Tensor, mean: Tensor, std: Tensor, *, noise: str = DDIM) -> Tensor:
+    """log π of a step, up to a constant, averaged over the elements of each row, [B].
+
+    It is `gaussian_log_prob`; for `cps` as published (arXiv 2509.05952) it is −(x − mean)², without 1/(2·std²), so that
+    all steps pull with like strength, whatever their noise.
+    """
+    if noise == "cps" and std > 0:
+        return -((x.float() - mean.float()) ** 2).flatten(1).mean(1)
+    return gaussian_log_prob(x, mean, std)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

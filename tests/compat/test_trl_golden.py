@@ -13,7 +13,7 @@ import torch
 from agsm_rl.compat.trl import AlignPropConfig, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from agsm_rl.interfaces import RolloutBatch
 from agsm_rl.objectives.ddpo import step_log_prob
-from agsm_rl.sources.rollouts import draw_trajectories
+from agsm_rl.sources.trajectories import StepNoise, draw_trajectories
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_0_11_4.json").read_text())
 LOSSES = {
@@ -115,7 +115,7 @@ def test_the_same_noise_draws_trl_s_images_with_its_log_probabilities(make_train
             torch.arange(2),
             num_steps=inputs.NUM_STEPS,
             guidance=inputs.GUIDANCE,
-            eta=1.0,
+            noise=StepNoise(),
             negative_prompt=negative_prompt,
         )
         images = trainer.policy.backbone.decode(path[:, -1])

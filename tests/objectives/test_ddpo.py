@@ -132,7 +132,7 @@ def test_learning_in_parts_gives_the_gradient_of_all_steps_at_once(policy, rollo
 
 
 def test_a_fraction_of_the_steps_is_spread_over_the_path(policy, rollouts):
-    parts = DDPO(timestep_fraction=0.5).split(rollouts.next(policy))
+    parts = DDPO(timestep_fraction=0.5, timesteps="even").split(rollouts.next(policy))
     assert [part.steps for part, _ in parts] == [(0,), (3,)]
     assert sum(share for _, share in parts) == pytest.approx(1)
 
@@ -167,3 +167,19 @@ def test_guidance_of_one_is_the_conditional_prediction_alone():
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         DDPO(**options)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "timesteps", "expected"),
+    [(1.0, "first", [0, 1, 2, 3]), (0.5, "first", [0, 1]), (0.99, "first", [0, 1, 2]), (0.5, "even", [0, 3])],
+)
+def test_the_steps_learned_from_are_the_first_ones_or_evenly_spaced(policy, rollouts, fraction, timesteps, expected):
+    batch = rollouts.next(policy)
+    parts = DDPO(timestep_fraction=fraction, timesteps=timesteps).split(batch)
+    assert [part.steps for part, _ in parts] == [(k,) for k in expected]
+    assert sum(share for _, share in parts) == pytest.approx(1)
+
+
+def test_one_step_at_least_is_learned_from(policy, make_rollouts):
+    batch = make_rollouts(bind=True, sde_window={"size": 1, "range": [3, 4]}).next(policy)
+    assert [part.steps for part, _ in DDPO(timestep_fraction=0.5).split(batch)] == [(3,)]

@@ -150,10 +150,10 @@ def test_rollouts_that_no_policy_gradient_can_learn_from_keep_no_path_and_ddpo_r
 
 
 def test_rollouts_without_noise_end_where_the_path_of_noiseless_steps_ends(make_policy, make_rollouts):
-    from agsm_rl.sources.rollouts import draw_trajectories
+    from agsm_rl.sources.trajectories import StepNoise, draw_trajectories
     from agsm_rl.training.randomness import Draw
 
-    how = {"num_steps": 3, "guidance": 1.0, "eta": 0.0}
+    how = {"num_steps": 3, "guidance": 1.0, "noise": StepNoise(level=0.0)}
     policy, rows = make_policy(), torch.arange(2)
     path, _ = draw_trajectories(policy, ["a", "b"], Draw(), rows, **how)
     end, _ = draw_trajectories(policy, ["a", "b"], Draw(), rows, keep_path=False, **how)

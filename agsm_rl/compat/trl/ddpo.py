@@ -21,7 +21,7 @@ from agsm_rl.interfaces import Batch, RolloutBatch, Shard
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import normalised_by_prompt
-from agsm_rl.sources.rollouts import draw_trajectories
+from agsm_rl.sources.trajectories import StepNoise, draw_trajectories
 from agsm_rl.training.randomness import Draw, stream
 
 NAME = "trl/ddpo"
@@ -132,7 +132,7 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
                     num_steps=config.sample_num_steps,
                     # TRL draws without guidance up to 1, and yet learns by its formula.
                     guidance=max(config.sample_guidance_scale, 1.0),
-                    eta=config.sample_eta,
+                    noise=StepNoise(level=config.sample_eta),
                     negative_prompt=config.negative_prompts,
                 )
                 images = self.policy.backbone.decode(path[:, -1])

@@ -21,7 +21,7 @@ from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Term, Trainer
-from agsm_rl.training.sampling import guided
+from agsm_rl.training.sampling import DDIM, guided, noises_of
 
 NOT_COUNTED = (
     "not counted: reward models, the framework's own memory (on a GPU some 0.5 GiB of CUDA context, its kernels' "
@@ -187,13 +187,13 @@ class _Sampler:
     """A sampler whose steps without gradients run once."""
 
     def __init__(self, sampler: Any, rehearsal: Rehearsal) -> None:
-        self.t = sampler.t
+        self.t, self.noises = sampler.t, noises_of(sampler)
         self.transition = rehearsal.remember(sampler.transition, self._key)
 
-    def _key(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> Any:
+    def _key(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float, noise: str = DDIM) -> Any:
         if not x_t.is_meta or (torch.is_grad_enabled() and prediction.requires_grad):
             return None
-        return (x_t.shape, x_t.dtype, eta)
+        return (x_t.shape, x_t.dtype, eta, noise)
 
 
 class _StandIn:

@@ -1,0 +1,169 @@
+"""Drawing images step by step, with the path that led to them; and which of the steps have noise."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.interfaces import KeptGraph, Sampler
+from agsm_rl.policy import Policy
+from agsm_rl.training.randomness import Draw, stream
+from agsm_rl.training.sampling import DDIM, has_noise, log_density, noises_of, step_distribution
+
+PUBLISHED_LEVEL = 0.7
+"""Flow-GRPO's a."""
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The noise of a draw's steps: its `form`, its `level` (η of `ddim`, else a), and the steps that have any."""
+
+    form: str = DDIM
+    level: float = 1.0
+    window: range | None = None
+    """None: all steps."""
+
+    def at(self, k: int) -> float:
+        """The level of step k: 0 outside the window."""
+        return self.level if self.window is None or k in self.window else 0.0
+
+    def noisy_steps(self, sampler: Sampler, num_steps: int) -> tuple[int, ...]:
+        """The random steps (standard deviation above 0) among all `num_steps`."""
+        return tuple(k for k in range(num_steps) if has_noise(sampler, k, eta=self.at(k), noise=self.form))
+
+
+def check_noise(noise: str | None, noise_level: float | None, eta: float) -> None:
+    """UserError for options that fit no backbone."""
+    forms = ("flow_sde", "cps", DDIM)
+    if noise is not None and noise not in forms:
+        raise unknown_name("noise", noise, "a form of noise", forms)
+    if noise_level is not None and (noise_level <= 0 or (noise == "cps" and noise_level > 1)):
+        allowed = "in (0, 1]" if noise == "cps" else "above 0"
+        raise UserError(f"noise_level: got {noise_level}, but it must be {allowed} (published: {PUBLISHED_LEVEL})")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta: got {eta}, but it must lie in [0, 1] (published: 1)")
+
+
+def choose_noise(
+    sampler: Sampler,
+    num_steps: int,
+    *,
+    noise: str | None,
+    eta: float,
+    noise_level: float | None,
+    window: range | None,
+) -> StepNoise:
+    """The noise that the options of rollouts mean on a backbone with this sampler; UserError where they do not fit.
+
+    Of `flow_sde` the last step has none, as in the authors' later code: its Gaussian is so narrow that it would carry
+    more than half of a policy gradient, and its noise would stay in the image.
+    """
+    known = noises_of(sampler)
+    form = known[0] if noise is None else noise
+    if form not in known:
+        raise unknown_name("noise", form, "a form of noise that this backbone's sampler has", known)
+    if eta == 0:
+        return StepNoise(form, 0.0)
+    if form == DDIM:
+        if noise_level is not None:
+            raise UserError(
+                f"noise_level: {noise_level} belongs to the SDEs of flow models, but the steps here are DDIM's, whose "
+                "noise `eta` scales; leave noise_level out"
+            )
+        return StepNoise(form, eta, window)
+    if eta != 1:
+        raise UserError(
+            f"eta: {eta} scales the noise of DDIM's steps, but this flow model draws with `noise: {form}`; set "
+            f"`noise_level` instead (published: {PUBLISHED_LEVEL}), or `noise: ddim` to draw as earlier versions did"
+        )
+    if window is None and form == "flow_sde":
+        window = range(num_steps - 1)
+    return StepNoise(form, PUBLISHED_LEVEL if noise_level is None else noise_level, window)
+
+
+class SDEWindow:
+    """Noise in a few consecutive steps only: Flow-GRPO-Fast, and MixGRPO (arXiv 2507.21802).
+
+    `size` steps within `range` [first, end), which the window never leaves. `move`: `random`, a place drawn for each
+    draw (Flow-GRPO-Fast), or a number: one step further every so many draws, from the end back to the first
+    (MixGRPO: size 4, every 25).
+    """
+
+    def __init__(self, options: Mapping[str, Any], num_steps: int) -> None:
+        allowed: dict[str, Any] = {"size": 2, "range": [0, max(2, num_steps // 2)], "move": "random"}
+        for name in options:
+            if name not in allowed:
+                raise unknown_name("sde_window", name, "one of its options", tuple(allowed))
+        given = allowed | dict(options)
+        size, bounds, move = given["size"], given["range"], given["move"]
+        if not _is_count(size) or size < 1:
+            raise UserError(f"sde_window.size: got {size!r}, but it must be a whole number of steps, 1 or more")
+        if not (isinstance(bounds, list | tuple) and len(bounds) == 2 and all(_is_count(bound) for bound in bounds)):
+            raise UserError(f"sde_window.range: got {bounds!r}, but it must be two steps, [first, end]")
+        if not 0 <= bounds[0] <= bounds[1] - size or bounds[1] > num_steps:
+            raise UserError(
+                f"sde_window.range: got {list(bounds)}, but it must lie within [0, {num_steps}], the steps, and "
+                f"hold the window of {size}"
+            )
+        if move != "random" and not (_is_count(move) and move >= 1):
+            raise UserError(
+                f"sde_window.move: got {move!r}, but it must be 'random', or the number of draws between two moves"
+            )
+        self.size, self.first, self.end, self.move = size, bounds[0], bounds[1], move
+
+    def at(self, seed: int, name: str, draws: int) -> range:
+        """The window of a source's draw number `draws`, the same in all processes and after a resume."""
+        places = self.end - self.size - self.first + 1
+        if self.move == "random":
+            place = int(stream(seed, f"{name}/window", draws).integers(places))
+        else:
+            place = draws // self.move % places
+        return range(self.first + place, self.first + place + self.size)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def draw_trajectories(
+    policy: Policy,
+    prompts: list[str],
+    draw: Draw,
+    rows: Tensor,
+    *,
+    num_steps: int,
+    guidance: float,
+    noise: StepNoise,
+    negative_prompt: str = "",
+    keep_path: bool = True,
+    graph: KeptGraph | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
+
+    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
+    gradients from its mean to the parameters; none go from one step to another.
+    """
+    backbone = policy.backbone
+    sampler = backbone.sampler(num_steps)
+    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
+    like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
+    states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
+    for k in range(num_steps):
+        x_t, level = states[-1], noise.at(k)
+        with nullcontext() if graph is None else torch.enable_grad():
+            mean, std = step_distribution(
+                policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=level, noise=noise.form
+            )
+        if graph is not None:
+            graph.add(k, mean, std)
+            mean = mean.detach()
+        added = draw.noise_like(x_t, rows, purpose=f"step {k}") if level else 0
+        states.append((mean + std * added).to(x_t.dtype))
+        log_probs.append(log_density(states[-1], mean, std, noise=noise.form))
+        if not keep_path:
+            states = states[-1:]
+    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
