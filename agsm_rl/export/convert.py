@@ -34,6 +34,7 @@ from agsm_rl.files import replacing
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
 """A form's files: tokens, and time rows. Published ones may have a prefix, as in `sd1.5_dc_tokens.pth`."""
+POSITIVE_ALONE = "{}: has two banks; this form holds one, and gets the positive one, which draws."
 
 
 def convert(
@@ -67,12 +68,16 @@ def convert(
             write_export(out, tensors, metadata)
         return [out]
     if form == "kohya":
-        tensors, metadata = _export_of(source, LoRA.kind)
+        tensors, metadata = _export_of(source, LoRA.kind, tell)
+        if LoRA.from_export(tensors, metadata).banks == 2:
+            tell(POSITIVE_ALONE.format(source))
         with _writing(out):
             write_kohya(tensors, metadata, out)
         return [out]
-    tensors, metadata = _export_of(source, SoftTokens.kind)
+    tensors, metadata = _export_of(source, SoftTokens.kind, tell)
     banks = SoftTokens.from_export(tensors, metadata).banks
+    if form == "softrepa" and banks == 2:
+        tell(POSITIVE_ALONE.format(source))
     return write_published(tensors, out, form or ("agsm" if banks == 2 else "softrepa"))
 
 
@@ -189,8 +194,11 @@ def _read(file: Path) -> Tensor:
     return found.detach().float().contiguous()
 
 
-def _export_of(source: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The only exported adapter of a kind in a run folder, an adapter folder or a file."""
+def _export_of(source: Path, kind: str, tell: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The only exported adapter of a kind in a run folder, an adapter folder or a file.
+
+    `tell` gets the others, which the form has no place for.
+    """
     exports = {file: read_export(file) for file in find_exports(source)}
     found = [export for export in exports.values() if export[1]["kind"] == kind]
     if len(found) != 1:
@@ -198,4 +206,7 @@ def _export_of(source: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         raise UserError(
             f"{source}: {len(found)} adapters of kind '{kind}' in it; it must have exactly one. It holds: {there}."
         )
+    for file, (_, metadata) in exports.items():
+        if metadata["kind"] != kind:
+            tell(f"{file}: is left out ({metadata['kind']}); this form has no place for it.")
     return found[0]

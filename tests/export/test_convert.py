@@ -82,6 +82,16 @@ def test_tokens_without_time_rows_are_one_file_and_the_command_says_so_in_a_line
     assert (done.exit_code, done.stderr) == (0, "")
 
 
+def test_what_a_form_has_no_place_for_is_named(exported, tmp_path):
+    told = []
+    convert(exported, tmp_path / "published", "softrepa", tell=told.append)
+    assert len(told) == 2
+    assert "pytorch_lora_weights.safetensors: is left out (lora)" in told[0] and "has two banks" in told[1]
+    told.clear()
+    convert(exported, tmp_path / "both_banks", "agsm", tell=told.append)
+    assert len(told) == 1 and "is left out (lora)" in told[0]
+
+
 @pytest.mark.parametrize(("base", "width"), BASES.items())
 def test_tokens_of_a_known_width_belong_to_their_base(base, width, backbone, tmp_path):
     """Named and shaped as SoftREPA's files."""
@@ -185,7 +195,9 @@ def test_kohya_s_lora_is_read_back_exactly_with_where_it_came_from(each_backbone
         parameter.data += 0.2
     origin = {"step": "7", "objectives": '["agsm"]', "recipe_sha256": "ab", "checkpoint": "x", "version": "0"}
     (file,) = save_adapters({"lora": lora}, tmp_path / "adapter", metadata=origin)
-    convert(file, tmp_path / "kohya.safetensors", "kohya")
+    notes = []
+    convert(file, tmp_path / "kohya.safetensors", "kohya", tell=notes.append)
+    assert notes == []  # one bank, and nothing beside it
     (back,) = convert(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors")
     (before, told), (after, told_after) = read_export(file), read_export(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -366,7 +378,7 @@ def test_our_own_export_is_not_converted_to_itself(exported, tmp_path):
 def test_the_command_tells_what_it_wrote_and_what_it_cannot(exported, tmp_path):
     runner = CliRunner()
     done = runner.invoke(app, ["convert", str(exported), str(tmp_path / "pth"), "--to", "agsm"])
-    assert done.exit_code == 0 and done.output.split() == [
+    assert done.exit_code == 0 and done.stdout.split() == [
         str(tmp_path / "pth" / name) for name in ("soft_tokens.pth", "soft_t_tokens.pth")
     ]
     with pytest.raises(UserError, match=r"it is a file; give it a name that ends in .safetensors"):
@@ -382,7 +394,7 @@ def test_without_a_form_the_name_and_the_banks_say_which(exported, tmp_path):
     def converted(source, out):
         done = CliRunner().invoke(app, ["convert", str(tmp_path / source), str(tmp_path / out)])
         assert done.exit_code == 0, done.output
-        return [line.removeprefix(f"{tmp_path}/") for line in done.output.split()]
+        return [line.removeprefix(f"{tmp_path}/") for line in done.stdout.split()]
 
     assert converted("run", "two") == ["two/soft_tokens.pth", "two/soft_t_tokens.pth"]
     assert converted("two", "two.safetensors") == ["two.safetensors"]
