@@ -12,10 +12,10 @@ from pydantic import ConfigDict, ValidationError
 
 from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
 from agsm_rl.adapters.tensor_files import read_safetensors
-from agsm_rl.backbones.loading import is_single_file
+from agsm_rl.backbones.loading import ALLOWED, is_single_file
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach_to_backbone, find_exports, read_export
-from agsm_rl.files import local_path, parse_json
+from agsm_rl.files import local_or_hub, local_path, parse_json
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
@@ -115,6 +115,8 @@ def open_target(
         raise UserError(
             f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter."
         )
+    if not target.startswith("builtin:"):
+        local_or_hub(target, where="TARGET", allowed=f"a run folder, an exported adapter, or a base: {ALLOWED}")
     return _load({"use": "stable_diffusion", "checkpoint": target} | more, where=target)
 
 
