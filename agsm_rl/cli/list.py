@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def list_names(
         names = [name for kind in registry.KINDS for name in registry.available(kind)]
         raise unknown_name("list", what, "a kind or a registered name", [*kinds, *names])
     found = {kind: registry.load(kind, what, where="list") for kind in homes}
-    options = {kind: options_of(one, where=f"list {what}") for kind, one in found.items()}
+    options = {kind: _options(kind, one, where=f"list {what}") for kind, one in found.items()}
     if as_json:
         content = {
             kind: {"name": what, "about": about(one), "options": [option.to_json() for option in options[kind]]}
@@ -48,6 +48,15 @@ def list_names(
         return
     for kind, one in found.items():
         _print_meaning(f"{kind}: {what}", about(one), options[kind])
+
+
+def _options(kind: str, registered: Any, *, where: str) -> list[Option]:
+    """The options of what is registered. A reward that is a function has none: its arguments are images and prompts."""
+    if kind == "rewards":
+        from agsm_rl_rewards.functions import reward_maker
+
+        registered = reward_maker(registered)
+    return options_of(registered, where=where)
 
 
 def _names_of(kind: str) -> list[dict[str, str]]:
@@ -61,14 +70,15 @@ def _print_names(found: dict[str, list[dict[str, str]]], as_json: bool) -> None:
     if as_json:
         say(json.dumps(found, indent=1))
         return
+    width = max((len(row["name"]) for rows in found.values() for row in rows), default=0) + 2
     for kind, rows in found.items():
         say(f"{kind}:")
         for row in rows:
-            say(f"  {row['name']:<28}{row['target']}")
+            say(f"  {row['name']:<{width}}{row['target']}")
 
 
 def _print_meaning(title: str, text: str, options: list[Option]) -> None:
-    say(f"{title}\n\n{text}\n\noptions:")
+    say(f"{title}\n\n{text}\n\noptions:{'' if options else ' none'}")
     for option in options:
         default = "  (required)" if option.default is None else f" = {option.default}"
         say(f"  {option.name}: {option.type}{default}")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from agsm_rl import attach
 from agsm_rl.cli.commands import app
 from agsm_rl.evaluate.drawing import to_picture, write_picture
+from agsm_rl.registry import BUILTIN
 from agsm_rl.run import measurement
 
 
@@ -283,6 +284,13 @@ def test_a_truncated_adapter_is_told(command, tmp_path):
     assert_told(command("sample", "broken.safetensors", "a red star", "--base", "x"), "broken.safetensors", "truncated")
 
 
+def test_a_misspelt_run_folder_is_not_taken_for_a_base_alone(command, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for name in ("sample", "eval"):
+        arguments = ["a red star"] if name == "sample" else ["--suite", "shapes"]
+        assert_told(command(name, "runs/gone", *arguments), "TARGET 'runs/gone'", "no such", "give a run folder")
+
+
 def test_list_tells_what_a_name_means_and_its_options(command):
     told = command("list", "agsm").stdout
     assert "Published: 4 groups of 4" in told
@@ -298,6 +306,22 @@ def test_list_tells_what_a_name_means_and_its_options(command):
     seed = next(option for option in lora["options"] if option["name"] == "seed")
     assert (seed["type"], seed["default"]) == ("int or null", "null")  # null: the recipe's
     assert_told(command("list", "agsmm"), "Did you mean 'agsm'?")
+
+
+def test_a_reward_that_is_a_function_is_listed_without_options(command, tmp_path, monkeypatch):
+    (tmp_path / "plain_reward.py").write_text(
+        'def ones(images, prompts):\n    """Always 1."""\n    return [1.0] * len(prompts)\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(BUILTIN["rewards"], "ones", "plain_reward:ones")
+    assert command("list", "ones").stdout.split() == ["rewards:", "ones", "Always", "1.", "options:", "none"]
+    assert json.loads(command("list", "ones", "--json").stdout)["rewards"]["options"] == []
+
+
+def test_every_listed_name_stands_apart_from_what_it_names(command):
+    names = {row["name"] for rows in json.loads(command("list", "--json").stdout).values() for row in rows}
+    rows = [line for line in command("list").stdout.splitlines() if line.startswith("  ")]
+    assert {row.split()[0] for row in rows} == names
 
 
 @pytest.mark.parametrize("kind", ["objectives", "rewards", "adapters", "sources", "views", "backbones"])
