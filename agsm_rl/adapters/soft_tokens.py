@@ -4,16 +4,16 @@ See token_places.py for where they go. They depend on the bank in use and on the
 records at each call; both are restored when gradient checkpointing runs a block again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, check_form
-from agsm_rl.adapters.token_places import argument_positions, places_in
-from agsm_rl.errors import UserError
+from agsm_rl.adapters.token_places import PUBLISHED_PLACES, Place, argument_positions, check_places, places_in
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Banks
 
 TIME_ROWS = 100
@@ -21,6 +21,7 @@ MAX_TOKENS = 1024
 """Far beyond what has been tried; a typo here would allocate all memory."""
 TIMESTEPS_PER_ROW = 10
 INITIAL_STD = 0.02
+Init = Literal["bos", "normal"]
 BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
 BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
 
@@ -32,11 +33,16 @@ class SoftTokens:
         num_tokens: Tokens per bank, n. Published: 4.
         banks: 2, as published, or 1 for SoftREPA, which uses one bank for positive and negative prompts.
         time_tokens: Add row ⌊timestep / 10⌋ of a learned (100, D) table to every token, as published (SD3: (100, L·D)).
-        jitter: Standard deviation of noise added to the tokens' initial values. Published: 0, so all tokens of a
-            U-Net's bank start equal, get equal gradients and stay equal; above 0 they can diverge.
+        init: Initial values of the tokens. `bos`: the text encoder's BOS embedding of the empty prompt, as AGSM's
+            authors begin on SD1.5 (U-Nets only). `normal`: drawn from N(0, 0.02²), as they begin on SDXL and SD3. Null:
+            `bos` for U-Nets, `normal` for SD3. Tokens that begin as BOS are equal, get equal gradients and stay equal:
+            n of them are one learned row that attention counts n times. So it is in the authors' SD1.5 tokens, which
+            start where the text encoder's own rows lie; `normal`, or `jitter` above 0, gives n different rows.
+        jitter: Standard deviation of noise added to the tokens' initial values. Published: 0.
         layers: Number of SD3's joint blocks that get tokens, each its own. Null means 5, as published. Not for U-Nets.
-        seed: Seed of the initial values. Time rows, and SD3's tokens, are drawn from N(0, 0.02²); a U-Net's tokens
-            start as the text encoder's BOS embedding of the empty prompt.
+        places: Blocks of a U-Net that see the tokens, a list of `down`, `mid` and `up`; kept in the exported file. Null
+            means down and mid, as published for AGSM and for SoftREPA on SDXL; SoftREPA's SD1.5 has `[down]`.
+        seed: Seed of the initial values. Time rows are drawn from N(0, 0.02²).
         guidance_bank: Bank of guidance's unconditional branch wherever pictures are drawn with these tokens; kept in
             the exported file. The conditional branch uses ψ⁺. Published: `positive`, but `negative` for SDXL.
         guidance_prompt: Prompt of that branch: `empty`, as published, or with `guidance_bank: negative` also the `same`
@@ -53,8 +59,10 @@ class SoftTokens:
         num_tokens: int = 4,
         banks: int = 2,
         time_tokens: bool = True,
+        init: Init | None = None,
         jitter: float = 0.0,
         layers: int | None = None,
+        places: Sequence[Place] | None = None,
         seed: int = 0,
         guidance_bank: GuidanceBank = "positive",
         guidance_prompt: GuidancePrompt = "empty",
@@ -68,7 +76,10 @@ class SoftTokens:
         check_form(guidance_bank, guidance_prompt, banks=banks, where="soft_tokens.")
         self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
         self.num_tokens, self.banks, self.time_tokens, self.jitter = num_tokens, banks, time_tokens, jitter
-        self.layers, self.seed = layers, seed
+        if init not in (None, *get_args(Init)):
+            raise unknown_name("soft_tokens.init", str(init), "a way to begin", get_args(Init))
+        self.layers, self.seed, self.init = layers, seed, init
+        self.unet_places = None if places is None else check_places(places)
         self.bank: Bank | Banks | None = None
         self._backbone: Backbone | None = None
         self._parameters: dict[str, nn.Parameter] = {}
@@ -90,6 +101,7 @@ class SoftTokens:
             banks=shape[0],
             layers=layers,
             time_tokens="time_tokens" in tensors,
+            places=cast(list[Place], metadata["places"].split(",")) if "places" in metadata else None,
             guidance_bank=cast(GuidanceBank, metadata.get("guidance_bank", "positive")),
             guidance_prompt=cast(GuidancePrompt, metadata.get("guidance_prompt", "empty")),
         )
@@ -99,13 +111,15 @@ class SoftTokens:
         if self._backbone is not None:
             raise RuntimeError("these soft tokens are already attached; detach them first")
         denoiser = _uncompiled(backbone.denoiser)
-        places = places_in(denoiser, self.layers)
+        places = places_in(denoiser, self.layers, self.unet_places)
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
         if self.time_tokens:
             width = places.width * (places.layers or 1)
             values["time_tokens"] = torch.randn(TIME_ROWS, width, generator=generator) * INITIAL_STD
-        if places.layers is None:
+        if places.layers is not None and self.init == "bos":
+            raise UserError("soft_tokens.init: bos, but SD3's tokens are in no text encoder's space; use normal.")
+        if places.layers is None and self.init != "normal":
             with ExitStack() as base:
                 for adapter in backbone.adapters:  # one may change the text encoders
                     base.enter_context(adapter.using(None))
@@ -113,7 +127,8 @@ class SoftTokens:
                 begin = backbone.encode_text([" "]).embeds[0, 0].float().cpu()
             tokens = begin.expand(self.banks, self.num_tokens, -1).clone()
         else:
-            shape = (self.banks, places.layers, self.num_tokens, places.width)
+            layers = () if places.layers is None else (places.layers,)
+            shape = (self.banks, *layers, self.num_tokens, places.width)
             tokens = torch.randn(shape, generator=generator) * INITIAL_STD
         values["soft_tokens"] = tokens + self.jitter * torch.randn(tokens.shape, generator=generator)
         self._parameters = {name: nn.Parameter(values[name].to(backbone.device)) for name in sorted(values)}
@@ -136,7 +151,9 @@ class SoftTokens:
 
     def places(self, backbone: Backbone) -> list[str]:
         """The blocks that see tokens."""
-        blocks = {id(block) for block in places_in(_uncompiled(backbone.denoiser), self.layers).blocks}
+        blocks = {
+            id(block) for block in places_in(_uncompiled(backbone.denoiser), self.layers, self.unet_places).blocks
+        }
         return [name for name, module in backbone.denoiser.named_modules() if id(module) in blocks]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -170,10 +187,18 @@ class SoftTokens:
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
         metadata = describe_tokens(tensors, base=self._backbone.name if self._backbone else "")
         form = {"guidance_bank": self.guidance_bank, "guidance_prompt": self.guidance_prompt}
-        return tensors, metadata | form
+        places = {} if self.unet_places is None else {"places": ",".join(self.unet_places)}
+        return tensors, metadata | form | places
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Fill the parameters; UserError if their width or number differs."""
+        if self._layers is None:
+            trained_at = check_places(metadata.get("places", ",".join(PUBLISHED_PLACES)).split(","))
+            if trained_at != (self.unet_places or PUBLISHED_PLACES):
+                raise UserError(
+                    f"soft tokens: these were trained in the {' and '.join(trained_at)} blocks; set `places: "
+                    f"[{', '.join(trained_at)}]`."
+                )
         for name, parameter in self._parameters.items():
             if name not in tensors:
                 raise UserError(f"soft tokens: the file holds no tensor '{name}'; it holds: {', '.join(tensors)}.")

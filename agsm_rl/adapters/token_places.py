@@ -1,19 +1,23 @@
 """Where soft tokens go in a denoiser (AGSM, arXiv 2605.30038; SoftREPA): hooks around blocks, never a copied forward.
 
-A U-Net's down and mid blocks see [BOS, soft × n, rest of the prompt], its up blocks the plain prompt. SD3's first L
-joint blocks see the text stream followed by their own layer's n tokens, which are removed after each block.
+Some of a U-Net's blocks see [BOS, soft × n, rest of the prompt], the others the plain prompt: AGSM's tokens go to the
+down and mid blocks, SoftREPA's for SD1.5 to the down blocks alone. SD3's first L joint blocks see the text stream
+followed by their own layer's n tokens, which are removed after each block.
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 
 PUBLISHED_LAYERS = 5
+Place = Literal["down", "mid", "up"]
+PUBLISHED_PLACES: tuple[Place, ...] = ("down", "mid")
 
 
 class Tokens(Protocol):
@@ -31,17 +35,21 @@ class Tokens(Protocol):
 
 
 class CrossAttentionPlaces:
-    """The down and mid blocks of a U-Net that have cross-attention."""
+    """The blocks of a U-Net at some places, `down`, `mid` and `up`, that have cross-attention."""
 
     layers: int | None = None
 
-    def __init__(self, denoiser: Any) -> None:
+    def __init__(self, denoiser: Any, places: Sequence[Place] = PUBLISHED_PLACES) -> None:
         self.denoiser: nn.Module = denoiser
-        blocks = (*denoiser.down_blocks, denoiser.mid_block)
+        there = {"down": denoiser.down_blocks, "mid": [denoiser.mid_block], "up": denoiser.up_blocks}
+        blocks = [block for place in get_args(Place) if place in places for block in there[place]]
         self.blocks = [block for block in blocks if getattr(block, "has_cross_attention", False)]
         self.width: int = denoiser.config.cross_attention_dim
         if not self.blocks:
-            raise UserError(f"soft_tokens: no down or mid block of this {type(denoiser).__name__} has cross-attention.")
+            raise UserError(
+                f"soft_tokens.places: no {' or '.join(places)} block of this {type(denoiser).__name__} has "
+                "cross-attention."
+            )
 
     def hook(self, tokens: Tokens) -> list[Any]:
         """Start inserting; returns the hooks, each with a `remove()`."""
@@ -80,9 +88,25 @@ class JointPlaces:
         return handles
 
 
-def places_in(denoiser: Any, layers: int | None) -> CrossAttentionPlaces | JointPlaces:
-    """The places in a denoiser, by its structure; UserError if it has none or `layers` does not fit."""
+def check_places(places: Sequence[str]) -> tuple[Place, ...]:
+    """The places, in a U-Net's order; UserError for one that does not exist, and for none."""
+    for place in places:
+        if place not in get_args(Place):
+            raise unknown_name("soft_tokens.places", str(place), "a place in a U-Net", get_args(Place))
+    if not places:
+        raise UserError("soft_tokens.places: is empty; list some of down, mid, up, or leave it out (down, mid).")
+    return tuple(place for place in get_args(Place) if place in places)
+
+
+def places_in(
+    denoiser: Any, layers: int | None, places: Sequence[Place] | None = None
+) -> CrossAttentionPlaces | JointPlaces:
+    """The places in a denoiser, by its structure; UserError if it has none, or `layers` or `places` do not fit."""
     if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "context_embedder"):
+        if places is not None:
+            raise UserError(
+                "soft_tokens.places: only a U-Net has down, mid and up blocks; leave it out here (SD3 has `layers`)."
+            )
         return JointPlaces(denoiser, layers)
     if not hasattr(denoiser, "down_blocks"):
         raise UserError(
@@ -94,7 +118,7 @@ def places_in(denoiser: Any, layers: int | None) -> CrossAttentionPlaces | Joint
             "soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here. Exported tokens "
             "that have layers were trained on SD3 and work only there."
         )
-    return CrossAttentionPlaces(denoiser)
+    return CrossAttentionPlaces(denoiser, PUBLISHED_PLACES if places is None else places)
 
 
 def argument_positions(module: nn.Module) -> dict[str, int]:

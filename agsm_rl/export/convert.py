@@ -7,6 +7,9 @@ Soft tokens as their authors publish them, two PyTorch files, from which no code
 | SoftREPA (arXiv 2503.08250) | `dc_tokens.pth` (n, D); SD3 (L, n, D) | `dc_t_tokens.pth` (100, D); SD3 (100, L·D) |
 | AGSM (arXiv 2605.30038) | `soft_tokens.pth` (banks, n, D); SD3 (banks, L, n, D) | `soft_t_tokens.pth`, the same |
 
+What their authors' code does with them besides is set in the metadata: SoftREPA's SD1.5 tokens are seen by the down
+blocks only, and SDXL's guidance has AGSM's negative bank on its unconditional branch.
+
 LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our own files as they are.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
 from agsm_rl.adapters.tensor_files import check_tensor
+from agsm_rl.adapters.token_places import PUBLISHED_PLACES
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export, write_export
 from agsm_rl.export.kohya import read_kohya, write_kohya
@@ -62,7 +66,8 @@ def convert(
                 file, published = _tokens_file(source)
                 tell(f"{file}: has no {_times_file(file, published).name} beside it; converted without time rows.")
             base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
-            metadata = describe_tokens(tensors, base=base) | {"name": "tokens"}
+            metadata = describe_tokens(tensors, base=base) | _as_their_authors(tensors, _tokens_file(source)[1])
+            metadata |= {"name": "tokens"}
         with _writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             write_export(out, tensors, metadata)
@@ -76,9 +81,25 @@ def convert(
         return [out]
     tensors, metadata = _export_of(source, SoftTokens.kind, tell)
     banks = SoftTokens.from_export(tensors, metadata).banks
+    form = form or ("agsm" if banks == 2 else "softrepa")
     if form == "softrepa" and banks == 2:
         tell(POSITIVE_ALONE.format(source))
-    return write_published(tensors, out, form or ("agsm" if banks == 2 else "softrepa"))
+    if "layers" not in metadata:
+        theirs = _as_their_authors(tensors, form).get("places", ",".join(PUBLISHED_PLACES))
+        ours = metadata.get("places", ",".join(PUBLISHED_PLACES))
+        if ours != theirs:
+            tell(f"OUT {out}: these tokens belong in the {ours} blocks, but the authors' code puts them in {theirs}.")
+    return write_published(tensors, out, form)
+
+
+def _as_their_authors(tensors: dict[str, Tensor], form: Literal["agsm", "softrepa"]) -> dict[str, str]:
+    """The metadata that makes published tokens act as in their authors' code, where it is not the default."""
+    base = BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1])
+    if (form, base) == ("softrepa", "SD1.5"):
+        return {"places": "down"}
+    if (form, base) == ("agsm", "SDXL") and len(tensors["soft_tokens"]) == 2:
+        return {"guidance_bank": "negative"}
+    return {}
 
 
 def read_published(path: Path) -> dict[str, Tensor]:

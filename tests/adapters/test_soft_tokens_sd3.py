@@ -206,3 +206,9 @@ def test_what_does_not_fit_is_refused(sd3_backbone: StableDiffusion3) -> None:
     sd3_backbone.denoiser = nn.Linear(1, 1)
     with pytest.raises(UserError, match="Linear has no down blocks and no joint blocks"):
         SoftTokens().attach(sd3_backbone)
+
+
+@pytest.mark.parametrize("options", [{"places": ["down"]}, {"init": "bos"}])
+def test_what_only_a_u_net_has_is_refused(sd3_backbone, options) -> None:
+    with pytest.raises(UserError, match=r"soft_tokens\.(places|init)"):
+        SoftTokens(**options).attach(sd3_backbone)

@@ -404,3 +404,33 @@ def test_without_a_form_the_name_and_the_banks_say_which(exported, tmp_path):
     before, _ = read_export(exported / "adapter" / "tokens.safetensors")
     assert torch.equal(read_published(tmp_path / "two")["soft_tokens"], before["soft_tokens"])
     assert torch.equal(read_published(tmp_path / "again")["soft_tokens"], before["soft_tokens"][:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("dc_tokens.pth", (4, 768), {"places": "down"}),
+        ("dc_tokens.pth", (4, 2048), {}),
+        ("dc_tokens.pth", (5, 4, 1536), {}),
+        ("soft_tokens.pth", (2, 4, 768), {}),
+        ("soft_tokens.pth", (2, 4, 2048), {"guidance_bank": "negative"}),
+        ("soft_tokens.pth", (2, 5, 4, 1536), {}),
+    ],
+)
+def test_published_tokens_act_as_in_their_authors_code(name, shape, expected, tmp_path):
+    torch.save(nn.Parameter(torch.ones(shape)), tmp_path / name)
+    convert(tmp_path, tmp_path / "out.safetensors")
+    tensors, metadata = read_export(tmp_path / "out.safetensors")
+    assert {key: metadata[key] for key in ("places", "guidance_bank") if key in metadata} == expected
+    tokens = SoftTokens.from_export(tensors, metadata)
+    assert tokens.unet_places == (("down",) if "places" in expected else None)
+    assert tokens.guidance_bank == expected.get("guidance_bank", "positive")
+
+
+def test_tokens_that_belong_elsewhere_than_the_authors_put_them_are_reported(tmp_path):
+    notes: list[str] = []
+    for places, width in (("down", 768), ("down,mid", 768)):
+        metadata = {"kind": "soft_tokens", "places": places}
+        write_export(tmp_path / f"{places}.safetensors", {"soft_tokens": torch.ones(1, 4, width)}, metadata)
+        convert(tmp_path / f"{places}.safetensors", tmp_path / places, "softrepa", tell=notes.append)
+    assert len(notes) == 1 and "belong in the down,mid blocks, but the authors' code puts them in down" in notes[0]
