@@ -10,8 +10,11 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+from agsm_rl_rewards.worker.watchdog import watch_process
 
 from agsm_rl.errors import UserError
 
@@ -33,11 +36,25 @@ def import_ray(who: str) -> Any:
     return ray
 
 
+class _NoFolders(list[str]):
+    """Folders that Ray's workers import from beside Python's own: none, where Ray would add the current folder."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Add nothing."""
+
+
+def _job_config(ray: Any) -> Any:
+    """A job whose workers do not import from the current folder: a module beside a stranger's recipe would run."""
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _NoFolders()
+    return config
+
+
 def start_ray(address: str | None = None, *, who: str) -> None:
     """Join the Ray at `address` or RAY_ADDRESS, or start one here that listens on loopback only and asks for a token.
 
-    Raises UserError if it cannot be reached or started, or if it would listen on another address. Ray's usage reports,
-    dashboard and handling of SIGTERM are off.
+    Workers import nothing from the current folder. Ray's usage reports, dashboard and handling of SIGTERM are off.
+    Raises UserError if it cannot be reached or started, or if it would listen on another address.
     """
     ray = import_ray(who)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,7 +63,7 @@ def start_ray(address: str | None = None, *, who: str) -> None:
             if address is None and not os.environ.get("RAY_ADDRESS"):
                 _start_here(ray, who)
             else:
-                ray.init(address=address, **QUIET)
+                ray.init(address=address, job_config=_job_config(ray), **QUIET)
     except UserError:
         raise
     except Exception as error:  # Ray raises plain Exception when it is slow to start
@@ -64,7 +81,13 @@ def _start_here(ray: Any, who: str) -> None:
     before = ray_constants.ENABLE_RAY_CLUSTER
     os.environ[LOCAL_ONLY], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # read at import, which may have been before
     try:
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **QUIET)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            job_config=_job_config(ray),
+            _node_ip_address="127.0.0.1",
+            **QUIET,
+        )
     finally:
         del os.environ[LOCAL_ONLY]
         ray_constants.ENABLE_RAY_CLUSTER = before
@@ -75,6 +98,17 @@ def _start_here(ray: Any, who: str) -> None:
             f"{who}: Ray {ray.__version__} would listen on {listens_on}, where other machines can reach it. Start Ray "
             "yourself and give its `address`, or install a version of Ray that keeps to loopback (2.60 does)"
         )
+    _end_agents_with_us(ray)
+
+
+def _end_agents_with_us(ray: Any) -> None:
+    """Have the raylet's children ended when we are killed: its agents would notice only after a minute or two."""
+    with contextlib.suppress(AttributeError, OSError):  # private names; and only Linux lists children so
+        for processes in ray._private.worker._global_node.all_processes.values():
+            for raylet in [item.process.pid for item in processes]:
+                children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text(encoding="ascii")
+                for child in children.split():
+                    watch_process(int(child))
 
 
 @contextlib.contextmanager

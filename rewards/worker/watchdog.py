@@ -20,7 +20,7 @@ _current: Watchdog | None = None
 
 
 class Watchdog:
-    """The small process of the process that made it: ends the groups it was told of as soon as its maker is gone."""
+    """The small process of the process that made it: ends those it was told of as soon as its maker is gone."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -38,20 +38,29 @@ class Watchdog:
         """Whether it can be told of groups."""
         return self._process.poll() is None
 
-    def tell(self, order: str, group: int) -> None:
-        """`+`: end this group when we are gone. `-`: no longer."""
+    def tell(self, order: str, number: int) -> None:
+        """`+`: end this group when we are gone. `-`: no longer. `@`: end this one process then."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it was ended from outside; the next worker gets a new one
-            self._process.stdin.write(f"{order}{group}\n".encode())
+            self._process.stdin.write(f"{order}{number}\n".encode())
 
 
 def watch(group: int) -> None:
     """Have a process group ended when this process is gone, however it ends."""
+    _tell("+", group)
+
+
+def watch_process(process: int) -> None:
+    """The same for a single process, on Linux; one that comes later and is given its number is left alone."""
+    _tell("@", process)
+
+
+def _tell(order: str, number: int) -> None:
     global _current
     with _lock:
         if _current is None or _current.owner != os.getpid() or not _current.is_running:
             _current = Watchdog()
-        _current.tell("+", group)
+        _current.tell(order, number)
 
 
 def release(group: int) -> None:
@@ -62,8 +71,9 @@ def release(group: int) -> None:
 
 
 def wait_and_end(parent: int) -> None:
-    """What the small process does: note groups from stdin until it ends or the parent is gone, then end them."""
+    """What the small process does: note from stdin whom to end, until it ends or the parent is gone; then do it."""
     groups: set[int] = set()
+    processes: dict[int, str | None] = {}
     received = b""
     while True:
         # The end of stdin is not enough: a fork of the parent may hold the pipe open. Whatever was sent is read first.
@@ -77,10 +87,27 @@ def wait_and_end(parent: int) -> None:
             break
         *lines, received = (received + part).split(b"\n")
         for line in lines:
-            (groups.add if line[:1] == b"+" else groups.discard)(int(line[1:]))
+            order, number = line[:1], int(line[1:])
+            if order == b"@":
+                processes[number] = start_of(number)
+            else:
+                (groups.add if order == b"+" else groups.discard)(number)
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
+    for process, started in processes.items():
+        if started is not None and start_of(process) == started:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+
+
+def start_of(process: int) -> str | None:
+    """When a process was started, in ticks since the machine was; None where that cannot be known."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 if __name__ == "__main__":
