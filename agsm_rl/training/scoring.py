@@ -88,6 +88,8 @@ def checked_score(
     `name`: the reward's name in the run (None: its own name). `metadata`: the other columns of each prompt's row, for
     rewards that take them.
     """
+    from agsm_rl_rewards.returned_scores import is_plain, kind_of
+
     who = f"reward '{name or reward.name}'"
     about = f"on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
     # A reward runs in its own precision, so that it scores the same in training as in evaluation.
@@ -97,14 +99,15 @@ def checked_score(
             score = reward(images.clone(), list(prompts), deepcopy(list(metadata)))  # type: ignore[call-arg]
         else:
             score = reward(images.clone(), list(prompts))
-    if not isinstance(score, Tensor) or score.shape != (len(prompts),):
-        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if not isinstance(score, Tensor) or not is_plain(score) or score.shape != (len(prompts),):
+        got = type(score).__name__ if not isinstance(score, Tensor) else kind_of(score).removeprefix("shape ")
         raise UserError(f"{who}: it returned {got}, but one score per image is expected, of shape ({len(prompts)},)")
+    score = score.float()
     if not torch.isfinite(score).all():
         bad = int((~torch.isfinite(score)).nonzero()[0])
         cause = "" if torch.isfinite(images[bad]).all() else "; the image itself is not finite: the model has diverged"
         raise UserError(f"{who}: its score is {float(score.detach()[bad])} for the prompt '{prompts[bad]}'{cause}")
-    return score.float().to(images.device)
+    return score.to(images.device)
 
 
 def scoring_device() -> torch.device:

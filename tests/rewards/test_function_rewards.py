@@ -1,6 +1,7 @@
 """Any Python function of images and prompts is a reward, from Python and from a recipe."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from agsm_rl.interfaces import Reward, with_defaults
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.training.scoring import checked_score
 
 CODE = """
 def red(images, prompts):
@@ -246,6 +248,7 @@ def test_a_seed_that_nobody_gives_is_the_rewards_own(monkeypatch, tmp_path):
 
 SHAPES = """
 import functools
+import itertools
 import torch
 
 def scaled(images, prompts, scale=2.0):
@@ -293,3 +296,39 @@ def test_a_function_sees_the_other_columns_of_its_prompts_file(recipe_data, tmp_
     recipe = Recipe.from_data(recipe_data({"use": "ddpo", "source": rollouts}), allow_imports=["counting_scores"])
     trainer = build_trainer(recipe)
     assert [trainer.run_step()["ddpo/reward/counted"] for _ in range(2)] == [16.5, 16.5]
+
+
+ODD_SCORES = {
+    "a text": lambda count: "0" * count,
+    "bytes": lambda count: b"a" * count,
+    "a set": lambda count: {index / 10 for index in range(count)},
+    "complex numbers": lambda count: np.zeros(count, complex),
+    "dates": lambda count: np.zeros(count, "datetime64[s]"),
+    "records": lambda count: np.zeros(count, [("score", "f4")]),
+    "masked numbers": lambda count: np.ma.masked_all(count),
+    "no end": lambda count: itertools.repeat(0.5),
+    "a sparse tensor": lambda count: torch.zeros(count).to_sparse(),
+    "a meta tensor": lambda count: torch.zeros(count, device="meta"),
+    "a nested tensor": lambda count: torch.nested.nested_tensor([torch.zeros(1)] * count),
+    "an object without a repr": lambda count: [type("Odd", (), {"__repr__": lambda self: 1 / 0})()] * count,
+}
+
+
+@pytest.mark.parametrize("case", ODD_SCORES)
+def test_what_only_looks_like_scores_is_refused(case):
+    reward = as_reward(lambda images, prompts: ODD_SCORES[case](len(prompts)))
+    with pytest.raises(UserError, match="one score per image"):
+        checked_score(reward, torch.rand(4, 3, 8, 8), ["a"] * 4)
+
+
+@pytest.mark.parametrize("case", ["complex", "sparse", "meta"])
+def test_a_reward_class_may_not_return_such_a_tensor_either(case):
+    class Odd:
+        name, range, differentiable, elsewhere = "odd", (0.0, 1.0), False, False
+
+        def __call__(self, images, prompts):
+            plain = torch.zeros(len(prompts))
+            return {"complex": plain + 1j, "sparse": plain.to_sparse(), "meta": plain.to("meta")}[case]
+
+    with pytest.raises(UserError, match="reward 'odd': it returned .* one score per image"):
+        checked_score(Odd(), torch.rand(4, 3, 8, 8), ["a"] * 4)
