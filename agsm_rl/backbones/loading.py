@@ -84,6 +84,8 @@ def find_kind(
     source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
     if Path(source).is_file():
         return _kind_of_file(Path(source), where)
+    if Path(source).exists() and not Path(source).is_dir():
+        raise UserError(f"{where} is not a regular file (a named pipe, a device or a socket); give {ALLOWED}.")
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise UserError(f"{where} is a folder without model_index.json; give the folder of a diffusers pipeline.")
     for path in Path(source).rglob("*"):

@@ -20,8 +20,16 @@ MAX_DEPTH = 32
 """Blocks within blocks; a recipe has six."""
 MAX_DIGITS = 50
 """Characters of a number. Longer ones take ever longer to read, and nothing takes such a number."""
+SHOWN = 200
+"""Characters of a `--set` that a message repeats."""
 PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+NUMBERS_READ = {
+    "tag:yaml.org,2002:int": re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"^([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
+"""YAML 1.1's numbers without those that nobody means: 010 was 8, and 12:30 was 750."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,7 +37,11 @@ class _Loader(yaml.SafeLoader):
 
     # A date is a text: no option takes another.
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag in PLAIN or tag.endswith(":merge")]
+        first: [
+            (tag, NUMBERS_READ.get(tag, pattern))
+            for tag, pattern in resolvers
+            if tag in PLAIN or tag.endswith(":merge")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     yaml_constructors = {
@@ -55,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_scalar(self, node: Any) -> Any:
-        if node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+        if node.tag in NUMBERS_READ and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(node.value)} digits; at most {MAX_DIGITS} are read", node.start_mark
             )
@@ -85,10 +97,11 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
     """Change `data` in place by `key.path=value` texts; values are YAML, list items are `a.0.b` or `a[0].b`."""
     for override in overrides:
         path, equals, text = override.partition("=")
+        where = f"--set {override}" if len(override) <= SHOWN else f"--set {override[:SHOWN]}…"
         keys = split_path(path)
         if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-            raise UserError(f"--set {override}: write it as key.path=value, e.g. --set optimizer.learning_rate=1e-4")
-        set_value(data, keys, parse_yaml(text, where=f"--set {override}"), where=f"--set {override}")
+            raise UserError(f"{where}: write it as key.path=value, e.g. --set optimizer.learning_rate=1e-4")
+        set_value(data, keys, parse_yaml(text, where=where), where=where)
 
 
 def split_path(path: str) -> list[str]:

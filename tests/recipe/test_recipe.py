@@ -9,6 +9,7 @@ import yaml
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.rewards import directions
+from agsm_rl.recipe.yaml_file import apply_overrides, parse_yaml
 
 CONTENT = {
     "steps": 10,
@@ -256,3 +257,22 @@ SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yam
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_can_be_read(name, users_data):
     assert Recipe.from_yaml(RECIPES / name).steps > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", "010"), ("12:30", "12:30"), ("1:30.5", "1:30.5"), ("0", 0), ("-7", -7), ("1_000", 1000), ("0x10", 16),
+        ("1.5", 1.5), (".5", 0.5), ("1e-3", 1e-3), ("1.0e-3", 1e-3), ("-.inf", -float("inf")), ("09", "09"),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_as_people_mean_them(text, value):
+    """YAML 1.1 reads 010 as 8 and 12:30 as 750."""
+    (read,) = parse_yaml(f"[{text}]" if ":" not in text else f"- {text}", where="x")
+    assert read == value and type(read) is type(value)
+
+
+def test_a_message_repeats_the_beginning_of_a_long_override():
+    with pytest.raises(UserError) as refused:
+        apply_overrides({}, ["seed=" + "[" * 5000])
+    assert str(refused.value).startswith("--set seed=[[[") and len(str(refused.value)) < 400
