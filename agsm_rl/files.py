@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -204,6 +204,15 @@ def check_contained(folder: Path, names: Iterable[str]) -> None:
     root = folder.resolve()
     for name in names:
         _check_contained(folder / name, root)
+
+
+def check_kinds(folder: Path, kinds: Mapping[str, str]) -> None:
+    """UserError where something in the folder is not what its name says: `a file` or `a folder`, by name."""
+    for name, kind in kinds.items():
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_dir() if kind == "a folder" else path.is_file()):
+            got = "a folder" if path.is_dir() else "a link to nothing" if not path.exists() else "not one"
+            raise UserError(f"{path}: this must be {kind}, but it is {got}. Move it away.")
 
 
 def _check_contained(path: Path, root: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, ValidationError
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import sha256
-from agsm_rl.files import read_json
+from agsm_rl.files import check_contained, check_kinds, read_json
 from agsm_rl.recipe.options import Section, explain
 from agsm_rl.recipe.yaml_file import read_yaml
 from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile, read_eval_file
@@ -94,7 +94,7 @@ class Loaded:
 
 def load(paths: Sequence[Path]) -> Loaded:
     """Read run folders, or one sweep's folder; UserError says which cannot be used or compared, and why."""
-    sweeps = [path for path in paths if (path / SWEEP_FILE).is_file()]
+    sweeps = [path for path in paths if _is_sweep(path)]
     if sweeps and len(paths) > 1:
         raise UserError(f"{sweeps[0]}: is a sweep; give either one sweep, or run folders, not both.")
     if sweeps:
@@ -112,10 +112,20 @@ def load(paths: Sequence[Path]) -> Loaded:
     return Loaded(title, variants, tuple(cells), tuple(guidances), tuple(_notes(runs, guidances)))
 
 
+def _is_sweep(path: Path) -> bool:
+    """Whether a folder has a sweep's record; UserError where that is a link out of it, or not a file."""
+    if not os.path.lexists(path / SWEEP_FILE):
+        return False
+    check_contained(path, [SWEEP_FILE])
+    check_kinds(path, {SWEEP_FILE: "a file"})
+    return True
+
+
 def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
     folder = RunFolder(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such folder.")
+    folder.check_contained(to_read=True)
     if not path.is_dir() or not folder.recipe.is_file():
         raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
     recipe, keys = _read_recipe(folder.recipe)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import check_contained, local_path, write_text
+from agsm_rl.files import check_contained, check_kinds, local_path, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
@@ -22,9 +22,11 @@ MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when"
 """Keys of a recipe that may be changed when a run is resumed: none of them alters the steps already made."""
 _OURS = re.compile(
     r"recipe\.yaml|(metrics|evaluations|events)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
-    r"checkpoints|adapter|adapter-best|\.adapter-best\.(new|old)|samples|evals|logs|\.lock"
+    r"(?P<folder>checkpoints|adapter|adapter-best|\.adapter-best\.(new|old)|samples|evals|logs)|\.lock"
 )
 """Names that we give in a run folder; all else in it is the user's."""
+_READ_ELSEWHERE = re.compile(r"recipe\.yaml|(metrics|evaluations)\.jsonl|eval(-\w+)?\.json|adapter")
+"""Those that a report reads; links among the pictures are left out of the page one by one."""
 _ASIDE = re.compile(r"\.(.+)\.\d+\.new|\.tmp[A-Za-z0-9]+")
 """Names of files that we, or safetensors, write first and rename then; a kill may leave them."""
 
@@ -88,10 +90,20 @@ class RunFolder:
         """Whether there is nothing in the folder but what a run leaves that was killed before it wrote its recipe."""
         return not self.path.is_dir() or all(_is_left_over(item.name) for item in self.path.iterdir())
 
-    def check_contained(self) -> None:
-        """UserError when something of ours is a link that leads out of the folder, a pipe or a device."""
-        if self.path.is_dir():
-            check_contained(self.path, [name for name in os.listdir(self.path) if _OURS.fullmatch(name)])
+    def check_contained(self, *, to_read: bool = False) -> None:
+        """UserError when something of ours is a link out of the folder, a pipe, a device, or a folder for a file.
+
+        `to_read`: look only at what a report reads.
+        """
+        if not self.path.is_dir():
+            return
+        ours = [match for name in os.listdir(self.path) if (match := _OURS.fullmatch(name))]
+        if to_read:
+            ours = [match for match in ours if _READ_ELSEWHERE.fullmatch(match[0])]
+        check_contained(self.path, [match[0] for match in ours])
+        check_kinds(self.path, {match[0]: "a folder" if match["folder"] else "a file" for match in ours})
+        for folder in (self.adapter, self.best_adapter):  # written after the last step: too late for a mistake
+            check_kinds(folder, {path.name: "a file" for path in folder.glob("*.safetensors")})
 
     def _check_checkpoints(self, recipe: Recipe) -> None:
         done = max(checkpoints.steps_in(self.checkpoints), default=0)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from agsm_rl.errors import UserError
-from agsm_rl.files import check_contained, write_text
+from agsm_rl.files import check_contained, check_kinds, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
@@ -32,8 +32,9 @@ from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
 
 HEADER = "# Resolved: the base recipe and all evaluations are written out. Continue it with `agsm-rl sweep`.\n"
-SWEEP_FILES = ("sweep.yaml", "sweep.json", "sweep.log", "search.log", "jobs", "logs", "base", "cells", ".lock")
-"""What a sweep writes into its folder."""
+SWEEP_FILES = dict.fromkeys(("sweep.yaml", "sweep.json", "sweep.log", "search.log", ".lock"), "a file")
+SWEEP_FILES |= dict.fromkeys(("jobs", "logs", "base", "cells"), "a folder")
+"""What a sweep writes into its folder, and of which kind each is."""
 
 
 class SweepStopped(Stopped):
@@ -94,6 +95,7 @@ def _check_folder(plan: Plan) -> None:
         raise UserError(f"{plan.folder}: is a file; pass a folder to --dir.")
     if plan.folder.is_dir():
         check_contained(plan.folder, [name for name in SWEEP_FILES if os.path.lexists(plan.folder / name)])
+        check_kinds(plan.folder, SWEEP_FILES)
         if any(plan.folder.iterdir()) and not (plan.folder / "sweep.yaml").is_file():
             raise UserError(f"{plan.folder}: is not empty and does not belong to a sweep; choose another --dir.")
     wanted = {cell.name: _Length(cell.recipe.steps, cell.seconds) for cell in plan.cells}

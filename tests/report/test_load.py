@@ -139,7 +139,20 @@ BROKEN = {
     "metrics.jsonl: line 1 is not .*UnicodeDecodeError": lambda run: first_line(run, b'{"step": 1, "\xff": 1}'),
     "evaluations.jsonl: line 1 is not": lambda run: first_line(run, b'{"step": true}', "evaluations.jsonl"),
     "metrics.jsonl: line 1: is nested": lambda run: first_line(run, b"[" * 100_000),
-    "metrics.jsonl: this is not a regular file": lambda run: pipe(run, "metrics.jsonl"),
+    "metrics.jsonl: is not a regular file": lambda run: pipe(run, "metrics.jsonl"),
+    "eval.json: is not a regular file": lambda run: pipe(run, "eval.json"),
+    "recipe.yaml: is not a regular file": lambda run: pipe(run, "recipe.yaml"),
+    "eval.json: this must be a file, but it is a folder": lambda run: folder(run, "eval.json"),
+    "metrics.jsonl: this must be a file, but it is a folder": lambda run: folder(run, "metrics.jsonl"),
+    "adapter: this must be a folder": lambda run: (run / "adapter").write_text("") and run or run,
+    "sweep.json: is not a regular file": lambda run: os.mkfifo(run / "sweep.json") or run,
+    "eval.json: is a link out of its folder": lambda run: link_out(run, "eval.json"),
+    "metrics.jsonl: is a link out of its folder": lambda run: link_out(run, "metrics.jsonl"),
+    "recipe.yaml: is a link out of its folder": lambda run: link_out(run, "recipe.yaml"),
+    "evaluations.jsonl: is a link out of its folder": lambda run: link_out(run, "evaluations.jsonl"),
+    "eval-validation.json: is a link out of its folder": lambda run: link_out(run, "eval-validation.json"),
+    "adapter: is a link out of its folder": lambda run: link_out(run, "adapter"),
+    "sweep.json: is a link out of its folder": lambda run: link_out(run, "sweep.json"),
     "recipe.yaml: seed: got nothing": lambda run: recipe_with(run, seed=None),
     "recipe.yaml: backbone: ": lambda run: recipe_with(run, backbone="sd15"),
     "eval.json: is nested too deeply": lambda run: (run / "eval.json").write_text("[" * 100_000) and run,
@@ -160,6 +173,20 @@ def first_line(run, line, name="metrics.jsonl"):
 def pipe(run, name):
     (run / name).unlink()
     os.mkfifo(run / name)
+    return run
+
+
+def folder(run, name):
+    (run / name).unlink()
+    (run / name).mkdir()
+    return run
+
+
+def link_out(run, name):
+    """What is there, or an empty file, is moved out of the run's folder, and a link put in its place."""
+    outside = run.with_name(f"outside-{name}")
+    (run / name).rename(outside) if (run / name).exists() else outside.write_text("")
+    (run / name).symlink_to(outside)
     return run
 
 
@@ -207,6 +234,15 @@ def test_a_sweep_without_a_finished_cell_or_beside_a_run_is_refused(tmp_path):
     (folder / "sweep.json").write_text('{"cells": 3}')
     with pytest.raises(UserError, match="is not a sweep's record"):
         load([folder])
+
+
+def test_a_cell_of_a_sweep_that_is_read_through_a_link_is_left_out_by_name(tmp_path):
+    sweep = write_sweep(tmp_path / "study", {"one": {}}, [0, 1])
+    link_out(sweep / "cells" / "one-seed1", "eval.json")
+    loaded = load([sweep])
+    assert [run.name for run in loaded.runs] == ["one-seed0"]
+    (left_out,) = (cell for cell in loaded.cells if not cell.used)
+    assert "eval.json: is a link out of its folder" in left_out.why
 
 
 def test_a_sweeps_record_cannot_point_out_of_its_folder(tmp_path):

@@ -63,6 +63,34 @@ def test_a_named_pipe_in_a_run_folder_is_refused_without_waiting(recipe, quiet, 
         train(recipe, run, resume=True, console=quiet, evaluate=False)
 
 
+IN_THE_WAY = {
+    "adapter is a file": lambda run: (run / "adapter").write_text("mine"),
+    "adapter is a link to nothing": lambda run: (run / "adapter").symlink_to("nowhere"),
+    "an adapter's file is a folder": lambda run: (run / "adapter" / "pytorch_lora_weights.safetensors").mkdir(
+        parents=True
+    ),
+    "checkpoints is a file": lambda run: (run / "checkpoints").write_text("mine"),
+    "samples is a file": lambda run: (run / "samples").write_text("mine"),
+    "eval.json is a folder": lambda run: (run / "eval.json").mkdir(),
+    "report.html is a folder": lambda run: (run / "report.html").mkdir(),
+    "metrics.jsonl is a folder": lambda run: (run / "metrics.jsonl").mkdir(),
+}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("case", IN_THE_WAY)
+def test_what_is_in_the_way_of_a_run_s_files_is_refused_before_the_first_step(recipe, quiet, tmp_path, case, resume):
+    run = tmp_path / "run"
+    run.mkdir()
+    if resume:
+        (run / "recipe.yaml").write_text(recipe.to_yaml())
+    IN_THE_WAY[case](run)
+    before = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(UserError, match=r"this must be a f\w+, but it is"):
+        train(recipe, run, resume=resume, console=quiet, evaluate=False)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
 def test_two_runs_started_in_the_same_second_get_different_folders(recipe, quiet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")

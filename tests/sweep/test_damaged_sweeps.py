@@ -109,3 +109,13 @@ def test_a_pipe_in_a_sweep_folder_is_refused_and_does_not_hang(trained):
     os.mkfifo(RUN / "sweep.log")
     with pytest.raises(UserError, match=r"sweep.log: is not a regular file"):
         trained()
+
+
+@pytest.mark.parametrize("name", ["sweep.log", "search.log", "sweep.json", "cells", "jobs"])
+def test_a_folder_in_place_of_a_file_or_a_file_in_place_of_a_folder_is_refused_by_name(trained, name):
+    place = RUN / name
+    if place.exists():
+        place.rename(RUN / f"moved-{name}")
+    place.mkdir() if "." in name else place.write_text("")
+    with pytest.raises(UserError, match=rf"{name}: this must be a f\w+, but it is"):
+        trained()
