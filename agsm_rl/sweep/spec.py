@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,9 @@ from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
 from agsm_rl.recipe.schema import Evaluate, Name
 
 VALUES = (str, int, float, bool, type(None))
+MAX_CELLS = 10_000
+"""Cells of a sweep, or trials times seeds of a search. More is a slip, and would fill the memory before anything runs.
+"""
 SWEEP_KEYS = ("start_from", "budget_share")
 """Keys of a named variant that belong to the sweep: the variant to start from, and its share of the budget."""
 
@@ -55,7 +59,7 @@ class Range(Section):
 class Search(Section):
     """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at each cell's best guidance)."""
 
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=MAX_CELLS)
     maximise: Literal["strict", "overall"] = "strict"
     split: Literal["train", "validation"] = "validation"
     guidance: float | None = None
@@ -88,7 +92,7 @@ class Sweep(Section):
     recipe: str | dict[str, Any]
     set: dict[str, Any] = {}
     axes: dict[str, Any] = {}
-    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 1
+    seeds: Annotated[int, Field(ge=1, le=MAX_CELLS)] | Annotated[list[Seed], Field(min_length=1)] = 1
     budget: Budget | None = None
     search: Search | None = None
     evaluate: list[dict[str, Any]] | dict[str, Any] | None = None
@@ -113,6 +117,7 @@ def read_sweep(data: dict[str, Any], *, where: str) -> tuple[Sweep, list[Axis]]:
         raise UserError(f"{where}: seeds: {sweep.seed_list} lists a seed twice.")
     axes = [_axis(key, value, where=where) for key, value in sweep.axes.items()]
     _check_search(sweep, axes, where=where)
+    _check_number(sweep, axes, where=where)
     return sweep, axes
 
 
@@ -172,6 +177,21 @@ def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
     if sweep.search and any("start_from" in changes for axis in axes for changes in axis.variants.values()):
         raise UserError(
             f"{where}: search: variants with `start_from` cannot be searched; list the values instead of a range."
+        )
+
+
+def _check_number(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
+    """UserError, before any cell is made, when there would be more than MAX_CELLS; those of a range are trials."""
+    factors = {f"axes.{axis.key}": len(axis.variants) or len(axis.values) for axis in axes if axis.range is None}
+    factors["seeds"] = sweep.seeds if isinstance(sweep.seeds, int) else len(sweep.seeds)
+    if sweep.search is not None:
+        factors = {"search.trials": sweep.search.trials, "seeds": factors["seeds"]}
+    number = prod(factors.values())
+    if number > MAX_CELLS:
+        listed = " × ".join(f"{count:,} ({key})" for key, count in factors.items())
+        raise UserError(
+            f"{where}: {listed} are {number:,} cells, but a sweep has at most {MAX_CELLS:,}; list fewer values or "
+            "seeds, or divide it into several sweeps."
         )
 
 

@@ -243,3 +243,24 @@ SWEEPS = Path(__file__).parents[2] / "recipes" / "study"
 @pytest.mark.parametrize("name", sorted(path.stem for path in SWEEPS.glob("*.yaml")))
 def test_every_shipped_sweep_can_be_read(name):
     assert make_plan(str(SWEEPS / f"{name}.yaml")).cells
+
+
+TOO_LARGE = {
+    "seeds: got 1000000000": {"seeds": 10**9},
+    "seeds: got 10001": {"seeds": 10_001},
+    "10,010 cells": {"seeds": list(range(5005)), "axes": {"steps": [1, 2]}},
+    "100,000,000,000,000,000,000 cells": {"axes": {f"optimizer.a{n}": list(range(100)) for n in range(10)}},
+    "search.trials: got 1000000": {"search": {"trials": 10**6}, "axes": {"steps": {"low": 1, "high": 2}}},
+    r"101 .search.trials. × 100 .seeds. are 10,100 cells": {
+        "search": {"trials": 101},
+        "seeds": 100,
+        "axes": {"steps": {"low": 1, "high": 2}},
+    },
+}
+
+
+@pytest.mark.parametrize("message", TOO_LARGE)
+def test_a_sweep_of_too_many_cells_is_refused_before_any_is_made(plan, monkeypatch, message):
+    monkeypatch.setattr("agsm_rl.sweep.plan.make_cell", lambda *_: pytest.fail("a cell was made"))
+    with pytest.raises(UserError, match=message):
+        plan(**TOO_LARGE[message])
