@@ -9,10 +9,14 @@ their cells.
 from __future__ import annotations
 
 import json
+import os
+from itertools import count
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from agsm_rl.errors import UserError
+from agsm_rl.files import replacing
 from agsm_rl.recipe.earlier import evaluation_of_today
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.sweep.plan import Cell, Plan, make_cell
@@ -38,19 +42,12 @@ def check_installed() -> None:
 def search(runner: Runner) -> None:
     """Run the trials that are missing, several at once if the executor has room."""
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan, options = runner.plan, runner.plan.sweep.search
     assert options is not None
-    study = optuna.create_study(
-        study_name=plan.name,
-        direction="maximize",
-        storage=JournalStorage(JournalFileBackend(str(plan.folder / "search.log"))),
-        load_if_exists=True,
-    )
+    study = _open_study(runner)
     _check_settings(study, runner)
     known: list[FrozenTrial] = study.get_trials(deepcopy=False)
     # A new sampler starts its random numbers over: with the same seed, it would repeat its earlier suggestions.
@@ -74,6 +71,50 @@ def search(runner: Runner) -> None:
         best = {axis.key: _suggest(study.best_trial, axis) for axis in plan.axes}
         runner.board.extra["best"] = {"axes": best, "value": study.best_value}
         runner.board.log(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
+
+
+def _open_study(runner: Runner) -> Any:
+    """The study in search.log. One that is damaged is moved aside and begun anew: the finished cells stay.
+
+    A new search with the same seed suggests the same values as the first session did, so it finds those cells done.
+    """
+    file = runner.plan.folder / "search.log"
+    _drop_torn_line(file)
+    try:
+        return _study(file, runner.plan.name)
+    except OSError:
+        raise
+    except Exception as error:  # Optuna replays the lines as they are, and fails in any way
+        number = next(n for n in count(1) if not os.path.lexists(file.with_name(f"search.log.damaged-{n}")))
+        aside = file.rename(file.with_name(f"search.log.damaged-{number}"))
+        runner.board.tell(
+            f"{file}: is damaged ({type(error).__name__}: {error!s:.100}); it is kept as {aside.name}, and the search "
+            "begins anew. Finished cells stay, and count where their values are suggested again."
+        )
+        return _study(file, runner.plan.name)
+
+
+def _study(file: Path, name: str) -> Any:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    study = optuna.create_study(study_name=name, direction="maximize", storage=storage, load_if_exists=True)
+    kept = study.user_attrs.get(SETTINGS, {"evaluate": []})
+    if not isinstance(kept, dict) or not isinstance(kept["evaluate"], list):
+        raise TypeError(f"its settings are {kept!r}")
+    return study
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Cut off a last line that a kill left unfinished: the next one would be written behind it, and both be lost."""
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        with replacing(file) as aside:
+            aside.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def _check_settings(study: Any, runner: Runner) -> None:

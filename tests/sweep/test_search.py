@@ -144,3 +144,33 @@ def test_the_score_is_the_mean_of_validation_at_its_best_guidance(plan):
     assert _score(runner, cell) == 0.3
     found.sweep.search.guidance = 1.0
     assert _score(runner, cell) == 0.2
+
+
+DAMAGE = {
+    "a line of nonsense in the middle": lambda lines: [lines[0], b"\xff\x00{\n", *lines[1:]],
+    "JSON of another kind": lambda lines: [b"[1]\n", *lines],
+    "an operation that does not exist": lambda lines: [b'{"op_code": 99, "worker_id": "x"}\n', *lines],
+    "zeros": lambda lines: [b"\0" * 4096 + b"\n", b"\0" * 10 + b"\n"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_search_log_is_moved_aside_and_the_finished_cells_stay(sweep, scores, damage):
+    sweep(**SEARCHED, search={"trials": 2})
+    before, content = summary(), (RUN / "search.log").read_bytes()
+    (RUN / "search.log").write_bytes(b"".join(DAMAGE[damage](content.splitlines(keepends=True))))
+    board, ran = sweep(**SEARCHED, search={"trials": 2})
+    assert (ran, board.count("done")) == ([], 2)
+    assert summary()["best"] == before["best"]
+    assert (RUN / "search.log.damaged-1").is_file()
+    assert (RUN / "sweep.log").read_text().count("search.log: is damaged") == 1
+
+
+def test_a_last_line_torn_by_a_kill_costs_no_trial_of_a_search(sweep, scores):
+    sweep(**SEARCHED, search={"trials": 1})
+    with (RUN / "search.log").open("ab") as file:
+        file.write(b'{"op_code": 5, "worker')
+    for trials in (2, 3):
+        _, ran = sweep(**SEARCHED, search={"trials": trials})
+        assert len(ran) == 1
+    assert not list(RUN.glob("search.log.damaged*"))
