@@ -87,7 +87,7 @@ def _open_study(runner: Runner) -> Any:
     except Exception as error:  # Optuna replays the lines as they are, and fails in any way
         number = next(n for n in count(1) if not os.path.lexists(file.with_name(f"search.log.damaged-{n}")))
         aside = file.rename(file.with_name(f"search.log.damaged-{number}"))
-        runner.board.tell(
+        runner.board.log(
             f"{file}: is damaged ({type(error).__name__}: {error!s:.100}); it is kept as {aside.name}, and the search "
             "begins anew. Finished cells stay, and count where their values are suggested again."
         )
