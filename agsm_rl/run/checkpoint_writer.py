@@ -27,8 +27,8 @@ class CheckpointWriter(Callback):
     is neither kept nor exported.
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, history: ScoreHistory) -> None:
-        self.folder, self.recipe, self.history = folder, recipe, history
+    def __init__(self, folder: RunFolder, recipe: Recipe, scores: ScoreHistory) -> None:
+        self.folder, self.recipe, self.scores = folder, recipe, scores
         self._saved: int | None = None
         self._due = False
 
@@ -45,7 +45,7 @@ class CheckpointWriter(Callback):
 
     def after_evaluation(self, trainer: Trainer) -> None:
         """Save an evaluation's scores into the checkpoint of its step, and in any case a new best one."""
-        if trainer.step in (self._saved, self.history.best_step) or trainer.stopping:
+        if trainer.step in (self._saved, self.scores.best_step) or trainer.stopping:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -53,8 +53,8 @@ class CheckpointWriter(Callback):
         trainer.check_finite()
         for file in (self.folder.metrics, self.folder.evaluations, self.folder.events):
             flush(file)  # no checkpoint is ahead of what was recorded
-        best = self.history.best_step
-        state = trainer.state_dict() | {"standing": self.history.state_dict()}
+        best = self.scores.best_step
+        state = trainer.state_dict() | {"standing": self.scores.state_dict()}
         checkpoints.save(self.folder.checkpoints, trainer.step, state, keep=self.recipe.checkpoint.keep, best=best)
         self._export(trainer.policy, self.folder.adapter, trainer.step)
         if best == trainer.step:
@@ -63,7 +63,7 @@ class CheckpointWriter(Callback):
 
     def restore_best(self, trainer: Trainer) -> None:
         """Write adapter-best/ from its checkpoint if a kill came between the two; UserError if that is gone."""
-        best = self.history.best_step
+        best = self.scores.best_step
         if best is None or _step_of_export(self.folder.best_adapter) == best:
             return
         state = checkpoints.of_step(self.folder.checkpoints, best)

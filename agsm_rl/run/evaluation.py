@@ -29,7 +29,7 @@ from agsm_rl.training.anomalies import Event
 class Evaluator(Callback):
     """Compares base and trained every `evaluate.every` steps and at the end; the only writer of eval.json.
 
-    What is measured is what would be exported. `history` keeps the best scores so far; when a rule of the recipe says
+    What is measured is what would be exported. `scores` keeps the best scores so far; when a rule of the recipe says
     so, the run ends after the step, and `ended` says why.
 
     Args:
@@ -46,12 +46,12 @@ class Evaluator(Callback):
         self.options = recipe.evaluate
         self.rewards = recipe.parts.evaluated_rewards(recipe.evaluate) if recipe.evaluate else {}
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
-        self.history = ScoreHistory(recipe)
+        self.scores = ScoreHistory(recipe)
         self.events = EventsFile(folder.events, console)
         self.ended: Event | None = None
         """The rule that ended the run, if one did."""
-        self.checkpoints = CheckpointWriter(folder, recipe, self.history)
-        self.history = MetricsFile(folder.evaluations)
+        self.checkpoints = CheckpointWriter(folder, recipe, self.scores)
+        self.file = MetricsFile(folder.evaluations)
         self._base: dict[float, Measured] = {}
         self._newest: tuple[int, list[Compared]] | None = None
 
@@ -62,15 +62,15 @@ class Evaluator(Callback):
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
-        if state is not None and not self.history.load_state_dict(state):
+        if state is not None and not self.scores.load_state_dict(state):
             tell(self.console, "evaluate: its settings have changed, so the search for the best score starts over")
         self.checkpoints.restore_best(trainer)
-        if self._due(trainer.step) and trainer.step < trainer.steps and self.history.newest != trainer.step:
+        if self._due(trainer.step) and trainer.step < trainer.steps and self.scores.newest != trainer.step:
             # With several guidances, some lines may have been written already.
-            self.history.cut(trainer.step - 1)
+            self.file.cut(trainer.step - 1)
             self._evaluate_or_stop(trainer)
         else:
-            self._obey(trainer, [event for event in self.history.events() if event.action == "stop"])
+            self._obey(trainer, [event for event in self.scores.events() if event.action == "stop"])
 
     def _due(self, step: int) -> bool:
         return bool(self.options and self.options.every and step and step % self.options.every == 0)
@@ -89,8 +89,8 @@ class Evaluator(Callback):
 
     def _note(self, trainer: Trainer, compared: list[Compared]) -> list[Event]:
         base, trained = compared[0]
-        self.history.note_base(base.means(), base.scores)
-        return self.history.note(trainer.step, trained.means(), trained.scores)
+        self.scores.note_base(base.means(), base.scores)
+        return self.scores.note(trainer.step, trained.means(), trained.scores)
 
     def _obey(self, trainer: Trainer, events: list[Event]) -> None:
         for event in events:
@@ -120,7 +120,7 @@ class Evaluator(Callback):
     def measure(self, trainer: Trainer) -> list[Compared]:
         """Base and trained at each guidance; recorded in the folder and by the trackers."""
         assert self.options is not None
-        self.history.cut(trainer.step - 1)
+        self.file.cut(trainer.step - 1)
         compared = []
         for guidance in self.options.guidance:
             if guidance not in self._base:
@@ -130,7 +130,7 @@ class Evaluator(Callback):
                 trained = self._measure(trainer, self.options, guidance)
             compared.append((self._base[guidance], trained))
             figures = trained.figures()
-            self.history.add(trainer.step, {"guidance": guidance} | figures)
+            self.file.add(trainer.step, {"guidance": guidance} | figures)
             logged = {f"eval/guidance_{guidance:g}/{self._logged(key)}": value for key, value in figures.items()}
             trainer.accelerator.log(logged, step=trainer.step)
         self._newest = (trainer.step, compared)
@@ -151,7 +151,7 @@ class Evaluator(Callback):
         """eval.json of the newest evaluation."""
         content = to_json(compared, options, step=step)
         content |= {"reward_roles": self.roles} if self.roles else {}
-        content |= {"best": self.history.best()} if self.history.best_by else {}
+        content |= {"best": self.scores.best()} if self.scores.best_by else {}
         content |= {"ended_by": self.ended.to_json()} if self.ended else {}
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.eval, json.dumps(content, indent=1) + "\n")
