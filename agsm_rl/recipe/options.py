@@ -49,7 +49,7 @@ class Section(BaseModel):
         if isinstance(data, Mapping):
             for key, value in data.items():
                 if key not in cls.model_fields:
-                    if cls.model_config.get("extra") == "allow":
+                    if cls.model_config.get("extra") != "forbid":
                         continue
                     raise _mistake(unknown_key(str(key), list(cls.model_fields)))
                 if isinstance(value, bool) and _takes_number(cls.model_fields[key].annotation):
