@@ -86,7 +86,7 @@ def test_the_python_script_runs_and_keeps_what_it_trained(tmp_path, monkeypatch)
     scope: dict = {}
     exec(script, scope)  # the README is ours
     assert scope["trainer"].step == 2
-    kept = open_target("mine", base="builtin:shapes-sd15").handle.adapters
+    kept = open_target("mine").handle.adapters
     for name, parameter in scope["policy"].parameters().items():
         adapter, _, key = name.partition(".")
         stored = kept["pytorch_lora_weights" if adapter == "lora" else adapter]
