@@ -138,7 +138,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make_trainer, tmp_p
 
 def test_another_run_s_checkpoints_are_not_mixed_with_this_one_s(make_trainer):
     make_trainer(num_epochs=2).train()
-    with pytest.raises(UserError, match="checkpoints of another run; continue it with resume_from"):
+    with pytest.raises(UserError, match="checkpoints of another run; resume it with resume_from"):
         make_trainer()
 
 
@@ -199,7 +199,7 @@ def test_every_inner_epoch_learns_from_every_image_once(make_trainer):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda images: images.mean(dim=(1, 2, 3)), r"it returned Tensor, but it must return \(scores, metadata\)"),
+        (lambda images: images.mean(dim=(1, 2, 3)), r"returned Tensor, but it must return \(scores, metadata\)"),
         (lambda images: (images.mean(), {}), r"scores of shape \(\) for 2 images"),
         (lambda images: ([1.0, float("nan")], {}), "its score is nan for the prompt"),
     ],
@@ -213,9 +213,9 @@ def test_a_reward_function_that_returns_nonsense_is_told_so(make_trainer, return
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_batch_size": 3}, "2 x 2 images a process, which train_batch_size 3 x .* does not divide"),
+        ({"train_batch_size": 3}, "2 x 2 = 4 images per process, which is not a multiple of train_batch_size 3 x"),
         ({"sample_num_steps": 0}, "sample_num_steps: got 0"),
-        ({"train_timestep_fraction": 0.1}, "train_timestep_fraction: 0.1 of 3 steps are 0"),
+        ({"train_timestep_fraction": 0.1}, "train_timestep_fraction: 0.1 of 3 steps is 0"),
         ({"sample_eta": 0.0}, "sample_eta: got 0.0"),
         ({"mixed_precision": "fp8"}, "'fp8' is not supported; allowed: no, bf16, fp16"),
         ({"resume_from": "nowhere"}, "resume_from: there is no checkpoint at nowhere"),
@@ -229,14 +229,14 @@ def test_impossible_options_are_refused(make_trainer, options, message):
 def test_8_bit_adam_says_what_to_install(make_trainer, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match="train_use_8bit_adam: it needs bitsandbytes; run `pip install bitsandbytes`"):
+    with pytest.raises(UserError, match="train_use_8bit_adam: needs bitsandbytes; run `pip install bitsandbytes`"):
         make_trainer(train_use_8bit_adam=True)
 
 
 def test_fp16_becomes_float32_on_a_cpu_with_a_warning(make_trainer, caplog):
     trainer = make_trainer(mixed_precision="fp16", accelerator_kwargs={"cpu": True})
     assert trainer.accelerator.mixed_precision == "no"
-    assert "mixed_precision 'fp16' becomes 'no'" in caplog.text
+    assert "mixed_precision: using 'no' instead of 'fp16'" in caplog.text
 
 
 def test_frozen_weights_are_cast_and_trained_ones_are_not(tiny_checkpoint):
@@ -245,7 +245,7 @@ def test_frozen_weights_are_cast_and_trained_ones_are_not(tiny_checkpoint):
     )
     trained = {id(parameter) for parameter in policy.parameters().values()}
     assert {parameter.dtype for parameter in policy.parameters().values()} == {torch.float32}
-    frozen = [one for one in policy.backbone.denoiser.parameters() if id(one) not in trained]
+    frozen = [weight for weight in policy.backbone.denoiser.parameters() if id(weight) not in trained]
     assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
     assert {parameter.dtype for parameter in policy.backbone.pipeline.vae.parameters()} == {torch.bfloat16}
 
@@ -253,12 +253,12 @@ def test_frozen_weights_are_cast_and_trained_ones_are_not(tiny_checkpoint):
 def test_a_pipeline_belongs_to_one_trainer(make_config, tiny_checkpoint):
     pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_checkpoint))
     DDPOTrainer(make_config(), brightness, prompt_function, pipeline)
-    with pytest.raises(UserError, match="belongs to another trainer already"):
+    with pytest.raises(UserError, match="already belongs to another trainer"):
         DDPOTrainer(make_config(), brightness, prompt_function, pipeline)
 
 
 def test_a_pipeline_of_one_s_own_is_refused_with_what_works(make_config):
-    with pytest.raises(UserError, match="sd_pipeline is a object; give a DefaultDDPOStableDiffusionPipeline"):
+    with pytest.raises(UserError, match="sd_pipeline: got a object; pass a DefaultDDPOStableDiffusionPipeline"):
         DDPOTrainer(make_config(), brightness, prompt_function, object())
 
 

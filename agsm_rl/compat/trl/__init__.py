@@ -1,12 +1,12 @@
-"""TRL 0.11's image trainers, which TRL removed in its 0.24: a script written for them runs after changing its import.
+"""The image trainers of TRL 0.11, which TRL 0.24 removed. A script written for them runs once its import is changed.
 
     from agsm_rl.compat.trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
     from agsm_rl.compat.trl import DDPOConfig, DDPOTrainer
 
 Names, options, defaults, callbacks, advantages and losses are those of TRL 0.11.4 (tests/compat compares them with
-figures of the real package); what differs stands in docs/from_trl.md. Of today's TRL, the order of prompts in which its
-GRPO trainer repeats each prompt for a group is what `sources.rollouts.Rollouts` does (`images_per_prompt`), and its
-reward functions `f(prompts, completions, **columns)` are rewards here as they are (agsm_rl_rewards.trl_style).
+figures from the real package); docs/from_trl.md lists the differences. From current TRL: `sources.rollouts.Rollouts`
+repeats each prompt for a group as its GRPO trainer does (`images_per_prompt`), and its reward functions
+`f(prompts, completions, **columns)` work here unchanged (agsm_rl_rewards.trl_style).
 """
 
 from agsm_rl.compat.trl.alignprop import AlignPropTrainer

@@ -1,6 +1,6 @@
-"""TRL's AlignPropTrainer on our parts: reward backpropagation (arXiv 2310.03739) and the trainer's step.
+"""TRL's AlignPropTrainer, built on our reward backpropagation (arXiv 2310.03739) and our trainer's step.
 
-An epoch is one optimiser step: `train_gradient_accumulation_steps` batches of `train_batch_size` images a process.
+An epoch is one optimiser step, on `train_gradient_accumulation_steps` batches of `train_batch_size` images per process.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.training.randomness import stream
 
 NAME = "trl/alignprop"
-"""Under which random numbers are drawn."""
+"""Names the stream that random numbers are drawn from."""
 OFFSET = 10.0
 """TRL's loss is 10 minus the mean reward."""
 
 
 @dataclass(frozen=True)
 class DescribedPrompts(Batch):
-    """Prompts with what `prompt_function` gave beside them, `metadata` [B]."""
+    """Prompts, and the `metadata` [B] that `prompt_function` returned with them."""
 
     metadata: list[Any]
 
 
 class PromptFunctionSource(Source):
-    """Batches of `batch_size` prompts a process from the user's `prompt_function`."""
+    """Batches of `batch_size` prompts per process from the user's `prompt_function`."""
 
     gives: type[Batch] = DescribedPrompts
     batch_size: int
@@ -42,7 +42,7 @@ class PromptFunctionSource(Source):
         self.prompt_function, self.batch_size, self.first_row = prompt_function, batch_size, first_row
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Nothing depends on these: the function draws."""
+        """Does nothing: the function draws the prompts."""
 
     def next(self, policy: Policy) -> DescribedPrompts:
         """The next prompts."""
@@ -51,35 +51,38 @@ class PromptFunctionSource(Source):
         return DescribedPrompts(prompts=list(prompts), rows=rows, metadata=list(metadata))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the function's state is the user's."""
+        """Empty: the function's state belongs to the user."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
+        """Does nothing: there is no state to restore."""
 
 
 class FunctionBackprop(Objective):
-    """10 minus the mean of the user's `reward_function(images, prompts, metadata)`; keeps the images for the hook."""
+    """10 minus the mean of the user's `reward_function(images, prompts, metadata)`; keeps the images for the hook.
+
+    Attributes:
+        seen: What was drawn and scored since the list was last cleared, one entry per batch.
+    """
 
     consumes: ClassVar[type[Batch]] = DescribedPrompts
 
     def __init__(self, config: AlignPropConfig, reward_function: Any) -> None:
         self.config, self.reward_function = config, reward_function
         self.seen: list[dict[str, Any]] = []
-        """What was drawn and scored since it was last emptied, an entry a batch."""
 
     def split(self, batch: DescribedPrompts) -> list[tuple[DescribedPrompts, float]]:
         """Batches of `train_batch_size`."""
         return in_passes(batch, self.config.train_batch_size)
 
     def loss(self, policy: Policy, batch: DescribedPrompts) -> tuple[Tensor, Metrics]:
-        """10 minus the mean reward of an image a prompt."""
+        """10 minus the mean reward, for one image per prompt."""
         config = self.config
-        carrying = self._carrying(policy.draw.step)
+        steps = self._steps_with_gradients(policy.draw.step)
         images = draw_with_gradients(
             policy,
             batch,
-            carries=carrying.__contains__,
+            carries=steps.__contains__,
             num_steps=config.sample_num_steps,
             guidance=max(config.sample_guidance_scale, 1.0),
             eta=config.sample_eta,
@@ -90,15 +93,15 @@ class FunctionBackprop(Objective):
         rewards = checked_rewards(returned, prompts, images.device)
         if torch.is_grad_enabled() and not rewards.requires_grad:
             raise UserError(
-                "reward_function: its scores carry no gradient, which AlignProp backpropagates; compute them from "
-                "`images` by differentiable operations, or use DDPOTrainer"
+                "reward_function: its scores carry no gradient, but AlignProp backpropagates through them; compute "
+                "them from `images` with differentiable operations, or use DDPOTrainer"
             )
         self.seen.append(
             {"images": images, "prompts": prompts, "prompt_metadata": metadata, "rewards": rewards.detach()}
         )
         return OFFSET - rewards.mean(), {}
 
-    def _carrying(self, step: int) -> set[int]:
+    def _steps_with_gradients(self, step: int) -> set[int]:
         """The denoising steps whose predictions carry gradients; the last one always does."""
         config = self.config
         count = config.sample_num_steps
@@ -111,10 +114,17 @@ class FunctionBackprop(Objective):
 
 
 class AlignPropTrainer(BaseTrainer[AlignPropConfig]):
-    """`reward_function(images, prompts, metadata)` → (scores, metadata): images [B, 3, H, W] in [0, 1], tuples of
-    `train_batch_size` prompts and of what `prompt_function()` → (prompt, metadata) gave with them; the scores must have
-    gradients. `image_samples_hook(batch, global_step, tracker)`: each `log_image_freq` steps, a dictionary of the last
-    batch's `images`, `prompts`, `prompt_metadata` and `rewards`. See docs/from_trl.md for what differs from TRL 0.11.
+    """Trains by backpropagating a differentiable reward. docs/from_trl.md lists the differences from TRL 0.11.
+
+    Args:
+        config: The options.
+        reward_function: `reward_function(images, prompts, metadata)` → (scores, metadata), where images are
+            [B, 3, H, W] in [0, 1], and prompts and metadata are tuples of `train_batch_size` items. The scores must
+            carry gradients.
+        prompt_function: `prompt_function()` → (prompt, metadata).
+        sd_pipeline: The pipeline to train.
+        image_samples_hook: `image_samples_hook(batch, global_step, tracker)`, called every `log_image_freq` steps with
+            the last batch's `images`, `prompts`, `prompt_metadata` and `rewards` as a dictionary.
     """
 
     def _term(self) -> tuple[FunctionBackprop, PromptFunctionSource]:
@@ -125,7 +135,7 @@ class AlignPropTrainer(BaseTrainer[AlignPropConfig]):
         return self._objective, PromptFunctionSource(self.prompt_fn, count, count * self.accelerator.process_index)
 
     def step(self, epoch: int, global_step: int) -> int:
-        """Draw, score and learn from an epoch's images; returns the number of optimiser steps so far."""
+        """Draw and score an epoch's images and learn from them; returns the number of optimiser steps so far."""
         self._objective.seen.clear()
         figures = self._trainer.run_step()
         seen = self._objective.seen

@@ -1,4 +1,4 @@
-"""What TRL's two image trainers share: accelerate, the policy, checkpoints, saving, and the loop over epochs."""
+"""The base of TRL's two image trainers: accelerate, the policy, checkpoints, saving, and the loop over epochs."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -27,22 +27,22 @@ MODEL_CARD = """---
 {{ card_data }}
 ---
 
-A text-to-image model whose images were rewarded in training, by agsm-rl. The folder holds the pipeline and, if a LoRA
-was trained, `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights` takes. `config.json` holds the options.
+A text-to-image model trained on rewards with agsm-rl. The folder holds the pipeline and, if a LoRA was trained,
+`pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`. `config.json` holds the options.
 """
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 class NoTracker:
-    """What `image_samples_hook` gets as its tracker when `log_with` names none: nothing is kept."""
+    """The tracker that `image_samples_hook` gets when `log_with` names none: it keeps nothing."""
 
     name = "none"
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 class BaseTrainer(
@@ -54,9 +54,9 @@ class BaseTrainer(
     pipeline_tag="text-to-image",
     tags=["agsm-rl"],
 ):
-    """Epochs of drawing and learning. `push_to_hub` comes from huggingface_hub, as in TRL.
+    """Draws and learns in epochs. `push_to_hub` comes from huggingface_hub, as in TRL.
 
-    Raises UserError when the options cannot go together, or checkpoints of another run are in the way.
+    Raises UserError if options contradict each other, or if the folder holds another run's checkpoints.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class BaseTrainer(
     ) -> None:
         if not isinstance(sd_pipeline, DefaultDDPOStableDiffusionPipeline):
             raise UserError(
-                f"sd_pipeline is a {type(sd_pipeline).__name__}; give a "
-                "DefaultDDPOStableDiffusionPipeline, which loads any supported pipeline by its name or folder"
+                f"sd_pipeline: got a {type(sd_pipeline).__name__}; pass a DefaultDDPOStableDiffusionPipeline, which "
+                "loads any supported pipeline from its name or folder"
             )
         self.config, self.sd_pipeline = config, sd_pipeline
         self.prompt_fn, self.reward_fn, self.image_samples_callback = (
@@ -101,11 +101,11 @@ class BaseTrainer(
 
     @abstractmethod
     def _term(self) -> tuple[Objective, Source]:
-        """What is learned, and where its batches come from."""
+        """The objective, and the source of its batches."""
 
     @abstractmethod
     def step(self, epoch: int, global_step: int) -> int:
-        """An epoch; returns the number of optimiser steps so far."""
+        """Run one epoch; returns the number of optimiser steps so far."""
 
     def _make_trainer(self) -> Trainer:
         config: Any = self.config
@@ -113,7 +113,7 @@ class BaseTrainer(
         trainer = Trainer(
             self.policy,
             [Term(objective, source, name="trl")],
-            steps=0,  # epochs count here
+            steps=0,  # the loop over epochs decides when to stop
             seed=config.seed,
             learning_rate=config.train_learning_rate,
             weight_decay=config.train_adam_weight_decay,
@@ -128,7 +128,7 @@ class BaseTrainer(
         return trainer
 
     def train(self, epochs: int | None = None) -> None:
-        """Train up to `epochs` (left out: `config.num_epochs`), from the epoch after the resumed checkpoint's on."""
+        """Train until epoch `epochs` (default: `config.num_epochs`), starting after the resumed checkpoint's epoch."""
         global_step = 0
         for epoch in range(self.first_epoch, self.config.num_epochs if epochs is None else epochs):
             global_step = self.step(epoch, global_step)
@@ -144,10 +144,10 @@ class BaseTrainer(
         return Path(self.accelerator.project_dir) / "checkpoints"
 
     def _check_room(self, *, resuming: bool) -> None:
-        """The checkpoints of another run are neither overwritten nor counted as this one's."""
+        """UserError if the folder holds another run's checkpoints, which this run would overwrite or mix up."""
         if not resuming and list(self._checkpoints.glob("checkpoint_*")):
             raise UserError(
-                f"{self._checkpoints}: holds the checkpoints of another run; continue it with resume_from="
+                f"{self._checkpoints}: holds the checkpoints of another run; resume it with resume_from="
                 f"'{self._checkpoints}', or choose another project_kwargs['project_dir'] or logdir"
             )
 
@@ -163,23 +163,23 @@ class BaseTrainer(
 
 
 def checked_rewards(rewards: Any, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
-    """A reward function's scores as [B], with their gradients; UserError unless each image has one finite number."""
-    found = torch.as_tensor(rewards, device=device)
-    found = found if found.is_floating_point() else found.float()
-    if found.numel() != len(prompts):
+    """A reward function's scores as [B], with their gradients; UserError unless each image has one finite score."""
+    scores = torch.as_tensor(rewards, device=device)
+    scores = scores if scores.is_floating_point() else scores.float()
+    if scores.numel() != len(prompts):
         raise UserError(
-            f"reward_function: it returned scores of shape {tuple(found.shape)} for {len(prompts)} images; it must "
+            f"reward_function: returned scores of shape {tuple(scores.shape)} for {len(prompts)} images; it must "
             "return (scores, metadata) with one score per image"
         )
-    found = found.reshape(-1)
-    if not torch.isfinite(found).all():
-        bad = int((~torch.isfinite(found)).nonzero()[0])
-        raise UserError(f"reward_function: its score is {float(found[bad])} for the prompt '{prompts[bad]}'")
-    return found
+    scores = scores.reshape(-1)
+    if not torch.isfinite(scores).all():
+        bad = int((~torch.isfinite(scores)).nonzero()[0])
+        raise UserError(f"reward_function: its score is {float(scores[bad])} for the prompt '{prompts[bad]}'")
+    return scores
 
 
 def _accelerator(config: TrainerConfig) -> Accelerator:
-    """As TRL makes it, with `logdir` for checkpoints and trackers unless `project_kwargs` name another folder."""
+    """As in TRL; checkpoints and trackers go to `logdir` unless `project_kwargs` names another folder."""
     project = {"project_dir": config.logdir, "total_limit": config.num_checkpoint_limit} | config.project_kwargs
     return Accelerator(
         log_with=config.log_with,
@@ -190,30 +190,34 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
 
 
 def _precision(config: TrainerConfig) -> str:
-    """fp16 needs its gradients scaled, which our trainer does not do: bf16 stands in for it, or float32."""
+    """fp16 needs gradient scaling, which our trainer does not do: use bf16 instead, or float32 without its support."""
     if config.mixed_precision in DTYPES:
         return config.mixed_precision
     if config.mixed_precision != "fp16":
         raise UserError(f"mixed_precision: '{config.mixed_precision}' is not supported; allowed: no, bf16, fp16")
     gpu = torch.cuda.is_available() and not config.accelerator_kwargs.get("cpu")
-    stand_in = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    log.warning("mixed_precision 'fp16' becomes '%s': gradients are not scaled here", stand_in)
-    return stand_in
+    replacement = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    log.warning("mixed_precision: using '%s' instead of 'fp16', which would need gradient scaling", replacement)
+    return replacement
 
 
 def _checkpoint_to_resume(path: str) -> Path:
-    """The checkpoint that `resume_from` names, or the newest in the folder that it names."""
+    """The checkpoint that `resume_from` names, or the newest one in that folder."""
     folder = local_path(path)
-    found = [folder] if folder.name.startswith("checkpoint_") else list(folder.glob("checkpoint_*"))
-    found = [one for one in found if one.is_dir() and one.name.rpartition("_")[2].isdigit()]
-    if not found:
-        raise UserError(f"resume_from: there is no checkpoint at {folder}; give a checkpoint_<epoch> or their folder")
-    return max(found, key=lambda one: int(one.name.rpartition("_")[2]))
+    candidates = [folder] if folder.name.startswith("checkpoint_") else folder.glob("checkpoint_*")
+    epochs = {path: path.name.rpartition("_")[2] for path in candidates if path.is_dir()}
+    checkpoints = [path for path, epoch in epochs.items() if epoch.isdigit()]
+    if not checkpoints:
+        raise UserError(
+            f"resume_from: there is no checkpoint at {folder}; give a checkpoint_<epoch> folder, or the folder that "
+            "holds them"
+        )
+    return max(checkpoints, key=lambda path: int(epochs[path]))
 
 
 def _adam_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("train_use_8bit_adam: it needs bitsandbytes; run `pip install bitsandbytes`") from error
+        raise UserError("train_use_8bit_adam: needs bitsandbytes; run `pip install bitsandbytes`") from error
     return AdamW8bit

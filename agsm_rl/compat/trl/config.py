@@ -1,4 +1,4 @@
-"""The options of TRL 0.11's image trainers: its field names and its defaults, checked against the real package."""
+"""The options of TRL 0.11's image trainers, with TRL's names and defaults, which are tested against the package."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -10,9 +10,9 @@ from agsm_rl.errors import UserError
 
 @dataclass
 class TrainerConfig:
-    """What both trainers share. `exp_name`: the script's name. Precision, checkpoints and trackers: docs/from_trl.md.
+    """Options that both trainers share; not for use by itself.
 
-    Not for use by itself.
+    `exp_name` defaults to the script's name. docs/from_trl.md covers precision, checkpoints and trackers.
     """
 
     exp_name: str = Path(sys.argv[0]).stem
@@ -43,7 +43,7 @@ class TrainerConfig:
     train_max_grad_norm: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as one level of names; those within a dictionary option as `option/name`."""
+        """The options as a flat dictionary; entries of a dictionary option are named `option/entry`."""
         return _flat(asdict(self))
 
 
@@ -51,8 +51,9 @@ class TrainerConfig:
 class DDPOConfig(TrainerConfig):
     """Options of `DDPOTrainer`.
 
-    An epoch draws `sample_num_batches_per_epoch` × `sample_batch_size` images a process, and then steps once for every
-    `train_batch_size` × `train_gradient_accumulation_steps` of them, `train_num_inner_epochs` times over.
+    An epoch draws `sample_num_batches_per_epoch` × `sample_batch_size` images per process, then takes one optimiser
+    step for every `train_batch_size` × `train_gradient_accumulation_steps` of them. It goes through the images
+    `train_num_inner_epochs` times.
     """
 
     sample_batch_size: int = 1
@@ -72,39 +73,39 @@ class DDPOConfig(TrainerConfig):
 
     @property
     def num_train_timesteps(self) -> int:
-        """Denoising steps of each image that are learned from."""
+        """How many denoising steps of each image are learned from."""
         return int(self.sample_num_steps * self.train_timestep_fraction)
 
     def check(self) -> None:
-        """UserError for options that cannot go together; called by the trainer."""
+        """UserError for options that contradict each other; called by the trainer."""
         positive = ("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch", "train_num_inner_epochs")
         _check_positive(self, (*positive, "train_batch_size", "train_gradient_accumulation_steps", "save_freq"))
         if self.sample_eta <= 0:
             raise UserError(
-                f"sample_eta: got {self.sample_eta}; without noise there is no policy gradient (default: 1)"
+                f"sample_eta: got {self.sample_eta}, but it must be above 0; without noise there is no policy gradient "
+                "(default: 1)"
             )
         if not 0 < self.num_train_timesteps <= self.sample_num_steps:
             raise UserError(
-                f"train_timestep_fraction: {self.train_timestep_fraction} of {self.sample_num_steps} steps are "
-                f"{self.num_train_timesteps}; it must leave between 1 and all of them"
+                f"train_timestep_fraction: {self.train_timestep_fraction} of {self.sample_num_steps} steps is "
+                f"{self.num_train_timesteps}, but it must be between 1 and {self.sample_num_steps}"
             )
         drawn = self.sample_batch_size * self.sample_num_batches_per_epoch
         learned = self.train_batch_size * self.train_gradient_accumulation_steps
         if drawn % learned:
             raise UserError(
-                f"an epoch draws {self.sample_batch_size} x {self.sample_num_batches_per_epoch} images a process, "
-                f"which train_batch_size {self.train_batch_size} x train_gradient_accumulation_steps "
-                f"{self.train_gradient_accumulation_steps} does not divide"
+                f"an epoch draws {self.sample_batch_size} x {self.sample_num_batches_per_epoch} = {drawn} images per "
+                f"process, which is not a multiple of train_batch_size {self.train_batch_size} x "
+                f"train_gradient_accumulation_steps {self.train_gradient_accumulation_steps} = {learned}"
             )
 
 
 @dataclass
 class AlignPropConfig(TrainerConfig):
-    """Options of `AlignPropTrainer`: rewards are differentiated through the last sampling steps.
+    """Options of `AlignPropTrainer`, which differentiates rewards through the last sampling steps.
 
-    With `truncated_backprop_rand` a step k of the path carries gradients if k is not below a number drawn anew for each
-    step from `truncated_rand_backprop_minmax` (both ends included); without it, if k is at least
-    `truncated_backprop_timestep`.
+    Sampling step k carries gradients if k is at least `truncated_backprop_timestep` or, with `truncated_backprop_rand`,
+    at least a number drawn for each step from `truncated_rand_backprop_minmax` (both ends included).
     """
 
     log_image_freq: int = 1
@@ -115,7 +116,7 @@ class AlignPropConfig(TrainerConfig):
     truncated_rand_backprop_minmax: tuple[int, int] = (0, 50)
 
     def check(self) -> None:
-        """UserError for options that cannot go together; called by the trainer."""
+        """UserError for options that contradict each other; called by the trainer."""
         _check_positive(
             self,
             (
@@ -135,10 +136,10 @@ def _check_positive(config: TrainerConfig, names: tuple[str, ...]) -> None:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{key}": item for key, item in _flat(value).items()}
+            flat |= {f"{name}/{key}": item for key, item in _flat(value).items()}
         else:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat

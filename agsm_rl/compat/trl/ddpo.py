@@ -1,7 +1,7 @@
-"""TRL's DDPOTrainer on our parts: rollouts, per-prompt advantages, DDPO's loss (arXiv 2305.13301), the trainer's step.
+"""TRL's DDPOTrainer, built on our rollouts, per-prompt advantages, DDPO loss (arXiv 2305.13301) and trainer's step.
 
-An epoch: draw and score images with the live policy, normalise the rewards, then learn from all images in a fresh
-random order, `train_batch_size` at a time and all their denoising steps before each optimiser step.
+An epoch draws and scores images with the live policy, normalises the rewards, then learns from all images in a random
+order, `train_batch_size` at a time, using all of their denoising steps before each optimiser step.
 """
 
 from collections import deque
@@ -25,11 +25,11 @@ from agsm_rl.sources.trajectories import StepNoise, draw_trajectories
 from agsm_rl.training.randomness import Draw, stream
 
 NAME = "trl/ddpo"
-"""Under which random numbers are drawn."""
+"""Names the stream that random numbers are drawn from."""
 
 
 class EpochRollouts(Source):
-    """A source that hands on what the epoch's loop puts into `batch`; it keeps the prompts' reward histories."""
+    """A source that returns whatever the epoch loop puts into `batch`, and keeps the prompts' reward histories."""
 
     gives: type[Batch] = RolloutBatch
 
@@ -39,10 +39,10 @@ class EpochRollouts(Source):
         self.histories: dict[str, deque[float]] = {}
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Nothing depends on these."""
+        """Does nothing: the epoch loop draws."""
 
     def next(self, policy: Policy) -> RolloutBatch:
-        """What was put in last."""
+        """The latest batch."""
         assert self.batch is not None
         return self.batch
 
@@ -56,10 +56,16 @@ class EpochRollouts(Source):
 
 
 class DDPOTrainer(BaseTrainer[DDPOConfig]):
-    """`reward_function(images, prompts, metadata)` → (scores, metadata): images [B, 3, H, W] in [0, 1], tuples of
-    `sample_batch_size` prompts and of what `prompt_function()` → (prompt, metadata) gave with them.
-    `image_samples_hook(batches, global_step, tracker)`: once an epoch, a list [images, prompts, metadata, scores,
-    reward's metadata] a batch. See docs/from_trl.md for what differs from TRL 0.11.
+    """Trains by policy gradient on any reward. docs/from_trl.md lists the differences from TRL 0.11.
+
+    Args:
+        config: The options.
+        reward_function: `reward_function(images, prompts, metadata)` → (scores, metadata), where images are
+            [B, 3, H, W] in [0, 1], and prompts and metadata are tuples of `sample_batch_size` items.
+        prompt_function: `prompt_function()` → (prompt, metadata).
+        sd_pipeline: The pipeline to train.
+        image_samples_hook: `image_samples_hook(batches, global_step, tracker)`, called once per epoch. Each batch is a
+            list [images, prompts, metadata, scores, the reward's metadata].
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
         return DDPO(clip_range=config.train_clip_range, images_per_pass=config.train_batch_size), self._rollouts
 
     def step(self, epoch: int, global_step: int) -> int:
-        """Draw, score and learn from an epoch's images; returns the number of optimiser steps so far."""
+        """Draw and score an epoch's images and learn from them; returns the number of optimiser steps so far."""
         rollouts, image_data = self._draw(epoch)
         scores, metadata = self.compute_rewards(image_data, is_async=self.config.async_reward_computation)
         for batch, score, extra in zip(image_data, scores, metadata, strict=True):
@@ -87,19 +93,19 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
         if self.image_samples_callback is not None:
             self.image_samples_callback(image_data, global_step, self._tracker)
         rewards = torch.cat(list(scores)).detach()
-        everyones = self.accelerator.gather(rewards).cpu()
-        mean, std = float(everyones.mean()), float(everyones.std(correction=0))
-        figures = {"reward": everyones.float().numpy(), "epoch": epoch, "reward_mean": mean, "reward_std": std}
+        all_rewards = self.accelerator.gather(rewards).cpu()
+        mean, std = float(all_rewards.mean()), float(all_rewards.std(correction=0))
+        figures = {"reward": all_rewards.float().numpy(), "epoch": epoch, "reward_mean": mean, "reward_std": std}
         self.accelerator.log(figures, step=global_step)
-        own = slice(int(rollouts.rows[0]), int(rollouts.rows[-1]) + 1)
-        advantages = self._advantages(everyones, gather_object(rollouts.prompts))[own].to(rewards.device)
+        this_process = slice(int(rollouts.rows[0]), int(rollouts.rows[-1]) + 1)
+        advantages = self._advantages(all_rewards, gather_object(rollouts.prompts))[this_process].to(rewards.device)
         rollouts = replace(rollouts, rewards=rewards.float(), advantages=advantages.float())
         for inner_epoch in range(self.config.train_num_inner_epochs):
             global_step = self._learn(rollouts, epoch, inner_epoch, global_step)
         return global_step
 
     def compute_rewards(self, image_data: list[list[Any]], is_async: bool = False) -> tuple[list[Tensor], list[Any]]:
-        """Scores and the reward's own metadata, an entry a batch of `image_data`."""
+        """Scores and the reward's metadata, one entry per batch of `image_data`."""
         if is_async:
             with ThreadPoolExecutor(self.config.max_workers) as pool:
                 returned = list(pool.map(lambda batch: _scored(self.reward_fn(*batch)), image_data))
@@ -113,7 +119,7 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
 
     @torch.no_grad()
     def _draw(self, epoch: int) -> tuple[RolloutBatch, list[list[Any]]]:
-        """The epoch's images of this process, their rewards still unknown, and [images, prompts, metadata] a batch."""
+        """This process's images of the epoch, not yet scored, and [images, prompts, metadata] per batch."""
         config = self.config
         count = config.sample_batch_size * config.sample_num_batches_per_epoch
         rows = torch.arange(count) + count * self.accelerator.process_index
@@ -130,7 +136,7 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
                     draw,
                     part,
                     num_steps=config.sample_num_steps,
-                    # TRL draws without guidance up to 1, and yet learns by its formula.
+                    # Up to 1, TRL draws without guidance, but still applies its formula when learning.
                     guidance=max(config.sample_guidance_scale, 1.0),
                     noise=StepNoise(level=config.sample_eta),
                     negative_prompt=config.negative_prompts,
@@ -158,10 +164,10 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
         return rollouts, image_data
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
-        """Normalised rewards of all processes [N], within ± `train_adv_clip_max`."""
+        """Normalised rewards of all processes [N], clipped to ± `train_adv_clip_max`."""
         config = self.config
         if config.per_prompt_stat_tracking:
-            found = normalised_by_prompt(
+            advantages = normalised_by_prompt(
                 rewards,
                 prompts,
                 self._rollouts.histories,
@@ -169,8 +175,8 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
                 min_history=config.per_prompt_stat_tracking_min_count,
             )
         else:
-            found = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
-        return found.clamp(-config.train_adv_clip_max, config.train_adv_clip_max)
+            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
+        return advantages.clamp(-config.train_adv_clip_max, config.train_adv_clip_max)
 
     def _learn(self, rollouts: RolloutBatch, epoch: int, inner_epoch: int, global_step: int) -> int:
         config = self.config
@@ -193,10 +199,8 @@ class DDPOTrainer(BaseTrainer[DDPOConfig]):
 
 
 def _scored(returned: Any) -> tuple[Any, Any]:
-    """The reward function's (scores, metadata), waited for where it gave futures."""
+    """The reward function's (scores, metadata); waits for futures."""
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise UserError(
-            f"reward_function: it returned {type(returned).__name__}, but it must return (scores, metadata)"
-        )
+        raise UserError(f"reward_function: returned {type(returned).__name__}, but it must return (scores, metadata)")
     scores, metadata = (part.result() if isinstance(part, Future) else part for part in returned)
     return scores, metadata

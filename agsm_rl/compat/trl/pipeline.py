@@ -1,4 +1,4 @@
-"""TRL's pipeline object: a diffusers pipeline, loaded by name, and what a trainer trains on it."""
+"""TRL's pipeline object: a diffusers pipeline, loaded by name, with the adapter that a trainer trains."""
 
 import copy
 import os
@@ -32,12 +32,20 @@ class DDPOStableDiffusionPipeline:
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """`pretrained_model_name`: a hub id, a pipeline folder or `builtin:…`, of any kind that our backbones support.
+    """The diffusers pipeline `sd_pipeline`, which draws with the trained weights.
 
-    `use_lora`: train a LoRA of rank 4; otherwise the whole denoiser. A `pytorch_lora_weights.safetensors` beside the
-    pipeline is trained on (as with TRL, `use_lora` is then true). Weights are read from safetensors only. The diffusers
-    pipeline is `sd_pipeline`; it draws with what was trained.
-    Raises UserError when the pipeline cannot be loaded or is of an unsupported kind.
+    A `pytorch_lora_weights.safetensors` beside the pipeline is loaded and trained further (`use_lora` is then true, as
+    in TRL). Weights are read from safetensors only.
+
+    Args:
+        pretrained_model_name: A hub id, a pipeline folder or `builtin:…`, of any kind that our backbones support.
+        pretrained_model_revision: The revision on the hub.
+        use_lora: Train a LoRA of rank 4 instead of the whole denoiser.
+
+    Attributes:
+        policy: What a trainer trains; None until a trainer is constructed.
+
+    Raises UserError if the pipeline cannot be loaded or is of an unsupported kind.
     """
 
     def __init__(
@@ -47,19 +55,17 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         source = find_checkpoint(pretrained_model_name, "pretrained_model_name")
         self.sd_pipeline: Any = _load(source, pretrained_model_revision)
         self._backbone: Backbone = backbone_of(self.sd_pipeline)
-        found = _load_lora(self.sd_pipeline, self._backbone.denoiser, source, pretrained_model_revision)
-        self.use_lora = use_lora or found is not None
+        self._lora = _load_lora(self.sd_pipeline, self._backbone.denoiser, source, pretrained_model_revision)
+        self.use_lora = use_lora or self._lora is not None
         self.policy: Policy | None = None
-        """What a trainer trains, from its construction on."""
-        self._found = found
 
     def prepare(self, device: torch.device, dtype: torch.dtype, *, seed: int) -> Policy:
-        """Move the pipeline to `device`, its frozen weights cast to `dtype`, and attach what is trained (float32)."""
+        """Move the pipeline to `device`, cast its frozen weights to `dtype`, and attach the adapter (float32)."""
         if self.policy is not None:
-            raise UserError("this pipeline belongs to another trainer already; load it once more for this one")
+            raise UserError("sd_pipeline: already belongs to another trainer; load it again for this one")
         adapter: Adapter = LoRA(rank=RANK, alpha=RANK, seed=seed) if self.use_lora else WholeDenoiser()
-        if self._found is not None:
-            adapter = LoRA(**self._found[0], seed=seed)
+        if self._lora is not None:
+            adapter = LoRA(**self._lora[0], seed=seed)
         denoiser = self._backbone.denoiser
         for module in self.sd_pipeline.components.values():
             if isinstance(module, nn.Module):
@@ -68,8 +74,8 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
                     module.to(dtype)
         self._backbone = backbone_of(self.sd_pipeline)
         self.policy = Policy(self._backbone, {"lora" if self.use_lora else "denoiser": adapter}, ema_decay=0.0)
-        if self._found is not None:
-            adapter.load_export(self._found[1], {})
+        if self._lora is not None:
+            adapter.load_export(self._lora[1], {})
             self.policy.update_ema()
         return self.policy
 
@@ -99,16 +105,16 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         return self.sd_pipeline.scheduler
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
-        """Of `sd_pipeline`; training has no bar."""
+        """Configure the bar of `sd_pipeline`; training has none."""
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def save_lora(self, output_dir: str | os.PathLike[str]) -> None:
-        """`pytorch_lora_weights.safetensors`, as `load_lora_weights(output_dir)` takes it; nothing without a LoRA."""
+        """Write `pytorch_lora_weights.safetensors` for `load_lora_weights(output_dir)`; does nothing without a LoRA."""
         if self.policy is not None and self.use_lora:
             save_adapters(self.policy.adapters, output_dir, metadata={"checkpoint": self.pretrained_model})
 
     def save_pretrained(self, output_dir: str | os.PathLike[str]) -> None:
-        """The whole pipeline, its weights without the LoRA, and the LoRA beside it."""
+        """Save the whole pipeline without the LoRA, and the LoRA beside it."""
         self.save_lora(output_dir)
         denoiser: Any = self.unet
         name = _denoiser_name(self.sd_pipeline, denoiser)
@@ -124,15 +130,15 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
 
 
 def _load(source: str, revision: str) -> Any:
-    """The pipeline, loaded and checked as a recipe's base is."""
+    """Load and check the pipeline in the same way as a recipe's base."""
     key = "pretrained_model_name"
     try:
         pipeline = load_pipeline(source, dtype=torch.float32, revision=revision, key=key)
     except UserError as error:
         if _is_injected(Path(source)):
             raise UserError(
-                f"{key}: '{source}': its U-Net was saved with LoRA layers inside, which cannot be read back as a base. "
-                f"Put its {LORA_FILE} into a copy of the original base's folder, and give that"
+                f"{key}: '{source}': its U-Net was saved with LoRA layers inside, so it cannot be loaded as a base. "
+                f"Copy its {LORA_FILE} into a copy of the original base's folder, and give that folder"
             ) from error
         raise
     check_finite(pipeline, f"{key}: '{source}'")
@@ -153,7 +159,7 @@ def _is_injected(folder: Path) -> bool:
 def _load_lora(
     pipeline: Any, denoiser: nn.Module, source: str, revision: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """The options and weights of the LoRA that lies beside the pipeline's weights, in any form of lora_names.py."""
+    """Options and weights of the LoRA beside the pipeline's weights, in any form that lora_names.py knows."""
     file = _lora_beside(source, revision)
     if file is None:
         return None
@@ -161,10 +167,10 @@ def _load_lora(
     placed = read_lora(file, where=where).place(lora_parts(pipeline), where=where)
     part = _denoiser_name(pipeline, denoiser)
     if {*placed} != {part}:
-        raise UserError(f"{where}: changes {', '.join(sorted(placed))}; only a LoRA of the {part} alone is trained on.")
+        raise UserError(f"{where}: changes {', '.join(sorted(placed))}; only one of the {part} alone can be trained.")
     shapes = {(addition.rank, addition.alpha) for addition in placed[part].values()}
     if len(shapes) > 1:
-        raise UserError(f"{where}: the (rank, alpha) of its layers are {sorted(shapes)}; one for all is supported.")
+        raise UserError(f"{where}: its layers differ in (rank, alpha): {sorted(shapes)}; they must all be equal.")
     weights = {}
     for module, addition in placed[part].items():
         weights[f"{part}.{module}.lora_A.weight"] = addition.down

@@ -1,4 +1,4 @@
-"""All of a denoiser's weights as an adapter: what TRL trains without LoRA."""
+"""All of a denoiser's weights as an adapter, which is what TRL trains without LoRA."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +12,7 @@ from agsm_rl.interfaces import Backbone, Bank, Banks
 
 
 class WholeDenoiser:
-    """The denoiser's own weights, trained in place. A copy of the base's stays in CPU memory for switching off."""
+    """The denoiser's weights, trained in place. A copy of the base's weights in CPU memory allows switching it off."""
 
     kind: ClassVar[str] = "whole_denoiser"
     mixes_banks: ClassVar[bool] = False
@@ -26,7 +26,7 @@ class WholeDenoiser:
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
-        """An adapter to be attached and then given the export."""
+        """A new adapter; attach it, then call `load_export`."""
         return cls()
 
     def attach(self, backbone: Backbone) -> None:
@@ -59,7 +59,7 @@ class WholeDenoiser:
 
     @contextmanager
     def using(self, bank: Bank | Banks | None) -> Iterator[None]:
-        """Within the block, the trained weights (either bank), or for None the base's."""
+        """Within the block, use the trained weights (for either bank), or the base's weights for None."""
         previous = self.bank
         self._switch(bank)
         try:
@@ -68,7 +68,7 @@ class WholeDenoiser:
             self._switch(previous)
 
     def recall(self) -> AbstractContextManager[None]:
-        """A context, to be entered later, with the weights of now."""
+        """A context that restores the current choice of weights when it is entered."""
         return self.using(self.bank)
 
     def _switch(self, bank: Bank | Banks | None) -> None:
@@ -86,11 +86,11 @@ class WholeDenoiser:
         return tensors, {"kind": self.kind, "base": self._backbone.name}
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Fill the weights; UserError if they are another network's."""
+        """Fill the weights; UserError if they belong to a different network."""
         places = dict(self.named_parameters())
         if {name: value.shape for name, value in places.items()} != {
             key: value.shape for key, value in tensors.items()
         }:
-            raise UserError("the file's weights are those of another denoiser")
+            raise UserError("the weights do not fit this denoiser: their names or shapes differ")
         for name, parameter in places.items():
             parameter.data.copy_(tensors[name])
