@@ -1,4 +1,4 @@
-"""From the options of `agsm-rl eval` to the suite that they describe; what does not go together is refused."""
+"""Turns the options of `agsm-rl eval` into a suite; options that do not go together are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agsm_rl.recipe.schema import Evaluate
 
 SUITES = ("shapes", "geneval", "rewards", "fid")
-# Options of single suites: the option's name, and the suites that it goes with.
+# The suites that each suite-specific option goes with.
 GOES_WITH = {
     "split": ("shapes",),
     "detector": ("geneval",),
@@ -34,7 +34,7 @@ GOES_WITH = {
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """The options of single suites, None (or empty) where they are not given."""
+    """Options that belong to single suites; None or empty if they are not given."""
 
     split: str | None = None
     detector: str | None = None
@@ -48,13 +48,13 @@ class SuiteOptions:
     inception: Path | None = None
 
     def check(self, suite: str) -> None:
-        """UserError for an unknown suite, or an option that is none of its."""
+        """UserError for an unknown suite, or for an option that does not belong to it."""
         if suite not in SUITES:
             raise unknown_name("--suite", suite, "a suite", SUITES)
         for name, suites in GOES_WITH.items():
             if getattr(self, name) and suite not in suites:
                 option = "--rewards" if name == "rewards_file" else "--" + name.replace("_", "-")
-                raise UserError(f"{option}: it goes with --suite {' or '.join(suites)}, not with {suite}.")
+                raise UserError(f"{option}: goes with --suite {' or '.join(suites)}, not with {suite}.")
 
 
 def make_suite(
@@ -66,9 +66,9 @@ def make_suite(
     seed: int,
     allow_imports: Collection[str] = (),
 ) -> Suite:
-    """The suite; UserError for options that it cannot be made from.
+    """The suite; UserError if its options are not usable.
 
-    A run folder as `target` is measured by its own rewards and on its own prompts where none are given.
+    If `target` is a run folder, the rewards suite defaults to the run's own rewards and prompts.
     """
     given.check(suite)
     if suite == "geneval":
@@ -80,14 +80,14 @@ def make_suite(
         from agsm_rl.evaluate.suites.shapes import suite_prompts
 
         named = given.reward or given.rewards_file
-        own = None if named and given.prompts else _own_evaluation(Path(target))
+        of_run = None if named and given.prompts else _evaluation_of_run(Path(target))
         prompts, where = _prompts(given, num_images), str(Path(target) / "recipe.yaml")
-        if own is not None and not prompts:
-            texts = suite_prompts(own.split, num_images or own.num_images, own.seed)
+        if of_run is not None and not prompts:
+            texts = suite_prompts(of_run.split, num_images or of_run.num_images, of_run.seed)
             prompts = {index: {"prompt": text} for index, text in enumerate(texts)}
         specs = (
-            rewards_of(own, where=where, allow_imports=allow_imports)
-            if own is not None and own.rewards and not named
+            rewards_of(of_run, where=where, allow_imports=allow_imports)
+            if of_run is not None and of_run.rewards and not named
             else parse_rewards(given.reward or (), given.rewards_file, allow_imports=allow_imports)
         )
         return Rewards(specs, prompts, allow_imports=allow_imports)
@@ -95,15 +95,15 @@ def make_suite(
         from agsm_rl.evaluate.suites.fid import FID
 
         if given.reference is None:
-            raise UserError("--suite fid: give the folder of real images to compare with by --reference.")
+            raise UserError("--suite fid: give the folder of real images to compare with as --reference.")
         return FID(given.reference, _prompts(given, num_images), weights=given.inception)
     from agsm_rl.evaluate.suites.shapes_images import Shapes
 
     return Shapes(split=given.split or "held_out", num_images=num_images or 600, seed=seed)
 
 
-def _own_evaluation(target: Path) -> Evaluate | None:
-    """What a run folder's recipe evaluates."""
+def _evaluation_of_run(target: Path) -> Evaluate | None:
+    """The `evaluate` section of a run folder's recipe; None if there is none."""
     file = target / "recipe.yaml"
     if not file.is_file():
         return None
@@ -112,14 +112,14 @@ def _own_evaluation(target: Path) -> Evaluate | None:
     from agsm_rl.recipe.yaml_file import read_yaml
 
     try:
-        said = read_yaml(file).get("evaluate")
-        return None if said is None else Evaluate.model_validate(said)
+        section = read_yaml(file).get("evaluate")
+        return None if section is None else Evaluate.model_validate(section)
     except ValidationError as error:
         raise explain(error, where=f"{file}: evaluate") from error
 
 
 def _prompts(given: SuiteOptions, num_images: int | None) -> Mapping[int, Mapping[str, Any]]:
-    """The prompts; none where the target is a folder of images, which has its own."""
+    """The prompts; none if the target is a folder of images, which brings its own."""
     if given.prompts is None:
         return {}
     return read_prompts(given.prompts, column=given.prompt_column, split=given.prompt_split, limit=num_images)

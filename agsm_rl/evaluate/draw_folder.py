@@ -1,7 +1,7 @@
-"""Draw the images of a suite into a folder: with everything pinned that decides them, resumable, and shared out.
+"""Draw a suite's images into a folder: resumable, split over processes, with everything recorded that decides them.
 
-Image k of prompt i is drawn from the noise of seed + i + 1,000,000 · k, whoever draws it: two targets have the same
-noise, and several processes draw what one would.
+Image k of prompt i is always drawn from the noise of seed + i + 1,000,000 · k, so two targets get the same noise, and
+several processes draw the same images as one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from agsm_rl.recipe.parts import Parts
 STRIDE = 1_000_000
 PINNED = "drawing.json"
 ELSEWHERE = ("device", "dtype", "resolution", "gradient_checkpointing", "local_files_only")
-"""Options of a backbone that are pinned under their own names, or change no image."""
+"""Backbone options that are recorded under separate keys, or change no image."""
 
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How images are drawn; None is the target's own choice. `prompt_suffix` is read behind each prompt."""
+    """How images are drawn; None leaves the choice to the target. `prompt_suffix` is added to each prompt."""
 
     seed: int = 0
     guidance: float | None = None
@@ -50,7 +50,7 @@ class DrawingSettings:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of the work: every `count`-th piece, beginning with number `index`."""
+    """A share of the work: every `count`-th piece, starting at number `index`."""
 
     index: int = 0
     count: int = 1
@@ -74,20 +74,20 @@ def seed_of(seed: int, prompt_index: int, number: int) -> int:
 
 
 def plan(folder: Path, asked: Mapping[int, Mapping[str, Any]], num_images: int) -> list[Drawn]:
-    """The images to be: each prompt's first, then each one's second, … until there are `num_images`."""
+    """The images to draw: the first of each prompt, then the second of each, … up to `num_images`."""
     indices = list(asked)
     places = [(indices[j % len(indices)], j // len(indices)) for j in range(num_images)]
     return [image_of(folder, index, number, asked[index]) for index, number in places]
 
 
 def image_of(folder: Path, prompt_index: int, number: int, metadata: Mapping[str, Any]) -> Drawn:
-    """Image `number` of a prompt, where it belongs."""
+    """Image `number` of a prompt, with its path."""
     path = folder / f"{prompt_index:05d}" / SAMPLES / f"{number:04d}.png"
     return Drawn(path, prompt_index, number, metadata)
 
 
-def pinned(target: Target, how: DrawingSettings) -> dict[str, Any]:
-    """All that decides the images besides the prompts, as plain data."""
+def pinned(target: Target, settings: DrawingSettings) -> dict[str, Any]:
+    """Everything besides the prompts that decides the images, as plain data."""
     pipeline = target.backbone.pipeline
     scheduler = {"class": type(pipeline.scheduler).__name__}
     scheduler |= {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
@@ -97,11 +97,11 @@ def pinned(target: Target, how: DrawingSettings) -> dict[str, Any]:
                 "target": target.name,
                 "backbone": {key: value for key, value in target.block.items() if key not in ELSEWHERE},
                 "adapters": {file.name: sha256(file) for file in target.files},
-                "seed": how.seed,
-                "guidance": target.guidance if how.guidance is None else how.guidance,
-                "num_steps": how.num_steps or target.num_steps,
+                "seed": settings.seed,
+                "guidance": target.guidance if settings.guidance is None else settings.guidance,
+                "num_steps": settings.num_steps or target.num_steps,
                 **target.guidance_form(),
-                "prompt_suffix": how.prompt_suffix,
+                "prompt_suffix": settings.prompt_suffix,
                 "resolution": target.backbone.resolution,
                 "call_options": target.backbone.call_options,
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
@@ -115,9 +115,9 @@ def pinned(target: Target, how: DrawingSettings) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what draws and measures."""
-    found = {name: version(name) for name in ("torch", "diffusers", "transformers", "pillow")}
-    return {"agsm_rl": __version__, "python": platform.python_version()} | found
+    """The versions of everything that draws and measures."""
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "pillow")}
+    return {"agsm_rl": __version__, "python": platform.python_version()} | libraries
 
 
 def draw_images(
@@ -129,9 +129,9 @@ def draw_images(
     *,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw this share of the wanted images, but for those that are there and whole; the pinned settings.
+    """Draw the images of this share that are missing or damaged, and return the recorded settings.
 
-    UserError if the folder holds images that were drawn otherwise.
+    UserError if the folder holds images that were drawn with other settings.
     """
     with target.using("positive", how.guidance_bank, how.guidance_prompt):
         return _draw_as_pinned(wanted, folder, target, how, shard, console)
@@ -146,12 +146,12 @@ def _draw_as_pinned(
     console: Console | None,
 ) -> dict[str, Any]:
     settings = _pin(folder, pinned(target, how) | {"num_images": len(wanted)})
-    own = shard.of(wanted)
-    missing = [item for item in own if not is_whole(item.path)]
-    for item in {item.prompt_index: item for item in own}.values():
+    share = shard.of(wanted)
+    missing = [item for item in share if not is_whole(item.path)]
+    for item in {item.prompt_index: item for item in share}.values():
         write_metadata(item.path.parents[1], item.metadata)
-    done = len(own) - len(missing)
-    with progress(f"drawing {target.name}", total=len(own), done=done, console=console) as advance:
+    done = len(share) - len(missing)
+    with progress(f"drawing {target.name}", total=len(share), done=done, console=console) as advance:
         for start in range(0, len(missing), how.batch_size):
             part = missing[start : start + how.batch_size]
             images = draw(
@@ -169,7 +169,7 @@ def _draw_as_pinned(
 
 
 def read_pinned(folder: Path) -> dict[str, Any] | None:
-    """The settings that a folder was drawn with; None where another tool drew it."""
+    """The settings that a folder was drawn with; None if another tool drew it."""
     file = folder / PINNED
     if not file.exists():
         return None
@@ -178,29 +178,29 @@ def read_pinned(folder: Path) -> dict[str, Any] | None:
     except UserError as error:
         raise UserError(f"{error} Remove {folder} and draw again.") from error
     if not isinstance(content, dict) or not isinstance(content.get("num_images"), int):
-        raise UserError(f"{file}: is not a record of how images were drawn; remove {folder} and draw again.")
-    # A folder that is older than an option says nothing of it.
+        raise UserError(f"{file}: does not record how images were drawn; remove {folder} and draw again.")
+    # Folders from before an option existed do not mention it.
     return {"prompt_suffix": "", "guidance_bank": "positive", "guidance_prompt": "empty"} | content
 
 
 def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the settings into a new folder, or check them against those of the images that are there."""
+    """Write the settings into a new folder, or check them against those of its images."""
     there = read_pinned(folder)
     if there is None:
         if folder.is_dir() and any(place.name.isdigit() for place in folder.iterdir()):
             raise UserError(
-                f"--images {folder}: there are images of another tool in it (no {PINNED}); give another folder, or "
-                f"evaluate them as they are: agsm-rl eval {folder} …"
+                f"--images {folder}: holds images drawn by another tool (it has no {PINNED}); give another folder, or "
+                f"evaluate these images with agsm-rl eval {folder} …"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PINNED, json.dumps(settings, indent=1) + "\n")
         return settings
     for key, now in settings.items():
-        # Another machine, or a newer library, may go on with the drawing; the first one's stay on record.
+        # Another machine or a newer library may continue the drawing; the record keeps those of the first.
         if key not in ("target", "device", "versions", "num_images") and not _same(key, now, there.get(key), folder):
             raise UserError(
-                f"--images {folder}: its images were drawn with {key} = {_short(there.get(key))}, now it is "
-                f"{_short(now)}; go on with the same options, or give another folder."
+                f"--images {folder}: its images were drawn with {key} = {_short(there.get(key))}, but now it is "
+                f"{_short(now)}; continue with the same options, or give another folder."
             )
     if there["num_images"] < settings["num_images"]:
         there["num_images"] = settings["num_images"]
@@ -209,7 +209,7 @@ def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(key: str, now: Any, then: Any, folder: Path) -> bool:
-    """Whether a setting means what it did, whatever options have come in since then."""
+    """Whether a setting still means the same, even if options were added since."""
     if now == then or not isinstance(then, dict):
         return bool(now == then)
     if key == "scheduler":
@@ -223,10 +223,10 @@ def _same(key: str, now: Any, then: Any, folder: Path) -> bool:
 
 
 def _library_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """What the installed diffusers has a scheduler do where its configuration says nothing."""
-    made = getattr(diffusers, str(scheduler.get("class")), None)
-    parameters = inspect.signature(made).parameters.values() if made else ()
-    defaults = {known.name: known.default for known in parameters if known.default is not known.empty}
+    """The defaults of a scheduler in the installed diffusers."""
+    scheduler_class = getattr(diffusers, str(scheduler.get("class")), None)
+    parameters = inspect.signature(scheduler_class).parameters.values() if scheduler_class else ()
+    defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
     content: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
     return content
 

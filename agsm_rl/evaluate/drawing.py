@@ -1,4 +1,4 @@
-"""Draw pictures with a backbone's pipeline, an own generator each, and lay them out in grids."""
+"""Draw pictures with a backbone's pipeline, each with its own generator, and lay them out in grids."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def draw(
     num_steps: int,
     batch_size: int = 50,
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], on the CPU, by the backbone's pipeline as it stands (adapters on or off).
+    """Images [B, 3, H, W] in [0, 1] on the CPU, drawn by the backbone's pipeline as it is (adapters on or off).
 
-    Guidance's unconditional branch is what the backbone's adapters say (adapters/guidance.py).
-    Image i depends on prompts[i] and seeds[i], not on its neighbours.
+    The adapters decide the unconditional branch of guidance (adapters/guidance.py). Image i depends on prompts[i] and
+    seeds[i] only.
     """
-    found = []
+    batches = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         with hooked(backbone.pipeline, backbone.denoiser, backbone.adapters):
@@ -40,8 +40,8 @@ def draw(
                 output_type="pt",
                 **backbone.call_options,
             ).images
-        found.append(images.float().cpu())
-    return torch.cat(found)
+        batches.append(images.float().cpu())
+    return torch.cat(batches)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -50,7 +50,7 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
-    """Images [B, 3, H, W] in rows of `columns`; small ones are enlarged so that they can be looked at."""
+    """Images [B, 3, H, W] in rows of `columns`; small images are enlarged to be visible."""
     height, width = images.shape[2:]
     scale = max(1, 128 // width)
     rows = -(-len(images) // columns)
@@ -63,7 +63,7 @@ def grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG; nobody sees half of it."""
+    """Write a PNG; other processes never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         picture.save(aside, format="PNG")

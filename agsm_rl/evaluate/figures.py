@@ -1,4 +1,4 @@
-"""Figures of a suite as JSON and as a table."""
+"""A suite's figures as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from agsm_rl.run.screen import styled
 
 
 def interval_json(part: Interval) -> dict[str, float | None]:
-    """score, low and high; null for a bound that cannot be had."""
+    """score, low and high; an undefined bound is null."""
     return {"score": part.value, "low": _or_null(part.low), "high": _or_null(part.high)}
 
 
 def change_json(part: Interval) -> dict[str, float | None]:
-    """value, low and high of a difference; null for a bound that cannot be had."""
+    """value, low and high of a difference; an undefined bound is null."""
     return {"value": part.value, "low": _or_null(part.low), "high": _or_null(part.high)}
 
 
 def plain_table(title: str, columns: Sequence[str]) -> Table:
     """A table that fits 80 columns; the first column is text, the others are figures."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", no_wrap=True)
-    return made
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
 
 
 def share_table(
     title: str, scores: Sequence[Scores], changes: tuple[Interval, dict[str, Interval]] | None = None
 ) -> Table:
-    """Shares in percent, a row a tag and one for their mean; of two targets with their difference."""
+    """Shares in percent, one row per tag and one for their mean; for two targets, also their difference."""
     columns = ("other", "this", "difference") if changes else ("score",)
-    made = plain_table(title, ("tag", "n", *columns))
+    table = plain_table(title, ("tag", "n", *columns))
     for tag, (_, total) in scores[-1].counts.items():
         cells = [percent(part.tags[tag]) for part in scores] + ([percent(changes[1][tag], "+")] if changes else [])
-        made.add_row(styled(tag), str(total), *cells)
-    made.add_section()
+        table.add_row(styled(tag), str(total), *cells)
+    table.add_section()
     total = sum(count for _, count in scores[-1].counts.values())
     cells = [percent(part.overall) for part in scores] + ([percent(changes[0], "+")] if changes else [])
-    made.add_row("mean", str(total), *cells, style="bold")
-    return made
+    table.add_row("mean", str(total), *cells, style="bold")
+    return table
 
 
 def percent(part: Interval, sign: str = "") -> str:

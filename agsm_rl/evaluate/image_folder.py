@@ -1,6 +1,6 @@
-"""Images on disk in GenEval's layout, whoever drew them, and what was measured on each, stored beside it.
+"""Images on disk in GenEval's layout, drawn by any tool, with the measurements of each stored beside it.
 
-<folder>/00000/metadata.jsonl        {"prompt": …, and what else the suite asks for}
+<folder>/00000/metadata.jsonl        {"prompt": …, and other keys that the suite needs}
 <folder>/00000/samples/0000.png      the images of that prompt
 <folder>/00000/<kind>/0000.png.json  a measurement (detections, a reward's score, …) of that image
 """
@@ -22,13 +22,13 @@ from agsm_rl.sources.pictures import upright_rgb
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""Whatever a file's name says: Pillow would hand others, such as PostScript, to other programs."""
+"""Accepted whatever the file's name: Pillow would pass others, such as PostScript, to external programs."""
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image of a suite: its file, the number of its prompt, which of that prompt's images it is, its metadata."""
+    """One image of a suite: file, prompt number, its number among that prompt's images, and the prompt's metadata."""
 
     path: Path
     prompt_index: int
@@ -37,7 +37,7 @@ class Drawn:
 
     @property
     def prompt(self) -> str:
-        """What was asked for."""
+        """The prompt."""
         return str(self.metadata["prompt"])
 
 
@@ -47,20 +47,20 @@ def is_image_folder(path: Path) -> bool:
 
 
 def read_images(folder: Path) -> list[Drawn]:
-    """Every image of a folder in GenEval's layout, in order; UserError where the layout is broken.
+    """Every image of a folder in GenEval's layout, in order; UserError if the layout is broken.
 
-    Whether each picture can be decoded is found out when it is opened (`open_picture`).
+    Pictures are not decoded until `open_picture`.
     """
-    found: list[Drawn] = []
+    images: list[Drawn] = []
     for place in _prompt_folders(folder):
         metadata = _read_metadata(place / METADATA)
         samples = pictures_in(place / SAMPLES)
         if not samples:
-            raise UserError(f"{place / SAMPLES}: there is no image in it; draw it again, or remove {place}.")
-        found += [Drawn(path, int(place.name), number, metadata) for number, path in enumerate(samples)]
-    if not found:
-        raise UserError(f"{folder}: it has no images in GenEval's layout (00000/{METADATA}, 00000/{SAMPLES}/0000.png).")
-    return found
+            raise UserError(f"{place / SAMPLES}: contains no image; draw it again, or remove {place}.")
+        images += [Drawn(path, int(place.name), number, metadata) for number, path in enumerate(samples)]
+    if not images:
+        raise UserError(f"{folder}: has no images in GenEval's layout (00000/{METADATA}, 00000/{SAMPLES}/0000.png).")
+    return images
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -71,17 +71,17 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The whole picture in RGB, upright, on white; UserError if it is torn or no picture."""
+    """The whole picture in RGB, upright, on white; UserError if it is truncated or not a picture."""
     check_regular(path)
     try:
         with Image.open(path, formats=FORMATS) as opened:
             return upright_rgb(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: it cannot be read as a picture ({error}); draw or copy it again.") from error
+        raise UserError(f"{path}: cannot be read as a picture ({error}); draw or copy it again.") from error
 
 
 def is_whole(path: Path) -> bool:
-    """True for a picture that is there and can be decoded to its end."""
+    """True if the picture exists and can be decoded to the end."""
     if not path.is_file():
         return False
     try:
@@ -92,11 +92,14 @@ def is_whole(path: Path) -> bool:
 
 
 class Measurements:
-    """What was measured on images, a JSON file each in the folder `kind` beside `samples`.
+    """Measurements of images, one JSON file each in the folder `kind` beside `samples`.
 
-    how: what the measurement depends on besides the image (model, options). A measurement of another image under the
-    same name, or made otherwise, does not count as there. of_today: makes of an earlier version's `how` what it means
-    in this one (UserError: nothing any more).
+    A measurement does not count if the image has changed since, or if it was made with another `how`.
+
+    Args:
+        kind: The folder's name.
+        how: What the measurement depends on besides the image (model, options).
+        of_today: Translates the `how` of an earlier version; raises UserError if it no longer means anything.
     """
 
     def __init__(
@@ -105,11 +108,11 @@ class Measurements:
         self.kind, self.how, self._of_today = kind, json.loads(json.dumps(how)), of_today
 
     def file(self, image: Path) -> Path:
-        """Where the measurement of an image is kept."""
+        """Where the measurement of an image is stored."""
         return image.parents[1] / self.kind / f"{image.name}.json"
 
     def read(self, image: Path) -> Any | None:
-        """The measurement; None if there is none that holds."""
+        """The measurement; None if there is no valid one."""
         try:
             content = read_json(self.file(image))
             holds = content["image_sha256"] == sha256(image)
@@ -118,16 +121,16 @@ class Measurements:
         except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def write(self, image: Path, found: Any) -> None:
-        """Keep a measurement; a kill leaves the old one, the new one or none."""
+    def write(self, image: Path, measured: Any) -> None:
+        """Store a measurement; a kill leaves the old one, the new one or none."""
         file = self.file(image)
         try:
             file.parent.mkdir(exist_ok=True)
-            write_text(file, json.dumps({"how": self.how, "image_sha256": sha256(image), "found": found}) + "\n")
+            write_text(file, json.dumps({"how": self.how, "image_sha256": sha256(image), "found": measured}) + "\n")
         except OSError as error:
             raise UserError(
-                f"{file}: cannot be written ({error.strerror}); what is measured is kept beside the images, so give a "
-                "folder that can be written (a copy)."
+                f"{file}: cannot be written ({error.strerror}). Measurements are stored beside the images, so give a "
+                "writable copy of the folder."
             ) from error
 
 
@@ -138,14 +141,14 @@ def sha256(path: Path) -> str:
 
 
 def write_metadata(place: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a prompt's metadata.jsonl; UserError if another prompt's is there already."""
+    """Write a prompt's metadata.jsonl; UserError if there is one of another prompt."""
     file = place / METADATA
     if file.is_file():
         there = _read_metadata(file)
         if there != json.loads(json.dumps(metadata)):
             raise UserError(
-                f"{file}: it is of another prompt ('{there['prompt']}', not '{metadata['prompt']}'); the folder was "
-                "drawn for other prompts, give another --images."
+                f"{file}: belongs to another prompt ('{there['prompt']}', not '{metadata['prompt']}'), so the folder "
+                "was drawn for other prompts; give another --images."
             )
         return
     (place / SAMPLES).mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def write_metadata(place: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _prompt_folders(folder: Path) -> Sequence[Path]:
-    """In the order of their numbers."""
+    """The prompts' folders, in the order of their numbers."""
     places = [place for place in folder.iterdir() if place.name.isdigit() and (place / METADATA).is_file()]
     return sorted(places, key=lambda place: int(place.name))
 
@@ -162,7 +165,7 @@ def _read_metadata(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file)
     except UserError as error:
-        raise UserError(f"{error} It should be one JSON object.") from error
+        raise UserError(f"{error} It must be one JSON object.") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise UserError(f'{file}: it has no prompt; it should be one JSON object with "prompt".')
+        raise UserError(f'{file}: has no prompt; it must be one JSON object with "prompt".')
     return content

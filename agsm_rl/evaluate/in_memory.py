@@ -1,4 +1,4 @@
-"""`agsm-rl eval` on the shapes suite without keeping images: draw and judge, print the tables, write the scores."""
+"""`agsm-rl eval` on the shapes suite without storing images: draw and judge, print the tables, write the scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agsm_rl.run.measurement import measure, to_json
 
 @dataclass(frozen=True)
 class InMemoryOptions:
-    """What to draw; guidance and num_steps None are the target's own, batch_size None is a recipe's default."""
+    """What to draw. By default, guidance and num_steps are the target's, and batch_size is a recipe's default."""
 
     num_images: int = 600
     split: str = "held_out"
@@ -38,7 +38,7 @@ class InMemoryOptions:
 
 
 def evaluate_in_memory(target: Target, options: InMemoryOptions, *, compare: bool, json_file: Path | None) -> None:
-    """Measure a target on the shapes suite; with `compare` its base too, on the same prompts and noise."""
+    """Measure a target on the shapes suite and, with `compare`, its base on the same prompts and noise."""
     settings = _complete(options, target)
     if compare and target.handle is None:
         raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")

@@ -48,7 +48,7 @@ def paired_difference(base: Sequence[bool], trained: Sequence[bool]) -> Interval
     if len(base) != len(trained) or not len(base):
         raise ValueError(f"need one or more paired verdicts; got {len(base)} and {len(trained)}")
     changes = np.asarray(trained, dtype=float) - np.asarray(base, dtype=float)
-    # Half an observation in each cell: one more gain and loss by half each, one more pair without a change.
+    # Half an observation per cell: half a gain, half a loss, and a whole pair without change.
     values, weights = np.append(changes, [1.0, -1.0, 0.0]), np.append(np.ones(len(changes)), [0.5, 0.5, 1.0])
     stats = DescrStatsW(values, weights=weights, ddof=0)
     reach = float(norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(stats.var / stats.sum_weights))
@@ -109,10 +109,10 @@ def mean_of_groups(groups: Sequence[Sequence[float]]) -> Interval:
 
 
 def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
-    """The share of images scored above the other's image of the same prompt and noise; a tie is half a win.
+    """The share of images scored above the other target's image for the same prompt and noise; a tie is half a win.
 
-    Scores of each prompt's images, paired. The interval is Wilson's with a prompt as the unit: a prompt whose images
-    win and lose counts in part, which makes it wide rather than narrow.
+    Both arguments hold the scores of each prompt's images, paired. The interval is Wilson's with the prompt as the
+    unit: a prompt with wins and losses counts as a fraction, which errs towards a wide interval.
     """
     shares = []
     for scores, rivals in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""`agsm-rl eval` on images that are kept: draw them (or take them as they are), measure each, report the scores."""
+"""`agsm-rl eval` on images in a folder: draw them (or take existing ones), measure each, report the scores."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = ["OnDiskOptions", "evaluate_on_disk"]
 def evaluate_on_disk(
     target: str, suite: Suite, options: OnDiskOptions, *, json_file: Path | None = None
 ) -> dict[str, Any]:
-    """Measure a target on a suite; prints its table, and returns (and writes) eval.json's content.
+    """Measure a target on a suite: print its table, and return (and write) the content of eval.json.
 
-    With a share of the work (`share`), only that share is drawn and measured, and {} is returned; the same command
-    without it gathers what all shares left in `images`. Under `accelerate launch`, the first process gathers.
+    With `share`, draw and measure only that share of the work and return {}; the same command without it gathers what
+    all shares left in `images`. Under `accelerate launch`, the first process gathers.
     """
     _check_options(target, suite, options)
     process = SuiteProcess.begin(suite, options)
     with _image_folder(options) as folder:
         other = None
         if options.against and is_image_folder(Path(options.against)) and not is_drawn(target):
-            other = process.images_of(options.against, folder)  # what is drawn is drawn as these were
+            other = process.images_of(options.against, folder)  # draw the target with the settings of these
         images = process.images_of(target, folder, like=other)
         if other is None and (options.against or options.compare):
             subfolder = folder / ("against" if options.against else "base")
@@ -58,13 +58,13 @@ def _tell_share(target: str, process: SuiteProcess) -> None:
     folder = process.options.images or target
     tell(
         process.console,
-        f"share {process.options.share} is drawn and measured. When all shares are, `agsm-rl eval {folder} --suite "
+        f"share {process.options.share} is done. When all shares are done, `agsm-rl eval {folder} --suite "
         f"{process.suite.name}` (or this command without --shard) prints the scores.",
     )
 
 
 def _stdout() -> Console:
-    """A pipe or a file gets whole tables, however wide; a terminal shortens what does not fit."""
+    """Pipes and files get tables in full width; a terminal shortens what does not fit."""
     console = make_console()
     return console if console.is_terminal else make_console(width=10_000)
 
@@ -82,13 +82,13 @@ def _results(images: TargetImages, other: TargetImages | None, process: SuitePro
 
 
 def _same_noise(images: TargetImages, other: TargetImages) -> bool:
-    """Whether both are known to have been drawn from the same noise."""
+    """Whether both are known to be drawn from the same noise."""
     ours, theirs = images.drawing, other.drawing
     return ours is not None and theirs is not None and all(ours[key] == theirs[key] for key in ("seed", "resolution"))
 
 
 def _make_relative(content: dict[str, Any], folder: Path) -> None:
-    """Name the images' files from the JSON's folder, so that both can be moved together."""
+    """Make the images' file names relative to the JSON file, so that both can be moved together."""
     for part in (content, content.get("base", {}), content.get("other", {})):
         for row in part.get("images", []):
             if "filename" in row and Path(row["filename"]).exists():
@@ -105,7 +105,7 @@ def _result(images: TargetImages, process: SuiteProcess) -> Result:
 
 
 def _description(images: TargetImages) -> dict[str, Any]:
-    """Which target, and what decided its images; null where another tool drew them and did not say."""
+    """The target, and what decided its images; null if another tool drew them without recording it."""
     drawing = images.drawing or {}
     settings = {key: drawing.get(key) for key in ("seed", "guidance", "num_steps", "prompt_suffix", "resolution")}
     return {"target": images.name, **settings, "drawing": images.drawing}
@@ -113,23 +113,23 @@ def _description(images: TargetImages) -> dict[str, Any]:
 
 def _check_options(target: str, suite: Suite, options: OnDiskOptions) -> None:
     if options.against and options.compare:
-        raise UserError("--against and --compare: give one of them; --compare compares with the target's own base.")
+        raise UserError("--against and --compare: give one, not both; --compare compares with the target's own base.")
     exists = is_drawn(target) or is_plain_folder(target, suite)
     if options.compare and exists:
-        raise UserError(f"--compare: {target} has no base; name what to compare with by --against.")
+        raise UserError(f"--compare: {target} has no base; give a target to compare with as --against.")
     if options.drawing.prompt_suffix and exists:
-        raise UserError(f"--prompt-suffix: {target} is drawn already; leave it out.")
+        raise UserError(f"--prompt-suffix: {target} is already drawn; leave the option out.")
     if options.images is not None and exists and not options.against:
-        raise UserError(f"--images {options.images}: {target} is drawn already; leave --images out.")
+        raise UserError(f"--images {options.images}: {target} is already drawn; leave --images out.")
     if options.share is not None and options.images is None and not exists:
-        raise UserError("--shard: the shares need a folder to meet in; name it by --images.")
+        raise UserError("--shard: the shares need a shared folder; give one as --images.")
     if options.images is not None and options.images.exists() and not options.images.is_dir():
-        raise UserError(f"--images {options.images}: there is a file of that name; give a folder.")
+        raise UserError(f"--images {options.images}: this is a file; give a folder.")
 
 
 @contextmanager
 def _image_folder(options: OnDiskOptions) -> Iterator[Path]:
-    """The folder for drawn images; removed afterwards unless it was named."""
+    """The folder for drawn images; a temporary one is removed afterwards."""
     if options.images is not None:
         yield options.images
         return

@@ -1,4 +1,4 @@
-"""How far a long evaluation has come and how long it will take: a bar on a terminal, some lines in a log."""
+"""Progress of a long evaluation and the time left: a bar on a terminal, a few lines in a log."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rich.console import Console
 from agsm_rl.run.screen import make_console, make_progress, plain, tell
 
 LINES = 10
-"""Lines in a log for a whole evaluation."""
+"""Lines that a whole evaluation writes to a log."""
 
 
 @contextmanager
 def progress(
     what: str, *, total: int, done: int = 0, console: Console | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show `what` as done / total with the time left, on stderr; yields `advance(number)`."""
+    """Show `what` as done / total with the time left, on stderr. Yields `advance(number)`."""
     console = console or make_console(stderr=True)
     if done and done == total:
-        tell(console, f"{what}: all {total} are there already")
+        tell(console, f"{what}: all {total} already done")
         yield lambda number: None
         return
     with make_progress(console) as bar:

@@ -1,4 +1,4 @@
-"""Prompts to evaluate on, numbered: from the same files and data sets as prompts to train on."""
+"""Numbered prompts to evaluate on, from the same kinds of files and data sets as prompts to train on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from agsm_rl.sources import prompt_lists
 def read_prompts(
     prompts: str, *, column: str | None = None, split: str | None = None, limit: int | None = None
 ) -> dict[int, dict[str, Any]]:
-    """Number → {"prompt"} of what `sources.prompt_lists` reads; of the builtin, 200 of the split `held_out`.
+    """{number: {"prompt": text}} from what `sources.prompt_lists` reads.
 
-    column: of the prompts. split: of a data set, its first where none is named. limit: how many are read at most.
-    UserError where there is none, or one is not a text.
+    Args:
+        prompts: A file, a data set, or the builtin prompts (by default 200 of their split `held_out`).
+        column: The column that holds the prompts.
+        split: The data set's split; by default its first.
+        limit: How many prompts to read at most.
+
+    Raises UserError if there are no prompts, or one is not text.
     """
     if prompts.startswith("builtin:"):
         split, limit = split or "held_out", limit or 200

@@ -1,4 +1,4 @@
-"""What a suite of `agsm-rl eval` is: prompts to draw, a measurement of each image, and a result made of them."""
+"""The protocol of `agsm-rl eval`'s suites: prompts to draw, a measurement per image, and a result made of them."""
 
 from __future__ import annotations
 
@@ -14,45 +14,49 @@ class Result(Protocol):
     """The figures of one target."""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of eval.json: suite, num_images, overall, tags, and what the suite adds."""
+        """The content of eval.json: suite, num_images, overall, tags, and any keys that the suite adds."""
         ...
 
     def show(self, console: Console, other: Self | None = None) -> None:
-        """Print the table; with `other`, both and their paired difference."""
+        """Print the table; with `other`, both targets and their paired difference."""
         ...
 
     def against(self, other: Self) -> dict[str, Any]:
-        """This minus the other, paired image by image; UserError if they are not on the same prompts."""
+        """This target minus the other, paired image by image; UserError if their prompts differ."""
         ...
 
 
 class Suite(Protocol):
-    """Measures images that are in a folder; what it measured is kept beside them."""
+    """Measures images in a folder and stores the measurements beside them.
+
+    Attributes:
+        name: The suite's name on the command line.
+        num_images: How many images are drawn by default.
+    """
 
     name: str
     num_images: int
-    """As many as are drawn where nothing else is said."""
 
     def asked(self) -> Mapping[int, Mapping[str, Any]]:
-        """The prompts' metadata by their numbers."""
+        """The prompts' metadata by number."""
         ...
 
     def prepare(self) -> None:
-        """Load what measures, before hours are spent on drawing; UserError for missing weights."""
+        """Load the models that measure, before hours are spent on drawing; UserError for missing weights."""
         ...
 
     def check(self, images: Sequence[Drawn]) -> None:
-        """UserError when images that someone else drew do not carry what the suite needs."""
+        """UserError if images drawn by another tool lack metadata that the suite needs."""
         ...
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """Those that are not measured yet."""
+        """The images that have not been measured yet."""
         ...
 
     def measure(self, images: Sequence[Drawn]) -> None:
-        """Measure a few images and keep what was found beside them."""
+        """Measure a few images and store the measurements beside them."""
         ...
 
     def result(self, images: Sequence[Drawn]) -> Result:
-        """The result, from what is kept beside the images."""
+        """The result, computed from the stored measurements."""
         ...

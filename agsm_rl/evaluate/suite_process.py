@@ -1,4 +1,4 @@
-"""This process's share of an evaluation on disk: images of targets are taken or drawn, and measured by a suite."""
+"""This process's share of an evaluation on disk: take or draw the targets' images, and measure them with a suite."""
 
 from __future__ import annotations
 
@@ -50,9 +50,14 @@ class OnDiskOptions:
 
 @dataclass
 class TargetImages:
-    """What one target is measured by: its images, or the results that another tool made of them.
+    """A target's images, or the results that another tool computed from them.
 
-    drawing: the settings that decided the images, where they are known. folder: where they stay.
+    Attributes:
+        name: The target as the user gave it.
+        images: The images; empty if there are only results.
+        drawing: The settings that decided the images, if they are known.
+        results: Results read from a results.jsonl.
+        folder: The folder that keeps the images; None if it is temporary.
     """
 
     name: str
@@ -66,7 +71,7 @@ class TargetImages:
 class SuiteProcess:
     """Draws and measures this process's share of each target's images.
 
-    gathers: whether this process computes the result, once all shares are there.
+    `gathers` tells whether this process computes the result once all shares are done.
     """
 
     suite: Suite
@@ -79,7 +84,7 @@ class SuiteProcess:
 
     @staticmethod
     def begin(suite: Suite, options: OnDiskOptions) -> SuiteProcess:
-        """With the share that the options or accelerate's processes give."""
+        """A process with the share that the options or accelerate's processes give it."""
         if options.share is not None:
             return SuiteProcess(suite, options, Share.parse(options.share), False, make_console(stderr=True))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -87,44 +92,47 @@ class SuiteProcess:
         from agsm_rl.training.processes import make_accelerator
 
         if options.images is None:
-            raise UserError("--images: several processes need a folder that they share; name one.")
+            raise UserError("--images: several processes need a shared folder; give one.")
         accelerator = make_accelerator()
         main = accelerator.is_main_process
         share = Share(accelerator.process_index, accelerator.num_processes)
         return SuiteProcess(suite, options, share, main, make_console(stderr=True, quiet=not main), accelerator)
 
     def wait(self) -> None:
-        """For the other processes, if there are any."""
+        """Wait for the other processes, if there are any."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
     def images_of(self, target: str | None, folder: Path, *, like: TargetImages | None = None) -> TargetImages:
-        """A target's images, with this share of them drawn and measured; None: the base of the target before.
+        """A target's images, after drawing and measuring this share of them.
 
-        like: the images to compare with: the same prompts, noise, guidance and steps.
+        Args:
+            target: The target; None is the base of the previous one.
+            folder: Where images are drawn.
+            like: Images to compare with, whose prompts, noise, guidance and steps are used.
         """
         if target is not None and target.endswith(".jsonl"):
             if self.suite.name != "geneval":
                 raise UserError(f"{target}: only --suite geneval reads results; give a folder of images.")
             return TargetImages(target, [], None, read_results(Path(target)))
-        images = self._taken(target) if target is not None else None
+        images = self._existing(target) if target is not None else None
         if images is None:
-            images = self._drawn(target, folder, like)
+            images = self._draw(target, folder, like)
         self._measure(images.images)
         return images
 
-    def _taken(self, target: str) -> TargetImages | None:
+    def _existing(self, target: str) -> TargetImages | None:
         """Images that exist already; None if the target is a model."""
         path = Path(target)
         if is_image_folder(path):
             if self.options.num_images is not None:
-                raise UserError(f"--num-images: all images of the folder {target} are evaluated; leave it out.")
+                raise UserError(f"--num-images: all images in the folder {target} are evaluated; leave the option out.")
             images = read_images(path)
             drawing = read_pinned(path)
             if drawing is not None and len(images) < drawing["num_images"]:
                 raise UserError(
-                    f"{target}: {len(images)} of its {drawing['num_images']} images are drawn. Run the command that "
-                    "draws them again (or its other shares, if it was shared)."
+                    f"{target}: only {len(images)} of its {drawing['num_images']} images are drawn. Run the command "
+                    "that draws them again (with each --shard, if it was split)."
                 )
             self.suite.check(images)
             return TargetImages(target, images, drawing, folder=path)
@@ -133,10 +141,10 @@ class SuiteProcess:
             return TargetImages(target, images, None)
         return None
 
-    def _drawn(self, target: str | None, folder: Path, like: TargetImages | None) -> TargetImages:
+    def _draw(self, target: str | None, folder: Path, like: TargetImages | None) -> TargetImages:
         settings = self.options.drawing
         if target is None or target == self.options.against:
-            # What is compared with is drawn as it says itself; a base has no banks.
+            # The other target is drawn by its own settings; a base has no banks.
             settings = replace(settings, guidance_bank=None, guidance_prompt=None)
         if like is not None and like.images:
             settings = _as_drawn(settings, like.drawing or {})
@@ -170,31 +178,31 @@ class SuiteProcess:
 
     def _measure(self, images: list[Drawn]) -> None:
         mine = self.share.of(images)
-        left = self.suite.pending(mine)
-        if not left:
+        pending = self.suite.pending(mine)
+        if not pending:
             return
         self.suite.prepare()
-        done = len(mine) - len(left)
+        done = len(mine) - len(pending)
         with progress(f"measuring {self.suite.name}", total=len(mine), done=done, console=self.console) as advance:
-            for start in range(0, len(left), MEASURED_AT_ONCE):
-                part = left[start : start + MEASURED_AT_ONCE]
+            for start in range(0, len(pending), MEASURED_AT_ONCE):
+                part = pending[start : start + MEASURED_AT_ONCE]
                 self.suite.measure(part)
                 advance(len(part))
 
 
 def is_drawn(target: str) -> bool:
-    """Whether a target is images, or their results, that exist already."""
+    """Whether a target is existing images, or their results."""
     return is_image_folder(Path(target)) or target.endswith(".jsonl")
 
 
 def is_plain_folder(target: str, suite: Suite) -> bool:
-    """Whether a target is a folder of pictures without prompts, which FID alone can use; models may hold some too."""
+    """Whether a target is a folder of pictures without prompts, which only FID can use; a model's may hold some too."""
     path = Path(target)
     return suite.name == "fid" and bool(pictures_in(path)) and not (path / "model_index.json").is_file()
 
 
 def _as_drawn(settings: DrawingSettings, drawing: dict[str, Any]) -> DrawingSettings:
-    """The settings of the images to compare with, so that guidance, steps and suffix are no part of the difference."""
+    """The settings of the images to compare with, so that guidance, steps and suffix do not cause a difference."""
     return replace(
         settings,
         seed=drawing.get("seed", settings.seed),

@@ -1,4 +1,4 @@
-"""Show an evaluation: a table of base against trained, and a grid of what both drew for the same prompts and noise."""
+"""Show an evaluation: a table of base against trained, and a grid of their images on the same prompts and noise."""
 
 import textwrap
 from collections.abc import Sequence
@@ -28,36 +28,36 @@ def print_table(base: ShapesResult, trained: ShapesResult | None = None, *, cons
 
 
 def table(base: ShapesResult, trained: ShapesResult | None = None, *, strict: bool) -> Table:
-    """A row a tag and one for their mean: one model's scores, or base, trained model and their difference."""
+    """One row per tag and one for their mean: one model's scores, or base, trained model and their difference."""
     title = "strict (nothing else is there)" if strict else "lenient (what was asked for is there)"
     # Narrow enough for 80 columns: "n" is the number of images.
     heading = f"shapes, {title}, %, 95 % intervals"
-    made = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    rows = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("tag", "n", *(("base", "trained", "difference") if trained else ("score",))):
-        made.add_column(column, justify="left" if column == "tag" else "right", no_wrap=True)
+        rows.add_column(column, justify="left" if column == "tag" else "right", no_wrap=True)
     results = [base, trained] if trained else [base]
     scores = [result.scores(strict=strict) for result in results]
     changes = compare(base, trained) if trained else None
     change = (changes.strict if strict else changes.lenient) if changes else None
     for tag, (_, total) in scores[0].counts.items():
         cells = [_share(part.tags[tag]) for part in scores] + ([_change(change.tags[tag])] if change else [])
-        made.add_row(tag, str(total), *cells)
-    made.add_section()
+        rows.add_row(tag, str(total), *cells)
+    rows.add_section()
     cells = [_share(part.overall) for part in scores] + ([_change(change.overall)] if change else [])
-    made.add_row("mean", str(_total(scores[0])), *cells, style="bold")
-    return made
+    rows.add_row("mean", str(_total(scores[0])), *cells, style="bold")
+    return rows
 
 
 def picture(
     prompts: Sequence[str], base_images: Tensor, trained_images: Tensor, verdicts: Sequence[tuple[bool, bool]]
 ) -> Image.Image:
-    """Base (left) and trained (right) image of each prompt, framed green where right and red where not.
+    """Base (left) and trained (right) image of each prompt, framed in green if correct and in red if not.
 
-    Images are [N, 3, H, W] in [0, 1]; `verdicts` are N pairs (base is right, trained is right), best the strict ones.
+    Images are [N, 3, H, W] in [0, 1]; `verdicts` are N pairs (base is correct, trained is correct), preferably strict.
     """
     rows = list(zip(prompts, base_images, trained_images, verdicts, strict=True))
     if not rows:
-        raise ValueError("a picture of no prompts")
+        raise ValueError("cannot make a picture of zero prompts")
     width, height = base_images.shape[3] * SCALE, base_images.shape[2] * SCALE
     cell = (2 * width + 4 * FRAME + 3 * GAP, height + 2 * FRAME + LABEL_HEIGHT + GAP)
     columns = min(len(rows), 4)

@@ -96,7 +96,7 @@ def test_images_that_are_there_are_not_drawn_again_and_torn_or_missing_ones_are(
 @pytest.mark.parametrize(
     ("how", "word"),
     [
-        (DrawingSettings(seed=5, num_steps=2, guidance=2.0), "seed = 4, now it is 5"),
+        (DrawingSettings(seed=5, num_steps=2, guidance=2.0), "seed = 4, but now it is 5"),
         (DrawingSettings(seed=4, num_steps=3, guidance=2.0), "num_steps"),
         (DrawingSettings(seed=4, num_steps=2, guidance=1.0), "guidance"),
     ],
@@ -110,7 +110,7 @@ def test_a_folder_is_not_gone_on_with_by_other_options(target, tmp_path, how, wo
 def test_a_folder_is_not_gone_on_with_at_another_resolution(target, tiny_checkpoint, tmp_path):
     draw(target, tmp_path, num_images=1)
     larger = open_target(str(tiny_checkpoint), options={"device": "cpu", "resolution": 32})
-    with pytest.raises(UserError, match="resolution = 16, now it is 32"):
+    with pytest.raises(UserError, match="resolution = 16, but now it is 32"):
         draw(larger, tmp_path, num_images=1)
     draw(larger, tmp_path / "larger", num_images=1)
     assert Image.open(tmp_path / "larger/00000/samples/0000.png").size == (32, 32)
@@ -225,8 +225,8 @@ def test_shapes_from_shares_are_the_figures_of_one_process(runner, tiny_checkpoi
     ("arguments", "word"),
     [
         (["--suite", "genevl"], "Did you mean 'geneval'?"),
-        (["--suite", "shapes", "--detector", "x"], "--detector: it goes with --suite geneval"),
-        (["--suite", "geneval", "--reward", "x"], "--reward: it goes with --suite rewards"),
+        (["--suite", "shapes", "--detector", "x"], "--detector: goes with --suite geneval"),
+        (["--suite", "geneval", "--reward", "x"], "--reward: goes with --suite rewards"),
         (["--shard", "1/2"], "--images"),
         (["--images", "im", "--shard", "3/2"], "--shard 3/2"),
         (["--compare", "--against", "x"], "give one"),

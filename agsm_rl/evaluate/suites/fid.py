@@ -1,7 +1,8 @@
 """Fréchet Inception distance (arXiv 1706.08500) to a folder of real images: torchmetrics on torch-fidelity's network.
 
-The Inception network is the original one in torch-fidelity's conversion, resized to as the original did. FID is biased
-by the number of images (the fewer, the larger): compare only at the same number and against the same reference.
+The Inception network is the original one as converted by torch-fidelity, and images are resized as in the original.
+FID is biased by the number of images (the fewer, the larger): compare only at the same number and against the same
+reference.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SMALLEST = 2
 
 @dataclass(frozen=True)
 class FIDResult:
-    """The distance, of how many images to how many of which folder, and by which network."""
+    """The distance of `num_images` images to the `num_reference` images of a folder, measured with a network."""
 
     distance: float
     num_images: int
@@ -42,7 +43,7 @@ class FIDResult:
     network: str
 
     def to_json(self) -> dict[str, Any]:
-        """eval.json's content; smaller is better, and there are no tags."""
+        """The content of eval.json; smaller is better, and there are no tags."""
         return {
             "suite": "fid",
             "num_images": self.num_images,
@@ -54,30 +55,35 @@ class FIDResult:
         }
 
     def show(self, console: Console, other: FIDResult | None = None) -> None:
-        """Print the distance; with `other`, both."""
+        """Print the distance; with `other`, both targets' and the difference."""
         columns = ("other", "this", "difference") if other else ("FID",)
-        made = plain_table("Fréchet Inception distance, smaller is better", ("reference", "n", *columns))
+        table = plain_table("Fréchet Inception distance, smaller is better", ("reference", "n", *columns))
         cells = [f"{self.distance:.3f}"]
         if other:
             cells = [f"{other.distance:.3f}", *cells, f"{self.against(other)['difference']['overall']['value']:+.3f}"]
-        made.add_row(styled(f"{Path(self.reference).name} ({self.num_reference})"), str(self.num_images), *cells)
-        console.print(made)
+        table.add_row(styled(f"{Path(self.reference).name} ({self.num_reference})"), str(self.num_images), *cells)
+        console.print(table)
 
     def against(self, other: FIDResult) -> dict[str, Any]:
-        """This minus the other; UserError for different numbers of images, because FID's bias depends on them."""
+        """This target minus the other; UserError for different numbers of images, which FID's bias depends on."""
         if self.num_images != other.num_images:
             raise UserError(
-                f"FID of {self.num_images} images cannot be compared with FID of {other.num_images}: it depends on the "
-                "number; give both the same."
+                f"FID of {self.num_images} images cannot be compared with FID of {other.num_images}, because FID "
+                "depends on the number of images; use the same number for both."
             )
         return {"difference": {"overall": {"value": self.distance - other.distance, "low": None, "high": None}}}
 
 
 class FID:
-    """The suite. reference: a folder of real images (searched in depth), or one in GenEval's layout.
+    """The suite.
 
-    weights: the Inception network's file; torch.hub's cache where none is given. network: another feature extractor,
-    uint8 [B, 3, H, W] → [B, D], in place of Inception (its figure is then no FID, and is labelled so).
+    Args:
+        reference: A folder of real images, including subfolders, or a folder in GenEval's layout.
+        prompts: Metadata of the prompts by number.
+        weights: The Inception network's file; by default the one in torch.hub's cache.
+        network: Another feature extractor, uint8 [B, 3, H, W] → [B, D], to use instead of Inception. The figure is then
+            not FID, and is labelled with the network's name.
+        batch_size: Images per batch.
     """
 
     name = "fid"
@@ -98,9 +104,9 @@ class FID:
         self._real: list[Path] = []
 
     def asked(self) -> Mapping[int, Mapping[str, Any]]:
-        """The prompts; UserError where there are none."""
+        """The prompts; UserError if there are none."""
         if not self.prompts:
-            raise UserError("--suite fid: no prompts to draw; give those of the reference's captions by --prompts.")
+            raise UserError("--suite fid: no prompts to draw; give the reference's captions with --prompts.")
         return self.prompts
 
     def prepare(self) -> None:
@@ -109,19 +115,21 @@ class FID:
         self._metric = self._metric or self._make_metric()
 
     def check(self, images: Sequence[Drawn]) -> None:
-        """Any image will do."""
+        """Accepts any image."""
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """None: the distance is over all images together."""
+        """None, because the distance is over all images together."""
         return []
 
     def measure(self, images: Sequence[Drawn]) -> None:
-        """Nothing is measured of single images."""
+        """Does nothing: single images are not measured."""
 
     def result(self, images: Sequence[Drawn]) -> FIDResult:
         """The distance of these images to the reference."""
         if len(images) < SMALLEST:
-            raise UserError(f"--suite fid: {len(images)} images have no covariance; draw some thousands.")
+            raise UserError(
+                f"--suite fid: got {len(images)} images, but a covariance needs {SMALLEST}; draw some thousands."
+            )
         self.prepare()
         if self._metric.real_features_num_samples == 0:
             self._update(self._real, real=True)
@@ -150,35 +158,35 @@ class FID:
 
             options: dict[str, Any] = {"feature": self.network or FEATURES, "reset_real_features": False}
             if self.network is None:
-                # The original resized without antialiasing; so do the published figures.
+                # The original resizes without antialiasing, and published figures follow it.
                 options |= {"feature_extractor_weights_path": str(self.weights), "antialias": False}
             metric = FrechetInceptionDistance(**options)
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"--suite fid: the Inception network cannot be made ({error}).") from error
+            raise UserError(f"--suite fid: the Inception network cannot be constructed ({error}).") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return metric.to(device)
 
 
 def _check_weights(weights: Path) -> None:
-    """UserError unless the file is there and holds tensors alone: torch-fidelity would unpickle anything."""
+    """UserError unless the file exists and holds only tensors: torch-fidelity would unpickle anything."""
     if not weights.is_file():
         raise UserError(
-            f"--suite fid: the Inception weights {weights} are not there; fetch them by `curl -L --create-dirs -o "
+            f"--suite fid: the Inception weights {weights} are missing; download them with `curl -L --create-dirs -o "
             f"{weights} {URL}`, or give --inception FILE."
         )
     try:
         torch.load(weights, map_location="meta", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{weights}: it is not the Inception weights ({error}); fetch them again from {URL}."
+            f"{weights}: is not a file of Inception weights ({error}); download them again from {URL}."
         ) from error
 
 
 def _not_installed(package: str) -> UserError:
     return UserError(
         f"--suite fid: {package} is not installed; run `pip install 'agsm-rl[fid]'`. torch-fidelity brings "
-        "torchvision, which must be of the installed torch's kind (CPU or CUDA): give pip the index that torch came "
-        "from, or evaluate in an environment of its own."
+        "torchvision, which must match the installed torch (CPU or CUDA): give pip the index that torch came from, "
+        "or evaluate in a separate environment."
     )
 
 
@@ -188,18 +196,18 @@ def _hub_file() -> Path:
 
 def _reference_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"--reference {folder}: there is no such folder; give one of real images.")
+        raise UserError(f"--reference {folder}: there is no such folder; give a folder of real images.")
     if is_image_folder(folder):
-        found = [item.path for item in read_images(folder)]
+        paths = [item.path for item in read_images(folder)]
     else:
-        found = [path for place, _, _ in os.walk(folder) for path in pictures_in(Path(place))]
-    if len(found) < SMALLEST:
-        raise UserError(f"--reference {folder}: it has {len(found)} images; give a folder of some thousands.")
-    return sorted(found)
+        paths = [path for place, _, _ in os.walk(folder) for path in pictures_in(Path(place))]
+    if len(paths) < SMALLEST:
+        raise UserError(f"--reference {folder}: has {len(paths)} images; give a folder with some thousands.")
+    return sorted(paths)
 
 
 def _batches(paths: Sequence[Path], size: int) -> Any:
-    """uint8 [B, 3, H, W]; images of other sizes start a batch of their own."""
+    """Batches uint8 [B, 3, H, W]; a change of size starts a new batch."""
     part: list[Tensor] = []
     for path in paths:
         image = torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1)

@@ -1,8 +1,8 @@
 """GenEval's suite (arXiv 2310.11513): 553 prompts, 4 images each; the score is the mean over six tags.
 
-"GenEval-compatible": the prompts, layouts and rules are GenEval's, the detector is the same network in transformers'
-weights. How closely its verdicts agree with the reference detector's has not been measured; `--against` a reference
-results.jsonl of the same images measures it.
+"GenEval-compatible": the prompts, layouts and rules are GenEval's, and the detector is the same network with weights
+from transformers. How closely its verdicts agree with the reference detector's has not been measured; to measure it,
+compare `--against` a reference results.jsonl of the same images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 IMAGES_PER_PROMPT = 4
 RESULTS = "results.jsonl"
 IMAGE_KEYS = ("filename", "prompt", "tag", "correct", "reason")
-"""Of a verdict, what eval.json has too, so that a report can pair it with another model's."""
+"""Fields of a verdict that eval.json also holds, so that a report can pair it with another model's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ImageResult:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The numbers of the prompt and of the image, from `…/00000/samples/0000.png`."""
+        """The numbers of the prompt and the image, from `…/00000/samples/0000.png`."""
         path = Path(self.filename)
         try:
             return int(path.parents[1].name), int(path.stem)
@@ -84,13 +84,13 @@ class GenEvalResult:
 
     @property
     def scores(self) -> Scores:
-        """Shares of right images by tag, and their mean."""
+        """Shares of correct images by tag, and their mean."""
         counts = {tag: (sum(row.correct for row in rows), len(rows)) for tag, rows in self.by_tag.items()}
         tags = {tag: wilson(*count) for tag, count in counts.items()}
         return Scores(mean_of(list(tags.values())), tags, counts)
 
     def over_prompts(self) -> Interval:
-        """The overall score with its interval over prompts: how it might be on other prompts of the same kinds."""
+        """The overall score with its interval over prompts: how it would vary with other prompts of the same kinds."""
         return mean_of_groups([[_share(rows) for rows in _by_prompt(part)] for part in self.by_tag.values()])
 
     def to_json(self) -> dict[str, Any]:
@@ -109,13 +109,13 @@ class GenEvalResult:
         }
 
     def show(self, console: Console, other: GenEvalResult | None = None) -> None:
-        """Print shares by tag; with `other`, both and the paired difference."""
+        """Print shares by tag; with `other`, both targets and the paired difference."""
         changes = self._differences(other) if other else None
         scores = [other.scores, self.scores] if other else [self.scores]
         console.print(share_table("GenEval-compatible, %, 95 % intervals", scores, changes))
 
     def against(self, other: GenEvalResult) -> dict[str, Any]:
-        """This minus the other by tag and overall, and the share of images on which the verdicts agree."""
+        """This target minus the other, by tag and overall, and the share of images on which the verdicts agree."""
         overall, tags = self._differences(other)
         pairs = self._pairs(other)
         same = sum(theirs.correct == ours.correct for theirs, ours in pairs)
@@ -129,7 +129,7 @@ class GenEvalResult:
         ours = {row.key: row for row in self.rows}
         if {key: row.prompt for key, row in theirs.items()} != {key: row.prompt for key, row in ours.items()}:
             raise UserError(
-                f"the two results are not on the same prompts and images ({len(theirs)} and {len(ours)} of them); "
+                f"the two results are on different prompts or images ({len(theirs)} and {len(ours)} of them); "
                 "draw both with the same --num-images."
             )
         return [(theirs[key], row) for key, row in ours.items()]
@@ -144,9 +144,12 @@ class GenEvalResult:
 
 
 class GenEval:
-    """The suite. Detections are stored with the images, so that verdicts by other rules need no detector.
+    """The suite. Detections are stored beside the images, so that judging by other rules needs no detector.
 
-    detector, classifier: folders or hub ids (Mask2Former for COCO instances, CLIP).
+    Args:
+        detector: Folder or hub id of a Mask2Former trained on COCO instances.
+        classifier: Folder or hub id of a CLIP.
+        rules: The rules to judge by.
     """
 
     name = "geneval"
@@ -161,19 +164,19 @@ class GenEval:
         return Detector(self.detector, self.classifier)
 
     def asked(self) -> dict[int, dict[str, Any]]:
-        """GenEval's prompts by their line, the tags interleaved: the first n are as balanced as the full set."""
+        """GenEval's prompts by line number, with tags interleaved: the first n are as balanced as the full set."""
         data = files("agsm_rl.evaluate.suites") / "geneval_data" / "evaluation_metadata.jsonl"
-        found = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
-        of_tag = {tag: [index for index, row in found.items() if row["tag"] == tag] for tag in TAGS}
+        rows = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
+        of_tag = {tag: [index for index, row in rows.items() if row["tag"] == tag] for tag in TAGS}
         places = {index: (k + 0.5) / len(part) for part in of_tag.values() for k, index in enumerate(part)}
-        return {index: found[index] for index in sorted(found, key=lambda index: (places[index], index))}
+        return {index: rows[index] for index in sorted(rows, key=lambda index: (places[index], index))}
 
     def prepare(self) -> None:
         """Load the detector and the colour classifier."""
         assert self._models
 
     def check(self, images: Sequence[Drawn]) -> None:
-        """UserError unless each prompt's metadata says what should be there, in GenEval's words."""
+        """UserError unless each prompt's metadata says, in GenEval's form, what the image should show."""
         names = set(object_names())
         for item in {item.prompt_index: item for item in images}.values():
             fault = _fault(item.metadata, names)
@@ -184,36 +187,45 @@ class GenEval:
                 )
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """Those without detections."""
+        """The images without detections."""
         return [item for item in images if self._kept.read(item.path) is None]
 
     def measure(self, images: Sequence[Drawn]) -> None:
-        """Detect, and classify the colours of classes whose colour is asked for."""
+        """Detect objects, and classify the colours that the prompts ask for."""
         for item in images:
             picture = open_picture(item.path)
             colored = {wanted["class"] for wanted in item.metadata.get("include", []) if "color" in wanted}
             self._kept.write(item.path, {"size": list(picture.size), "seen": self._models(picture, colored)})
 
     def result(self, images: Sequence[Drawn]) -> GenEvalResult:
-        """The verdicts, by the kept detections."""
+        """The verdicts, from the stored detections."""
         rows = []
         for item in images:
             kept = self._kept.read(item.path)
             if kept is None:
-                raise UserError(f"{item.path}: it has no detections yet; run the evaluation again to its end.")
-            found = detections(kept["seen"])
-            verdict = judge(found, item.metadata, self.rules)
+                raise UserError(f"{item.path}: has no detections yet; run the evaluation again to the end.")
+            stored = detections(kept["seen"])
+            verdict = judge(stored, item.metadata, self.rules)
             details = {
-                name: [[*one.box, one.score] for one in group]
-                for name, group in confident(found, item.metadata["tag"], self.rules).items()
+                name: [[*detection.box, detection.score] for detection in group]
+                for name, group in confident(stored, item.metadata["tag"], self.rules).items()
             }
-            what = (item.metadata["tag"], item.prompt, verdict.correct, verdict.reason)
-            rows.append(ImageResult(str(item.path), *what, metadata=item.metadata, details=details))
+            rows.append(
+                ImageResult(
+                    str(item.path),
+                    item.metadata["tag"],
+                    item.prompt,
+                    verdict.correct,
+                    verdict.reason,
+                    metadata=item.metadata,
+                    details=details,
+                )
+            )
         return GenEvalResult(tuple(rows))
 
 
 def write_results(result: GenEvalResult, file: Path) -> None:
-    """results.jsonl in the published layout: a line an image, `metadata` and `details` as JSON within JSON."""
+    """Write results.jsonl in the published layout: one line per image, `metadata` and `details` as JSON strings."""
     lines = []
     for row in result.rows:
         inner = {"metadata": json.dumps(row.metadata), "details": json.dumps(row.details)}
@@ -222,7 +234,7 @@ def write_results(result: GenEvalResult, file: Path) -> None:
 
 
 def read_results(file: Path) -> GenEvalResult:
-    """A results.jsonl, ours or the reference's; UserError naming the line that is none."""
+    """Read a results.jsonl, ours or the reference's; UserError with the number of a line that is not a result."""
     rows = []
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
@@ -236,27 +248,27 @@ def read_results(file: Path) -> GenEvalResult:
                 f"should be a JSON object of {keys}."
             ) from error
     if not rows:
-        raise UserError(f"{file}: it has no results.")
+        raise UserError(f"{file}: has no results.")
     return GenEvalResult(tuple(rows))
 
 
 def _row(content: dict[str, Any]) -> ImageResult:
-    """A line's content, whose `metadata` and `details` are JSON in texts."""
+    """The result on a line, whose `metadata` and `details` are JSON strings."""
     inner = {key: parse_json(content[key], where=key) for key in ("metadata", "details")}
     row = ImageResult(**{key: (content | inner)[key] for key in ImageResult.__dataclass_fields__})
     if not isinstance(row.correct, bool) or not all(isinstance(text, str) for text in (row.filename, row.tag)):
-        raise TypeError("filename and tag are texts, correct is true or false")
+        raise TypeError("filename and tag must be strings, and correct must be true or false")
     return row
 
 
 def _fault(metadata: Mapping[str, Any], names: set[str]) -> str:
-    """What is wrong with a prompt's metadata; "" if nothing is."""
+    """What is wrong with a prompt's metadata; "" if it is fine."""
     include = metadata.get("include")
     if "tag" not in metadata or not isinstance(include, list) or not include:
-        return "it has no tag and include, by which GenEval judges"
+        return "has no `tag` or no `include`, which GenEval judges by"
     for index, wanted in enumerate([*include, *metadata.get("exclude", [])]):
         if not isinstance(wanted, dict) or wanted.get("class") not in names or not isinstance(wanted.get("count"), int):
-            return f"{wanted} has no class of COCO's 80 and no count"
+            return f"{wanted} needs a class (one of COCO's 80) and a count"
         if "color" in wanted and wanted["color"] not in COLORS:
             return f"'{wanted['color']}' is not one of GenEval's colours"
         if "position" in wanted and (wanted["position"][0] not in RELATIONS or wanted["position"][1] >= index):
@@ -272,7 +284,7 @@ def _by_prompt(rows: Sequence[ImageResult]) -> list[list[ImageResult]]:
 
 
 def _place(row: ImageResult) -> tuple[str, ...]:
-    """Where an image is in its folder: two targets' images are in one order, whoever drew them."""
+    """Where an image lies in its folder, which sorts the images of any tool in the same order."""
     return Path(row.filename).parts[-3:]
 
 

@@ -1,7 +1,7 @@
-"""What GenEval sees of an image: objects by Mask2Former (arXiv 2112.01527), their colours by CLIP (arXiv 2103.00020).
+"""GenEval's detector: objects by Mask2Former (arXiv 2112.01527), their colours by CLIP (arXiv 2103.00020).
 
-Both from transformers. Post-processing follows Mask2Former's paper and GenEval's detector framework at the image's own
-size (transformers' own brings every mask to 384 x 384 first, which bends boxes and positions).
+Both come from transformers. Post-processing follows Mask2Former's paper and GenEval's detector framework, at the size
+of the image; that of transformers resizes every mask to 384 x 384 first, which distorts boxes and positions.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from agsm_rl.evaluate.suites.geneval_rules import COLORS, Box, Detection, color_
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"
 MAX_DETECTIONS = 100
-"""Of an image; what GenEval's detector framework keeps."""
+"""Detections kept per image, as in GenEval's detector framework."""
 STORED_ABOVE = 0.05
-"""Confidence from which detections are kept: far below the rules' thresholds, so that others can be tried."""
+"""Detections above this confidence are stored: far below the rules' thresholds, so that you can try other rules."""
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 Seen = dict[str, Any]
-"""A detection as it is stored: class, score, box, and colors (similarities) where they were asked for."""
+"""A stored detection: class, score, box and, if the prompt asks for a colour, `colors` (similarities)."""
 
 
 def object_names() -> list[str]:
-    """COCO's 80 classes in their order, by GenEval's names."""
+    """COCO's 80 classes in order, under GenEval's names."""
     data = files("agsm_rl.evaluate.suites") / "geneval_data" / "object_names.txt"
     return data.read_text(encoding="utf-8").split("\n")[:80]
 
@@ -40,8 +40,12 @@ def object_names() -> list[str]:
 class Detector:
     """`detector(picture, colored)` → detections with confidence above 0.05, the most confident first.
 
-    detector, classifier: folders or hub ids of a Mask2Former for COCO instances and of a CLIP; UserError with the
-    command that fetches them when they are not there.
+    Args:
+        detector: Folder or hub id of a Mask2Former trained on COCO instances.
+        classifier: Folder or hub id of a CLIP.
+        device: By default a GPU if there is one.
+
+    Raises UserError, with the command that downloads them, if the models are missing.
     """
 
     def __init__(self, detector: str = DETECTOR, classifier: str = CLASSIFIER, *, device: str | None = None) -> None:
@@ -49,7 +53,7 @@ class Detector:
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.names = object_names()
-        # The PIL processors: the same pixels whether or not torchvision is installed.
+        # The PIL backend gives the same pixels whether or not torchvision is installed.
         self._resize = _load(AutoImageProcessor, detector, "--detector", backend="pil")
         self._segment = _load_model(Mask2FormerForUniversalSegmentation, detector, "--detector").to(self.device).eval()
         _check_labels(self._segment.config.id2label, self.names, detector)
@@ -60,34 +64,34 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, colored: Collection[str] = ()) -> list[Seen]:
-        """The detections of an RGB picture; those of the classes `colored` with their similarity to each colour."""
+        """The detections in an RGB picture; those of the classes `colored` include their similarity to each colour."""
         inputs = self._resize(picture, return_tensors="pt")["pixel_values"].to(self.device)
         output = self._segment(pixel_values=inputs)
         scores, labels, masks = instances(
             output.class_queries_logits[0], output.masks_queries_logits[0], inputs.shape[-2:], picture.size[::-1]
         )
         seen: list[Seen] = []
-        wanted: list[tuple[int, Image.Image]] = []
+        crops: list[tuple[int, Image.Image]] = []
         for score, label, mask in zip(scores, labels, masks, strict=True):
             name, box = self.names[label], box_of(mask)
             if box is None:
                 continue
             if name in colored:
-                wanted.append((len(seen), color_crop(picture, box, mask)))
+                crops.append((len(seen), color_crop(picture, box, mask)))
             seen.append({"class": name, "score": score, "box": list(box)})
-        for index, crop in wanted:
+        for index, crop in crops:
             seen[index]["colors"] = self.colors(crop, seen[index]["class"])
         return seen
 
     @torch.no_grad()
     def colors(self, crop: Image.Image, name: str) -> dict[str, float]:
-        """The cosine of a crop to each colour's classifier for that class."""
+        """The cosine similarity of a crop to each colour's classifier for that class."""
         pixels = self._crop(crop, return_tensors="pt")["pixel_values"].to(self.device)
         image = normalize(self._clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         return dict(zip(COLORS, (self._classifier(name) @ image[0]).tolist(), strict=True))
 
     def _classifier(self, name: str) -> Tensor:
-        """A unit vector a colour, [10, D]: the mean of the templates' unit vectors, made a unit vector again."""
+        """One unit vector per colour, [10, D]: the normalised mean of the templates' unit vectors."""
         if name not in self._colors:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             tokens = self._tokenize(texts, padding=True, return_tensors="pt").to(self.device)
@@ -99,10 +103,16 @@ class Detector:
 def instances(
     class_logits: Tensor, mask_logits: Tensor, input_size: Sequence[int], size: Sequence[int]
 ) -> tuple[list[float], list[int], list[np.ndarray]]:
-    """Scores, labels and masks (bool, of `size` = (height, width)) of Mask2Former's outputs, by falling score.
+    """Scores, labels and masks from Mask2Former's outputs, the highest score first.
 
-    class_logits [Q, classes + 1], the last for no object; mask_logits [Q, h, w]; input_size: of the model's input. The
-    score of a query and class is its probability times the mean probability of the mask's pixels (those above 1/2).
+    The score of a query and class is the class probability times the mean probability over the mask's pixels, which are
+    those above 1/2.
+
+    Args:
+        class_logits: [Q, classes + 1]; the last class is "no object".
+        mask_logits: [Q, h, w].
+        input_size: (height, width) of the model's input.
+        size: (height, width) of the returned masks (bool).
     """
     classes = class_logits.shape[-1] - 1
     probabilities = class_logits.softmax(-1)[:, :-1].flatten()
@@ -111,26 +121,26 @@ def instances(
     best = best[best > STORED_ABOVE]
     if not len(best):
         return [], [], []
-    # Many classes of one query share its mask: each mask is enlarged once.
-    queries, which = torch.unique(index // classes, return_inverse=True)
+    # The classes of a query share its mask, so each mask is enlarged only once.
+    queries, query_of = torch.unique(index // classes, return_inverse=True)
     options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
     logits = interpolate(mask_logits[queries, None].float(), size=tuple(input_size), **options)
     logits = interpolate(logits, size=tuple(size), **options)[:, 0]
     masks = logits > 0
     inside = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
-    scores = best * inside[which]
+    scores = best * inside[query_of]
     order = [i for i in scores.argsort(descending=True, stable=True).tolist() if scores[i] > STORED_ABOVE]
     kept = masks.cpu().numpy()
     labels = index % classes
     return (
         [float(scores[i]) for i in order],
         [int(labels[i]) for i in order],
-        [kept[int(which[i])] for i in order],
+        [kept[int(query_of[i])] for i in order],
     )
 
 
 def box_of(mask: np.ndarray) -> Box | None:
-    """(left, top, right, bottom) around a mask's pixels, right and bottom one past the last; None for an empty one."""
+    """(left, top, right, bottom) of a mask's pixels, where right and bottom are exclusive; None for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(columns):
         return None
@@ -138,21 +148,21 @@ def box_of(mask: np.ndarray) -> Box | None:
 
 
 def detections(seen: Sequence[Mapping[str, Any]]) -> list[Detection]:
-    """Stored detections as the rules take them: the colour is the one most similar."""
-    found = []
+    """Stored detections in the form the rules take; each gets its most similar colour."""
+    rows = []
     for item in seen:
         colors = item.get("colors")
         color = max(colors, key=colors.get) if colors else None
         left, top, right, bottom = item["box"]
-        found.append(Detection(item["class"], item["score"], (left, top, right, bottom), color))
-    return found
+        rows.append(Detection(item["class"], item["score"], (left, top, right, bottom), color))
+    return rows
 
 
 def _check_labels(labels: Mapping[int, str], names: list[str], detector: str) -> None:
-    """UserError unless the detector's classes are COCO's 80 in their order (some are spelt otherwise)."""
-    right = sum(labels.get(index) == name for index, name in enumerate(names))
-    elsewhere = [label for index, label in labels.items() if label in names and names.index(label) != index]
-    if len(labels) != len(names) or right < len(names) / 2 or elsewhere:
+    """UserError unless the detector's classes are COCO's 80 in order; a few may be spelt differently."""
+    matching = sum(labels.get(index) == name for index, name in enumerate(names))
+    misplaced = [label for index, label in labels.items() if label in names and names.index(label) != index]
+    if len(labels) != len(names) or matching < len(names) / 2 or misplaced:
         raise UserError(
             f"--detector '{detector}': its {len(labels)} classes are not COCO's 80 in their order (person, bicycle, "
             f"car, …); give a detector of COCO instances, e.g. {DETECTOR}."
@@ -160,12 +170,12 @@ def _check_labels(labels: Mapping[int, str], names: list[str], detector: str) ->
 
 
 def _load_model(kind: Any, source: str, option: str) -> Any:
-    """The model with all of its weights; a checkpoint that lacks some would leave them random."""
+    """The model with all of its weights; UserError if the checkpoint lacks some, which would stay random."""
     model, info = _load(kind, source, option, output_loading_info=True)
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
         raise UserError(
-            f"{option} '{source}': it has no fitting weights for {lacking[0]} and {len(lacking) - 1} others of a "
+            f"{option} '{source}': it has no fitting weights for {missing[0]} and {len(missing) - 1} others of a "
             f"{kind.__name__}; give a checkpoint of that model."
         )
     return model
@@ -177,7 +187,7 @@ def _load(kind: Any, source: str, option: str, **more: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{option} '{source}': its {kind.__name__} cannot be loaded ({reason}). Fetch it where there is a network, "
+            f"{option} '{source}': its {kind.__name__} cannot be loaded ({reason}). Download it with "
             f"`hf download {source}` (from https://huggingface.co/{source}), or give {option} a folder with its "
             "config.json, preprocessor_config.json and model.safetensors."
         ) from error

@@ -1,7 +1,7 @@
 """The shapes suite: draw one image per prompt, judge each, and compare two models on the same prompts and noise.
 
 The overall score is GenEval's: the mean over tags of the share of correct images. Every figure is given twice, lenient
-(what was asked for is there) and strict (and nothing else is).
+(everything the prompt asks for is there) and strict (and nothing else is).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from agsm_rl.shapes.judge import judge
 
 SUITE = "shapes"
 COUNTING_SHARE = 1 / 3
-"""Counting is where the methods differ most, and the hardest to measure: it gets a third of the images."""
+"""Counting gets a third of the images: methods differ most there, and it is the hardest to measure."""
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """`draw(prompts, seeds)` → images [B, 3, H, W] in [0, 1]; an image depends on its own prompt and seed only."""
@@ -37,7 +37,7 @@ class ImageVerdict:
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of right images: per tag with Wilson intervals and counts, and the mean over tags."""
+    """Shares of correct images: per tag with Wilson intervals and counts, and the mean over tags."""
 
     overall: Interval
     tags: dict[str, Interval]
@@ -104,8 +104,8 @@ def suite_prompts(split: str, num_images: int, seed: int) -> list[str]:
 def evaluate(draw: Draw, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64) -> ShapesResult:
     """Draw one image per prompt, image i from the noise of seed + i, and judge each.
 
-    The same prompts and `seed` give two models the same noise, whatever the batch size: compare them by `compare`.
-    UserError for a prompt that is none of the shapes world, before anything is drawn.
+    The same prompts and `seed` give two models the same noise at any batch size; `compare` compares them.
+    Raises UserError for a prompt outside the shapes world, before anything is drawn.
     """
     if not prompts:
         raise UserError("suite 'shapes': no prompts; give one or more")
@@ -140,7 +140,7 @@ def _by_tag(verdicts: Iterable[ImageVerdict]) -> dict[str, list[ImageVerdict]]:
     rows: dict[str, list[ImageVerdict]] = {tag: [] for tag in world.TAGS}
     for verdict in verdicts:
         rows[verdict.tag].append(verdict)
-    return {tag: found for tag, found in rows.items() if found}
+    return {tag: of_tag for tag, of_tag in rows.items() if of_tag}
 
 
 def _marks(rows: Iterable[ImageVerdict], strict: bool) -> list[bool]:

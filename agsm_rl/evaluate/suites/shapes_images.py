@@ -1,4 +1,4 @@
-"""The shapes suite on images that are kept in a folder: prompts and judge of `shapes`, resumable and shared out."""
+"""The shapes suite on images in a folder: the prompts and judge of `shapes`, resumable and split over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agsm_rl.shapes.judge import judge
 
 @dataclass(frozen=True)
 class ShapesFigures:
-    """A ShapesResult, told as the other suites tell theirs. `split`: whose prompts these are; null for others."""
+    """A ShapesResult with the other suites' methods. `split` is the split of the prompts; None for other prompts."""
 
     result: ShapesResult
     split: str | None
@@ -35,12 +35,12 @@ class ShapesFigures:
             print_table(other.result, self.result, console=console)
 
     def against(self, other: ShapesFigures) -> dict[str, Any]:
-        """This minus the other, lenient and strict."""
+        """This target minus the other, lenient and strict."""
         return {"difference": asdict(compare(other.result, self.result))}
 
 
 class Shapes:
-    """The suite. Images are judged as they were saved, in 8 bits a channel."""
+    """The suite. Images are judged as saved, with 8 bits per channel."""
 
     name = SUITE
 
@@ -54,10 +54,10 @@ class Shapes:
         return {index: {"prompt": prompt, "tag": world.parse(prompt).tag} for index, prompt in enumerate(prompts)}
 
     def prepare(self) -> None:
-        """Nothing is loaded."""
+        """Does nothing: there are no models to load."""
 
     def check(self, images: Sequence[Drawn]) -> None:
-        """UserError for a prompt that is none of the shapes world."""
+        """UserError for a prompt outside the shapes world."""
         for item in images:
             try:
                 world.parse(item.prompt)
@@ -65,7 +65,7 @@ class Shapes:
                 raise UserError(f"{item.path.parents[1] / 'metadata.jsonl'}: {error}") from error
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """Those without a verdict."""
+        """The images without a verdict."""
         return [item for item in images if self._kept.read(item.path) is None]
 
     def measure(self, images: Sequence[Drawn]) -> None:
@@ -77,12 +77,12 @@ class Shapes:
             self._kept.write(item.path, asdict(row))
 
     def result(self, images: Sequence[Drawn]) -> ShapesFigures:
-        """The kept verdicts."""
+        """The stored verdicts."""
         rows = []
         for item in images:
             row = self._kept.read(item.path)
             if row is None:
-                raise UserError(f"{item.path}: it has no verdict yet; run the evaluation again to its end.")
+                raise UserError(f"{item.path}: has no verdict yet; run the evaluation again to the end.")
             rows.append(ImageVerdict(**row))
         of_the_split = [row.prompt for row in rows] == suite_prompts(self.split, len(rows), self.seed)
         return ShapesFigures(ShapesResult(tuple(rows)), self.split if of_the_split else None)

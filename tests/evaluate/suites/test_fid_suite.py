@@ -105,5 +105,5 @@ def test_a_plain_folder_of_pictures_has_no_base(command, tmp_path):
 
 def test_weights_that_would_run_code_are_refused(tmp_path):
     torch.save({"a": MeanAndSpread()}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth: it is not the Inception weights"):
+    with pytest.raises(UserError, match="bad.pth: is not a file of Inception weights"):
         fid._check_weights(tmp_path / "bad.pth")

@@ -239,7 +239,7 @@ def test_two_results_are_compared_image_by_image_whatever_their_order(command, t
     assert content["same_verdict"]["score"] == pytest.approx(1 - changed / 20)
     (tmp_path / "b.jsonl").write_text("\n".join(line(*row) for row in theirs[:-1]))
     missing = command("a.jsonl", "--suite", "geneval", "--against", "b.jsonl")
-    assert missing.exit_code == 2 and "not on the same prompts" in missing.stderr
+    assert missing.exit_code == 2 and "on different prompts or images" in missing.stderr
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path):
@@ -260,7 +260,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path, broken):
 @pytest.mark.parametrize(
     ("metadata", "word"),
     [
-        ({"prompt": "a dog"}, "no tag and include"),
+        ({"prompt": "a dog"}, "no .tag. or no .include."),
         ({"prompt": "x", "tag": "colors", "include": [{"class": "unicorn", "count": 1}]}, "COCO's 80"),
         ({"prompt": "x", "tag": "colors", "include": [{"class": "dog", "count": 1, "color": "teal"}]}, "teal"),
         (

@@ -263,7 +263,7 @@ def test_a_yaml_weighs_rewards_into_the_overall_figure(command, tmp_path):
         (["shapes:verdict=lenient,x"], "'x' is not an option"),
         (["os:system"], "--allow-import os"),
         (["shapes:verdict=[a"], r"verdict=\[a: verdict: line 1: "),
-        (["brightness", "brightness"], "named twice"),
+        (["brightness", "brightness"], "listed twice"),
         ([], "no reward given"),
     ],
 )
