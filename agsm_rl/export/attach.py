@@ -1,7 +1,7 @@
-"""Exported adapters on plain diffusers pipelines: `attach(pipeline, path)`, and `save_adapters`, which writes them.
+"""Export adapters with `save_adapters`, and put them on plain diffusers pipelines with `attach(pipeline, path)`.
 
-The files are ordinary safetensors whose metadata names the adapter's kind; a LoRA's also goes straight into
-`pipe.load_lora_weights`. Pictures are drawn with the positive bank (arXiv 2605.30038), and guided as the file says.
+The files are ordinary safetensors whose metadata names the adapter's kind. `pipe.load_lora_weights` also takes that of
+a LoRA. Pictures are drawn with the positive bank (arXiv 2605.30038), with guidance as the file says.
 """
 
 import errno
@@ -28,13 +28,13 @@ from agsm_rl.registry import load
 
 BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
 """Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them."""
-# The name under which `pipe.load_lora_weights(folder)` looks for it.
+# `pipe.load_lora_weights(folder)` looks for this name.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
 class Handle:
-    """What `attach` did to a pipeline. `adapters` by their files' names without ending."""
+    """What `attach` did to a pipeline. `adapters` are named after their files, without the suffix."""
 
     adapters: dict[str, Adapter]
     _frozen: list[tuple[nn.Parameter, bool]]
@@ -63,11 +63,14 @@ def attach(
 ) -> Handle:
     """Put exported adapters on a diffusers pipeline.
 
-    path: a run folder (its `adapter/`), a folder of exported adapters, or one .safetensors file.
-    guidance_bank, guidance_prompt: how guidance's unconditional branch is predicted (adapters/guidance.py); None is
-    what the file says.
-    Raises UserError when a file is missing, broken, not one of ours, or for another base, or the pipeline's weights are
-    offloaded layer by layer; nothing is attached then.
+    Args:
+        pipeline: The pipeline.
+        path: A run folder (its `adapter/` is used), a folder of exported adapters, or one .safetensors file.
+        guidance_bank: The bank of guidance's unconditional branch (adapters/guidance.py); by default what the file says.
+        guidance_prompt: The prompt of that branch; by default what the file says.
+
+    Raises UserError, and attaches nothing, if a file is missing, damaged, not one of ours or for another base, or if
+    the pipeline's weights are offloaded layer by layer.
     """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
     handle = _unchanged(pipeline)
@@ -75,8 +78,8 @@ def attach(
         backbone = backbone_of(pipeline)
         if pipeline.device.type == "meta":
             raise UserError(
-                f"{path}: cannot be attached to a pipeline after enable_sequential_cpu_offload(), which leaves no "
-                "weights to put it on. Attach first, then offload; or use enable_model_cpu_offload()."
+                f"{path}: cannot be attached to a pipeline after enable_sequential_cpu_offload(), which leaves it "
+                "without weights. Attach first, then offload; or use enable_model_cpu_offload()."
             )
         _add_exports(handle, backbone, exports, ())
         _guide(handle, pipeline, backbone.denoiser, guidance_bank, guidance_prompt)
@@ -86,9 +89,9 @@ def attach(
 def attach_to_backbone(
     backbone: Backbone, path: str | os.PathLike[str], *, allow_imports: Collection[str] = ()
 ) -> Handle:
-    """`attach` for a backbone that is already loaded, of any class, also one that only `allow_imports` makes known.
+    """`attach` for a loaded backbone, which may be of a class that is not registered (`allow_imports`).
 
-    Pictures are guided as the files say where `evaluate.drawing.draw` draws them.
+    `evaluate.drawing.draw` applies guidance as the files say.
     """
     exports = {file.stem: read_export(file) for file in find_exports(Path(path))}
     handle = _unchanged(backbone.pipeline)
@@ -135,7 +138,7 @@ def _add_exports(
 def _guide(
     handle: Handle, pipeline: Any, denoiser: nn.Module, bank: GuidanceBank | None, prompt: GuidancePrompt | None
 ) -> None:
-    """Guide the pipeline's pictures as is asked, or as the files say, until the handle is detached."""
+    """Apply guidance as requested, or as the files say, until the handle is detached."""
     adapters = list(handle.adapters.values())
     choose_form(adapters, bank, prompt)
     if any(isinstance(adapter, Guides) for adapter in adapters):
@@ -143,7 +146,7 @@ def _guide(
 
 
 def find_exports(path: Path) -> list[Path]:
-    """The .safetensors files of a run folder, an adapter folder or a file's path."""
+    """The .safetensors files in a run folder or an adapter folder; a path of a file gives that file."""
     path = local_path(path)
     if path.is_file():
         return [path]
@@ -152,12 +155,12 @@ def find_exports(path: Path) -> list[Path]:
         raise UserError(f"{path}: there is no such file or folder; give a run folder or an exported adapter.")
     files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
-        raise UserError(f"{folder}: there is no .safetensors file in it; has the run been trained to an adapter yet?")
+        raise UserError(f"{folder}: there is no .safetensors file in it; has the run exported an adapter yet?")
     return files
 
 
 def read_exports(path: str | os.PathLike[str]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-    """Tensors and metadata of each adapter of a run folder or a folder of exported adapters, by the adapter's name."""
+    """Tensors and metadata of each adapter in a run folder or a folder of exported adapters, by name."""
     exports = {}
     for file in find_exports(Path(path)):
         tensors, metadata = read_export(file)
@@ -166,22 +169,22 @@ def read_exports(path: str | os.PathLike[str]) -> dict[str, tuple[dict[str, Tens
 
 
 def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an exported adapter; UserError if it is broken or was not exported by agsm-rl."""
+    """Tensors and metadata of an exported adapter; UserError if it is damaged or was not exported by agsm-rl."""
     tensors, metadata = read_safetensors(file)
     if "kind" not in metadata:
         raise UserError(
             f"{file}: was not exported by agsm-rl. For a LoRA from elsewhere, add --base, set `backbone.lora`, or use "
-            "pipe.load_lora_weights; published token files and kohya's LoRA go through `agsm-rl convert`."
+            "pipe.load_lora_weights; convert published token files and kohya's LoRA with `agsm-rl convert`."
         )
     return tensors, metadata
 
 
 def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) -> list[str]:
-    """Fill attached adapters, by name, from a run folder or a folder of exported adapters; the names of those.
+    """Fill attached adapters from the exported ones of the same name in a folder; return the names of those filled.
 
-    Those that are not there begin new, as soft tokens on top of a LoRA that another run trained. UserError when nothing
-    is continued, when a name seems misspelt, or when what is there is of another kind or shape, or for another base.
-    Exported adapters that have no namesake are left alone.
+    Adapters without a namesake start fresh, such as soft tokens on top of a LoRA that another run trained, and exported
+    adapters without a namesake are ignored. UserError if nothing is continued, if a name seems misspelt, or if an
+    exported adapter is of another kind or shape, or for another base.
     """
     exports = read_exports(path)
     kinds = {name: metadata["kind"] for name, (_, metadata) in exports.items()}
@@ -189,29 +192,32 @@ def start_from(adapters: Mapping[str, Adapter], path: str | os.PathLike[str]) ->
     for name in continued:
         tensors, metadata = exports[name]
         if metadata["kind"] != adapters[name].kind:
-            raise UserError(f"{path}: its adapter '{name}' is a {metadata['kind']}, here it is a {adapters[name].kind}")
+            raise UserError(
+                f"{path}: its adapter '{name}' is a {metadata['kind']}, but here it is a {adapters[name].kind}"
+            )
         adapters[name].load_export(tensors, metadata)
     return continued
 
 
-def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: str) -> list[str]:
-    """Which of a run's adapters (kind by name) continue from those in `where`.
+def names_continued(adapters: Mapping[str, str], exported: Mapping[str, str], *, where: str) -> list[str]:
+    """Which of a run's adapters continue from the exported ones in `where`; both are given as kind by name.
 
-    UserError if none does, or if one that would begin new is of the kind of one there that would be dropped: a slip of
-    the name, after which the run would have lost what it starts from.
+    UserError if none does, or if one would start fresh while an exported one of the same kind is dropped: then the name
+    is probably misspelt, and the run would lose what it starts from.
     """
-    continued = [name for name in own if name in there]
-    dropped = {kind: name for name, kind in there.items() if name not in own}
-    holds = ", ".join(f"{name} ({kind})" for name, kind in there.items())
-    for name, kind in own.items():
-        if name not in there and kind in dropped:
+    continued = [name for name in adapters if name in exported]
+    dropped = {kind: name for name, kind in exported.items() if name not in adapters}
+    holds = ", ".join(f"{name} ({kind})" for name, kind in exported.items())
+    for name, kind in adapters.items():
+        if name not in exported and kind in dropped:
             raise UserError(
-                f"{where}: it holds no adapter '{name}'; it holds: {holds}. Name it '{dropped[kind]}', or keep both"
+                f"{where}: holds no adapter '{name}'; it holds: {holds}. Name it '{dropped[kind]}', or keep both"
             )
     if not continued:
         raise UserError(
-            f"{where}: none of its adapters is continued: it holds {holds}; the adapters here are {', '.join(own)}. "
-            "List those to keep under `adapters`, as they were trained; `trains` says which of them learn"
+            f"{where}: none of its adapters is continued: it holds {holds}; the adapters here are "
+            f"{', '.join(adapters)}. List those to keep under `adapters`, as they were trained; `trains` says which of "
+            "them learn"
         )
     return continued
 
@@ -219,21 +225,21 @@ def names_continued(own: Mapping[str, str], there: Mapping[str, str], *, where: 
 def save_adapters(
     adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write each adapter to `<name>.safetensors` (an only LoRA to `pytorch_lora_weights.safetensors`); the files."""
+    """Write each adapter to `<name>.safetensors` (a single LoRA to `pytorch_lora_weights.safetensors`)."""
     target = local_path(folder)
     target.mkdir(parents=True, exist_ok=True)
     loras = [name for name, adapter in adapters.items() if adapter.kind == "lora"]
     files = []
     for name, adapter in adapters.items():
         file = target / (LORA_FILE if loras == [name] else f"{name}.safetensors")
-        tensors, own = adapter.export()
-        write_export(file, tensors, {**metadata, **own, "name": name})
+        tensors, described = adapter.export()
+        write_export(file, tensors, {**metadata, **described, "name": name})
         files.append(file)
     return files
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata, with our version: a kill leaves the old file or the new one. OSError if it fails."""
+    """Write tensors, metadata and our version; a kill leaves the old file or the new one. OSError if writing fails."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(file) as aside:

@@ -1,16 +1,16 @@
-"""Trained adapters in other people's files, and theirs in ours: `agsm-rl convert`.
+"""`agsm-rl convert`: trained adapters to and from the file formats of other tools.
 
-Soft tokens as their authors publish them, two PyTorch files, from which no code is run:
+Soft tokens are published as two PyTorch files. Reading them runs no code:
 
 | | tokens, width D | time rows, a pickled nn.Embedding |
 |---|---|---|
 | SoftREPA (arXiv 2503.08250) | `dc_tokens.pth` (n, D); SD3 (L, n, D) | `dc_t_tokens.pth` (100, D); SD3 (100, L·D) |
 | AGSM (arXiv 2605.30038) | `soft_tokens.pth` (banks, n, D); SD3 (banks, L, n, D) | `soft_t_tokens.pth`, the same |
 
-What their authors' code does with them besides is set in the metadata: SoftREPA's SD1.5 tokens are seen by the down
-blocks only, and SDXL's guidance has AGSM's negative bank on its unconditional branch.
+The metadata records how the authors' code uses them: only the down blocks see SoftREPA's SD1.5 tokens, and guidance on
+SDXL uses AGSM's negative bank for its unconditional branch.
 
-LoRA in kohya's form is in kohya.py. `pipe.load_lora_weights` reads that and our own files as they are.
+kohya.py handles LoRA in kohya's form. `pipe.load_lora_weights` reads both that form and our own files directly.
 """
 
 import errno
@@ -37,26 +37,33 @@ from agsm_rl.files import replacing
 
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
-"""A form's files: tokens, and time rows. Published ones may have a prefix, as in `sd1.5_dc_tokens.pth`."""
+"""The files of each form: tokens and time rows. Published files may have a prefix, as in `sd1.5_dc_tokens.pth`."""
 POSITIVE_ALONE = "{}: has two banks; this form holds one, and gets the positive one, which draws."
 
 
 def convert(
     source: Path, out: Path, form: Form | None = None, *, tell: Callable[[str], None] = lambda line: None
 ) -> list[Path]:
-    """Write `source` to `out` in another form, and return the files. `tell` gets notes for the user.
+    """Write `source` to `out` in another form, and return the files.
 
-    form `agsm-rl`: from published token files (the tokens', or their folder), or from a .safetensors file in kohya's
-    form, to a .safetensors file for `attach`; a LoRA's goes into `pipe.load_lora_weights` too.
-    `agsm`, `softrepa`: from a run folder, an adapter folder or an exported file to a folder with the two token files;
-    SoftREPA's has one bank, and gets the positive one. `kohya`: from the same to a .safetensors file, positive bank.
-    None: by `out`, `agsm-rl` for a .safetensors file; for a folder `agsm`, or `softrepa` where there is only one bank.
-    UserError when the source holds nothing of the kind, or contradicts itself; nothing is written then.
+    - `agsm-rl` reads published token files (the tokens' file, or its folder) or a .safetensors file in kohya's form,
+      and writes a .safetensors file for `attach`; a LoRA's also works with `pipe.load_lora_weights`.
+    - `agsm` and `softrepa` read a run folder, an adapter folder or an exported file, and write a folder with the two
+      token files. SoftREPA's form has one bank, and gets the positive one.
+    - `kohya` reads the same, and writes the positive bank to a .safetensors file.
+
+    Args:
+        source: What to convert.
+        out: A .safetensors file for `agsm-rl` and `kohya`, otherwise a folder.
+        form: By default `agsm-rl` if `out` is a .safetensors file; otherwise `agsm`, or `softrepa` for a single bank.
+        tell: Called with each note for the user.
+
+    Raises UserError, and writes nothing, if the source does not hold such an adapter or contradicts itself.
     """
     if form is None and out.suffix == ".safetensors":
         form = "agsm-rl"
     if form in ("agsm-rl", "kohya") and out.suffix != ".safetensors":
-        raise UserError(f"OUT {out}: with --to {form} it is a file; give it a name that ends in .safetensors.")
+        raise UserError(f"OUT {out}: with --to {form} this must be a file whose name ends in .safetensors.")
     if form == "agsm-rl":
         if source.suffix == ".safetensors":
             tensors, metadata = read_kohya(source)
@@ -64,7 +71,7 @@ def convert(
             tensors = read_published(source)
             if "time_tokens" not in tensors:
                 file, published = _tokens_file(source)
-                tell(f"{file}: has no {_times_file(file, published).name} beside it; converted without time rows.")
+                tell(f"{file}: there is no {_times_file(file, published).name} beside it; converted without time rows.")
             base = BACKBONES.get(BASE_OF_WIDTH.get(tensors["soft_tokens"].shape[-1], ""), "")
             metadata = describe_tokens(tensors, base=base) | _as_their_authors(tensors, _tokens_file(source)[1])
             metadata |= {"name": "tokens"}
@@ -103,44 +110,44 @@ def _as_their_authors(tensors: dict[str, Tensor], form: Literal["agsm", "softrep
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """Our tensors, `soft_tokens` and, where its file is there, `time_tokens`, from published token files.
+    """Read published token files as our tensors: `soft_tokens` and, if there are time rows, `time_tokens`.
 
-    path: the tokens' file, or a folder with one. UserError for a file that holds anything but a tensor or an embedding
-    (nothing in it is run), is broken, or has other shapes than the page above says.
+    `path` is the tokens' file, or a folder with one. UserError if a file is damaged, holds anything other than a tensor
+    or an embedding (no code in it is run), or has other shapes than the table at the top.
     """
     file, form = _tokens_file(path)
     tokens = _read(file)
     banks = tokens[None] if form == "softrepa" else tokens
     if banks.ndim not in (3, 4) or (form == "agsm" and len(banks) not in (1, 2)):
-        wanted = "(n, D) or (L, n, D)" if form == "softrepa" else "(banks, n, D) or (banks, L, n, D), banks 1 or 2"
-        raise UserError(f"{file}: a tensor of shape {tuple(tokens.shape)}; {wanted} is needed.")
-    found = {"soft_tokens": banks}
+        allowed = "(n, D) or (L, n, D)" if form == "softrepa" else "(banks, n, D) or (banks, L, n, D), banks 1 or 2"
+        raise UserError(f"{file}: has shape {tuple(tokens.shape)}; it must be {allowed}.")
+    tensors = {"soft_tokens": banks}
     times = _times_file(file, form)
     if times.is_file():
         layers = banks.shape[1] if banks.ndim == 4 else 1
         table = (TIME_ROWS, layers * banks.shape[-1])
-        found["time_tokens"] = _read(times)
-        if found["time_tokens"].shape != table:
-            raise UserError(f"{times}: a table of shape {tuple(found['time_tokens'].shape)}; {table} is needed.")
-    return found
+        tensors["time_tokens"] = _read(times)
+        if tensors["time_tokens"].shape != table:
+            raise UserError(f"{times}: has shape {tuple(tensors['time_tokens'].shape)}; it must be {table}.")
+    return tensors
 
 
 def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["agsm", "softrepa"]) -> list[Path]:
-    """Write our tensors as the two files of a form, the time rows' only if there are any.
+    """Write our tensors as the files of a form; that of the time rows only if there are any.
 
-    Both files are written aside first, so that a failure or a kill leaves those that were there. UserError when they
-    cannot be written.
+    Both files are written under temporary names first, so that a failure or a kill leaves the old ones. UserError if
+    they cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"OUT {folder}: there is a file of that name; with --to {form} it is a folder.")
+        raise UserError(f"OUT {folder}: this is a file; with --to {form} it must be a folder.")
     tokens = tensors["soft_tokens"]
     contents: list[Any] = [nn.Parameter(tokens[0].clone() if form == "softrepa" else tokens)]
     if "time_tokens" in tensors:
         contents.append(nn.Embedding.from_pretrained(tensors["time_tokens"], freeze=False))
     elif (folder / NAMES[form][1]).exists():
         raise UserError(
-            f"OUT {folder}: holds {NAMES[form][1]}, the time rows of other tokens; these have none. Delete it, or "
-            "choose another folder."
+            f"OUT {folder}: holds {NAMES[form][1]}, the time rows of other tokens, but these tokens have none. Delete "
+            "it, or choose another folder."
         )
     files = [folder / name for name in NAMES[form][: len(contents)]]
     with _writing(folder), ExitStack() as renaming:
@@ -150,10 +157,10 @@ def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["ags
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         asides = [renaming.enter_context(replacing(file)) for file in files]
         for content, aside in zip(contents, asides, strict=True):
-            held = BytesIO()
-            torch.save(content, held)  # into memory: on a full disk torch fails in its own ways
+            buffer = BytesIO()
+            torch.save(content, buffer)  # into memory: on a full disk torch would not raise OSError
             with aside.open("wb") as file_aside:
-                file_aside.write(held.getbuffer())
+                file_aside.write(buffer.getbuffer())
                 file_aside.flush()
                 os.fsync(file_aside.fileno())
     return files
@@ -161,7 +168,7 @@ def write_published(tensors: dict[str, Tensor], folder: Path, form: Literal["ags
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """UserError if OUT cannot be written."""
+    """Turn an OSError into a UserError about OUT."""
     try:
         yield
     except OSError as error:
@@ -173,14 +180,14 @@ def _writing(out: Path) -> Iterator[None]:
 def _tokens_file(path: Path) -> tuple[Path, Literal["agsm", "softrepa"]]:
     files = [path] if path.is_file() else sorted(path.glob("*.pth"))
     forms: tuple[Literal["agsm", "softrepa"], ...] = ("agsm", "softrepa")
-    found = [(file, form) for file in files for form in forms if file.name.endswith(NAMES[form][0])]
-    if len(found) != 1:
-        names = ", ".join(file.name for file, _ in found) or "none"
+    matches = [(file, form) for file in files for form in forms if file.name.endswith(NAMES[form][0])]
+    if len(matches) != 1:
+        names = ", ".join(file.name for file, _ in matches) or "none"
         raise UserError(
-            f"{path}: {len(found)} files of soft tokens ({names}); give one whose name ends in "
-            f"{' or '.join(NAMES[form][0] for form in forms)}, or a folder with one."
+            f"{path}: {len(matches)} files of soft tokens ({names}); give one whose name ends in "
+            f"{' or '.join(NAMES[form][0] for form in forms)}, or a folder with exactly one."
         )
-    return found[0]
+    return matches[0]
 
 
 def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
@@ -188,46 +195,45 @@ def _times_file(tokens: Path, form: Literal["agsm", "softrepa"]) -> Path:
 
 
 def _read(file: Path) -> Tensor:
-    """The finite tensor of a file, float32."""
+    """The tensor in a file, in float32; UserError unless it is finite."""
     if not file.is_file():  # opening a named pipe would block forever
         raise UserError(f"{file}: is not a regular file.")
     try:
-        # The one class beside tensors that published files hold; unpickling it only fills its attributes.
+        # Besides tensors, published files hold this class only; unpickling it just fills its attributes.
         with torch.serialization.safe_globals([nn.Embedding]):
-            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only the name is taken from torch's text, which goes on to advise loading the file without the check.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"this file wants {wanted[1]}" if wanted else "this file is neither, or it is damaged"
+        # Quote only the name: torch's message goes on to advise loading the file without this check.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"this file wants {named[1]}" if named else "this file holds something else, or it is damaged"
         raise UserError(
-            f"{file}: refused, nothing in it was run. Soft tokens are a tensor or an nn.Embedding; {what}."
+            f"{file}: refused, and nothing in it was run. Soft tokens are a tensor or an nn.Embedding; {what}."
         ) from error
     except Exception as error:  # a broken archive fails in many ways
         cause = str(error) or type(error).__name__
-        raise UserError(f"{file}: cannot be read, it is truncated or not a PyTorch file ({cause}).") from error
-    if isinstance(found, nn.Embedding):
-        found = getattr(found, "weight", None)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise UserError(f"{file}: cannot be read; it is truncated or not a PyTorch file ({cause}).") from error
+    tensor = getattr(content, "weight", None) if isinstance(content, nn.Embedding) else content
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise UserError(
-            f"{file}: holds a {type(found).__name__}; a floating-point tensor or an nn.Embedding is needed."
+            f"{file}: holds a {type(tensor).__name__}; it must hold a floating-point tensor or an nn.Embedding."
         )
-    check_tensor(found, f"{file}: its tensor")
-    return found.detach().float().contiguous()
+    check_tensor(tensor, f"{file}: its tensor")
+    return tensor.detach().float().contiguous()
 
 
 def _export_of(source: Path, kind: str, tell: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The only exported adapter of a kind in a run folder, an adapter folder or a file.
 
-    `tell` gets the others, which the form has no place for.
+    `tell` is called for each of the others, which the form cannot hold.
     """
     exports = {file: read_export(file) for file in find_exports(source)}
-    found = [export for export in exports.values() if export[1]["kind"] == kind]
-    if len(found) != 1:
-        there = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
+    matches = [export for export in exports.values() if export[1]["kind"] == kind]
+    if len(matches) != 1:
+        contents = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
         raise UserError(
-            f"{source}: {len(found)} adapters of kind '{kind}' in it; it must have exactly one. It holds: {there}."
+            f"{source}: has {len(matches)} adapters of kind '{kind}', but must have exactly one. It holds: {contents}."
         )
     for file, (_, metadata) in exports.items():
         if metadata["kind"] != kind:
             tell(f"{file}: is left out ({metadata['kind']}); this form has no place for it.")
-    return found[0]
+    return matches[0]

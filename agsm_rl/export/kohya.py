@@ -1,7 +1,7 @@
 """LoRA in kohya's form, which ComfyUI and A1111 read: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-A form for U-Nets and their CLIPs (`lora_te_…` for SD1.5's; `lora_te1_…`, `lora_te2_…` for SDXL's), with one set of
-weights: the positive bank. `pipe.load_lora_weights` reads it too.
+The form covers U-Nets and their CLIPs (`lora_te_…` in SD1.5; `lora_te1_…` and `lora_te2_…` in SDXL). It holds one set
+of weights, the positive bank. `pipe.load_lora_weights` reads it too.
 """
 
 from collections import defaultdict
@@ -33,18 +33,18 @@ PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 OURS = (".lora_A.weight", ".lora_B.weight")
 ORIGIN = ("base", "backbone", "backbone_options", "checkpoint", "objectives", "recipe_sha256", "step", "version")
-"""Metadata keys that say where an export comes from; the others belong to the form."""
+"""Metadata keys that tell where an export comes from; the others belong to the form."""
 
 
 def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path) -> None:
-    """Write the positive bank of an exported LoRA; UserError for SD3's, whose transformer the form has no names for."""
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
-    if any(name.startswith("transformer.") for name in own):
+    """Write the positive bank of an exported LoRA; UserError for SD3, whose transformer has no names in this form."""
+    positive = {name: tensor for name, tensor in tensors.items() if not name.startswith(NEGATIVE_PREFIX)}
+    if any(name.startswith("transformer.") for name in positive):
         raise UserError(
-            "--to kohya: a form for U-Nets (SD1.5, SDXL). diffusers takes SD3's LoRA as it was exported; so does "
-            "ComfyUI, but for its alpha: give it the strength alpha / rank there"
+            "--to kohya: this form is for U-Nets only (SD1.5, SDXL). diffusers loads SD3's LoRA as exported; so does "
+            "ComfyUI, except that it ignores alpha: set the strength to alpha / rank there"
         )
-    converted = convert_state_dict_to_kohya(own)
+    converted = convert_state_dict_to_kohya(positive)
     if metadata.get("base") == "stable_diffusion":  # a single text encoder has no number
         converted = {name.replace("lora_te1_", "lora_te_", 1): tensor for name, tensor in converted.items()}
     alpha = torch.tensor(float(LoRA.from_export(tensors, metadata).alpha))  # diffusers writes the rank
@@ -55,48 +55,50 @@ def write_kohya(tensors: dict[str, Tensor], metadata: dict[str, str], out: Path)
 
 
 def read_kohya(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of our export; layers may have diffusers' names or SDXL's original ones.
+    """Read a LoRA as tensors and metadata of our export; layers may have diffusers' names or SDXL's original ones.
 
     UserError if the file is not such a LoRA, or its layers differ in rank or alpha.
     """
     tensors, metadata = read_safetensors(file)
     if "kind" in metadata:
-        raise UserError(f"{file}: is agsm-rl's own export, attach() takes it; other forms: agsm, softrepa, kohya.")
+        raise UserError(
+            f"{file}: is already in agsm-rl's form, which attach() takes; other forms: agsm, softrepa, kohya."
+        )
     rank, alpha = _rank_and_alpha(tensors, file)
     expected = sum(name.endswith((DOWN, UP)) for name in tensors)  # diffusers empties the dictionary
     try:
-        # Original names count SDXL's blocks through; its U-Net has two layers in each.
+        # Original names number SDXL's layers consecutively; its U-Net has two per block.
         unet = SimpleNamespace(layers_per_block=2)
         renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet)
     except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: has layers that diffusers finds no place for in a U-Net ({error}).") from error
-    own = _to_peft_names(renamed)
-    if odd := [name for name in own if not name.endswith(OURS)]:
-        raise UserError(f"{file}: has layers that diffusers finds no place for ({', '.join(odd[:3])}).")
-    if lost := expected - len(own):
-        raise UserError(f"{file}: diffusers finds no place for {lost} of its tensors; nothing is converted.")
-    # Whole names, not ends of names: a file may have some blocks only.
+        raise UserError(f"{file}: has layers that diffusers cannot place in a U-Net ({error}).") from error
+    converted = _to_peft_names(renamed)
+    if odd := [name for name in converted if not name.endswith(OURS)]:
+        raise UserError(f"{file}: has layers that diffusers cannot place ({', '.join(odd[:3])}).")
+    if lost := expected - len(converted):
+        raise UserError(f"{file}: diffusers cannot place {lost} of its tensors; nothing was converted.")
+    # Use whole names, not name endings: a file may cover some blocks only.
     targets: dict[str, list[str]] = defaultdict(list)
-    for name in own:
+    for name in converted:
         if name.endswith(OURS[0]):
             part, _, layer = name.removesuffix(OURS[0]).partition(".")
             targets[part].append(layer.removeprefix("text_model."))
-    widths = [own[f"unet.{layer}{OURS[0]}"].shape[1] for layer in targets["unet"] if layer.endswith("attn2.to_k")]
+    widths = [converted[f"unet.{layer}{OURS[0]}"].shape[1] for layer in targets["unet"] if layer.endswith("attn2.to_k")]
     base = BACKBONES.get(BASE_OF_WIDTH.get(widths[0], ""), "") if widths else ""
     described = describe_lora(targets, rank=rank, alpha=alpha, banks=1, base=base)
-    return own, {**described, "name": "lora", **_origin(metadata)}
+    return converted, {**described, "name": "lora", **_origin(metadata)}
 
 
 def _to_peft_names(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names for the layers of U-Net and text encoders, of which it has several kinds, as PEFT's."""
+    """Rename layers of U-Net and text encoders from any of diffusers' conventions to PEFT's."""
     unet = {name: tensor for name, tensor in renamed.items() if name.startswith("unet.")}
     text = {name: tensor for name, tensor in renamed.items() if name not in unet}
-    own = convert_unet_state_dict_to_peft(unet)
+    converted = convert_unet_state_dict_to_peft(unet)
     if text:
-        # Given explicitly: diffusers' guess is wrong for files without some projections.
+        # diffusers would guess the type wrongly for files that lack some projections.
         text = convert_state_dict_to_diffusers(text, original_type=StateDictType.DIFFUSERS_OLD)
-        own |= convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS)
-    return {name: tensor.float() for name, tensor in own.items()}
+        converted |= convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS)
+    return {name: tensor.float() for name, tensor in converted.items()}
 
 
 def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]:
@@ -107,10 +109,10 @@ def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]
     odd = [n for n, parts in layers.items() if not n.startswith(PREFIXES) or {*parts} - {"alpha"} != {DOWN, UP}]
     if odd or not any(name.startswith(UNET) for name in layers):
         raise UserError(
-            f"{file}: is not a LoRA of a U-Net in kohya's form, with or without its CLIPs; it holds "
-            f"{', '.join(odd[:3] or [*layers][:3]) or 'nothing'}. Others may go into pipe.load_lora_weights."
+            f"{file}: is not a LoRA of a U-Net (with or without its CLIPs) in kohya's form; it holds "
+            f"{', '.join(odd[:3] or [*layers][:3]) or 'nothing'}. pipe.load_lora_weights may take it."
         )
-    # Where alpha is left out it is the rank, for a scale of 1.
+    # Alpha defaults to the rank, which gives a scale of 1.
     ranks = {name: parts[DOWN].shape[0] if parts[DOWN].ndim else 0 for name, parts in layers.items()}
     if empty := [name for name, rank in ranks.items() if rank < 1]:
         raise UserError(f"{file}: the rank of {', '.join(empty[:3])} is 0; it must be 1 or more.")
@@ -119,8 +121,8 @@ def _rank_and_alpha(tensors: dict[str, Tensor], file: Path) -> tuple[int, float]
     }
     if len(scales) > 1:
         raise UserError(
-            f"{file}: the (rank, alpha) of its layers are {sorted(scales)}; one for all is supported. "
-            "pipe.load_lora_weights takes several."
+            f"{file}: its layers differ in (rank, alpha): {sorted(scales)}; they must all be equal. "
+            "pipe.load_lora_weights takes different ones."
         )
     return scales.pop()
 

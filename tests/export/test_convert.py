@@ -75,7 +75,7 @@ def test_tokens_without_time_rows_are_one_file_and_the_command_says_so_in_a_line
     done = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "out.safetensors")])
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out.safetensors'}\n")
     assert done.stderr.splitlines() == [
-        f"{tmp_path / 'sd1.5_dc_tokens.pth'}: has no sd1.5_dc_t_tokens.pth beside it; converted without time rows."
+        f"{tmp_path / 'sd1.5_dc_tokens.pth'}: there is no sd1.5_dc_t_tokens.pth beside it; converted without time rows."
     ]
     torch.save(nn.Embedding(100, 32), tmp_path / "sd1.5_dc_t_tokens.pth")
     done = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "out.safetensors")])
@@ -122,7 +122,7 @@ def test_a_pickle_with_more_in_it_is_refused_and_nothing_in_it_runs(name, tmp_pa
     mark = tmp_path / "mark"
     torch.save(torch.ones(4, 32), tmp_path / "dc_tokens.pth")
     torch.save(Malicious(mark), tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name}: refused, nothing in it was run.*{os.name}.mkdir") as refused:
+    with pytest.raises(UserError, match=rf"{name}: refused, and nothing in it was run.*{os.name}.mkdir") as refused:
         convert(tmp_path, tmp_path / "out.safetensors", "agsm-rl")
     assert "weights_only" not in str(refused.value)  # torch advises to load it all the same
     assert not mark.exists() and not (tmp_path / "out.safetensors").exists()
@@ -137,9 +137,9 @@ def embedding(rows, width):
     [
         ({}, "0 files of soft tokens"),
         ({"dc_tokens.pth": torch.ones(4, 8), "soft_tokens.pth": torch.ones(2, 4, 8)}, "2 files of soft tokens"),
-        ({"soft_tokens.pth": torch.ones(4, 8)}, r"shape \(4, 8\); \(banks, n, D\)"),
+        ({"soft_tokens.pth": torch.ones(4, 8)}, r"shape \(4, 8\); it must be \(banks, n, D\)"),
         ({"soft_tokens.pth": torch.ones(3, 4, 8)}, "banks 1 or 2"),
-        ({"dc_tokens.pth": torch.ones(8)}, r"\(n, D\) or \(L, n, D\) is needed"),
+        ({"dc_tokens.pth": torch.ones(8)}, r"it must be \(n, D\) or \(L, n, D\)"),
         ({"dc_tokens.pth": torch.ones(4, 8).long()}, "a floating-point tensor"),
         ({"dc_tokens.pth": {"weight": torch.ones(4, 8)}}, "holds a dict"),
         ({"dc_tokens.pth": torch.full((4, 8), float("nan"))}, "not finite"),
@@ -147,10 +147,13 @@ def embedding(rows, width):
         ({"dc_tokens.pth": torch.ones(4, 8).to(torch.float8_e4m3fn)}, "is float8_e4m3fn; allowed"),
         ({"dc_tokens.pth": torch.ones(4, 8).to_sparse()}, "is a sparse"),
         ({"dc_tokens.pth": torch.ones(4, 8, device="meta")}, r"empty \(meta\)"),
-        ({"dc_tokens.pth": torch.ones(4, 8), "dc_t_tokens.pth": embedding(100, 9)}, r"dc_t_.*\(100, 9\); \(100, 8\)"),
-        ({"dc_tokens.pth": torch.ones(5, 4, 8), "dc_t_tokens.pth": embedding(100, 8)}, r"\(100, 40\) is needed"),
+        (
+            {"dc_tokens.pth": torch.ones(4, 8), "dc_t_tokens.pth": embedding(100, 9)},
+            r"dc_t_.*\(100, 9\); it must be \(100, 8\)",
+        ),
+        ({"dc_tokens.pth": torch.ones(5, 4, 8), "dc_t_tokens.pth": embedding(100, 8)}, r"it must be \(100, 40\)"),
         ({"dc_tokens.pth": nn.Linear(1, 1)}, r"this file wants torch.nn.modules.linear.Linear\.$"),
-        ({"dc_tokens.pth": b"version https://git-lfs.github.com/spec/v1"}, r"neither, or it is damaged\.$"),
+        ({"dc_tokens.pth": b"version https://git-lfs.github.com/spec/v1"}, r"something else, or it is damaged\.$"),
         ({"dc_tokens.pth": b""}, r"cannot be read.*EOFError"),
         ({"dc_tokens.pth": b"PK\x03\x04"}, "cannot be read"),
     ],
@@ -169,7 +172,7 @@ def test_kohya_s_lora_draws_the_same_picture_through_diffusers(exported, tmp_pat
     pipeline = AutoPipelineForText2Image.from_pretrained(each_checkpoint)
     out = tmp_path / "kohya.safetensors"
     if hasattr(pipeline, "transformer"):
-        with pytest.raises(UserError, match="so does ComfyUI, but for its alpha"):
+        with pytest.raises(UserError, match="so does ComfyUI, except that it ignores alpha"):
             convert(exported, out, "kohya")
         return
     base = draw(pipeline)
@@ -223,7 +226,7 @@ def test_text_encoders_go_through_kohya_s_form_and_back(each_backbone, each_chec
     (file,) = save_adapters({"lora": lora}, tmp_path / "adapter", metadata={})
     out = tmp_path / "kohya.safetensors"
     if hasattr(each_backbone.pipeline, "transformer"):
-        with pytest.raises(UserError, match="so does ComfyUI, but for its alpha"):
+        with pytest.raises(UserError, match="so does ComfyUI, except that it ignores alpha"):
             convert(file, out, "kohya")
         return
     convert(file, out, "kohya")
@@ -288,13 +291,16 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
     ("tensors", "message"),
     [
         ({}, "holds nothing"),
-        (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net in kohya's form.*holds lora_te_text_mod"),
+        (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net .*in kohya's form.*holds lora_te_text_mod"),
         (kohya_layer(f"{MID}q") | kohya_layer("lora_te3_encoder_block_0_layer_0_SelfAttention_q"), "holds lora_te3_"),
-        (kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_odd"), "finds no place for"),
+        (kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_odd"), "cannot place"),
         (kohya_layer(f"{MID}q", dora_scale=torch.ones(1)), f"holds {MID}q.*pipe.load_lora_weights"),
         ({f"{MID}q.lora_down.weight": torch.ones(2, 8)}, f"holds {MID}q"),
-        (kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3), r"\[\(2, 4.0\), \(3, 4.0\)\]; one for all"),
-        (kohya_layer("lora_unet_middle_block_7_x"), "diffusers finds no place for"),
+        (
+            kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3),
+            r"\[\(2, 4.0\), \(3, 4.0\)\]; they must all be equal",
+        ),
+        (kohya_layer("lora_unet_middle_block_7_x"), "diffusers cannot place"),
         (kohya_layer(f"{MID}q", alpha=torch.tensor(float("inf"))), "alpha' holds numbers that are not finite"),
         (kohya_layer(f"{MID}q", alpha=torch.tensor(-1.0)), "alpha' is -1.0; it must be a finite number above 0"),
         (kohya_layer(f"{MID}q", alpha=torch.ones(2)), r"alpha' is \(2,\); it must be"),
@@ -371,7 +377,9 @@ def test_tokens_without_time_rows_are_not_put_beside_the_time_rows_of_others(tmp
 
 
 def test_our_own_export_is_not_converted_to_itself(exported, tmp_path):
-    with pytest.raises(UserError, match=r"own export, attach\(\) takes it; other forms: agsm, softrepa, kohya"):
+    with pytest.raises(
+        UserError, match=r"already in agsm-rl's form, which attach\(\) takes; other forms: agsm, softrepa, kohya"
+    ):
         convert(exported / "adapter" / "tokens.safetensors", tmp_path / "out.safetensors")
 
 
@@ -381,9 +389,9 @@ def test_the_command_tells_what_it_wrote_and_what_it_cannot(exported, tmp_path):
     assert done.exit_code == 0 and done.stdout.split() == [
         str(tmp_path / "pth" / name) for name in ("soft_tokens.pth", "soft_t_tokens.pth")
     ]
-    with pytest.raises(UserError, match=r"it is a file; give it a name that ends in .safetensors"):
+    with pytest.raises(UserError, match=r"this must be a file whose name ends in .safetensors"):
         convert(exported, tmp_path / "x", "kohya")
-    with pytest.raises(UserError, match="there is a file of that name"):
+    with pytest.raises(UserError, match="this is a file; with --to"):
         convert(exported, tmp_path / "pth" / "soft_tokens.pth", "softrepa")
     (exported / "adapter" / "tokens.safetensors").unlink()
     with pytest.raises(UserError, match=r"0 adapters of kind 'soft_tokens'.*pytorch_lora_weights.safetensors \(lora\)"):

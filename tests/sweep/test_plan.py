@@ -177,7 +177,7 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         ),
         (
             {"axes": {"a": {"b": {}, "c": {"start_from": "b", "adapters": {"lroa": {"use": "lora", "rank": 2}}}}}},
-            r"cell 'c-seed0': start_from: b-seed0: it holds no adapter 'lroa'; it holds: lora",
+            r"cell 'c-seed0': start_from: b-seed0: holds no adapter 'lroa'; it holds: lora",
         ),
         ({"seeds": 0}, r"seeds: got 0"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] lists a seed twice"),
