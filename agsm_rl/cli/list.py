@@ -37,17 +37,17 @@ def list_names(
     if not homes:
         names = [name for kind in registry.KINDS for name in registry.available(kind)]
         raise unknown_name("list", what, "a kind or a registered name", [*kinds, *names])
-    found = {kind: registry.load(kind, what, where="list") for kind in homes}
-    options = {kind: _options(kind, one, where=f"list {what}") for kind, one in found.items()}
+    classes = {kind: registry.load(kind, what, where="list") for kind in homes}
+    options = {kind: _options(kind, item, where=f"list {what}") for kind, item in classes.items()}
     if as_json:
         content = {
-            kind: {"name": what, "about": about(one), "options": [option.to_json() for option in options[kind]]}
-            for kind, one in found.items()
+            kind: {"name": what, "about": about(item), "options": [option.to_json() for option in options[kind]]}
+            for kind, item in classes.items()
         }
         say(json.dumps(content, indent=1))
         return
-    for kind, one in found.items():
-        _print_meaning(f"{kind}: {what}", about(one), options[kind])
+    for kind, item in classes.items():
+        _print_meaning(f"{kind}: {what}", about(item), options[kind])
 
 
 def _options(kind: str, registered: Any, *, where: str) -> list[Option]:
@@ -66,12 +66,12 @@ def _names_of(kind: str) -> list[dict[str, str]]:
     return [{"name": entry.name, "target": entry.target, "package": entry.package} for entry in entries]
 
 
-def _print_names(found: dict[str, list[dict[str, str]]], as_json: bool) -> None:
+def _print_names(names: dict[str, list[dict[str, str]]], as_json: bool) -> None:
     if as_json:
-        say(json.dumps(found, indent=1))
+        say(json.dumps(names, indent=1))
         return
-    width = max((len(row["name"]) for rows in found.values() for row in rows), default=0) + 2
-    for kind, rows in found.items():
+    width = max((len(row["name"]) for rows in names.values() for row in rows), default=0) + 2
+    for kind, rows in names.items():
         say(f"{kind}:")
         for row in rows:
             say(f"  {row['name']:<{width}}{row['target']}")

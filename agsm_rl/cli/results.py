@@ -1,4 +1,4 @@
-"""The commands that show what came of a training: sample and report (`eval` has a file of its own)."""
+"""The commands that show the results of a training: sample and report (`eval` is in eval.py)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def report(
 
 
 def check_output_file(file: Path, *, option: str) -> None:
-    """UserError, before anything is computed, when a file cannot be written there."""
+    """UserError, before anything is computed, if the file cannot be written."""
     if file.is_dir():
         raise UserError(f"{option} {file}: this is a folder; give a file.")
     parent = file.absolute().parent
@@ -97,7 +97,7 @@ def check_output_file(file: Path, *, option: str) -> None:
 
 
 def check_output_folder(folder: Path, *, option: str) -> None:
-    """UserError, before anything is computed, when there is no folder and none can be made."""
+    """UserError, before anything is computed, if the folder does not exist and cannot be created."""
     for place in (folder, *folder.absolute().parents):
         if place.exists():
             if not place.is_dir():
@@ -108,4 +108,4 @@ def check_output_folder(folder: Path, *, option: str) -> None:
 
 def _check_writable(folder: Path, where: str) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{where}: nothing can be written in {folder} (permission denied, or a read-only disk).")
+        raise UserError(f"{where}: {folder} is not writable (permission denied, or a read-only disk).")

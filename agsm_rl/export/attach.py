@@ -66,8 +66,8 @@ def attach(
     Args:
         pipeline: The pipeline.
         path: A run folder (its `adapter/` is used), a folder of exported adapters, or one .safetensors file.
-        guidance_bank: The bank of guidance's unconditional branch (adapters/guidance.py); by default what the file says.
-        guidance_prompt: The prompt of that branch; by default what the file says.
+        guidance_bank: The bank of guidance's unconditional branch (adapters/guidance.py); by default the file's.
+        guidance_prompt: The prompt of that branch; by default the file's.
 
     Raises UserError, and attaches nothing, if a file is missing, damaged, not one of ours or for another base, or if
     the pipeline's weights are offloaded layer by layer.

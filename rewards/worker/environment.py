@@ -1,8 +1,8 @@
-"""Environments of their own for packages that must not meet ours: made once by uv from a script and its lock.
+"""Separate environments for packages that conflict with ours, created once by uv from a script and its lock.
 
-The script's inline metadata (PEP 723) says what it needs; the lock beside it, made by `lock_script`, pins all of that
-by version and hash, except torch and what torch itself pins (CUDA). Which build of torch fits is the machine's
-business: it comes from where pip or uv are set up to find it.
+The script's inline metadata (PEP 723) lists its dependencies. The lock beside it, written by `lock_script`, pins them
+by version and hash, except torch and the CUDA packages that torch itself pins: which build of torch fits depends on the
+machine, so it comes from the package indexes that pip or uv are configured with.
 """
 
 from __future__ import annotations
@@ -30,53 +30,55 @@ _OF_TORCH = re.compile(r"^(torch|triton|nvidia-[\w.-]+|cuda-[\w.-]+)==")
 FINISHED = "finished"
 PIP_TO_UV = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX"}
 CERTIFICATES = {"cert": "SSL_CERT_FILE"}
-"""Whom pip trusts; this has no say in what is installed."""
+"""The certificates that pip trusts; they do not affect what is installed."""
 
 
 def cache_folder() -> Path:
-    """Where environments are kept: AGSM_RL_CACHE, else agsm-rl in the user's cache folder."""
-    own = os.environ.get("AGSM_RL_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agsm-rl"
+    """Where environments are stored: AGSM_RL_CACHE, else agsm-rl in the user's cache folder."""
+    configured = os.environ.get("AGSM_RL_CACHE")
+    return (
+        Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agsm-rl"
+    )
 
 
 def find_uv(why: str) -> str:
-    """The program uv; UserError that tells how to get it, and why it is wanted."""
+    """The path of the program uv; UserError that says what needs it and how to install it."""
     beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if found is None:
+    uv = str(beside) if beside.exists() else shutil.which("uv")
+    if uv is None:
         raise UserError(
-            f"{why} needs the program uv, which is not here; run `pip install 'agsm-rl[official-rewards]'`."
+            f"{why} needs the program uv, which is not installed; run `pip install 'agsm-rl[official-rewards]'`."
         )
-    return found
+    return uv
 
 
 @functools.cache
 def _pip_settings() -> dict[str, str]:
-    """What pip is set up to use, as uv's variables: uv reads none of pip's settings by itself."""
+    """pip's configuration as environment variables for uv, which does not read pip's settings itself."""
     listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for line in listing.stdout.splitlines() if listing.returncode == 0 else []:
         key, _, value = line.partition("=")
         name = (PIP_TO_UV | CERTIFICATES).get(key.rpartition(".")[2])
         if name is not None:
-            found[name] = ",".join(str(ast.literal_eval(value)).split())
-    return found
+            settings[name] = ",".join(str(ast.literal_eval(value)).split())
+    return settings
 
 
 def uv_variables() -> dict[str, str]:
-    """Additions to the environment of uv: pip's settings, where uv has none of its own."""
+    """Variables to add to uv's environment: pip's settings, unless the same is set for uv."""
     return {name: value for name, value in _pip_settings().items() if name not in os.environ}
 
 
 def script_metadata(script: Path) -> dict[str, Any] | None:
-    """A script's inline metadata; None where it has none, UserError where it cannot be read."""
+    """A script's inline metadata; None if it has none, UserError if it cannot be read."""
     try:
-        found = _METADATA.search(script.read_text(encoding="utf-8"))
+        block = _METADATA.search(script.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{script}: cannot be read: {error}") from error
-    if found is None:
+    if block is None:
         return None
-    text = "".join(line[2:] if line.startswith("# ") else line[1:] for line in found["content"].splitlines(True))
+    text = "".join(line[2:] if line.startswith("# ") else line[1:] for line in block["content"].splitlines(True))
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -84,20 +86,20 @@ def script_metadata(script: Path) -> dict[str, Any] | None:
 
 
 def python_for(script: Path) -> Path:
-    """The Python of the environment that a locked script wants; made at the first call, which takes some minutes.
+    """The Python of a locked script's environment, which the first call creates in some minutes.
 
-    UserError with uv's last lines when it cannot be made. Several processes may ask at once: one makes it.
+    UserError with uv's last lines if that fails. If several processes ask at once, one of them creates it.
     """
     lock = script.with_suffix(".lock")
     metadata = script_metadata(script)
     if metadata is None or not lock.is_file():
-        raise UserError(f"{script}: it has no inline metadata, or no lock {lock.name} beside it")
-    torch = [needed for needed in metadata["dependencies"] if _OF_TORCH.match(needed)]
+        raise UserError(f"{script}: has no inline metadata, or no lock {lock.name} beside it")
+    torch = [dependency for dependency in metadata["dependencies"] if _OF_TORCH.match(dependency)]
     uv = find_uv(f"the environment of {script.stem}")
     sources = uv_variables()
-    # Other sources may give another build of torch.
-    places = [sources[name] for name in PIP_TO_UV.values() if name in sources]
-    identity = [lock.read_text(), *torch, metadata["requires-python"], *places]
+    # Other indexes may give another build of torch.
+    indexes = [sources[name] for name in PIP_TO_UV.values() if name in sources]
+    identity = [lock.read_text(), *torch, metadata["requires-python"], *indexes]
     identity += [os.environ.get(name, "") for name in (*PIP_TO_UV.values(), "UV_TORCH_BACKEND")]
     folder = (
         cache_folder() / "environments" / f"{script.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}"
@@ -109,10 +111,13 @@ def python_for(script: Path) -> Path:
     with FileLock(f"{folder}.in-work"):
         if not (folder / FINISHED).exists():
             shutil.rmtree(folder, ignore_errors=True)
-            print(f"agsm-rl: making the environment of {script.stem} in {folder}, once", file=sys.stderr)
-            wanted = ["--python", metadata["requires-python"]]
-            # Our own Python where it will do, else another that uv finds or fetches.
-            _uv([uv, "venv", "--quiet", *wanted, str(folder)], sources, folder.parent)
+            print(
+                f"agsm-rl: creating the environment of {script.stem} in {folder}; this happens only once",
+                file=sys.stderr,
+            )
+            # This Python if its version fits, otherwise another one that uv finds or downloads.
+            version = ["--python", metadata["requires-python"]]
+            _uv([uv, "venv", "--quiet", *version, str(folder)], sources, folder.parent)
             install = [uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(lock), *torch]
             _uv(install, sources, folder.parent)
             (folder / FINISHED).touch()
@@ -120,9 +125,9 @@ def python_for(script: Path) -> Path:
 
 
 def lock_script(script: Path) -> str:
-    """The text of the lock of a script, resolved anew: `name==version` with hashes, no addresses and no torch.
+    """Resolve a script's dependencies and return its lock: `name==version` with hashes, without addresses or torch.
 
-    Sources that pip or uv are set up with are left out, because a lock is for everybody.
+    The package indexes configured for pip or uv are ignored, because a lock must work for everybody.
     """
     clean = dict.fromkeys((*PIP_TO_UV.values(), "UV_INDEX", "UV_TORCH_BACKEND"))
     clean |= {name: value for name, value in uv_variables().items() if name in CERTIFICATES.values()}
@@ -133,9 +138,9 @@ def lock_script(script: Path) -> str:
 
 
 def _uv(command: list[str], added: Mapping[str, str | None], folder: Path, *, text: str = "") -> str:
-    """uv's output for `text` on stdin; UserError with its last lines when it fails.
+    """Run uv with `text` on stdin and return its output; UserError with its last lines if it fails.
 
-    Run in `folder`, elsewhere than in the user's own project.
+    It runs in `folder` so that the user's project does not affect it.
     """
     environment = {key: value for key, value in (os.environ | added).items() if value is not None}
     for name in ("VIRTUAL_ENV", "PYTHONPATH"):
@@ -151,6 +156,6 @@ def _uv(command: list[str], added: Mapping[str, str | None], folder: Path, *, te
 
 
 if __name__ == "__main__":
-    # python -m agsm_rl_rewards.worker.environment SCRIPT...: write the scripts' locks anew.
+    # python -m agsm_rl_rewards.worker.environment SCRIPT...: rewrite the locks of these scripts.
     for name in sys.argv[1:]:
         Path(name).with_suffix(".lock").write_text(lock_script(Path(name).absolute()))

@@ -85,7 +85,7 @@ class FrameServer:
         return uvicorn.Server(config)
 
     async def health(self, request: Request) -> Response:
-        """For monitoring: says nothing that would need the token."""
+        """For monitoring; reveals nothing that requires the token."""
         return JSONResponse({"protocol": PROTOCOL, "reward": self.name}, headers=CLOSE)
 
     async def frame(self, request: Request) -> Response:

@@ -25,7 +25,7 @@ from agsm_rl_rewards.worker_side.agsm_rl_worker import Buffer, Frame, ProtocolEr
 from agsm_rl.errors import UserError
 
 MAX_NOISE = 2**20
-"""Bytes printed before the first frame, by whatever starts the worker, that are skipped."""
+"""Bytes before the first frame, printed by whatever starts the worker, that are skipped."""
 LINES_KEPT = 5
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class PipeLink:
         seen = bytearray()
         while not seen.endswith(protocol.MAGIC):
             if len(seen) > MAX_NOISE:
-                raise Fault(f"it printed more than {MAX_NOISE} bytes, but no frame")
+                raise Fault(f"it printed more than {MAX_NOISE} bytes without a frame")
             seen += self._read(1, deadline, limit)
         noise = bytes(seen[: -len(protocol.MAGIC)]).decode(errors="replace")
         self._words.extend(line for line in noise.splitlines() if line.strip())

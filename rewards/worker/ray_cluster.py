@@ -1,4 +1,4 @@
-"""Ray, where a pool or a sweep uses it: the running cluster that is named, or a new one on this machine alone."""
+"""Ray for pools and sweeps: the running cluster at an address, or a new one on this machine only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIGACTION_BYTES = 512
 
 
 def import_ray(who: str) -> Any:
-    """The package; UserError in the name of `who` if it is not installed."""
+    """The package; UserError on behalf of `who` if it is not installed."""
     try:
         import ray
     except ImportError as error:
@@ -113,7 +113,7 @@ def _end_agents_with_us(ray: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Around Ray's start: put back the handlers of OURS, which Ray replaces in Python and in C, in any thread."""
+    """Restore the handlers of OURS after Ray has started; Ray replaces them in Python and in C, in any thread."""
     in_python = {number: signal.getsignal(number) for number in OURS}
     in_c = {number: ctypes.create_string_buffer(SIGACTION_BYTES) for number in OURS}
     libc = ctypes.CDLL(None)

@@ -1,6 +1,6 @@
-"""A reward behind a link: greet, ask, check the answer, start again after a fault, and finally say what is wrong.
+"""A reward behind a link: greet, ask, check the answer, retry after a fault, and report what is wrong in the end.
 
-A batch gets all of its scores, checked, or there is a UserError. A score is never made up.
+A batch gets all of its scores, checked, or a UserError. No score is ever made up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Link(Protocol):
     def is_open(self) -> bool: ...
 
     def open(self) -> None:
-        """Start the worker, or find it; UserError for what trying again cannot fix."""
+        """Start or find the worker; UserError for problems that a retry cannot fix."""
         ...
 
     def ask(self, parts: Sequence[Buffer], *, timeout: float, max_body: int) -> Frame:
@@ -116,7 +116,7 @@ class RemoteReward:
                 last, words = fault, self._link.last_words()
                 if fault.broken or not self._greeted:
                     self._link.close()
-            except BaseException:  # Ctrl-C between a question and its answer: that answer must not meet the next one
+            except BaseException:  # Ctrl-C before the answer: the next question must not get it
                 self._link.close()
                 raise
         tries = "1 try" if self._retries == 0 else f"{self._retries + 1} tries"
@@ -126,7 +126,7 @@ class RemoteReward:
         ) from last
 
     def _greet(self) -> None:
-        """Start the worker and shake hands on the protocol's version."""
+        """Start the worker and agree on the protocol version."""
         self._greeted = False
         self._link.open()
         greeting = encode({"op": "hello", "protocol": [PROTOCOL], "options": self._options})

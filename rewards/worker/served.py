@@ -1,4 +1,4 @@
-"""One of our rewards behind the worker's frames, for HTTP and for Ray's actors."""
+"""Serves one of our rewards in the workers' frame protocol, over HTTP and for Ray actors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends this process's workers when it is killed: a second, small process, which no hanging worker can hold up.
+"""A small second process that ends this process's workers when it is killed, even if a worker hangs.
 
 A worker itself notices that its client is gone only once it listens (agsm_rl_worker.serve), and not while it hangs in
 an import or in native code. Run as a script, this file is that small process; it needs nothing but Python.
@@ -20,7 +20,7 @@ _current: Watchdog | None = None
 
 
 class Watchdog:
-    """The small process of the process that made it: ends those it was told of as soon as its maker is gone."""
+    """The second process: ends the processes that it watches as soon as the process that created it is gone."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -35,23 +35,23 @@ class Watchdog:
 
     @property
     def is_running(self) -> bool:
-        """Whether it can be told of groups."""
+        """Whether it accepts orders."""
         return self._process.poll() is None
 
     def tell(self, order: str, number: int) -> None:
-        """`+`: end this group when we are gone. `-`: no longer. `@`: end this one process then."""
+        """Start (`+`) or stop (`-`) watching a process group, or start watching a single process (`@`)."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it was ended from outside; the next worker gets a new one
+        with contextlib.suppress(OSError):  # it was killed; the next worker gets a new one
             self._process.stdin.write(f"{order}{number}\n".encode())
 
 
 def watch(group: int) -> None:
-    """Have a process group ended when this process is gone, however it ends."""
+    """End a process group when this process is gone, however it ends."""
     _tell("+", group)
 
 
 def watch_process(process: int) -> None:
-    """The same for a single process, on Linux; one that comes later and is given its number is left alone."""
+    """The same for a single process, on Linux; a later process that reuses its number is left alone."""
     _tell("@", process)
 
 
@@ -64,14 +64,14 @@ def _tell(order: str, number: int) -> None:
 
 
 def release(group: int) -> None:
-    """Forget a process group that was ended; its number may be given to another."""
+    """Stop watching a process group that has ended; its number may be reused."""
     with _lock:
         if _current is not None and _current.owner == os.getpid():
             _current.tell("-", group)
 
 
 def wait_and_end(parent: int) -> None:
-    """What the small process does: note from stdin whom to end, until it ends or the parent is gone; then do it."""
+    """The second process's loop: read orders from stdin until it closes or the parent is gone, then end the rest."""
     groups: set[int] = set()
     processes: dict[int, str | None] = {}
     received = b""

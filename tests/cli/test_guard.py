@@ -140,7 +140,7 @@ def test_every_command_explains_its_options(name):
 def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(results.os, "access", lambda folder, mode: False)
     for check, option in ((results.check_output_file, "--json"), (results.check_output_folder, "--images")):
-        with pytest.raises(UserError, match=f"{option} .*: nothing can be written in {tmp_path}"):
+        with pytest.raises(UserError, match=f"{option} .*: {tmp_path} is not writable"):
             check(tmp_path / "new", option=option)
     with pytest.raises(UserError, match="there is no folder"):
         results.check_output_file(tmp_path / "no" / "x.json", option="--json")
