@@ -2,9 +2,9 @@
 
     python benchmarks/agsm_step.py [--size embedded | sd15] [--device cpu | cuda]
 
-Both learn the same soft tokens from the same images and prompts. First it is checked, in float32, that they agree in
-loss and gradient; then their steps are timed in turn. Peak memory is measured in a separate process for each. `--agsm`
-and `--pairs` pass options (`key=value`) to our objective and source, so that what makes a run faster can be measured.
+Both learn the same soft tokens from the same images and prompts. The script first checks, in float32, that their losses
+and gradients agree, and then times their steps in turn. Peak memory is measured in a separate process for each.
+`--agsm` and `--pairs` pass options (`key=value`) to our objective and source, to measure what makes a run faster.
 """
 
 import json
@@ -29,11 +29,11 @@ from agsm_rl.sources.pairs import Pairs
 from agsm_rl.training.randomness import Draw
 
 TOLERANCE = 1e-4
-"""Of the loss and of the gradient's largest entry, relative: what float32 leaves over between two orders of adding."""
+"""Relative, for the loss and the gradient's largest entry: float32 results depend on the order of summation."""
 
 
 def make_policy(size: Size, device: str, **options: Any) -> Policy:
-    """Our side: soft tokens of two banks on a base in float32; the EMA's are a little off the live ones."""
+    """Our side: soft tokens with two banks on a base in float32, with the EMA slightly off the live values."""
     resolution = options.pop("resolution", None) or resolution_of(size, device)
     backbone = backbone_of(make_pipeline(size, device), resolution=resolution, **options)
     policy = Policy(backbone, {"tokens": SoftTokens(num_tokens=4)})
@@ -44,7 +44,7 @@ def make_policy(size: Size, device: str, **options: Any) -> Policy:
 
 
 def make_published(policy: Policy, pipeline: Any, *, group_size: int) -> PublishedAGSM:
-    """The other side, on its own pipeline, with the policy's tokens."""
+    """The other side: its own pipeline with the policy's tokens."""
     state = {
         which: {name.removeprefix("tokens."): value for name, value in tokens.items()}
         for which, tokens in policy.state_dict().items()
@@ -53,16 +53,16 @@ def make_published(policy: Policy, pipeline: Any, *, group_size: int) -> Publish
 
 
 def captioned_images(count: int, resolution: int) -> tuple[Tensor, list[str]]:
-    """Images [B, 3, H, W] in [0, 1] with captions that differ from each other."""
-    found: dict[str, Tensor] = {}
+    """Images [B, 3, H, W] in [0, 1], and captions that are all different."""
+    images: dict[str, Tensor] = {}
     for row in data.pairs("train", 4 * count, seed=0):
-        found.setdefault(row["caption"], fit(row["image"], resolution))
-    chosen = list(found)[:count]
-    return torch.stack([found[caption] for caption in chosen]), chosen
+        images.setdefault(row["caption"], fit(row["image"], resolution))
+    chosen = list(images)[:count]
+    return torch.stack([images[caption] for caption in chosen]), chosen
 
 
 def disagreement(policy: Policy, published: PublishedAGSM, objective: AGSM, count: int) -> dict[str, float]:
-    """How far loss and token gradients of the two lie apart over `count` images, relative, in float32."""
+    """The relative differences of loss and token gradients between the two sides over `count` images, in float32."""
     backbone = policy.backbone
     images, prompts = captioned_images(count, backbone.resolution)
     batch = PairBatch(prompts, torch.arange(count), backbone.encode_images(images.to(backbone.device)))
@@ -78,14 +78,14 @@ def disagreement(policy: Policy, published: PublishedAGSM, objective: AGSM, coun
     timestep = int(backbone.timesteps(t))
     theirs = published.loss(images, prompts, noise=policy.draw.noise_like(batch.latents, batch.rows), timestep=timestep)
     expected = torch.autograd.grad(theirs, published.parameters)
-    found = {"loss": abs(total - theirs.item()) / abs(theirs.item())}
+    differences = {"loss": abs(total - theirs.item()) / abs(theirs.item())}
     for name, value, other in zip(policy.parameters(), gradients, expected, strict=True):
-        found[name] = float((value - other).abs().max() / other.abs().max())
-    return found
+        differences[name] = float((value - other).abs().max() / other.abs().max())
+    return differences
 
 
 class Sides:
-    """Both trainers over the same size, ready to step; `only` makes one of them."""
+    """Both trainers on a model of the same size, ready to step; with `only`, just one of them."""
 
     def __init__(
         self, size: Size, device: str, images: int, group_size: int, only: str | None = None, **options: Any
@@ -94,7 +94,7 @@ class Sides:
         objective = AGSM(group_size=group_size, **options["agsm"])
         on_gpu = device.startswith("cuda")
         if only != "ours":
-            # On its own it may take the policy's pipeline; beside ours it gets another.
+            # Alone, it may use the policy's pipeline; beside ours, it needs another.
             pipeline = make_pipeline(size, device) if only is None else _freed(self.policy)
             self.published = make_published(self.policy, pipeline, group_size=group_size)
             self.pixels, self.prompts = captioned_images(images, self.policy.backbone.resolution)
@@ -114,13 +114,15 @@ class Sides:
                 self.policy.backbone.denoiser.compile()
 
     def _checked(self, objective: AGSM, count: int) -> dict[str, float]:
-        """How far the two lie apart; RuntimeError unless both learn the same."""
+        """The differences between the two; RuntimeError unless both learn the same."""
         self.published.group_size = objective.groups.size
         with torch.backends.cudnn.flags(allow_tf32=False):
-            found = disagreement(self.policy, self.published, objective, count)
-        if max(found.values()) > TOLERANCE:
-            raise RuntimeError(f"the two do not learn the same, so there is nothing to compare: {found}")
-        return found
+            differences = disagreement(self.policy, self.published, objective, count)
+        if max(differences.values()) > TOLERANCE:
+            raise RuntimeError(
+                f"the two sides learn different things, so their speed cannot be compared: {differences}"
+            )
+        return differences
 
     def run(self, name: str) -> Any:
         """A step of `ours` or `published`."""
@@ -137,15 +139,15 @@ def _freed(policy: Policy) -> Any:
 def main(
     size: Size = "embedded",
     device: Literal["cpu", "cuda"] = "cpu",
-    images: Annotated[int, typer.Option(min=2, help="images a step")] = 4,
-    group_size: Annotated[int, typer.Option(min=2, help="prompts an image")] = 4,
-    resolution: Annotated[int | None, typer.Option(help="the model's own; 64 for sd15 on a CPU")] = None,
+    images: Annotated[int, typer.Option(min=2, help="images per step")] = 4,
+    group_size: Annotated[int, typer.Option(min=2, help="prompts per image")] = 4,
+    resolution: Annotated[int | None, typer.Option(help="default: the model's own, but 64 for sd15 on a CPU")] = None,
     agsm: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006 — typer's way
     pairs: Annotated[list[str], typer.Option(help="key=value for our source")] = [],  # noqa: B006
-    gradient_checkpointing: Annotated[bool, typer.Option(help="ours alone")] = False,
-    half: Annotated[bool, typer.Option(help="ours in bfloat16 on a CPU, as it always is on a GPU")] = False,
-    compile: Annotated[bool, typer.Option(help="ours alone, by torch.compile; give more --warmup")] = False,
-    tag: Annotated[str, typer.Option(help="end of the result's name, where options make it another measurement")] = "",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="for our side only")] = False,
+    half: Annotated[bool, typer.Option(help="run our side in bfloat16 on a CPU too, as it always is on a GPU")] = False,
+    compile: Annotated[bool, typer.Option(help="compile our side with torch.compile; needs more --warmup")] = False,
+    tag: Annotated[str, typer.Option(help="suffix of the result's name, for measurements with other options")] = "",
     repeats: Annotated[int, typer.Option(min=1)] = 25,
     warmup: Annotated[int, typer.Option(min=0)] = 2,
     results: Path = measure.RESULTS,
@@ -176,7 +178,7 @@ def main(
     )
     flops = {name: measure.flops_of(lambda name=name: sides.run(name)) for name in names}
     step = measure.compare_seconds(taken["ours"], taken["published"])
-    found = {
+    comparisons = {
         "step": step,
         "memory": measure.compare_amounts(peaks["ours"], peaks["published"], unit="bytes"),
         "flops": measure.compare_amounts(flops["ours"], flops["published"], unit="FLOPs", of="other/ours"),
@@ -184,13 +186,13 @@ def main(
     achieved = flops["ours"] / step["ours"]
     peak = measure.peak_flops(device)
     if peak is not None:
-        found["peak"] = measure.compare_amounts(achieved, peak, unit="FLOPs a second")
+        comparisons["peak"] = measure.compare_amounts(achieved, peak, unit="FLOPs a second")
     measure.write_result(
         f"agsm_step_{size}_{device}{tag}",
         what=f"AGSM, {images} images x {group_size} prompts, {sides.policy.backbone.resolution} px",
         device=device,
         results=results,
-        comparisons=found,
+        comparisons=comparisons,
         figures={"flops_a_second": round(achieved)},
         disagreement=sides.disagreement,
     )

@@ -1,4 +1,4 @@
-"""The models that are measured: the embedded base, or Stable Diffusion 1.5's sizes with random weights."""
+"""The models to measure: the embedded base, or a model of Stable Diffusion 1.5's size with random weights."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ EMBEDDED = "builtin:shapes-sd15"
 
 
 def make_pipeline(size: Size, device: str) -> Any:
-    """A StableDiffusionPipeline in float32, the same one each time."""
+    """A StableDiffusionPipeline in float32, with the same weights each time."""
     if size == "embedded":
         return load_pipeline(EMBEDDED, dtype=torch.float32).to(device)
     torch.manual_seed(0)
@@ -22,12 +22,12 @@ def make_pipeline(size: Size, device: str) -> Any:
 
 
 def resolution_of(size: Size, device: str) -> int | None:
-    """Pixels a side: the model's own, but few where a CPU runs the large one."""
+    """Pixels per side: None is the model's own; smaller for the large model on a CPU."""
     return 64 if size == "sd15" and device == "cpu" else None
 
 
 def options_of(given: list[str]) -> dict[str, Any]:
-    """`key=value` words as a constructor's options; values as YAML reads them."""
+    """Parse `key=value` arguments as a constructor's options; values are YAML."""
     import yaml
 
     return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in given)}

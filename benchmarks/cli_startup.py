@@ -1,11 +1,11 @@
-"""What `agsm-rl list` and `agsm-rl check` cost before anything is trained: seconds of CPU time and of the clock.
+"""The CPU and wall-clock seconds that `agsm-rl list` and `agsm-rl check` take.
 
     python benchmarks/cli_startup.py
 
-CPU time (user + system, over all threads) is what counts on a machine that is busy with other things; on an idle one
-the clock shows about the same. Each command is started anew, and the fastest of a few starts is kept. `imports` is what
-loading torch, diffusers, transformers and PEFT alone takes, which `check` cannot do without: it builds the network.
-The figures go to benchmarks/results/cli_startup.json.
+On a busy machine, look at the CPU time (user + system, over all threads); on an idle one, the wall clock shows about
+the same. Each command is started several times, and the fastest start counts. `imports` is the time to load only torch,
+diffusers, transformers and PEFT, which `check` needs because it builds the network. The figures go to
+benchmarks/results/cli_startup.json.
 """
 
 import os
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def cost(arguments: list[str]) -> dict[str, float]:
-    """One start of Python with these arguments, in seconds and MiB."""
+    """The seconds that one start of Python with these arguments takes."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False)
@@ -43,12 +43,12 @@ def cost(arguments: list[str]) -> dict[str, float]:
 
 def main(repeats: Annotated[int, typer.Option(min=1, help="Starts of each command.")] = 3) -> None:
     """Measure and record."""
-    found = {
-        name: min((cost(arguments) for _ in range(repeats)), key=lambda one: one["cpu_seconds"])
+    commands = {
+        name: min((cost(arguments) for _ in range(repeats)), key=lambda start: start["cpu_seconds"])
         for name, arguments in COMMANDS.items()
     }
     what = f"the fastest of {repeats} starts of each command, one thread"
-    write_result("cli_startup", what=what, device="cpu", commands=found)
+    write_result("cli_startup", what=what, device="cpu", commands=commands)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a step costs, against batch, prompts an image, soft tokens, sampling steps and processes, on the embedded base.
+"""How the time of a step grows with batch, prompts per image, soft tokens, sampling steps and processes.
 
     python benchmarks/curves.py [--repeats 3] [--toy] [--threads 1]       about 4 minutes on an idle machine
     uv run benchmarks/plot_curves.py docs/scale_curves.png
 
-Each point is the median of `repeats` steps after one that warms up; all points of a curve share everything else. The
-figures go to benchmarks/results/curves.json. `exponent` is the slope of log seconds over log of what varies: 1 is
-linear. Processes are started as users start them, by `accelerate launch`, each with `threads` threads.
+Measured on the embedded base. Each point is the median of `repeats` steps after one warm-up step; a curve varies one
+thing only. The figures go to benchmarks/results/curves.json. `exponent` is the slope of log seconds over the log of
+what varies: 1 is linear. Processes are started with `accelerate launch`, as users do, each with `threads` threads.
 """
 
 import json
@@ -39,7 +39,7 @@ BASE = "builtin:shapes-sd15"
 
 @dataclass(frozen=True)
 class Setting:
-    """A step: AGSM on `batch` pairs in groups of `group_size`, or DDPO on `batch` images drawn in `num_steps`."""
+    """A kind of step: AGSM on `batch` pairs in groups of `group_size`, or DDPO on `batch` images of `num_steps`."""
 
     objective: Literal["agsm", "ddpo"] = "agsm"
     batch: int = 16
@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Curve:
-    """`vary` takes `values` in `base`; where that is `processes`, the batch is `fixed` or grows `with processes`."""
+    """Varies `vary` over `values` in `base`. For `processes`, the batch is `fixed` or grows `with processes`."""
 
     name: str
     vary: str
@@ -75,7 +75,7 @@ class Curve:
 
 
 def curves(toy: bool) -> list[Curve]:
-    """All of them; `toy` ones only show that everything runs."""
+    """All curves; the `toy` ones only show that everything runs."""
     agsm, ddpo = Setting(), Setting(objective="ddpo", batch=8)
     if toy:
         small = replace(agsm, batch=4, group_size=2)
@@ -87,7 +87,7 @@ def curves(toy: bool) -> list[Curve]:
     counts = tuple(count for count in (1, 2, 4, 8) if count <= cores)
     return [
         Curve("batch (AGSM pairs)", "batch", (4, 8, 16, 32), agsm),
-        Curve("prompts an image (group_size)", "group_size", (2, 4, 8, 16), agsm),
+        Curve("prompts per image (group_size)", "group_size", (2, 4, 8, 16), agsm),
         Curve("soft tokens", "num_tokens", (1, 4, 16, 64), replace(agsm, batch=8)),
         Curve("batch (DDPO images)", "batch", (2, 4, 8, 16), ddpo),
         Curve("sampling steps (DDPO)", "num_steps", (5, 10, 20, 40), replace(ddpo, batch=4)),
@@ -97,20 +97,20 @@ def curves(toy: bool) -> list[Curve]:
 
 
 def seconds_of(setting: Setting, repeats: int) -> list[float]:
-    """Wall seconds of each step, after one that warms up; of several processes, each process's own."""
+    """Wall-clock seconds of each step after a warm-up step, as this process measures them."""
     trainer = setting.trainer()
-    found = []
+    seconds = []
     for turn in range(1 + repeats):
         trainer.processes.wait()
         began = time.perf_counter()
         trainer.run_step()
         if turn:
-            found.append(time.perf_counter() - began)
-    return found
+            seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def launched(setting: Setting, count: int, repeats: int, threads: int) -> list[float]:
-    """The first process's seconds, of `count` that accelerate's launcher starts on the CPU."""
+    """The first process's seconds, when accelerate's launcher starts `count` processes on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         options = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
@@ -131,7 +131,7 @@ def measure(curve: Curve, repeats: int, threads: int) -> dict[str, Any]:
         if curve.vary == "processes":
             grown = curve.base.batch * (value if curve.batch == "with processes" else 1)
             setting = replace(curve.base, batch=grown)
-            # accelerate's launcher takes two or more to be several.
+            # accelerate's launcher needs two processes or more.
             seconds = launched(setting, value, repeats, threads) if value > 1 else seconds_of(setting, repeats)
         else:
             setting = replace(curve.base, **{curve.vary: value})
@@ -154,7 +154,7 @@ app = typer.Typer()
 
 @app.command()
 def worker(setting: str, repeats: int, threads: int, out: Path) -> None:
-    """One of the processes of a point; started by `launched`."""
+    """One of the processes for a point; started by `launched`."""
     torch.set_num_threads(threads)
     seconds = seconds_of(Setting(**json.loads(setting)), repeats)
     if os.environ.get("RANK", "0") == "0":
@@ -165,8 +165,8 @@ def worker(setting: str, repeats: int, threads: int, out: Path) -> None:
 def main(
     context: typer.Context,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="of each process")] = 1,
-    toy: Annotated[bool, typer.Option("--toy", help="tiny, into curves_toy.json")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="threads per process")] = 1,
+    toy: Annotated[bool, typer.Option("--toy", help="tiny settings; writes curves_toy.json")] = False,
 ) -> None:
     """Measure all curves and record them."""
     if context.invoked_subcommand:
@@ -174,13 +174,13 @@ def main(
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     began = time.perf_counter()
-    found = [measure(curve, repeats, threads) for curve in curves(toy)]
+    measured = [measure(curve, repeats, threads) for curve in curves(toy)]
     write_result(
         "curves_toy" if toy else "curves",
         what=f"seconds of a step on {BASE}, soft tokens and LoRA of rank 8 with two banks, {threads} thread(s) each",
         device="cpu",
         minutes=round((time.perf_counter() - began) / 60, 1),
-        curves=found,
+        curves=measured,
     )
 
 

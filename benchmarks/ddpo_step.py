@@ -2,10 +2,10 @@
 
     python benchmarks/ddpo_step.py [--device cpu | cuda] [--checkpoint FOLDER]
 
-TRL runs in its own environment, made once by uv from trl_worker.lock, with the same versions of torch, diffusers,
-transformers, peft and accelerate. Each side is a process that works only while asked to, and they are asked in turn.
-Same pipeline folder, prompts, reward (mean brightness), LoRA (rank and alpha 4, which TRL does not let be chosen),
-sampling steps, guidance and batches; a step draws all images, scores them and takes one optimiser step on all of them.
+TRL runs in a separate environment, which uv creates once from trl_worker.lock, with the same versions of torch,
+diffusers, transformers, peft and accelerate. Each side is a process that works only on request, and they take turns.
+Both have the same pipeline folder, prompts, reward (mean brightness), LoRA (rank and alpha 4, which TRL fixes),
+sampling steps, guidance and batches. A step draws all images, scores them and takes one optimiser step on all of them.
 """
 
 import json
@@ -32,7 +32,7 @@ TRL_WORKER = Path(__file__).with_name("trl_worker.py")
 
 
 def make_trainer(settings: dict[str, Any], prompts: Path) -> Trainer:
-    """Our trainer, of the settings that TRL gets; `prompts` is the file that they are written to."""
+    """Our trainer with the settings that TRL gets; the prompts are written to the file `prompts`."""
     prompts.write_text("\n".join(settings["prompts"]) + "\n")
     dtype = "bfloat16" if settings["device"] == "cuda" else "float32"
     backbone = load_backbone(settings["checkpoint"], device=settings["device"], dtype=dtype)
@@ -52,14 +52,14 @@ def make_trainer(settings: dict[str, Any], prompts: Path) -> Trainer:
 
 
 def serve_ours(settings: dict[str, Any]) -> None:
-    """Be our side's worker."""
+    """Run as our side's worker."""
     with tempfile.TemporaryDirectory() as folder:
-        made: list[Trainer] = []
+        trainers: list[Trainer] = []
 
         def step() -> None:
-            if not made:
-                made.append(make_trainer(settings, Path(folder) / "prompts.txt"))
-            made[0].run_step()
+            if not trainers:
+                trainers.append(make_trainer(settings, Path(folder) / "prompts.txt"))
+            trainers[0].run_step()
 
         measure.serve(step, settings["device"])
 
@@ -68,10 +68,10 @@ def main(
     checkpoint: str = EMBEDDED,
     device: Literal["cpu", "cuda"] = "cpu",
     images: Annotated[int, typer.Option(min=1, help="images per optimiser step, each of a different prompt")] = 16,
-    num_steps: Annotated[int, typer.Option(min=1, help="sampling steps, all of them learned from")] = 10,
+    num_steps: Annotated[int, typer.Option(min=1, help="sampling steps; all are learned from")] = 10,
     guidance: float = 5.0,
-    sample_batch_size: Annotated[int | None, typer.Option(help="images drawn at once; all when left out")] = None,
-    train_batch_size: Annotated[int | None, typer.Option(help="images learned from at once; as many")] = None,
+    sample_batch_size: Annotated[int | None, typer.Option(help="images drawn at once; default: all")] = None,
+    train_batch_size: Annotated[int | None, typer.Option(help="images learned from at once; default: the same")] = None,
     ddpo: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006 — typer's way
     keep_graph: Annotated[bool, typer.Option(help="our rollouts keep the graph of their draw")] = False,
     repeats: Annotated[int, typer.Option(min=1)] = 9,
@@ -85,7 +85,9 @@ def main(
     sample_batch_size = sample_batch_size or images
     train_batch_size = train_batch_size or sample_batch_size
     if images % sample_batch_size or sample_batch_size % train_batch_size:
-        raise typer.BadParameter("images must be a multiple of sample_batch_size, and that of train_batch_size")
+        raise typer.BadParameter(
+            "images must be a multiple of sample_batch_size, which must be a multiple of train_batch_size"
+        )
     settings = {
         "checkpoint": find_checkpoint(checkpoint),
         "device": device,

@@ -1,12 +1,11 @@
-"""What the encoding cache takes on disk at the published sizes, what dropping padding would change, what it saves.
+"""What the encoding cache takes on disk at published sizes, what it saves, and what dropping padding would change.
 
     python benchmarks/encoding_cache.py
 
-Bytes are those of real Arrow files, written by the cache itself from random tensors of the real shapes (SD1.5 at
-512 px, SD3 at 1024 px), five captions an image as in COCO: what is kept depends neither on the values nor on a
-caption's length, because no row of the text is dropped. Operations are counted by torch on the real sizes, without
-weights. What padding is like, and seconds, are measured on the embedded bases. Figures go to
-benchmarks/results/encoding_cache.json.
+Bytes are the sizes of Arrow files that the cache writes from random tensors of the real shapes (SD1.5 at 512 px, SD3 at
+1024 px), with five captions per image as in COCO. Sizes depend neither on the values nor on the captions' lengths,
+because no row of the text is dropped. torch counts operations at the real sizes, without weights. Padding and seconds
+are measured on the embedded bases. The figures go to benchmarks/results/encoding_cache.json.
 """
 
 import statistics
@@ -50,14 +49,14 @@ class OneProcess:
     index, count = 0, 1
 
     def gather(self, values: Tensor) -> Tensor:
-        """Its own."""
+        """The values themselves."""
         return values
 
 
 class RandomEncoders:
-    """As a backbone, to the cache: random encodings of a published model's shapes; pictures are only made small.
+    """A stand-in for a backbone, as the cache sees it: random encodings in a published model's shapes.
 
-    SD3's CLIPs fill half of the width, and rows of a T5 that is left out are zeros, as in diffusers.
+    SD3's CLIPs fill half of the width, and the rows of a missing T5 are zeros, as in diffusers.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class RandomEncoders:
         return torch.randn(len(images), *self.latent_shape)
 
     def encode_text(self, prompts: list[str]) -> Cond:
-        """77 rows of the CLIPs, those of the T5 behind them."""
+        """The CLIPs' 77 rows, followed by the T5's."""
         embeds = torch.zeros(len(prompts), 77 + self.t5_rows, self.width)
         embeds[:, :77, : self.clips].normal_()
         embeds[:, 77:, : self.t5].normal_()
@@ -92,7 +91,7 @@ BASES = {
 
 
 def write_pairs(file: Path, images: int) -> None:
-    """A parquet file of `images` pictures, a row a caption of 8 to 12 words."""
+    """Write a parquet file of `images` pictures, with one row per caption of 8 to 12 words."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[Any]] = {"image": [], "caption": []}
     for image in range(images):
@@ -106,7 +105,7 @@ def write_pairs(file: Path, images: int) -> None:
 
 
 def measure_bytes(base: str, images: int) -> dict[str, Any]:
-    """Bytes a caption of the cache's files."""
+    """Bytes per caption in the cache's files."""
     with tempfile.TemporaryDirectory() as folder:
         file, there = Path(folder) / "pairs.parquet", Path(folder) / "cache"
         write_pairs(file, images)
@@ -116,19 +115,20 @@ def measure_bytes(base: str, images: int) -> dict[str, Any]:
         source.next(SimpleNamespace(backbone=BASES[base], adapters={}))  # type: ignore[arg-type]
         captions = len(set(datasets.Dataset.from_parquet(str(file))["caption"]))
         size = {
-            kind: sum(one.stat().st_size for one in there.glob(f"{kind}-*/**/*.arrow")) for kind in ("latents", "text")
+            kind: sum(arrow.stat().st_size for arrow in there.glob(f"{kind}-*/**/*.arrow"))
+            for kind in ("latents", "text")
         }
     published = PUBLISHED[base[:4].rstrip(",").strip()] / COCO_CAPTIONS
-    found: dict[str, Any] = {"images": images, "captions": captions, "softrepa_bytes_a_caption": round(published)}
+    figures: dict[str, Any] = {"images": images, "captions": captions, "softrepa_bytes_a_caption": round(published)}
     for name, kinds in {"latents": ["latents"], "all": ["latents", "text"]}.items():
         each = sum(size[kind] for kind in kinds) / captions
-        found[f"cache: {name}"] = {
+        figures[f"cache: {name}"] = {
             "bytes_a_caption": round(each),
             "share_of_softrepa": f"1/{published / each:.0f}",
             "coco_gb": round(each * COCO_CAPTIONS / 1e9, 1),
         }
-    found["bytes_an_image"] = round(size["latents"] / images)
-    return found
+    figures["bytes_an_image"] = round(size["latents"] / images)
+    return figures
 
 
 def flops(module: nn.Module, **inputs: Tensor) -> float:
@@ -139,7 +139,7 @@ def flops(module: nn.Module, **inputs: Tensor) -> float:
 
 
 def count_operations() -> dict[str, float]:
-    """10⁹ operations to encode a caption or an image anew, beside a prediction of the denoiser."""
+    """Operations (10⁹) to encode a caption or an image, and for a prediction of the denoiser."""
     with torch.device("meta"):
         t5 = T5EncoderModel(
             T5Config(
@@ -150,7 +150,7 @@ def count_operations() -> dict[str, float]:
         small, large = clip(768, 12, 12), clip(1280, 32, 20, projection=1280, act="gelu")
         sd15, sd3 = make_sd15(), make_sd3()
         tokens, t = torch.zeros(1, 77, dtype=torch.long), torch.zeros(1)
-        found = {
+        operations = {
             "sd15 text: CLIP-L": flops(small, input_ids=tokens),
             "sd15 image: VAE encoder, 512 px": flops(sd15.vae.encoder, sample=torch.zeros(1, 3, 512, 512)),
             "sd15 U-Net, 512 px": flops(
@@ -167,17 +167,17 @@ def count_operations() -> dict[str, float]:
                 pooled_projections=torch.zeros(1, 2048),
             ),
         }
-    return found
+    return operations
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    """‖one − other‖ / ‖one‖."""
-    return float((one - other).norm() / one.norm())
+def distance(value: Tensor, other: Tensor) -> float:
+    """‖value − other‖ / ‖value‖."""
+    return float((value - other).norm() / value.norm())
 
 
 @torch.no_grad()
 def look_at_padding(base: str, captions: int = 32) -> dict[str, Any]:
-    """On an embedded base: how padding differs from caption to caption, and what dropping it does to a prediction."""
+    """On an embedded base: how padding differs between captions, and how dropping it changes a prediction."""
     backbone = load_backbone(f"builtin:{base}", device="cpu")
     prompts = data.prompts("held_out", captions, seed=0)
     cond, empty = backbone.encode_text(prompts), backbone.encode_text([" "])  # SDXL's "" is zeros
@@ -207,19 +207,19 @@ def look_at_padding(base: str, captions: int = 32) -> dict[str, Any]:
 
 
 def padding_rows(backbone: Any, prompts: list[str]) -> Tensor:
-    """Which rows [B, S] of the encoded prompts are padding: behind the end token of each tokenizer."""
-    pipeline, found = backbone.pipeline, []
-    for name in ("tokenizer", "tokenizer_3"):  # an SD3's two CLIPs stand side by side
+    """Which rows [B, S] of the encoded prompts are padding, after each tokenizer's end token."""
+    pipeline, masks = backbone.pipeline, []
+    for name in ("tokenizer", "tokenizer_3"):  # SD3's two CLIPs share their rows
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is not None:
             length = backbone.t5_length if name == "tokenizer_3" else tokenizer.model_max_length
             ends = torch.tensor([[len(ids)] for ids in tokenizer(prompts).input_ids])
-            found.append(torch.arange(length) >= ends)
-    return torch.cat(found, dim=1)
+            masks.append(torch.arange(length) >= ends)
+    return torch.cat(masks, dim=1)
 
 
 def measure_seconds(rounds: int) -> dict[str, Any]:
-    """Medians on the embedded SD1.5 base, batch 8: a batch with its text, and AGSM's whole step; taken by turns."""
+    """Medians on the embedded SD1.5 base, batch 8: for a batch with its text, and for a whole AGSM step, in turn."""
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache.cache_folder = lambda: Path(folder)
@@ -231,29 +231,33 @@ def measure_seconds(rounds: int) -> dict[str, Any]:
             trainers[kept].run_step()  # fills the cache
         for _ in range(rounds):
             for kept, trainer in trainers.items():
-                mine = seconds.setdefault(str(kept), {"batch": [], "step": []})
+                of_cache = seconds.setdefault(str(kept), {"batch": [], "step": []})
                 began = time.perf_counter()
                 trainer.terms[0].source.next(trainer.policy).encode_text(trainer.policy.backbone)
-                mine["batch"].append(time.perf_counter() - began)
+                of_cache["batch"].append(time.perf_counter() - began)
                 began = time.perf_counter()
                 trainer.run_step()
-                mine["step"].append(time.perf_counter() - began)
-    medians = {kept: {key: statistics.median(values) for key, values in one.items()} for kept, one in seconds.items()}
+                of_cache["step"].append(time.perf_counter() - began)
+    medians = {
+        kept: {key: statistics.median(values) for key, values in times.items()} for kept, times in seconds.items()
+    }
     return {
-        f"cache: {kept}": {key: round(value / medians["None"][key], 3) for key, value in one.items()}
-        for kept, one in medians.items()
+        f"cache: {kept}": {key: round(value / medians["None"][key], 3) for key, value in times.items()}
+        for kept, times in medians.items()
     } | {"what": "seconds as a share of those without a cache", "rounds": rounds}
 
 
 def main(
-    images: Annotated[int, typer.Option(min=16, help="five captions each; SD3 takes 12.5 MB an image meanwhile")] = 32,
-    rounds: Annotated[int, typer.Option(min=3, help="of the timing")] = 9,
+    images: Annotated[
+        int, typer.Option(min=16, help="images with five captions each; SD3 temporarily takes 12.5 MB per image")
+    ] = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="rounds of timing")] = 9,
 ) -> None:
-    """Measure all of it and record it."""
+    """Measure everything and record it."""
     datasets.disable_progress_bars()
     write_result(
         "encoding_cache",
-        what="the encoding cache: bytes a caption (random tensors of the real shapes), operations, padding, seconds",
+        what="the encoding cache: bytes per caption (random tensors of the real shapes), operations, padding, seconds",
         device="cpu",
         softrepa={"coco_images": COCO_IMAGES, "coco_captions": COCO_CAPTIONS, "bytes": PUBLISHED},
         bytes={base: measure_bytes(base, images) for base in BASES},

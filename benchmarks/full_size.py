@@ -2,8 +2,8 @@
 
     python benchmarks/full_size.py sd15 | sdxl | sd3 [--resolution 512] [--dtype bfloat16] [--device cuda]
 
-It shows that nothing depends on the embedded bases' small sizes, and what a step costs in seconds and memory; the
-figures go to benchmarks/results/full_size_<kind>_<device>.json. Weights are random, so no picture is to be expected.
+It shows that nothing depends on the small sizes of the embedded bases, and what a step costs in seconds and memory. The
+figures go to benchmarks/results/full_size_<kind>_<device>.json. Weights are random, so do not expect pictures.
 The configurations are those of stable-diffusion-v1-5, stable-diffusion-xl-base-1.0 and stable-diffusion-3-medium.
 """
 
@@ -42,7 +42,7 @@ TEXT_LENGTH = 77
 
 
 def clip(width: int, layers: int, heads: int, *, projection: int = 0, act: str = "quick_gelu") -> Any:
-    """A CLIP text encoder of a published size, over a vocabulary of the published length."""
+    """A CLIP text encoder of a published size, with a vocabulary of the published length."""
     end = make_tokenizer().eos_token_id
     config = CLIPTextConfig(
         vocab_size=49408,
@@ -60,9 +60,9 @@ def clip(width: int, layers: int, heads: int, *, projection: int = 0, act: str =
 
 def tokenizer() -> Any:
     """The shapes world's words, padded to the published 77 tokens."""
-    made = make_tokenizer()
-    made.model_max_length = TEXT_LENGTH
-    return made
+    words = make_tokenizer()
+    words.model_max_length = TEXT_LENGTH
+    return words
 
 
 def vae(**options: Any) -> AutoencoderKL:
@@ -77,7 +77,7 @@ def vae(**options: Any) -> AutoencoderKL:
 
 
 def make_sd15() -> StableDiffusionPipeline:
-    """diffusers' defaults are SD1.5's sizes."""
+    """Stable Diffusion 1.5, whose sizes are diffusers' defaults."""
     return StableDiffusionPipeline(
         vae=vae(sample_size=512),
         text_encoder=clip(768, 12, 12),
@@ -118,7 +118,7 @@ def make_sdxl() -> StableDiffusionXLPipeline:
 
 
 def make_sd3() -> StableDiffusion3Pipeline:
-    """24 joint blocks; without the T5 (4.7 billion parameters), whose 256 rows diffusers then fills with zeros."""
+    """24 joint blocks, without the T5 (4.7 billion parameters); diffusers fills its 256 rows with zeros."""
     transformer = SD3Transformer2DModel(
         sample_size=128,
         patch_size=2,
@@ -152,13 +152,13 @@ MAKERS: dict[str, Callable[[], Any]] = {"sd15": make_sd15, "sdxl": make_sdxl, "s
 
 
 class Meter:
-    """Seconds and peak memory of what runs within."""
+    """Measures seconds and peak memory."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device.startswith("cuda")
 
     def run(self, what: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        """Do it once and measure; on a CPU the peak is the process's since its start, weights included."""
+        """Run `what` once and measure it; on a CPU, the peak is the process's since its start, weights included."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
@@ -174,12 +174,12 @@ class Meter:
 
 def main(
     kind: Annotated[Literal["sd15", "sdxl", "sd3"], typer.Argument()],
-    resolution: Annotated[int | None, typer.Option(help="the model's own when left out")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the frozen weights")] = "float32",
+    resolution: Annotated[int | None, typer.Option(help="default: the model's own")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="type of the frozen weights")] = "float32",
     device: str = "cpu",
-    batch_size: Annotated[int, typer.Option(min=2, help="AGSM's images, two prompts each")] = 2,
-    images: Annotated[int, typer.Option(min=2, help="DDPO's images a draw")] = 2,
-    num_steps: Annotated[int, typer.Option(min=1, help="DDPO's sampling steps")] = 2,
+    batch_size: Annotated[int, typer.Option(min=2, help="images for AGSM, with two prompts each")] = 2,
+    images: Annotated[int, typer.Option(min=2, help="images per draw for DDPO")] = 2,
+    num_steps: Annotated[int, typer.Option(min=1, help="sampling steps for DDPO")] = 2,
 ) -> None:
     """Run both and record what they cost."""
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def main(
         trainer = Trainer(policy, [Term(objective, source, name=name)], steps=1)
         steps[name] = meter.run(trainer.run_step)
         print(name, steps[name], flush=True)
-        # After each: what was measured stays if the next one, which takes minutes on a CPU, is broken off.
+        # Write after each, so that its figures survive if the next one, which takes minutes on a CPU, is interrupted.
         write_result(
             f"full_size_{kind}_{device.partition(':')[0]}",
             what=f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "

@@ -1,11 +1,11 @@
 """Can soft tokens change what a base draws? `python benchmarks/leverage.py BASE` distils a cue's effect into them.
 
 The base draws better when its prompt ends in a cue of reliability. Here soft tokens learn to make plain prompts behave
-as cued ones (score distillation towards the cued base, no image quality involved); how much of the cue's gain they then
-carry is the leverage that any objective over them has.
+like cued ones, by score distillation towards the cued base, without any measure of image quality. The share of the
+cue's gain that they reach is the leverage that any objective has through them.
 
-Predicted noise hardly differs at high noise, where an image's content is settled, so errors are weighed there as errors
-of the predicted image (an unweighted trial teaches the tokens only what changes no verdict).
+An image's content is decided at high noise, where predictions of the noise hardly differ, so errors are weighted as
+errors of the predicted image. (Without weights, the tokens learn only what changes no verdict.)
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ CUE = ", verified"
 
 
 class CueDistillation:
-    """mean s²·(p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; a tenth of them empty.
+    """mean s²·(p(x_t, plain prompt, adapters on) - p(x_t, cued prompt, adapters off))²; one prompt in ten is empty.
 
     s·p is the part of the predicted image that a prediction p decides (`image_share`).
     """
@@ -32,10 +32,10 @@ class CueDistillation:
     consumes: ClassVar[type[Batch]] = PairBatch
 
     def check(self, batch_size: int) -> None:
-        """Any batch will do."""
+        """Accepts any batch."""
 
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
-        """All at once."""
+        """The whole batch at once."""
         return [(batch, 1.0)]
 
     def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:
@@ -55,10 +55,10 @@ class CueDistillation:
 
 
 def image_share(backbone: Backbone, like: Tensor, t: Tensor) -> Tensor:
-    """|d x0 / d prediction| at noise levels t [B], at most 100; of the shape of `like`.
+    """|d x0 / d prediction| at noise levels t [B], at most 100, in the shape of `like`.
 
-    From x_t = a·x0 + b·noise and target = c·x0 + d·noise follows x0 = (d·x_t − b·target) / (a·d − b·c). For a noise
-    prediction that is √(1/ᾱ − 1), for a flow t.
+    x_t = a·x0 + b·noise and target = c·x0 + d·noise give x0 = (d·x_t − b·target) / (a·d − b·c). The result is √(1/ᾱ −
+    1) for a noise prediction, and t for a flow.
     """
     one, zero = torch.ones_like(like), torch.zeros_like(like)
     a, b = backbone.add_noise(one, zero, t), backbone.add_noise(zero, one, t)
@@ -76,19 +76,23 @@ def main(
     num_images: int = 600,
     guidance: list[float] = [1.0, 3.0],  # noqa: B006 (typer wants a list)
     seed: int = 0,
-    split: Annotated[Literal["validation", "held_out"], typer.Option(help="whose prompts are judged")] = "validation",
-    out: Annotated[Path | None, typer.Option(help="where the adapter is kept")] = None,
-    t5_length: Annotated[int | None, typer.Option(help="SD3: tokens that the T5 reads; fewer are faster")] = None,
+    split: Annotated[
+        Literal["validation", "held_out"], typer.Option(help="split whose prompts are judged")
+    ] = "validation",
+    out: Annotated[Path | None, typer.Option(help="folder to save the adapter in")] = None,
+    t5_length: Annotated[
+        int | None, typer.Option(help="SD3: number of tokens that the T5 reads; fewer are faster")
+    ] = None,
 ) -> None:
-    """Distil the cue into an adapter and print verdicts of plain, cued, and plain with the adapter (not at 0 steps)."""
+    """Distil the cue into an adapter; print verdicts for plain and cued prompts and for the adapter."""
     from agsm_rl.adapters.lora import LoRA
     from agsm_rl.adapters.soft_tokens import SoftTokens
     from agsm_rl.backbones import load_backbone
     from agsm_rl.export.attach import save_adapters
     from agsm_rl.sources.pairs import Pairs
 
-    made = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
-    policy = Policy(load_backbone(base, t5_length=t5_length), {adapter: made}, ema_decay=0.99)
+    trained = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
+    policy = Policy(load_backbone(base, t5_length=t5_length), {adapter: trained}, ema_decay=0.99)
     term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
     trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)
     while trainer.step < steps:
@@ -102,7 +106,7 @@ def main(
 
 
 def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
-    """Print a table's rows: strict / lenient % right of plain and cued prompts, and of plain ones with the adapter."""
+    """Print table rows: strict / lenient % correct for plain and cued prompts, and for plain ones with the adapter."""
     from agsm_rl.evaluate.suites.shapes import compare
     from agsm_rl.recipe.schema import Evaluate
     from agsm_rl.run.measurement import measure
@@ -112,16 +116,16 @@ def report(policy: Policy, num_images: int, guidance: float, split: str, *, adap
         return measure(policy.backbone, options, guidance, {}).result
 
     with policy.switched_off():
-        found = {"plain": suite(""), "cued": suite(CUE)}
+        results = {"plain": suite(""), "cued": suite(CUE)}
     if adapted:
-        found["adapted"] = suite("")
-    for name, result in found.items():
+        results["adapted"] = suite("")
+    for name, result in results.items():
         strict, lenient = result.scores(strict=True), result.scores(strict=False)
         tags = [f"{100 * share.value:.0f} / {100 * lenient.tags[tag].value:.0f}" for tag, share in strict.tags.items()]
         overall = f"{100 * strict.overall.value:.1f} / {100 * lenient.overall.value:.1f}"
         print(f"| {guidance:g} | {name} | {overall} | {' | '.join(tags)} |", list(strict.tags), flush=True)
         if name != "plain":
-            change = compare(found["plain"], result).strict.overall
+            change = compare(results["plain"], result).strict.overall
             low, high = 100 * change.low, 100 * change.high
             print(
                 f"{guidance:g} {name} - plain, strict: {100 * change.value:+.1f} [{low:+.1f}, {high:+.1f}]", flush=True

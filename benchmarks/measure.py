@@ -1,8 +1,8 @@
-"""What the benchmarks share: runs taken in turn, ratios with intervals, peak memory, FLOPs, and the results' form.
+"""Shared by the benchmarks: interleaved runs, ratios with intervals, peak memory, FLOPs, and the format of results.
 
-Two ways of doing one thing are run one after the other, again and again, each time in another order, and compared
-repeat by repeat: a machine that becomes slower half-way then slows both. The package itself is not imported here,
-because the workers that run in another environment use this file too.
+Two ways of doing the same thing take turns, in a different order each time, and are compared repeat by repeat, so that
+a machine that slows down half-way slows both. This file does not import the package, because workers in other
+environments use it too.
 """
 
 import json
@@ -25,12 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bf16 FLOPs a second by the makers' data sheets, by a part of the device's name; the first that fits counts."""
+"""Dense bf16 FLOPs per second from the data sheets, by a part of the device's name; the first match counts."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a run took: by the clock, and of all the process's threads."""
+    """The duration of a run: wall clock, and CPU time of all threads of the process."""
 
     wall: float
     cpu: float
@@ -58,20 +58,20 @@ def _wait(device: str) -> None:
 
 
 def interleave(sides: Mapping[str, Side], *, repeats: int, warmup: int) -> dict[str, list[Seconds]]:
-    """Run all sides in turn `repeats` times, after `warmup` turns that do not count; the first changes each time."""
+    """Run all sides in turn `repeats` times, after `warmup` uncounted turns; each turn starts with another side."""
     names = list(sides)
-    found: dict[str, list[Seconds]] = {name: [] for name in names}
+    taken: dict[str, list[Seconds]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds = sides[name]()
             if turn >= warmup:
-                found[name].append(seconds)
-    return found
+                taken[name].append(seconds)
+    return taken
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """The median of above/below over repeats, and a 95 % interval of that median by bootstrap over repeats."""
+    """The median of above/below over repeats, with its 95 % interval from a bootstrap over repeats."""
     each = np.array(above) / np.array(below)
     drawn = np.random.default_rng(0).choice(each, (2000, len(each)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
@@ -79,27 +79,28 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 
 
 def compare_seconds(ours: list[Seconds], other: list[Seconds], *, of: str = "other/ours", per: int = 1) -> dict:
-    """A comparison for a result: medians in seconds (each divided by `per`), and the ratio of paired runs.
+    """A comparison for a result: medians in seconds, each divided by `per`, and the ratio of paired runs.
 
-    of: `other/ours` says how many times faster ours is, `ours/other` how many times longer it takes.
+    With `of` = `other/ours`, the ratio is how many times faster ours is; with `ours/other`, how many times longer it
+    takes.
     """
     pairs = {"ours": ours, "other": other}
     above, below = of.split("/")
     return {
         "unit": "s",
-        "ours": _short(np.median([one.wall for one in ours]) / per),
-        "other": _short(np.median([one.wall for one in other]) / per),
-        **ratio([one.wall for one in pairs[above]], [one.wall for one in pairs[below]]),
+        "ours": _short(np.median([run.wall for run in ours]) / per),
+        "other": _short(np.median([run.wall for run in other]) / per),
+        **ratio([run.wall for run in pairs[above]], [run.wall for run in pairs[below]]),
         "of": of,
-        "cpu_seconds": ratio([one.cpu for one in pairs[above]], [one.cpu for one in pairs[below]]),
+        "cpu_seconds": ratio([run.cpu for run in pairs[above]], [run.cpu for run in pairs[below]]),
         "repeats": len(ours),
     }
 
 
 def compare_amounts(ours: float, other: float, *, unit: str, of: str = "ours/other") -> dict:
     """A comparison of two amounts that need no repeats: bytes, FLOPs."""
-    found = ours / other if of == "ours/other" else other / ours
-    return {"unit": unit, "ours": _short(ours), "other": _short(other), "ratio": _short(found), "of": of}
+    share = ours / other if of == "ours/other" else other / ours
+    return {"unit": unit, "ours": _short(ours), "other": _short(other), "ratio": _short(share), "of": of}
 
 
 def _short(number: float) -> float:
@@ -107,9 +108,9 @@ def _short(number: float) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter of matrix products, convolutions and attention, with a CPU's attention added.
+    """torch's counter of matrix products, convolutions and attention, extended by attention on a CPU.
 
-    FLOPs that a compiled or captured graph does are not seen by it.
+    It does not see the FLOPs of compiled or captured graphs.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -128,7 +129,7 @@ def flops_of(run: Callable[[], Any]) -> float:
 
 
 def peak_flops(device: str) -> float | None:
-    """The GPU's dense bf16 peak, FLOPs a second; None for a CPU and for what PEAK_BF16 does not know."""
+    """The GPU's dense bf16 peak in FLOPs per second; None for a CPU or a GPU that PEAK_BF16 does not list."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name()
@@ -136,9 +137,9 @@ def peak_flops(device: str) -> float | None:
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """The process's resident memory now, or the most that it ever was.
+    """The process's resident memory now, or its peak.
 
-    Linux's own record of it, because `getrusage` hands a parent's peak on to its children.
+    Read from Linux's /proc, because in `getrusage` children inherit their parent's peak.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -149,7 +150,7 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 
 class PeakMemory:
-    """The most that is held from its construction on: allocated on a GPU, resident on a CPU above what was before."""
+    """Peak memory since construction: allocated on a GPU, or resident on a CPU, above the amount before."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device.startswith("cuda")
@@ -158,21 +159,21 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
-        """So far."""
+        """The peak so far."""
         return (torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes(peak=True)) - self.before
 
 
 def allocator_peak(run: Callable[[], Any]) -> int:
-    """The most that the CPU's allocator gave out during a run, beyond what was there before; by torch's profiler."""
+    """The peak of the CPU allocator's memory during a run, above the amount before, from torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return int(max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda one: one.start_ns())])))
+    return int(max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])))
 
 
 def serve(step: Callable[[], Any], device: str) -> None:
-    """Be a worker: run `step` whenever told to on stdin and answer in JSON, until stdin ends; see Worker."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is no answer
+    """Act as a worker (see Worker): carry out requests from stdin and answer each in JSON, until stdin ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # keep what libraries print out of the answers
     memory, side = PeakMemory(device), timed(step, device)
     for line in sys.stdin:
         task = line.strip()
@@ -190,13 +191,13 @@ def serve(step: Callable[[], Any], device: str) -> None:
 
 
 class Worker:
-    """A side in its own process, possibly in another environment; it works only on request."""
+    """A side in a separate process, possibly in another environment, that works only on request."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, task: str) -> Any:
-        """What the worker answers; RuntimeError when it has died."""
+        """Send a request and return the answer; RuntimeError if the worker has died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             print(task, file=self.process.stdin, flush=True)
@@ -204,27 +205,27 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"the worker ended with exit code {self.process.wait()}; what it said is above")
+            raise RuntimeError(f"the worker ended with exit code {self.process.wait()}; its output is above")
         return json.loads(line)
 
     def step(self) -> Seconds:
-        """One step over there, by its own clock."""
+        """One step in the worker, timed by it."""
         return Seconds(*self.ask("step"))
 
     def close(self) -> None:
-        """Let it end."""
+        """Close stdin and wait for the worker to end."""
         self.process.communicate()
 
 
 def in_fresh_process(*arguments: str) -> Any:
-    """What this script prints last, in JSON, when it is called anew with more arguments."""
+    """Run this script again with additional arguments, and return the JSON in its last line of output."""
     command = [sys.executable, *sys.argv, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine(device: str = "cpu") -> str:
-    """This machine in words; nothing that names it."""
+    """A description of this machine that does not identify it."""
     if device.startswith("cuda"):
         gpu = torch.cuda.get_device_properties(0)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
@@ -244,15 +245,15 @@ def _cpu_name() -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions that speed depends on."""
+    """The versions that speed depends on."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def write_result(name: str, *, what: str, device: str, results: Path = RESULTS, **contents: Any) -> None:
-    """Write results/<name>.json and show it. `contents`: `comparisons` and whatever else was found."""
+    """Write results/<name>.json and print it. `contents` holds `comparisons` and any other figures."""
     words = sys.argv[1:]
-    if "--results" in words:  # a folder of somebody's machine
+    if "--results" in words:  # a path on somebody's machine
         at = words.index("--results")
         del words[at : at + 2]
     head = {

@@ -3,10 +3,10 @@
     python benchmarks/memory.py                 the embedded bases, many settings
     python benchmarks/memory.py --mid-size      a random U-Net of SD1.5's architecture, a quarter as wide, at 256 px
 
-Measured is what torch's profiler saw the CPU's allocator give out in a step (`measured_mib`; weights and the state of
-the optimiser, which are there before, are added), each case in a process of its own, whose resident memory grew by
-`resident_mib` from before the weights were loaded to its largest. The prediction is `agsm-rl check`'s, of the training
-steps alone. On a GPU nothing was measured. The figures go to benchmarks/results/memory_<what>_cpu.json.
+`measured_mib` is the peak of the CPU allocator's memory in a step, from torch's profiler, plus the weights and
+optimiser state that exist before the step. Each case runs in a separate process; `resident_mib` is the growth of its
+resident memory from before the weights were loaded to the peak. The prediction is `agsm-rl check`'s, for training steps
+only. Nothing was measured on a GPU. The figures go to benchmarks/results/memory_<what>_cpu.json.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ def pairs(batch_size: int = 8) -> dict[str, Any]:
 
 
 def rollouts(**options: Any) -> dict[str, Any]:
-    """A source of images of the policy's own."""
+    """A source of images drawn by the policy."""
     common = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}, "num_steps": 4}
     return {**common, "num_prompts": 4, "images_per_prompt": 4, "guidance": 3.0, **options}
 
@@ -91,7 +91,7 @@ def case(
     t5_length: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A recipe of one term."""
+    """A recipe with one term."""
     backbone = {"use": "stable_diffusion", "checkpoint": checkpoint, "device": "cpu", "t5_length": t5_length}
     return {
         "steps": 2,
@@ -103,7 +103,7 @@ def case(
 
 
 def make_mid_size(folder: Path) -> str:
-    """The random pipeline, in a folder."""
+    """Write the random pipeline to a folder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -157,24 +157,24 @@ def measure(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(
-    mid: Annotated[bool, typer.Option("--mid-size", help="the random U-Net instead of the embedded bases")] = False,
+    mid: Annotated[bool, typer.Option("--mid-size", help="use the random U-Net instead of the embedded bases")] = False,
 ) -> None:
     """Run the cases and record them."""
-    # Forked, not started anew: libraries are imported once; a new process has its own peak.
+    # Forked, so that libraries are imported only once; each process still has a peak of its own.
     processes = multiprocessing.get_context("fork")
-    found = {}
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         cases = mid_size(make_mid_size(Path(folder) / "base")) if mid else embedded()
         for name, data in cases.items():
             with processes.Pool(1) as pool:
-                found[name] = pool.apply(measure, (data,))
-            print(name, found[name], flush=True)
+                measured[name] = pool.apply(measure, (data,))
+            print(name, measured[name], flush=True)
     write_result(
         f"memory_{'mid_size' if mid else 'embedded'}_cpu",
         what="peak memory of a training step, predicted and measured, float32, LoRA of rank 8 with two banks; "
         + ("a random U-Net of SD1.5's architecture, widths 80 to 320, 256 px" if mid else "the embedded bases"),
         device="cpu",
-        cases=found,
+        cases=measured,
     )
 
 

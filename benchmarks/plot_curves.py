@@ -1,10 +1,10 @@
 # /// script
 # dependencies = ["matplotlib", "numpy"]
 # ///
-"""The curves of benchmarks/curves.py as a picture: `uv run benchmarks/plot_curves.py OUT.png [CURVES.json]`.
+"""Plot the curves of benchmarks/curves.py: `uv run benchmarks/plot_curves.py OUT.png [CURVES.json]`.
 
-Both axes are logarithmic; the dotted line is linear growth from the first point on (with processes that share a fixed
-batch: the time divided by their number).
+Both axes are logarithmic. The dotted line is linear growth from the first point or, for processes that share a fixed
+batch, the time divided by their number.
 """
 
 import json
@@ -22,11 +22,11 @@ CURVES = Path(__file__).parent / "results" / "curves.json"
 
 def main(out: str, curves: str = str(CURVES)) -> None:
     """Write the picture."""
-    found = json.loads(Path(curves).read_text())["curves"]
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
+    measured = json.loads(Path(curves).read_text())["curves"]
+    columns = min(4, len(measured))
+    rows = -(-len(measured) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-    for place, curve in zip(axes.flat, found, strict=False):
+    for place, curve in zip(axes.flat, measured, strict=False):
         x = np.array([point[curve["vary"]] for point in curve["points"]], dtype=float)
         y = np.array([point["seconds"] for point in curve["points"]])
         ideal = y[0] * (x / x[0]) ** (-1.0 if curve["exponent"] < 0 else 1.0)
@@ -37,9 +37,9 @@ def main(out: str, curves: str = str(CURVES)) -> None:
         place.set_yticks(ticks, [f"{value:.2g}" for value in ticks], minor=False)
         place.minorticks_off()
         place.set_title(f"{curve['name']}\nexponent {curve['exponent']:.2f}", fontsize=9)
-        place.set_ylabel("seconds a step", fontsize=8)
+        place.set_ylabel("seconds per step", fontsize=8)
         place.spines[["top", "right"]].set_visible(False)
-    for place in list(axes.flat)[len(found) :]:
+    for place in list(axes.flat)[len(measured) :]:
         place.set_visible(False)
     figure.savefig(out, dpi=150)
 

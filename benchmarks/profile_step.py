@@ -1,8 +1,8 @@
-"""Where the time of an AGSM step and of a DDPO draw and update goes, and whether frozen weights get gradients.
+"""Where an AGSM step and a DDPO draw and update spend their time, and whether frozen weights get gradients.
 
     python benchmarks/profile_step.py [--device cpu | cuda]
 
-Writes results/profile_embedded_<device>.txt: phases, the operators with the most time of their own, and the check.
+Writes results/profile_embedded_<device>.txt: phases, the operators with the most self time, and the check.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,13 +34,13 @@ WITH_MASK = (
     torch.ops.aten.native_group_norm_backward.default,
     torch.ops.aten.native_layer_norm_backward.default,
 )
-"""Backward operators whose last argument says what to compute: of the input, of the weight, of the bias."""
+"""Backward operators whose last argument is a mask of the gradients to compute: input, weight, bias."""
 
 
 class WeightGradients(TorchDispatchMode):
     """Counts backward calls of convolutions and norms (`calls`), and those that gave a weight's gradient (`needless`).
 
-    None of these is trained by any adapter.
+    No adapter trains these weights.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,10 @@ class WeightGradients(TorchDispatchMode):
 
 
 def backward_work(policy: Policy, rows: int = 4) -> dict[str, float]:
-    """FLOPs of the live prediction of a few rows and of its backward pass, and what WeightGradients counted.
+    """FLOPs of the live prediction of a few rows and of its backward pass, and the counts of WeightGradients.
 
-    Of activations alone it is about as much (attention's backward is more); with weights' it would be twice as much.
+    For activations alone, the backward pass costs about as much as the forward pass (more for attention); with
+    gradients of weights, it would cost twice as much.
     """
     backbone = policy.backbone
     x_t = torch.randn(rows, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
@@ -91,7 +92,7 @@ def make_trainers(device: str) -> dict[str, Trainer]:
 
 @contextmanager
 def named_phases(trainer: Trainer) -> Iterator[None]:
-    """Within the block, the profiler sees what a step consists of; phases may lie within each other."""
+    """Within the block, mark the phases of a step for the profiler; phases may be nested."""
     policy, source = trainer.policy, trainer.terms[0].source
     places = {
         "draw or read a batch": (source, "next"),
@@ -118,29 +119,29 @@ def named_phases(trainer: Trainer) -> Iterator[None]:
 
 
 def describe(title: str, trainer: Trainer, device: str, rows: int) -> str:
-    """A profile of one step in text."""
+    """The profile of one step as text."""
     trainer.run_step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
-    with profile(activities=activities) as found, named_phases(trainer):
+    with profile(activities=activities) as profiled, named_phases(trainer):
         seconds = measure.timed(trainer.run_step, device)()
-    events = found.key_averages()
+    events = profiled.key_averages()
     phases = [event for event in events if event.key.startswith("phase: ")]
     operators = sorted(
         (event for event in events if not event.key.startswith(("phase: ", "autograd::"))),
         key=lambda event: -event.self_cpu_time_total,
     )
-    # Under the profiler itself a step takes longer; shares are what counts.
+    # The profiler slows a step down, so look at the shares.
     inside = sum(event.self_cpu_time_total for event in operators) / 1e6
-    lines = [title, "", f"{'phase (they may lie within each other)':44}{'calls':>7}{'ms':>9}{'share':>8}"]
+    lines = [title, "", f"{'phase (phases may be nested)':44}{'calls':>7}{'ms':>9}{'share':>8}"]
     for event in sorted(phases, key=lambda event: -event.cpu_time_total):
         lines.append(_row(event.key.removeprefix("phase: "), event.count, event.cpu_time_total, seconds.wall))
-    lines += ["", f"{'operator, own time':44}{'calls':>7}{'ms':>9}{'share':>8}"]
-    lines += [_row(one.key[:43], one.count, one.self_cpu_time_total, seconds.wall) for one in operators[:rows]]
+    lines += ["", f"{'operator, self time':44}{'calls':>7}{'ms':>9}{'share':>8}"]
+    lines += [_row(event.key[:43], event.count, event.self_cpu_time_total, seconds.wall) for event in operators[:rows]]
     lines.append(_row("outside operators (Python, autograd)", 1, 1e6 * (seconds.wall - inside), seconds.wall))
     work = backward_work(trainer.policy)
     lines += [
         "",
-        f"of 4 rows: forward {work['forward'] / 1e9:.3f} GFLOPs, backward {work['backward'] / 1e9:.3f} "
+        f"for 4 rows: forward {work['forward'] / 1e9:.3f} GFLOPs, backward {work['backward'] / 1e9:.3f} "
         f"({work['backward/forward']:.2f} of forward; 2 would mean gradients of weights)",
         f"{work['needless']} of {work['calls']} backward calls of convolutions and norms computed a weight's gradient",
     ]
@@ -153,10 +154,10 @@ def _row(name: str, calls: int, microseconds: float, wall: float) -> str:
 
 def main(
     device: Literal["cpu", "cuda"] = "cpu",
-    rows: Annotated[int, typer.Option(min=1, help="operators that are shown")] = 15,
+    rows: Annotated[int, typer.Option(min=1, help="number of operators to show")] = 15,
     results: Path = measure.RESULTS,
 ) -> None:
-    """Profile both and write it down."""
+    """Profile both and write the result."""
     parts = [f"{measure.machine(device)}; torch {torch.__version__}"]
     parts += [describe(title, trainer, device, rows) for title, trainer in make_trainers(device).items()]
     text = "\n\n\n".join(parts) + "\n"

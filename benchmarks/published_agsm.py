@@ -1,8 +1,8 @@
-"""AGSM's step as the published trainer does it, in our words: for benchmarks only, to be compared with.
+"""AGSM's step as in the published trainer, reimplemented for comparison in benchmarks only.
 
-A second whole denoiser holds the EMA's tokens; every image is held against every prompt of its group by both
-denoisers, all rows at once; images and text are encoded within the step; on a GPU weights are in float16 under autocast
-with a gradient scaler. To its favour, images come decoded and resized, and of the EMA copy only the tokens are updated.
+A second complete denoiser holds the EMA's tokens. Both denoisers evaluate every image with every prompt of its group,
+all rows at once. Images and text are encoded within the step. On a GPU, weights are in float16 under autocast with a
+gradient scaler. In its favour, images come decoded and resized, and only the tokens of the EMA copy are updated.
 """
 
 import copy
@@ -40,9 +40,9 @@ class TokenRows:
 
 
 class PublishedAGSM:
-    """The trainer over a StableDiffusionPipeline, which it takes for itself.
+    """The trainer for a StableDiffusionPipeline, which must not be used elsewhere.
 
-    tokens, ema_tokens: initial values, `soft_tokens` and `time_tokens` each.
+    `tokens` and `ema_tokens` are initial values, each with `soft_tokens` and `time_tokens`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PublishedAGSM:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
         self.device: torch.device = pipeline.device
-        # The copy comes before the hooks, which are the live denoiser's.
+        # Copy before adding hooks, which belong to the live denoiser.
         copied = copy.deepcopy(pipeline.unet)
         self.live, self.ema = TokenRows(pipeline.unet, **tokens), TokenRows(copied, **ema_tokens)
         self.parameters = [self.live.soft_tokens, self.live.time_tokens]
@@ -70,13 +70,13 @@ class PublishedAGSM:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
     def to_half(self) -> None:
-        """From now on, weights in float16 under autocast, with a gradient scaler."""
+        """Switch to weights in float16 under autocast, with a gradient scaler."""
         for module in (self.live.unet, self.ema.unet, self.pipeline.vae, self.pipeline.text_encoder):
             module.half()
         self.scaler = torch.amp.GradScaler(self.device.type)
 
     def step(self, images: Tensor, prompts: list[str]) -> float:
-        """Learn from images [B, 3, H, W] in [0, 1] and their prompts; the loss."""
+        """Learn from images [B, 3, H, W] in [0, 1] and their prompts; returns the loss."""
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
             loss = self.loss(images, prompts)
@@ -91,7 +91,7 @@ class PublishedAGSM:
     def loss(
         self, images: Tensor, prompts: list[str], *, noise: Tensor | None = None, timestep: int | None = None
     ) -> Tensor:
-        """The guided score loss; noise [B, C, h, w] and timestep are drawn where they are not given."""
+        """The guided score loss; noise [B, C, h, w] and timestep are drawn unless given."""
         with torch.no_grad():
             latents, text = self._encode(images, prompts)
             noise = torch.randn_like(latents) if noise is None else noise.to(latents)

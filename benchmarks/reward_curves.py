@@ -1,9 +1,9 @@
 # /// script
 # dependencies = ["matplotlib", "numpy"]
 # ///
-"""Mean reward of rollouts over images sampled: `python benchmarks/reward_curves.py OUT.png RUN...`.
+"""Plot the mean reward of rollouts over images sampled: `python benchmarks/reward_curves.py OUT.png RUN...`.
 
-A run is a folder with `metrics.jsonl`; its line is a mean over a window of draws, with a 95 % interval of that mean.
+A run is a folder with `metrics.jsonl`. Its line is the mean over a window of draws, with a 95 % interval.
 """
 
 import json
@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 WINDOW = 16
-"""Draws that a point of the line averages."""
+"""Draws averaged in each point of the line."""
 IMAGES_PER_DRAW, UPDATES = 64, 2
-"""As in the embedded recipes: `num_prompts` x `images_per_prompt`, and steps that learn from one draw."""
+"""As in the embedded recipes: `num_prompts` x `images_per_prompt`, and the steps that learn from each draw."""
 
 
 def rewards_of(run: Path) -> np.ndarray:

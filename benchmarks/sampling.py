@@ -1,4 +1,4 @@
-"""Sampling with soft tokens attached against the bare diffusers pipeline.
+"""Sampling with attached soft tokens, compared with the bare diffusers pipeline.
 
     python benchmarks/sampling.py [--size embedded | sd15] [--device cpu | cuda]
 
@@ -23,7 +23,7 @@ from agsm_rl.sources.prompt_lists import BUILTIN, read_prompts
 
 
 def export_tokens(pipeline: Any, folder: Path, num_tokens: int) -> None:
-    """Write untrained soft tokens for this pipeline; what they hold does not matter to how long sampling takes."""
+    """Write untrained soft tokens for this pipeline; their values do not affect the time."""
     tokens = SoftTokens(num_tokens=num_tokens)
     tokens.attach(backbone_of(pipeline))
     save_adapters({"tokens": tokens}, folder, metadata={})

@@ -2,8 +2,8 @@
 
     python benchmarks/sd3_flops.py
 
-A few seconds and no weights: torch's counter sees the shapes of each product. docs/scale.md reckons with the figures,
-which go to benchmarks/results/sd3_flops.json. A product of [m, k] and [k, n] counts 2·m·k·n.
+This takes a few seconds and no weights, because torch's counter needs only the shapes of each product. docs/scale.md
+uses the figures, which go to benchmarks/results/sd3_flops.json. A product of [m, k] and [k, n] counts 2·m·k·n.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
 
 TEXT_ROWS = 77 + 256
-"""CLIP's rows and T5's."""
+"""The rows of CLIP and of T5."""
 
 
 def count(run: Callable[[], Any]) -> float:
@@ -32,16 +32,16 @@ def count(run: Callable[[], Any]) -> float:
 
 
 def denoiser(transformer: Any, side: int) -> dict[str, float]:
-    """One row forward, and backward to its text without gradients of weights: soft tokens' cost, nearly LoRA's."""
+    """One row forward, and backward to its text without weights' gradients, as soft tokens (and nearly LoRA) need."""
     text = torch.empty(1, TEXT_ROWS, 4096, requires_grad=True)
-    made: list[torch.Tensor] = []
+    predictions: list[torch.Tensor] = []
 
     def forward() -> None:
         given = {"timestep": torch.empty(1), "pooled_projections": torch.empty(1, 2048)}
         latents = torch.empty(1, 16, side, side)
-        made.append(transformer(latents, encoder_hidden_states=text, return_dict=False, **given)[0])
+        predictions.append(transformer(latents, encoder_hidden_states=text, return_dict=False, **given)[0])
 
-    return {"denoiser_forward": count(forward), "denoiser_backward": count(lambda: made[0].sum().backward())}
+    return {"denoiser_forward": count(forward), "denoiser_backward": count(lambda: predictions[0].sum().backward())}
 
 
 def main() -> None:
@@ -72,11 +72,11 @@ def main() -> None:
         for resolution in (512, 1024):
             side = resolution // 8
             latents = torch.empty(1, 16, side, side)
-            found = denoiser(pipeline.transformer, side)
-            found["vae_decode"] = count(lambda latents=latents: pipeline.vae.decode(latents))
+            by_part = denoiser(pipeline.transformer, side)
+            by_part["vae_decode"] = count(lambda latents=latents: pipeline.vae.decode(latents))
             pixels = torch.empty(1, 3, resolution, resolution)
-            found["vae_encode"] = count(lambda pixels=pixels: pipeline.vae.encode(pixels))
-            by_resolution[str(resolution)] = found
+            by_part["vae_encode"] = count(lambda pixels=pixels: pipeline.vae.encode(pixels))
+            by_resolution[str(resolution)] = by_part
         trained = {}
         for name, adapter in {"soft_tokens_4": SoftTokens(num_tokens=4), "lora_rank_32": LoRA(rank=32)}.items():
             adapter.attach(backbone_of(pipeline, resolution=512))

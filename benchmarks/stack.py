@@ -1,9 +1,9 @@
-"""AGSM and DDPO stacked against the sum of the two alone.
+"""AGSM and DDPO stacked, compared with the sum of the two alone.
 
     python benchmarks/stack.py [--device cpu | cuda]
 
-`rollouts`: both learn from one batch of own images (DDPO from all, AGSM from the best quarter), drawn and scored once;
-alone, each draws its own. `pairs`: AGSM learns from captioned images instead, so that nothing is shared but the step.
+`rollouts`: both learn from one batch of the model's images (DDPO from all, AGSM from the best quarter), drawn and
+scored once; alone, each draws its own. `pairs`: AGSM learns from captioned images instead, so only the step is shared.
 Options are those of recipes/best_of_own_images.yaml and recipes/agsm_plus_ddpo.yaml.
 """
 
@@ -26,12 +26,12 @@ from agsm_rl.sources.views import BestImages
 
 
 def make_terms(names: list[str], *, shared: bool, num_prompts: int) -> list[Term]:
-    """The named terms; `shared`: AGSM learns from the rollouts, as DDPO does, and from the very same where both do."""
+    """The named terms; if `shared`, AGSM learns from the same rollouts as DDPO."""
     rollouts = Rollouts(
         "builtin:shapes-prompts", [(ShapesReward(), 1.0)], num_prompts=num_prompts, images_per_prompt=4, num_steps=10,
         guidance=1.0,
     )  # fmt: skip
-    # No advantage is too low: the step must be the same each time.
+    # Accept any advantage, so that each step does the same work.
     best = BestImages(share=0.25, min_advantage=-10.0) if shared else None
     captioned = rollouts if shared else Pairs("builtin:shapes", 8, num_images=512)
     known = {
@@ -42,7 +42,7 @@ def make_terms(names: list[str], *, shared: bool, num_prompts: int) -> list[Term
 
 
 def make_trainers(*, shared: bool, num_prompts: int, device: str) -> dict[str, Trainer]:
-    """The two alone and the stack, each over its own base."""
+    """The two alone and the stack, each with its own base."""
     trainers = {}
     for name, terms in {"agsm": ["agsm"], "ddpo": ["ddpo"], "stack": ["ddpo", "agsm"]}.items():
         policy = Policy(load_backbone(EMBEDDED, device=device), {"lora": LoRA(rank=8, banks=2)}, ema_decay=0.99)
@@ -51,20 +51,20 @@ def make_trainers(*, shared: bool, num_prompts: int, device: str) -> dict[str, T
 
 
 def compare(*, shared: bool, num_prompts: int, device: str, repeats: int, warmup: int) -> dict[str, Any]:
-    """The stack's step against the sum of the two terms' own."""
+    """The stack's step, compared with the sum of the two terms' steps."""
     trainers = make_trainers(shared=shared, num_prompts=num_prompts, device=device)
     sides = {name: measure.timed(trainer.run_step, device) for name, trainer in trainers.items()}
     taken = measure.interleave(sides, repeats=repeats, warmup=warmup)
     sums = [
-        measure.Seconds(one.wall + other.wall, one.cpu + other.cpu)
-        for one, other in zip(taken["agsm"], taken["ddpo"], strict=True)
+        measure.Seconds(agsm.wall + ddpo.wall, agsm.cpu + ddpo.cpu)
+        for agsm, ddpo in zip(taken["agsm"], taken["ddpo"], strict=True)
     ]
     return measure.compare_seconds(taken["stack"], sums, of="ours/other")
 
 
 def main(
     device: Literal["cpu", "cuda"] = "cpu",
-    num_prompts: Annotated[int, typer.Option(min=4, help="prompts a draw, 4 images each")] = 8,
+    num_prompts: Annotated[int, typer.Option(min=4, help="prompts per draw, with 4 images each")] = 8,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     warmup: Annotated[int, typer.Option(min=0)] = 1,
     results: Path = measure.RESULTS,

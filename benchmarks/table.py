@@ -1,6 +1,6 @@
-"""The tables in README.md, made of results/*.json: `python benchmarks/table.py`.
+"""Write the tables in README.md from results/*.json: `python benchmarks/table.py`.
 
-A measurement that is still to come has empty cells.
+Measurements that have not been made yet have empty cells.
 """
 
 import json
@@ -14,7 +14,7 @@ BEGIN, END = "<!-- made by table.py -->", "<!-- end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison within a result, and the ratio it should reach."""
+    """A comparison in a result, and the ratio it should reach."""
 
     result: str
     comparison: str
@@ -33,11 +33,11 @@ ROWS = (
     Row("agsm_step_sd15_cuda", "step", "AGSM step, SD1.5's size, 512 px, GPU: times faster", "≥ 2"),
     Row("agsm_step_sd15_cuda", "memory", "— its peak memory: share of the published", "≤ 0.55"),
     Row("agsm_step_sd15_cuda", "peak", "— its share of the GPU's bf16 peak", "≥ 0.5"),
-    Row("ddpo_step_embedded_cpu", "step", "DDPO, embedded base, CPU: times TRL's images a second", "≥ 1.5"),
+    Row("ddpo_step_embedded_cpu", "step", "DDPO, embedded base, CPU: times TRL's images per second", "≥ 1.5"),
     Row("ddpo_step_embedded_cpu", "memory", "— its peak memory: share of TRL's"),
-    Row("ddpo_step_embedded_cpu_keep_graph", "step", "— with `keep_graph`: times TRL's images a second"),
+    Row("ddpo_step_embedded_cpu_keep_graph", "step", "— with `keep_graph`: times TRL's images per second"),
     Row("ddpo_step_embedded_cpu_keep_graph", "memory", "— with `keep_graph`, its peak memory: share of TRL's"),
-    Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images a second"),
+    Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images per second"),
     Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
     Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),
     Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.9"),
@@ -47,7 +47,7 @@ FULL_SIZES = tuple(f"full_size_{kind}_{device}" for kind in ("sd15", "sdxl", "sd
 
 
 def make_tables(results: Path) -> str:
-    """Markdown of both tables."""
+    """Both tables as Markdown."""
     lines = ["| | goal | ratio [95 %] | ours | other | machine |", "|---|---|---|---|---|---|"]
     for row in ROWS:
         lines.append(_line([row.words, row.goal, *_cells(_read(results, row.result), row.comparison)]))
@@ -68,12 +68,12 @@ def _line(cells: list[str]) -> str:
 
 def _cells(result: dict[str, Any] | None, comparison: str) -> list[str]:
     """Ratio, ours, other, machine."""
-    found = (result or {}).get("comparisons", {}).get(comparison)
-    if result is None or found is None:
+    figures = (result or {}).get("comparisons", {}).get(comparison)
+    if result is None or figures is None:
         return [""] * 4
-    interval = f" [{found['low']:.3g}, {found['high']:.3g}]" if "low" in found else ""
-    amounts = [_amount(found[side], found["unit"]) for side in ("ours", "other")]
-    return [f"{found['ratio']:.3g}{interval}", *amounts, result["machine"]]
+    interval = f" [{figures['low']:.3g}, {figures['high']:.3g}]" if "low" in figures else ""
+    amounts = [_amount(figures[side], figures["unit"]) for side in ("ours", "other")]
+    return [f"{figures['ratio']:.3g}{interval}", *amounts, result["machine"]]
 
 
 def _amount(number: float, unit: str) -> str:
@@ -82,7 +82,7 @@ def _amount(number: float, unit: str) -> str:
     if unit == "FLOPs":
         return f"{number / 1e9:.4g} GFLOPs"
     if unit == "FLOPs a second":
-        return f"{number / 1e12:.4g} TFLOPs a second"
+        return f"{number / 1e12:.4g} TFLOPs per second"
     return f"{number:.3g} {unit}"
 
 
@@ -97,7 +97,7 @@ def _full_size(name: str, result: dict[str, Any] | None) -> list[str]:
 
 
 def put_in(text: str, tables: str) -> str:
-    """`text` with everything between the marks replaced."""
+    """`text` with the part between the marks replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"
 

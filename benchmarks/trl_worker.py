@@ -12,9 +12,9 @@
 # ///
 """TRL's DDPOTrainer as a worker of ddpo_step.py, in its own environment (the lock beside this file).
 
-    python benchmarks/trl_worker.py '{"checkpoint": …, "prompts": […], …}'     the settings are ddpo_step.py's
+    python benchmarks/trl_worker.py '{"checkpoint": …, "prompts": […], …}'     the settings come from ddpo_step.py
 
-A step is an epoch of TRL's: draw all images, score them, learn from all of them.
+A step is one of TRL's epochs: draw all images, score them, and learn from all of them.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def brightness(images: torch.Tensor, prompts: tuple[str, ...], metadata: Any) ->
 
 
 def make_trainer(settings: dict[str, Any]) -> DDPOTrainer:
-    """TRL's trainer with one optimiser step an epoch, whatever its batches."""
+    """TRL's trainer with one optimiser step per epoch, whatever the batch sizes."""
     prompts, count = itertools.cycle(settings["prompts"]), len(settings["prompts"])
     config = DDPOConfig(
         mixed_precision="fp16" if settings["device"] == "cuda" else "no",
@@ -56,15 +56,15 @@ def make_trainer(settings: dict[str, Any]) -> DDPOTrainer:
 
 
 def main() -> None:
-    """Serve epochs."""
+    """Run epochs on request."""
     warnings.filterwarnings("ignore")
     settings = json.loads(sys.argv[1])
-    made: list[DDPOTrainer] = []
+    trainers: list[DDPOTrainer] = []
 
     def step() -> None:
-        if not made:
-            made.append(make_trainer(settings))
-        made[0].step(0, 0)
+        if not trainers:
+            trainers.append(make_trainer(settings))
+        trainers[0].step(0, 0)
 
     measure.serve(step, settings["device"])
 

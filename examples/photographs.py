@@ -1,7 +1,7 @@
 """Write eight captioned photographs as an image folder: `python examples/photographs.py DIR`.
 
-They are shipped with scikit-image.
-The folder is what recipes/imagefolder.yaml trains from: pictures beside a metadata.jsonl with file_name and caption.
+scikit-image ships the photographs. recipes/imagefolder.yaml trains from such a folder: pictures beside a metadata.jsonl
+with file_name and caption.
 """
 
 import json
