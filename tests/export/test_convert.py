@@ -291,7 +291,7 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
     ("tensors", "message"),
     [
         ({}, "holds nothing"),
-        (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net .*in kohya's form.*holds lora_te_text_mod"),
+        (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net .*in kohya's form.*holds lora_te_text_"),
         (kohya_layer(f"{MID}q") | kohya_layer("lora_te3_encoder_block_0_layer_0_SelfAttention_q"), "holds lora_te3_"),
         (kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_odd"), "cannot place"),
         (kohya_layer(f"{MID}q", dora_scale=torch.ones(1)), f"holds {MID}q.*pipe.load_lora_weights"),
