@@ -289,6 +289,10 @@ class Objective:
         """Parts to learn from one after another, each with its share of the loss (they add up to 1)."""
         return [(batch, 1.0)]
 
+    def step_of(self, part: Any) -> int | None:
+        """The denoising step that a part is of, for comparing the steps' gradients; None: of no single one."""
+        return None
+
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
         """The loss over a part of a batch."""
         raise NotImplementedError

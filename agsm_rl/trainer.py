@@ -15,7 +15,7 @@ from agsm_rl.interfaces import Batch, with_defaults
 from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
-from agsm_rl.training.gradients import as_numbers, cosines, norm
+from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
@@ -296,18 +296,24 @@ class Trainer:
         self.policy.draw = Draw(self.seed, term.name, self.step, t_range=term.t)
         total: Gradient = {}
         sums: dict[str, Tensor] = {}
+        steps: dict[int, Tensor] = {}
         for part, share in term.objective.split(batch):
             with self.accelerator.autocast():
                 loss, figures = term.objective.loss(self.policy, part)
             found = torch.autograd.grad(loss * share, list(parameters.values()), allow_unused=True)
-            for name, value in zip(parameters, found, strict=True):
-                if value is not None:
-                    total[name] = total[name] + value if name in total else value
+            given = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
+            step = term.objective.step_of(part)
+            if step is not None:
+                steps[step] = steps.get(step, 0) + norm(given)
+            for name, value in given.items():
+                total[name] = total[name] + value if name in total else value
             for key, figure in ({"loss": loss.detach()} | figures).items():
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
         total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
         means = dict(zip(sums, self.processes.mean(list(sums.values())), strict=True))
-        return total, as_numbers(means | {"grad_norm": norm(total)})
+        numbers = as_numbers(means | {"grad_norm": norm(total)})
+        lengths = as_numbers(dict(zip(map(str, steps), self.processes.mean(list(steps.values())), strict=True)))
+        return total, numbers | largest_share({int(step): length for step, length in lengths.items()})
 
     def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
         """Report to the watch which of the adapters that this step trains got a gradient that is not all 0."""

@@ -13,9 +13,13 @@ from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.interfaces import Batch, RewardedBatch, RolloutBatch
 from agsm_rl.objectives.policy_gradient import step_log_prob
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.anomalies import REMEDY
+from agsm_rl.training.gradients import largest_share, norm
 from agsm_rl.training.randomness import Draw
 
 RATIO_TOLERANCE = 1e-5
+CLEARLY_OVER_HALF = 0.6
+"""A single draw's share varies by a few percent, and Flow-GRPO's published noise lies at about one half."""
 ROWS = 8
 """Number of a rollout's rows that are compared."""
 
@@ -38,7 +42,10 @@ def check_learning(trainer: Trainer) -> Iterator[Finding]:
     for term in trainer.terms:
         for name, batch in batches.items():
             if trainer.sources[name] is term.source and term.weight:
-                yield _check_term(trainer, term, batch, reached)
+                shares: dict[str, float] = {}
+                yield _check_term(trainer, term, batch, reached, shares)
+                if shares and trainer.watch.actions["step_share"] != "ignore":
+                    yield _check_share(term.name, shares)
     yield from _check_reached(trainer, reached)
 
 
@@ -76,8 +83,18 @@ def _check_ratio(trainer: Trainer, name: str, batch: RolloutBatch) -> Finding:
     )
 
 
-def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, float]) -> Finding:
-    """The term's gradient; `reached` collects each parameter's largest one."""
+def _check_share(name: str, shares: dict[str, float]) -> Finding:
+    share, step = shares["step_share"], int(shares["heaviest_step"])
+    what, detail = f"steps of '{name}'", f"step {step} carries {share:.0%} of the gradient, more than any other"
+    if share <= CLEARLY_OVER_HALF:
+        return green(what, detail)
+    return red(what, detail + ": it rules what is learned", REMEDY)
+
+
+def _check_term(
+    trainer: Trainer, term: Term, batch: Batch, reached: dict[str, float], shares: dict[str, float]
+) -> Finding:
+    """The term's gradient; `reached` collects each parameter's largest one, `shares` what its heaviest step carries."""
     what, note = f"objective '{term.name}'", ""
     if isinstance(batch, RewardedBatch) and len(batch) > 1 and batch.advantages.max() == batch.advantages.min():
         # Equal rewards (reported above) would hide whether gradients flow at all.
@@ -88,15 +105,20 @@ def _check_term(trainer: Trainer, term: Term, batch: Batch, reached: dict[str, f
         return green(what, "its view leaves no row of this draw")
     parameters = trainer.policy.parameters(term.trains)
     trainer.policy.draw = Draw(trainer.seed, term.name, 0, t_range=term.t)
-    loss = 0.0
+    loss, steps = 0.0, dict[int, float]()
     for part, share in term.objective.split(seen):
         with trainer.accelerator.autocast():
             value, _ = term.objective.loss(trainer.policy, part)
         loss += share * float(value.detach())
         gradients = torch.autograd.grad(value * share, list(parameters.values()), allow_unused=True)
+        step = term.objective.step_of(part)
+        if step is not None:
+            given = {str(index): value for index, value in enumerate(gradients) if value is not None}
+            steps[step] = steps.get(step, 0.0) + float(norm(given))
         for name, gradient in zip(parameters, gradients, strict=True):
             size = 0.0 if gradient is None else float(gradient.abs().max())
             reached[name] = size if size != size else max(reached.get(name, 0.0), size)
+    shares |= largest_share(steps)
     values: list[Any] = [reached[name] for name in parameters]
     if not all(value < float("inf") for value in [abs(loss), *values]):
         return red(what, f"loss {loss:.4g}, and a gradient that is not finite", "lower its weight or use float32")

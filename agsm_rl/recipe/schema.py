@@ -242,6 +242,7 @@ class WatchKeys(Section):
         constant_reward: A reward has the same value for all images of a draw.
         zero_gradient: An adapter's gradient was exactly 0 for `zero_gradient_steps` steps in a row.
         zero_gradient_steps: The number of steps for `zero_gradient`.
+        step_share: One denoising step carried more than half of a term's gradient, three times in a row.
         held_out_falls: An evaluated reward that is not trained on fell below its best while a trained one improved,
             both by more than chance.
     """
@@ -254,6 +255,7 @@ class WatchKeys(Section):
     constant_reward: Literal["warn", "skip", "stop", "ignore"] = "warn"
     zero_gradient: Literal["warn", "stop", "ignore"] = "warn"
     zero_gradient_steps: int = Field(10, ge=1)
+    step_share: Literal["warn", "stop", "ignore"] = "warn"
     held_out_falls: Literal["warn", "stop", "ignore"] = "warn"
 
 

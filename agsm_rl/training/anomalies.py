@@ -12,6 +12,15 @@ from agsm_rl.errors import UserError
 
 Action = Literal["warn", "skip", "stop", "ignore"]
 
+HALF = 0.5
+"""Share of a term's gradient above which one denoising step rules it."""
+HEAVY_IN_A_ROW = 3
+"""Steps in a row in which that must be so, because the share of one batch varies by a few percent."""
+REMEDY = (
+    "leave it out with a smaller `timestep_fraction`, put the noise elsewhere with the rollouts' `sde_window`, draw "
+    "with another `noise` or more steps, or accept it: `watch: {step_share: ignore}`"
+)
+
 
 @dataclass(frozen=True)
 class Event:
@@ -54,6 +63,7 @@ class AnomalyWatch:
         constant_reward: Action = "warn",
         zero_gradient: Literal["warn", "stop", "ignore"] = "warn",
         zero_gradient_steps: int = 10,
+        step_share: Literal["warn", "stop", "ignore"] = "warn",
     ) -> None:
         self.actions: dict[str, str] = {
             "non_finite": non_finite,
@@ -61,6 +71,7 @@ class AnomalyWatch:
             "zero_variance": zero_variance,
             "constant_reward": constant_reward,
             "zero_gradient": zero_gradient,
+            "step_share": step_share,
         }
         self.non_finite_skips, self.x0_norm_factor = non_finite_skips, x0_norm_factor
         self.zero_gradient_steps = zero_gradient_steps
@@ -68,6 +79,7 @@ class AnomalyWatch:
         self._skipped: dict[str, int] = {}
         self._first_x0: dict[str, float] = {}
         self._zero_steps: dict[str, int] = {}
+        self._heavy_steps: dict[str, int] = {}
         self._lasting: set[str] = set()
 
     def begin_step(self) -> None:
@@ -97,7 +109,20 @@ class AnomalyWatch:
         if "zero_variance" in figures and not (told and self.actions["zero_variance"] == "warn"):
             words = "the images of a draw are all worth the same, so there is nothing to learn from; draw more of them"
             passes &= self._judge("zero_variance", step, term, 0.0, figures["zero_variance"] > 0, words)
+        if "step_share" in figures:
+            self._look_at_share(step, term, figures["step_share"], int(figures["heaviest_step"]))
         return passes
+
+    def _look_at_share(self, step: int, term: str, share: float, heaviest: int) -> None:
+        heavy = self._heavy_steps.get(term, 0) + 1 if share > HALF else 0
+        self._heavy_steps[term] = heavy
+        words = (
+            f"denoising step {heaviest} (the first is 0) carried {share:.0%} of its gradient, so the others hardly "
+            f"count; {REMEDY}"
+        )
+        # It lasts once it has begun: a share that hovers around the half is reported once.
+        if heavy >= HEAVY_IN_A_ROW:
+            self._judge("step_share", step, term, share, True, words)
 
     def step_passes(self, step: int, grad_norm: float) -> bool:
         """Whether the terms' gradients made one may be applied."""
@@ -164,9 +189,11 @@ class AnomalyWatch:
             "first_x0": dict(self._first_x0),
             "zero_steps": dict(self._zero_steps),
             "lasting": sorted(self._lasting),
+            "heavy_steps": dict(self._heavy_steps),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._skipped, self._first_x0 = dict(state["skipped"]), dict(state["first_x0"])
         self._zero_steps, self._lasting = dict(state["zero_steps"]), set(state["lasting"])
+        self._heavy_steps = dict(state.get("heavy_steps", {}))  # checkpoints of earlier versions have none

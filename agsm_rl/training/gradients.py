@@ -8,6 +8,9 @@ from torch import Tensor
 
 from agsm_rl.training.combine import Gradient
 
+FEWEST_STEPS = 3
+"""Denoising steps between which a gradient's shares are worth a look."""
+
 
 def as_numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
     """0-d tensors as numbers, fetched together so that a GPU is waited for only once."""
@@ -23,6 +26,19 @@ def norm(gradient: Gradient) -> Tensor:
     if not gradient:
         return torch.zeros(())
     return torch.stack([value.float().norm() for value in gradient.values()]).norm()
+
+
+def largest_share(norms: Mapping[int, float]) -> dict[str, float]:
+    """What part of a term's gradient its heaviest denoising step carries: `step_share` in (0, 1], `heaviest_step`.
+
+    `norms`: the length of the gradient of each step k. Nothing for fewer than three steps, of which one may well have
+    more than half, or where no step has a gradient.
+    """
+    total = sum(norms.values())
+    if len(norms) < FEWEST_STEPS or not 0 < total < float("inf"):
+        return {}
+    heaviest = max(norms, key=norms.__getitem__)
+    return {"step_share": norms[heaviest] / total, "heaviest_step": float(heaviest)}
 
 
 def cosines(gradients: dict[str, Gradient]) -> dict[str, float]:

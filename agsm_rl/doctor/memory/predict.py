@@ -239,6 +239,9 @@ class _Objective:
                 done.append(len(part))
                 yield part, share
 
+    def step_of(self, part: Any) -> None:
+        return None
+
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
         result: tuple[Tensor, Metrics] = self._objective.loss(policy, batch)
         return result
