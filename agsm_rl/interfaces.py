@@ -122,8 +122,11 @@ class Backbone(Protocol):
         """What is read of each prompt; prompts with the same `ids` are the same to the model."""
         ...
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] → mean latents [B, C, h, w], scaled as the denoiser wants them."""
+    def encode_images(self, images: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] → latents [B, C, h, w], scaled as the denoiser wants them.
+
+        The VAE's mean, or a sample of its posterior with standard normal `noise` of the latents' shape.
+        """
         ...
 
     def identity(self, of: Literal["images", "text"]) -> str:

@@ -307,20 +307,26 @@ class FrozenPipeline:
         return digest_parts(parts, options)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] → the posterior's mode [B, C, h, w], scaled as the denoiser wants it.
+
+        With standard normal `noise` [B, C, h, w], the posterior's sample mean + std · noise.
 
         In the VAE's own precision, whatever the run's: it is what latents that are kept are made in. Large images go a
         few at a time, so that encoding is no peak of memory.
         """
         config = self._vae.config
         at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        parts, noises = images.split(at_once), None if noise is None else noise.split(at_once)
+        encoded = []
         with own_precision(self.device):
-            parts = [
-                self._vae.encode((2 * part - 1).to(self.device, self._vae.dtype)).latent_dist.mode()
-                for part in images.split(at_once)
-            ]
-        latents = torch.cat(parts)
+            for number, part in enumerate(parts):
+                posterior = self._vae.encode((2 * part - 1).to(self.device, self._vae.dtype)).latent_dist
+                latents = posterior.mode()
+                if noises is not None:
+                    latents = posterior.mean + posterior.std * noises[number].to(posterior.mean)
+                encoded.append(latents)
+        latents = torch.cat(encoded)
         return ((latents - (config.shift_factor or 0.0)) * config.scaling_factor).to(images.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups, mean_or_zero, own_prompts
+from agsm_rl.objectives.grid import Groups, NoisePer, mean_or_zero, own_prompts
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32, own_precision
 
@@ -116,6 +116,8 @@ class AGSM(Objective):
         group_size: Images per group, 2 or more; `batch_size` must be a multiple of it. Published: 4.
         groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
+        noise: What has a noise of its own: each `image`, as in the paper, or each `group`, whose images share one, as
+            in the released AGSM code.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch
@@ -129,6 +131,7 @@ class AGSM(Objective):
         preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
         group_size: int = 4,
         groups_per_pass: int | None = None,
+        noise: NoisePer = "image",
     ) -> None:
         if preference not in PREFERENCES:
             raise unknown_name("preference", preference, "a preference model", PREFERENCES)
@@ -138,7 +141,7 @@ class AGSM(Objective):
         self.gamma_positive = gamma_positive
         self.gamma_negative = gamma_negative
         self.preference = preference
-        self.groups = Groups(group_size, groups_per_pass)
+        self.groups = Groups(group_size, groups_per_pass, noise)
 
     def check(self, batch_size: int) -> None:
         """The batch must be whole groups."""

@@ -1,34 +1,37 @@
 """The grid of images and prompts [B, P] that contrastive objectives (AGSM, SoftREPA) predict: own and others' prompts.
 
-A batch is cut into groups; each image is held against the prompts of its group. One noise per image, shared by all its
-prompts, and one noise level per step, shared by the batch.
+A batch is cut into groups; each image is held against the prompts of its group. One noise per image (or one for all
+images of a group), shared by all its prompts, and one noise level per step, shared by the batch.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Cond, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
 
 log = logging.getLogger(__name__)
 
+NoisePer = Literal["image", "group"]
 TOKENIZED_AT_ONCE = 256
 
 
 class Groups:
-    """How a batch is cut: groups of `size` images, `per_pass` groups at once (None: all)."""
+    """How a batch is cut: groups of `size` images, `per_pass` groups at once (None: all), one noise per `noise`."""
 
-    def __init__(self, size: int, per_pass: int | None) -> None:
+    def __init__(self, size: int, per_pass: int | None, noise: NoisePer = "image") -> None:
+        if noise not in get_args(NoisePer):
+            raise unknown_name("noise", noise, "what has a noise of its own", get_args(NoisePer))
         if size < 2:
             raise UserError(f"group_size: got {size}, but a group needs 2 or more images to have negatives")
         check_at_least_one("groups_per_pass", per_pass)
-        self.size, self.per_pass = size, per_pass
+        self.size, self.per_pass, self.noise = size, per_pass, noise
         self._warned = False
 
     def check(self, batch_size: int) -> None:
@@ -82,7 +85,11 @@ class Groups:
         """The batch's noised latents, their targets, and the prompts that each is held against."""
         self.check(len(batch))
         x0 = batch.latents
-        noise = policy.draw.noise_like(x0, batch.rows)
+        if self.noise == "group":  # that of the group's first image
+            first = slice(None, None, self.size)
+            noise = policy.draw.noise_like(x0[first], batch.rows[first]).repeat_interleave(self.size, dim=0)
+        else:
+            noise = policy.draw.noise_like(x0, batch.rows)
         t = policy.draw.shared_t(len(batch), x0.device)
         columns, own = group_columns(len(batch), self.size, x0.device)
         negatives = self._negatives(batch.prompts, group_columns(len(batch), self.size)[0], policy.backbone)

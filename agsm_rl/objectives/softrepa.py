@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups, mean_or_zero, own_prompts
+from agsm_rl.objectives.grid import Groups, NoisePer, mean_or_zero, own_prompts
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 
@@ -70,6 +70,8 @@ class SoftREPA(Objective):
         group_size: Images per group, 2 or more; `batch_size` must be a multiple of it.
         groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
+        noise: What has a noise of its own: each `image`, as in the paper, or each `group`, whose images share one, as
+            in the released AGSM code.
     """
 
     consumes: ClassVar[type[Batch]] = PairBatch
@@ -82,6 +84,7 @@ class SoftREPA(Objective):
         positive_weight: float = 10.0,
         group_size: int = 4,
         groups_per_pass: int | None = None,
+        noise: NoisePer = "image",
     ) -> None:
         for name, value in {"temperature": temperature, "scale": scale}.items():
             if value <= 0:
@@ -91,7 +94,7 @@ class SoftREPA(Objective):
         self.temperature = temperature
         self.scale = scale
         self.positive_weight = positive_weight
-        self.groups = Groups(group_size, groups_per_pass)
+        self.groups = Groups(group_size, groups_per_pass, noise)
 
     def check(self, batch_size: int) -> None:
         """The batch must be whole groups."""

@@ -10,13 +10,18 @@ from torch import Tensor
 from agsm_rl.interfaces import Backbone
 
 
-def to_latents(pictures: Sequence[Image.Image | Tensor], backbone: Backbone) -> Tensor:
-    """Pictures encoded by the backbone, or the latents that a cache gave in their place. Float32 [B, C, h, w]."""
+def to_latents(pictures: Sequence[Image.Image | Tensor], backbone: Backbone, *, noise: Tensor | None = None) -> Tensor:
+    """Pictures encoded by the backbone, or the latents that a cache gave in their place. Float32 [B, C, h, w].
+
+    With standard normal `noise` [B, C, h, w], samples of the VAE's posterior instead of its mean.
+    """
     kept = [picture for picture in pictures if isinstance(picture, Tensor)]
     if kept:
         return torch.stack(kept).to(backbone.device).float()
     pixels = torch.stack([fit(picture, backbone.resolution) for picture in pictures if not isinstance(picture, Tensor)])
-    return backbone.encode_images(pixels.to(backbone.device))
+    if noise is None:
+        return backbone.encode_images(pixels.to(backbone.device))
+    return backbone.encode_images(pixels.to(backbone.device), noise=noise)
 
 
 def fit(picture: Image.Image, resolution: int) -> Tensor:

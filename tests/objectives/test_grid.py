@@ -84,3 +84,15 @@ def test_broken_groups_and_groups_of_one_are_refused(batch):
         Groups(3, None).split(batch)
     with pytest.raises(UserError, match="group_size: got 1"):
         Groups(1, None)
+
+
+def test_images_of_a_group_may_share_one_noise(policy):
+    latents = torch.zeros(4, *policy.backbone.latent_shape)
+    batch = PairBatch(["a", "b", "c", "d"], torch.arange(4), latents)
+    shared = Groups(2, None, "group").grid(policy, batch).target
+    assert torch.equal(shared[0], shared[1]) and torch.equal(shared[2], shared[3])
+    assert not torch.equal(shared[0], shared[2])
+    own = Groups(2, None).grid(policy, batch).target
+    assert not torch.equal(own[0], own[1])
+    with pytest.raises(UserError, match="Did you mean 'group'"):
+        Groups(2, None, "gruop")

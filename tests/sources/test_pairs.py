@@ -215,3 +215,37 @@ def test_of_several_captions_the_first_or_a_random_one_is_taken_and_a_resumed_ru
     assert [parts[0].next(policy).prompts + parts[1].next(policy).prompts for _ in range(4)] == seen
     with pytest.raises(UserError, match="caption: 'last' is not"):
         Pairs(str(tmp_path), 2, caption="last")
+
+
+def test_a_sample_of_the_posterior_is_new_each_time_and_the_same_in_each_run(policy, make_pairs):
+    def drawn(**options):
+        source = make_pairs(batch_size=24, **options)
+        source.bind("pairs", 0, FixedShard())
+        return [source.next(policy).latents for _ in range(2)]
+
+    mode, sample, again = drawn(), drawn(latents="sample"), drawn(latents="sample")
+    assert torch.equal(sample[0], again[0]) and torch.equal(sample[1], again[1])
+    apart = [taken - mean for taken, mean in zip(sample, mode, strict=True)]
+    assert apart[0].abs().min() > 0 and not torch.allclose(apart[0], apart[1])
+
+
+def test_a_share_of_captions_is_replaced_by_the_empty_prompt(policy, make_pairs):
+    source = make_pairs(batch_size=24, caption_dropout=0.5)
+    source.bind("pairs", 0, FixedShard())
+    batches = [source.next(policy).prompts for _ in range(2)]
+    empty = [[prompt == "" for prompt in prompts] for prompts in batches]
+    assert all(0 < sum(row) < 24 for row in empty) and empty[0] != empty[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latents": "sample", "cache": "latents"}, "leave one of them out"),
+        ({"latents": "smaple"}, "Did you mean 'sample'"),
+        ({"caption_dropout": 1.0}, r"must lie in \[0, 1\)"),
+        ({"caption_dropout": 0.1, "cache": "all"}, "write `cache: latents`"),
+    ],
+)
+def test_options_of_latents_and_captions_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Pairs("builtin:shapes", **options)
