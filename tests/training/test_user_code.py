@@ -1,9 +1,5 @@
 """What a reward of the user's may do to a run: neither change what others see, nor end it as if it had succeeded."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from agsm_rl_rewards.functions import as_reward
@@ -80,23 +76,3 @@ def test_gradients_that_a_reward_switches_off_are_on_again():
 
     checked_score(as_reward(bad), torch.rand(2, 3, 4, 4), PROMPTS)
     assert torch.is_grad_enabled()
-
-
-def test_os_exit_in_a_reward_is_no_success():
-    code = """
-        import os, torch
-        from agsm_rl_rewards.functions import as_reward
-        from agsm_rl.training.scoring import checked_score
-
-        def ending(images, prompts):
-            child = os.fork()
-            if child == 0:
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-            os._exit(0)
-
-        checked_score(as_reward(ending), torch.rand(2, 3, 4, 4), ["a", "b"])
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "agsm-rl: reward 'ending': it ended the process with os._exit(0)"
