@@ -123,7 +123,8 @@ def open_target(
 def _open_run(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
-        given = _DrawingKeys.model_validate(recipe | {"backbone": with_first_defaults(recipe)["backbone"]})
+        backbone = {key: value for key, value in with_first_defaults(recipe).items() if key == "backbone"}
+        given = _DrawingKeys.model_validate(recipe | backbone)
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
     block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more

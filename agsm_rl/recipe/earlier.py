@@ -60,7 +60,8 @@ def reward_of_today(name: str, options: Mapping[str, Any], parts: Parts) -> dict
 def with_first_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     """A stored recipe's data with the first default of each option that it lacks. What is malformed stays as it is."""
     recipe = _filled(data, _first_defaults()["recipe"])
-    recipe["backbone"] = _block("backbones", recipe.get("backbone"))
+    if "backbone" in recipe:
+        recipe["backbone"] = _block("backbones", recipe["backbone"])
     if recipe["evaluate"] is not None:
         recipe["evaluate"] = _evaluation(recipe["evaluate"])
     if isinstance(recipe["optimizer"], Mapping):

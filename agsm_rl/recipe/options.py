@@ -93,6 +93,16 @@ def _mistake(text: str) -> PydanticCustomError:
     return PydanticCustomError("mistake", "{text}", {"text": text})
 
 
+REQUIRED = {
+    "steps": "400",
+    "backbone": "{use: stable_diffusion, checkpoint: builtin:shapes-sd15}",
+    "adapters": "{lora: {use: lora, rank: 8}}",
+    "objectives": "[{use: score_matching, source: {use: pairs, dataset: builtin:shapes, batch_size: 8}}]",
+    "recipe": "builtin:agsm",
+}
+"""What to write for the keys that a recipe or a sweep cannot do without."""
+
+
 def unknown_key(key: str, allowed: list[str]) -> str:
     """The message for an unknown key."""
     close = [meant for meant in MEANT.get(key, ()) if meant.split(".")[0] in allowed]
@@ -151,8 +161,10 @@ def explain(error: ValidationError, *, where: str) -> UserError:
             place += f".{part}" if place else part
     separator = "" if not place else "." if not where.endswith(": ") else ""
     head = f"{where}{separator}{place}" if place else where.removesuffix(": ")
-    if first["type"] == "missing":
-        return UserError(f"{head}: this key is required, but it is missing.")
+    example = f" Write e.g. `{place}: {REQUIRED[place]}`." if place in REQUIRED else ""
+    if first["type"] == "missing" or (example and first["input"] is None):
+        state = "missing" if first["type"] == "missing" else "empty (null)"
+        return UserError(f"{head}: this key is required, but it is {state}.{example}")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("mistake", "value_error"):
         return UserError(f"{head}: {message}")

@@ -256,7 +256,8 @@ def test_wrong_targets_suites_and_kinds_are_told(command, tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("steps: 1", "backbone: got nothing (null)"),
+        ("steps: 1", "backbone: this key is required, but it is missing. Write e.g. `backbone: {use: "),
+        ("backbone:", "backbone: this key is required, but it is empty (null). Write e.g. `backbone: {use: "),
         ("backbone: {use: 3}", "backbone.use: got 3"),
         ("backbone: {use: stable_diffusion, checkpoint: x}\nsample: {guidance: high}", "sample.guidance: got 'high'"),
     ],
