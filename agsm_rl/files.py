@@ -55,6 +55,7 @@ def local_or_hub(name: str, *, where: str, allowed: str) -> Path | None:
     path = local_path(name)
     with suppress(OSError):  # a name that is too long for the file system
         if path.exists():
+            check_not_special(path)
             return path
     first = path.parts[0] if path.parts else ""
     if HUB_NAME.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES and not Path(first).exists():
@@ -161,6 +162,12 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file (a named pipe, a device or a socket)"
         raise UserError(f"{path}: this is {kind}; give a file.")
+
+
+def check_not_special(path: Path) -> None:
+    """UserError for a named pipe, a device or a socket: reading it might hang, or never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: this is a named pipe, a device or a socket; give a file or a folder.")
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:

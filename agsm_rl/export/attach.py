@@ -22,7 +22,7 @@ from agsm_rl.adapters.guidance import GuidanceBank, GuidanceHook, GuidancePrompt
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
-from agsm_rl.files import local_path, replacing
+from agsm_rl.files import check_not_special, local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
 
@@ -148,6 +148,7 @@ def _guide(
 def find_exports(path: Path) -> list[Path]:
     """The .safetensors files in a run folder or an adapter folder; a path of a file gives that file."""
     path = local_path(path)
+    check_not_special(path)
     if path.is_file():
         return [path]
     folder = path / "adapter" if (path / "adapter").is_dir() else path

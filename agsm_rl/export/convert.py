@@ -33,7 +33,7 @@ from agsm_rl.adapters.token_places import PUBLISHED_PLACES
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export, write_export
 from agsm_rl.export.kohya import read_kohya, write_kohya
-from agsm_rl.files import replacing
+from agsm_rl.files import check_not_special, replacing
 
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
@@ -178,6 +178,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _tokens_file(path: Path) -> tuple[Path, Literal["agsm", "softrepa"]]:
+    check_not_special(path)
     files = [path] if path.is_file() else sorted(path.glob("*.pth"))
     forms: tuple[Literal["agsm", "softrepa"], ...] = ("agsm", "softrepa")
     matches = [(file, form) for file in files for form in forms if file.name.endswith(NAMES[form][0])]

@@ -23,6 +23,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import plain_table
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, open_picture, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
+from agsm_rl.files import check_not_special
 from agsm_rl.run.screen import styled
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -169,6 +170,7 @@ class FID:
 
 def _check_weights(weights: Path) -> None:
     """UserError unless the file exists and holds only tensors: torch-fidelity would unpickle anything."""
+    check_not_special(weights)
     if not weights.is_file():
         raise UserError(
             f"--suite fid: the Inception weights {weights} are missing; download them with `curl -L --create-dirs -o "
