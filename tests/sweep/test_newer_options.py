@@ -82,9 +82,9 @@ def test_setting_a_newer_option_changes_the_settings(sweep, newer_version, kind,
 def test_setting_a_newer_option_of_an_evaluated_reward_measures_the_cell_again(sweep, newer_version):
     sweep(evaluate=REWARDED)
     newer_version("rewards", "shapes", newer=0.0)
-    told = [REWARDED[0] | {"rewards": {"shapes": {"newer": 0.5}}}, REWARDED[1]]
-    assert sweep(evaluate=told)[1] == ["mine-seed0"]
-    assert sweep(evaluate=told)[1] == []
+    evaluate = [REWARDED[0] | {"rewards": {"shapes": {"newer": 0.5}}}, REWARDED[1]]
+    assert sweep(evaluate=evaluate)[1] == ["mine-seed0"]
+    assert sweep(evaluate=evaluate)[1] == []
 
 
 def test_a_changed_default_changes_the_settings(sweep, newer_version):

@@ -24,15 +24,15 @@ def recipes_of(plan):
 
 def test_cells_are_all_combinations_seed_by_seed(plan):
     axes = {"objective": {"plain": {}, "half": {"objectives.0.weight": 0.5}}, "optimizer.learning_rate": [1e-3, 0.01]}
-    found = plan(axes=axes, seeds=[3, 7])
-    assert [cell.name for cell in found.cells][:4] == [
+    made = plan(axes=axes, seeds=[3, 7])
+    assert [cell.name for cell in made.cells][:4] == [
         "plain,learning_rate=0.001-seed3",
         "plain,learning_rate=0.01-seed3",
         "half,learning_rate=0.001-seed3",
         "half,learning_rate=0.01-seed3",
     ]
-    assert len(found.cells) == 8
-    last = found.cells[-1]
+    assert len(made.cells) == 8
+    last = made.cells[-1]
     assert (last.variant, last.seed, last.recipe.seed) == ("half,learning_rate=0.01", 7, 7)
     assert last.axes == {"objective": "half", "optimizer.learning_rate": 0.01}
     assert (last.recipe.objectives[0].weight, last.recipe.optimizer.learning_rate) == (0.5, 0.01)
@@ -44,19 +44,19 @@ def test_a_sweep_without_axes_is_the_recipe_over_its_seeds(plan):
 
 def test_a_variant_replaces_whole_blocks_and_null_removes_a_key(plan):
     base_and_ddpo = {"base": {}, "ddpo": DDPO | {"checkpoint": None, "adapters.lora.rank": None}}
-    found = recipes_of(plan(axes={"objective": base_and_ddpo}, set={"sample.num_images": 3}))
-    assert [term.use for term in found["ddpo-seed0"].objectives] == ["ddpo"]
-    assert found["ddpo-seed0"].checkpoint.every == 100  # the default
-    assert found["ddpo-seed0"].adapters["lora"].options["rank"] == 8
-    assert [term.use for term in found["base-seed0"].objectives] == ["score_matching"]
-    assert found["base-seed0"].adapters["lora"].options["rank"] == 2
-    assert {recipe.sample.num_images for recipe in found.values()} == {3}
+    recipes = recipes_of(plan(axes={"objective": base_and_ddpo}, set={"sample.num_images": 3}))
+    assert [term.use for term in recipes["ddpo-seed0"].objectives] == ["ddpo"]
+    assert recipes["ddpo-seed0"].checkpoint.every == 100  # the default
+    assert recipes["ddpo-seed0"].adapters["lora"].options["rank"] == 8
+    assert [term.use for term in recipes["base-seed0"].objectives] == ["score_matching"]
+    assert recipes["base-seed0"].adapters["lora"].options["rank"] == 2
+    assert {recipe.sample.num_images for recipe in recipes.values()} == {3}
 
 
 def test_null_is_set_where_the_key_accepts_it(plan):
-    found = recipes_of(plan(axes={"optimizer.max_grad_norm": [1.0, None]}))
-    assert found["max_grad_norm=1-seed0"].optimizer.max_grad_norm == 1.0
-    assert found["max_grad_norm=null-seed0"].optimizer.max_grad_norm is None
+    recipes = recipes_of(plan(axes={"optimizer.max_grad_norm": [1.0, None]}))
+    assert recipes["max_grad_norm=1-seed0"].optimizer.max_grad_norm == 1.0
+    assert recipes["max_grad_norm=null-seed0"].optimizer.max_grad_norm is None
 
 
 def test_a_variant_starts_from_the_cell_of_the_same_seed_and_other_axes(plan):
@@ -81,19 +81,19 @@ def test_variants_may_be_called_low_and_high(plan):
 
 def test_a_variant_may_add_an_adapter_to_those_it_starts_from(plan):
     tokens = {"start_from": "first", "adapters.tokens": {"use": "soft_tokens"}, "objectives.0.trains": ["tokens"]}
-    found = plan(axes={"objective": {"first": {}, "then": tokens}}).cells[1]
-    assert list(found.recipe.adapters) == ["lora", "tokens"]
+    cell = plan(axes={"objective": {"first": {}, "then": tokens}}).cells[1]
+    assert list(cell.recipe.adapters) == ["lora", "tokens"]
 
 
 def test_the_resolved_sweep_is_the_same_sweep(plan, tmp_path):
     axes = {"objective": {"ramp": {"objectives.0.weight": {0: 0.0, 2: 1.0}}, "ddpo": DDPO}}
-    found = plan(axes=axes, seeds=2, budget={"images": 64}, set={"sample.num_images": 3})
+    original = plan(axes=axes, seeds=2, budget={"images": 64}, set={"sample.num_images": 3})
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(yaml.safe_dump(found.to_data()))
+    resolved.write_text(yaml.safe_dump(original.to_data()))
     again = make_plan(str(resolved))
     assert again.name == "mine"
-    assert recipes_of(again) == recipes_of(found)
-    assert again.evaluations == found.evaluations
+    assert recipes_of(again) == recipes_of(original)
+    assert again.evaluations == original.evaluations
 
 
 @pytest.mark.parametrize(
@@ -128,15 +128,15 @@ def test_a_variant_may_have_a_share_of_the_budget(plan):
 
 
 def test_the_held_out_evaluation_is_the_one_that_is_reported(plan):
-    found = plan()
-    assert found.reported.split == "held_out"
-    assert found.cells[0].recipe.evaluate == found.reported
+    made = plan()
+    assert made.reported.split == "held_out"
+    assert made.cells[0].recipe.evaluate == made.reported
 
 
 def test_a_sweep_without_evaluations_uses_those_of_its_recipe(plan, recipe):
     recipe["evaluate"] = {"every": 1, "num_images": 5, "split": "validation"}
-    [found] = plan(evaluate=None).evaluations
-    assert (found.num_images, found.every) == (5, None)
+    [evaluation] = plan(evaluate=None).evaluations
+    assert (evaluation.num_images, evaluation.every) == (5, None)
 
 
 LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}

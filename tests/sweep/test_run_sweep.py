@@ -46,26 +46,34 @@ def test_a_sweep_without_evaluations_reports_curves_until_its_cells_are_measured
     shutil.copy(write_run(Path("judged")) / "eval.json", cell("half-seed0"))
     loaded = load([RUN])
     assert loaded.evaluated and [run.name for run in loaded.runs] == ["half-seed0"]
-    assert [(one.name, one.why) for one in loaded.cells if not one.used] == [("plain-seed0", "was not evaluated")]
+    assert [(run.name, run.why) for run in loaded.cells if not run.used] == [("plain-seed0", "was not evaluated")]
 
 
 def test_a_finished_sweep_leaves_run_folders_and_a_summary(sweep):
     board, _ = sweep(axes=TWO, name="mine")
     assert (board.count("done"), board.total) == (2, 2)
-    found = summary()
-    assert (found["name"], found["seeds"], found["reported"], found["budget"]) == ("mine", [0], "held_out", None)
-    assert [(row["cell"], row["status"]) for row in found["cells"]] == [("plain-seed0", "done"), ("half-seed0", "done")]
-    row = found["cells"][1]
+    content = summary()
+    assert (content["name"], content["seeds"], content["reported"], content["budget"]) == (
+        "mine",
+        [0],
+        "held_out",
+        None,
+    )
+    assert [(row["cell"], row["status"]) for row in content["cells"]] == [
+        ("plain-seed0", "done"),
+        ("half-seed0", "done"),
+    ]
+    row = content["cells"][1]
     assert (row["variant"], row["axes"], row["seed"]) == ("half", {"objective": "half"}, 0)
     assert (row["steps"], row["images"], row["error"], row["start_from"]) == (2, 8, None, None)
     assert row["seconds"] > 0
-    assert [one["split"] for one in row["evaluations"]] == ["validation", "held_out"]
-    assert [one["split"] for one in found["base"]] == ["validation", "held_out"]
-    for one in row["evaluations"]:
-        kept = json.loads((RUN / one["file"]).read_text())
-        assert (kept["split"], kept["step"]) == (one["split"], 2)
-        assert kept["strict"]["overall"] == one["strict"]
-        assert kept["difference"]["strict"]["overall"] == one["difference"]
+    assert [figures["split"] for figures in row["evaluations"]] == ["validation", "held_out"]
+    assert [figures["split"] for figures in content["base"]] == ["validation", "held_out"]
+    for figures in row["evaluations"]:
+        kept = json.loads((RUN / figures["file"]).read_text())
+        assert (kept["split"], kept["step"]) == (figures["split"], 2)
+        assert kept["strict"]["overall"] == figures["strict"]
+        assert kept["difference"]["strict"]["overall"] == figures["difference"]
     folder = cell("half-seed0")
     assert Recipe.from_yaml(folder / "recipe.yaml").objectives[0].weight == 0.5
     assert (folder / "adapter" / "pytorch_lora_weights.safetensors").is_file()
@@ -153,8 +161,8 @@ def test_an_added_guidance_or_split_is_all_that_is_measured(sweep, measured):
     assert board.count("done") == 1
     assert measured == [("validation", True), ("validation", False), ("held_out", True), ("held_out", False)]
     assert not any(checkpoints.iterdir())
-    found = [(one["split"], one["guidance"]) for one in summary()["cells"][0]["evaluations"]]
-    assert found == [("validation", 1.0), ("validation", 2.0), ("held_out", 1.0)]
+    figures = [(row["split"], row["guidance"]) for row in summary()["cells"][0]["evaluations"]]
+    assert figures == [("validation", 1.0), ("validation", 2.0), ("held_out", 1.0)]
     assert Recipe.from_yaml(cell("mine-seed0") / "recipe.yaml").evaluate.split == "held_out"
 
 
@@ -201,14 +209,14 @@ def test_a_cell_starts_with_the_adapter_of_the_cell_named_in_start_from(sweep):
     still = {"start_from": "first", "optimizer.learning_rate": 1e-30, "optimizer.weight_decay": 0.0}
     _, ran = sweep(axes={"objective": {"second": still, "first": {}}}, seeds=2, evaluate=EVALUATE[:1])
     assert ran == ["first-seed0", "second-seed0", "first-seed1", "second-seed1"]
-    found = {}
+    weights = {}
     for name in ran:
         tensors = load_file(cell(name) / "adapter" / "pytorch_lora_weights.safetensors")
-        found[name] = {key: value for key, value in tensors.items() if ".lora_B." in key or "lora.up" in key}
-    for key, value in found["first-seed0"].items():
+        weights[name] = {key: value for key, value in tensors.items() if ".lora_B." in key or "lora.up" in key}
+    for key, value in weights["first-seed0"].items():
         assert value.abs().max() > 0
-        assert found["second-seed0"][key].allclose(value, rtol=1e-6)
-        assert not found["second-seed1"][key].allclose(value, rtol=1e-6)
+        assert weights["second-seed0"][key].allclose(value, rtol=1e-6)
+        assert not weights["second-seed1"][key].allclose(value, rtol=1e-6)
     assert [row["start_from"] for row in summary()["cells"]] == ["first-seed0", None, "first-seed1", None]
 
 

@@ -39,16 +39,16 @@ def summary():
 def test_each_trial_is_a_cell_and_the_best_one_is_reported(sweep, scores):
     board, ran = sweep(**SEARCHED, search={"trials": 2})
     assert len(ran) == board.count("done") == 2
-    found = summary()
-    best = max(found["cells"], key=lambda row: row["axes"]["optimizer.learning_rate"] * row["axes"]["steps"])
-    assert found["best"]["axes"] == best["axes"]
-    for row in found["cells"]:
+    first = summary()
+    best = max(first["cells"], key=lambda row: row["axes"]["optimizer.learning_rate"] * row["axes"]["steps"])
+    assert first["best"]["axes"] == best["axes"]
+    for row in first["cells"]:
         rate, steps = row["axes"]["optimizer.learning_rate"], row["axes"]["steps"]
         assert row["cell"] == f"learning_rate={rate:g},steps={steps}-seed0"
         assert 1e-4 <= rate <= 1e-2 and steps in (1, 2)
     _, ran = sweep(**SEARCHED, search={"trials": 3})
     assert len(ran) == 1
-    assert [row["cell"] for row in summary()["cells"]][:2] == [row["cell"] for row in found["cells"]]
+    assert [row["cell"] for row in summary()["cells"]][:2] == [row["cell"] for row in first["cells"]]
 
 
 def test_an_interrupted_trial_is_repeated_with_the_same_values(sweep, scores, monkeypatch):
@@ -113,10 +113,10 @@ def test_trials_with_equal_values_share_a_running_cell_that_is_recorded_once(pla
             self.submitted.append(job.stem)
             return Future()
 
-    found = plan(**SEARCHED, search={"trials": 1})
-    found.folder.mkdir(parents=True)
-    cell = make_cell(found, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
-    runner = Runner(found, Board(found, Console(quiet=True), capacity=1), Waiting())
+    made = plan(**SEARCHED, search={"trials": 1})
+    made.folder.mkdir(parents=True)
+    cell = make_cell(made, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
+    runner = Runner(made, Board(made, Console(quiet=True), capacity=1), Waiting())
     runner.board.add([cell])
     future = runner.start(cell)
     assert runner.start(cell) is future and Waiting.submitted == [cell.name]
@@ -132,17 +132,17 @@ def test_the_score_is_the_mean_of_validation_at_its_best_guidance(plan):
     from agsm_rl.sweep.search import _score
 
     evaluate = [{"split": "validation", "guidance": [1.0, 2.0]}, {"split": "held_out", "guidance": [1.0]}]
-    found = plan(**SEARCHED | {"evaluate": evaluate}, search={"trials": 1})
-    found.folder.mkdir(parents=True)
-    cell = make_cell(found, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
-    runner = Runner(found, Board(found, Console(quiet=True), capacity=1), None)
+    made = plan(**SEARCHED | {"evaluate": evaluate}, search={"trials": 1})
+    made.folder.mkdir(parents=True)
+    cell = make_cell(made, {"optimizer.learning_rate": 1e-3, "steps": 1}, 0)
+    runner = Runner(made, Board(made, Console(quiet=True), capacity=1), None)
     runner.board.add([cell])
     assert _score(runner, cell) is None
     rows = [("validation", 1.0, 0.2), ("validation", 2.0, 0.3), ("held_out", 1.0, 0.9)]
     keys = ("split", "guidance", "strict")
     runner.board.states[cell.name].result = {"evaluations": [dict(zip(keys, row, strict=True)) for row in rows]}
     assert _score(runner, cell) == 0.3
-    found.sweep.search.guidance = 1.0
+    made.sweep.search.guidance = 1.0
     assert _score(runner, cell) == 0.2
 
 
