@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Batch, Cond, Metrics, PairBatch, Shard
+from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.randomness import Draw
 
 
@@ -63,7 +64,24 @@ class Policy:
         """Where objectives take their noise from; the trainer sets it for each term and step."""
         for adapter in self.adapters.values():
             adapter.attach(backbone)
-        self._shadow = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        self._shadow = self._copy()
+        self._old: dict[str, dict[str, Tensor]] = {}
+        """The old policies, by the names of the terms that have one."""
+        self.acting_for: str | None = None
+        """The term whose old policy `old` and `old_weights` mean; the trainer sets it."""
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+
+    def keep_old(self, term: str) -> None:
+        """Give a term an old policy of its own; it begins as the parameters are."""
+        self._old[term] = self._copy()
+
+    @torch.no_grad()
+    def update_old(self, term: str, decay: float) -> None:
+        """old ← decay · old + (1 − decay) · parameter, for the old policy of a term."""
+        for name, parameter in self.parameters().items():
+            self._old[term][name].lerp_(parameter.detach(), 1 - decay)
 
     def parameters(self, adapters: list[str] | None = None) -> dict[str, nn.Parameter]:
         """The adapters' parameters by "adapter.parameter", of the named adapters or of all."""
@@ -75,12 +93,14 @@ class Policy:
             found |= {f"{name}.{key}": parameter for key, parameter in self.adapters[name].named_parameters()}
         return found
 
-    def noised(self, batch: PairBatch) -> Noised:
+    def noised(self, batch: PairBatch, *, t: Tensor | None = None, purpose: str = "noise") -> Noised:
         """The batch's images under one noise and one noise level per image, both from `draw`, and its prompts encoded.
 
-        The rows' numbers fix noise and level: other images under the same `rows` are noised alike.
+        The rows' numbers fix noise and level: other images under the same `rows` are noised alike. `t` [B] gives the
+        levels in place of drawn ones; another `purpose` gives other noise.
         """
-        noise, t = self.draw.noise_like(batch.latents, batch.rows), self.draw.t(batch.rows, batch.latents.device)
+        noise = self.draw.noise_like(batch.latents, batch.rows, purpose=purpose)
+        t = self.draw.t(batch.rows, batch.latents.device) if t is None else t.to(batch.latents.device)
         return Noised(
             x_t=self.backbone.add_noise(batch.latents, noise, t),
             t=t,
@@ -97,6 +117,12 @@ class Policy:
         """The prediction under the EMA parameters; no gradient."""
         with self.ema_weights():
             return self._predict(x_t, t, cond, bank)
+
+    @torch.no_grad()
+    def old(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The prediction of the term's old policy, which is the EMA if it has none of its own; no gradient."""
+        with self.old_weights():
+            return self._predict(x_t, t, cond, "positive")
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -142,24 +168,31 @@ class Policy:
         with self.using(None):
             yield
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Within the block, the adapters hold the EMA parameters; not for use around a backward pass."""
-        self._swap()
+        return self._holding(self._shadow)
+
+    def old_weights(self) -> AbstractContextManager[None]:
+        """The same for the term's old policy, which is the EMA if it has none of its own."""
+        return self._holding(self._shadow if self.acting_for is None else self._old.get(self.acting_for, self._shadow))
+
+    @contextmanager
+    def _holding(self, shadow: dict[str, Tensor]) -> Iterator[None]:
+        self._swap(shadow)
         try:
             yield
         finally:
-            self._swap()
+            self._swap(shadow)
 
     def exported(self, which: Literal["live", "ema"]) -> AbstractContextManager[None]:
         """Within the block, the adapters hold what a run exports: the live parameters, or their EMA."""
         return self.ema_weights() if which == "ema" else nullcontext()
 
-    def _swap(self) -> None:
+    def _swap(self, shadow: dict[str, Tensor]) -> None:
         # Autocast keeps low-precision copies by parameter object; they would outlive the swap.
         torch.clear_autocast_cache()
         for name, parameter in self.parameters().items():
-            parameter.data, self._shadow[name] = self._shadow[name], parameter.data
+            parameter.data, shadow[name] = shadow[name], parameter.data
 
     @torch.no_grad()
     def restart_ema(self) -> None:
@@ -176,12 +209,20 @@ class Policy:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and their shadows, themselves and not copies, by names for messages."""
         live = {f"'{name}'": parameter.detach() for name, parameter in self.parameters().items()}
-        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()}
+        old = {
+            f"{term}'s old policy of '{name}'": tensor
+            for term, shadow in self._old.items()
+            for name, tensor in shadow.items()
+        }
+        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()} | old
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and shadow, by name."""
-        live = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
-        return {"live": live, "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
+        state = {"live": self._copy(), "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
+        if not self._old:
+            return state
+        old = {term: {name: value.clone() for name, value in shadow.items()} for term, shadow in self._old.items()}
+        return state | {"old": old}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a `state_dict`; UserError if it is for other adapters."""
@@ -199,6 +240,9 @@ class Policy:
                 raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to resume from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
+        for term, shadow in self._old.items():
+            for name, tensor in shadow.items():
+                tensor.copy_(state["old"][term][name])
 
 
 class Source:
@@ -278,6 +322,8 @@ class Objective:
     """Whether it takes noise levels from `policy.draw`; if not, a term's `t` is refused."""
     rewards: Sequence[Any] = ()
     """The WeightedRewards that it scores images by itself."""
+    old: OldPolicy | None = None
+    """How its old policy follows the trained parameters; None: `policy.old` is the EMA."""
 
     def check(self, batch_size: int) -> None:
         """UserError if a batch of this many rows cannot be used; called when the recipe is read."""

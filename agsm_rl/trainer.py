@@ -16,6 +16,7 @@ from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
+from agsm_rl.training.old_policy import owner_of_old, update_old_policies
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
@@ -158,6 +159,9 @@ class Trainer:
         self.rates = LearningRates(given, self.trained, schedule=schedule, steps=steps)
         self.optimizer = self.rates.make(kind, policy, weight_decay=weight_decay, betas=betas)
         self.optimizer_kind = kind
+        for term in self.terms:
+            if term.objective.old is not None:
+                policy.keep_old(term.name)
         self.sources = self._bind_sources()
 
     def _bind_sources(self) -> dict[str, Source]:
@@ -246,6 +250,7 @@ class Trainer:
                 continue
             weight = term.weight_at(self.step)
             if id(term.source) not in batches:
+                self.policy.acting_for = owner_of_old(self.terms, term.source)
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
                     batches[id(term.source)] = term.source.next(self.policy)
@@ -275,6 +280,7 @@ class Trainer:
         self._look_at_adapters(learned, combined)
         self.rates.set(self.optimizer, self.step)
         self._apply(combined, metrics)
+        update_old_policies(self.policy, self.terms, self.step)
         metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
         return metrics
@@ -294,6 +300,7 @@ class Trainer:
         """The term's gradient (before its weight) and its figures, averaged over processes."""
         parameters = self.policy.parameters(term.trains)
         self.policy.draw = Draw(self.seed, term.name, self.step, t_range=term.t)
+        self.policy.acting_for = term.name
         total: Gradient = {}
         sums: dict[str, Tensor] = {}
         steps: dict[int, Tensor] = {}

@@ -2,34 +2,49 @@
 
 For an image of reward r in [0, 1] and its target v, with one noise level t per image and the old policy's v_old,
     L = mean of  r·(v⁺ - v)² + (1 - r)·(v⁻ - v)²,   v⁺ = (1 - β)·v_old + β·p,   v⁻ = (1 + β)·v_old - β·p.
-A good image draws the prediction p towards itself; a bad one pushes it away, as seen from the old policy.
+A good image draws the prediction p towards itself; a bad one pushes it away, as seen from the old policy. As released,
+each squared error is divided by its own mean absolute error and multiplied by t, and L by `advantage_scale` / β.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Metrics, RewardedBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Objective, Policy
+from agsm_rl.policy import Noised, Objective, Policy
+from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.precision import at_least_float32
 
 
 def nft_loss(
-    live: Tensor, old: Tensor, target: Tensor, reward: Tensor, *, beta: float = 1.0, adaptive: bool = False
+    live: Tensor,
+    old: Tensor,
+    target: Tensor,
+    reward: Tensor,
+    *,
+    beta: float = 1.0,
+    adaptive: bool = False,
+    t: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """DiffusionNFT's loss over predictions [B, C, H, W] and rewards [B] in [0, 1]; gradient through `live` alone.
 
     `beta` > 0 is the size of the implicit policies' step (paper's experiments: 0.1 to 1). `adaptive` divides each
     image's squared error by its own mean absolute error, which is not differentiated: the paper's self-normalised
-    weight, taken here over the prediction.
+    weight. `t` [B], the noise levels, are factors of the images' losses. With both, and for a flow, the authors' loss,
+    over errors of x0, is 5 / β times this one.
 
-    Metrics: `positive_error` and `negative_error`, the mean squared errors of v⁺ and v⁻; `reward`, its mean; `old_gap`,
-    mean (p - v_old)², how far the policy has moved from the one that drew the images.
+    Metrics: `positive_error` and `negative_error`, the mean errors of v⁺ and v⁻, without t; `optimality`, the mean
+    reward r; `old_gap`, mean (p - v_old)², how far the policy has moved from the one that drew the images.
     """
-    if reward.shape != live.shape[:1]:
-        raise ValueError(f"reward: got the shape {tuple(reward.shape)}; expected one per image, ({len(live)},)")
+    for name, given in {"reward": reward, "t": reward if t is None else t}.items():
+        if given.shape != live.shape[:1]:
+            raise ValueError(f"{name}: got the shape {tuple(given.shape)}; expected one per image, ({len(live)},)")
     live, old = at_least_float32(live), at_least_float32(old.detach())
     target, reward = at_least_float32(target.detach()), at_least_float32(reward.detach())
 
@@ -40,25 +55,51 @@ def nft_loss(
 
     positive = error((1 - beta) * old + beta * live)
     negative = error((1 + beta) * old - beta * live)
-    loss = (reward * positive + (1 - reward) * negative).mean()
-    return loss, {
+    losses = reward * positive + (1 - reward) * negative
+    if t is not None:
+        losses = losses * at_least_float32(t.detach()).to(losses.device)
+    return losses.mean(), {
         "positive_error": positive.detach().mean(),
         "negative_error": negative.detach().mean(),
-        "reward": reward.mean(),
+        "optimality": reward.mean(),
         "old_gap": ((live.detach() - old) ** 2).mean(),
     }
 
 
+@dataclass(frozen=True)
+class AtLevel:
+    """A part of a batch, at one of the noise levels of each of its images."""
+
+    batch: RewardedBatch
+    level: int
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
 class DiffusionNFT(Objective):
-    """DiffusionNFT on rewarded images; the old policy is the EMA, which may also draw them (`drawn_by: ema`).
+    """DiffusionNFT on rewarded images; the old policy, which may also draw them, is the EMA or one of the term's own.
 
     Advantages become r = ½ + ½·clip(advantage / `advantage_scale`, −1, 1). Any sampler works: with `eta: 0`,
     rollouts keep no path.
 
     Args:
         beta: β > 0, the size of the implicit policies' step. The paper's experiments use 0.1 to 1.
-        advantage_scale: Above 0; the advantage at which r reaches 0 or 1.
+        advantage_scale: Above 0; the advantage at which r reaches 0 or 1. Published: 5.
         adaptive: Divide each image's squared error by its own mean absolute error, the paper's self-normalised weight.
+        t_weighted: Multiply each image's loss by its noise level t, as released: a flow's error of x0 is t times that
+            of its prediction.
+        scaled: Multiply the loss by `advantage_scale` / β, as released.
+        old: How the old policy follows the trained parameters, {decay, every}: `decay` is the share that stays at an
+            update, a number or a schedule {step: decay}; `every` is `draw`, after the last step that learns from a
+            draw, or a number of steps. Released: {decay: {0: 0.0, 500: 0.5}, every: draw}, with `drawn_by: old` in the
+            rollouts. Null: the old policy is the EMA, shared with all terms.
+        sampler_steps: Take the noise levels from the sampler's schedule of so many steps (released: 10) within the
+            term's `t`. Null: uniform.
+        levels_per_image: Noise levels per image and step, each with new noise; of a sampler's, all different.
+            Released: 9.
+        kl_weight: Weight of the mean squared distance from the base's prediction, beside the loss. Released: 1e-4. 0
+            saves its forward pass.
         rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
     """
@@ -69,27 +110,73 @@ class DiffusionNFT(Objective):
         self,
         *,
         beta: float = 1.0,
-        advantage_scale: float = 1.0,
-        adaptive: bool = False,
+        advantage_scale: float = 5.0,
+        adaptive: bool = True,
+        t_weighted: bool = True,
+        scaled: bool = True,
+        old: OldPolicy | None = None,
+        sampler_steps: int | None = None,
+        levels_per_image: int = 1,
+        kl_weight: float = 0.0,
         rows_per_pass: int | None = None,
     ) -> None:
         for name, value in {"beta": beta, "advantage_scale": advantage_scale}.items():
             if value <= 0:
                 raise UserError(f"{name}: got {value}, but it must be above 0")
-        check_at_least_one("rows_per_pass", rows_per_pass)
+        if kl_weight < 0:
+            raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more")
+        for name, count in {"rows_per_pass": rows_per_pass, "sampler_steps": sampler_steps}.items():
+            check_at_least_one(name, count)
+        check_at_least_one("levels_per_image", levels_per_image)
+        if sampler_steps is not None and sampler_steps > MAX_SAMPLING_STEPS:
+            raise UserError(f"sampler_steps: got {sampler_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
+        if sampler_steps is not None and levels_per_image > sampler_steps:
+            raise UserError(f"levels_per_image: got {levels_per_image}, but the sampler has {sampler_steps} levels")
         self.beta, self.advantage_scale, self.adaptive = beta, advantage_scale, adaptive
+        self.t_weighted, self.scaled, self.kl_weight = t_weighted, scaled, kl_weight
+        self.old = OldPolicy(**old) if isinstance(old, Mapping) else old
+        self.sampler_steps, self.levels_per_image = sampler_steps, levels_per_image
         self.rows_per_pass = rows_per_pass
 
-    def split(self, batch: RewardedBatch) -> list[tuple[RewardedBatch, float]]:
-        """Parts of `rows_per_pass` images; all at once by default."""
-        return in_passes(batch, self.rows_per_pass)
+    def split(self, batch: RewardedBatch) -> list[tuple[AtLevel, float]]:
+        """Parts of `rows_per_pass` images, once for each noise level of an image; all at once by default."""
+        parts, levels = in_passes(batch, self.rows_per_pass), range(self.levels_per_image)
+        return [(AtLevel(part, level), share / len(levels)) for level in levels for part, share in parts]
 
     def reward(self, advantages: Tensor) -> Tensor:
         """r in [0, 1] of advantages [B]; ½ for an image as good as the others of its prompt."""
         return 0.5 + 0.5 * (advantages / self.advantage_scale).clamp(-1, 1)
 
-    def loss(self, policy: Policy, batch: RewardedBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
         """The loss of the batch, with one noise and one noise level per image."""
-        x_t, t, target, cond = policy.noised(batch)
-        old, reward = policy.ema(x_t, t, cond), self.reward(batch.advantages)
-        return nft_loss(policy.live(x_t, t, cond), old, target, reward, beta=self.beta, adaptive=self.adaptive)
+        part = batch if isinstance(batch, AtLevel) else AtLevel(batch, 0)
+        x_t, t, target, cond = self._noised(policy, part)
+        old, reward = policy.old(x_t, t, cond), self.reward(part.batch.advantages)
+        live, weight = policy.live(x_t, t, cond), t if self.t_weighted else None
+        loss, metrics = nft_loss(live, old, target, reward, beta=self.beta, adaptive=self.adaptive, t=weight)
+        if self.scaled:
+            loss = loss * (self.advantage_scale / self.beta)
+        if self.kl_weight:
+            gap = ((at_least_float32(live) - at_least_float32(policy.reference(x_t, t, cond))) ** 2).mean()
+            loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}
+        return loss, metrics
+
+    def _noised(self, policy: Policy, part: AtLevel) -> Noised:
+        """The images at their noise level of this number, each level with noise of its own."""
+        ending = f" {part.level}" if part.level else ""
+        rows, uniform = part.batch.rows, self.sampler_steps is None
+        t = policy.draw.t(rows, purpose=f"t{ending}") if uniform else self._levels(policy, rows)[part.level]
+        return policy.noised(part.batch, t=t, purpose=f"noise{ending}")
+
+    def _levels(self, policy: Policy, rows: Tensor) -> Tensor:
+        """The sampler's levels within the term's range in an order of each row's own, [levels, B]; the first count."""
+        draw, (low, high) = policy.draw, policy.draw.t_range
+        levels = policy.backbone.sampler(self.sampler_steps or 1).t.cpu()
+        levels = levels[(levels >= low) & (levels <= high)]
+        if len(levels) < self.levels_per_image:
+            raise UserError(
+                f"sampler_steps: {len(levels)} of the sampler's {self.sampler_steps} noise levels lie in the term's t "
+                f"[{low}, {high}], but levels_per_image is {self.levels_per_image}; widen t, or use fewer levels"
+            )
+        keys = torch.stack([draw.uniform(rows, purpose=f"level {k}") for k in range(len(levels))])
+        return levels[keys.argsort(dim=0)]

@@ -53,7 +53,8 @@ class Rollouts(Source):
             first half. `move`: `random`, another place for each draw, or a number n: a step further every n draws, and
             at the end back to the first (MixGRPO, arXiv 2507.21802: size 4, move 25).
         drawn_by: `live`, the parameters being trained, or `ema`, whose path is not kept: a policy gradient's ratios to
-            it would leave the clip range at once, and nothing would be learned.
+            it would leave the clip range at once, and nothing would be learned. `old`: the old policy of the first
+            term that learns from them and has one (`old` of `diffusion_nft`); of none, the EMA.
         updates: Steps of the trainer that learn from each draw, each from its own share of the images.
         advantages: What a reward is compared with. `history`: the newest rewards of its prompt, as DDPO does; `group`:
             the rewards of the prompt's images of this draw alone, as GRPO does.
@@ -91,7 +92,7 @@ class Rollouts(Source):
         noise_level: float | None = None,
         eta: float = 1.0,
         sde_window: Mapping[str, Any] | None = None,
-        drawn_by: Literal["live", "ema"] = "live",
+        drawn_by: Literal["live", "ema", "old"] = "live",
         updates: int = 1,
         advantages: Literal["history", "group"] = "history",
         advantage_clip: float = 5.0,
@@ -119,8 +120,8 @@ class Rollouts(Source):
         if num_steps > MAX_SAMPLING_STEPS:
             raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
         check_noise(noise, noise_level, eta)
-        if drawn_by not in ("live", "ema"):
-            raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema"))
+        if drawn_by not in ("live", "ema", "old"):
+            raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
         if advantages not in ("history", "group"):
             raise unknown_name("advantages", advantages, "a way to normalise rewards", ("history", "group"))
         if advantages == "history" and history < min_history:
@@ -202,7 +203,8 @@ class Rollouts(Source):
         graph = KeptGraph(rows, steps) if self.keep_graph else None
         parts = []
         with InParts(self.rewards) as scoring:
-            with policy.ema_weights() if self.drawn_by == "ema" else nullcontext():
+            weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
+            with weights():
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
                     drawn = draw_trajectories(

@@ -38,9 +38,9 @@ class Draw:
         share = float(stream(self.seed, f"{self.name}/t", self.step).random())
         return self._scale(torch.full((count,), share, device=device))
 
-    def t(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
+    def t(self, rows: Tensor, device: torch.device | None = None, *, purpose: str = "t") -> Tensor:
         """One noise level per row, uniform in `t_range`; row i depends on its number rows[i] alone."""
-        return self._scale(self.uniform(rows, purpose="t").to(device))
+        return self._scale(self.uniform(rows, purpose=purpose).to(device))
 
     def uniform(self, rows: Tensor, *, purpose: str) -> Tensor:
         """One number in [0, 1) per row, [B] on the CPU; row i depends on its number rows[i] alone."""

@@ -32,7 +32,7 @@ ON_OTHER_SOURCES = [
     {"use": "anchor", "source": "drawn", "view": {"use": "best_images"}},
     {"use": "ddpo", "source": "drawn"},
     {"use": "flow_grpo", "source": "drawn"},
-    {"use": "diffusion_nft", "source": "drawn"},
+    {"use": "diffusion_nft", "source": "drawn", "kl_weight": 1e-4},
     {"use": "reward_backprop", "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}, **REWARD_BACKPROP},
 ]
 

@@ -1,11 +1,15 @@
 """DiffusionNFT: its loss by hand, what good and bad images pull at, and one update that moves both as it should."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import RewardedBatch
 from agsm_rl.objectives.diffusion_nft import DiffusionNFT, nft_loss
+from agsm_rl.training.randomness import Draw
 
 
 def tensors(*, count=3):
@@ -65,6 +69,79 @@ def rewarded(policy, advantages):
     return RewardedBatch(["a red star"] * count, torch.arange(count), latents, rewards=values, advantages=values)
 
 
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusion_nft.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"beta {case['beta']}")
+def test_loss_and_gradient_are_the_authors(case):
+    x0, noise, old, t = (torch.tensor(GOLDEN[name]) for name in ("x0", "noise", "old", "t"))
+    live, beta = torch.tensor(case["live"]).requires_grad_(), case["beta"]
+    reward = DiffusionNFT().reward(torch.tensor(GOLDEN["advantages"]))
+    loss, _ = nft_loss(live, old, noise - x0, reward, beta=beta, adaptive=True, t=t)
+    (gradient,) = torch.autograd.grad(5 / beta * loss, live)
+    assert 5 / beta * loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    torch.testing.assert_close(gradient, torch.tensor(case["gradient"]), rtol=1e-4, atol=1e-6)
+
+
+def test_by_default_the_objective_is_as_released(policy):
+    batch = rewarded(policy, [1.0, -0.5, 6.0])
+    loss, metrics = DiffusionNFT(beta=0.5).loss(policy, batch)
+    x_t, t, target, cond = policy.noised(batch)
+    live, old = policy.live(x_t, t, cond), policy.ema(x_t, t, cond)
+    bare, _ = nft_loss(live, old, target, torch.tensor([0.6, 0.45, 1.0]), beta=0.5, adaptive=True, t=t)
+    torch.testing.assert_close(loss, 10 * bare)
+    assert metrics["optimality"] == pytest.approx((0.6 + 0.45 + 1.0) / 3)
+
+
+def test_the_weight_of_the_distance_from_the_base_is_added_to_the_loss(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.1)
+    batch = rewarded(policy, [1.0, -0.5])
+    without, _ = DiffusionNFT().loss(policy, batch)
+    loss, metrics = DiffusionNFT(kl_weight=0.5).loss(policy, batch)
+    assert metrics["reference_gap"] > 0
+    torch.testing.assert_close(loss, without + 0.5 * metrics["reference_gap"])
+
+
+def levels_seen(policy, objective, batch):
+    """Each part's noise levels [B] and noisy latents."""
+    return [objective._noised(policy, part) for part, _ in objective.split(batch)]
+
+
+@pytest.mark.parametrize("sampler_steps", [None, 10])
+def test_an_image_is_learned_at_several_levels_each_with_its_own_noise(policy, sampler_steps):
+    batch = rewarded(policy, [1.0, -0.5, 0.0])
+    objective = DiffusionNFT(sampler_steps=sampler_steps, levels_per_image=4)
+    parts = objective.split(batch)
+    assert [share for _, share in parts] == [0.25] * 4
+    seen = levels_seen(policy, objective, batch)
+    levels = torch.stack([noised.t for noised in seen])
+    for column in levels.T.tolist():
+        assert len(set(column)) == 4
+    assert len(set(map(tuple, levels.T.tolist()))) == 3
+    if sampler_steps:
+        assert set(levels.flatten().tolist()) <= set(policy.backbone.sampler(10).t.tolist())
+    noises = [noised.target for noised in seen]
+    assert not torch.equal(noises[0], noises[1])
+
+
+def test_of_the_samplers_levels_only_those_in_the_terms_range_are_taken(policy):
+    policy.draw = Draw(0, "nft", 0, t_range=(0.5, 1.0))
+    batch = rewarded(policy, [1.0, -0.5])
+    for noised in levels_seen(policy, DiffusionNFT(sampler_steps=10, levels_per_image=5), batch):
+        assert (noised.t >= 0.5).all()
+    with pytest.raises(UserError, match="5 of the sampler's 10 noise levels lie in the term's t"):
+        levels_seen(policy, DiffusionNFT(sampler_steps=10, levels_per_image=9), batch)
+
+
+def test_one_uniform_level_per_image_is_drawn_as_before(policy):
+    batch = rewarded(policy, [1.0, -0.5])
+    (seen,) = levels_seen(policy, DiffusionNFT(), batch)
+    wanted = policy.noised(batch)
+    assert torch.equal(seen.t, wanted.t) and torch.equal(seen.x_t, wanted.x_t)
+
+
 def test_advantages_become_rewards_between_nought_and_one():
     reward = DiffusionNFT(advantage_scale=2.0).reward(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0]))
     assert reward.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -106,7 +183,18 @@ def test_fewer_rows_at_once_give_the_same_gradient(policy):
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.0}, {"advantage_scale": -1.0}, {"rows_per_pass": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.0},
+        {"advantage_scale": -1.0},
+        {"rows_per_pass": 0},
+        {"kl_weight": -1.0},
+        {"sampler_steps": 0},
+        {"levels_per_image": 0},
+        {"levels_per_image": 11, "sampler_steps": 10},
+    ],
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         DiffusionNFT(**options)

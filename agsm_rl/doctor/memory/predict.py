@@ -94,6 +94,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
     frozen = {
         id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in adapter_tensors
     }
+    old_policies = sum(term.objective.old is not None for term in trainer.terms)
     adapters, trained = size_of(adapter_tensors.values()), size_of(trainer.parameters.values())
     return {
         "frozen weights": size_of(frozen.values()),
@@ -101,6 +102,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
         "gradients": trained,
         type(trainer.optimizer_kind).__name__: round(trainer.optimizer_kind.state_size * trained),
         "EMA": adapters,
+        **({"old policies": adapters * old_policies} if old_policies else {}),
     }
 
 
@@ -224,6 +226,8 @@ class _Source:
 
 class _Objective:
     """An objective whose learning counts as a phase; parts of the same size run at most twice."""
+
+    old = None
 
     def __init__(self, objective: Any, rehearsal: Rehearsal, phase: str) -> None:
         self._objective, self._rehearsal, self._phase = objective, rehearsal, phase
