@@ -21,6 +21,9 @@ SUFFIXES = frozenset(
 )
 """How the names of image files end, in lower case."""
 
+STREAMED_FROM = ("hf", "zip", "tar")
+"""Where the images of a streamed data set are; a row that names another address would have it asked."""
+
 
 def read_picture(value: Any, where: str) -> Image.Image:
     """An image file's bytes or path, what `datasets` keeps of an image, or a PIL image, as upright RGB on white.
@@ -67,6 +70,9 @@ def _of_path(path: str) -> Path | bytes:
     """A local path; the content of a URL that `datasets` gives for a streamed file (hf://…, zip://…)."""
     if "://" not in path:
         return Path(path)
+    for place in path.split("::"):
+        if "://" in place and place.partition("://")[0] not in STREAMED_FROM:
+            raise ValueError(f"it is to be fetched from {path:.100}, but only files here and on the hub are read")
     import fsspec
 
     with fsspec.open(path) as file:
@@ -85,7 +91,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         import numpy as np  # the command line, which names files only, does without
 
-        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        numbers = np.asarray(picture)
+        grey = Image.fromarray((numbers // 257).astype(np.uint8))
+        transparent = picture.info.get("transparency")  # one grey, in 16 bits
+        if isinstance(transparent, int):
+            grey.putalpha(Image.fromarray(np.where(numbers == transparent, 0, 255).astype(np.uint8)))
+        return grey
     if picture.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits")
     return picture

@@ -68,3 +68,17 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises((UserError, ValueError), match="not a regular file"):
         read_picture(tmp_path / "a.png", "row 0")
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:1/a.png", "file:///etc/hosts", "zip://a.png::http://127.0.0.1:1/x"])
+def test_a_row_that_names_another_address_does_not_have_it_asked(path):
+    with pytest.raises(UserError, match="only files here and on the hub are read"):
+        read_picture({"bytes": None, "path": path}, "row 3")
+
+
+def test_the_transparent_grey_of_a_picture_of_16_bits_is_white():
+    picture = Image.fromarray(np.array([[1000, 40000]], dtype=np.uint16))
+    file = BytesIO()
+    picture.save(file, "PNG", transparency=1000)
+    read = read_picture(file.getvalue(), "row")
+    assert [read.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (155, 155, 155)]
