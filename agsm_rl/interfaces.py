@@ -37,6 +37,8 @@ class Cond:
     embeds: Tensor
     pooled: Tensor | None = None
     prompts: tuple[str, ...] = ()
+    unconditional_first: bool = False
+    """Whether the first half of the rows is guidance's unconditional branch; rows that are taken out are ordinary."""
 
     def __len__(self) -> int:
         return len(self.embeds)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, check_form
 from agsm_rl.adapters.token_places import PUBLISHED_PLACES, Place, argument_positions, check_places, places_in
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Banks
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, check_form
 
 TIME_ROWS = 100
 MAX_TOKENS = 1024

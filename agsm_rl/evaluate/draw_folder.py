@@ -19,7 +19,6 @@ import diffusers
 from rich.console import Console
 
 from agsm_rl import __version__
-from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
 from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
@@ -28,6 +27,7 @@ from agsm_rl.evaluate.target import Target
 from agsm_rl.files import read_json, write_text
 from agsm_rl.recipe.earlier import block_of_today
 from agsm_rl.recipe.parts import Parts
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
 
 STRIDE = 1_000_000
 PINNED = "drawing.json"

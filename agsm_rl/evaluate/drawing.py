@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agsm_rl.adapters.guidance import hooked
 from agsm_rl.files import replacing
 from agsm_rl.interfaces import Backbone
+from agsm_rl.training.guidance import hooked
 
 
 def draw(
@@ -25,7 +25,7 @@ def draw(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] on the CPU, drawn by the backbone's pipeline as it is (adapters on or off).
 
-    The adapters decide the unconditional branch of guidance (adapters/guidance.py). Image i depends on prompts[i] and
+    The adapters decide the unconditional branch of guidance (training/guidance.py). Image i depends on prompts[i] and
     seeds[i] only.
     """
     batches = []

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings, pinned
 from agsm_rl.evaluate.table import print_table
@@ -19,6 +18,7 @@ from agsm_rl.interfaces import Bank
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.measurement import measure, to_json
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
-from agsm_rl.adapters.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import ALLOWED, is_single_file
 from agsm_rl.errors import UserError
@@ -24,6 +23,7 @@ from agsm_rl.recipe.options import Section, explain
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Samples
 from agsm_rl.recipe.yaml_file import read_yaml
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
 
 BUILTIN_DRAWING = (3.0, 20)
 """Guidance and steps for the small bases, unless a recipe says otherwise."""

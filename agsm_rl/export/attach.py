@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agsm_rl import __version__
-from agsm_rl.adapters.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.errors import UserError
 from agsm_rl.files import check_not_special, local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
+from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 
 BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
 """Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them."""
@@ -66,7 +66,7 @@ def attach(
     Args:
         pipeline: The pipeline.
         path: A run folder (its `adapter/` is used), a folder of exported adapters, or one .safetensors file.
-        guidance_bank: The bank of guidance's unconditional branch (adapters/guidance.py); by default the file's.
+        guidance_bank: The bank of guidance's unconditional branch (training/guidance.py); by default the file's.
         guidance_prompt: The prompt of that branch; by default the file's.
 
     Raises UserError, and attaches nothing, if a file is missing, damaged, not one of ours or for another base, or if

@@ -65,7 +65,7 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
 
 def _check_guidance_form(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
     """UserError for a form of guidance that the adapters do not have, or that `bank: negative` overrules."""
-    from agsm_rl.adapters.guidance import guiding
+    from agsm_rl.training.guidance import guiding
 
     bank, prompt = evaluate.guidance_bank, evaluate.guidance_prompt
     if evaluate.bank == "negative" and (bank or prompt):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agsm_rl.adapters.guidance import guiding
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.evaluate.suites.shapes import ShapesResult, compare, evaluate, suite_prompts
 from agsm_rl.interfaces import Adapter, Reward
 from agsm_rl.policy import using
 from agsm_rl.recipe.rewards import SCORES
 from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.training.guidance import guiding
 from agsm_rl.training.scoring import checked_score
 
 SHOWN = 16

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ def transition(
 def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
 
-    `uncond` has one row. Scale 1 is the conditional branch alone and costs half.
+    `uncond` has one row. A policy's adapters may predict that branch with ψ⁻ (training/guidance.py). Scale 1 is the
+    conditional branch alone and costs half.
     """
     if scale == 1:
         return predict(x_t, t, cond)
-    both = Cond.cat([uncond.expand(len(cond)), cond])
+    both = replace(Cond.cat([uncond.expand(len(cond)), cond]), unconditional_first=True)
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return without + scale * (with_prompt - without)
 

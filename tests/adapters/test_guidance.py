@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from agsm_rl.adapters.guidance import guiding
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import load_backbone
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.export.attach import attach, read_export, save_adapters
 from agsm_rl.interfaces import Backbone, Cond
+from agsm_rl.policy import Policy
+from agsm_rl.training.guidance import guiding
+from agsm_rl.training.sampling import guided
 
 PROMPTS = ["a red circle", "two blue squares"]
 FORMS = [("positive", "empty"), ("negative", "empty"), ("negative", "same")]
@@ -129,3 +131,20 @@ def test_forms_that_cannot_be_are_refused(backbone: Backbone) -> None:
         SoftTokens(guidance_bank="negativ")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no adapter here can guide so"), guiding([], "negative", None):
         pass
+
+
+@pytest.mark.parametrize(("bank", "prompt"), FORMS)
+def test_a_policy_guides_its_rollouts_in_the_same_form(each_backbone: Backbone, bank: Any, prompt: Any) -> None:
+    tokens = SoftTokens(num_tokens=2, init="normal", guidance_bank=bank, guidance_prompt=prompt)
+    policy = Policy(each_backbone, {"tokens": tokens})
+    x_t = torch.randn(2, *each_backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, cond, uncond = torch.full((2,), 0.5), each_backbone.encode_text(PROMPTS), each_backbone.encode_text([""])
+    with torch.no_grad():
+        together = guided(policy.live, x_t, t, cond, uncond, 3.0)
+        other = cond if prompt == "same" else uncond.expand(2)
+        without, with_prompt = policy.live(x_t, t, other, bank=bank), policy.live(x_t, t, cond)
+        off, base = policy.reference(x_t, t, cond), guided(policy.reference, x_t, t, cond, uncond, 3.0)
+        torch.testing.assert_close(together, without + 3 * (with_prompt - without), rtol=1e-4, atol=1e-5)
+        plain = policy.reference(x_t, t, uncond.expand(2))
+        torch.testing.assert_close(base, plain + 3 * (off - plain), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(with_prompt, off)
