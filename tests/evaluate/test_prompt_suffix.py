@@ -116,5 +116,5 @@ def test_images_that_are_drawn_already_and_cells_of_a_sweep_are_given_none(tiny_
         app(["eval", str(tmp_path / "im"), "--prompt-suffix", SUFFIX])
     assert "im is already drawn; leave the option out" in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(f"recipe: builtin:agsm\naxes: {{evaluate.prompt_suffix: ['', '{SUFFIX}']}}\n")
-    with pytest.raises(UserError, match="what is measured is the same for all cells"):
+    with pytest.raises(UserError, match="all cells are evaluated in the same way"):
         make_plan(str(tmp_path / "s.yaml"), folder=tmp_path)
