@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from typing import Annotated
 
 import typer
@@ -67,12 +66,5 @@ def _before_all(
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
-    # What the libraries say about themselves is of no use to our users.
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-    for variable, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }.items():
-        os.environ.setdefault(variable, value)
+    for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")

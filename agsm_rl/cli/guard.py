@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from agsm_rl.cli import launcher
+from agsm_rl.cli.library_warnings import shown_on_one_line
 from agsm_rl.errors import UserError
 from agsm_rl.run.screen import plain, say, steady_screen
 
@@ -49,7 +50,7 @@ class GuardedCommands(TyperGroup):
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run a command and exit."""
         code: Any = 0
-        with steady_screen() as lost:
+        with steady_screen() as lost, shown_on_one_line():
             try:
                 super().main(*arguments, **options)
             except SystemExit as end:
