@@ -35,7 +35,7 @@ class Recipe(RecipeKeys):
         """
         data = read_yaml(local_path(path))
         if "axes" in data:
-            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it by `agsm-rl sweep {path}`.")
+            raise UserError(f"{path}: is a sweep (it has `axes`), not a recipe; run it with `agsm-rl sweep {path}`.")
         apply_overrides(data, overrides)
         return cls.from_data(data, where=str(path), allow_imports=allow_imports)
 
