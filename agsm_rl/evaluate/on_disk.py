@@ -73,7 +73,10 @@ def _results(images: TargetImages, other: TargetImages | None, process: SuitePro
     """Print the tables, write results.jsonl, and return eval.json's content."""
     result = _result(images, process)
     result_of_other = None if other is None else _result(other, process)
-    result.show(_stdout(), result_of_other)
+    console = _stdout()
+    result.show(console, result_of_other)
+    if other is not None:
+        tell(console, f"this: {images.name}; other: {other.name}")
     content = result.to_json() | _description(images) | {"versions": versions()}
     if other is not None and result_of_other is not None:
         content["base" if process.options.compare else "other"] = result_of_other.to_json() | _description(other)

@@ -58,6 +58,7 @@ def test_against_another_target_the_difference_is_paired_and_a_tie_is_half_a_win
     more = ("--suite", "rewards", "--reward", "brightness", "--json", "e.json")
     result = command("ours", *more, "--against", "theirs")
     assert result.exit_code == 0, result.output
+    assert "this: ours; other: theirs" in result.stdout
     content = json.loads((tmp_path / "e.json").read_text())
     found = content["rewards"]["brightness"]
     changes = (np.array(OURS) - np.array(THEIRS)).mean(1) / 255
