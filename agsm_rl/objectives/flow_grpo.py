@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Metrics, RolloutBatch
 from agsm_rl.objectives.policy_gradient import PolicyGradient, clipped_policy_loss, log_probs_of
 from agsm_rl.policy import Policy
@@ -48,6 +48,10 @@ class FlowGRPO(PolicyGradient):
             1e-4, and 1e-5 without guidance.
         kl_weight: w ≥ 0 of the KL divergence from the base model. 0 needs no prediction of the base. Published: 0.04
             for GenEval and text rendering, 0.01 for PickScore.
+        kl: `exact`: the divergence of the step's Gaussians. `published`: as the authors' code computes it for its SDE,
+            with σ_t² in place of the step's variance σ_t²·|Δt|: |Δt| times the exact one, so that the published weights
+            mean what they meant. Their cps has no |Δt|: there the two are the same.
+        detach_unconditional: With guidance, gradients flow through the conditional branch alone. Published: true.
         timestep_fraction: Share f of each image's steps in (0, 1] that is learned from. Published: 0.99, all but the
             last of 10.
     """
@@ -57,6 +61,8 @@ class FlowGRPO(PolicyGradient):
         *,
         clip_range: float = 1e-4,
         kl_weight: float = 0.04,
+        kl: Literal["exact", "published"] = "exact",
+        detach_unconditional: bool = False,
         timestep_fraction: float = 1.0,
         timesteps: Literal["first", "even"] = "first",
         images_per_pass: int | None = None,
@@ -71,7 +77,9 @@ class FlowGRPO(PolicyGradient):
         )
         if kl_weight < 0:
             raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more (published: 0.04)")
-        self.kl_weight = kl_weight
+        if kl not in ("exact", "published"):
+            raise unknown_name("kl", kl, "a form of the KL", ("exact", "published"))
+        self.kl_weight, self.kl, self.detach_unconditional = kl_weight, kl, detach_unconditional
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The loss over the batch's steps; with `kl_weight: 0` there is no metric `kl`."""
@@ -83,4 +91,18 @@ class FlowGRPO(PolicyGradient):
         reference = self.steps_under(policy, policy.reference, batch)
         pairs = zip(live, reference, strict=True)
         kl = torch.stack([step_kl(mean, base, std) for (mean, std), (base, _) in pairs], dim=1)
+        if self.kl == "published":
+            kl = kl * self._intervals(policy, batch).to(kl)
         return flow_grpo_loss(log_prob, old, advantages, kl, clip_range=self.clip_range, kl_weight=self.kl_weight)
+
+    def _intervals(self, policy: Policy, batch: RolloutBatch) -> Tensor:
+        """|Δt| of the batch's steps, [S]; UserError for steps that the authors' code does not have."""
+        if batch.noise == "ddim":
+            raise UserError(
+                "kl: published, but the rollouts draw with `noise: ddim`, which the authors' code does not have; use "
+                "`kl: exact`, or rollouts of a flow model with `noise: flow_sde`"
+            )
+        if batch.noise == "cps":
+            return torch.ones(len(batch.steps))
+        levels = torch.cat([policy.backbone.sampler(batch.num_steps).t.cpu(), torch.zeros(1)])
+        return torch.stack([levels[k] - levels[k + 1] for k in batch.steps])

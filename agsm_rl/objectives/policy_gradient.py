@@ -61,6 +61,8 @@ class PolicyGradient(Objective):
     """
 
     consumes: ClassVar[type[Batch]] = RolloutBatch
+    detach_unconditional: bool = False
+    """Whether gradients of guided predictions flow through the conditional branch alone."""
     draws_t: ClassVar[bool] = False
 
     def __init__(
@@ -120,6 +122,11 @@ class PolicyGradient(Objective):
 
     def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
         """`rollout_steps` under `policy.live`, taken from the draw where it kept their graph."""
+        if batch.graph is not None and self.detach_unconditional:
+            raise UserError(
+                "detach_unconditional: true, but the rollouts' `keep_graph` records gradients through both branches; "
+                "leave one of the two out"
+            )
         kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
         return self.steps_under(policy, policy.live, batch) if kept is None else kept
 
@@ -129,7 +136,7 @@ class PolicyGradient(Objective):
         of = (policy.backbone, batch.prompts, batch.cond, batch.negative_prompt)
         if self._encoded is None or any(one is not other for one, other in zip(of, self._encoded_of, strict=True)):
             self._encoded, self._encoded_of = _encode(policy, batch), of
-        return rollout_steps(policy, predict, batch, self._encoded)
+        return rollout_steps(policy, predict, batch, self._encoded, detach_uncond=self.detach_unconditional)
 
 
 def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
@@ -138,7 +145,12 @@ def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
 
 
 def rollout_steps(
-    policy: Policy, predict: Predict, batch: RolloutBatch, encoded: tuple[Cond, Cond] | None = None
+    policy: Policy,
+    predict: Predict,
+    batch: RolloutBatch,
+    encoded: tuple[Cond, Cond] | None = None,
+    *,
+    detach_uncond: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Mean [B, C, h, w] and standard deviation (0-d) of each of the batch's steps under `policy.live` or another.
 
@@ -153,6 +165,7 @@ def rollout_steps(
         guidance=batch.guidance,
         eta=batch.eta,
         noise=batch.noise,
+        detach_uncond=detach_uncond,
     )
 
 

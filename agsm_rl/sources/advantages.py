@@ -4,13 +4,34 @@ If all compared rewards are equal, the advantage is exactly 0: a division must n
 """
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from agsm_rl.errors import UserError, unknown_name
+
 Histories = dict[str, deque[float]]
 """Each prompt's newest rewards."""
+
+
+def check_advantages(given: str | Mapping[str, str]) -> tuple[str, Literal["group", "global"]]:
+    """What rollouts' `advantages` mean: `history` or `group`, and whose standard deviation; UserError if nothing."""
+    options = {"by": given} if isinstance(given, str) else dict(given)
+    for name in options:
+        if name not in ("by", "std"):
+            raise unknown_name("advantages", name, "one of its options", ("by", "std"))
+    by, std = options.get("by", "group"), options.get("std", "group")
+    if by not in ("history", "group"):
+        raise unknown_name("advantages", by, "a way to normalise rewards", ("history", "group"))
+    if by == "history" and "std" in options:
+        raise UserError("advantages.std: it belongs to `by: group`, but `by` is history; leave std out")
+    if std == "global":
+        return by, "global"
+    if std != "group":
+        raise unknown_name("advantages.std", std, "a standard deviation", ("group", "global"))
+    return by, "group"
 
 
 def normalised_by_prompt(

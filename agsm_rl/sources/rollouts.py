@@ -12,7 +12,13 @@ from torch import Tensor
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
 from agsm_rl.policy import Policy, Source
-from agsm_rl.sources.advantages import Histories, normalised_by_group, normalised_by_prompt, normalised_over_all
+from agsm_rl.sources.advantages import (
+    Histories,
+    check_advantages,
+    normalised_by_group,
+    normalised_by_prompt,
+    normalised_over_all,
+)
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
@@ -57,7 +63,8 @@ class Rollouts(Source):
             term that learns from them and has one (`old` of `diffusion_nft`); of none, the EMA.
         updates: Steps of the trainer that learn from each draw, each from its own share of the images.
         advantages: What a reward is compared with. `history`: the newest rewards of its prompt, as DDPO does; `group`:
-            the rewards of the prompt's images of this draw alone, as GRPO does.
+            the rewards of the prompt's images of this draw alone, as GRPO does. `{by: group, std: global}` divides by
+            the standard deviation of all rewards of the draw, as Flow-GRPO's configurations for SD3.5 do.
         advantage_clip: Advantages are clipped to ± this.
         history: For `advantages: history`: how many rewards of each prompt are remembered.
         min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
@@ -94,7 +101,7 @@ class Rollouts(Source):
         sde_window: Mapping[str, Any] | None = None,
         drawn_by: Literal["live", "ema", "old"] = "live",
         updates: int = 1,
-        advantages: Literal["history", "group"] = "history",
+        advantages: str | dict[str, str] = "history",
         advantage_clip: float = 5.0,
         history: int = 32,
         min_history: int = 16,
@@ -122,14 +129,13 @@ class Rollouts(Source):
         check_noise(noise, noise_level, eta)
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
-        if advantages not in ("history", "group"):
-            raise unknown_name("advantages", advantages, "a way to normalise rewards", ("history", "group"))
-        if advantages == "history" and history < min_history:
+        compared_with, group_std = check_advantages(advantages)
+        if compared_with == "history" and history < min_history:
             raise UserError(
                 f"history: got {history}, but min_history is {min_history}: a prompt would never have enough "
                 f"rewards; give {min_history} or more, or a smaller min_history"
             )
-        if advantages == "group" and images_per_prompt < 2:
+        if compared_with == "group" and images_per_prompt < 2:
             raise UserError(
                 "images_per_prompt: got 1, but `advantages: group` compares a prompt's images with each other; give 2 "
                 "or more, or `advantages: history`"
@@ -146,7 +152,8 @@ class Rollouts(Source):
         self.noise, self.noise_level = noise, noise_level
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
-        self.sample_batch_size, self.drawn_by, self.advantages = sample_batch_size, drawn_by, advantages
+        self.sample_batch_size, self.drawn_by = sample_batch_size, drawn_by
+        self.advantages, self.group_std = compared_with, group_std
         self.batch_size = num_prompts * images_per_prompt // updates
         """Images that a step of the trainer learns from."""
         self.keep_path = eta > 0 and drawn_by == "live"
@@ -298,7 +305,7 @@ class Rollouts(Source):
 
     def _normalised(self, rewards: Tensor, prompts: list[str], histories: Histories) -> Tensor:
         if self.advantages == "group":
-            return normalised_by_group(rewards, prompts)
+            return normalised_by_group(rewards, prompts, std=self.group_std)
         return normalised_by_prompt(rewards, prompts, histories, history=self.history, min_history=self.min_history)
 
     def _clipped(self, advantages: Tensor) -> Tensor:

@@ -28,16 +28,20 @@ def transition(
     return sampler.transition(k, x_t, prediction, eta=eta, **options)
 
 
-def guided(predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
+def guided(
+    predict: Predict, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float, *, detach_uncond: bool = False
+) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
 
     `uncond` has one row. A policy's adapters may predict that branch with ψ⁻ (training/guidance.py). Scale 1 is the
-    conditional branch alone and costs half.
+    conditional branch alone and costs half. `detach_uncond`: gradients flow through the conditional branch alone.
     """
     if scale == 1:
         return predict(x_t, t, cond)
     both = replace(Cond.cat([uncond.expand(len(cond)), cond]), unconditional_first=True)
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    if detach_uncond:
+        without = without.detach()
     return without + scale * (with_prompt - without)
 
 
@@ -70,12 +74,15 @@ def step_distributions(
     guidance: float,
     eta: float,
     noise: str = DDIM,
+    detach_uncond: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """`step_distribution` of several steps in one prediction; `states` [B, S, C, h, w] are where each begins."""
     count, rows = len(steps), states.flatten(0, 1)
     t = torch.stack([sampler.t[k] for k in steps]).to(states.device).repeat(len(states))
     each = cond if count == 1 else cond[torch.arange(len(cond)).repeat_interleave(count)]
-    predictions = guided(predict, rows, t, each, uncond, guidance).unflatten(0, (-1, count))
+    predictions = guided(predict, rows, t, each, uncond, guidance, detach_uncond=detach_uncond).unflatten(
+        0, (-1, count)
+    )
     return [
         transition(sampler, k, states[:, place], predictions[:, place], eta=eta, noise=noise)
         for place, k in enumerate(steps)

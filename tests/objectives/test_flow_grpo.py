@@ -134,3 +134,33 @@ def test_it_trains_beside_ddpo_on_one_draw_of_group_relative_rollouts(policy, ma
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         FlowGRPO(**options)
+
+
+def test_the_published_kl_leaves_the_step_s_length_out_of_the_variance(sd3_backbone, make_rollouts):
+    policy = Policy(sd3_backbone, {"lora": LoRA(rank=2)})
+    batch = make_rollouts(bind=True).next(moved(policy))
+    sigmas = policy.backbone.sampler(batch.num_steps).sigmas
+    for part, _ in FlowGRPO().split(batch):
+        exact, published = (FlowGRPO(kl=kl).loss(policy, part)[1]["kl"].item() for kl in ("exact", "published"))
+        (k,) = part.steps
+        assert exact > 0 and published == pytest.approx(exact * (sigmas[k] - sigmas[k + 1]).item(), rel=1e-5)
+
+
+def test_the_published_kl_is_refused_on_steps_that_were_not_published(policy, rollouts):
+    with pytest.raises(UserError, match="kl: published, but the rollouts draw with `noise: ddim`"):
+        FlowGRPO(kl="published").loss(policy, rollouts.next(policy))
+
+
+def test_a_detached_unconditional_branch_changes_the_gradient_and_not_the_loss(policy, make_rollouts):
+    batch = make_rollouts(bind=True, guidance=3.0).next(moved(policy))
+    batch.advantages.copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    both, one = FlowGRPO(), FlowGRPO(detach_unconditional=True)
+    assert both.loss(policy, batch)[0] == one.loss(policy, batch)[0]
+    with_both, with_one = (gradient(policy, objective, [(batch, 1.0)]) for objective in (both, one))
+    assert with_one.norm() > 0 and (with_both - with_one).norm() > 1e-3 * with_both.norm()
+
+
+def test_a_kept_graph_has_no_detached_branch(policy, make_rollouts):
+    batch = make_rollouts(bind=True, guidance=3.0, keep_graph=True).next(policy)
+    with pytest.raises(UserError, match="`keep_graph` records gradients through both branches"):
+        FlowGRPO(detach_unconditional=True).loss(policy, batch)

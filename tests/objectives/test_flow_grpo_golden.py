@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agsm_rl.backbones.flow import flow_sde_step
+from agsm_rl.errors import UserError
 from agsm_rl.sources.advantages import normalised_by_group
 from agsm_rl.training.sampling import gaussian_log_prob
 
@@ -67,3 +68,26 @@ def test_a_group_of_equal_rewards_has_advantage_zero_beside_others_that_differ()
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0, 0.3])
     advantages = normalised_by_group(rewards, ["a"] * 3 + ["b"] * 3, std="global")
     assert advantages[:3].tolist() == [0, 0, 0] and advantages[3:].count_nonzero() == 3
+
+
+def test_rollouts_divide_by_either_standard_deviation(make_rollouts, policy):
+    given = make_rollouts(bind=True, advantages={"by": "group", "std": "global"})
+    batch = given.next(policy)
+    expected = normalised_by_group(batch.rewards, batch.prompts, std="global")
+    torch.testing.assert_close(batch.advantages, expected)
+    assert not torch.allclose(expected, normalised_by_group(batch.rewards, batch.prompts))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("groups", "'groups' is not a way to normalise rewards"),
+        ({"by": "group", "of": "global"}, "'of' is not one of its options"),
+        ({"by": "group", "std": "all"}, "'all' is not a standard deviation"),
+        ({"by": "history", "std": "global"}, "advantages.std: it belongs to `by: group`"),
+    ],
+    ids=str,
+)
+def test_other_advantages_are_refused(make_rollouts, given, message):
+    with pytest.raises(UserError, match=message):
+        make_rollouts(advantages=given)
