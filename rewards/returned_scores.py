@@ -24,7 +24,12 @@ def one_score_per_image(returned: Any, prompts: list[str], *, reward: str, devic
     scores = _without_info(returned)
     if not isinstance(scores, Tensor):
         scores = _tensor(scores, prompts, reward)
-    if scores is None or not is_plain(scores) or scores.shape not in ((len(prompts),), (len(prompts), 1)):
+    rehearsed = device.type == "meta"  # a prediction of memory: the images are on meta too
+    if (
+        scores is None
+        or not (rehearsed or is_plain(scores))
+        or scores.shape not in ((len(prompts),), (len(prompts), 1))
+    ):
         got = type(returned).__name__ if scores is None else kind_of(scores)
         raise UserError(
             f"reward '{reward}': {WANTED.format(count=len(prompts))}; it returned {got}: {_short(returned)}"
