@@ -71,6 +71,9 @@ class LoraScale:
                 f"{where}: init_lora_weights is {start!r}, which changes the base's weights too. Convert it to a plain "
                 "LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
             )
+        rslora = options.get("use_rslora") or False
+        if not isinstance(rslora, bool):
+            raise UserError(f"{where}: use_rslora is {_shown(rslora)}; it must be true or false.")
         return cls(
             rank=_rank(options.get("r"), f"{where}: r"),
             alpha=check_alpha(options.get("lora_alpha"), f"{where}: lora_alpha"),
@@ -82,7 +85,7 @@ class LoraScale:
                 name: check_alpha(value, f"{where}: alpha_pattern['{name}']")
                 for name, value in _patterns(options, "alpha_pattern", where).items()
             },
-            rslora=bool(options.get("use_rslora")),
+            rslora=rslora,
         )
 
     def rank_of(self, layer: str) -> int:
