@@ -300,7 +300,7 @@ def test_list_tells_what_a_name_means_and_its_options(command):
         option["name"]: option
         for option in json.loads(command("list", "rollouts", "--json").stdout)["sources"]["options"]
     }
-    assert options["eta"].pop("meaning").startswith("Noise of the sampler's steps")
+    assert options["eta"].pop("meaning").startswith("Noise of `ddim` steps")
     assert options["eta"] == {"name": "eta", "type": "float", "default": "1.0"}
     assert "default" not in options["prompts"]
     lora = json.loads(command("list", "lora", "--json").stdout)["adapters"]
