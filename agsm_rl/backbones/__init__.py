@@ -28,6 +28,7 @@ def load_backbone(
     config: str | None = None,
     t5_length: int | None = None,
     memory_format: Literal["channels_last"] | None = None,
+    scheduler: Literal["ddim"] | None = None,
     compile: Literal["default", "reduce-overhead"] | None = None,
 ) -> Backbone:
     """Stable Diffusion 1.5 and SDXL; for a checkpoint of another supported kind, that kind's backbone.
@@ -48,6 +49,7 @@ def load_backbone(
         config=config,
         t5_length=t5_length,
         memory_format=memory_format,
+        scheduler=scheduler,
         compile=compile,
     )
 

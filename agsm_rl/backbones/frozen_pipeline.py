@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.ddim import ddim_scheduler
 from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import KINDS, check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.errors import UserError, unknown_name
@@ -75,6 +76,8 @@ class FrozenPipeline:
             diffusers' own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
         memory_format: U-Nets only: `channels_last` lays out the convolutions of the U-Net and the VAE as a GPU's tensor
             cores take them in half precision, with the same results within rounding. Null is torch's own layout.
+        scheduler: U-Nets only: `ddim` draws pictures by DDIM on the checkpoint's noise schedule, as AGSM's authors do.
+            Null is the checkpoint's scheduler (PNDM for SD1.5, Euler for SDXL). Rollouts are drawn by DDIM either way.
         compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
             pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
             compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
@@ -109,6 +112,7 @@ class FrozenPipeline:
         config: str | None = None,
         t5_length: int | None = None,
         memory_format: Literal["channels_last"] | None = None,
+        scheduler: Literal["ddim"] | None = None,
         compile: Literal["default", "reduce-overhead"] | None = None,
     ) -> None:
         if dtype not in DTYPES:
@@ -135,6 +139,8 @@ class FrozenPipeline:
         self._wrap(pipeline, resolution, gradient_checkpointing)
         if t5_length is not None:
             self._shorten_text(t5_length)
+        if scheduler is not None:
+            self._draw_by(scheduler)
         if memory_format is not None:
             self._lay_out(memory_format)
         if compile is not None:
@@ -148,6 +154,13 @@ class FrozenPipeline:
 
     def _shorten_text(self, t5_length: int) -> None:
         raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5 encoder; leave it out.")
+
+    def _draw_by(self, scheduler: str) -> None:
+        if scheduler != "ddim":
+            raise UserError(f"backbone.scheduler: got {scheduler!r}; allowed: ddim, or leave it out.")
+        if self.part != "unet":
+            raise UserError("backbone.scheduler: a flow model has no DDIM; leave it out for SD3.")
+        self.pipeline.scheduler = ddim_scheduler(self.pipeline.scheduler.config)
 
     def _lay_out(self, memory_format: str) -> None:
         if memory_format != "channels_last":

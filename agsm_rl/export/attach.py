@@ -26,7 +26,7 @@ from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
 from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 
-BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype")
+BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype", "scheduler")
 """Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them."""
 # `pipe.load_lora_weights(folder)` looks for this name.
 LORA_FILE = "pytorch_lora_weights.safetensors"

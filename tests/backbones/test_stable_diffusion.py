@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones import backbone_of, load_backbone
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
@@ -207,3 +207,14 @@ def test_an_unsupported_pipeline_is_refused_by_name(tiny_checkpoint: Path, tmp_p
         StableDiffusion(str(tmp_path))
     with pytest.raises(UserError, match="is a dict; supported"):
         backbone_of({})
+
+
+def test_pictures_are_drawn_by_ddim_where_it_is_asked_for(tiny_checkpoint: Path, tiny_sd3_checkpoint: Path) -> None:
+    own = StableDiffusion(str(tiny_checkpoint), device="cpu")
+    own.pipeline.scheduler = PNDMScheduler.from_config(own.pipeline.scheduler.config)
+    own._draw_by("ddim")
+    assert isinstance(own.pipeline.scheduler, DDIMScheduler) and not own.pipeline.scheduler.config.clip_sample
+    asked = StableDiffusion(str(tiny_checkpoint), device="cpu", scheduler="ddim")
+    assert torch.equal(asked.pipeline.scheduler.alphas_cumprod, own.pipeline.scheduler.alphas_cumprod)
+    with pytest.raises(UserError, match="flow model has no DDIM"):
+        load_backbone(str(tiny_sd3_checkpoint), device="cpu", scheduler="ddim")
