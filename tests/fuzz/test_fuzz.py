@@ -153,7 +153,9 @@ def test_a_run_folder_with_an_odd_file_is_reported_or_refused(
         file.write_bytes(data.draw(damaged(file.read_bytes())))
     elif name.endswith(".jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps(row) + "\n" for row in data.draw(changed(rows)) or []), encoding="utf-8")
+        odd = data.draw(changed(rows))
+        lines = odd if isinstance(odd, list) else [odd]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     else:
         file.write_text(json.dumps(data.draw(changed(json.loads(file.read_text())))), encoding="utf-8")
     with nothing_outside(run):
