@@ -16,7 +16,6 @@ from agsm_rl.policy import Objective, Policy, Source, View
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
-from agsm_rl.training.old_policy import owner_of_old, update_old_policies
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
@@ -250,7 +249,8 @@ class Trainer:
                 continue
             weight = term.weight_at(self.step)
             if id(term.source) not in batches:
-                self.policy.acting_for = owner_of_old(self.terms, term.source)
+                owners = (other for other in self.terms if other.source is term.source and other.objective.old)
+                self.policy.acting_for = next((owner.name for owner in owners), None)
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
                     batches[id(term.source)] = term.source.next(self.policy)
@@ -280,7 +280,10 @@ class Trainer:
         self._look_at_adapters(learned, combined)
         self.rates.set(self.optimizer, self.step)
         self._apply(combined, metrics)
-        update_old_policies(self.policy, self.terms, self.step)
+        for term in self.terms:
+            old = term.objective.old
+            if old and term.is_due(self.step) and old.is_due(self.step, unlearned=term.source.unlearned()):
+                self.policy.update_old(term.name, old.decay_at(self.step))
         metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
         return metrics

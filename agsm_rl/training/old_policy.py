@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from agsm_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from agsm_rl.policy import Policy, Source
-    from agsm_rl.trainer import Term
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,3 @@ class OldPolicy:
     def is_due(self, step: int, *, unlearned: int) -> bool:
         """Whether it is updated after a step (counted from 0), with so many shares of the draw not learned from yet."""
         return unlearned == 0 if self.every == "draw" else (step + 1) % int(self.every) == 0
-
-
-def owner_of_old(terms: Sequence[Term], source: Source) -> str | None:
-    """The term whose old policy draws from a source: the first that learns from it and has one."""
-    return next((term.name for term in terms if term.source is source and term.objective.old), None)
-
-
-def update_old_policies(policy: Policy, terms: Sequence[Term], step: int) -> None:
-    """After a step, update the old policies of the terms that were due in it."""
-    for term in terms:
-        old = term.objective.old
-        if old and term.is_due(step) and old.is_due(step, unlearned=term.source.unlearned()):
-            policy.update_old(term.name, old.decay_at(step))
