@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import ALLOWED, is_single_file
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach_to_backbone, find_exports, read_export
-from agsm_rl.files import local_or_hub, local_path, parse_json
+from agsm_rl.files import check_contained, local_or_hub, local_path, parse_json
 from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.policy import check_bank, using
 from agsm_rl.recipe.build import build_backbone
@@ -121,6 +122,7 @@ def open_target(
 
 
 def _open_run(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
+    check_contained(path, [name for name in ("recipe.yaml", "adapter") if os.path.lexists(path / name)])
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
         backbone = {key: value for key, value in with_first_defaults(recipe).items() if key == "backbone"}

@@ -1,5 +1,6 @@
-"""`sample` and `eval` open a run that names the user's own classes if --allow-import allows their module."""
+"""`sample` and `eval` open a run: its own classes only with --allow-import, its files only where they lie in it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,16 @@ def test_a_run_with_the_user_s_own_class_is_opened_only_with_leave(command, tiny
         allowed = command(*words, "--allow-import", module)
         assert allowed.exit_code == 0, allowed.output
     assert [file.name for file in Path("drawn").iterdir()] == ["seed-0.png"]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "adapter"])
+def test_a_run_whose_files_are_links_out_of_its_folder_is_not_opened(command, tmp_path, name):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (elsewhere / "adapter").mkdir(parents=True)
+    (elsewhere / "recipe.yaml").write_text("backbone: {use: stable_diffusion, checkpoint: builtin:shapes-sd15}\n")
+    run.mkdir()
+    shutil.copy(elsewhere / "recipe.yaml", run)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(elsewhere / name)
+    result = command("sample", str(run), "a red star")
+    assert result.exit_code == 2 and f"{name}: is a link out of its folder" in result.stderr
