@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_trl_s_unrolled_sampler(make_trainer, timestep):
 def test_random_truncation_draws_each_step_s_limit_and_always_keeps_the_last_step(make_trainer):
     trainer = make_trainer(sample_num_steps=10, truncated_rand_backprop_minmax=(0, 10))
     objective, _ = trainer._term()
-    drawn = [objective._carrying(step) for step in range(200)]
+    drawn = [objective._steps_with_gradients(step) for step in range(200)]
     assert all(9 in steps for steps in drawn)
     share = [sum(k in steps for steps in drawn) / 200 for k in range(9)]
     # Step k carries gradients if a number drawn from 0..10 is not above it.
