@@ -320,19 +320,20 @@ class Trainer:
             for key, figure in ({"loss": loss.detach()} | figures).items():
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
         total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
-        means = dict(zip(sums, self.processes.mean(list(sums.values())), strict=True))
-        numbers = as_numbers(means | {"grad_norm": norm(total)})
-        lengths = as_numbers(dict(zip(map(str, steps), self.processes.mean(list(steps.values())), strict=True)))
-        return total, numbers | largest_share({int(step): length for step, length in lengths.items()})
+        means = self.processes.mean([*sums.values(), *steps.values()])
+        numbers = as_numbers([*means, norm(total)])
+        lengths = dict(zip(steps, numbers[len(sums) :], strict=False))
+        return total, dict(zip(sums, numbers, strict=False)) | {"grad_norm": numbers[-1]} | largest_share(lengths)
 
     def _look_at_adapters(self, learned: list[Term], gradient: Gradient) -> None:
         """Report to the watch which of the adapters that this step trains got a gradient that is not all 0."""
         trained = {name for term in learned for name in (term.trains or self.policy.adapters)}
-        found: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         for adapter in sorted(trained):
             values = [gradient[name] for name in self.policy.parameters([adapter]) if name in gradient]
-            found[adapter] = sum((value.count_nonzero() for value in values), torch.zeros(()))
-        self.watch.look_at_adapters(self.step + 1, {name: number > 0 for name, number in as_numbers(found).items()})
+            counts[adapter] = sum((value.count_nonzero() for value in values), torch.zeros(()))
+        reached = {name: count > 0 for name, count in zip(counts, as_numbers([*counts.values()]), strict=True)}
+        self.watch.look_at_adapters(self.step + 1, reached)
 
     def _apply(self, gradient: Gradient, metrics: dict[str, float]) -> None:
         if not gradient:

@@ -1,6 +1,6 @@
 """Figures of gradients: their norms, the angles between them, and all of them as plain numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -12,13 +12,12 @@ FEWEST_STEPS = 3
 """Denoising steps between which a gradient's shares are worth a look."""
 
 
-def as_numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+def as_numbers(figures: Sequence[Tensor]) -> list[float]:
     """0-d tensors as numbers, fetched together so that a GPU is waited for only once."""
     if not figures:
-        return {}
-    device = next(iter(figures.values())).device
-    together = torch.stack([figure.to(device, torch.float32) for figure in figures.values()])
-    return dict(zip(figures, together.tolist(), strict=True))
+        return []
+    device = figures[0].device
+    return torch.stack([figure.to(device, torch.float32) for figure in figures]).tolist()
 
 
 def norm(gradient: Gradient) -> Tensor:

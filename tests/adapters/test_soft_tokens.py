@@ -296,7 +296,8 @@ def test_an_export_is_taken_back(backbone: StableDiffusion) -> None:
         "time_tokens": (100, 32),
     }
     options = {"banks": "2", "num_tokens": "3", "base": "stable_diffusion", "width": "32"}
-    assert metadata == {"kind": "soft_tokens", **options}
+    guidance = {"guidance_bank": "positive", "guidance_prompt": "empty"}
+    assert metadata == {"kind": "soft_tokens", **options, **guidance}
     tokens.detach()
     again = SoftTokens.from_export(tensors, metadata)
     again.attach(backbone)
