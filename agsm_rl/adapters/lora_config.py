@@ -7,7 +7,7 @@ and ignore the rest.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -96,6 +96,11 @@ class LoraScale:
         """Rank times scale of a layer; rank-stabilised LoRA, which divides by √rank, is converted."""
         alpha = _matching(self.alpha_pattern, layer, self.alpha)
         return alpha * math.sqrt(self.rank_of(layer)) if self.rslora else alpha
+
+    def unused(self, layers: Collection[str]) -> list[str]:
+        """The patterns that are the end of none of these layers' names."""
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        return [name for name in dict.fromkeys(patterns) if not any(_matching({name: True}, x, False) for x in layers)]
 
 
 def options_by_part(text: str, *, where: str) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ Diffusers and PEFT ignore tensors that fit no layer, import what a file's metada
 patterns as regular expressions. Here the file is read as data; rank and alpha that contradict each other are refused.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from agsm_rl.adapters.lora_names import PEFT_PREFIX, LayerNames, method_of, spli
 from agsm_rl.adapters.tensor_files import MAX_JSON, parse_json, read_safetensors
 from agsm_rl.errors import UserError
 
+log = logging.getLogger(__name__)
+
 NEGATIVE_PREFIX = "negative."
 """Prefix of the second bank's tensors in an agsm-rl export."""
 CONFIG_FILE = "adapter_config.json"
 """PEFT's description, beside its adapter_model.safetensors."""
+NAMED = 3
+"""Layers that a message names one by one."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def read_lora(file: Path, *, where: str) -> LoraFile:
     parts = _by_layer(first_bank, where)
     scales = _Scales(file, metadata, peft=any(layer.startswith(PEFT_PREFIX) for layer in parts), where=where)
     layers = {layer: _addition(layer, roles, scales, where) for layer, roles in parts.items()}
+    scales.warn_of_unused(layers)
     return LoraFile(file, layers, second_bank)
 
 
@@ -195,6 +201,20 @@ class _Scales:
         if not alphas:
             self._check_kohya(layer, rank)
         return alphas[0][1] if alphas else float(rank)
+
+    def warn_of_unused(self, layers: Iterable[str]) -> None:
+        """Warn of ranks and alphas that a description gives to layers that the file does not have."""
+        names = [layer.removeprefix(PEFT_PREFIX) for layer in layers]
+        for source, parts in self._descriptions:
+            for scale in parts.values():
+                modules = [module for found, module in (_of_part(parts, name) for name in names) if found is scale]
+                if unused := scale.unused(modules):
+                    log.warning(
+                        "%s: %s gives a rank or an alpha to layers that the file does not have; no effect: %s",
+                        self._where,
+                        source,
+                        ", ".join(unused[:NAMED]) + (f", and {len(unused) - NAMED} more" if unused[NAMED:] else ""),
+                    )
 
     def _check_kohya(self, layer: str, rank: int) -> None:
         """UserError if kohya's metadata contradicts the alpha that a missing alpha tensor implies."""

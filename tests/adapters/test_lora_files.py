@@ -114,6 +114,21 @@ def test_peft_s_own_form_is_read_with_the_alpha_of_its_configuration(config, alp
 
 
 @pytest.mark.parametrize(
+    ("config", "unused"),
+    [({"alpha_pattern": {"to_k": 3, "to_z": 4}}, "to_z"), ({"rank_pattern": {"nowhere.to_q": RANK}}, "nowhere.to_q")],
+)
+def test_a_rank_or_an_alpha_of_a_layer_that_is_not_there_is_reported(config, unused, unet, tmp_path, caplog):
+    read_lora(peft_file(tmp_path, weights(unet), **config), where="x")
+    (message,) = caplog.messages
+    assert message.startswith("x: adapter_config.json") and message.endswith(f"no effect: {unused}")
+
+
+def test_ranks_and_alphas_of_layers_that_are_there_need_no_word(unet, tmp_path, caplog):
+    read_lora(peft_file(tmp_path, weights(unet), alpha_pattern={"to_k": 3}, rank_pattern={"to_q": RANK}), where="x")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"lora_alpha": None}, "lora_alpha is None; it must be a finite number above 0"),
