@@ -16,7 +16,9 @@ Histories = dict[str, deque[float]]
 """Each prompt's newest rewards."""
 
 
-def check_advantages(given: str | Mapping[str, str]) -> tuple[str, Literal["group", "global"]]:
+def check_advantages(
+    given: str | Mapping[str, str], *, images_per_prompt: int, history: int, min_history: int
+) -> tuple[str, Literal["group", "global"]]:
     """What rollouts' `advantages` mean: `history` or `group`, and whose standard deviation; UserError if nothing."""
     options = {"by": given} if isinstance(given, str) else dict(given)
     for name in options:
@@ -25,6 +27,16 @@ def check_advantages(given: str | Mapping[str, str]) -> tuple[str, Literal["grou
     by, std = options.get("by", "group"), options.get("std", "group")
     if by not in ("history", "group"):
         raise unknown_name("advantages", by, "a way to normalise rewards", ("history", "group"))
+    if by == "history" and history < min_history:
+        raise UserError(
+            f"history: got {history}, but min_history is {min_history}: a prompt would never have enough "
+            f"rewards; give {min_history} or more, or a smaller min_history"
+        )
+    if by == "group" and images_per_prompt < 2:
+        raise UserError(
+            "images_per_prompt: got 1, but `advantages: group` compares a prompt's images with each other; give 2 "
+            "or more, or `advantages: history`"
+        )
     if by == "history" and "std" in options:
         raise UserError("advantages.std: it belongs to `by: group`, but `by` is history; leave std out")
     if std == "global":

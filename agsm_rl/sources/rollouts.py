@@ -129,17 +129,9 @@ class Rollouts(Source):
         check_noise(noise, noise_level, eta)
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
-        compared_with, group_std = check_advantages(advantages)
-        if compared_with == "history" and history < min_history:
-            raise UserError(
-                f"history: got {history}, but min_history is {min_history}: a prompt would never have enough "
-                f"rewards; give {min_history} or more, or a smaller min_history"
-            )
-        if compared_with == "group" and images_per_prompt < 2:
-            raise UserError(
-                "images_per_prompt: got 1, but `advantages: group` compares a prompt's images with each other; give 2 "
-                "or more, or `advantages: history`"
-            )
+        compared_with, group_std = check_advantages(
+            advantages, images_per_prompt=images_per_prompt, history=history, min_history=min_history
+        )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         if keep_graph:

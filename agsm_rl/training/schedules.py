@@ -5,7 +5,6 @@ A schedule is a function of the step alone, so there is no state to keep: a resu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -61,17 +60,6 @@ class Constant(Schedule):
     def rate(self, highest: float, steps: int) -> Rate:
         """The rate at each step."""
         return super().rate(highest, steps) if self.warmup_steps else lambda step: highest
-
-
-@dataclass(frozen=True)
-class ConstantWithWarmup(Constant):
-    """`constant` under its other name.
-
-    Args:
-        warmup_steps: The rate rises linearly from 0 over so many steps.
-    """
-
-    warmup_steps: int = 500
 
 
 @dataclass(frozen=True)
@@ -151,21 +139,19 @@ class CosineWarmRestarts(Schedule):
     def rate(self, highest: float, steps: int) -> Rate:
         """The rate at each step."""
 
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            torch.optim.SGD([torch.zeros(1)], lr=highest), self.T_0, self.T_mult, self.eta_min
+        )
+
         def rate(step: int) -> float:
-            passed, length = step // self.every, self.T_0
-            while passed >= length:
-                if self.T_mult == 1:
-                    passed %= length
-                    break
-                passed, length = passed - length, length * self.T_mult
-            return self.eta_min + (highest - self.eta_min) * (1 + math.cos(math.pi * passed / length)) / 2
+            scheduler.step(step // self.every)
+            return float(scheduler.get_last_lr()[0])
 
         return rate
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
-    "constant_with_warmup": ConstantWithWarmup,
     "linear": Linear,
     "cosine": Cosine,
     "cosine_with_restarts": CosineWithRestarts,
