@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attached_tokens import PROMPTS, attached, perturb, predict, rows, texts_seen
 from torch import Tensor, nn
 
 from agsm_rl.adapters.lora import LoRA
@@ -13,52 +14,6 @@ from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
-
-PROMPTS = ["a red circle", "two blue squares"]
-
-
-def rows(count: int = 2) -> Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-
-
-def predict(backbone: StableDiffusion, *, gradients: bool = False) -> Tensor:
-    with torch.set_grad_enabled(gradients):
-        return backbone.predict(rows(), torch.tensor([0.1234, 0.9]), backbone.encode_text(PROMPTS))
-
-
-def perturb(*adapters: Any, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters:
-        for _, parameter in adapter.named_parameters():
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-
-
-def attached(backbone: StableDiffusion, **options: Any) -> SoftTokens:
-    tokens = SoftTokens(**options)
-    tokens.attach(backbone)
-    perturb(tokens)
-    return tokens
-
-
-def texts_seen(backbone: StableDiffusion, call: Any) -> dict[str, Tensor]:
-    """What each cross-attention of the U-Net was given as text during `call`."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True)
-        for name, module in backbone.denoiser.named_modules()
-        if name.endswith("attn2")
-    ]
-    call()
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize("bank", ["positive", "negative"])
@@ -392,54 +347,3 @@ def test_the_tokens_are_where_the_text_is(backbone: StableDiffusion) -> None:
         with tokens.using(bank):
             tokens._timestep = torch.tensor(10, device="meta")
             assert tokens.rows_for(text, 0).device.type == "meta"
-
-
-@pytest.mark.parametrize("places", [["down"], ["mid"], ["up"], ["down", "mid"], ["up", "down"]])
-def test_only_the_blocks_at_the_chosen_places_see_the_tokens(backbone: StableDiffusion, places: Any) -> None:
-    plain = texts_seen(backbone, lambda: predict(backbone))
-    tokens = attached(backbone, num_tokens=3, places=places)
-    seen = texts_seen(backbone, lambda: predict(backbone))
-    longer = {name.split("_")[0] for name in seen if seen[name].shape[1] == plain[name].shape[1] + 3}
-    assert longer == set(places)
-    assert {name.split("_")[0] for name in tokens.places(backbone)} == set(places)
-
-
-def test_places_are_kept_in_the_file(backbone: StableDiffusion) -> None:
-    tokens = attached(backbone, places=["down"])
-    drawn = predict(backbone)
-    tensors, metadata = tokens.export()
-    assert metadata["places"] == "down"
-    tokens.detach()
-    back = SoftTokens.from_export(tensors, metadata)
-    back.attach(backbone)
-    back.load_export(tensors, metadata)
-    assert torch.equal(predict(backbone), drawn)
-    back.detach()
-    other = SoftTokens()
-    other.attach(backbone)
-    with pytest.raises(UserError, match=r"trained in the down blocks; set `places: \[down\]`"):
-        other.load_export(tensors, metadata)
-
-
-def test_tokens_from_a_normal_distribution_all_differ_and_bos_tokens_are_equal(backbone: StableDiffusion) -> None:
-    for init, are_equal in (("normal", False), ("bos", True), (None, True)):
-        tokens = SoftTokens(num_tokens=4, init=init)  # type: ignore[arg-type]
-        tokens.attach(backbone)
-        values = dict(tokens.named_parameters())["soft_tokens"]
-        assert torch.equal(values[0, 0], values[0, 1]) is are_equal
-        if init == "normal":
-            assert values.std().item() == pytest.approx(0.02, rel=0.2)
-        tokens.detach()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"places": []}, "is empty"),
-        ({"places": ["dwon"]}, "Did you mean 'down'"),
-        ({"init": "bso"}, "Did you mean 'bos'"),
-    ],
-)
-def test_places_and_beginnings_that_do_not_exist_are_refused(options: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        SoftTokens(**options)
