@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from agsm_rl.sources.prompts import Prompts
     from agsm_rl.sources.rollouts import Rollouts
     from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages
-    from agsm_rl.trainer import Callback, Term, Trainer
+    from agsm_rl.term import Term
+    from agsm_rl.trainer import Callback, Trainer
 
 __version__ = "0.1.0"
 
@@ -61,7 +62,8 @@ _HOMES = {
     "sources.prompts": ("Prompts",),
     "sources.rollouts": ("Rollouts",),
     "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages"),
-    "trainer": ("Callback", "Term", "Trainer"),
+    "term": ("Term",),
+    "trainer": ("Callback", "Trainer"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

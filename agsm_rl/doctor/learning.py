@@ -12,7 +12,8 @@ from torch import Tensor
 from agsm_rl.doctor.finding import Finding, green, red
 from agsm_rl.interfaces import Batch, RewardedBatch, RolloutBatch
 from agsm_rl.objectives.policy_gradient import step_log_prob
-from agsm_rl.trainer import Term, Trainer
+from agsm_rl.term import Term
+from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import REMEDY
 from agsm_rl.training.gradients import largest_share, norm
 from agsm_rl.training.randomness import Draw

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from agsm_rl.doctor.finding import Finding, green, red
-from agsm_rl.trainer import Term
+from agsm_rl.term import Term
 from agsm_rl.training.scoring import checked_score
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,7 +14,8 @@ from agsm_rl.policy import Policy
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
-from agsm_rl.trainer import Term, Trainer
+from agsm_rl.term import Term
+from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.processes import make_accelerator
 

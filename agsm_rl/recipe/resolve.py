@@ -193,7 +193,7 @@ def _never_learns(term: TermBlock) -> bool:
 def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
     """Check that each term's objective, source, view and adapters go together."""
     from agsm_rl.sources.cache import check_text_stays
-    from agsm_rl.trainer import check_range, check_view
+    from agsm_rl.term import check_range, check_view
 
     for index in range(len(recipe.objectives)):
         _check_path(*recipe.source_of(index), parts)

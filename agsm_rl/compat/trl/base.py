@@ -16,7 +16,8 @@ from agsm_rl.compat.trl.pipeline import DDPOStableDiffusionPipeline, DefaultDDPO
 from agsm_rl.errors import UserError
 from agsm_rl.files import local_path
 from agsm_rl.policy import Objective, Source
-from agsm_rl.trainer import Term, Trainer
+from agsm_rl.term import Term
+from agsm_rl.trainer import Trainer
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=TrainerConfig)

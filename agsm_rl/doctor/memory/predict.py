@@ -20,7 +20,8 @@ from agsm_rl.policy import Policy
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
-from agsm_rl.trainer import Term, Trainer
+from agsm_rl.term import Term
+from agsm_rl.trainer import Trainer
 from agsm_rl.training.sampling import DDIM, guided, noises_of
 
 NOT_COUNTED = (
