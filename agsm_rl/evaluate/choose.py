@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.evaluate.prompts import read_prompts
-from agsm_rl.evaluate.suite import Suite
+from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
 
 if TYPE_CHECKING:
     from agsm_rl.recipe.schema import Evaluate

@@ -15,7 +15,8 @@ from rich.console import Console
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import versions
 from agsm_rl.evaluate.image_folder import is_image_folder
-from agsm_rl.evaluate.suite import Result, Suite
+from agsm_rl.evaluate.stored_suite import StoredResult as Result
+from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
 from agsm_rl.evaluate.suite_process import OnDiskOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, write_results
 from agsm_rl.files import write_text

@@ -13,7 +13,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, plan, read_pinned
 from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, pictures_in, read_images
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.evaluate.suite import Suite
+from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
 from agsm_rl.evaluate.suites.geneval import GenEvalResult, read_results
 from agsm_rl.evaluate.target import Target, open_target
 from agsm_rl.run.screen import make_console
