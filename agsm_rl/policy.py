@@ -7,6 +7,7 @@ Objective defines only what differs from their defaults; any other class is give
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Batch, Cond, Metrics, PairBatch, Shard
-from agsm_rl.training.guidance import guidance_form, unconditional_first
+from agsm_rl.training.guidance import predict_in_form
 from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.randomness import Draw
 
@@ -153,17 +154,13 @@ class Policy:
     def _predict_as_now(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The backbone's prediction; prompts are encoded again if an adapter changes the text encoders."""
         adapters = self.adapters.values()
-        guides = cond.unconditional_first
-        if guides and guidance_form(adapters)[1] == "same":
-            conditional = torch.arange(len(cond) // 2, len(cond))
-            cond = cond[torch.cat([conditional, conditional])]
         if any(adapter.changes_text for adapter in adapters):
             if len(cond.prompts) != len(cond):
                 raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
             # `cond` was encoded by whichever bank was in use then, without gradients.
-            cond = self.backbone.encode_text(list(cond.prompts), gradients=True)
-        with unconditional_first(adapters, len(x_t)) if guides else nullcontext():
-            return self.backbone.predict(x_t, t, cond)
+            encoded = self.backbone.encode_text(list(cond.prompts), gradients=True)
+            cond = replace(encoded, unconditional_first=cond.unconditional_first)
+        return predict_in_form(self.backbone, adapters, x_t, t, cond)
 
     def using(self, bank: Bank | None) -> AbstractContextManager[None]:
         """Within the block, all adapters use this bank; None switches them off."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Bank
+from agsm_rl.interfaces import Adapter, Backbone, Bank, Cond
 
 GuidanceBank = Literal["positive", "negative"]
 GuidancePrompt = Literal["empty", "same"]
@@ -117,6 +117,20 @@ def unconditional_first(adapters: Collection[Adapter], rows: int) -> Iterator[No
         for adapter in acting(adapters):
             stack.enter_context(adapter.using(tuple(banks)))
         yield
+
+
+def predict_in_form(backbone: Backbone, adapters: Collection[Adapter], x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The backbone's prediction [B, C, h, w] for rows x_t at levels t [B]; prompts are as they were encoded.
+
+    Rows that are guidance's unconditional branch (`cond.unconditional_first`) are predicted as the adapters say.
+    """
+    if not cond.unconditional_first:
+        return backbone.predict(x_t, t, cond)
+    if guidance_form(adapters)[1] == "same":
+        conditional = torch.arange(len(cond) // 2, len(cond))
+        cond = cond[torch.cat([conditional, conditional])]
+    with unconditional_first(adapters, len(x_t)):
+        return backbone.predict(x_t, t, cond)
 
 
 class GuidanceHook:
