@@ -226,6 +226,8 @@ class Batch:
     rows: Tensor
     cond: Cond | None = field(default=None, kw_only=True)
     """The encoded prompts, one row each, if the source has them; use `encode_text` to get them."""
+    metadata: list[Mapping[str, Any]] | None = field(default=None, kw_only=True)
+    """The other columns of each prompt's row, if the source has them: plain values, for rewards and views."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -371,6 +373,15 @@ class TakesMetadata(Protocol):
     """
 
     takes_metadata: bool
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward that can tell, before anything is drawn, whether prompts and their columns hold what it judges by."""
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """UserError, naming the prompt, if one lacks what the reward needs."""
+        ...
 
 
 def free_name(name: str, taken: Collection[str | None]) -> str:

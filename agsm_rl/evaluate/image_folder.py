@@ -145,7 +145,8 @@ def write_metadata(place: Path, metadata: Mapping[str, Any]) -> None:
     file = place / METADATA
     if file.is_file():
         there = _read_metadata(file)
-        if there != json.loads(json.dumps(metadata)):
+        # Earlier versions kept a prompt without the other columns of its row.
+        if there not in (json.loads(json.dumps(metadata)), {"prompt": metadata["prompt"]}):
             raise UserError(
                 f"{file}: belongs to another prompt ('{there['prompt']}', not '{metadata['prompt']}'), so the folder "
                 "was drawn for other prompts; give another --images."

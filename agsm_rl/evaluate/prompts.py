@@ -10,7 +10,7 @@ from agsm_rl.sources import prompt_lists
 def read_prompts(
     prompts: str, *, column: str | None = None, split: str | None = None, limit: int | None = None
 ) -> dict[int, dict[str, Any]]:
-    """{number: {"prompt": text}} from what `sources.prompt_lists` reads.
+    """{number: {"prompt": text, and the row's other columns}} from what `sources.prompt_lists` reads.
 
     Args:
         prompts: A file, a data set, or the builtin prompts (by default 200 of their split `held_out`).
@@ -23,4 +23,4 @@ def read_prompts(
     if prompts.startswith("builtin:"):
         split, limit = split or "held_out", limit or 200
     rows = prompt_lists.read_prompts(prompts, column=column, split=split, limit=limit, where="--prompts")
-    return {number: {"prompt": row.text} for number, row in enumerate(rows)}
+    return {number: {**row.metadata, "prompt": row.text} for number, row in enumerate(rows)}

@@ -121,7 +121,7 @@ class RewardBackprop(Objective):
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the mean reward of one image per prompt; each reward's mean is a metric under its name."""
         images = self.images(policy, batch)
-        total, scores = weighted_scores(self.rewards, images, batch.prompts)
+        total, scores = weighted_scores(self.rewards, images, batch.prompts, batch.metadata)
         if torch.is_grad_enabled() and not total.requires_grad:
             names = ", ".join(f"'{one.name}'" for one in self.rewards)
             raise UserError(

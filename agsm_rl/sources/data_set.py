@@ -74,7 +74,6 @@ class DataSet(Generic[Read]):
         *,
         image_columns: list[str],
         caption_column: str,
-        label_column: str | None = None,
         usable: list[int] | None = None,
         is_usable: Callable[[Row], bool] | None = None,
     ) -> None:
@@ -96,12 +95,10 @@ class DataSet(Generic[Read]):
                 keep=is_usable,
             )
         else:
-            self._rows = self._shuffled(image_columns, caption_column, label_column, usable)
+            self._rows = self._shuffled(image_columns, caption_column, usable)
         self._reader = Reader(self._rows, read, shard=self._shard, where=self.where)
 
-    def _shuffled(
-        self, image_columns: list[str], caption_column: str, label_column: str | None, usable: list[int] | None
-    ) -> ShuffledRows:
+    def _shuffled(self, image_columns: list[str], caption_column: str, usable: list[int] | None) -> ShuffledRows:
         found, self._usable = self.found, usable
         count = len(found) if usable is None else len(usable)
         if count < self.batch_size:
@@ -114,7 +111,7 @@ class DataSet(Generic[Read]):
             self._encodings = EncodingCache(
                 found, image_columns=image_columns, caption_column=caption_column, kept=self.cache, where=self.where
             )
-            found = found.select_columns([caption_column, *([label_column] if label_column else [])])
+            found = found.remove_columns(_pictures(found, image_columns))
         return ShuffledRows(found, seed=self._seed, name=self._name, kept=usable)
 
     def take(self, policy: Policy, *, distinct: str | None = None) -> tuple[list[Read], Tensor]:
@@ -166,3 +163,10 @@ class DataSet(Generic[Read]):
         ours = ("skipped", "batches")  # checkpoints of earlier versions lack them
         self._rows.load_state_dict({key: value for key, value in state.items() if key not in ours})
         self._reader.skipped, self.batches = (int(state.get(key, 0)) for key in ours)
+
+
+def _pictures(found: Any, image_columns: list[str]) -> list[str]:
+    """The columns that are slow to read and no longer needed once the images are encoded."""
+    import datasets
+
+    return [name for name, kind in found.features.items() if name in image_columns or isinstance(kind, datasets.Image)]

@@ -14,6 +14,7 @@ from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import find_columns, read_captions
 from agsm_rl.sources.latents import to_latents
+from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
 from agsm_rl.training.randomness import Draw, stream
 
@@ -80,7 +81,7 @@ class Pairs(Source):
             )
         if cache == "all" and caption_dropout:
             raise UserError("cache: all keeps no empty prompt, which `caption_dropout` needs; write `cache: latents`")
-        self._data: DataSet[tuple[Image.Image | Tensor, list[str]]] = DataSet(
+        self._data: DataSet[tuple[Image.Image | Tensor, list[str], dict[str, Any]]] = DataSet(
             dataset,
             batch_size=batch_size,
             split=split,
@@ -102,12 +103,12 @@ class Pairs(Source):
         self._columns = find_columns(columns, self._data.name, self.image_column, self.caption_column)
         self._data.read_by(self._read, image_columns=[self._columns[0]], caption_column=self._columns[1])
 
-    def _read(self, row: Row) -> tuple[Image.Image | Tensor, list[str]]:
-        """The picture, or its kept latents; and its captions."""
+    def _read(self, row: Row) -> tuple[Image.Image | Tensor, list[str], dict[str, Any]]:
+        """The picture, or its kept latents; its captions; and the other columns."""
         number, values = row
         where, (image_column, caption_column) = f"{self._data.where}, row {number}", self._columns
         captions = read_captions(values[caption_column], caption_column, where)
-        return self._data.picture(row, image_column, where), captions
+        return self._data.picture(row, image_column, where), captions, other_columns(values, self._columns)
 
     def next(self, policy: Policy) -> PairBatch:
         """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are replaced.
@@ -116,7 +117,7 @@ class Pairs(Source):
         """
         batch = self._data.batches
         read, rows = self._data.take(policy, distinct=self._columns[1])
-        captions = [self._choose(captions, batch, row) for (_, captions), row in zip(read, rows.tolist(), strict=True)]
+        captions = [self._choose(texts, batch, row) for (_, texts, _), row in zip(read, rows.tolist(), strict=True)]
         draw = Draw(self._seed, self._name, batch)
         if self.caption_dropout:
             kept = draw.uniform(rows, purpose="caption dropout") >= self.caption_dropout
@@ -125,8 +126,9 @@ class Pairs(Source):
         if self.latents == "sample":
             like = torch.empty(len(rows), *policy.backbone.latent_shape, device=policy.backbone.device)
             noise = draw.noise_like(like, rows, purpose="posterior")
-        latents = to_latents([picture for picture, _ in read], policy.backbone, noise=noise)
-        return PairBatch(captions, rows, latents, cond=self._data.cond(captions, policy))
+        latents = to_latents([picture for picture, _, _ in read], policy.backbone, noise=noise)
+        metadata: list[Mapping[str, Any]] = [columns for _, _, columns in read]
+        return PairBatch(captions, rows, latents, cond=self._data.cond(captions, policy), metadata=metadata)
 
     def _choose(self, captions: list[str], batch: int, row: int) -> str:
         """One of an image's captions, fixed by the batch's and the row's number."""

@@ -17,6 +17,7 @@ from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import read_captions
 from agsm_rl.sources.latents import to_latents
+from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
 
 Picture = Image.Image | Tensor
@@ -77,7 +78,7 @@ class Preferences(Source):
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
     ) -> None:
-        self._data: DataSet[tuple[str, Picture, Picture]] = DataSet(
+        self._data: DataSet[tuple[str, Picture, Picture, dict[str, Any]]] = DataSet(
             dataset,
             batch_size=batch_size,
             split=split,
@@ -101,7 +102,6 @@ class Preferences(Source):
             self._read,
             image_columns=[self._columns.first, self._columns.second],
             caption_column=self._columns.prompt,
-            label_column=self._columns.label,
             usable=usable,
             is_usable=self._has_preference,
         )
@@ -134,15 +134,16 @@ class Preferences(Source):
             )
         return 0 if label == 1 else 1
 
-    def _read(self, row: Row) -> tuple[str, Picture, Picture]:
-        """The prompt, the chosen and the rejected image, or these images' kept latents."""
+    def _read(self, row: Row) -> tuple[str, Picture, Picture, dict[str, Any]]:
+        """The prompt, the chosen and the rejected image (or these images' kept latents), and the other columns."""
         number, values = row
         where, columns = f"{self._data.where}, row {number}", self._columns
         prompt = read_captions(values[columns.prompt], columns.prompt, where)[0]
         first, second = (
             self._data.picture(row, column, f"{where}, column '{column}'") for column in (columns.first, columns.second)
         )
-        return (prompt, first, second) if self._preferred(row) == 0 else (prompt, second, first)
+        chosen, rejected = (first, second) if self._preferred(row) == 0 else (second, first)
+        return prompt, chosen, rejected, other_columns(values, str(columns).split(", "))
 
     def next(self, policy: Policy) -> PreferenceBatch:
         """The next preferences of this process, latents encoded by the policy's backbone; unreadable rows are replaced.
@@ -150,10 +151,13 @@ class Preferences(Source):
         With a cache, the first batch waits until the whole data set is encoded.
         """
         read, rows = self._data.take(policy)
-        prompts = [prompt for prompt, _, _ in read]
-        chosen = to_latents([picture for _, picture, _ in read], policy.backbone)
-        rejected = to_latents([picture for _, _, picture in read], policy.backbone)
-        return PreferenceBatch(prompts, rows, chosen, rejected, cond=self._data.cond(prompts, policy))
+        prompts = [prompt for prompt, _, _, _ in read]
+        chosen = to_latents([picture for _, picture, _, _ in read], policy.backbone)
+        rejected = to_latents([picture for _, _, picture, _ in read], policy.backbone)
+        metadata: list[Mapping[str, Any]] = [columns for _, _, _, columns in read]
+        return PreferenceBatch(
+            prompts, rows, chosen, rejected, cond=self._data.cond(prompts, policy), metadata=metadata
+        )
 
     def prompt_texts(self) -> list[str] | None:
         """The data set's captions; None for a stream."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import check_regular, local_or_hub
+from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.tables import TABLES, columns_of, read_lines, read_rows
 
 BUILTIN = "builtin:shapes-prompts"
@@ -34,7 +35,7 @@ CLI_OPTIONS = {"column": "--prompt-column", "split": "--prompt-split", "config":
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what the other columns of its row say."""
+    """A prompt, and what the other columns of its row say (`other_columns`)."""
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -151,4 +152,4 @@ def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:
         raise UserError(f"{where}: '{column}' is {value!r:.60}, but a prompt is a text that is not empty")
     if len(value) > LONGEST:
         raise UserError(f"{where}: it has {len(value):,} characters, but a prompt has at most {LONGEST:,}")
-    return Prompt(value.strip(), {key: content for key, content in row.items() if key != column})
+    return Prompt(value.strip(), other_columns(row, [column]))

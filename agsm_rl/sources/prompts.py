@@ -46,7 +46,7 @@ class Prompts(Source):
         """Read the prompts; UserError if there are none."""
         self._own = own_share(self.batch_size, shard, name)
         rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
-        self._prompts = [row.text for row in rows]
+        self._prompts, self._metadata = [row.text for row in rows], [row.metadata for row in rows]
         self._order = Order(len(self._prompts), seed, name)
 
     def prompt_texts(self) -> list[str]:
@@ -57,7 +57,9 @@ class Prompts(Source):
         """The next prompts of this process."""
         chosen = self._order.take(self.batch_size)
         rows = torch.arange(self.batch_size)[self._own]
-        return Batch(prompts=[self._prompts[number] for number in chosen[self._own]], rows=rows)
+        own = chosen[self._own]
+        metadata = [self._metadata[number] for number in own]
+        return Batch(prompts=[self._prompts[number] for number in own], rows=rows, metadata=metadata)
 
     def state_dict(self) -> dict[str, Any]:
         """How many prompts were taken."""

@@ -25,7 +25,7 @@ from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_noise, choose_noise, draw_trajectories
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
-from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
+from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum
 
 
 class Rollouts(Source):
@@ -47,6 +47,7 @@ class Rollouts(Source):
         images_per_prompt: Images per prompt and draw.
         num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).
         guidance: Guidance scale; 1 is none and costs half. DDPO's published setting: 5.
+        negative_prompt: What guidance steers away from, in the draw and in the losses that learn from it.
         noise: Form of the steps' noise. Null: `flow_sde` for flow models, else `ddim`. `flow_sde`: Flow-GRPO's SDE,
             without noise in the last step.
             `cps`: coefficients-preserving sampling (arXiv 2509.05952), whose log-probability leaves 1/(2σ²) out.
@@ -95,6 +96,7 @@ class Rollouts(Source):
         images_per_prompt: int = 8,
         num_steps: int = 50,
         guidance: float = 5.0,
+        negative_prompt: str = "",
         noise: Literal["flow_sde", "cps", "ddim"] | None = None,
         noise_level: float | None = None,
         eta: float = 1.0,
@@ -127,6 +129,11 @@ class Rollouts(Source):
         if num_steps > MAX_SAMPLING_STEPS:
             raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
         check_noise(noise, noise_level, eta)
+        if negative_prompt and guidance == 1:
+            raise UserError(
+                f"negative_prompt: '{negative_prompt:.60}' has no effect with `guidance: 1`, which is none; raise "
+                "guidance, or leave negative_prompt out"
+            )
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
         compared_with, group_std = check_advantages(
@@ -141,6 +148,7 @@ class Rollouts(Source):
         self.rewards, self.keep_graph = check_rewards(rewards), keep_graph
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
+        self.negative_prompt = negative_prompt
         self.noise, self.noise_level = noise, noise_level
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
@@ -167,6 +175,7 @@ class Rollouts(Source):
         rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
         self._prompts = [row.text for row in rows]
         self._metadata = [row.metadata for row in rows]
+        check_prompts(self.rewards, self._prompts, self._metadata)
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[RewardedBatch]()
@@ -206,6 +215,7 @@ class Rollouts(Source):
             with weights():
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
+                    columns = [metadata[row] for row in part.tolist()]
                     drawn = draw_trajectories(
                         policy,
                         asked,
@@ -214,13 +224,12 @@ class Rollouts(Source):
                         num_steps=self.num_steps,
                         guidance=self.guidance,
                         noise=noise,
+                        negative_prompt=self.negative_prompt,
                         keep_path=self.keep_path,
                         graph=graph,
                     )
                     parts.append(drawn)
-                    scoring.add(
-                        policy.backbone.decode(drawn[0][:, -1]), asked, [metadata[row] for row in part.tolist()]
-                    )
+                    scoring.add(policy.backbone.decode(drawn[0][:, -1]), asked, columns)
             trajectory = torch.cat([part[0] for part in parts])
             log_probs = torch.cat([part[1] for part in parts])
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
@@ -229,6 +238,7 @@ class Rollouts(Source):
             scores = {name: self._shard.gather(score).cpu() for name, score in scoring.scores().items()}
         worth, advantages = self._worth(scores, prompts)
         found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": latents}
+        found |= {"metadata": [metadata[row] for row in rows.tolist()]}
         found |= {"rewards": worth[rows].to(latents.device), "advantages": advantages[rows].to(latents.device)}
         if not self.keep_path:
             return RewardedBatch(**found)
@@ -239,6 +249,7 @@ class Rollouts(Source):
             num_steps=self.num_steps,
             steps=steps,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
             eta=noise.level,
             noise=noise.form,
             graph=graph,

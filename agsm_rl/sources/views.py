@@ -4,7 +4,8 @@ A batch of rollouts is drawn and scored once; a policy gradient learns from all 
 Diffusion-DPO learn from the same images. Preferences are unpaired in the same way.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,7 +53,12 @@ class BestImages(View):
         wanted = self.batch_size(len(batch))
         chosen = order[:wanted] if len(order) >= wanted else []
         index = torch.tensor(chosen, dtype=torch.long)
-        return PairBatch([batch.prompts[row] for row in chosen], batch.rows[index], batch.latents[index])
+        return PairBatch(
+            [batch.prompts[row] for row in chosen],
+            batch.rows[index],
+            batch.latents[index],
+            metadata=_metadata_of(batch, chosen),
+        )
 
 
 class BestAgainstWorst(View):
@@ -88,6 +94,7 @@ class BestAgainstWorst(View):
             rows=batch.rows[chosen],
             chosen=batch.latents[chosen],
             rejected=batch.latents[rejected],
+            metadata=_metadata_of(batch, best),
         )
 
 
@@ -103,7 +110,11 @@ class ChosenImages(View):
 
     def __call__(self, batch: PreferenceBatch) -> PairBatch:
         """The chosen images under their prompts."""
-        return PairBatch(batch.prompts, batch.rows, batch.chosen, cond=batch.cond)
+        return PairBatch(batch.prompts, batch.rows, batch.chosen, cond=batch.cond, metadata=batch.metadata)
+
+
+def _metadata_of(batch: Batch, rows: list[int]) -> list[Mapping[str, Any]] | None:
+    return None if batch.metadata is None else [batch.metadata[row] for row in rows]
 
 
 def _place_in_prompt(batch: RewardedBatch) -> list[int]:

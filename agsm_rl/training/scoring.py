@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Reward, TakesMetadata, with_defaults
+from agsm_rl.interfaces import ChecksPrompts, Reward, TakesMetadata, with_defaults
 from agsm_rl.registry import load
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
@@ -172,11 +172,18 @@ class InParts:
         return {item.name: scores[item.name] for item in self._rewards}
 
 
+def check_prompts(rewards: Sequence[WeightedReward], prompts: Sequence[str], metadata: Rows) -> None:
+    """UserError if prompts, or the other columns of their rows, lack what one of the rewards judges by."""
+    for item in rewards:
+        if isinstance(item.reward, ChecksPrompts):
+            item.reward.check_prompts(prompts, metadata)
+
+
 def weighted_scores(
-    rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str]
+    rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str], metadata: Rows | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum [B] of the rewards' scores in their own units, and each reward's own scores [B] by name."""
-    scores = scores_of(rewards, images, prompts)
+    scores = scores_of(rewards, images, prompts, metadata)
     return weighted_sum(rewards, scores), scores
 
 

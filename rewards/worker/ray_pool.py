@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class RayPoolReward:
     name = "ray_pool"
     differentiable = False
     elsewhere = True
+    takes_metadata = True
 
     def __init__(
         self,
@@ -122,11 +124,23 @@ class RayPoolReward:
         self._workers = [RemoteReward(link, name=self.name, **how) for link in self._links]
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="ray_pool")
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        """Scores [B]; each worker takes its share of the images, with their prompts and metadata."""
         check_images(self.name, images, prompts)
         rows = [part for part in torch.arange(len(prompts)).tensor_split(len(self._workers)) if len(part)]
-        parts = [(images[part], [prompts[row] for row in part.tolist()]) for part in rows]
-        done = [self._threads.submit(worker, *part) for worker, part in zip(self._workers, parts, strict=False)]
+        parts = [
+            (
+                images[part],
+                [prompts[row] for row in part.tolist()],
+                None if metadata is None else [metadata[row] for row in part.tolist()],
+            )
+            for part in rows
+        ]
+        done = [
+            self._threads.submit(partial(worker, *part)) for worker, part in zip(self._workers, parts, strict=False)
+        ]
         return torch.cat([part.result() for part in done])
 
     def close(self) -> None:

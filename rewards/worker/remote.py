@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +68,7 @@ class RemoteReward:
 
     differentiable = False
     elsewhere = True
+    takes_metadata = True
 
     def __init__(
         self,
@@ -92,26 +93,30 @@ class RemoteReward:
         self._link, self._options = link, options or {}
         self._timeout, self._start_timeout, self._retries, self._backoff = timeout, start_timeout, retries, backoff
         self._images = "float32"
+        self._wants_metadata = False
         self._asked, self._greeted = 0, False
         self._lock = threading.Lock()
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        """Scores [B]; `metadata`, the other columns of each prompt's row, is sent only if the worker asks for it."""
         check_images(self.name, images, prompts)
         with self._lock:
-            return self._with_retries(images, prompts).to(images.device)
+            return self._with_retries(images, prompts, metadata).to(images.device)
 
     def close(self) -> None:
         """End the worker; a later batch starts it again."""
         self._link.close()
 
-    def _with_retries(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def _with_retries(self, images: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None) -> Tensor:
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(min(self._backoff * 2 ** (attempt - 1), LONGEST_BACKOFF))
             try:
                 if not self._link.is_open:
                     self._greet()
-                return self._score(images, prompts)
+                return self._score(images, prompts, metadata)
             except Fault as fault:
                 last, words = fault, self._link.last_words()
                 if fault.broken or not self._greeted:
@@ -137,13 +142,19 @@ class RemoteReward:
                 f"version {PROTOCOL}; install the same agsm-rl on both sides."
             )
         self._images = "uint8" if header.get("images") == "uint8" else "float32"
+        self._wants_metadata = header.get("metadata") is True
         self.range, self.packages = _range(header.get("range")), dict(header.get("packages") or {})
         self._greeted = True
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def _score(self, images: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None) -> Tensor:
         self._asked += 1
-        header = {"op": "score", "id": self._asked, "prompts": prompts}
-        question = encode(header, [as_array(images, self._images)])
+        header: dict[str, Any] = {"op": "score", "id": self._asked, "prompts": prompts}
+        if self._wants_metadata and metadata is not None:
+            header["metadata"] = [dict(row) for row in metadata]
+        try:
+            question = encode(header, [as_array(images, self._images)])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"reward '{self.name}': a prompt's metadata cannot be sent as JSON: {error}") from error
         frame = self._answer(self._link.ask(question, timeout=self._timeout, max_body=MAX_ANSWER), "scores")
         if frame.header.get("id") != self._asked:
             raise Fault(f"it answered question {frame.header.get('id')} where {self._asked} was asked")

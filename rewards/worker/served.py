@@ -17,11 +17,12 @@ class Served:
 
     def __init__(self, reward: Any) -> None:
         self.reward, self.range = reward, reward.range
+        self.takes_metadata = bool(getattr(reward, "takes_metadata", False))
 
     @torch.no_grad()
-    def __call__(self, images: Any, prompts: list[str]) -> Any:
+    def __call__(self, images: Any, prompts: list[str], *metadata: list[dict[str, Any]]) -> Any:
         try:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            return self.reward(torch.from_numpy(images).to(device), prompts).detach().float().cpu()
+            return self.reward(torch.from_numpy(images).to(device), prompts, *metadata).detach().float().cpu()
         except UserError as error:
             raise Refused(str(error)) from error

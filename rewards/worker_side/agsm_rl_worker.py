@@ -10,7 +10,8 @@ A reward's script ends with `serve(MyReward)`:
         range = (0.0, 1.0)                  # optional
 
         def __init__(self, *, threshold=0.5): ...         # the recipe's `options`
-        def __call__(self, images, prompts): ...          # → a score an image
+        def __call__(self, images, prompts): ...          # → one score per image
+        # or (self, images, prompts, metadata): one dict per image, the other columns of the file of prompts
 
     serve(MyReward)
 
@@ -21,6 +22,7 @@ after another, whose names, types and shapes are in the header. Nothing is ever 
 from __future__ import annotations
 
 import array
+import inspect
 import json
 import math
 import os
@@ -206,6 +208,7 @@ class Endpoint:
         return {
             "op": "hello",
             "protocol": PROTOCOL,
+            "metadata": _takes_metadata(self.reward),
             "images": "uint8" if _declared(self.reward, "images") == "pil" else "float32",
             "range": [low if math.isfinite(low) else None, high if math.isfinite(high) else None],
             "packages": {name: _version(name) for name in _declared(self.reward, "packages")},
@@ -221,8 +224,31 @@ class Endpoint:
             raise ProtocolError("'images' are not of shape [B, 3, H, W]")
         if len(prompts) != images.shape[0]:
             raise ProtocolError(f"there are {images.shape[0]} images, but {len(prompts)} prompts")
-        scores = _flat(self.reward(_as_declared(images, _declared(self.reward, "images")), prompts), len(prompts))
+        arguments = [_as_declared(images, _declared(self.reward, "images")), prompts]
+        if _takes_metadata(self.reward):
+            arguments.append(_metadata(frame.header.get("metadata"), len(prompts)))
+        scores = _flat(self.reward(*arguments), len(prompts))
         return Array("scores", "float32", (len(scores),), _little_endian(array.array("f", scores)))
+
+
+def _takes_metadata(reward: Any) -> bool:
+    """Whether it is called with metadata: if it says so by `takes_metadata`, else if it has such a parameter."""
+    declared = getattr(reward, "takes_metadata", None)
+    if declared is not None:
+        return bool(declared)
+    try:
+        return "metadata" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _metadata(rows: Any, count: int) -> list[dict[str, Any]]:
+    """One mapping per image; empty ones where the client has none."""
+    if rows is None:
+        return [{} for _ in range(count)]
+    if not isinstance(rows, list) or len(rows) != count or not all(isinstance(row, dict) for row in rows):
+        raise ProtocolError(f"'metadata' is not a list of {count} mappings, one per image")
+    return rows
 
 
 def serve(make: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from agsm_rl_rewards.functions import as_reward
 from agsm_rl_rewards.jpeg import JpegCompressibility
 from agsm_rl_rewards.sharpness import Sharpness
 from agsm_rl_rewards.worker.http_client import FRAME, TOKEN_VARIABLE, HttpReward
@@ -23,6 +24,15 @@ def test_scores_over_http_are_the_scores_here(serve, reward):
     there = HttpReward(url=serve(reward), **QUICK)
     assert torch.equal(there(images, ["a"] * 5), reward(images, ["a"] * 5))
     assert there.range == reward.range
+
+
+def test_the_prompts_other_columns_go_over_http_to_a_reward_that_takes_them(serve):
+    def starred(images, prompts, metadata):
+        return [row["stars"] for row in metadata]
+
+    there = HttpReward(url=serve(as_reward(starred)), **QUICK)
+    rows = [{"stars": 2.0, "prompt": "ü"}, {"stars": 0.5}]
+    assert there(torch.zeros(2, 3, 4, 4), ["a", "b"], rows).tolist() == [2.0, 0.5]
 
 
 def test_a_wrong_token_is_told_by_the_client_at_once(serve, monkeypatch):

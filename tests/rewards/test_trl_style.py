@@ -39,12 +39,44 @@ def test_columns_come_as_lists_with_a_value_an_image():
         reward(torch.zeros(1, 3, 2, 2), ["two stars"])
 
 
-def test_a_function_that_wants_more_is_refused_at_once():
-    def answered(prompts, completions, answer):
+def test_a_function_that_wants_a_column_is_refused_before_anything_is_drawn(recipe_data, tmp_path):
+    (tmp_path / "answering.py").write_text(
+        "def answered(prompts, completions, answer): return [float(a) for a in answer]"
+    )
+    rollouts = recipe_data["objectives"][0]["source"]
+    rollouts["rewards"] = {"answering:answered": 1.0}
+    recipe = Recipe.from_data(recipe_data, allow_imports=["answering"])
+    with pytest.raises(UserError, match="reward 'answered': it requires 'answer', but .* no such column .*columns="):
+        build_trainer(recipe)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "answer": 3}')
+    rollouts["prompts"] = "prompts.jsonl"
+    assert build_trainer(Recipe.from_data(recipe_data, allow_imports=["answering"])).run_step()["ddpo/reward"] == 3
+
+
+def test_a_file_s_columns_go_to_a_function_as_far_as_it_takes_them():
+    seen = {}
+
+    def picky(prompts, completions, number=0):
+        seen.update(number=number)
         return [0.0] * len(prompts)
 
-    with pytest.raises(UserError, match="reward 'answered': it cannot be called with .*'answer'.*columns="):
-        TRLReward(answered)
+    def greedy(prompts, completions, **columns):
+        seen.update(columns)
+        return [0.0] * len(prompts)
+
+    rows = [{"number": 3, "kind": "a"}, {"number": 1}]
+    TRLReward(picky)(torch.zeros(2, 3, 2, 2), ["a", "b"], rows)
+    assert seen == {"number": [3, 1]}
+    TRLReward(greedy)(torch.zeros(2, 3, 2, 2), ["a", "b"], rows)
+    assert seen == {"number": [3, 1], "kind": ["a", None]}
+
+
+def test_a_function_that_cannot_be_called_by_keyword_is_refused():
+    def odd(prompts, /, completions):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(UserError, match="reward 'odd': it cannot be called by keyword"):
+        TRLReward(odd)
 
 
 @pytest.mark.parametrize(

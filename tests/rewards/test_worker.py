@@ -71,6 +71,27 @@ def test_a_script_of_the_users_own_scores_exactly(script):
     torch.testing.assert_close(reward(pictures, ["a", "ü€", ""]), expected)
 
 
+def test_a_script_gets_the_prompts_other_columns_if_it_takes_them(script):
+    reward = script(
+        """
+        class Counted:
+            def __call__(self, images, prompts, metadata):
+                return [len(row) + row.get("stars", 0) for row in metadata]
+        serve(Counted)
+    """
+    )
+    rows = [{"stars": 3, "include": [{"class": "tv"}]}, {}]
+    assert reward(images(2), ["a", "b"], rows).tolist() == [5.0, 0.0]
+    assert reward(images(2), ["a", "b"]).tolist() == [0.0, 0.0]
+    with pytest.raises(UserError, match="reward 'my_reward': a prompt's metadata cannot be sent as JSON"):
+        reward(images(1), ["a"], [{"odd": {1, 2}}])
+
+
+def test_columns_are_not_sent_to_a_worker_that_does_not_take_them(script):
+    reward = script(MEAN)
+    assert reward(images(1), ["a"], [{"odd": {1, 2}}]).tolist() == [1.0]
+
+
 def test_pictures_go_over_as_pil_images_of_eight_bits(script):
     reward = script(
         """
