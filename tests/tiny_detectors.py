@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from agsm_rl_rewards.geneval.detector import object_names
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -13,7 +14,6 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from agsm_rl.evaluate.suites.geneval_detector import object_names
 from agsm_rl.shapes.train_base.text import make_tokenizer
 
 

@@ -15,13 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from agsm_rl.errors import UserError
-from agsm_rl.evaluate.figures import interval_json, share_table
-from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
-from agsm_rl.evaluate.intervals import Interval, mean_of, mean_of_groups, paired_difference, wilson
-from agsm_rl.evaluate.suites.geneval_detector import (
+from agsm_rl_rewards.geneval.detector import (
     CLASSIFIER,
     DETECTOR,
     STORED_ABOVE,
@@ -29,7 +23,13 @@ from agsm_rl.evaluate.suites.geneval_detector import (
     detections,
     object_names,
 )
-from agsm_rl.evaluate.suites.geneval_rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
+from agsm_rl_rewards.geneval.rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
+from rich.console import Console
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.figures import interval_json, share_table
+from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
+from agsm_rl.evaluate.intervals import Interval, mean_of, mean_of_groups, paired_difference, wilson
 from agsm_rl.evaluate.suites.shapes import Scores
 from agsm_rl.files import parse_json, read_text, write_text
 
@@ -165,7 +165,7 @@ class GenEval:
 
     def asked(self) -> dict[int, dict[str, Any]]:
         """GenEval's prompts by line number, with tags interleaved: the first n are as balanced as the full set."""
-        data = files("agsm_rl.evaluate.suites") / "geneval_data" / "evaluation_metadata.jsonl"
+        data = files("agsm_rl_rewards.geneval") / "data" / "evaluation_metadata.jsonl"
         rows = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
         of_tag = {tag: [index for index, row in rows.items() if row["tag"] == tag] for tag in TAGS}
         places = {index: (k + 0.5) / len(part) for part in of_tag.values() for k, index in enumerate(part)}

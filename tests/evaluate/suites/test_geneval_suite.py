@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
+from agsm_rl_rewards.geneval.detector import CLASSIFIER, DETECTOR, STORED_ABOVE
+from agsm_rl_rewards.geneval.rules import COLORS
 from PIL import Image
 from tiny_detectors import save_tiny_clip, save_tiny_detector
 from typer.testing import CliRunner
@@ -15,8 +17,6 @@ from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import Measurements, read_images
 from agsm_rl.evaluate.suites.geneval import GenEval, read_results, write_results
-from agsm_rl.evaluate.suites.geneval_detector import CLASSIFIER, DETECTOR, STORED_ABOVE
-from agsm_rl.evaluate.suites.geneval_rules import COLORS
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.report.eval_file import read_eval_file
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from agsm_rl_rewards.geneval.detector import Detector, box_of, detections, instances, object_names
+from agsm_rl_rewards.geneval.rules import COLORS
 from PIL import Image
 from tiny_detectors import save_tiny_clip, save_tiny_detector
 from torch.nn.functional import normalize
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.suites.geneval_detector import Detector, box_of, detections, instances, object_names
-from agsm_rl.evaluate.suites.geneval_rules import COLORS
 
 
 def logits_of(probabilities):

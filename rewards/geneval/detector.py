@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from agsm_rl_rewards.geneval.rules import COLORS, Box, Detection, color_crop
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.suites.geneval_rules import COLORS, Box, Detection, color_crop
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"
@@ -33,7 +33,7 @@ Seen = dict[str, Any]
 
 def object_names() -> list[str]:
     """COCO's 80 classes in order, under GenEval's names."""
-    data = files("agsm_rl.evaluate.suites") / "geneval_data" / "object_names.txt"
+    data = files("agsm_rl_rewards.geneval") / "data" / "object_names.txt"
     return data.read_text(encoding="utf-8").split("\n")[:80]
 
 

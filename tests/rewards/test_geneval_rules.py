@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+from agsm_rl_rewards.geneval.rules import Detection, Rules, color_crop, confident, judge, overlap, relations
 from PIL import Image
-
-from agsm_rl.evaluate.suites.geneval_rules import Detection, Rules, color_crop, confident, judge, overlap, relations
 
 
 def seen(name, score=0.8, box=(0, 0, 10, 10), color=None):
