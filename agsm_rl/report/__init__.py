@@ -7,7 +7,7 @@
     pictures.py    the single images with their verdicts
     recipes.py     the resolved recipes and what differs
     headline.py    what came out, in one sentence
-    page.py        all of it into page.html.jinja, page.css and page.js
+    page.py        all of it into page.html.jinja, page.css and scripts/
 
 The charts are Observable Plot's (on D3), embedded once: SVG that follows the page's colours, at 0.5 MB where plotly.js
 takes 1.2 MB in its smallest build and 4.7 MB in Python's.

@@ -29,7 +29,9 @@ from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.pictures import pictures, sheets
 from agsm_rl.report.views import BASE, GuidanceView, make_views
 
-SCRIPTS = ("assets/d3.min.js", "assets/plot.umd.min.js", "page.js")
+LIBRARIES = ("assets/d3.min.js", "assets/plot.umd.min.js")
+PARTS = ("figures", "looks", "scores", "curves", "page")
+"""Of the page's own script, in this order."""
 BASE_NAME = "base"
 
 
@@ -47,7 +49,8 @@ def render(loaded: Loaded) -> str:
     """The page's text."""
     views, notes = make_views(loaded)
     found = find(loaded, views)
-    scripts = [_own_file(name) for name in SCRIPTS]
+    own_script = "\n".join(_own_file(f"scripts/{name}.js") for name in PARTS)
+    scripts = [*(_own_file(name) for name in LIBRARIES), own_script]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tags and verdicts are in their own order
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
