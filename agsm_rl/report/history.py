@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def evaluations(run: Run) -> list[Row]:
 
 
 def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
-    """Each reward of the rollouts by its name: its mean over the first and over the last tenth of the steps."""
+    """Each reward that is learned from, by its name: its mean over the first and over the last tenth of the steps."""
+    weightless = _weightless(run.recipe)
     found: dict[str, list[float]] = {}
     source: dict[str, str] = {}
     for row in read_rows(RunFolder(run.path).metrics):
@@ -89,7 +90,27 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
     for reward, values in found.items():
         edge = max(1, round(EDGE * len(values)))
         ends[reward] = (float(np.mean(values[:edge])), float(np.mean(values[-edge:])))
-    return ends
+    return {reward: both for reward, both in ends.items() if reward not in weightless}
+
+
+def _weightless(block: Any) -> set[str]:
+    """The rewards of a recipe's block that are only watched: their weight is 0 wherever they are listed."""
+    listed = list(_weights(block))
+    return {name for name, _ in listed} - {name for name, weight in listed if weight != 0}
+
+
+def _weights(block: Any) -> Iterator[tuple[str, Any]]:
+    """(name, weight) of the rewards that sources and terms list, wherever they are."""
+    if isinstance(block, Mapping):
+        for key, value in block.items():
+            if key == "rewards" and isinstance(value, Mapping):
+                for name, one in value.items():
+                    yield str(name), one.get("weight", 1.0) if isinstance(one, Mapping) else one
+            elif key != "evaluate":
+                yield from _weights(value)
+    elif isinstance(block, list):
+        for item in block:
+            yield from _weights(item)
 
 
 def read_rows(path: Path) -> list[Row]:

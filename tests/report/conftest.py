@@ -1,7 +1,9 @@
-"""A headless Chromium that has no network, for the tests that look at a report as a reader does."""
+"""A headless Chromium that has no network, and axe-core, for the tests that look at a report as a reader does."""
 
 import os
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -9,15 +11,28 @@ REQUIRE_ALL = os.environ.get("AGSM_RL_REQUIRE_ALL") == "1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
+def passed_over(missing: str) -> None:
+    """Skip the test for want of something, or fail where all is required."""
+    if REQUIRE_ALL:
+        pytest.fail(f"{missing}, but AGSM_RL_REQUIRE_ALL=1 wants every test to run")
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The script of axe-core, which finds faults of contrast, names and keyboard access; a package brings it along."""
+    package = find_spec("selenium_axe_python")
+    if package is None or package.origin is None:
+        passed_over("axe-core is not installed (pip install selenium-axe-python)")
+    return (Path(package.origin).parent / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Selenium's driver of an installed Chromium; without one the test is skipped, or fails where all is required."""
     found, driver = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
     if not found or not driver:
-        missing = "no Chromium with its chromedriver is installed (apt-get install chromium chromium-driver)"
-        if REQUIRE_ALL:
-            pytest.fail(f"{missing}, but AGSM_RL_REQUIRE_ALL=1 wants every test to run")
-        pytest.skip(missing)
+        passed_over("no Chromium with its chromedriver is installed (apt-get install chromium chromium-driver)")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -70,6 +70,78 @@ def test_it_shows_every_chart_without_a_complaint(browser, report, scheme, width
     assert len(keep(browser, f"{scheme}-{width}")) > 20_000
 
 
+FAULTS = """
+    const done = arguments[arguments.length - 1];
+    axe.run(document, { resultTypes: ["violations"] }).then((found) => done(found.violations.flatMap(
+        (fault) => fault.nodes.map((node) => `${fault.id}: ${node.html.slice(0, 120)}: ${node.failureSummary}`))));
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, PHONE])
+def test_axe_finds_no_fault_of_contrast_names_or_keyboard(browser, axe, report, scheme, width):
+    show(browser, report, width=width, scheme=scheme)
+    # One variant hidden and all that folds open, so that these are looked at as well.
+    browser.execute_script("document.querySelectorAll('.chip')[1].click()")
+    browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    browser.execute_script("document.querySelectorAll('.chip')[1].focus()")
+    browser.execute_script(axe)
+    assert browser.execute_async_script(FAULTS) == []
+
+
+def test_what_scrolls_can_be_reached_by_the_keyboard_and_nothing_else_stops_there(browser, report):
+    show(browser, report, width=PHONE)
+    reachable = """return [...document.querySelectorAll('.scroll')]
+        .filter(box => box.checkVisibility()).map(box => [box.scrollWidth > box.clientWidth, box.tabIndex === 0])"""
+    boxes = browser.execute_script(reachable)
+    assert all(scrolls == stops for scrolls, stops in boxes) and any(scrolls for scrolls, _ in boxes)
+
+
+@pytest.fixture(scope="module")
+def long_report(tmp_path_factory):
+    """As wide as it gets: long names, five seeds each."""
+    folder = tmp_path_factory.mktemp("sweeps") / "wide"
+    names = [f"agsm plus ddpo with {kind}" for kind in ("soft tokens", "low rank", "both of them", "nothing else")]
+    variants = {name: {"rank": rank, "steps": 12} for rank, name in enumerate(names, start=1)}
+    write_report([write_sweep(folder, variants, range(5))], folder / "report.html")
+    return folder / "report.html"
+
+
+def test_the_tables_fit_a_screen_of_1280_pixels_and_chips_wrap(browser, long_report):
+    show(browser, long_report, width=1280)
+    overflow = "const box = document.querySelector(arguments[0]); return box.scrollWidth - box.clientWidth"
+    for box in ("#scores-table", "#differences-table", "#chips"):
+        assert browser.execute_script(overflow, box) <= 0, box
+    assert "by seed" in browser.find_element(By.CSS_SELECTOR, "#differences-table thead").text
+    show(browser, long_report, width=PHONE)
+    assert browser.execute_script(overflow, "#chips") <= 0
+    tops = "return new Set([...document.querySelectorAll('.chip')].map(chip => chip.offsetTop)).size"
+    assert browser.execute_script(tops) > 1
+
+
+def test_a_variant_of_several_runs_is_one_line_with_a_band(browser, report):
+    show(browser, report)
+    opened = Select(browser.find_element(By.ID, "choose-metric-select")).first_selected_option.text
+    assert opened == "ddpo/reward/shapes", "the trained reward itself, not the weighted sum of several"
+    choose(browser, "metric", "agsm/loss")
+    lines = "return document.querySelectorAll('#training-chart g[stroke-opacity] path').length"
+    bands = "return document.querySelectorAll('#training-chart g[fill-opacity] path').length"
+    assert (browser.execute_script(lines), browser.execute_script(bands)) == (2, 1)
+    choose(browser, "lines", "a line for each run")
+    assert (browser.execute_script(lines), browser.execute_script(bands)) == (3, 0)
+
+
+def test_the_band_reaches_from_the_lowest_to_the_highest_run(browser, report):
+    show(browser, report)
+    line = lambda *ys: [{"x": x, "y": y} for x, y in enumerate(ys)]  # noqa: E731
+    found = browser.execute_script("return together([...arguments])", line(0, 2, 4), line(2, 4), [])
+    assert [(point["y"], point["low"], point["high"], point["runs"]) for point in found] == [
+        (1, 0, 2, 2),
+        (3, 2, 4, 2),
+        (4, 4, 4, 1),
+    ]
+
+
 def test_without_an_evaluation_it_shows_what_there_is_without_a_complaint(browser, tmp_path):
     write_report([not_evaluated(write_run(tmp_path / "mine"))], tmp_path / "a.html")
     show(browser, tmp_path / "a.html", ready="#training-chart > *")

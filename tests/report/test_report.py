@@ -280,6 +280,17 @@ def test_curves_have_steps_seconds_and_images_so_far(tmp_path):
     ]
 
 
+def test_a_reward_that_is_only_watched_is_not_called_trained(tmp_path):
+    run = write_run(tmp_path / "mine")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"ddpo/reward/watched": 1.0, "ddpo/reward/half": 1.0} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    rewards = {"shapes": 1.0, "watched": {"weight": 0.0}, "half": {"weight": 0.5}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"sources": {"own": {"rewards": rewards}}}))
+    assert list(page(run).data["runs"][0]["rewards"]) == ["shapes", "half"]
+
+
 def test_each_image_stands_with_its_own_verdict_and_equal_images_are_kept_once(sweep):
     found = page(sweep).data["pictures"]
     run = sweep / "cells" / "strong-seed0"

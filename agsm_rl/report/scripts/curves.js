@@ -1,3 +1,4 @@
+const MOST_POINTS = 400;
 const AXES = { step: "steps", images: "images sampled", seconds: "seconds of training" };
 
 /** The points of a run's metric over an axis; none if the run does not have them. */
@@ -15,17 +16,42 @@ function decades(points) {
   return d3.range(low, high + 1).map((power) => 10 ** power);
 }
 
-function lineChart(series, { width, height = 300, x, y, log = false, rules = [], zero = false, points = [] }) {
+/** A line's height over x, straight between its points; null before its first and after its last. */
+function heightAt(points, x) {
+  const next = d3.bisector((point) => point.x).left(points, x);
+  if (next === points.length) return null;
+  const after = points[next];
+  if (after.x === x) return after.y;
+  if (!next) return null;
+  const before = points[next - 1];
+  return before.y + ((after.y - before.y) * (x - before.x)) / (after.x - before.x);
+}
+
+/** Several runs' lines as one: at each x the mean of the runs that have it, the lowest and the highest of them. */
+function together(lines) {
+  const kept = lines.filter((points) => points.length);
+  if (kept.length < 2) return kept[0] ?? [];
+  const all = [...new Set(kept.flatMap((points) => points.map((point) => point.x)))].sort(d3.ascending);
+  const every = Math.ceil(all.length / MOST_POINTS);
+  return all.filter((x, index) => index % every === 0 || index === all.length - 1).map((x) => {
+    const ys = kept.map((points) => heightAt(points, x)).filter((y) => y !== null);
+    return { x, y: d3.mean(ys), low: d3.min(ys), high: d3.max(ys), runs: ys.length };
+  });
+}
+
+function lineChart(series, { width, height = 300, x, y, label = y, log = false, rules = [], zero = false }) {
   const all = series.flatMap((one) => one.points.map((point) => ({ ...point, series: one })));
+  const told = (point) => (point.runs ? ` [${short(point.low)}, ${short(point.high)}] of ${point.runs} runs` : "");
   return plot({
-    width, height, marginLeft: 52, marginBottom: 38, ariaLabel: y,
+    width, height, marginLeft: 52, marginBottom: 38, ariaLabel: label,
     x: { label: x, nice: false },
     y: { label: y || null, type: log ? "log" : "linear", grid: true, nice: true, zero, tickFormat: log ? "~g" : undefined, ticks: log ? decades(all) : 6 },
     marks: [
       Plot.ruleY(rules, { stroke: "var(--ink)", strokeOpacity: 0.5 }),
-      ...series.map((one) => Plot.line(one.points, { x: "x", y: "y", stroke: one.colour, strokeWidth: 1.8, strokeOpacity: one.opacity ?? 0.9, strokeDasharray: one.dash || undefined })),
-      Plot.dot([...points, ...series.filter((one) => one.dots).flatMap((one) => one.points.map((point) => ({ ...point, series: one })))], { x: "x", y: "y", fill: (point) => point.series.colour, symbol: { value: (point) => point.series.symbol ?? SYMBOLS[0], scale: null }, r: 3.5 }),
-      Plot.tip(all, Plot.pointer({ x: "x", y: "y", title: (point) => `${point.series.name}\n${x} ${short(point.x)}\n${short(point.y)}` })),
+      ...series.filter((one) => one.points.some((point) => point.runs > 1)).map((one) => Plot.areaY(one.points, { x: "x", y1: "low", y2: "high", fill: one.colour, fillOpacity: 0.16 })),
+      ...series.map((one) => Plot.line(one.points, { x: "x", y: "y", stroke: one.colour, strokeWidth: 1.8, strokeOpacity: 0.9, strokeDasharray: one.dash || undefined })),
+      Plot.dot(all.filter((point) => point.series.dots), { x: "x", y: "y", fill: (point) => point.series.colour, symbol: { value: (point) => point.series.symbol ?? SYMBOLS[0], scale: null }, r: 3.5 }),
+      Plot.tip(all, Plot.pointer({ x: "x", y: "y", title: (point) => `${point.series.name}\n${x} ${short(point.x)}\n${short(point.y)}${told(point)}` })),
     ],
   });
 }
@@ -37,28 +63,35 @@ function shownRuns() {
 function drawTraining() {
   const box = place("training-chart");
   const runs = shownRuns();
-  const series = runs.map((run) => {
-    const model = modelNamed(run.variant);
-    return { name: run.name, model, colour: colour(model), dash: dash(model), points: curve(run, state.metric, state.axis) };
-  }).filter((one) => one.points.length);
-  const left = runs.length - series.length;
+  const lines = runs.map((run) => ({ run, points: curve(run, state.metric, state.axis) })).filter((one) => one.points.length);
+  const left = runs.length - lines.length;
   place("training-note").textContent = !left ? "" : state.axis === "images"
     ? `${left} of ${runs.length} runs draw no images of their own in training, or do not have this metric: they have no place on this axis.`
     : `${left} of ${runs.length} runs do not have this metric.`;
-  if (!series.length) return box.replaceChildren(empty("None of the runs shown has this metric over this axis."));
-  const shown = [...new Set(series.map((one) => one.model))];
-  const width = widthOf(box);
-  box.replaceChildren(lineChart(series, { width, height: Math.min(400, Math.max(260, width * 0.42)), x: AXES[state.axis], y: state.metric }), legend(shown.map((model) => key(model))));
+  if (!lines.length) return box.replaceChildren(empty("None of the runs shown has this metric over this axis."));
+  const look = (name) => ({ colour: colour(modelNamed(name)), dash: dash(modelNamed(name)) });
+  const shown = [...new Set(lines.map((one) => one.run.variant))];
+  const series = state.lines === "runs"
+    ? lines.map(({ run, points }) => ({ name: run.name, ...look(run.variant), points }))
+    : shown.map((name) => ({ name, ...look(name), points: together(lines.filter((one) => one.run.variant === name).map((one) => one.points)) }));
+  const width = widthOf(box), x = AXES[state.axis];
+  box.replaceChildren(
+    lineChart(series, { width, height: Math.min(400, Math.max(260, width * 0.42)), x, y: state.metric }),
+    legend(shown.map((name) => key(modelNamed(name)))), figuresOf(series, x),
+  );
 }
 
-/** Rewards that a run was trained on, each by the first metric that holds it. */
+/** Rewards that a run was trained on, in its recipe's order, each with the first metric that holds it. */
 function trainedRewards(run) {
-  const found = {};
-  for (const metric of Object.keys(run.curves.metrics)) {
-    const at = metric.indexOf("/reward/");
-    if (at > 0) found[metric.slice(at + "/reward/".length)] ??= metric;
-  }
-  return found;
+  const metrics = Object.keys(run.curves.metrics);
+  const named = Object.keys(run.rewards).map((reward) => [reward, metrics.find((metric) => metric.endsWith(`/reward/${reward}`))]);
+  return Object.fromEntries(named.filter(([, metric]) => metric));
+}
+
+/** What the page opens with: a reward that is trained on, by itself; rewards' weighted sum says little. */
+function openingMetric(metrics) {
+  const rewards = data.runs.flatMap((run) => Object.values(trainedRewards(run)));
+  return rewards[0] ?? metrics.find((name) => name.endsWith("/reward")) ?? metrics.find((name) => name === "loss") ?? metrics[0] ?? "";
 }
 
 function heldOut(run, guidance, read) {
@@ -80,19 +113,21 @@ function drawGap() {
     for (const reward of rewards.length ? rewards : [null]) {
       // One picture where the reward is the judge's own share; otherwise the units differ, and so do the pictures.
       const same = reward === "shapes" || reward === null;
-      const series = runs.flatMap((run) => [
-        reward && { name: `${run.name}: trained reward`, kind: "trained", colour: "var(--v1)", points: curve(run, trainedRewards(run)[reward], "step") },
-        reward && { name: `${run.name}: held-out reward`, kind: "held-out reward", colour: "var(--v0)", dots: true, symbol: d3.symbolSquare, dash: "5,3", points: heldOut(run, guidance, (row) => row.rewards[reward]) },
-        same && { name: `${run.name}: judge, held-out`, kind: "judge, held-out", colour: "var(--v2)", dots: true, symbol: d3.symbolTriangle, points: judge(run) },
-      ]).filter((one) => one && one.points.length);
+      const line = (kind, look, read) => ({ name: `${model.name}: ${kind}`, kind, ...look, points: together(runs.map(read)) });
+      const judged = line("judge, held-out", { colour: "var(--v2)", dots: true, symbol: d3.symbolTriangle }, judge);
+      const series = [
+        reward && line("trained reward", { colour: "var(--v1)" }, (run) => curve(run, trainedRewards(run)[reward], "step")),
+        reward && line("held-out reward", { colour: "var(--v0)", dots: true, symbol: d3.symbolSquare, dash: "5,3" }, (run) => heldOut(run, guidance, (row) => row.rewards[reward])),
+        same && judged,
+      ].filter((one) => one && one.points.length);
       if (reward) rows.push(gapRow(model, runs, reward, guidance));
       addMultiple(box, `${model.name}${reward ? ` · ${reward}` : ""}`, series, same);
-      if (!same) addMultiple(box, `${model.name} · judge`, runs.map((run) => ({ name: run.name, kind: "judge, held-out", colour: "var(--v2)", dots: true, symbol: d3.symbolTriangle, points: judge(run) })), true);
+      if (!same) addMultiple(box, `${model.name} · judge`, [judged], true);
     }
   }
   const note = "Trained: from the mean of the first tenth of the steps to that of the last. Held-out: from the base to the trained model, at the guidance chosen above. Means over seeds.";
   fill("gap-table", rows.length
-    ? el("div", {}, table(["", "reward", "trained", "held-out, same reward", "held-out, judge (points)", "gap"], rows), el("p", { class: "note" }, note))
+    ? el("div", {}, table(["model", "reward", "trained", "held-out, same reward", "held-out, judge (points)", "gap"], rows), el("p", { class: "note" }, note))
     : empty("None of the runs shown learns from a reward, so none can be over-optimised: the lines are the judge's alone."));
 }
 
@@ -103,7 +138,7 @@ function addMultiple(box, title, series, zero) {
   box.append(cell);
   const kinds = [...new Map(shown.map((one) => [one.kind, one])).values()];
   const swatch = (one) => el("span", { class: "key" }, drawnMark(one.symbol ?? SYMBOLS[0], one.colour), one.kind);
-  cell.append(lineChart(shown, { width: widthOf(cell), height: 210, x: "steps", y: "", zero }), legend(kinds.map(swatch)));
+  cell.append(lineChart(shown, { width: widthOf(cell), height: 210, x: "steps", y: "", label: title, zero }), legend(kinds.map(swatch)));
 }
 
 function gapRow(model, runs, reward, guidance) {
@@ -128,10 +163,10 @@ function drawGradients() {
   const norms = series(terms, (name) => name.slice(0, -"/grad_norm".length));
   const positive = norms.map((one) => ({ ...one, points: one.points.filter((point) => point.y > 0) }));
   const box = place("norms-chart"), other = place("cosines-chart");
-  if (norms.length) box.replaceChildren(el("h3", {}, "Gradient norm by term"), lineChart(positive, { width: widthOf(box), x: "steps", y: "norm (log)", log: true }), keys(norms));
+  if (norms.length) box.replaceChildren(el("h3", {}, "Gradient norm by term"), lineChart(positive, { width: widthOf(box), x: "steps", y: "norm (log)", label: "Gradient norm by term", log: true }), keys(norms), figuresOf(norms, "steps"));
   else box.replaceChildren(empty("This run logged no gradient norms."));
   const found = series(cosines, (name) => name.slice("cosine/".length).replace("/", " and "));
-  if (found.length) other.replaceChildren(el("h3", {}, "Cosine between terms"), lineChart(found, { width: widthOf(other), x: "steps", y: "cosine", rules: [0] }), keys(found));
+  if (found.length) other.replaceChildren(el("h3", {}, "Cosine between terms"), lineChart(found, { width: widthOf(other), x: "steps", y: "cosine", label: "Cosine between terms", rules: [0] }), keys(found), figuresOf(found, "steps"));
   else other.replaceChildren(empty("This run has no two terms in a step, so there is no cosine between them."));
 }
 

@@ -18,6 +18,7 @@ const state = {
   tag: MEAN,
   metric: "",
   axis: "step",
+  lines: "variants",
   run: 0,
 };
 

@@ -36,13 +36,17 @@ function plot(options) {
   const made = Plot.plot({ style: { fontSize: "12px", background: "none" }, ...options });
   made.classList.add("plot");
   made.setAttribute("role", "img");
+  // Plot names the groups inside, which a reader of the whole picture by its name never meets.
+  for (const group of made.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label");
   return made;
 }
 
 function table(head, rows) {
   const cell = (content, tag) => {
-    if (content === null || content === undefined) return el(tag, {}, "–");
-    if (typeof content === "string" || content instanceof Node) return el(tag, {}, content);
+    const scope = tag === "th" ? { scope: "row" } : {};
+    if (content === null || content === undefined) return el(tag, scope, "–");
+    if (typeof content === "string" || content instanceof Node) return el(tag, scope, content);
+    if (content.seeds) return el(tag, { class: "seeds" }, content.seeds);
     return el(tag, content.clear ? { class: "clear" } : {}, content.main, el("small", {}, content.small));
   };
   return el(
@@ -52,3 +56,23 @@ function table(head, rows) {
   );
 }
 
+
+/** What scrolls can be reached and scrolled by the keyboard; what does not is no stop on the way. */
+function makeScrollable() {
+  for (const box of document.querySelectorAll(".scroll, .toolbar, pre")) {
+    const scrolls = box.scrollWidth > box.clientWidth || (box.matches(".toolbar") && box.scrollHeight > box.clientHeight);
+    if (scrolls) box.setAttribute("tabindex", "0");
+    else box.removeAttribute("tabindex");
+  }
+}
+
+/** The figures of a chart's lines, for those who cannot point at them. */
+function figuresOf(series, x) {
+  const rows = series.filter((one) => one.points.length).map((one) => {
+    const ys = one.points.map((point) => point.y), last = one.points[one.points.length - 1];
+    return [one.name, short(ys[0]), short(last.y), short(d3.min(ys)), short(d3.max(ys)), short(last.x)];
+  });
+  const made = el("details", {}, el("summary", {}, "In figures"), el("div", { class: "scroll" }, table(["line", "first", "last", "lowest", "highest", `${x} at its end`], rows)));
+  made.addEventListener("toggle", makeScrollable);
+  return made;
+}

@@ -41,10 +41,12 @@ function offerChoices() {
   choose("choose-minus", "minus", [["-1", "base"], ...(data.variants.length > 1 ? data.variants.map((one, index) => [String(index), one.name]) : [])], "-1", (value) => { state.minus = Number(value); });
   choose("choose-tag", "tag", [MEAN, ...Object.keys(data.tags)].map((tag) => [tag, tag]), MEAN, (value) => { state.tag = value; });
   const metrics = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.metrics)))].sort();
-  state.metric = metrics.find((name) => name.endsWith("/reward")) ?? metrics.find((name) => name === "loss") ?? metrics[0] ?? "";
+  state.metric = openingMetric(metrics);
   choose("choose-metric", "metric", metrics.map((name) => [name, name]), state.metric, (value) => { state.metric = value; });
   const axes = Object.entries(AXES).filter(([axis]) => data.runs.some((run) => run.curves[axis]));
   choose("choose-axis", "over", axes, state.axis, (value) => { state.axis = value; });
+  const several = data.variants.some((one) => one.seeds.length > 1);
+  choose("choose-lines", "shown as", several ? [["variants", "mean and range of the runs"], ["runs", "a line for each run"]] : [], state.lines, (value) => { state.lines = value; });
   const terms = (run) => Object.keys(run.curves.metrics).filter((name) => name.endsWith("/grad_norm")).length;
   state.run = Math.max(0, data.runs.findIndex((run) => terms(run) > 1));
   choose("choose-run", "run", data.runs.map((run, index) => [String(index), run.name]), String(state.run), (value) => { state.run = Number(value); });
@@ -64,6 +66,7 @@ function chip(model) {
 function draw() {
   const ofEvaluations = [drawPicture, drawScores, drawDifferences, drawGuidance, drawGap, drawPictures];
   for (const part of [...(state.view ? ofEvaluations : []), drawTraining, drawGradients]) part();
+  makeScrollable();
 }
 
 /** Paper is narrower than a screen: draw for it, then for the screen again. */

@@ -52,7 +52,7 @@ function drawPicture() {
   const parts = shown.map((one) => ({ one, rows: forestRows(BASE, one.key, MEAN) }));
   const domain = extent(parts.flatMap((part) => part.rows));
   const box = el("div", { class: "views" });
-  fill("picture", el("h3", {}, `Minus base, share of images ${data.verdicts[state.verdict]}, mean over tags, 95 % intervals${shown[0].key === "own" ? ", each model @ its own guidance" : ""}`), box);
+  fill("picture", el("h2", {}, `Minus base, share of images ${data.verdicts[state.verdict]}, mean over tags, 95 % intervals${shown[0].key === "own" ? ", each model @ its own guidance" : ""}`), box);
   const cells = parts.map(({ one }) => el("div", {}, shown.length > 1 ? el("p", { class: "note" }, one.label) : null));
   box.append(...cells);
   for (const [index, { one, rows }] of parts.entries()) {
@@ -71,7 +71,7 @@ function drawScores() {
       const [value, low, high] = partOf(found, tag);
       return { model, name: model.name, value, low, high };
     });
-    const total = tag === MEAN ? "" : `, ${data.tags[tag]} prompts`;
+    const total = tag === MEAN ? "" : `, ${data.tags[tag]} images`;
     const cell = el("figure", {}, el("h3", {}, tag, el("span", { class: "note" }, total)));
     box.append(cell);
     const width = widthOf(cell);
@@ -90,7 +90,7 @@ function drawScores() {
   }
   const cell = (part) => ({ main: percent(part[0]), small: interval(part, percent) });
   fill("scores-table", table(
-    ["", "guidance", "seeds", ...tags],
+    ["model", "guidance", "seeds", ...tags],
     visible().map((model) => {
       const found = scoreOf(model);
       return [key(model), String(guidanceOf(model)), model.base ? "–" : String(model.seeds.length), ...tags.map((tag) => cell(partOf(found, tag)))];
@@ -111,7 +111,7 @@ function drawDifferences() {
       const found = differenceOf(model, minus);
       if (!found) return [key(model), "none in common", ...tags.map(() => null), null];
       const parts = tags.map((tag) => partOf(found, tag));
-      return [key(model), String(found.by_seed.length), ...parts.map((part) => ({ main: signed(part[0]), small: interval(part, signed), clear: clear(part) })), found.by_seed.map(signed).join(", ")];
+      return [key(model), String(found.by_seed.length), ...parts.map((part) => ({ main: signed(part[0]), small: interval(part, signed), clear: clear(part) })), { seeds: found.by_seed.map(signed).join(", ") }];
     }),
   ));
 }
