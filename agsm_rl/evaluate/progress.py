@@ -1,37 +1,35 @@
-"""Progress of a long evaluation and the time left: a bar on a terminal, a few lines in a log."""
+"""Progress of a long evaluation and the time left, on the run's display or one of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
-from agsm_rl.run.screen import make_console, make_progress, plain, tell
-
-LINES = 10
-"""Lines that a whole evaluation writes to a log."""
+from agsm_rl.run.display import RunDisplay
+from agsm_rl.run.screen import make_console, tell
+from agsm_rl.training.stages import Advance, current_display, shown_by, stage
 
 
 @contextmanager
 def progress(
-    what: str, *, total: int, done: int = 0, console: Console | None = None
-) -> Iterator[Callable[[int], None]]:
-    """Show `what` as done / total with the time left, on stderr. Yields `advance(number)`."""
+    what: str, *, total: int, done: int = 0, unit: str = "images", console: Console | None = None
+) -> Iterator[Advance]:
+    """Show `what` as done / total with the time left. Yields `advance(number)`.
+
+    It is shown by the display that is installed (a run's, training/stages.py), or else on `console` (None: stderr).
+    """
     console = console or make_console(stderr=True)
+    display = current_display()
     if done and done == total:
-        tell(console, f"{what}: all {total} already done")
+        if display is None:
+            tell(console, f"{what}: all {total} already done")
         yield lambda number: None
         return
-    with make_progress(console) as bar:
-        task = bar.add_task(plain(what), total=total, completed=done, figures="")
-        interval, now = max(1, total // LINES), done
-
-        def advance(number: int) -> None:
-            nonlocal now
-            before, now = now, now + number
-            bar.update(task, completed=now)
-            if not console.is_terminal and (before // interval < now // interval or now == total):
-                tell(console, f"{what} {now}/{total}")
-
+    if display is not None:
+        with stage(what, total=total, done=done, unit=unit, announce=True) as advance:
+            yield advance
+        return
+    with RunDisplay(console) as shown, shown_by(shown), stage(what, total=total, done=done, unit=unit) as advance:
         yield advance

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.text import Text
 
+from agsm_rl.run.display import BAR, RunDisplay, duration, fit, in_lines, make_bar
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.newest_figures import NewestFigures
 from agsm_rl.run.records import MetricsFile
-from agsm_rl.run.screen import make_progress, tell
+from agsm_rl.run.screen import tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.processes import ProcessLost
+
+LINES = 20
+"""Lines that a training writes to a log."""
+SILENCE = 300.0
+"""Seconds after which a log gets a line all the same."""
 
 
 class MetricsWriter(Callback):
@@ -35,40 +45,58 @@ class MetricsWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows the step, losses, rewards and remaining time: a bar on a terminal, about twenty lines in a log."""
+    """Shows the step, losses, rewards, seconds a step and the time left: a bar on a terminal, lines in a log.
 
-    def __init__(self, console: Console, *, steps: int, done: int, enabled: bool = True) -> None:
-        self.console, self.steps = console, steps
-        self._interval = max(1, steps // 20)
-        self._bar = make_progress(console, enabled=enabled)
-        self._task = self._bar.add_task("training", total=steps, completed=done, figures="")
+    A log gets about twenty lines, and one whenever five minutes have passed since the last one. Its losses are means
+    since that line; everything else is the newest value.
+    """
+
+    def __init__(
+        self, display: RunDisplay, *, steps: int, done: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.display, self.steps, self._first, self._clock = display, steps, done, clock
+        self._interval = max(1, steps // LINES)
+        self._figures = NewestFigures(step=done)
+        self._began = self._told = clock()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._began = self._told = self._clock()
+        self._stack.enter_context(self.display.training(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._stack.close()
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Show the step's figures."""
-        figures = brief(metrics)
-        self._bar.update(self._task, completed=step, figures=figures)
-        if not self.console.is_terminal and (step % self._interval == 0 or step == self.steps):
-            tell(self.console, f"step {step}/{self.steps}  {figures}")
+        self._figures.note(trainer, step, metrics)
+        now = self._clock()
+        due = step % self._interval == 0 or step in (self._first + 1, self.steps) or now - self._told >= SILENCE
+        if due and self.display.prints_lines:
+            self._told = now
+            parts = [f"step {step}/{self.steps}", *self._figures.shown_losses(averaged=True)]
+            tell(self.display.console, "  ".join([*parts, *self._figures.shown_rewards(), *self._speed()]))
+            self._figures.reset()
 
+    def lines(self, width: int, *, ascii_only: bool) -> list[Text]:
+        """The bar and the figures for a terminal of so many columns."""
+        step = self._figures.step
+        figures = "  ".join([f"{step}/{self.steps} steps", *self._speed()])
+        bar = make_bar(step / self.steps, max(0, min(BAR, width - len(figures) - 12)), ascii_only=ascii_only)
+        first = fit(Text.assemble("training  ", bar, "  ", figures), width)
+        losses, rewards = self._figures.shown_losses(averaged=False), self._figures.shown_rewards()
+        return [first, *in_lines(losses, width), *in_lines(rewards, width)]
 
-def brief(metrics: dict[str, float]) -> str:
-    """The losses and rewards among a step's metrics, on one line."""
-    has_several_terms = sum(name.endswith("/loss") for name in metrics) > 1
-    chosen = [
-        (name, value)
-        for name, value in metrics.items()
-        if (name == "loss" and has_several_terms) or name.endswith(("/loss", "/reward")) or name == "reward"
-    ]
-    return "  ".join(f"{name} {value:.4g}" for name, value in chosen)
+    def _speed(self) -> list[str]:
+        """Seconds a step, and the time left at the pace so far, evaluations and checkpoints included."""
+        made = self._figures.step - self._first
+        if not made:
+            return []
+        left = (self._clock() - self._began) / made * (self.steps - self._figures.step)
+        return [f"{self._figures.seconds:.3g} s/step", *([f"{duration(left)} left"] if left else [])]
 
 
 class GracefulStop(Callback):

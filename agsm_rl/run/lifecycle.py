@@ -21,6 +21,7 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.agreement import agreements
 from agsm_rl.run.callbacks import GracefulStop, MetricsWriter, ProgressBar
+from agsm_rl.run.display import RunDisplay
 from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.failures import ended_when_stuck, failures_named
 from agsm_rl.run.folder import RunFolder
@@ -31,6 +32,7 @@ from agsm_rl.run.stop import Interrupted, Lost, Stopped
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import WentWrong
 from agsm_rl.training.processes import make_accelerator
+from agsm_rl.training.stages import shown_by
 
 
 def train(
@@ -61,7 +63,11 @@ def train(
         log_with=recipe.track or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.path / "logs")),
     )
-    with _closed_at_end(folder, accelerator):
+    with (
+        _closed_at_end(folder, accelerator),
+        RunDisplay(console, enabled=accelerator.is_main_process) as display,
+        shown_by(display),
+    ):
         if accelerator.is_main_process:
             folder.check(recipe, resume=resume)
         fresh = not (resume and checkpoints.steps_in(folder.checkpoints))
@@ -79,7 +85,7 @@ def train(
                 evaluator = Evaluator(folder, recipe, console, check=stop.check)
                 if accelerator.is_main_process and resume:
                     evaluator.resume(trainer, history)
-                _Run(recipe, folder, trainer, evaluator, stop, console).run(evaluate=evaluate)
+                _Run(recipe, folder, trainer, evaluator, stop, display).run(evaluate=evaluate)
     return folder.path
 
 
@@ -117,7 +123,7 @@ class _Run:
     trainer: Trainer
     evaluator: Evaluator
     stop: GracefulStop
-    console: Console
+    display: RunDisplay
 
     @property
     def is_main(self) -> bool:
@@ -151,7 +157,7 @@ class _Run:
     def _train(self) -> None:
         trainer, evaluator, grids = self.trainer, self.evaluator, SampleGrids(self.folder, self.recipe)
         trainer.callbacks = [self.stop, *trainer.callbacks]
-        with ProgressBar(self.console, steps=self.recipe.steps, done=trainer.step, enabled=self.is_main) as bar:
+        with ProgressBar(self.display, steps=self.recipe.steps, done=trainer.step) as bar:
             if self.is_main:
                 # Metrics before the checkpoint: a run resumed from it has all its lines. The checkpoint before what
                 # takes long: a kill in an evaluation loses nothing, because the evaluation is repeated.
@@ -179,7 +185,7 @@ class _Run:
         for agreement in agreed:
             tell(out, str(agreement))
         if evaluate:
-            _write_report(self.folder, self.console)
+            _write_report(self.folder, self.display.console)
         return True
 
 
@@ -194,6 +200,7 @@ def _write_report(folder: RunFolder, console: Console) -> None:
             console,
             f"report.html was not written ({type(error).__name__}: {error}); everything else was. To try again: "
             f"agsm-rl report {folder.path}",
+            important=True,
         )
 
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -40,10 +39,14 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 class PlainConsole(Console):
-    """A rich console for which text is text: no markup, no emoji codes, no highlighting, no control characters."""
+    """A rich console for which text is text: no markup, no emoji codes, no highlighting, no control characters.
 
-    def __init__(self, **options: Any) -> None:
+    On a `terse` one, `tell` prints what is `important` only, and no progress is shown.
+    """
+
+    def __init__(self, *, terse: bool = False, **options: Any) -> None:
         super().__init__(**({"markup": False, "emoji": False, "highlight": False} | options))
+        self.terse = terse
 
     @property
     def encoding(self) -> str:
@@ -59,34 +62,45 @@ class PlainConsole(Console):
         self.quiet = True
 
 
-def make_console(*, stderr: bool = False, **options: Any) -> Console:
-    """The console that every room prints tables, rules and progress bars on. options: rich's."""
-    return PlainConsole(stderr=stderr, **options)
+def make_console(*, stderr: bool = False, terse: bool | None = None, **options: Any) -> Console:
+    """The console that every room prints tables, rules and progress on. options: rich's.
+
+    terse: print warnings and results only (None: on stderr, what `only_what_matters` says).
+    """
+    return PlainConsole(stderr=stderr, terse=_terse and stderr if terse is None else terse, **options)
 
 
-def tell(console: Console, text: str, *, style: str = "") -> None:
-    """Print a line as it is on any console, whatever that makes of markup; long lines are not broken."""
-    console.print(styled(text, style), soft_wrap=True)
+_terse = False
+
+
+@contextmanager
+def only_what_matters(quiet: bool = True) -> Iterator[None]:
+    """Within the block (`--quiet`), consoles that are made for stderr print warnings and results only."""
+    global _terse
+    before, _terse = _terse, quiet
+    try:
+        yield
+    finally:
+        _terse = before
+
+
+def is_quiet(console: Console) -> bool:
+    """Whether a console shows no progress."""
+    return console.quiet or getattr(console, "terse", False)
+
+
+def tell(console: Console, text: str, *, style: str = "", important: bool = False) -> None:
+    """Print a line as it is on any console, whatever that makes of markup; long lines are not broken.
+
+    important: a warning or a result, which is printed on a terse console too.
+    """
+    if important or not is_quiet(console):
+        console.print(styled(text, style), soft_wrap=True)
 
 
 def styled(text: str, style: str = "") -> Text:
     """Plain text in a style of ours, such as `bold`."""
     return Text(plain(text), style=style)
-
-
-def make_progress(console: Console, *, enabled: bool = True) -> Progress:
-    """A progress bar with the time left, on a terminal only; its tasks need the field `figures`, a short text."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left", markup=False),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=console,
-        disable=not (enabled and console.is_terminal),
-    )
 
 
 @contextmanager
