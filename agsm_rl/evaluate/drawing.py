@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +14,7 @@ from torch import Tensor
 from agsm_rl.files import replacing
 from agsm_rl.interfaces import Backbone
 from agsm_rl.training.guidance import hooked
+from agsm_rl.training.stages import Advance, stage
 
 
 def draw(
@@ -31,17 +34,28 @@ def draw(
     batches = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        with hooked(backbone.pipeline, backbone.denoiser, backbone.adapters):
+        count = len(prompts[part])
+        with (
+            hooked(backbone.pipeline, backbone.denoiser, backbone.adapters),
+            stage(f"drawing {count} images", total=num_steps, unit="steps", worth=count) as advance,
+        ):
             images = backbone.pipeline(
                 prompt=list(prompts[part]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 num_inference_steps=num_steps,
                 guidance_scale=guidance,
                 output_type="pt",
+                callback_on_step_end=partial(_step_ended, advance),
                 **backbone.call_options,
             ).images
         batches.append(images.float().cpu())
     return torch.cat(batches)
+
+
+def _step_ended(advance: Advance, *about: Any) -> dict[str, Any]:
+    """A pipeline's callback after a step, which changes none of its tensors."""
+    advance(1)
+    return {}
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -18,6 +18,7 @@ from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.processes import make_accelerator
+from agsm_rl.training.stages import stage
 
 
 def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fresh: bool = True) -> Trainer:
@@ -35,7 +36,7 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     if fresh and recipe.start_from is not None:
         with _located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)
-    with _located(parts.where):
+    with _located(parts.where), stage("opening the data"):
         return Trainer(
             policy,
             terms,
@@ -88,7 +89,9 @@ def build_backbone(block: Block, *, parts: Parts, device: str | None = None) -> 
     """The backbone of a completed block, on `device` unless the block says another."""
     if "device" in block.options and block.options["device"] is None:
         block = Block.model_validate({"use": block.use, **block.options, "device": device})
-    backbone: Backbone = parts.construct("backbones", block, "backbone", seed=0)
+    name = block.options.get("checkpoint", block.use)
+    with stage(f"loading {name}", announce=True):
+        backbone: Backbone = parts.construct("backbones", block, "backbone", seed=0)
     return backbone
 
 

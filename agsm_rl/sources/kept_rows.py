@@ -19,6 +19,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.files import replacing
 from agsm_rl.interfaces import Shard
+from agsm_rl.training.stages import Advance, stage
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,20 @@ class KeptRows:
         UserError when they cannot be written.
         """
         self._maker = make
+        with stage(f"encoding {self.folder.name}", total=self.count, unit="rows") as advance:
+            self._make_all(make, shard, advance)
+
+    def _make_all(self, make: Callable[[list[int]], list[Content]], shard: Shard, advance: Advance) -> None:
         first = self._files * shard.index // shard.count
         order = [(first + number) % self._files for number in range(self._files)]
         for wait in (False, True):
             for number in order:
-                if number not in self._opened and not self._open(number):
+                if number in self._opened:
+                    continue
+                if not self._open(number):
                     self._make_file(number, make, wait=wait)
+                if number in self._opened:
+                    advance(len(self._rows(number)))
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """The row's tensors; UserError with the reason where it has none.

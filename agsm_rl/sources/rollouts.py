@@ -26,6 +26,7 @@ from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_noise, choo
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum
+from agsm_rl.training.stages import stage
 
 
 class Rollouts(Source):
@@ -212,7 +213,7 @@ class Rollouts(Source):
         parts = []
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
-            with weights():
+            with weights(), stage(f"{self._name}: drawing", total=share, unit="images") as advance:
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
                     columns = [metadata[row] for row in part.tolist()]
@@ -229,7 +230,10 @@ class Rollouts(Source):
                         graph=graph,
                     )
                     parts.append(drawn)
-                    scoring.add(policy.backbone.decode(drawn[0][:, -1]), asked, columns)
+                    with stage(f"decoding {len(asked)} images"):
+                        images = policy.backbone.decode(drawn[0][:, -1])
+                    scoring.add(images, asked, columns)
+                    advance(len(asked))
             trajectory = torch.cat([part[0] for part in parts])
             log_probs = torch.cat([part[1] for part in parts])
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]

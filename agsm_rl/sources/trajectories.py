@@ -13,6 +13,7 @@ from agsm_rl.interfaces import KeptGraph, Sampler
 from agsm_rl.policy import Policy
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.sampling import DDIM, has_noise, log_density, noises_of, step_distribution
+from agsm_rl.training.stages import stage
 
 PUBLISHED_LEVEL = 0.7
 """Flow-GRPO's a."""
@@ -152,18 +153,20 @@ def draw_trajectories(
     cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
-    for k in range(num_steps):
-        x_t, level = states[-1], noise.at(k)
-        with nullcontext() if graph is None else torch.enable_grad():
-            mean, std = step_distribution(
-                policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=level, noise=noise.form
-            )
-        if graph is not None:
-            graph.add(k, mean, std)
-            mean = mean.detach()
-        added = draw.noise_like(x_t, rows, purpose=f"step {k}") if level else 0
-        states.append((mean + std * added).to(x_t.dtype))
-        log_probs.append(log_density(states[-1], mean, std, noise=noise.form))
-        if not keep_path:
-            states = states[-1:]
+    with stage("denoising", total=num_steps, unit="steps", worth=len(prompts)) as advance:
+        for k in range(num_steps):
+            x_t, level = states[-1], noise.at(k)
+            with nullcontext() if graph is None else torch.enable_grad():
+                mean, std = step_distribution(
+                    policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=level, noise=noise.form
+                )
+            if graph is not None:
+                graph.add(k, mean, std)
+                mean = mean.detach()
+            added = draw.noise_like(x_t, rows, purpose=f"step {k}") if level else 0
+            states.append((mean + std * added).to(x_t.dtype))
+            log_probs.append(log_density(states[-1], mean, std, noise=noise.form))
+            if not keep_path:
+                states = states[-1:]
+            advance(1)
     return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)

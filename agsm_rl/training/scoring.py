@@ -17,6 +17,7 @@ from agsm_rl.interfaces import ChecksPrompts, Reward, TakesMetadata, with_defaul
 from agsm_rl.registry import load
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
+from agsm_rl.training.stages import stage
 from agsm_rl.training.user_code import user_code
 
 Normalise = Literal["raw", "z_score"]
@@ -120,9 +121,11 @@ def scores_of(
     rewards: Sequence[WeightedReward], images: Tensor, prompts: list[str], metadata: Rows | None = None
 ) -> dict[str, Tensor]:
     """Each reward's own scores [B], by its name in the run."""
-    return {
-        item.name: checked_score(item.reward, images, prompts, name=item.name, metadata=metadata) for item in rewards
-    }
+    scores = {}
+    for item in rewards:
+        with stage(f"scoring {len(prompts)} images with {item.name}"):
+            scores[item.name] = checked_score(item.reward, images, prompts, name=item.name, metadata=metadata)
+    return scores
 
 
 class InParts:
@@ -168,8 +171,16 @@ class InParts:
         """Each reward's own scores [N] of all added images, by its name in the run."""
         local_rewards = [item for item in self._rewards if item.name not in self._threads]
         scores = scores_of(local_rewards, torch.cat(self._images), self._prompts, self._metadata)
-        scores |= {name: torch.cat([part.result() for part in parts]) for name, parts in self._waiting.items()}
+        scores |= {name: self._wait_for(name, parts) for name, parts in self._waiting.items()}
         return {item.name: scores[item.name] for item in self._rewards}
+
+    def _wait_for(self, name: str, parts: Sequence[Future[Tensor]]) -> Tensor:
+        scores = []
+        with stage(f"waiting for the scores of {name}", total=len(self._prompts), unit="images") as advance:
+            for part in parts:
+                scores.append(part.result())
+                advance(len(scores[-1]))
+        return torch.cat(scores)
 
 
 def check_prompts(rewards: Sequence[WeightedReward], prompts: Sequence[str], metadata: Rows) -> None:
