@@ -10,11 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers.utils import recurse_remove_peft_layers
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from agsm_rl.adapters.lora_config import METADATA_KEY, check_alpha, module_names
 from agsm_rl.adapters.lora_export import (
@@ -158,6 +154,8 @@ class LoRA:
 
     def _add(self, model: Any, targets: tuple[str, ...]) -> None:
         """Add our adapters to one model, all switched off; everyone else's stay as they were."""
+        from peft import LoraConfig  # here and below: a recipe is checked before PEFT is loaded, which takes seconds
+
         active = {name: list(layer.active_adapters) for name, layer in _tuner_layers(model)}
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(targets)}
@@ -253,11 +251,16 @@ class LoRA:
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _delete(model: Any, names: list[str]) -> None:
     """Delete PEFT adapters; if no others remain, restore the original modules."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         model.delete_adapter(names)
         if not getattr(model, "peft_config", None):

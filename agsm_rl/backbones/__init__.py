@@ -1,19 +1,38 @@
 """Backbones: frozen diffusers pipelines behind the one convention of `interfaces.Backbone`."""
 
-from inspect import cleandoc
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from agsm_rl.backbones.frozen_pipeline import Device, FrozenPipeline
-from agsm_rl.backbones.loading import KINDS, find_kind, unsupported
-from agsm_rl.backbones.stable_diffusion import StableDiffusion
-from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
+from agsm_rl.backbones.options import Device, with_options
 from agsm_rl.interfaces import Backbone
 
-CLASSES: dict[str, type[StableDiffusion] | type[StableDiffusion3]] = {
-    found.use: found for found in (StableDiffusion, StableDiffusion3)
+if TYPE_CHECKING:
+    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+    from agsm_rl.backbones.stable_diffusion import StableDiffusion
+    from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
+
+_HOMES = {
+    "FrozenPipeline": "frozen_pipeline",
+    "StableDiffusion": "stable_diffusion",
+    "StableDiffusion3": "stable_diffusion_3",
 }
 
 
+def __getattr__(name: str) -> Any:
+    """Import on first use: a recipe is checked before diffusers is loaded, which takes seconds."""
+    if name in _HOMES:
+        return getattr(import_module(f"agsm_rl.backbones.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'agsm_rl.backbones' has no attribute '{name}'")
+
+
+def _classes() -> "dict[str, type[StableDiffusion] | type[StableDiffusion3]]":
+    from agsm_rl.backbones.stable_diffusion import StableDiffusion
+    from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
+
+    return {found.use: found for found in (StableDiffusion, StableDiffusion3)}
+
+
+@with_options
 def load_backbone(
     checkpoint: str,
     *,
@@ -35,7 +54,9 @@ def load_backbone(
 
     So a recipe changes its base by `checkpoint:` alone. A pipeline of an unsupported kind is refused (UserError).
     """
-    found = CLASSES[KINDS[find_kind(checkpoint, local_files_only=local_files_only)]]
+    from agsm_rl.backbones.loading import KINDS, find_kind
+
+    found = _classes()[KINDS[find_kind(checkpoint, local_files_only=local_files_only)]]
     return found(
         checkpoint,
         resolution=resolution,
@@ -54,14 +75,11 @@ def load_backbone(
     )
 
 
-# What the options mean stands once, in FrozenPipeline; `agsm-rl list stable_diffusion` prints it too.
-_, _, _options = cleandoc(FrozenPipeline.__doc__ or "").partition("\nArgs:\n")
-load_backbone.__doc__ = f"{cleandoc(load_backbone.__doc__ or '')}\n\nArgs:\n{_options}"
-
-
 def backbone_of(pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False) -> Backbone:
     """The backbone of a loaded pipeline, by its class; UserError for a pipeline of an unsupported kind."""
-    for found in CLASSES.values():
+    from agsm_rl.backbones.loading import unsupported
+
+    for found in _classes().values():
         if type(pipeline).__name__ in found.wraps:
             return found.from_pipeline(pipeline, resolution=resolution, gradient_checkpointing=gradient_checkpointing)
     raise unsupported("pipeline", type(pipeline).__name__)

@@ -7,12 +7,12 @@ why a recipe is checked by constructing its parts, and why each run constructs i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agsm_rl import registry
-from agsm_rl.errors import UserError
+from agsm_rl.errors import MistakesSoFar, UserError, combined
 from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.rewards import RewardEntry, in_evaluation, in_source
 from agsm_rl.recipe.schema import Block, Evaluate, RecipeKeys
@@ -62,14 +62,20 @@ class Parts:
 
     def complete(self, kind: str, block: Block, place: str) -> Block:
         """The block with its class's defaults filled in."""
-        options = validated(self.load(kind, block.use, f"{place}.use"), block.options, where=self.at(place))
         keys = {key: getattr(block, key) for key in type(block).model_fields}
+        cls = self.load(kind, block.use, f"{place}.use")
+        options = validated(cls, block.options, where=self.at(place), beside=keys)
         if "rewards" in options:
             try:
                 entries = in_source(options["rewards"])
             except UserError as error:
                 raise self.refuse(place, str(error)) from error
-            completed = [self.complete_reward(entry, f"{place}.rewards.{entry.key}") for entry in entries]
+            mistakes = MistakesSoFar(self.where)
+            completed: list[RewardEntry] = []
+            for entry in entries:
+                with mistakes.collected():
+                    completed.append(self.complete_reward(entry, f"{place}.rewards.{entry.key}"))
+            mistakes.raise_any()
             options["rewards"] = {entry.key: entry.to_data() for entry in completed}
         return type(block)(**keys, **options)
 
@@ -105,19 +111,20 @@ class Parts:
             name: self.construct("sources", block, f"sources.{name}", seed=recipe.seed)
             for name, block in recipe.sources.items()
         }
-        terms = []
-        for index, term in enumerate(recipe.objectives):
-            place = f"objectives[{index}]"
-            objective = self.construct("objectives", term, place, seed=recipe.seed)
-            if isinstance(term.source, str):
-                source = shared[term.source]
-            else:
-                source = self.construct("sources", term.source, f"{place}.source", seed=recipe.seed)
-            view = None
-            if term.view is not None:
-                view = self.construct("views", term.view, f"{place}.view", seed=recipe.seed)
-            terms.append(TermParts(objective, source, view))
-        return terms
+        return [self.term(recipe, index, shared) for index in range(len(recipe.objectives))]
+
+    def term(self, recipe: RecipeKeys, index: int, shared: Mapping[str, Source]) -> TermParts:
+        """The parts of one term; `shared` holds the sources that have names."""
+        term, place = recipe.objectives[index], f"objectives[{index}]"
+        objective = self.construct("objectives", term, place, seed=recipe.seed)
+        if isinstance(term.source, str):
+            source = shared[term.source]
+        else:
+            source = self.construct("sources", term.source, f"{place}.source", seed=recipe.seed)
+        view = None
+        if term.view is not None:
+            view = self.construct("views", term.view, f"{place}.view", seed=recipe.seed)
+        return TermParts(objective, source, view)
 
     def reward(self, name: str, place: str, options: dict[str, Any]) -> Any:
         """The reward of that name; UserError where it would do what the command line does not allow."""
@@ -160,9 +167,10 @@ class Parts:
             for argument in arguments
             if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
         ]
-        for key in entry.options:
-            if key not in known:
-                raise self.refuse(place, unknown_key(key, [*known, *entry.own_keys]))
+        unknown = [key for key in entry.options if key not in known]
+        if unknown:
+            allowed = [*known, *entry.own_keys]
+            raise combined(self.where, [f"{self.at(place)}: {unknown_key(key, allowed)}" for key in unknown])
         return replace(entry, options=validated(maker, entry.options, where=self.at(place)))
 
     def weighted_reward(self, entry: RewardEntry, place: str) -> WeightedReward:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import yaml
 from pydantic import PrivateAttr, ValidationError
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, combined
 from agsm_rl.files import local_path
-from agsm_rl.recipe.options import explain
+from agsm_rl.recipe.first_look import mistakes_in_blocks
+from agsm_rl.recipe.options import mistakes_in
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.resolve import resolve
 from agsm_rl.recipe.schema import RecipeKeys
@@ -31,7 +32,8 @@ class Recipe(RecipeKeys):
     ) -> Recipe:
         """Read, check and complete a recipe. `overrides` are `key.path=value` texts, as `--set` takes them.
 
-        UserError says where a mistake stands, what was got and what is allowed. No file is written and no model loaded.
+        UserError lists all mistakes: where each one is, what was got and what is allowed. No file is written and no
+        model loaded.
         """
         data = read_yaml(local_path(path))
         if "axes" in data:
@@ -45,7 +47,8 @@ class Recipe(RecipeKeys):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise explain(error, where=f"{where}: ") from error
+            others = mistakes_in_blocks(data, where) if isinstance(data, Mapping) else []
+            raise combined(where, [*mistakes_in(error, where=f"{where}: "), *others]) from error
         recipe._parts = Parts(where=where, allow_imports=allow_imports)
         return resolve(recipe, recipe.parts)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import MistakesSoFar, UserError, unknown_name
 from agsm_rl.files import local_or_hub
 from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.parts import Parts
@@ -21,6 +21,7 @@ from agsm_rl.training.limits import MAX_BATCH
 
 if TYPE_CHECKING:
     from agsm_rl.interfaces import Batch
+    from agsm_rl.policy import Source
 
 Keys = TypeVar("Keys", bound=RecipeKeys)
 
@@ -39,28 +40,60 @@ TRACKERS = {
 
 
 def resolve(recipe: Keys, parts: Parts) -> Keys:
-    """The recipe with every default filled in; UserError with the place of the first thing that cannot work."""
-    completed = recipe.model_copy(
-        update={
-            "backbone": parts.complete("backbones", recipe.backbone, "backbone"),
-            "adapters": _completed_blocks(recipe.adapters, "adapters", parts),
-            "sources": _completed_blocks(recipe.sources, "sources", parts),
-            "optimizer": _complete_optimizer(recipe.optimizer, parts),
-        }
-    )
-    if recipe.evaluate is not None:
-        completed.evaluate = complete_evaluation(recipe.evaluate, parts)
-    completed.objectives = _complete_terms(completed, parts)
-    adapters = list(parts.adapters(completed).values())
-    if completed.evaluate is not None:
-        from agsm_rl.policy import check_bank
-
-        check_bank(completed.evaluate.bank, adapters, where=parts.at("evaluate.bank"))
-        _check_guidance_form(completed.evaluate, adapters, parts)
-    _check_terms(completed, parts, adapters)
-    _check_adapters_trained(completed, parts)
-    _check_rest(completed, parts)
+    """The recipe with every default filled in; UserError lists what cannot work, with its places."""
+    completed = _completed(recipe, parts)
+    mistakes = MistakesSoFar(parts.where)
+    adapters: list[Any] = []
+    shared: dict[str, Source] = {}
+    for name, block in completed.adapters.items():
+        with mistakes.collected():
+            adapters.append(parts.construct("adapters", block, f"adapters.{name}", seed=completed.seed))
+    for name, block in completed.sources.items():
+        with mistakes.collected():
+            _check_path(block, f"sources.{name}", parts)
+            shared[name] = parts.construct("sources", block, f"sources.{name}", seed=completed.seed)
+    if completed.evaluate is not None and not mistakes.messages:
+        with mistakes.collected():
+            _check_drawing(completed.evaluate, adapters, parts)
+    for index, term in enumerate(completed.objectives):
+        if not isinstance(term.source, str) or term.source in shared:
+            with mistakes.collected():
+                _check_term(completed, index, shared, adapters, parts)
+    with mistakes.collected():
+        _check_rules(completed, parts)
+    mistakes.raise_any()
     return completed
+
+
+def _completed(recipe: Keys, parts: Parts) -> Keys:
+    """The recipe with the options of its blocks checked and filled in."""
+    mistakes = MistakesSoFar(parts.where)
+    update: dict[str, Any] = {"adapters": {}, "sources": {}}
+    with mistakes.collected():
+        update["backbone"] = parts.complete("backbones", recipe.backbone, "backbone")
+    for kind, blocks in (("adapters", recipe.adapters), ("sources", recipe.sources)):
+        for name, block in blocks.items():
+            with mistakes.collected():
+                update[kind][name] = parts.complete(kind, block, f"{kind}.{name}")
+    with mistakes.collected():
+        update["optimizer"] = _complete_optimizer(recipe.optimizer, parts)
+    if recipe.evaluate is not None:
+        with mistakes.collected():
+            update["evaluate"] = complete_evaluation(recipe.evaluate, parts)
+    update["objectives"] = _complete_terms(recipe, parts, mistakes)
+    for check in (_check_adapters_trained, _check_dtype, _check_combiner, _check_rates, _check_trackers):
+        with mistakes.collected():
+            check(recipe, parts)
+    mistakes.raise_any()
+    return recipe.model_copy(update=update)
+
+
+def _check_drawing(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
+    """UserError for a bank or a form of guidance that the adapters do not have."""
+    from agsm_rl.policy import check_bank
+
+    check_bank(evaluate.bank, adapters, where=parts.at("evaluate.bank"))
+    _check_guidance_form(evaluate, adapters, parts)
 
 
 def _check_guidance_form(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
@@ -75,10 +108,6 @@ def _check_guidance_form(evaluate: Evaluate, adapters: list[Any], parts: Parts) 
         )
     with guiding(adapters, bank, prompt, where=parts.at("evaluate.")):
         pass
-
-
-def _completed_blocks(blocks: dict[str, Block], kind: str, parts: Parts) -> dict[str, Block]:
-    return {name: parts.complete(kind, block, f"{kind}.{name}") for name, block in blocks.items()}
 
 
 def _complete_optimizer(given: Optimizer, parts: Parts) -> Optimizer:
@@ -121,12 +150,14 @@ def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evalu
         entries = in_evaluation(evaluate.rewards)
     except UserError as error:
         raise UserError(f"{parts.at(place)}.{error}") from error
-    rewards = {}
+    rewards, mistakes = {}, MistakesSoFar(parts.where)
     for index, entry in enumerate(entries):
         key = f".{entry.key}" if isinstance(evaluate.rewards, dict) else f"[{index}]"
-        completed = parts.complete_reward(entry, f"{place}.rewards{key}")
-        parts.reward(completed.use, f"{place}.rewards{key}", completed.options)
-        rewards[completed.key] = completed.to_data()
+        with mistakes.collected():
+            completed = parts.complete_reward(entry, f"{place}.rewards{key}")
+            parts.reward(completed.use, f"{place}.rewards{key}", completed.options)
+            rewards[completed.key] = completed.to_data()
+    mistakes.raise_any()
     return evaluate.model_copy(update={"rewards": rewards})
 
 
@@ -142,31 +173,43 @@ def _check_rules(recipe: RecipeKeys, parts: Parts) -> None:
             raise unknown_name(parts.at(place), name, "a score of the suite or in evaluate.rewards", allowed)
 
 
-def _complete_terms(recipe: RecipeKeys, parts: Parts) -> list[TermBlock]:
+def _complete_terms(recipe: RecipeKeys, parts: Parts, mistakes: MistakesSoFar) -> list[TermBlock]:
     terms: list[TermBlock] = []
     names = _names(recipe.objectives)
     for index, term in enumerate(recipe.objectives):
         place = f"objectives[{index}]"
-        done = parts.complete("objectives", term, place)
-        assert isinstance(done, TermBlock)
-        if done.name is None:
-            done.name = names[index]
-        elif done.name in {known.name for known in terms}:
-            raise parts.refuse(f"{place}.name", f"'{done.name}' is the name of another term; give each its own")
-        if isinstance(done.source, Block):
-            done.source = parts.complete("sources", done.source, f"{place}.source")
-        elif done.source not in recipe.sources:
-            if not recipe.sources:
-                raise parts.refuse(
-                    f"{place}.source",
-                    f"'{done.source}' is not a source of this recipe, which names none; write the source here, e.g. "
-                    "{use: pairs, …}, or name it under `sources:`.",
-                )
-            raise unknown_name(parts.at(f"{place}.source"), done.source, "a source of this recipe", recipe.sources)
-        if done.view is not None:
-            done.view = parts.complete("views", done.view, f"{place}.view")
-        terms.append(done)
+        with mistakes.collected():
+            done = parts.complete("objectives", term, place)
+            assert isinstance(done, TermBlock)
+            if done.name is None:
+                done.name = names[index]
+            elif done.name in {known.name for known in terms}:
+                raise parts.refuse(f"{place}.name", f"'{done.name}' is the name of another term; give each its own")
+            terms.append(done)
+        for key, complete in (("source", _complete_source), ("view", _complete_view)):
+            with mistakes.collected():
+                part = complete(recipe, term, place, parts)
+                if not mistakes.messages:
+                    setattr(terms[-1], key, part)
     return terms
+
+
+def _complete_source(recipe: RecipeKeys, term: TermBlock, place: str, parts: Parts) -> str | Block:
+    if isinstance(term.source, Block):
+        return parts.complete("sources", term.source, f"{place}.source")
+    if term.source in recipe.sources:
+        return term.source
+    if not recipe.sources:
+        raise parts.refuse(
+            f"{place}.source",
+            f"'{term.source}' is not a source of this recipe, which names none; write the source here, e.g. "
+            "{use: pairs, …}, or name it under `sources:`.",
+        )
+    raise unknown_name(parts.at(f"{place}.source"), term.source, "a source of this recipe", recipe.sources)
+
+
+def _complete_view(recipe: RecipeKeys, term: TermBlock, place: str, parts: Parts) -> Block | None:
+    return None if term.view is None else parts.complete("views", term.view, f"{place}.view")
 
 
 def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
@@ -190,34 +233,35 @@ def _never_learns(term: TermBlock) -> bool:
     return not any(weights)
 
 
-def _check_terms(recipe: RecipeKeys, parts: Parts, adapters: list[Any]) -> None:
-    """Check that each term's objective, source, view and adapters go together."""
+def _check_term(
+    recipe: RecipeKeys, index: int, shared: Mapping[str, Source], adapters: list[Any], parts: Parts
+) -> None:
+    """Check that a term's objective, source, view and adapters go together."""
     from agsm_rl.sources.cache import check_text_stays
     from agsm_rl.term import check_range, check_view
 
-    for index in range(len(recipe.objectives)):
-        _check_path(*recipe.source_of(index), parts)
-    for index, (objective, source, view) in enumerate(parts.terms(recipe)):
-        place, term = f"objectives[{index}]", recipe.objectives[index]
-        block, source_place = recipe.source_of(index)
-        check_range(term.t, objective, where=parts.at(f"{place}.t"))
-        if source.cache == "all":
-            check_text_stays(adapters, where=parts.at(f"{source_place}.cache"))
-        gives, batch_size = source.gives, source.batch_size
-        if term.view is not None and view is not None:
-            if not issubclass(gives, view.consumes):
-                raise _mismatch(term.view.use, block, view.consumes, gives, parts, f"{place}.view")
-            check_view(view, source, where=parts.at(f"{place}.view"))
-            gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
-        if not issubclass(gives, objective.consumes):
-            raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")
-        if source.batch_size is not None and source.batch_size > MAX_BATCH:
-            raise parts.refuse(source_place, f"a batch of {source.batch_size} rows; at most {MAX_BATCH:,} are allowed")
-        if batch_size is not None:
-            try:
-                objective.check(batch_size)
-            except UserError as error:
-                raise parts.refuse(f"{place} on {source_place}", str(error)) from error
+    place, term = f"objectives[{index}]", recipe.objectives[index]
+    block, source_place = recipe.source_of(index)
+    _check_path(block, source_place, parts)
+    objective, source, view = parts.term(recipe, index, shared)
+    check_range(term.t, objective, where=parts.at(f"{place}.t"))
+    if source.cache == "all":
+        check_text_stays(adapters, where=parts.at(f"{source_place}.cache"))
+    gives, batch_size = source.gives, source.batch_size
+    if term.view is not None and view is not None:
+        if not issubclass(gives, view.consumes):
+            raise _mismatch(term.view.use, block, view.consumes, gives, parts, f"{place}.view")
+        check_view(view, source, where=parts.at(f"{place}.view"))
+        gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
+    if not issubclass(gives, objective.consumes):
+        raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")
+    if source.batch_size is not None and source.batch_size > MAX_BATCH:
+        raise parts.refuse(source_place, f"a batch of {source.batch_size} rows; at most {MAX_BATCH:,} are allowed")
+    if batch_size is not None:
+        try:
+            objective.check(batch_size)
+        except UserError as error:
+            raise parts.refuse(f"{place} on {source_place}", str(error)) from error
 
 
 def _check_adapters_trained(recipe: RecipeKeys, parts: Parts) -> None:
@@ -264,21 +308,21 @@ def _view_of(view: str) -> str:
     return f"{view} of {' or '.join(sources)}" if sources else view
 
 
-def _check_rest(recipe: RecipeKeys, parts: Parts) -> None:
-    from agsm_rl.training.combine import find_combiner
-
+def _check_dtype(recipe: RecipeKeys, parts: Parts) -> None:
     if recipe.backbone.options.get("dtype") == "float16":
         raise parts.refuse(
             "backbone.dtype",
             "'float16' is for drawing: gradients are not scaled here; train in bfloat16 or float32",
         )
+
+
+def _check_combiner(recipe: RecipeKeys, parts: Parts) -> None:
+    from agsm_rl.training.combine import find_combiner
+
     try:
         find_combiner(recipe.combine)
     except UserError as error:
         raise UserError(f"{parts.where}: {error}") from error
-    _check_rates(recipe, parts)
-    _check_rules(recipe, parts)
-    _check_trackers(recipe, parts)
 
 
 def _check_rates(recipe: RecipeKeys, parts: Parts) -> None:

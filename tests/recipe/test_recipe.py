@@ -227,7 +227,7 @@ def test_two_terms_with_the_same_name_are_refused(write):
         ("- a\n- b\n", "x.yaml: a recipe is a mapping.*list"),
         ("", "x.yaml: a recipe is a mapping.*empty"),
         ("a: &a [*a]\n", "x.yaml: "),
-        ("steps: 1\n", "x.yaml: backbone: this key is required"),
+        ("steps: 1\n", "x.yaml: 3 mistakes:\n- backbone: this key is required"),
     ],
 )
 def test_a_file_that_is_not_a_recipe_is_reported_with_the_line(write, text, message):
