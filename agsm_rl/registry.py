@@ -147,6 +147,12 @@ def permissions(
     return modules | {f"{kind}:{text}" for kind, texts in others.items() for text in texts or ()}
 
 
+def permission_flags(granted: Iterable[str]) -> str:
+    """The options of the command line that grant these permissions, each after a space."""
+    flags = [wanted.partition(":")[::2] if ":" in wanted else ("import", wanted) for wanted in sorted(granted)]
+    return "".join(f" --allow-{kind} {shlex.quote(what)}" for kind, what in flags)
+
+
 ACTIONS = {
     "command": "runs {}",
     "host": "sends images and prompts to {}",

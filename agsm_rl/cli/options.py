@@ -95,6 +95,9 @@ def _finite(guidance: float | None) -> float | None:
     return guidance
 
 
+TrainedArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE|RUN", help="A recipe's YAML file, builtin:<name>, or a run's folder to resume.")
+]
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or builtin:<name>.")]
 TargetArgument = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run folder, an exported adapter, or a base (builtin:…, a folder).")

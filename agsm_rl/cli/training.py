@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from agsm_rl.cli import launcher
-from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, grouped
+from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, TrainedArgument, grouped
 from agsm_rl.errors import UserError
 from agsm_rl.run.screen import say, without_loading_bars
 
 
 @grouped
 def train(
-    recipe: RecipeArgument,
+    recipe: TrainedArgument,
     run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<recipe>-<time>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir (or beside RECIPE).")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE, or in --run-dir.")] = False,
     overrides: SetOption = None,
     *,
     allowed: Permissions,
@@ -26,20 +26,40 @@ def train(
     from agsm_rl.recipe.earlier import read_earlier
     from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
+    from agsm_rl.run.folder import RunFolder
 
     path, granted = recipe_path(recipe), allowed.granted()
+    if path.is_dir():
+        path = _recipe_of_run(path, resume=resume)
     if resume and run_dir is None:
         if not any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl", "adapter")):
-            raise UserError(f"--resume: {path} does not belong to a run; give the run to continue as --run-dir.")
+            raise UserError(f"--resume: {path} does not belong to a run; give the run's folder in place of it.")
         run_dir = path.parent
     is_own = resume and run_dir is not None and path.parent.resolve() == run_dir.resolve()  # the run's resolved recipe
     loaded = (read_earlier if is_own else Recipe.from_yaml)(path, overrides or [], allow_imports=granted)
+    if run_dir is not None and launcher.is_first():  # before diffusers is loaded, which takes seconds
+        folder = RunFolder(run_dir)
+        folder.check(loaded, resume=resume)
+        folder.close()
     from agsm_rl.run.lifecycle import train as train_recipe
 
     without_loading_bars()
-    folder = train_recipe(loaded, run_dir, resume=resume)
+    trained = train_recipe(loaded, run_dir, resume=resume)
     if launcher.is_first():
-        say(f"run folder: {folder}")
+        say(f"run folder: {trained}")
+
+
+def _recipe_of_run(folder: Path, *, resume: bool) -> Path:
+    """The recipe of the run in a folder; UserError where there is none, or the run is not to be continued."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder}: is a folder without a run (it has no recipe.yaml); give a recipe's YAML file.")
+    if not resume:
+        raise UserError(
+            f"{folder}: is a run's folder. To continue the run, add --resume; to train its recipe again, give {file} "
+            "and another --run-dir."
+        )
+    return file
 
 
 @grouped

@@ -131,9 +131,7 @@ def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
     recipe, keys = _read_recipe(folder.recipe)
     measured = folder.eval.is_file()
     if not measured and (recipe.get("evaluate") is not None or not folder.metrics.is_file()):
-        raise UserError(
-            f"{path}: has no eval.json: the run is not finished. Finish it by `agsm-rl train {folder.recipe} --resume`."
-        )
+        raise UserError(f"{path}: has no eval.json: the run is not finished. Finish it by `{folder.resume_command}`.")
     evaluation = read_eval_file(folder.eval) if measured else NOT_EVALUATED
     _check_measured(evaluation, folder, folder.eval)
     validation = read_eval_file(other) if (other := path / "eval-validation.json").is_file() else None

@@ -36,15 +36,13 @@ def _advice(folder: RunFolder) -> str:
     good = checkpoints.newest_good(folder.checkpoints)
     if good is None:
         return f"There is no checkpoint in {folder.checkpoints}; fix the cause, then start again."
-    return (
-        f"The newest good checkpoint is {good}; fix the cause, then resume with agsm-rl train {folder.recipe} --resume."
-    )
+    return f"The newest good checkpoint is {good}; fix the cause, then resume with {folder.resume_command}."
 
 
 def lost(folder: RunFolder, trainer: Trainer, cause: str) -> Lost:
     """The end of this process because another is gone; two per machine say so, as one of them may be what was lost."""
     return Lost(
-        folder.recipe,
+        folder.resume_command,
         trainer.step,
         str(trainer.processes),
         cause,

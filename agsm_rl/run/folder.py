@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.files import check_contained, check_kinds, local_path, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.registry import permission_flags
 from agsm_rl.run import checkpoints
 
 MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
@@ -58,6 +60,12 @@ class RunFolder:
         self.report = self.path / "report.html"
         self._lock = FileLock(self.path / ".lock")
         self._new, self._made = False, reserved
+        self._granted: Collection[str] = ()
+
+    @property
+    def resume_command(self) -> str:
+        """What continues the run: its recipe.yaml holds what `--set` changed, but not what was allowed."""
+        return f"agsm-rl train {quote(str(self.path))} --resume{permission_flags(self._granted)}"
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """UserError when the folder cannot take this run. Writes nothing, so that a wrong command leaves no trace."""
@@ -67,8 +75,8 @@ class RunFolder:
         if self.is_unused():
             if resume:
                 raise UserError(
-                    f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder "
-                    "as --run-dir; to start a new run there, leave --resume out."
+                    f"{self.path}: there is no run in it to resume (looked from {Path.cwd()}). Give the run's folder; "
+                    "to start a new run there, leave --resume out."
                 )
             self._new = True
             return
@@ -76,8 +84,8 @@ class RunFolder:
             self._take()
         if not resume:
             raise UserError(
-                f"{self.path}: is not empty. To resume the run in it, add --resume; for a new run, choose another "
-                "--run-dir."
+                f"{self.path}: is not empty. To resume the run in it: agsm-rl train {quote(str(self.path))} --resume; "
+                "for a new run, choose another --run-dir."
             )
         if not self.recipe.is_file():
             raise UserError(
@@ -122,6 +130,7 @@ class RunFolder:
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, take its lock, write the resolved recipe; UserError when another process has the lock."""
+        self._granted = recipe.parts.allow_imports
         try:
             self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -196,7 +205,7 @@ def check_same(recipe: Recipe, kept: Recipe, file: Path) -> None:
             place, got, had = _first_difference(key, now[key], then[key])
             raise UserError(
                 f"{file}: the run was started with {place} = {had!r}, but now it is {got!r}. Resume with the run's own "
-                f"recipe (agsm-rl train {file} --resume), or start a new run in another --run-dir."
+                f"recipe (agsm-rl train {file.parent} --resume), or start a new run in another --run-dir."
             )
 
 

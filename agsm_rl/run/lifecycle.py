@@ -152,7 +152,7 @@ class _Run:
     def _stopped(self, default: int, *, during: str = "") -> Stopped:
         """The end by the signal that this process received, or by `default` if another one did."""
         number = self.stop.received or default
-        return Stopped(self.folder.recipe, self.trainer.step, number, during=during, prints=self.is_main)
+        return Stopped(self.folder.resume_command, self.trainer.step, number, during=during, prints=self.is_main)
 
     def _train(self) -> None:
         trainer, evaluator, grids = self.trainer, self.evaluator, SampleGrids(self.folder, self.recipe)

@@ -16,27 +16,31 @@ class Ended(Exception):
 
 
 class Stopped(Ended):
-    """The run was stopped by signal `number` after `step` steps; `during` adds what it interrupted, e.g. ` (…)`."""
+    """The run was stopped by signal `number` after `step` steps; `during` adds what it interrupted, e.g. ` (…)`.
 
-    def __init__(self, recipe: Path, step: int, number: int, *, during: str = "", prints: bool = True) -> None:
+    `resume` is the command that continues it.
+    """
+
+    def __init__(self, resume: str, step: int, number: int, *, during: str = "", prints: bool = True) -> None:
         self.exit_code, self.prints = 128 + number, prints
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}{during}. To continue: agsm-rl train {recipe} --resume")
+        super().__init__(f"stopped by {name} after step {step}{during}. To continue: {resume}")
 
 
 class Lost(Ended):
     """Another process of the run ended or cannot be reached (`cause`), so this one cannot continue.
 
-    `who` is this process, `checkpoint` the newest good one (None: there is none yet).
+    `who` is this process, `checkpoint` the newest good one (None: there is none yet), `resume` the command that
+    continues the run.
     """
 
     def __init__(
-        self, recipe: Path, step: int, who: str, cause: str, *, checkpoint: Path | None, prints: bool = True
+        self, resume: str, step: int, who: str, cause: str, *, checkpoint: Path | None, prints: bool = True
     ) -> None:
         self.prints = prints
         kept = f"the newest good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(
             f"{who}: lost after step {step}: {cause}. The launcher's report names the process that failed first "
             f"(exitcode -9 is SIGKILL: often the machine ran out of memory); {kept}. To continue, launch as before: "
-            f"agsm-rl train {recipe} --resume"
+            + resume
         )
