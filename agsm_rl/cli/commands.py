@@ -17,7 +17,8 @@ from agsm_rl.cli.files import convert, world
 from agsm_rl.cli.guard import GuardedCommands
 from agsm_rl.cli.list import list_names
 from agsm_rl.cli.options import in_home
-from agsm_rl.cli.results import report, sample
+from agsm_rl.cli.results import report
+from agsm_rl.cli.sample import sample
 from agsm_rl.cli.serve_reward import serve_reward
 from agsm_rl.cli.training import check, doctor, sweep, train
 from agsm_rl.run.screen import say

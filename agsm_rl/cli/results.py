@@ -1,4 +1,4 @@
-"""The commands that show the results of a training: sample and report (`eval` is in eval.py)."""
+"""`agsm-rl report`, and where commands may write what they make."""
 
 from __future__ import annotations
 
@@ -8,61 +8,8 @@ from typing import Annotated
 
 import typer
 
-from agsm_rl.cli.options import (
-    BankOption,
-    BaseOption,
-    GuidanceBankOption,
-    GuidanceOption,
-    GuidancePromptOption,
-    StepsOption,
-    TargetArgument,
-)
 from agsm_rl.errors import UserError
-from agsm_rl.registry import permissions
-from agsm_rl.run.screen import say, without_loading_bars
-from agsm_rl.training.limits import MAX_SEED
-
-
-def sample(
-    target: TargetArgument,
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    number: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn from the noise of seed + i.")] = 0,
-    out: Annotated[Path, typer.Option("-o", help="Folder for the pictures.")] = Path("samples"),
-    guidance: GuidanceOption = None,
-    num_steps: StepsOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
-    bank: BankOption = "positive",
-    guidance_bank: GuidanceBankOption = None,
-    guidance_prompt: GuidancePromptOption = None,
-    base: BaseOption = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option("--allow-import", metavar="MODULE", help="Let TARGET use code from this module. Repeatable."),
-    ] = None,
-) -> None:
-    """Draw pictures."""
-    from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
-    from agsm_rl.evaluate.target import open_target
-
-    without_loading_bars()
-    check_output_folder(out, option="-o")
-    opened = open_target(target, base=base, allow_imports=permissions(imports=allow_import))
-    with opened.using(bank, guidance_bank, guidance_prompt):
-        for start in range(0, number, batch_size):
-            seeds = [seed + index for index in range(start, min(start + batch_size, number))]
-            images = draw(
-                opened.backbone,
-                [prompt] * len(seeds),
-                seeds,
-                guidance=opened.guidance if guidance is None else guidance,
-                num_steps=num_steps or opened.num_steps,
-                batch_size=batch_size,
-            )
-            for image, seed_of_image in zip(images, seeds, strict=True):
-                path = out / f"seed-{seed_of_image}.png"
-                write_picture(to_picture(image), path)
-                say(str(path))
+from agsm_rl.run.screen import say
 
 
 def report(

@@ -25,11 +25,12 @@ def draw(
     guidance: float,
     num_steps: int,
     batch_size: int = 50,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] on the CPU, drawn by the backbone's pipeline as it is (adapters on or off).
 
     The adapters decide the unconditional branch of guidance (training/guidance.py). Image i depends on prompts[i] and
-    seeds[i] only.
+    seeds[i] only. negative_prompt: the text of the unconditional branch; None is the pipeline's own, the empty one.
     """
     batches = []
     for start in range(0, len(prompts), batch_size):
@@ -46,6 +47,7 @@ def draw(
                 guidance_scale=guidance,
                 output_type="pt",
                 callback_on_step_end=partial(_step_ended, advance),
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[part]),
                 **backbone.call_options,
             ).images
         batches.append(images.float().cpu())

@@ -80,7 +80,7 @@ def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe,
     trained = command("train", recipe, "--run-dir", "run")
     assert trained.exit_code == 0, trained.output
     drawn = command("sample", "run", "a red star", "-n", 2, "-o", "pictures", "--num-steps", 2)
-    assert drawn.stdout.split() == ["pictures/seed-0.png", "pictures/seed-1.png"]
+    assert drawn.stdout.split() == ["pictures/seed-0.png", "pictures/seed-1.png", "pictures/grid.jpg"]
     again = command("sample", "run/adapter", "a red star", "-o", "again", "--num-steps", 2, "--guidance", 3)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again/seed-0.png").read_bytes() == (tmp_path / "pictures/seed-0.png").read_bytes()
@@ -154,6 +154,15 @@ def test_a_run_is_continued_from_its_own_recipe(command, recipe):
     assert command("train", recipe, "--run-dir", "run").exit_code == 0
     result = command("train", "run/recipe.yaml", "--resume", "--set", "steps=3")
     assert (result.exit_code, result.stdout.strip()) == (0, "run folder: run")
+
+
+def test_a_run_is_continued_by_its_folder(command, recipe):
+    assert_told(command("train", ".", "--resume"), "folder without a run")
+    assert command("train", recipe, "--run-dir", "run").exit_code == 0
+    assert_told(command("train", "run"), "run: is a run's folder", "add --resume")
+    assert_told(command("train", recipe, "--run-dir", "run"), "agsm-rl train run --resume")
+    result = command("train", "run", "--resume", "--set", "steps=3")
+    assert (result.exit_code, result.stdout.strip()) == (0, "run folder: run"), result.output
 
 
 def test_a_run_cannot_be_continued_to_fewer_steps_than_it_has(command, recipe, tmp_path):
