@@ -8,8 +8,6 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
-
 LEFT_OUT = object()
 """Stands for what is neither text nor a number: the bytes of a picture or a sound, a decoded image."""
 
@@ -29,8 +27,6 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
     if isinstance(value, Decimal):
         return _plain(float(value))
     if isinstance(value, datetime | date | time):
@@ -40,4 +36,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [_plain(item) for item in value]
         return LEFT_OUT if any(item is LEFT_OUT for item in items) else items
-    return LEFT_OUT
+    import numpy as np  # here, so that the command line need not wait for it
+
+    return _plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else LEFT_OUT
