@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from agsm_rl_rewards.geneval.detector import object_names
+from agsm_rl_rewards.geneval.requirements import object_names
 from transformers import (
     CLIPConfig,
     CLIPModel,

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from agsm_rl.doctor.finding import Finding, green, red
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import ChecksPrompts
 from agsm_rl.term import Term
 from agsm_rl.training.scoring import checked_score
 
@@ -75,6 +77,11 @@ def _identity(reward: Any) -> tuple[str, str]:
 
 def _check(reward: Any) -> Finding:
     what, (images, prompts) = f"reward '{reward.name}'", golden_images()
+    if isinstance(reward, ChecksPrompts):
+        try:
+            reward.check_prompts(prompts, [{} for _ in prompts])
+        except UserError as error:
+            return green(what, f"not checked on the golden images, whose prompts lack what it judges by ({error})")
     try:
         scores = checked_score(reward, images, prompts).detach().cpu()
     except Exception as error:

@@ -7,11 +7,11 @@ of the image; that of transformers resizes every mask to 384 x 384 first, which 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
+from agsm_rl_rewards.geneval.requirements import object_names
 from agsm_rl_rewards.geneval.rules import COLORS, Box, Detection, color_crop
 from PIL import Image
 from torch import Tensor
@@ -31,12 +31,6 @@ Seen = dict[str, Any]
 """A stored detection: class, score, box and, if the prompt asks for a colour, `colors` (similarities)."""
 
 
-def object_names() -> list[str]:
-    """COCO's 80 classes in order, under GenEval's names."""
-    data = files("agsm_rl_rewards.geneval") / "data" / "object_names.txt"
-    return data.read_text(encoding="utf-8").split("\n")[:80]
-
-
 class Detector:
     """`detector(picture, colored)` → detections with confidence above 0.05, the most confident first.
 
@@ -44,22 +38,30 @@ class Detector:
         detector: Folder or hub id of a Mask2Former trained on COCO instances.
         classifier: Folder or hub id of a CLIP.
         device: By default a GPU if there is one.
+        options: What messages call the two models.
 
     Raises UserError, with the command that downloads them, if the models are missing.
     """
 
-    def __init__(self, detector: str = DETECTOR, classifier: str = CLASSIFIER, *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        detector: str = DETECTOR,
+        classifier: str = CLASSIFIER,
+        *,
+        device: str | None = None,
+        options: tuple[str, str] = ("--detector", "--classifier"),
+    ) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.names = object_names()
         # The PIL backend gives the same pixels whether or not torchvision is installed.
-        self._resize = _load(AutoImageProcessor, detector, "--detector", backend="pil")
-        self._segment = _load_model(Mask2FormerForUniversalSegmentation, detector, "--detector").to(self.device).eval()
-        _check_labels(self._segment.config.id2label, self.names, detector)
-        self._crop = _load(AutoImageProcessor, classifier, "--classifier", backend="pil")
-        self._tokenize = _load(AutoTokenizer, classifier, "--classifier")
-        self._clip = _load_model(CLIPModel, classifier, "--classifier").to(self.device).eval()
+        self._resize = _load(AutoImageProcessor, detector, options[0], backend="pil")
+        self._segment = _load_model(Mask2FormerForUniversalSegmentation, detector, options[0]).to(self.device).eval()
+        _check_labels(self._segment.config.id2label, self.names, f"{options[0]} '{detector}'")
+        self._crop = _load(AutoImageProcessor, classifier, options[1], backend="pil")
+        self._tokenize = _load(AutoTokenizer, classifier, options[1])
+        self._clip = _load_model(CLIPModel, classifier, options[1]).to(self.device).eval()
         self._colors: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -158,13 +160,13 @@ def detections(seen: Sequence[Mapping[str, Any]]) -> list[Detection]:
     return rows
 
 
-def _check_labels(labels: Mapping[int, str], names: list[str], detector: str) -> None:
+def _check_labels(labels: Mapping[int, str], names: list[str], where: str) -> None:
     """UserError unless the detector's classes are COCO's 80 in order; a few may be spelt differently."""
     matching = sum(labels.get(index) == name for index, name in enumerate(names))
     misplaced = [label for index, label in labels.items() if label in names and names.index(label) != index]
     if len(labels) != len(names) or matching < len(names) / 2 or misplaced:
         raise UserError(
-            f"--detector '{detector}': its {len(labels)} classes are not COCO's 80 in their order (person, bicycle, "
+            f"{where}: its {len(labels)} classes are not COCO's 80 in their order (person, bicycle, "
             f"car, …); give a detector of COCO instances, e.g. {DETECTOR}."
         )
 

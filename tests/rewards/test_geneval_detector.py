@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from agsm_rl_rewards.geneval.detector import Detector, box_of, detections, instances, object_names
+from agsm_rl_rewards.geneval.detector import Detector, box_of, detections, instances
+from agsm_rl_rewards.geneval.requirements import object_names
 from agsm_rl_rewards.geneval.rules import COLORS
 from PIL import Image
 from tiny_detectors import save_tiny_clip, save_tiny_detector

@@ -21,9 +21,9 @@ from agsm_rl_rewards.geneval.detector import (
     STORED_ABOVE,
     Detector,
     detections,
-    object_names,
 )
-from agsm_rl_rewards.geneval.rules import COLORS, GENEVAL, RELATIONS, Rules, confident, judge
+from agsm_rl_rewards.geneval.requirements import classes_by_colour, fault, object_names, requirements
+from agsm_rl_rewards.geneval.rules import GENEVAL, Rules, confident, judge
 from rich.console import Console
 
 from agsm_rl.errors import UserError
@@ -179,11 +179,11 @@ class GenEval:
         """UserError unless each prompt's metadata says, in GenEval's form, what the image should show."""
         names = set(object_names())
         for item in {item.prompt_index: item for item in images}.values():
-            fault = _fault(item.metadata, names)
-            if fault:
+            reason = fault(requirements(item.metadata), names)
+            if reason:
                 place = item.path.parents[1]
                 raise UserError(
-                    f"{place / 'metadata.jsonl'}: {fault}; take it from GenEval's evaluation_metadata.jsonl."
+                    f"{place / 'metadata.jsonl'}: {reason}; take it from GenEval's evaluation_metadata.jsonl."
                 )
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
@@ -194,7 +194,7 @@ class GenEval:
         """Detect objects, and classify the colours that the prompts ask for."""
         for item in images:
             picture = open_picture(item.path)
-            colored = {wanted["class"] for wanted in item.metadata.get("include", []) if "color" in wanted}
+            colored = classes_by_colour(requirements(item.metadata))
             self._kept.write(item.path, {"size": list(picture.size), "seen": self._models(picture, colored)})
 
     def result(self, images: Sequence[Drawn]) -> GenEvalResult:
@@ -205,7 +205,7 @@ class GenEval:
             if kept is None:
                 raise UserError(f"{item.path}: has no detections yet; run the evaluation again to the end.")
             stored = detections(kept["seen"])
-            verdict = judge(stored, item.metadata, self.rules)
+            verdict = judge(stored, requirements(item.metadata), self.rules)
             details = {
                 name: [[*detection.box, detection.score] for detection in group]
                 for name, group in confident(stored, item.metadata["tag"], self.rules).items()
@@ -259,21 +259,6 @@ def _row(content: dict[str, Any]) -> ImageResult:
     if not isinstance(row.correct, bool) or not all(isinstance(text, str) for text in (row.filename, row.tag)):
         raise TypeError("filename and tag must be strings, and correct must be true or false")
     return row
-
-
-def _fault(metadata: Mapping[str, Any], names: set[str]) -> str:
-    """What is wrong with a prompt's metadata; "" if it is fine."""
-    include = metadata.get("include")
-    if "tag" not in metadata or not isinstance(include, list) or not include:
-        return "has no `tag` or no `include`, which GenEval judges by"
-    for index, wanted in enumerate([*include, *metadata.get("exclude", [])]):
-        if not isinstance(wanted, dict) or wanted.get("class") not in names or not isinstance(wanted.get("count"), int):
-            return f"{wanted} needs a class (one of COCO's 80) and a count"
-        if "color" in wanted and wanted["color"] not in COLORS:
-            return f"'{wanted['color']}' is not one of GenEval's colours"
-        if "position" in wanted and (wanted["position"][0] not in RELATIONS or wanted["position"][1] >= index):
-            return f"{wanted['position']} is not a position relative to an earlier object"
-    return ""
 
 
 def _by_prompt(rows: Sequence[ImageResult]) -> list[list[ImageResult]]:
