@@ -70,6 +70,12 @@ BUILTIN: dict[str, dict[str, str]] = {
         "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
         "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
+    "suites": {
+        "fid": "agsm_rl.evaluate.suites.fid:FID",
+        "geneval": "agsm_rl.evaluate.suites.geneval:GenEval",
+        "rewards": "agsm_rl.evaluate.suites.rewards:Rewards",
+        "shapes": "agsm_rl.evaluate.suites.shapes:Shapes",
+    },
     "backbones": {
         "stable_diffusion": "agsm_rl.backbones:load_backbone",
         "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
@@ -83,6 +89,7 @@ NOUNS = {
     "adapters": "an adapter",
     "sources": "a source",
     "views": "a view",
+    "suites": "a suite",
     "backbones": "a backbone",
 }
 

@@ -107,20 +107,22 @@ def main(
 
 def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
     """Print table rows: strict / lenient % correct for plain and cued prompts, and for plain ones with the adapter."""
-    from agsm_rl.evaluate.suites.shapes import compare
-    from agsm_rl.recipe.schema import Evaluate
-    from agsm_rl.run.measurement import measure
+    from agsm_rl.evaluate.draw_folder import DrawingSettings
+    from agsm_rl.evaluate.measure import draw_and_judge
+    from agsm_rl.evaluate.suites.shapes import Shapes, compare
 
-    def suite(cue: str) -> ShapesResult:
-        options = Evaluate.model_validate({"split": split, "num_images": num_images, "prompt_suffix": cue})
-        return measure(policy.backbone, options, guidance, {}).result
+    suite = Shapes(split=split, num_images=num_images)
+
+    def judged(cue: str) -> ShapesResult:
+        how = DrawingSettings(guidance=guidance, num_steps=20, batch_size=50, prompt_suffix=cue)
+        return suite.result(draw_and_judge(policy.backbone, [suite], how).judged[0])
 
     with policy.switched_off():
-        results = {"plain": suite(""), "cued": suite(CUE)}
+        results = {"plain": judged(""), "cued": judged(CUE)}
     if adapted:
-        results["adapted"] = suite("")
+        results["adapted"] = judged("")
     for name, result in results.items():
-        strict, lenient = result.scores(strict=True), result.scores(strict=False)
+        strict, lenient = result.shares(strict=True), result.shares(strict=False)
         tags = [f"{100 * share.value:.0f} / {100 * lenient.tags[tag].value:.0f}" for tag, share in strict.tags.items()]
         overall = f"{100 * strict.overall.value:.1f} / {100 * lenient.overall.value:.1f}"
         print(f"| {guidance:g} | {name} | {overall} | {' | '.join(tags)} |", list(strict.tags), flush=True)

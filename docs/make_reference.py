@@ -9,7 +9,6 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import typer
 
 from agsm_rl import registry
 from agsm_rl.cli.commands import app
-from agsm_rl.evaluate.choose import GOES_WITH, SUITES
+from agsm_rl.evaluate.suite_options import ARGUMENTS, NAMES, entered
 from agsm_rl.interfaces import Batch
 from agsm_rl.recipe import schema
 from agsm_rl.recipe.meanings import Option, about, in_words, keys_of, options_of
@@ -38,6 +37,9 @@ INTRODUCTIONS = {
     "sources": "Where batches come from: blocks of `sources:` in a [recipe](recipe.md#sources), or a term's own "
     "`source:`.",
     "views": "What one term sees of a batch that several terms share: the `view:` of a [term](recipe.md#objectives).",
+    "suites": "What is measured: blocks of `evaluate.suites:` in a [recipe](recipe.md#suites), each with the keys of "
+    "every suite, and what `agsm-rl eval --suite` takes. On the command line, an option without a flag of its own is "
+    "given as `--option name=value`. How to use them: [Evaluation](../evaluation.md).",
     "backbones": "The frozen base model: the `backbone:` of a [recipe](recipe.md#backbone). The same recipe runs on "
     "another base with another `checkpoint:`.",
 }
@@ -61,6 +63,11 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
     ),
     ("optimizer", schema.Optimizer, ""),
     ("evaluate", schema.Evaluate, ""),
+    (
+        "suites",
+        schema.SuiteBlock,
+        "In `evaluate`: suites by name, `{name: {use: …}}`. Their options: [Suites](suites.md).",
+    ),
     ("sample", schema.Samples, ""),
     ("checkpoint", schema.CheckpointKeys, ""),
     ("stop_when", schema.StopRule, "Rules by score: `{overall: {falls_by: 0.05}}`."),
@@ -72,7 +79,7 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
 def pages() -> dict[str, str]:
     """Every page by its file's name."""
     kinds = {f"{kind}.md": kind_page(kind) for kind in registry.KINDS}
-    return {"recipe.md": recipe_page(), **kinds, "suites.md": suites_page(), "command_line.md": command_page()}
+    return {"recipe.md": recipe_page(), **kinds, "command_line.md": command_page()}
 
 
 def recipe_page() -> str:
@@ -128,6 +135,9 @@ def facts(kind: str, name: str, found: Any) -> list[str]:
         size = "" if low is None else f"Range {number(low)} to {number(high)}; "
         licence = f"; licence: {found.licence}" if hasattr(found, "licence") else ""
         return [f"{size}{gradient}{licence}."]
+    if kind == "suites":
+        flags = [name for name in NAMES if ARGUMENTS.get(name, name) in inspect.signature(found).parameters]
+        return [f"On the command line: {', '.join(f'`{entered(flag)}`' for flag in flags)}."] if flags else []
     if kind == "views":
         return [f"Looks at: {givers(found.consumes)}."]
     return []
@@ -159,22 +169,6 @@ def command_page() -> str:
         usage = " ".join(["agsm-rl", name, *arguments, "[OPTIONS]"])
         parts += [f"## {name}", linked(" ".join(command.help.split())), f"```text\n{usage}\n```"]
         parts.append(table(options_of_command(command).values()))
-    return joined(parts)
-
-
-def suites_page() -> str:
-    """Every suite, and the options of `eval` that go with it alone."""
-    parts = [
-        "# Suites",
-        "What `agsm-rl eval --suite` measures. The options here go with one suite or two; those of every suite are "
-        "[eval's](command_line.md#eval). How to use them: [Evaluation](../evaluation.md).",
-    ]
-    options = options_of_command(commands()["eval"])
-    for name in SUITES:
-        module = import_module(f"agsm_rl.evaluate.suites.{name}")
-        text = [linked(" ".join(part.split())) for part in inspect.cleandoc(module.__doc__ or "").split("\n\n")]
-        own = [option for parameter, option in options.items() if name in GOES_WITH.get(parameter, ())]
-        parts += [f"## {name}", *text, table(own)]
     return joined(parts)
 
 

@@ -14,6 +14,7 @@ from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw, to_picture
+from agsm_rl.evaluate.measured import to_json
 from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_backbone, build_trainer
@@ -21,7 +22,6 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import to_json
 from agsm_rl.sweep.evaluations import CellEvaluations
 
 
@@ -91,14 +91,16 @@ def test_a_recipe_s_evaluation_draws_with_the_bank_that_it_names(read, tmp_path,
     disturb(trainer.policy.adapters.values())
     folder = RunFolder(tmp_path)
     evaluation = Evaluator(folder, recipe, Console(file=StringIO()))
-    ((base, trained),) = evaluation.measure(trainer)
+    suites = evaluation.measure(trainer)
+    ((base, trained),) = suites["shapes"]
     backbone, prompts = trainer.policy.backbone, suite_prompts("held_out", 2, 0)
     with trainer.policy.using(bank):
         wanted = draw(backbone, prompts, [0, 1], guidance=3.0, num_steps=2)
-    assert torch.equal(trained.images, wanted) and not torch.equal(base.images, wanted)
+    pictures = {row: to_picture(image) for row, image in enumerate(wanted)}
+    assert trained.pictures == pictures and base.pictures != pictures
     with trainer.policy.using("negative" if bank == "positive" else "positive"):
         assert not torch.allclose(draw(backbone, prompts, [0, 1], guidance=3.0, num_steps=2), wanted)
-    assert to_json([(base, trained)], recipe.evaluate)["bank"] == bank
+    assert to_json(suites, recipe.evaluate)["bank"] == bank
 
 
 def test_a_sweep_s_evaluation_draws_with_the_bank_that_it_names_and_shares_the_base_s(read, exported, tmp_path):

@@ -1,4 +1,4 @@
-"""`agsm-rl eval`: its options in groups, and which kind of evaluation they ask for."""
+"""`agsm-rl eval`: its options in groups."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from agsm_rl.cli.options import (
     grouped,
 )
 from agsm_rl.cli.results import check_output_file, check_output_folder
-from agsm_rl.errors import UserError
-from agsm_rl.evaluate.choose import SuiteOptions
+from agsm_rl.evaluate.suite_options import SuiteOptions
 from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
+
+SHAPES_BATCH = 50
+"""Images of the shapes world, which are small, are drawn so many at a time unless they are kept."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class SuiteFlags(SuiteOptions):
     split: Annotated[str | None, typer.Option(help="shapes: prompts of train, validation or held_out (default).")] = (
         None
     )
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="shapes: also on a base that was not trained on the shapes world.")
+    ] = False
     detector: Annotated[str | None, typer.Option(help="geneval: a Mask2Former for COCO instances.")] = None
     classifier: Annotated[str | None, typer.Option(help="geneval: a CLIP, for colours.")] = None
     reward: Annotated[
@@ -106,9 +111,13 @@ class SuiteFlags(SuiteOptions):
     ] = None
     prompt_column: Annotated[str | None, typer.Option(help="rewards, fid: the column that holds the prompts.")] = None
     prompt_split: Annotated[str | None, typer.Option(help="rewards, fid: the data set's split.")] = None
-    reference: Annotated[Path | None, typer.Option(metavar="DIR", help="fid: a folder of real images.")] = None
+    reference: Annotated[str | None, typer.Option(metavar="DIR", help="fid: a folder of real images.")] = None
     inception: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="fid: the weights of the Inception network.")
+        str | None, typer.Option(metavar="FILE", help="fid: the weights of the Inception network.")
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other option of the suite (`agsm-rl list SUITE`). Repeatable."),
     ] = None
 
 
@@ -122,7 +131,7 @@ def evaluate(
             "results.jsonl.",
         ),
     ],
-    suite: Annotated[str, typer.Option(help="shapes, geneval, rewards or fid")] = "shapes",
+    suite: Annotated[str, typer.Option(help="shapes, geneval, rewards, fid, …: `agsm-rl list suites`.")] = "shapes",
     *,
     drawing: Drawing,
     comparison: Comparison,
@@ -131,76 +140,26 @@ def evaluate(
     allowed: Permissions,
 ) -> None:
     """Measure a model, or images that any tool made, on a suite, with 95 % intervals."""
-    options.check(suite)
+    options.check(suite, allowed.granted())
     output.check()
     without_loading_bars()
-    if suite == "shapes" and not _needs_files(target, comparison, output):
-        _evaluate_in_memory(target, drawing, comparison, output, options, allowed.granted())
-        return
-    if drawing.bank != "positive":
-        raise UserError(
-            f"--bank {drawing.bank}: works with --suite shapes only, and without --images, --shard and --against."
-        )
-    _evaluate_on_disk(target, suite, drawing, comparison, output, options, allowed.granted())
-
-
-def _needs_files(target: str, comparison: Comparison, output: Output) -> bool:
-    """Whether images are kept, or exist already, so that the evaluation goes by files."""
-    from agsm_rl.evaluate.suite_process import is_drawn
-
-    return bool(output.images or output.shard or comparison.against or is_drawn(target))
-
-
-def _evaluate_in_memory(
-    target: str,
-    drawing: Drawing,
-    comparison: Comparison,
-    output: Output,
-    options: SuiteFlags,
-    granted: frozenset[str],
-) -> None:
-    from agsm_rl.evaluate.in_memory import InMemoryOptions, evaluate_in_memory
-    from agsm_rl.evaluate.target import open_target
-
-    what = InMemoryOptions(
-        num_images=drawing.num_images or InMemoryOptions.num_images,
-        split=options.split or InMemoryOptions.split,
-        bank=drawing.bank,
-        guidance_bank=drawing.guidance_bank,
-        guidance_prompt=drawing.guidance_prompt,
-        seed=drawing.seed,
-        guidance=drawing.guidance,
-        num_steps=drawing.num_steps,
-        batch_size=drawing.batch_size,
-        prompt_suffix=drawing.prompt_suffix,
-    )
-    opened = open_target(target, base=drawing.base, options=drawing.backbone(), allow_imports=granted)
-    evaluate_in_memory(opened, what, compare=comparison.compare, json_file=output.json_file)
-
-
-def _evaluate_on_disk(
-    target: str,
-    suite: str,
-    drawing: Drawing,
-    comparison: Comparison,
-    output: Output,
-    options: SuiteFlags,
-    granted: frozenset[str],
-) -> None:
     from agsm_rl.evaluate.choose import make_suite
     from agsm_rl.evaluate.draw_folder import DrawingSettings
-    from agsm_rl.evaluate.on_disk import OnDiskOptions, evaluate_on_disk
+    from agsm_rl.evaluate.evaluate_target import EvalOptions, evaluate_target
 
+    granted = allowed.granted()
+    usual_batch = SHAPES_BATCH if suite == "shapes" and output.images is None else DrawingSettings.batch_size
     settings = DrawingSettings(
         seed=drawing.seed,
         guidance=drawing.guidance,
         num_steps=drawing.num_steps,
-        batch_size=drawing.batch_size or DrawingSettings.batch_size,
+        batch_size=drawing.batch_size or usual_batch,
         prompt_suffix=drawing.prompt_suffix,
+        bank=drawing.bank,
         guidance_bank=drawing.guidance_bank,
         guidance_prompt=drawing.guidance_prompt,
     )
-    what = OnDiskOptions(
+    what = EvalOptions(
         images=output.images,
         num_images=drawing.num_images,
         drawing=settings,
@@ -214,4 +173,4 @@ def _evaluate_on_disk(
     chosen = make_suite(
         suite, options, target=target, num_images=drawing.num_images, seed=drawing.seed, allow_imports=granted
     )
-    evaluate_on_disk(target, chosen, what, json_file=output.json_file)
+    evaluate_target(target, chosen, what, json_file=output.json_file)

@@ -1,60 +1,26 @@
-"""Turns the options of `agsm-rl eval` into a suite; options that do not go together are refused."""
+"""Turns the options of `agsm-rl eval` into a suite."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.evaluate.prompts import read_prompts
-from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
-
-if TYPE_CHECKING:
-    from agsm_rl.recipe.schema import Evaluate
-
-SUITES = ("shapes", "geneval", "rewards", "fid")
-# The suites that each suite-specific option goes with.
-GOES_WITH = {
-    "split": ("shapes",),
-    "detector": ("geneval",),
-    "classifier": ("geneval",),
-    "reward": ("rewards",),
-    "rewards_file": ("rewards",),
-    "prompts": ("rewards", "fid"),
-    "prompt_column": ("rewards", "fid"),
-    "prompt_split": ("rewards", "fid"),
-    "reference": ("fid",),
-    "inception": ("fid",),
-}
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """Options that belong to single suites; None or empty if they are not given."""
-
-    split: str | None = None
-    detector: str | None = None
-    classifier: str | None = None
-    reward: Sequence[str] | None = None
-    rewards_file: Path | None = None
-    prompts: str | None = None
-    prompt_column: str | None = None
-    prompt_split: str | None = None
-    reference: Path | None = None
-    inception: Path | None = None
-
-    def check(self, suite: str) -> None:
-        """UserError for an unknown suite, or for an option that does not belong to it."""
-        if suite not in SUITES:
-            raise unknown_name("--suite", suite, "a suite", SUITES)
-        for name, suites in GOES_WITH.items():
-            if getattr(self, name) and suite not in suites:
-                option = "--rewards" if name == "rewards_file" else "--" + name.replace("_", "-")
-                raise UserError(f"{option}: goes with --suite {' or '.join(suites)}, not with {suite}.")
+from agsm_rl import registry
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.prompts import PromptList
+from agsm_rl.evaluate.reward_options import parse_rewards, rewards_of
+from agsm_rl.evaluate.suite import Suite
+from agsm_rl.evaluate.suite_options import ARGUMENTS, NAMES, SuiteOptions, arguments_of, entered
+from agsm_rl.recipe.options import explain, validated
+from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.reward_specs import RewardSpec
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.suites import construct, make_suites
+from agsm_rl.recipe.yaml_file import parse_yaml, read_yaml
 
 
 def make_suite(
@@ -70,36 +36,65 @@ def make_suite(
 
     If `target` is a run folder, the rewards suite defaults to the run's own rewards and prompts.
     """
-    given.check(suite)
-    if suite == "geneval":
-        from agsm_rl.evaluate.suites.geneval import CLASSIFIER, DETECTOR, GenEval
+    given.check(suite, allow_imports)
+    takes = arguments_of(suite, allow_imports)
+    options = {name: value for name, value in given.given().items() if name not in ARGUMENTS}
+    options |= _parsed(given.option or ())
+    options |= {} if num_images is None or "num_images" not in takes else {"num_images": num_images}
+    options |= {} if "seed" not in takes else {"seed": seed} | options
+    run = _evaluation_of_run(Path(target)) if "rewards" in takes else None
+    rewards = {"rewards": _rewards(given, run, target, allow_imports)} if "rewards" in takes else {}
+    _check_required(suite, takes, options | rewards)
+    registered = registry.load("suites", suite, where="--suite", allow_imports=allow_imports)
+    stand_in = {key: {"any": 1.0} for key in rewards}
+    complete = validated(registered, options | stand_in, where=f"--suite {suite}: ")
+    parts = Parts(where=f"--suite {suite}", allow_imports=allow_imports)
+    made: Suite = construct(suite, complete | rewards, parts, "options")
+    prompts = getattr(made, "list", None)
+    if isinstance(prompts, PromptList):
+        prompts.where = "--prompts"
+        if run is not None and prompts.prompts is None:
+            made.list = _prompts_of_run(run, num_images, allow_imports)  # type: ignore[attr-defined]
+    return made
 
-        return GenEval(detector=given.detector or DETECTOR, classifier=given.classifier or CLASSIFIER)
-    if suite == "rewards":
-        from agsm_rl.evaluate.suites.rewards import Rewards, parse_rewards, rewards_of
-        from agsm_rl.evaluate.suites.shapes import suite_prompts
 
-        named = given.reward or given.rewards_file
-        of_run = None if named and given.prompts else _evaluation_of_run(Path(target))
-        prompts, where = _prompts(given, num_images), str(Path(target) / "recipe.yaml")
-        if of_run is not None and not prompts:
-            texts = suite_prompts(of_run.split, num_images or of_run.num_images, of_run.seed)
-            prompts = {index: {"prompt": text} for index, text in enumerate(texts)}
-        specs = (
-            rewards_of(of_run, where=where, allow_imports=allow_imports)
-            if of_run is not None and of_run.rewards and not named
-            else parse_rewards(given.reward or (), given.rewards_file, allow_imports=allow_imports)
-        )
-        return Rewards(specs, prompts, allow_imports=allow_imports)
-    if suite == "fid":
-        from agsm_rl.evaluate.suites.fid import FID
+def _rewards(
+    given: SuiteOptions, run: Evaluate | None, target: str, allow_imports: Collection[str]
+) -> list[RewardSpec]:
+    """Those that are named, or else the run's own."""
+    named = given.reward or given.rewards_file
+    if run is not None and not named and any(block.rewards for block in run.blocks.values()):
+        return rewards_of(run, where=str(Path(target) / "recipe.yaml"), allow_imports=allow_imports)
+    return parse_rewards(given.reward or (), given.rewards_file, allow_imports=allow_imports)
 
-        if given.reference is None:
-            raise UserError("--suite fid: give the folder of real images to compare with as --reference.")
-        return FID(given.reference, _prompts(given, num_images), weights=given.inception)
-    from agsm_rl.evaluate.suites.shapes_images import Shapes
 
-    return Shapes(split=given.split or "held_out", num_images=num_images or 600, seed=seed)
+def _prompts_of_run(run: Evaluate, num_images: int | None, allow_imports: Collection[str]) -> PromptList:
+    """The prompts of a run's first suite, as many as it draws or as are asked for."""
+    name, block = next(iter(run.blocks.items()))
+    if num_images is not None and "num_images" in arguments_of(block.use, allow_imports):
+        block = type(block).model_validate(block.model_dump() | {"num_images": num_images})
+    first = Evaluate.model_validate({"suites": {name: block}, "seed": run.seed})
+    suite = make_suites(first, Parts(where="the run's recipe.yaml", allow_imports=allow_imports))[0].suite
+    rows = {index: {"prompt": row["prompt"]} for index, row in suite.prompts().items()}
+    return PromptList("the run's", num_given=num_images, _rows=rows)
+
+
+def _check_required(suite: str, takes: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> None:
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in options:
+            how = entered(name) if name in NAMES else f"--option {name}=…"
+            raise UserError(f"--suite {suite}: needs {how}; `agsm-rl list {suite}` says what it is.")
+
+
+def _parsed(given: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts; values are YAML."""
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--option {text:.200}: write --option NAME=VALUE.")
+        options[key] = parse_yaml(value, where=f"--option {key}")
+    return options
 
 
 def _evaluation_of_run(target: Path) -> Evaluate | None:
@@ -107,19 +102,8 @@ def _evaluation_of_run(target: Path) -> Evaluate | None:
     file = target / "recipe.yaml"
     if not file.is_file():
         return None
-    from agsm_rl.recipe.options import explain
-    from agsm_rl.recipe.schema import Evaluate
-    from agsm_rl.recipe.yaml_file import read_yaml
-
     try:
         section = read_yaml(file).get("evaluate")
         return None if section is None else Evaluate.model_validate(section)
     except ValidationError as error:
         raise explain(error, where=f"{file}: evaluate") from error
-
-
-def _prompts(given: SuiteOptions, num_images: int | None) -> Mapping[int, Mapping[str, Any]]:
-    """The prompts; none if the target is a folder of images, which brings its own."""
-    if given.prompts is None:
-        return {}
-    return read_prompts(given.prompts, column=given.prompt_column, split=given.prompt_split, limit=num_images)

@@ -10,21 +10,24 @@ import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from PIL.Image import Image
 from rich.console import Console
 
 from agsm_rl import __version__
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.drawing import draw, to_picture, write_picture
-from agsm_rl.evaluate.image_folder import SAMPLES, Drawn, is_whole, sha256, write_metadata
+from agsm_rl.evaluate.drawing import to_picture, write_picture
+from agsm_rl.evaluate.image_folder import Drawn, file_name, is_whole, sha256, write_metadata
 from agsm_rl.evaluate.progress import progress
+from agsm_rl.evaluate.suite import Asked, Metadata, Suite
 from agsm_rl.evaluate.target import Target
 from agsm_rl.files import read_json, write_text
+from agsm_rl.interfaces import Backbone, Bank
 from agsm_rl.recipe.earlier import block_of_today
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
@@ -44,6 +47,7 @@ class DrawingSettings:
     num_steps: int | None = None
     batch_size: int = 8
     prompt_suffix: str = ""
+    bank: Bank = "positive"
     guidance_bank: GuidanceBank | None = None
     guidance_prompt: GuidancePrompt | None = None
 
@@ -73,17 +77,17 @@ def seed_of(seed: int, prompt_index: int, number: int) -> int:
     return seed + prompt_index + STRIDE * number
 
 
-def plan(folder: Path, asked: Mapping[int, Mapping[str, Any]], num_images: int) -> list[Drawn]:
+def plan(prompts: Mapping[int, Metadata], num_images: int) -> list[Asked]:
     """The images to draw: the first of each prompt, then the second of each, … up to `num_images`."""
-    indices = list(asked)
+    indices = list(prompts)
     places = [(indices[j % len(indices)], j // len(indices)) for j in range(num_images)]
-    return [image_of(folder, index, number, asked[index]) for index, number in places]
+    return [Asked(index, number, prompts[index]) for index, number in places]
 
 
-def image_of(folder: Path, prompt_index: int, number: int, metadata: Mapping[str, Any]) -> Drawn:
-    """Image `number` of a prompt, with its path."""
-    path = folder / f"{prompt_index:05d}" / SAMPLES / f"{number:04d}.png"
-    return Drawn(path, prompt_index, number, metadata)
+def image_of(folder: Path, asked: Asked) -> Drawn:
+    """An image with its path in a folder."""
+    path = folder / file_name(asked.prompt_index, asked.number)
+    return Drawn(path, asked.prompt_index, asked.number, asked.metadata)
 
 
 def pinned(target: Target, settings: DrawingSettings) -> dict[str, Any]:
@@ -102,6 +106,7 @@ def pinned(target: Target, settings: DrawingSettings) -> dict[str, Any]:
                 "num_steps": settings.num_steps or target.num_steps,
                 **target.guidance_form(),
                 "prompt_suffix": settings.prompt_suffix,
+                "bank": settings.bank,
                 "resolution": target.backbone.resolution,
                 "call_options": target.backbone.call_options,
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
@@ -121,6 +126,7 @@ def versions() -> dict[str, str]:
 
 
 def draw_images(
+    suite: Suite,
     wanted: Sequence[Drawn],
     folder: Path,
     target: Target,
@@ -129,15 +135,16 @@ def draw_images(
     *,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw the images of this share that are missing or damaged, and return the recorded settings.
+    """Draw the suite's images of this share that are missing or damaged, and return the recorded settings.
 
     UserError if the folder holds images that were drawn with other settings.
     """
-    with target.using("positive", how.guidance_bank, how.guidance_prompt):
-        return _draw_as_pinned(wanted, folder, target, how, shard, console)
+    with target.using(how.bank, how.guidance_bank, how.guidance_prompt):
+        return _draw_as_pinned(suite, wanted, folder, target, how, shard, console)
 
 
 def _draw_as_pinned(
+    suite: Suite,
     wanted: Sequence[Drawn],
     folder: Path,
     target: Target,
@@ -154,18 +161,27 @@ def _draw_as_pinned(
     with progress(f"drawing {target.name}", total=len(share), done=done, console=console) as advance:
         for start in range(0, len(missing), how.batch_size):
             part = missing[start : start + how.batch_size]
-            images = draw(
-                target.backbone,
-                [item.prompt + how.prompt_suffix for item in part],
-                [seed_of(how.seed, item.prompt_index, item.number) for item in part],
-                guidance=settings["guidance"],
-                num_steps=settings["num_steps"],
-                batch_size=how.batch_size,
-            )
-            for item, image in zip(part, images, strict=True):
-                write_picture(to_picture(image), item.path)
+            how_now = replace(how, guidance=settings["guidance"], num_steps=settings["num_steps"])
+            for item, picture in zip(part, draw_pictures(suite, target.backbone, part, how_now), strict=True):
+                write_picture(picture, item.path)
             advance(len(part))
     return settings
+
+
+def draw_pictures(
+    suite: Suite, backbone: Backbone, asked: Sequence[Asked | Drawn], how: DrawingSettings
+) -> list[Image]:
+    """One batch of a suite's pictures, as a user would save them; `guidance` and `num_steps` must be given."""
+    assert how.guidance is not None and how.num_steps is not None
+    images = suite.draw(
+        backbone,
+        [item.prompt + how.prompt_suffix for item in asked],
+        [seed_of(how.seed, item.prompt_index, item.number) for item in asked],
+        [item.metadata for item in asked],
+        guidance=how.guidance,
+        num_steps=how.num_steps,
+    )
+    return [to_picture(image) for image in images]
 
 
 def read_pinned(folder: Path) -> dict[str, Any] | None:
@@ -180,7 +196,7 @@ def read_pinned(folder: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not isinstance(content.get("num_images"), int):
         raise UserError(f"{file}: does not record how images were drawn; remove {folder} and draw again.")
     # Folders from before an option existed do not mention it.
-    return {"prompt_suffix": "", "guidance_bank": "positive", "guidance_prompt": "empty"} | content
+    return {"prompt_suffix": "", "bank": "positive", "guidance_bank": "positive", "guidance_prompt": "empty"} | content
 
 
 def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.evaluate.suites.shapes import Scores
 from agsm_rl.run.screen import styled
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of correct images: per tag with Wilson intervals and counts, and the mean over tags."""
+
+    overall: Interval
+    tags: dict[str, Interval]
+    counts: dict[str, tuple[int, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """`overall` with its interval, and `tags` as {tag: {correct, total, score, low, high}}."""
+        rows = {}
+        for tag, share in self.tags.items():
+            correct, total = self.counts[tag]
+            figures = {"score": share.value, "low": share.low, "high": share.high}
+            rows[tag] = {"correct": correct, "total": total, **figures}
+        return {"overall": self.overall.value, "low": self.overall.low, "high": self.overall.high, "tags": rows}
 
 
 def interval_json(part: Interval) -> dict[str, float | None]:
@@ -32,10 +51,13 @@ def plain_table(title: str, columns: Sequence[str]) -> Table:
 
 
 def share_table(
-    title: str, scores: Sequence[Scores], changes: tuple[Interval, dict[str, Interval]] | None = None
+    title: str,
+    scores: Sequence[Scores],
+    changes: tuple[Interval, dict[str, Interval]] | None = None,
+    labels: tuple[str, str] = ("other", "this"),
 ) -> Table:
     """Shares in percent, one row per tag and one for their mean; for two targets, also their difference."""
-    columns = ("other", "this", "difference") if changes else ("score",)
+    columns = (*labels, "difference") if changes else ("score",)
     table = plain_table(title, ("tag", "n", *columns))
     for tag, (_, total) in scores[-1].counts.items():
         cells = [percent(part.tags[tag]) for part in scores] + ([percent(changes[1][tag], "+")] if changes else [])

@@ -41,6 +41,11 @@ class Drawn:
         return str(self.metadata["prompt"])
 
 
+def file_name(prompt_index: int, number: int) -> str:
+    """Where image `number` of a prompt lies in its folder."""
+    return f"{prompt_index:05d}/{SAMPLES}/{number:04d}.png"
+
+
 def is_image_folder(path: Path) -> bool:
     """True for a folder in GenEval's layout."""
     return path.is_dir() and any(_prompt_folders(path))
@@ -144,9 +149,8 @@ def write_metadata(place: Path, metadata: Mapping[str, Any]) -> None:
     """Write a prompt's metadata.jsonl; UserError if there is one of another prompt."""
     file = place / METADATA
     if file.is_file():
-        there = _read_metadata(file)
-        # Earlier versions kept a prompt without the other columns of its row.
-        if there not in (json.loads(json.dumps(metadata)), {"prompt": metadata["prompt"]}):
+        there, now = _read_metadata(file), json.loads(json.dumps(metadata))
+        if any(now.get(key) != value for key, value in there.items()):  # earlier versions kept fewer columns
             raise UserError(
                 f"{file}: belongs to another prompt ('{there['prompt']}', not '{metadata['prompt']}'), so the folder "
                 "was drawn for other prompts; give another --images."

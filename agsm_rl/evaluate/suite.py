@@ -36,6 +36,20 @@ Judge = Callable[[Sequence[Image], Sequence[str], Sequence[Metadata]], list[Row]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One picture of a suite, drawn or yet to be drawn: its prompt's number and row, and its number among those."""
+
+    prompt_index: int
+    number: int
+    metadata: Metadata
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+        return str(self.metadata["prompt"])
+
+
+@dataclass(frozen=True)
 class Judged:
     """One picture of a suite and the row that it was given.
 
@@ -179,3 +193,11 @@ class Suite(ABC):
         `prompts` have the evaluation's `prompt_suffix`. Image i depends on prompts[i], seeds[i] and metadata[i] only.
         """
         return draw(backbone, prompts, seeds, guidance=guidance, num_steps=num_steps, batch_size=max(1, len(prompts)))
+
+
+def batches_of_one_size(shapes: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
+    """The numbers of things of these shapes in batches of at most `size`, each of one shape, for judges that stack."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]

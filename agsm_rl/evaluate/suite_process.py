@@ -1,4 +1,4 @@
-"""This process's share of an evaluation on disk: take or draw the targets' images, and measure them with a suite."""
+"""This process's share of `agsm-rl eval`: take or draw the targets' images, and have a suite judge them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, plan, read_pinned
-from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, pictures_in, read_images
+from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, pinned, plan, read_pinned
+from agsm_rl.evaluate.image_folder import METADATA, Drawn, is_image_folder, pictures_in, read_images
+from agsm_rl.evaluate.kept_rows import KeptRows, judged_in_memory
+from agsm_rl.evaluate.measure import draw_and_judge
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
+from agsm_rl.evaluate.suite import Asked, Judged, Result, Suite
 from agsm_rl.evaluate.suites.geneval import GenEvalResult, read_results
 from agsm_rl.evaluate.target import Target, open_target
 from agsm_rl.run.screen import make_console
+from agsm_rl.training.processes import Processes
 
-MEASURED_AT_ONCE = 16
+JUDGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class OnDiskOptions:
+class EvalOptions:
     """What to draw, where to keep it, and what to compare with.
 
     Attributes:
-        images: The folder that keeps drawn images; a temporary one by default.
-        num_images: How many images to draw; None is the suite's number.
+        images: The folder that keeps drawn images; None keeps none.
+        num_images: How many images were asked for; None is the suite's number.
         drawing: How images are drawn.
         share: `i/n`, this process's share of the drawing and measuring.
         against: Another target to compare with.
@@ -50,21 +53,28 @@ class OnDiskOptions:
 
 @dataclass
 class TargetImages:
-    """A target's images, or the results that another tool computed from them.
+    """A target's images with what is said of them, or the results that another tool computed from them.
 
     Attributes:
         name: The target as the user gave it.
-        images: The images; empty if there are only results.
         drawing: The settings that decided the images, if they are known.
+        files: The images in a folder; empty if none are kept.
+        judged: The rows of images that are not kept in a folder of ours.
         results: Results read from a results.jsonl.
-        folder: The folder that keeps the images; None if it is temporary.
+        folder: The folder that keeps the images.
     """
 
     name: str
-    images: list[Drawn]
-    drawing: dict[str, Any] | None
+    drawing: dict[str, Any] | None = None
+    files: list[Drawn] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
     results: GenEvalResult | None = None
     folder: Path | None = None
+
+    @property
+    def asked(self) -> list[Asked]:
+        """What was drawn."""
+        return [Asked(item.prompt_index, item.number, item.metadata) for item in self.files or self.judged]
 
 
 @dataclass
@@ -75,7 +85,7 @@ class SuiteProcess:
     """
 
     suite: Suite
-    options: OnDiskOptions
+    options: EvalOptions
     share: Share
     gathers: bool
     console: Console
@@ -83,7 +93,7 @@ class SuiteProcess:
     target: Target | None = None
 
     @staticmethod
-    def begin(suite: Suite, options: OnDiskOptions) -> SuiteProcess:
+    def begin(suite: Suite, options: EvalOptions) -> SuiteProcess:
         """A process with the share that the options or accelerate's processes give it."""
         if options.share is not None:
             return SuiteProcess(suite, options, Share.parse(options.share), False, make_console(stderr=True))
@@ -91,8 +101,6 @@ class SuiteProcess:
             return SuiteProcess(suite, options, Share(), True, make_console(stderr=True))
         from agsm_rl.training.processes import make_accelerator
 
-        if options.images is None:
-            raise UserError("--images: several processes need a shared folder; give one.")
         accelerator = make_accelerator()
         main = accelerator.is_main_process
         share = Share(accelerator.process_index, accelerator.num_processes)
@@ -103,23 +111,26 @@ class SuiteProcess:
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
-    def images_of(self, target: str | None, folder: Path, *, like: TargetImages | None = None) -> TargetImages:
-        """A target's images, after drawing and measuring this share of them.
+    def result(self, images: TargetImages) -> Result:
+        """The result of a target, once all shares are done."""
+        if images.results is not None:
+            return images.results
+        return self.suite.result(images.judged or KeptRows(self.suite).read(images.files))
+
+    def images_of(self, target: str | None, folder: Path | None, like: TargetImages | None = None) -> TargetImages:
+        """The target's images, taken or drawn, with this process's share judged.
 
         Args:
             target: The target; None is the base of the previous one.
-            folder: Where images are drawn.
+            folder: Where drawn images are kept; None keeps none.
             like: Images to compare with, whose prompts, noise, guidance and steps are used.
         """
         if target is not None and target.endswith(".jsonl"):
             if self.suite.name != "geneval":
                 raise UserError(f"{target}: only --suite geneval reads results; give a folder of images.")
-            return TargetImages(target, [], None, read_results(Path(target)))
+            return TargetImages(target, results=read_results(Path(target)))
         images = self._existing(target) if target is not None else None
-        if images is None:
-            images = self._draw(target, folder, like)
-        self._measure(images.images)
-        return images
+        return images or self._drawn(target, folder, like)
 
     def _existing(self, target: str) -> TargetImages | None:
         """Images that exist already; None if the target is a model."""
@@ -127,66 +138,96 @@ class SuiteProcess:
         if is_image_folder(path):
             if self.options.num_images is not None:
                 raise UserError(f"--num-images: all images in the folder {target} are evaluated; leave the option out.")
-            images = read_images(path)
+            files = read_images(path)
             drawing = read_pinned(path)
-            if drawing is not None and len(images) < drawing["num_images"]:
+            if drawing is not None and len(files) < drawing["num_images"]:
                 raise UserError(
-                    f"{target}: only {len(images)} of its {drawing['num_images']} images are drawn. Run the command "
+                    f"{target}: only {len(files)} of its {drawing['num_images']} images are drawn. Run the command "
                     "that draws them again (with each --shard, if it was split)."
                 )
-            self.suite.check(images)
-            return TargetImages(target, images, drawing, folder=path)
+            for item in {item.prompt_index: item for item in files}.values():
+                self._check(item)
+            self._judge(files)
+            return TargetImages(target, drawing, files, folder=path)
         if is_plain_folder(target, self.suite):
-            images = [Drawn(picture, 0, k, {"prompt": ""}) for k, picture in enumerate(pictures_in(path))]
-            return TargetImages(target, images, None)
+            files = [Drawn(picture, 0, k, {"prompt": ""}) for k, picture in enumerate(pictures_in(path))]
+            self.suite.prepare()
+            return TargetImages(target, judged=judged_in_memory(self.suite, files, at_once=JUDGED_AT_ONCE))
         return None
 
-    def _draw(self, target: str | None, folder: Path, like: TargetImages | None) -> TargetImages:
+    def _check(self, item: Drawn) -> None:
+        try:
+            self.suite.check(item.metadata)
+        except UserError as error:
+            raise UserError(f"{item.path.parents[1] / METADATA}: {error}") from error
+
+    def _drawn(self, target: str | None, folder: Path | None, like: TargetImages | None) -> TargetImages:
         settings = self.options.drawing
         if target is None or target == self.options.against:
             # The other target is drawn by its own settings; a base has no banks.
-            settings = replace(settings, guidance_bank=None, guidance_prompt=None)
-        if like is not None and like.images:
+            settings = replace(settings, bank="positive", guidance_bank=None, guidance_prompt=None)
+        asked = [] if like is None else like.asked
+        if like is not None and asked:
             settings = _as_drawn(settings, like.drawing or {})
-            planned = [image_of(folder, item.prompt_index, item.number, item.metadata) for item in like.images]
         else:
-            planned = plan(folder, self.suite.asked(), self.options.num_images or self.suite.num_images)
+            asked = plan(self.suite.prompts(), self.suite.num_images)
         self.suite.prepare()
-        if target is None:
-            self._switch_to_base()
-        else:
-            self.target = None  # two models need not be in memory at once
-            resolution = (like.drawing or {}).get("resolution") if like is not None else None
-            base = self.options.base if target != self.options.against else None
-            options, allowed = self._backbone(resolution), self.options.allow_imports
-            self.target = open_target(target, base=base, options=options, allow_imports=allowed)
-        assert self.target is not None
-        drawing = draw_images(planned, folder, self.target, settings, self.share, console=self.console)
-        return TargetImages(self.target.name, planned, drawing, folder=folder if self.options.images else None)
+        opened = self._open(target, like)
+        if folder is None:
+            return self._in_memory(opened, asked, settings)
+        files = [image_of(folder, item) for item in asked]
+        drawing = draw_images(self.suite, files, folder, opened, settings, self.share, console=self.console)
+        self._judge(files)
+        return TargetImages(opened.name, drawing, files, folder=folder)
 
-    def _switch_to_base(self) -> None:
-        """Turn the open target into its own base."""
-        assert self.target is not None
-        if self.target.handle is None:
+    def _open(self, target: str | None, like: TargetImages | None) -> Target:
+        """The target, or the base of the one that is open."""
+        if target is None:
+            assert self.target is not None and self.target.handle is not None
+            self.target.handle.detach()
+            self.target.name, self.target.files = f"base of {self.target.name}", ()
+            return self.target
+        self.target = None  # two models need not be in memory at once
+        resolution = (like.drawing or {}).get("resolution") if like is not None else None
+        self.target = open_target(
+            target,
+            base=self.options.base if target != self.options.against else None,
+            options=self._backbone(resolution),
+            allow_imports=self.options.allow_imports,
+            check_base=self.suite.check_base,
+        )
+        if self.options.compare and self.target.handle is None:
             raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")
-        self.target.handle.detach()
-        self.target.name, self.target.files = f"base of {self.target.name}", ()
+        return self.target
+
+    def _in_memory(self, opened: Target, asked: list[Asked], settings: DrawingSettings) -> TargetImages:
+        with opened.using(settings.bank, settings.guidance_bank, settings.guidance_prompt):
+            drawing = pinned(opened, settings)
+            how = replace(settings, guidance=drawing["guidance"], num_steps=drawing["num_steps"])
+            processes = None if self.accelerator is None else Processes(self.accelerator)
+            share = len(asked) if processes is None else -(-len(asked) // processes.count)
+            with progress(f"evaluating {opened.name}", total=share, console=self.console) as advance:
+                drawn = draw_and_judge(
+                    opened.backbone, [self.suite], how, asked=asked, processes=processes, advance=advance
+                )
+        return TargetImages(opened.name, drawing, judged=drawn.judged[0])
 
     def _backbone(self, resolution: int | None) -> dict[str, Any]:
         options = ({"resolution": resolution} if resolution else {}) | self.options.backbone
         return options | ({"device": str(self.accelerator.device)} if self.accelerator is not None else {})
 
-    def _measure(self, images: list[Drawn]) -> None:
-        mine = self.share.of(images)
-        pending = self.suite.pending(mine)
+    def _judge(self, files: list[Drawn]) -> None:
+        """Judge this process's share of the images in a folder, unless it has been judged."""
+        mine, kept = self.share.of(files), KeptRows(self.suite)
+        pending = kept.pending(mine)
         if not pending:
             return
         self.suite.prepare()
         done = len(mine) - len(pending)
         with progress(f"measuring {self.suite.name}", total=len(mine), done=done, console=self.console) as advance:
-            for start in range(0, len(pending), MEASURED_AT_ONCE):
-                part = pending[start : start + MEASURED_AT_ONCE]
-                self.suite.measure(part)
+            for start in range(0, len(pending), JUDGED_AT_ONCE):
+                part = pending[start : start + JUDGED_AT_ONCE]
+                kept.judge(part)
                 advance(len(part))
 
 

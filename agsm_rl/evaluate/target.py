@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from agsm_rl.recipe.schema import Block, Samples
 from agsm_rl.recipe.yaml_file import read_yaml
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
 
+CheckBase = Callable[[Mapping[str, Any]], None]
 BUILTIN_DRAWING = (3.0, 20)
 """Guidance and steps for the small bases, unless a recipe says otherwise."""
 
@@ -97,6 +98,7 @@ def open_target(
     base: str | None = None,
     options: Mapping[str, Any] | None = None,
     allow_imports: Collection[str] = (),
+    check_base: CheckBase = lambda backbone: None,
 ) -> Target:
     """Load a run folder, an adapter file or folder, or a base.
 
@@ -105,23 +107,26 @@ def open_target(
         base: The base to use instead of the one that the target names; needed for a LoRA that diffusers or PEFT wrote.
         options: Options of the backbone (dtype, device, …), which take precedence over the run's.
         allow_imports: Modules whose code the target may name (registry.permissions).
+        check_base: Called with the backbone's options before anything is loaded; may raise a UserError.
     """
     path, more = local_path(target), dict(options or {})
     if (path / "recipe.yaml").is_file():
-        return _open_run(path, base, more, allow_imports)
+        return _open_run(path, base, more, allow_imports, check_base)
     is_adapter = path.suffix == ".safetensors" and not is_single_file(path)
     if is_adapter or (path.is_dir() and not (path / "model_index.json").is_file()):
-        return _open_adapter(path, base, more, allow_imports)
+        return _open_adapter(path, base, more, allow_imports, check_base)
     if base is not None:
         raise UserError(
             f"--base {base}: '{target}' is a base itself; --base goes with a run folder or an exported adapter."
         )
     if not target.startswith("builtin:"):
         local_or_hub(target, where="TARGET", allowed=f"a run folder, an exported adapter, or a base: {ALLOWED}")
-    return _load({"use": "stable_diffusion", "checkpoint": target} | more, where=target)
+    return _load({"use": "stable_diffusion", "checkpoint": target} | more, where=target, check_base=check_base)
 
 
-def _open_run(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
+def _open_run(
+    path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str], check_base: CheckBase
+) -> Target:
     check_contained(path, [name for name in ("recipe.yaml", "adapter") if os.path.lexists(path / name)])
     recipe, where = read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml")
     try:
@@ -131,16 +136,19 @@ def _open_run(path: Path, base: str | None, more: dict[str, Any], allow_imports:
         raise explain(error, where=f"{where}: ") from error
     block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more
     block.pop("compile", None)  # compiling pays off in a training, not for a few pictures
-    target = _load(block, where=where, name=str(path), adapter=path, allow_imports=allow_imports)
+    target = _load(block, where=where, name=str(path), adapter=path, allow_imports=allow_imports, check_base=check_base)
     if given.sample is not None:
         target.guidance, target.num_steps = given.sample.guidance, given.sample.num_steps
     return target
 
 
-def _open_adapter(path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str]) -> Target:
+def _open_adapter(
+    path: Path, base: str | None, more: dict[str, Any], allow_imports: Collection[str], check_base: CheckBase
+) -> Target:
     files = find_exports(path)
     if base and len(files) == 1 and _is_foreign(files[0]):
-        return _load({"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])} | more, where=str(path))
+        block = {"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])}
+        return _load(block | more, where=str(path), check_base=check_base)
     _, metadata = read_export(files[0])
     checkpoint = base or metadata.get("checkpoint")
     if not checkpoint:
@@ -150,7 +158,7 @@ def _open_adapter(path: Path, base: str | None, more: dict[str, Any], allow_impo
     block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
     if base is None:
         block |= _trained_on(metadata, files[0])
-    return _load(block | more, where=str(path), adapter=path, allow_imports=allow_imports)
+    return _load(block | more, where=str(path), adapter=path, allow_imports=allow_imports, check_base=check_base)
 
 
 def _trained_on(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -174,7 +182,9 @@ def _load(
     name: str = "",
     adapter: Path | None = None,
     allow_imports: Collection[str] = (),
+    check_base: CheckBase,
 ) -> Target:
+    check_base(block)
     # Look for the exports first: loading a large base takes long.
     lora = Path(block.get("lora") or "")
     files = find_exports(adapter) if adapter is not None else [lora] if lora.is_file() else []

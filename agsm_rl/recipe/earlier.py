@@ -23,7 +23,7 @@ from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.rewards import RewardEntry
-from agsm_rl.recipe.schema import Block, Evaluate
+from agsm_rl.recipe.schema import SHORT_FORM, Block, Evaluate
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
 
 FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.yaml")
@@ -112,10 +112,26 @@ def _block(kind: str, block: Any) -> Any:
 def _evaluation(section: Any) -> Any:
     if not isinstance(section, Mapping):
         return section
-    filled = _filled(section, _first_defaults()["evaluate"])
-    if isinstance(filled["rewards"], Mapping):
-        filled["rewards"] = {key: _reward(key, given or {}) for key, given in filled["rewards"].items()}
+    first = _first_defaults()["evaluate"]
+    if section.get("suites") is not None:
+        first = {key: value for key, value in first.items() if key not in SHORT_FORM}
+    filled = _measured(_filled(section, first))
+    if isinstance(filled.get("suites"), Mapping):
+        filled["suites"] = {name: _suite(block) for name, block in filled["suites"].items()}
     return filled
+
+
+def _suite(block: Any) -> Any:
+    if not isinstance(block, Mapping):
+        return block
+    return _measured(_filled(_filled(block, _of("suites", block.get("use"))), _first_defaults()["suite"]))
+
+
+def _measured(section: dict[str, Any]) -> dict[str, Any]:
+    """With the first defaults of the options of its rewards, which are only measured."""
+    if isinstance(section.get("rewards"), Mapping):
+        section["rewards"] = {key: _reward(key, given or {}) for key, given in section["rewards"].items()}
+    return section
 
 
 def _weighted_reward(key: Any, given: Any) -> Any:

@@ -24,9 +24,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from agsm_rl.errors import UserError, combined
-from agsm_rl.training.limits import MAX_NUMBER, MAX_SEED
+from agsm_rl.training.limits import MAX_IMAGES, MAX_NUMBER, MAX_SEED
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+NumImages = Annotated[int, Field(ge=1, le=MAX_IMAGES)]
 _UNION_TAG = re.compile(
     r"^(str|int|float|bool|none|Block|constrained-\w+|\w+-(before|after|wrap)\(.*\)|(dict|list|tuple)\[.*\])$"
 )

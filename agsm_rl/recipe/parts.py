@@ -142,10 +142,13 @@ class Parts:
 
     def evaluated_rewards(self, evaluate: Evaluate, place: str = "evaluate") -> dict[str, Reward]:
         """The rewards of a completed evaluation, by the names under which they are reported."""
-        return {
-            entry.name: self.reward(entry.use, f"{place}.rewards.{entry.key}", entry.options)
-            for entry in in_evaluation(evaluate.rewards)
-        }
+        rewards = {}
+        for name, block in evaluate.blocks.items():
+            at = place if evaluate.suites is None else f"{place}.suites.{name}"
+            for entry in in_evaluation(block.rewards):
+                key = entry.name if evaluate.suites is None else f"{name}/{entry.name}"
+                rewards[key] = self.reward(entry.use, f"{at}.rewards.{entry.key}", entry.options)
+        return rewards
 
     def call(self, maker: Any, options: dict[str, Any], place: str) -> Any:
         """`maker(**options)`; its errors name the place, and `seed: null` leaves it its own default."""

@@ -15,8 +15,8 @@ from agsm_rl.errors import MistakesSoFar, UserError, unknown_name
 from agsm_rl.files import local_or_hub
 from agsm_rl.recipe.options import unknown_key, validated
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.rewards import SCORES, in_evaluation
 from agsm_rl.recipe.schema import Block, Evaluate, Optimizer, RecipeKeys, TermBlock
+from agsm_rl.recipe.suites import complete_rewards, complete_suite, find_score, make_suites
 from agsm_rl.training.limits import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
             with mistakes.collected():
                 _check_term(completed, index, shared, adapters, parts)
     with mistakes.collected():
-        _check_rules(completed, parts)
+        _check_suites(completed, parts)
     mistakes.raise_any()
     return completed
 
@@ -145,32 +145,38 @@ def _own_options(block: Block, kinds: Mapping[str, Any], place: str, parts: Part
 
 
 def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evaluate") -> Evaluate:
-    """The section with its rewards by name, their options filled in and checked: each is constructed."""
-    try:
-        entries = in_evaluation(evaluate.rewards)
-    except UserError as error:
-        raise UserError(f"{parts.at(place)}.{error}") from error
-    rewards, mistakes = {}, MistakesSoFar(parts.where)
-    for index, entry in enumerate(entries):
-        key = f".{entry.key}" if isinstance(evaluate.rewards, dict) else f"[{index}]"
-        with mistakes.collected():
-            completed = parts.complete_reward(entry, f"{place}.rewards{key}")
-            parts.reward(completed.use, f"{place}.rewards{key}", completed.options)
-            rewards[completed.key] = completed.to_data()
-    mistakes.raise_any()
-    return evaluate.model_copy(update={"rewards": rewards})
+    """The section with its suites' and rewards' options filled in and checked: each is constructed."""
+    if evaluate.suites is None:
+        completed = evaluate.model_copy(update={"rewards": complete_rewards(evaluate, parts, place)})
+    else:
+        suites, mistakes = {}, MistakesSoFar(parts.where)
+        for name, block in evaluate.suites.items():
+            with mistakes.collected():
+                suites[name] = complete_suite(block, parts, f"{place}.suites.{name}")
+                _check_path(block, f"{place}.suites.{name}", parts)
+        mistakes.raise_any()
+        completed = evaluate.model_copy(update={"suites": suites})
+    make_suites(completed, parts, place)
+    return completed
 
 
-def _check_rules(recipe: RecipeKeys, parts: Parts) -> None:
-    """`checkpoint.best` and `stop_when` name what is evaluated while the run goes on."""
+def _check_suites(recipe: RecipeKeys, parts: Parts) -> None:
+    """The suites make sense on the base, and `checkpoint.best` and `stop_when` name what they measure in the run."""
+    suites = [] if recipe.evaluate is None else make_suites(recipe.evaluate, parts)
+    for entry in suites:
+        try:
+            entry.suite.check_base(recipe.backbone.options)
+        except UserError as error:
+            place = "evaluate" if entry.alone else f"evaluate.suites.{entry.name}"
+            raise parts.refuse(place, str(error)) from error
     wanted = {"checkpoint.best": recipe.checkpoint.best} if recipe.checkpoint.best else {}
     wanted |= {f"stop_when.{name}": name for name in recipe.stop_when}
     for place, name in wanted.items():
         if recipe.evaluate is None or recipe.evaluate.every is None:
             raise parts.refuse(place, f"'{name}' is not measured while the run goes on; set evaluate.every, e.g. 50")
-        allowed = [*(entry.name for entry in in_evaluation(recipe.evaluate.rewards)), *SCORES]
-        if name not in allowed:
-            raise unknown_name(parts.at(place), name, "a score of the suite or in evaluate.rewards", allowed)
+        key = find_score(name, suites, where=parts.at(place))
+        if any(entry.final_only and key in entry.full_names() for entry in suites):
+            raise parts.refuse(place, f"'{name}' is of a suite with `final_only: true`, measured at the end only")
 
 
 def _complete_terms(recipe: RecipeKeys, parts: Parts, mistakes: MistakesSoFar) -> list[TermBlock]:

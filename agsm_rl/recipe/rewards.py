@@ -14,9 +14,6 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import RewardOptions
 from agsm_rl.recipe.schema import Block, RecipeKeys
 
-SCORES = ("overall", "strict")
-"""The suite's own scores; no evaluated reward may have one of these names."""
-
 
 @dataclass(frozen=True)
 class RewardEntry:
@@ -68,10 +65,6 @@ def in_evaluation(rewards: list[str] | Mapping[str, Any]) -> list[RewardEntry]:
                 raise UserError(f"rewards.{key}: '{extra}' has no effect here, because rewards are only measured")
         use = _use(key, options.pop("use", None))
         entries.append(RewardEntry(key, use, options=options, own_keys=("use",)))
-        if key in SCORES:
-            raise UserError(
-                f"rewards.{key}: this is the name of one of the suite's own scores; choose another, with `use: {use}`"
-            )
     _check_names(entries)
     return entries
 
@@ -84,17 +77,20 @@ def trained_on(recipe: RecipeKeys) -> list[RewardEntry]:
 
 
 def directions(recipe: RecipeKeys) -> dict[str, int]:
-    """Each evaluated reward's name → 1 or -1 if a term learns to raise or lower it, 0 if it is held out.
+    """Each evaluated reward's full name → 1 or -1 if a term learns to raise or lower it, 0 if it is held out.
 
-    A reward that a term learns from with other options is held out, too.
+    A reward that a term learns from with other options is held out, too. The full name is `suite/reward`; without
+    `evaluate.suites`, the reward's own.
     """
     if recipe.evaluate is None:
         return {}
     trained = trained_on(recipe)
     directions = {}
-    for entry in in_evaluation(recipe.evaluate.rewards):
-        weights = [reward.weight for reward in trained if (reward.use, reward.options) == (entry.use, entry.options)]
-        directions[entry.name] = 0 if not weights else 1 if weights[0] > 0 else -1
+    for name, block in recipe.evaluate.blocks.items():
+        for entry in in_evaluation(block.rewards):
+            same = [reward.weight for reward in trained if (reward.use, reward.options) == (entry.use, entry.options)]
+            key = entry.name if recipe.evaluate.suites is None else f"{name}/{entry.name}"
+            directions[key] = 0 if not same else 1 if same[0] > 0 else -1
     return directions
 
 

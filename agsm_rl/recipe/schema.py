@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from agsm_rl.recipe.options import Section, Seed
 from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_NUMBER, MAX_SAMPLING_STEPS
@@ -130,19 +139,52 @@ class Optimizer(Block):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 
+def _measured_rewards(value: Any) -> Any:
+    """A list of names, or {name: options}; a number in place of the options is explained."""
+    for name, options in value.items() if isinstance(value, dict) else ():
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(
+                f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
+                f"{name}: {{}}, with any options inside the braces"
+            )
+    return value
+
+
+MeasuredRewards = Annotated[list[str] | dict[str, dict[str, Any] | None], BeforeValidator(_measured_rewards)]
+
+
+class SuiteBlock(Block):
+    """A suite in `evaluate.suites`. The suite's own options, such as `num_images`, go beside these keys.
+
+    Args:
+        use: Registered name of the suite (`agsm-rl list suites`), or `module:Class` with `--allow-import module`.
+        rewards: Rewards to measure on the suite's images: a list of names, or {name: {use, options…}}. They have no
+            weight. For `rewards`, they are the suite.
+        final_only: Measure the suite at the end of the run only.
+    """
+
+    rewards: MeasuredRewards = []
+    final_only: bool = False
+
+
 class Evaluate(Section):
     """Compare the base and the trained model on the same prompts and noise, during the run and at its end.
 
-    Rules (`checkpoint.best`, `stop_when`, `watch`) use the first guidance.
+    The long form names suites: `suites: {mine: {use: rewards, prompts: prompts.txt, rewards: {clip_score: {}}}}`. Rules
+    (`checkpoint.best`, `stop_when`, `watch`) use the first guidance, and name a score `mine/clip_score`. Without
+    `suites`, the shapes world's prompts and judge are used, with `num_images` and `rewards` from here.
 
     Args:
-        suite: The suite of prompts and judgements: the shapes world.
+        suites: The suites by name, `{name: {use: …}}`. Null: the suite `shapes` by the short form's keys.
+        suite: Short form: the suite of prompts and judgements, the shapes world.
         every: Evaluate every this many steps. Null: at the end only.
-        num_images: Images per model and guidance.
-        rewards: Further rewards to measure: a list of names, or {name: {use, options…}}. They have no weight.
+        num_images: Short form: images per model and guidance.
+        rewards: Short form: further rewards to measure: a list of names, or {name: {use, options…}}. They have no
+            weight.
         guidance: Guidance scale, or a list of several.
         num_steps: Denoising steps per image.
-        split: The split to take the prompts from.
+        split: The split to take the prompts of `shapes` from. In a sweep, it also names the evaluation: scores on
+            `validation` may choose, those on `held_out` are reported.
         bank: Bank that the trained model draws with. `negative` uses ψ⁻ for both branches of guidance, the paper's
             ablation.
         guidance_bank: Bank of the trained model's unconditional branch, `positive` or `negative`; the conditional
@@ -150,14 +192,15 @@ class Evaluate(Section):
         guidance_prompt: Prompt of that branch, `empty` or the `same`. Null: as the adapters say.
         prompt_suffix: Text appended to each prompt for both models (", best quality"). Images are judged by the prompt
             without it. Sample grids do not use it.
-        seed: Seed of the noise; image i has seed + i.
-        batch_size: Images to draw at once; limits the memory needed.
+        seed: Seed of the noise; the first image of prompt i has seed + i.
+        batch_size: Images to draw at once; limits the memory needed. Several processes share the batches.
     """
 
+    suites: Annotated[dict[Name, SuiteBlock], Field(min_length=1)] | None = None
     suite: Literal["shapes"] = "shapes"
     every: Annotated[int, Field(ge=1)] | None = None
     num_images: int = Field(200, ge=1, le=MAX_IMAGES)
-    rewards: list[str] | dict[str, dict[str, Any] | None] = []
+    rewards: MeasuredRewards = []
     guidance: Annotated[list[Guidance], Field(min_length=1)] = [3.0]
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
@@ -173,16 +216,46 @@ class Evaluate(Section):
     def _one_or_several(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
 
-    @field_validator("rewards", mode="before")
+    @field_validator("suite", mode="before")
     @classmethod
-    def _names_or_options(cls, value: Any) -> Any:
-        for name, options in value.items() if isinstance(value, dict) else ():
-            if options is not None and not isinstance(options, dict):
-                raise ValueError(
-                    f"'{name}' is {options!r}, but rewards are only measured here and have no weight; write "
-                    f"{name}: {{}}, with any options inside the braces"
-                )
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "shapes":
+            raise ValueError(
+                f"'{value}': the short form knows the suite shapes only; write suites: {{{value}: {{use: {value}, …}}}}"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Evaluate:
+        both = [key for key in SHORT_FORM if key in self.model_fields_set]
+        if self.suites is not None and both:
+            raise ValueError(f"'{both[0]}' belongs to the short form; with `suites`, each suite has its own options")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The keys of the form that is used."""
+        data: dict[str, Any] = handler(self)
+        unused = ("suites",) if self.suites is None else SHORT_FORM
+        return {key: value for key, value in data.items() if key not in unused}
+
+    @property
+    def drawn_at_once(self) -> int:
+        """Images of the largest batch, as far as the recipe tells."""
+        known = [block.options.get("num_images") for block in self.blocks.values()]
+        return min(self.batch_size, max(number or self.batch_size for number in known))
+
+    @property
+    def blocks(self) -> dict[str, SuiteBlock]:
+        """The suites by name; the short form is one suite."""
+        if self.suites is not None:
+            return self.suites
+        options = {"num_images": self.num_images, "split": self.split, "seed": self.seed}
+        return {self.suite: SuiteBlock(use=self.suite, rewards=self.rewards, **options)}
+
+
+SHORT_FORM = ("suite", "num_images", "rewards")
+"""Keys of `evaluate` that describe its only suite where there is no `suites`."""
 
 
 class Samples(Section):
@@ -211,8 +284,9 @@ class CheckpointKeys(Section):
     Args:
         every: Write a checkpoint every this many steps.
         keep: Number of newest checkpoints to keep.
-        best: An evaluated reward, or the suite's `overall` or `strict`. The checkpoint with the highest score is kept
-            too, and its adapters are exported to adapter-best/.
+        best: A score of an evaluation, such as `mine/sharpness` of the suite `mine`, or `strict`. The suite may be left
+            out of a name that one suite has. The checkpoint with the best score is kept too, and its adapters are
+            exported to adapter-best/.
     """
 
     every: int = Field(100, ge=1)

@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
+from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, measure, to_json
 from agsm_rl.files import write_text
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.rewards import directions
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.agreement import Agreement, agreements_to_json
 from agsm_rl.run.checkpoint_writer import CheckpointWriter
-from agsm_rl.run.evaluation_output import print_tables, summary, write_pictures
+from agsm_rl.run.evaluation_output import Suites, print_tables, summary, write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import Compared, Measured, drawn_as, measure, to_json
 from agsm_rl.run.records import EventsFile, MetricsFile
 from agsm_rl.run.score_history import ScoreHistory
 from agsm_rl.run.screen import make_console, tell
@@ -29,6 +29,7 @@ from agsm_rl.training.anomalies import Event
 class Evaluator(Callback):
     """Compares base and trained every `evaluate.every` steps and at the end; the only writer of eval.json.
 
+    All processes of a run have one and draw a share each; all have the same figures, and the main one writes them.
     What is measured is what would be exported. `scores` keeps the best scores so far; when a rule of the recipe says
     so, the run ends after the step, and `ended` says why.
 
@@ -37,14 +38,21 @@ class Evaluator(Callback):
         recipe: The run's recipe.
         console: Where summaries are printed.
         check: Called before each batch of images; may raise Interrupted.
+        is_main: Whether this process writes and prints.
     """
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, console: Console, *, check: Callable[[], None] = lambda: None
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        console: Console,
+        *,
+        check: Callable[[], None] = lambda: None,
+        is_main: bool = True,
     ) -> None:
         self.folder, self.console, self.export, self.check = folder, console, recipe.export, check
-        self.options = recipe.evaluate
-        self.rewards = recipe.parts.evaluated_rewards(recipe.evaluate) if recipe.evaluate else {}
+        self.options, self.is_main = recipe.evaluate, is_main
+        self.entries: list[Entry] = entries_of(recipe.evaluate, recipe.parts) if recipe.evaluate else []
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.scores = ScoreHistory(recipe)
         self.events = EventsFile(folder.events, console)
@@ -52,22 +60,27 @@ class Evaluator(Callback):
         """The rule that ended the run, if one did."""
         self.checkpoints = CheckpointWriter(folder, recipe, self.scores)
         self.file = MetricsFile(folder.evaluations)
-        self._base: dict[float, Measured] = {}
-        self._newest: tuple[int, list[Compared]] | None = None
+        self._base: dict[tuple[str, float], Measured] = {}
+        self._newest: tuple[int, dict[str, list[Compared]]] | None = None
+
+    def prepare(self) -> None:
+        """Read the prompts and load what judges, before hours are spent on training."""
+        for entry in self.entries:
+            entry.prepare()
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is due; after the last step `finish` does it."""
-        if self._due(step) and step < trainer.steps and not trainer.stopping:
+        if self._due(step) and step < trainer.steps and not self._any_stops(trainer):
             self._evaluate_or_stop(trainer)
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
         if state is not None and not self.scores.load_state_dict(state):
-            tell(self.console, "evaluate: its settings have changed, so the search for the best score starts over")
-        self.checkpoints.restore_best(trainer)
+            self._tell("evaluate: its settings have changed, so the search for the best score starts over")
+        if self.is_main:
+            self.checkpoints.restore_best(trainer)
+        trainer.processes.wait()
         if self._due(trainer.step) and trainer.step < trainer.steps and self.scores.newest != trainer.step:
-            # With several guidances, some lines may have been written already.
-            self.file.cut(trainer.step - 1)
             self._evaluate_or_stop(trainer)
         else:
             self._obey(trainer, [event for event in self.scores.events() if event.action == "stop"])
@@ -75,26 +88,35 @@ class Evaluator(Callback):
     def _due(self, step: int) -> bool:
         return bool(self.options and self.options.every and step and step % self.options.every == 0)
 
+    @staticmethod
+    def _any_stops(trainer: Trainer) -> bool:
+        """Whether any process was told to stop: a signal may have reached one only, and all must agree."""
+        return bool(trainer.processes.numbers(float(trainer.stopping)).any())
+
     def _evaluate_or_stop(self, trainer: Trainer) -> None:
         """Evaluate; if a signal interrupts it, the run stops, and the evaluation is repeated on resuming."""
         try:
-            compared = self.measure(trainer)
+            suites = self.measure(trainer)
         except Interrupted:
             trainer.stopping = True
             return
-        for base, trained in compared:
-            tell(self.console, summary(base, trained, trainer.step, self.roles))
-        self._obey(trainer, self._note(trainer, compared))
-        self.checkpoints.after_evaluation(trainer)
+        for compared in suites.values():
+            for base, trained in compared:
+                self._tell(summary(base, trained, trainer.step, self.roles))
+        self._obey(trainer, self._note(trainer, suites))
+        if self.is_main:
+            self.checkpoints.after_evaluation(trainer)
 
-    def _note(self, trainer: Trainer, compared: list[Compared]) -> list[Event]:
-        base, trained = compared[0]
-        self.scores.note_base(base.means(), base.scores)
-        return self.scores.note(trainer.step, trained.means(), trained.scores)
+    def _note(self, trainer: Trainer, suites: Suites) -> list[Event]:
+        """The scores at the first guidance, by which the rules go."""
+        base, trained = ([compared[0][model] for compared in suites.values()] for model in (0, 1))
+        self.scores.note_base(*_joined(base))
+        return self.scores.note(trainer.step, *_joined(trained))
 
     def _obey(self, trainer: Trainer, events: list[Event]) -> None:
         for event in events:
-            self.events.add(event)
+            if self.is_main:
+                self.events.add(event)
             if event.action == "stop":
                 trainer.stopping, self.ended = True, event
 
@@ -105,53 +127,84 @@ class Evaluator(Callback):
         """
         if self.options is None:
             return
-        if self._newest is None or self._newest[0] != trainer.step:
-            events = self._note(trainer, self.measure(trainer))
-            for event in [] if self.ended else events:
+        if self._newest is None or self._newest[0] != trainer.step or any(e.made.final_only for e in self.entries):
+            events = self._note(trainer, self.measure(trainer, final=True))
+            for event in [] if self.ended or not self.is_main else events:
                 # The run has ended: there is nothing left to stop.
                 self.events.add(replace(event, action="warn"))
-            self.checkpoints.after_evaluation(trainer)
+            if self.is_main:
+                self.checkpoints.after_evaluation(trainer)
         assert self._newest is not None
-        compared = self._newest[1]
-        self._write(self.options, trainer.step, compared, agreed)
-        print_tables(compared, self.options, self.roles, make_console())
-        write_pictures(compared, self.folder.samples)
+        suites = self._newest[1]
+        if self.is_main:
+            self._write(self.options, trainer.step, suites, agreed)
+            print_tables(suites, self.options, self.roles, make_console())
+            write_pictures(suites, self.folder.samples)
 
-    def measure(self, trainer: Trainer) -> list[Compared]:
-        """Base and trained at each guidance; recorded in the folder and by the trackers."""
+    def measure(self, trainer: Trainer, *, final: bool = False) -> dict[str, list[Compared]]:
+        """Base and trained on each suite at each guidance; recorded in the folder and by the trackers.
+
+        At the end of the run, suites that have just been measured after its last step are not measured again.
+        """
         assert self.options is not None
-        self.file.cut(trainer.step - 1)
-        compared = []
-        for guidance in self.options.guidance:
-            if guidance not in self._base:
-                with trainer.policy.switched_off():
-                    self._base[guidance] = self._measure(trainer, self.options, guidance)
-            with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
-                trained = self._measure(trainer, self.options, guidance)
-            compared.append((self._base[guidance], trained))
-            figures = trained.figures()
-            self.file.add(trainer.step, {"guidance": guidance} | figures)
-            logged = {f"eval/guidance_{guidance:g}/{self._logged(key)}": value for key, value in figures.items()}
-            trainer.accelerator.log(logged, step=trainer.step)
-        self._newest = (trainer.step, compared)
-        self._write(self.options, trainer.step, compared)
-        return compared
+        known = self._newest[1] if final and self._newest and self._newest[0] == trainer.step else {}
+        if self.is_main:
+            # With several guidances or suites, some lines may have been written already.
+            self.file.cut(trainer.step if known else trainer.step - 1)
+        suites: dict[str, list[Compared]] = {}
+        for entry in self.entries:
+            if entry.name in known:
+                suites[entry.name] = known[entry.name]
+            elif final or not entry.made.final_only:
+                suites[entry.name] = [self._compare(trainer, entry, guidance) for guidance in self.options.guidance]
+        if not suites:
+            return suites
+        self._newest = (trainer.step, suites)
+        if self.is_main:
+            self._write(self.options, trainer.step, suites)
+        return suites
 
-    def _measure(self, trainer: Trainer, options: Evaluate, guidance: float) -> Measured:
-        return measure(trainer.policy.backbone, options, guidance, self.rewards, check=self.check)
+    def _compare(self, trainer: Trainer, entry: Entry, guidance: float) -> Compared:
+        assert self.options is not None
+        key = (entry.name, guidance)
+        if key not in self._base:
+            with trainer.policy.switched_off():
+                self._base[key] = self._measure(trainer, self.options, entry, guidance)
+        with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
+            trained = self._measure(trainer, self.options, entry, guidance)
+        figures, place = trained.figures(), f"eval/guidance_{guidance:g}"
+        if self.is_main:
+            name = {} if entry.made.alone else {"suite": entry.name}
+            self.file.add(trainer.step, {"guidance": guidance, **name, **figures})
+        if not entry.made.alone:
+            place = f"eval/{entry.name}/guidance_{guidance:g}"
+        logged = {f"{place}/{self._logged(entry, key)}": value for key, value in figures.items()}
+        trainer.accelerator.log(logged, step=trainer.step)
+        return self._base[key], trained
 
-    def _logged(self, key: str) -> str:
+    def _measure(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
+        return measure(trainer.policy.backbone, entry, options, guidance, processes=trainer.processes, check=self.check)
+
+    def _logged(self, entry: Entry, figure: str) -> str:
         """`reward/x` as `reward_held_out/x` or `reward_trained/x`."""
-        name = key.removeprefix("reward/")
-        return key if name == key else f"reward_{self.roles[name]}/{name}"
+        name = figure.removeprefix("reward/")
+        return figure if name == figure else f"reward_{self.roles[entry.made.key(name)]}/{name}"
 
-    def _write(
-        self, options: Evaluate, step: int, compared: list[Compared], agreed: list[Agreement] | None = None
-    ) -> None:
+    def _tell(self, message: str) -> None:
+        if self.is_main:
+            tell(self.console, message)
+
+    def _write(self, options: Evaluate, step: int, suites: Suites, agreed: list[Agreement] | None = None) -> None:
         """eval.json of the newest evaluation."""
-        content = to_json(compared, options, step=step)
+        content = to_json(suites, options, step=step)
         content |= {"reward_roles": self.roles} if self.roles else {}
         content |= {"best": self.scores.best()} if self.scores.best_by else {}
         content |= {"ended_by": self.ended.to_json()} if self.ended else {}
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.eval, json.dumps(content, indent=1) + "\n")
+
+
+def _joined(measured: list[Measured]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The means and the figures of each image of several suites."""
+    means = {name: value for item in measured for name, value in item.means().items()}
+    return means, {name: value for item in measured for name, value in item.per_image().items()}

@@ -82,8 +82,11 @@ def train(
             _start_trackers(accelerator, recipe)
             trainer.callbacks = list(callbacks)
             with GracefulStop() as stop, ended_when_stuck(folder, trainer):
-                evaluator = Evaluator(folder, recipe, console, check=stop.check)
-                if accelerator.is_main_process and resume:
+                is_main = accelerator.is_main_process
+                evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
+                if evaluate:
+                    evaluator.prepare()
+                if resume:
                     evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, stop, display).run(evaluate=evaluate)
     return folder.path
@@ -136,7 +139,7 @@ class _Run:
             # A signal may have reached one process only, and the checkpoint must be written before any of them ends.
             if self._any(self.stop.received is not None) and self.trainer.step < self.recipe.steps:
                 raise self._stopped(signal.SIGTERM)
-            finished = not self.is_main or self._finish(evaluate=evaluate)
+            finished = self._finish(evaluate=evaluate)
             if self._any(not finished):
                 raise self._stopped(
                     signal.SIGTERM,
@@ -162,8 +165,9 @@ class _Run:
                 # Metrics before the checkpoint: a run resumed from it has all its lines. The checkpoint before what
                 # takes long: a kill in an evaluation loses nothing, because the evaluation is repeated.
                 trainer.callbacks += [MetricsWriter(self.folder), evaluator.events, bar, evaluator.checkpoints]
-                trainer.callbacks += [grids, evaluator]
+                trainer.callbacks += [grids]
                 grids.resume(trainer)
+            trainer.callbacks += [evaluator]
             try:
                 trainer.train()
             except WentWrong as error:
@@ -173,14 +177,16 @@ class _Run:
 
     def _finish(self, *, evaluate: bool) -> bool:
         """Base against trained, whether the terms agreed, and the report; False when a signal interrupted it."""
-        agreed = agreements(self.folder.metrics)
+        agreed = agreements(self.folder.metrics) if self.is_main else []
         if evaluate and self.recipe.evaluate is not None:
             try:
                 self.evaluator.finish(self.trainer, agreed)
             except Interrupted:
                 return False
-        elif evaluate:
+        elif evaluate and self.is_main:
             SampleGrids(self.folder, self.recipe).write_before_after(self.trainer)
+        if not self.is_main:
+            return True
         out = make_console()
         for agreement in agreed:
             tell(out, str(agreement))

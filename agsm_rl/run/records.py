@@ -33,7 +33,7 @@ class MetricsFile:
             kept = [row for row in read_lines(self.path) if _step_of(row) <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the line of a step."""
         append_line(self.path, {"step": step} | finite(metrics))
 

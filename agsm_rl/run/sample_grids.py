@@ -6,11 +6,22 @@ import torch
 from torch import Tensor
 
 from agsm_rl.evaluate.drawing import draw, grid, write_picture
-from agsm_rl.evaluate.suites.shapes import suite_prompts
+from agsm_rl.evaluate.suites.shapes import Shapes, suite_prompts
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.recipe.suites import make_suites
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.trainer import Callback, Trainer
+
+
+def _prompts_of_suite(recipe: Recipe) -> list[str]:
+    """The first prompts of the first suite; of the shapes world, those of the grid's own seed."""
+    assert recipe.evaluate is not None
+    suite = make_suites(recipe.evaluate, recipe.parts)[0].suite
+    if isinstance(suite, Shapes):
+        return suite_prompts(suite.split, recipe.sample.num_images, recipe.sample.seed)
+    rows = list(suite.prompts().values())[: recipe.sample.num_images]
+    return [str(row["prompt"]) for row in rows]
 
 
 class SampleGrids(Callback):
@@ -20,7 +31,7 @@ class SampleGrids(Callback):
         self.folder, self.options, self.export = folder, recipe.sample, recipe.export
         prompts = recipe.sample.prompts
         if prompts is None and recipe.evaluate is not None:
-            prompts = suite_prompts(recipe.evaluate.split, recipe.sample.num_images, recipe.sample.seed)
+            prompts = _prompts_of_suite(recipe)
         count = recipe.sample.num_images
         self.prompts = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
 

@@ -6,6 +6,7 @@ All evaluations of a run use the same prompts and noise, so any two of them can 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from agsm_rl.evaluate.intervals import CONFIDENCE
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.rewards import directions
+from agsm_rl.recipe.suites import find_score, make_suites
 from agsm_rl.training.anomalies import Event
 
 START = 0
@@ -28,8 +30,11 @@ class ScoreHistory:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.best_by = recipe.checkpoint.best
-        self.rules = {name: rule.falls_by for name, rule in recipe.stop_when.items()}
+        suites = make_suites(recipe.evaluate, recipe.parts) if recipe.evaluate else []
+        full_name = partial(find_score, suites=suites, where=recipe.parts.where)
+        self.best_by = full_name(recipe.checkpoint.best) if recipe.checkpoint.best else None
+        self.rules = {full_name(name): rule.falls_by for name, rule in recipe.stop_when.items()}
+        self.smaller_is_better = {name for entry in suites for name in entry.smaller_is_better()}
         self.on_fall = recipe.watch.held_out_falls
         self.directions = directions(recipe)
         self._settings = _settings(recipe)
@@ -48,9 +53,10 @@ class ScoreHistory:
         return START in self._means
 
     def note_base(self, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> None:
-        """Record the base's scores as those of step 0, unless the run started from other adapters."""
-        if self._starts_as_base and not self.knows_base:
-            self._note(START, means, scores)
+        """Record the base's scores as those of step 0, unless they are known or the run started from other adapters."""
+        known = self._means.get(START, {})
+        if self._starts_as_base and any(name not in known for name in means):
+            self._note(START, {**means, **known}, {**scores, **self._scores.get(START, {})})
 
     def note(self, step: int, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> list[Event]:
         """Record an evaluation; return the events that it triggers by the recipe's rules."""
@@ -65,12 +71,16 @@ class ScoreHistory:
         self._means[step] = {name: float(value) for name, value in means.items()}
         self._scores[step] = {name: value.detach().cpu() for name, value in scores.items()}
         for name, value in self._means[step].items():
-            if name not in self._best or value > self._means[self._best[name]][name]:
+            if name not in self._best or self._gain(name, self._means[self._best[name]][name], value) > 0:
                 self._best[name] = step
         if step != START and self.best_by in self._means[step]:
             best = None if self.best_step is None else self._means[self.best_step][self.best_by]
-            if best is None or self._means[step][self.best_by] > best:
+            if best is None or self._gain(self.best_by, best, self._means[step][self.best_by]) > 0:
                 self.best_step = step
+
+    def _gain(self, name: str, before: float, now: float) -> float:
+        """By how much a score got better."""
+        return before - now if name in self.smaller_is_better else now - before
 
     def best(self) -> dict[str, Any] | None:
         """The best evaluation by `checkpoint.best`, for eval.json: the score's name, step and value, and the base's."""
@@ -93,8 +103,10 @@ class ScoreHistory:
     def _broken_rules(self, step: int) -> list[Event]:
         events = []
         for name, falls_by in self.rules.items():
+            if name not in self._means[step]:
+                continue
             best, now = self._best[name], self._means[step][name]
-            fall = self._means[best][name] - now
+            fall = self._gain(name, now, self._means[best][name])
             if fall >= falls_by:
                 message = (
                     f"step {step}: stop_when: '{name}' fell by {fall:.4g}, {self._from_to(name, best, step)} since "
@@ -107,10 +119,11 @@ class ScoreHistory:
         """Events for held-out rewards that fell below their best while a trained one improved, both beyond chance."""
         events = []
         for name, direction in self.directions.items():
-            if direction or self.on_fall == "ignore" or name not in self._best:
+            if direction or self.on_fall == "ignore" or name not in self._scores[step]:
                 continue
             best = self._best[name]
-            trained = [other for other, direction in self.directions.items() if direction]
+            known = self._scores[step].keys() & self._scores[best].keys()
+            trained = [other for other, direction in self.directions.items() if direction and other in known]
             improved = [other for other in trained if self._change(other, best, step) == self.directions[other]]
             if self._change(name, best, step) < 0 and improved:
                 message = (

@@ -178,12 +178,13 @@ class Board:
         return [styled(f"{s.cell.name}: {(s.error or '').splitlines()[-1]}", "red") for s in failed[-NUM_LISTED:]]
 
     def _best(self) -> Table:
-        best = Table(title=f"best cells ({_chosen_split(self.plan)}, strict)", title_justify="left", box=None)
+        title = f"best cells ({self.plan.chosen_split}, {self.plan.ranked_by[0]})"
+        best = Table(title=title, title_justify="left", box=None)
         for column in ("cell", "score", "at guidance"):
             best.add_column(column)
         scored = [(_best_row(self.plan, s.result), s.cell.name) for s in self.states.values() if s.result]
-        for row, name in sorted(scored, key=lambda item: -item[0]["strict"])[:NUM_LISTED]:
-            best.add_row(name, f"{100 * row['strict']:.1f} %", f"{row['guidance']:g}")
+        for row, name in sorted(scored, key=lambda item: -rank(self.plan, item[0]))[:NUM_LISTED]:
+            best.add_row(name, shown_value(self.plan, value_of(self.plan, row)), f"{row['guidance']:g}")
         return best
 
 
@@ -210,7 +211,7 @@ def _progress(plan: Plan, state: State) -> tuple[float, str]:
     run = plan.run(state.cell.name)
     if (run / "trained.json").is_file():
         finished = len(list((run / "evals").glob("*.json")))
-        total = sum(len(evaluation.guidance) for evaluation in plan.evaluations)
+        total = sum(len(evaluation.guidance) * len(evaluation.blocks) for evaluation in plan.evaluations)
         return 1.0, f"evaluation {finished} of {total}"
     step = _last_step(run / "metrics.jsonl")
     if state.cell.seconds is not None:
@@ -230,23 +231,36 @@ def _last_step(file: Any) -> int:
         return 0
 
 
-def _chosen_split(plan: Plan) -> str | None:
-    """The split that ranks the cells: validation if it is measured."""
-    splits = [evaluation.split for evaluation in plan.evaluations]
-    return "validation" if "validation" in splits else plan.reported_split
-
-
 def _best_row(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
-    rows = [row for row in result["evaluations"] if row["split"] == _chosen_split(plan)]
-    best: dict[str, Any] = max(rows, key=lambda row: row["strict"])
+    rows = [row for row in result["evaluations"] if row["split"] == plan.chosen_split]
+    best: dict[str, Any] = max(rows, key=lambda row: rank(plan, row))
     return best
+
+
+def value_of(plan: Plan, row: dict[str, Any]) -> float:
+    """The ranking score in a row of cell.json."""
+    name, _ = plan.ranked_by
+    scores = row.get("scores")
+    return float(row[name] if scores is None else scores[name]["value"])
+
+
+def rank(plan: Plan, row: dict[str, Any]) -> float:
+    """The same, larger for the better."""
+    return value_of(plan, row) if plan.ranked_by[1] else -value_of(plan, row)
+
+
+def shown_value(plan: Plan, value: float) -> str:
+    """A value of the ranking score: a share in percent, or a number."""
+    name = plan.ranked_by[0]
+    return f"{100 * value:.1f} %" if name.rpartition("/")[2] in ("strict", "overall") else f"{value:.4g}"
 
 
 def _score_text(plan: Plan, result: dict[str, Any] | None) -> str:
     if result is None or not plan.evaluations:
         return ""
     row = _best_row(plan, result)
-    return f"; {row['split']}, strict: {100 * row['strict']:.1f} % at guidance {row['guidance']:g}"
+    shown = shown_value(plan, value_of(plan, row))
+    return f"; {row['split']}, {plan.ranked_by[0]}: {shown} at guidance {row['guidance']:g}"
 
 
 def _in(took: float | None) -> str:

@@ -1,28 +1,29 @@
 """The evaluations of a cell, each saved as soon as it is made, and those of the base, which all cells of a sweep share.
 
-The base is measured once for each combination of settings (backbone, suite, split, images, seed, steps, guidance,
-suffix). The first cell that needs it measures it; others wait for that cell and read its file.
+The base is measured once for each combination of settings (backbone, suite, images, seed, steps, guidance, suffix). The
+first cell that needs it measures it; others wait for that cell and read its file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from PIL import Image
-from skimage.util import img_as_float32
-from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.drawing import to_picture, write_picture
-from agsm_rl.evaluate.suites.shapes import ShapesResult, compare
+from agsm_rl.evaluate.drawing import write_picture
+from agsm_rl.evaluate.image_folder import open_picture
+from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, from_rows, measure, to_json
+from agsm_rl.evaluate.suite import Judged
+from agsm_rl.evaluate.suites.shapes import ShapesResult
 from agsm_rl.export.attach import Handle, attach
-from agsm_rl.files import check_regular, write_text
+from agsm_rl.files import write_text
 from agsm_rl.policy import check_bank
 from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import block_of_today, evaluation_of_today
@@ -31,8 +32,7 @@ from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.run.agreement import agreements, agreements_to_json
 from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import Measured, drawn_as, measure, to_json
-from agsm_rl.sweep.kept import Measurement, read_kept, warn_damaged
+from agsm_rl.sweep.kept import JudgedMeasurement, Measurement, read_kept, warn_damaged
 
 WITHOUT_EFFECT = {"device", "gradient_checkpointing"}
 """Options of a backbone that do not change the images it draws."""
@@ -56,73 +56,92 @@ class CellEvaluations:
 
     def write(self, options: Evaluate, name: str, *, step: int, pictures: bool) -> list[dict[str, Any]]:
         """Measure base and trained model at each guidance, write the run folder's file `name`, return the figures."""
-        trained = [
-            self._kept(self.folder.path / "evals", self.model_id, options, g, adapted=True) for g in options.guidance
-        ]
-        base = [self._base(options, guidance) for guidance in options.guidance]
-        compared = list(zip(base, trained, strict=True))
-        content = to_json(compared, options, step=step)
+        entries = entries_of(options, self.recipe.parts)
+        cells, model = self.folder.path / "evals", _backbone_settings(self.recipe.backbone)
+        trained = {
+            entry.name: [self._kept(cells, self.model_id, entry, options, g, adapted=True) for g in options.guidance]
+            for entry in entries
+        }
+        base = {
+            entry.name: [self._kept(self.base, model, entry, options, g, adapted=False) for g in options.guidance]
+            for entry in entries
+        }
+        suites = {suite: list(zip(base[suite], trained[suite], strict=True)) for suite in trained}
+        content = to_json(suites, options, step=step)
         agreed = agreements(self.folder.metrics)
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
         if pictures:
-            write_pictures(compared, self.folder.samples)
-        model = {"backbone": self.recipe.backbone.options.get("checkpoint")}
-        self.base_figures += [model | figures(measured, options) for measured in base]
+            write_pictures(suites, self.folder.samples)
+        checkpoint = {"backbone": self.recipe.backbone.options.get("checkpoint")}
+        at = [[compared[place] for compared in suites.values()] for place in range(len(options.guidance))]
+        self.base_figures += [checkpoint | figures(compared, options, trained=False) for compared in at]
         file = f"cells/{self.folder.path.name}/{name}"
-        return [figures(after, options, before) | {"file": file} for before, after in compared]
-
-    def _base(self, options: Evaluate, guidance: float) -> Measured:
-        return self._kept(self.base, _backbone_settings(self.recipe.backbone), options, guidance, adapted=False)
+        return [figures(compared, options, trained=True) | {"file": file} for compared in at]
 
     def _kept(
-        self, folder: Path, model: str | list[Any], options: Evaluate, guidance: float, *, adapted: bool
+        self,
+        folder: Path,
+        model: str | list[Any],
+        entry: Entry,
+        options: Evaluate,
+        guidance: float,
+        *,
+        adapted: bool,
     ) -> Measured:
         """The measurement with these settings, read from its file if that exists and is intact."""
-        settings = {"model": model, "how": _evaluation_settings(options, guidance, adapted=adapted)}
+        settings = {"model": model, "how": _evaluation_settings(options, entry, guidance, adapted=adapted)}
         text = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
         key = hashlib.sha256(json.dumps([text, settings["how"]], sort_keys=True).encode()).hexdigest()[:12]
-        file = folder / f"{options.split}-guidance{guidance:g}-{key}.json"
+        label = options.split if entry.made.alone else f"{options.split}-{entry.name}"
+        file = folder / f"{label}-guidance{guidance:g}-{key}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
-            kept = _read(file, guidance) or self._measured_by_earlier_version(file, settings, guidance, adapted=adapted)
+            kept = _read(file, entry, guidance)
+            kept = kept or self._measured_by_earlier_version(file, settings, entry, guidance, adapted=adapted)
             if kept is not None:
                 return kept
-            print(f"{'trained' if adapted else 'base'}: {options.split}, guidance {guidance:g}", flush=True)
-            measured = self._measure(options, guidance, adapted=adapted)
-            for index, image in enumerate(measured.images):
-                write_picture(to_picture(image), _pictures(file) / f"{index:04d}.png")
-            write_text(file, json.dumps({"settings": settings} | measured.to_json()) + "\n")
+            print(f"{'trained' if adapted else 'base'}: {label}, guidance {guidance:g}", flush=True)
+            measured = self._measure(options, entry, guidance, adapted=adapted)
+            for row, image in measured.pictures.items():
+                write_picture(image, _pictures(file) / f"{row:04d}.png")
+            judged = [[_row(item) for item in rows] for rows in measured.judged]
+            write_text(file, json.dumps({"settings": settings, "judged": judged} | measured.to_json()) + "\n")
             return measured
 
     def _measured_by_earlier_version(
-        self, file: Path, now: dict[str, Any], guidance: float, *, adapted: bool
+        self, file: Path, now: dict[str, Any], entry: Entry, guidance: float, *, adapted: bool
     ) -> Measured | None:
         """A measurement of an earlier version: its settings lack newer options, but mean the same."""
         for earlier in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
-            then = read_kept(earlier, Measurement).get("settings")
-            if earlier != file and then is not None and self._of_today(then, adapted=adapted) == now:
-                return _read(earlier, guidance)
+            if earlier == file:
+                continue
+            then = (read_kept(earlier, JudgedMeasurement, warn=False) or read_kept(earlier, Measurement)).get(
+                "settings"
+            )
+            if then is not None and self._of_today(then, entry, adapted=adapted) == now:
+                return _read(earlier, entry, guidance)
         return None
 
-    def _of_today(self, then: dict[str, Any], *, adapted: bool) -> dict[str, Any] | None:
+    def _of_today(self, then: dict[str, Any], entry: Entry, *, adapted: bool) -> dict[str, Any] | None:
         """What a file's settings mean in this version; None if they use names that it lacks, or are not settings."""
         try:
             options, model = evaluation_of_today(then["how"], self.recipe.parts), then["model"]
             if not adapted:
                 use, given = model
                 model = _backbone_settings(block_of_today("backbones", {"use": use} | given, self.recipe.parts))
+            how = _evaluation_settings(options, entry, options.guidance[0], adapted=adapted)
         except (UserError, KeyError, TypeError, ValueError):
             return None
-        return {"model": model, "how": _evaluation_settings(options, options.guidance[0], adapted=adapted)}
+        return {"model": model, "how": how}
 
-    def _measure(self, options: Evaluate, guidance: float, *, adapted: bool) -> Measured:
+    def _measure(self, options: Evaluate, entry: Entry, guidance: float, *, adapted: bool) -> Measured:
         backbone = self._model(adapted=adapted)
         adapters = self._handle.adapters.values() if self._handle else ()
         if adapted:
             check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
         with drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."):
-            return measure(backbone, options, guidance, self.recipe.parts.evaluated_rewards(options))
+            return measure(backbone, entry, options, guidance)
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone with or without the run's adapters; it is loaded when it is first needed."""
@@ -141,29 +160,57 @@ def _backbone_settings(backbone: Block) -> list[Any]:
     return [backbone.use, {key: value for key, value in backbone.options.items() if key not in WITHOUT_EFFECT}]
 
 
-def _evaluation_settings(options: Evaluate, guidance: float, *, adapted: bool) -> dict[str, Any]:
-    """The settings of an evaluation that affect its result at one guidance."""
+def _evaluation_settings(options: Evaluate, entry: Entry, guidance: float, *, adapted: bool) -> dict[str, Any]:
+    """The settings of an evaluation that affect a suite's result at one guidance."""
     left_out = {"guidance", "every", "batch_size"}
     if not adapted or options.bank == "positive":
         left_out.add("bank")  # the base has none, and the positive one is the default
     if not adapted:
         left_out |= {"guidance_bank", "guidance_prompt"}
-    return options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
+    settings = options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
+    if options.suites is not None:
+        block = {key: value for key, value in settings["suites"][entry.name].items() if key != "final_only"}
+        settings["suites"] = {entry.name: block}
+    return settings
 
 
-def figures(measured: Measured, options: Evaluate, base: Measured | None = None) -> dict[str, Any]:
-    """A summary of a measurement, as in sweep.json; `difference` is trained minus base in the strict score, paired."""
-    short: dict[str, Any] = {"split": options.split, "guidance": measured.guidance}
-    short |= {"num_images": len(measured.result.verdicts)}
-    for name, strict in (("strict", True), ("overall", False)):
-        score = measured.result.scores(strict=strict).overall
-        short |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
-    if measured.rewards:
-        short["rewards"] = measured.rewards
-    if base is not None:
-        change = compare(base.result, measured.result).strict.overall
-        short["difference"] = {"value": change.value, "low": change.low, "high": change.high}
+def figures(suites: list[Compared], options: Evaluate, *, trained: bool) -> dict[str, Any]:
+    """A summary of the trained model or the base at one guidance, as in sweep.json.
+
+    `difference` is trained minus base, paired: of the short form's strict score; of every suite in its own form.
+    """
+    first = suites[0][1] if trained else suites[0][0]
+    short: dict[str, Any] = {"split": options.split, "guidance": first.guidance}
+    short |= {"num_images": first.result.to_json()["num_images"]}
+    if options.suites is None:
+        for name in ("strict", "overall"):
+            score = first.result.scores()[name]
+            short |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+        short |= {"rewards": first.rewards} if first.rewards else {}
+        if trained:
+            change = first.result.against(suites[0][0].result)["difference"]["strict"]["overall"]
+            short["difference"] = {key: change[key] for key in ("value", "low", "high")}
+        return short
+    short["scores"] = {}
+    for base, after in suites:
+        measured = after if trained else base
+        intervals = dict(measured.result.scores()) | (measured.reward_result.scores() if measured.reward_result else {})
+        short["scores"] |= {measured.entry.made.key(name): _score(part) for name, part in intervals.items()}
     return short
+
+
+def _score(part: Interval) -> dict[str, float | None]:
+    bounds = {name: getattr(part, name) for name in ("low", "high")}
+    return {"value": part.value} | {name: value if math.isfinite(value) else None for name, value in bounds.items()}
+
+
+def _row(item: Judged) -> dict[str, Any]:
+    return {
+        "prompt_index": item.prompt_index,
+        "number": item.number,
+        "metadata": dict(item.metadata),
+        "row": item.row,
+    }
 
 
 def _pictures(file: Path) -> Path:
@@ -171,22 +218,22 @@ def _pictures(file: Path) -> Path:
     return file.with_suffix("")
 
 
-def _read(file: Path, guidance: float) -> Measured | None:
+def _read(file: Path, entry: Entry, guidance: float) -> Measured | None:
     """The measurement in a file; None if there is no file, or if it or one of its images is damaged."""
-    content = read_kept(file, Measurement)
+    content = read_kept(file, JudgedMeasurement, warn=False) or read_kept(file, Measurement)
     if not content:
         return None
     try:
-        result = ShapesResult.from_json(content)
-        images = [_read_picture(picture) for picture in sorted(_pictures(file).glob("*.png"))]
-        return Measured(guidance, result, content["rewards"], torch.stack(images))
-    except (UserError, OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL raises a SyntaxError for a broken PNG; stacking fails if there are no images, or their sizes differ.
+        pictures = {int(path.stem): open_picture(path) for path in sorted(_pictures(file).glob("*.png"))}
+        if not pictures:
+            raise ValueError("its images are missing")
+        if "judged" not in content:
+            result = ShapesResult.from_json(content)
+            return Measured(entry, guidance, result, content["rewards"], pictures)
+        judged = [[Judged(**row) for row in rows] for rows in content["judged"]]
+        measured = from_rows(entry, guidance, judged, {})
+        measured.pictures = pictures
+        return measured
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         warn_damaged(file, f"{type(error).__name__}: {error}")
         return None
-
-
-def _read_picture(path: Path) -> Tensor:
-    check_regular(path)
-    with Image.open(path) as picture:
-        return torch.from_numpy(img_as_float32(picture.convert("RGB"))).permute(2, 0, 1)

@@ -32,14 +32,23 @@ class Trained(_Kept):
     seconds: float
 
 
+class Score(_Kept):
+    """A score with its interval, whose bounds may be unknown."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
 class Figures(_Kept):
-    """A summary of a measurement, as in cell.json and sweep.json."""
+    """A summary of a measurement, as in cell.json and sweep.json: `strict` and `overall`, or with suites `scores`."""
 
     split: str
     guidance: float
     num_images: int
-    strict: float
-    overall: float
+    strict: float | None = None
+    overall: float | None = None
+    scores: dict[str, Score] | None = None
 
 
 class Result(Trained):
@@ -49,8 +58,24 @@ class Result(Trained):
     base: list[Figures]
 
 
+class Rows(_Kept):
+    """A row of each image, by one of the suites that judged it."""
+
+    prompt_index: int
+    number: int
+    metadata: dict[str, Any]
+    row: Any
+
+
+class JudgedMeasurement(_Kept):
+    """A file of evals/ or base/: what a suite, and rewards beside it, say of each image at one guidance."""
+
+    settings: dict[str, Any] | None = None
+    judged: list[list[Rows]] = Field(min_length=1)
+
+
 class Measurement(_Kept):
-    """A file of evals/ or base/: the suite's verdicts and mean rewards at one guidance."""
+    """The same of an earlier version: the shapes suite's verdicts and mean rewards."""
 
     settings: dict[str, Any] | None = None
     suite: str
@@ -58,8 +83,9 @@ class Measurement(_Kept):
     rewards: dict[str, float]
 
 
-def read_kept(file: Path, shape: type[_Kept]) -> dict[str, Any]:
-    """The content of such a file; empty if it is missing or damaged."""
+def read_kept(file: Path, shape: type[_Kept], *, warn: bool = True) -> dict[str, Any]:
+    """The content of such a file; empty if it is missing or damaged, which a warning says."""
+    warned = warn_damaged if warn else lambda file, reason: None
     if not file.exists():
         return {}
     try:
@@ -68,10 +94,10 @@ def read_kept(file: Path, shape: type[_Kept]) -> dict[str, Any]:
         shape.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        warn_damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": "))
+        warned(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": "))
         return {}
     except UserError as error:
-        warn_damaged(file, str(error).removeprefix(f"{file}: "))
+        warned(file, str(error).removeprefix(f"{file}: "))
         return {}
     return content
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.shipped import PREFIX, recipe_path
+from agsm_rl.recipe.suites import MadeSuite, find_score, make_suites
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
 from agsm_rl.run.folder import seed_suffix
 from agsm_rl.sweep.budget import MAX_STEPS, steps_for
@@ -67,6 +69,29 @@ class Plan:
     def reported_split(self) -> str | None:
         """The split of the reported evaluation."""
         return None if self.reported is None else self.reported.split
+
+    def suites(self, split: str | None) -> list[MadeSuite]:
+        """The suites of the evaluation on a split."""
+        chosen = [evaluation for evaluation in self.evaluations if evaluation.split == split]
+        return make_suites(chosen[0], Parts(where=self.where, allow_imports=self.allow_imports)) if chosen else []
+
+    @cached_property
+    def ranked_by(self) -> tuple[str, bool]:
+        """The score that ranks the cells, and whether more of it is better: the searched one, or the usual one."""
+        split = self.chosen_split if self.sweep.search is None else self.sweep.search.split
+        suites = self.suites(split)
+        if self.sweep.search is not None:
+            name = find_score(self.sweep.search.maximise, suites, where=f"{self.where}: search.maximise")
+        else:
+            name = suites[0].full_names()[0]
+            name = "strict" if suites[0].alone else name
+        return name, not any(name in entry.smaller_is_better() for entry in suites)
+
+    @property
+    def chosen_split(self) -> str | None:
+        """The split that ranks the cells: validation if it is measured."""
+        splits = [evaluation.split for evaluation in self.evaluations]
+        return "validation" if "validation" in splits else self.reported_split
 
     def run(self, cell: str) -> Path:
         """A cell's run folder."""
@@ -168,6 +193,7 @@ def _check_searched_split(plan: Plan) -> None:
     chosen = [evaluation for evaluation in plan.evaluations if evaluation.split == search.split]
     if not chosen:
         raise UserError(f"{plan.where}: search.split: '{search.split}' is not evaluated; add it to `evaluate`.")
+    assert plan.ranked_by  # refuses a score that is not measured
     if search.guidance is not None and search.guidance not in chosen[0].guidance:
         raise UserError(
             f"{plan.where}: search.guidance: {search.guidance:g} is not evaluated on {search.split}; choose one of "

@@ -19,6 +19,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.files import replacing
 from agsm_rl.recipe.earlier import evaluation_of_today
 from agsm_rl.recipe.parts import Parts
+from agsm_rl.sweep.board import rank, shown_value
 from agsm_rl.sweep.plan import Cell, Plan, make_cell
 from agsm_rl.sweep.runner import Runner
 from agsm_rl.sweep.spec import Axis
@@ -69,8 +70,10 @@ def search(runner: Runner) -> None:
     study.optimize(objective, n_trials=max(0, options.trials - len(done)), n_jobs=parallel_trials)
     if [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]:
         best = {axis.key: _suggest(study.best_trial, axis) for axis in plan.axes}
-        runner.board.extra["best"] = {"axes": best, "value": study.best_value}
-        runner.board.log(f"best on {options.split}: {best}, {options.maximise} {100 * study.best_value:.1f} %")
+        value = study.best_value if plan.ranked_by[1] else -study.best_value
+        shown = shown_value(plan, value)
+        runner.board.extra["best"] = {"axes": best, "value": value}
+        runner.board.log(f"best on {options.split}: {best}, {options.maximise} {shown}")
 
 
 def _open_study(runner: Runner) -> Any:
@@ -179,4 +182,4 @@ def _score(runner: Runner, cell: Cell) -> float | None:
     rows = [row for row in result["evaluations"] if row["split"] == options.split]
     if options.guidance is not None:
         rows = [row for row in rows if row["guidance"] == options.guidance]
-    return max(float(row[options.maximise]) for row in rows)
+    return max(rank(runner.plan, row) for row in rows)

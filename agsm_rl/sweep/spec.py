@@ -57,10 +57,14 @@ class Range(Section):
 
 
 class Search(Section):
-    """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at each cell's best guidance)."""
+    """What Optuna maximises: the mean over seeds of a score at `guidance` (null: at each cell's best guidance).
+
+    `maximise` names a score as `checkpoint.best` does: `strict`, or with `evaluate.suites` e.g. `mine/sharpness`. A
+    score of which less is better is minimised.
+    """
 
     trials: int = Field(ge=1, le=MAX_CELLS)
-    maximise: Literal["strict", "overall"] = "strict"
+    maximise: str = "strict"
     split: Literal["train", "validation"] = "validation"
     guidance: float | None = None
     seed: Seed = 0

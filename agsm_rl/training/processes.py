@@ -17,14 +17,15 @@ from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from agsm_rl.errors import UserError
 
 EXCHANGE_TIMEOUT = timedelta(hours=2)
-"""How long an exchange waits. The first process evaluates alone while the others wait in one; the libraries' default is
-10 minutes for NCCL, 30 for gloo. A process that dies is noticed by the launcher, long before."""
+"""How long an exchange waits. The others wait in one while the first process writes pictures and reports, and shares
+of an evaluation take different times; the libraries' default is 10 minutes for NCCL, 30 for gloo. A process that dies
+is noticed by the launcher, long before."""
 GRACE = 20.0
 """Seconds that a step may go on after a signal. torchrun (and Slurm) send SIGKILL 30 s after SIGTERM."""
 SHARDING = {
@@ -35,6 +36,7 @@ SHARDING = {
 """How accelerate's launcher announces what would shard the model."""
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 class ProcessLost(Exception):
@@ -80,6 +82,13 @@ class Processes:
             for index, part in zip(chosen, mean.split([values[index].numel() for index in chosen]), strict=True):
                 means[index] = part.reshape(values[index].shape)
         return [means[index] for index in range(len(values))]
+
+    def gather_objects(self, values: list[Value]) -> list[Value]:
+        """The values of all processes, in order; they are pickled on the way."""
+        if self.count == 1:
+            return values
+        gathered: list[Value] = self._exchange(lambda: gather_object(values))
+        return gathered
 
     def numbers(self, number: float) -> Tensor:
         """One number from each process, [count], in order."""

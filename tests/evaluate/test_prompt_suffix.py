@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from agsm_rl.backbones import load_backbone
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import PINNED, DrawingSettings, Share, draw_images, plan
-from agsm_rl.evaluate.drawing import draw
+from agsm_rl.evaluate.draw_folder import PINNED, DrawingSettings, Share, draw_images, image_of, plan
+from agsm_rl.evaluate.drawing import draw, to_picture
 from agsm_rl.evaluate.image_folder import open_picture
-from agsm_rl.evaluate.suites.shapes import suite_prompts
+from agsm_rl.evaluate.measured import measure, to_json
+from agsm_rl.evaluate.suites.shapes import Shapes, suite_prompts
 from agsm_rl.evaluate.target import open_target
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.earlier import evaluation_of_today
@@ -23,10 +24,14 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.measurement import measure, to_json
 from agsm_rl.sweep.plan import make_plan
 
 SUFFIX = ", verified"
+
+
+def draw_into(folder, prompts, num_images, target, how):
+    wanted = [image_of(folder, item) for item in plan(prompts, num_images)]
+    draw_images(Shapes(), wanted, folder, target, how, Share())
 
 
 def test_a_recipe_s_evaluation_draws_base_and_trained_with_it_and_judges_by_the_prompt(tiny_checkpoint, tmp_path):
@@ -43,16 +48,18 @@ def test_a_recipe_s_evaluation_draws_base_and_trained_with_it_and_judges_by_the_
     )
     trainer = build_trainer(recipe)
     watching = Evaluator(RunFolder(tmp_path), recipe, Console(file=StringIO()))
-    ((base, trained),) = watching.measure(trainer)
+    suites = watching.measure(trainer)
+    ((base, trained),) = suites["shapes"]
     prompts = suite_prompts("held_out", 3, 0)
     read = [prompt + SUFFIX for prompt in prompts]
     wanted = draw(trainer.policy.backbone, read, [0, 1, 2], guidance=3.0, num_steps=2)
     # An adapter that has not learned yet changes nothing.
-    assert torch.equal(base.images, wanted) and torch.equal(trained.images, wanted)
-    plain = measure(trainer.policy.backbone, Evaluate(num_images=3, num_steps=2), 3.0, {})
-    assert not torch.equal(plain.images, wanted)
+    wanted = {row: to_picture(image) for row, image in enumerate(wanted)}
+    assert base.pictures == wanted and trained.pictures == wanted
+    plain = measure(trainer.policy.backbone, watching.entries[0], Evaluate(num_images=3, num_steps=2), 3.0)
+    assert plain.pictures != wanted
     assert [row.prompt for row in trained.result.verdicts] == prompts and "shapes" in trained.rewards
-    assert to_json([(base, trained)], recipe.evaluate)["prompt_suffix"] == SUFFIX
+    assert to_json(suites, recipe.evaluate)["prompt_suffix"] == SUFFIX
 
 
 def test_settings_stored_before_there_was_one_mean_none():
@@ -68,9 +75,9 @@ def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(
     asked, folders = {0: {"prompt": "a red star"}}, {"behind": SUFFIX, "plain": ""}
     for name, suffix in folders.items():
         how = DrawingSettings(num_steps=2, prompt_suffix=suffix)
-        draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Share())
-    whole = plan(tmp_path / "whole", {0: {"prompt": "a red star" + SUFFIX}}, 1)
-    draw_images(whole, tmp_path / "whole", target, DrawingSettings(num_steps=2), Share())
+        draw_into(tmp_path / name, asked, 1, target, how)
+    whole = {0: {"prompt": "a red star" + SUFFIX}}
+    draw_into(tmp_path / "whole", whole, 1, target, DrawingSettings(num_steps=2))
     behind, plain, wanted = (
         open_picture(tmp_path / name / "00000/samples/0000.png").tobytes() for name in ("behind", "plain", "whole")
     )
@@ -81,11 +88,11 @@ def test_a_folder_of_images_is_drawn_with_it_and_not_gone_on_with_under_another(
     settings = json.loads(file.read_text())
     assert settings.pop("prompt_suffix") == ""
     file.write_text(json.dumps(settings))
-    draw_images(plan(tmp_path / "plain", asked, 2), tmp_path / "plain", target, DrawingSettings(num_steps=2), Share())
+    draw_into(tmp_path / "plain", asked, 2, target, DrawingSettings(num_steps=2))
     for name, other in (("behind", ""), ("plain", SUFFIX)):
         how = DrawingSettings(num_steps=2, prompt_suffix=other)
         with pytest.raises(UserError, match="drawn with prompt_suffix"):
-            draw_images(plan(tmp_path / name, asked, 1), tmp_path / name, target, how, Share())
+            draw_into(tmp_path / name, asked, 1, target, how)
 
 
 def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
@@ -109,9 +116,7 @@ def test_eval_takes_it_on_the_command_line(tiny_checkpoint, tmp_path):
 
 def test_images_that_are_drawn_already_and_cells_of_a_sweep_are_given_none(tiny_checkpoint, tmp_path, capsys):
     target = open_target(str(tiny_checkpoint), options={"device": "cpu"})
-    draw_images(
-        plan(tmp_path / "im", {0: {"prompt": "a red star"}}, 1), tmp_path / "im", target, DrawingSettings(), Share()
-    )
+    draw_into(tmp_path / "im", {0: {"prompt": "a red star"}}, 1, target, DrawingSettings())
     with pytest.raises(SystemExit, match="2"):
         app(["eval", str(tmp_path / "im"), "--prompt-suffix", SUFFIX])
     assert "im is already drawn; leave the option out" in capsys.readouterr().err

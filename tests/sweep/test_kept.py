@@ -6,7 +6,10 @@ import os
 import pytest
 import torch
 
-from agsm_rl.run.measurement import Measured
+from agsm_rl.evaluate.drawing import to_picture, write_picture
+from agsm_rl.evaluate.measured import Measured, entries_of
+from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.sweep import evaluations
 from agsm_rl.sweep.kept import Measurement, Result, Trained, read_kept
 
@@ -75,11 +78,12 @@ def test_a_missing_file_gives_no_warning(tmp_path, caplog):
 def test_a_measurement_without_its_images_is_repeated(tmp_path, caplog):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(MEASUREMENT))
-    assert evaluations._read(file, 1.0) is None
+    (entry,) = entries_of(Evaluate(), Parts(where="recipe"))
+    assert evaluations._read(file, entry, 1.0) is None
     pictures = tmp_path / "x"
     pictures.mkdir()
     (pictures / "0000.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
-    assert evaluations._read(file, 1.0) is None
+    assert evaluations._read(file, entry, 1.0) is None
     assert caplog.text.count("x.json: is damaged") == 2
-    evaluations.write_picture(evaluations.to_picture(torch.zeros(3, 8, 8)), pictures / "0000.png")
-    assert isinstance(evaluations._read(file, 1.0), Measured)
+    write_picture(to_picture(torch.zeros(3, 8, 8)), pictures / "0000.png")
+    assert isinstance(evaluations._read(file, entry, 1.0), Measured)

@@ -120,7 +120,7 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
             named = term.source if isinstance(term.source, str) else term.name
             knobs[f"drawing {named}"] = {f"{_path(place)}.sample_batch_size": block.options["sample_batch_size"]}
     if recipe.evaluate is not None:
-        knobs["evaluating"] = {"evaluate.batch_size": min(recipe.evaluate.batch_size, recipe.evaluate.num_images)}
+        knobs["evaluating"] = {"evaluate.batch_size": recipe.evaluate.drawn_at_once}
     return {phase: {path: size for path, size in paths.items() if size > 1} for phase, paths in knobs.items()}
 
 

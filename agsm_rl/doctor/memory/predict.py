@@ -257,7 +257,7 @@ def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> 
     phases = {}
     if recipe.evaluate is not None:
         guidance = max(recipe.evaluate.guidance)
-        phases["evaluating"] = (min(recipe.evaluate.batch_size, recipe.evaluate.num_images), guidance)
+        phases["evaluating"] = (recipe.evaluate.drawn_at_once, guidance)
     if recipe.sample.prompts is not None or recipe.evaluate is not None:
         phases["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), recipe.sample.guidance)
     backbone = policy.backbone

@@ -7,29 +7,37 @@ reference.
 
 from __future__ import annotations
 
+import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 from rich.console import Console
 from torch import Tensor, nn
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import plain_table
-from agsm_rl.evaluate.image_folder import Drawn, is_image_folder, open_picture, pictures_in, read_images
+from agsm_rl.evaluate.image_folder import is_image_folder, open_picture, pictures_in, read_images
+from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.files import check_not_special
+from agsm_rl.evaluate.prompts import PromptList
+from agsm_rl.evaluate.suite import Judged, Metadata, Row, Suite, batches_of_one_size
+from agsm_rl.files import check_not_special, local_path
+from agsm_rl.recipe.options import NumImages
 from agsm_rl.run.screen import styled
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 FEATURES = 2048
-SMALLEST = 2
+SMALLEST, BATCH = 2, 32
 """A covariance needs two images."""
 
 
@@ -50,14 +58,25 @@ class FIDResult:
             "num_images": self.num_images,
             "overall": self.distance,
             "tags": {},
+            "images": [],
             "reference": self.reference,
             "num_reference": self.num_reference,
             "network": self.network,
         }
 
-    def show(self, console: Console, other: FIDResult | None = None) -> None:
+    def scores(self) -> dict[str, Interval]:
+        """`fid`, without an interval."""
+        return {"fid": Interval(self.distance, math.nan, math.nan)}
+
+    def per_image(self) -> dict[str, list[float]]:
+        """None: the distance is over all images together."""
+        return {}
+
+    def show(
+        self, console: Console, other: FIDResult | None = None, *, labels: tuple[str, str] = ("other", "this")
+    ) -> None:
         """Print the distance; with `other`, both targets' and the difference."""
-        columns = ("other", "this", "difference") if other else ("FID",)
+        columns = (*labels, "difference") if other else ("FID",)
         table = plain_table("Fréchet Inception distance, smaller is better", ("reference", "n", *columns))
         cells = [f"{self.distance:.3f}"]
         if other:
@@ -75,77 +94,113 @@ class FIDResult:
         return {"difference": {"overall": {"value": self.distance - other.distance, "low": None, "high": None}}}
 
 
-class FID:
-    """The suite.
+class FID(Suite):
+    """How far the images' distribution is from that of a folder of real ones, in an Inception network's features.
 
     Args:
         reference: A folder of real images, including subfolders, or a folder in GenEval's layout.
-        prompts: Metadata of the prompts by number.
-        weights: The Inception network's file; by default the one in torch.hub's cache.
-        network: Another feature extractor, uint8 [B, 3, H, W] → [B, D], to use instead of Inception. The figure is then
-            not FID, and is labelled with the network's name.
-        batch_size: Images per batch.
+        prompts: The prompts to draw, usually the reference's captions: a text file, a table (.jsonl, .csv, …), a
+            `datasets` name or `builtin:shapes-prompts`.
+        prompt_column: The column that holds the prompts.
+        prompt_split: The data set's split.
+        num_images: How many images to draw. Null: one of each prompt.
+        inception: The Inception network's file. Null: the one in torch.hub's cache.
     """
 
     name = "fid"
+    folder = "inception"
+    network: nn.Module | None = None
+    """Another feature extractor, uint8 [B, 3, H, W] → [B, D]. The figure is then labelled with its name."""
+    smaller_is_better = frozenset({"fid"})
 
     def __init__(
         self,
-        reference: Path,
-        prompts: Mapping[int, Mapping[str, Any]],
         *,
-        weights: Path | None = None,
-        network: nn.Module | None = None,
-        batch_size: int = 32,
+        reference: str,
+        prompts: str | None = None,
+        prompt_column: str | None = None,
+        prompt_split: str | None = None,
+        num_images: NumImages | None = None,
+        inception: str | None = None,
     ) -> None:
-        self.reference, self.prompts, self.num_images = reference, prompts, len(prompts)
-        self.network, self.batch_size = network, batch_size
-        self.weights = weights or _hub_file()
+        self.reference = local_path(reference)
+        self.list = PromptList(prompts, prompt_column, prompt_split, num_images)
+        self.weights = local_path(inception) if inception else _hub_file()
         self._metric: Any = None
         self._real: list[Path] = []
 
-    def asked(self) -> Mapping[int, Mapping[str, Any]]:
+    @property
+    def num_images(self) -> int:  # type: ignore[override]
+        """The number given, or one image of each prompt."""
+        return self.list.num_images
+
+    def score_names(self) -> Sequence[str]:
+        """`fid`."""
+        return ("fid",)
+
+    def prompts(self) -> Mapping[int, Metadata]:
         """The prompts; UserError if there are none."""
-        if not self.prompts:
-            raise UserError("--suite fid: no prompts to draw; give the reference's captions with --prompts.")
-        return self.prompts
+        if self.list.prompts is None:
+            raise UserError("suite fid: no prompts to draw; give the reference's captions as `prompts` (--prompts).")
+        return self.list.read()
+
+    def how(self) -> Mapping[str, Any]:
+        """The network."""
+        return {"network": self._network_name(), "weights": None if self.network else self.weights.name}
 
     def prepare(self) -> None:
         """Find the reference's images and load the network."""
         self._real = _reference_images(self.reference)
         self._metric = self._metric or self._make_metric()
 
-    def check(self, images: Sequence[Drawn]) -> None:
-        """Accepts any image."""
+    def judge(self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Row]:
+        """The network's features of each picture: float32 values, little-endian, as base64."""
+        self.prepare()
+        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in self._features(images)]
 
-    def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """None, because the distance is over all images together."""
-        return []
-
-    def measure(self, images: Sequence[Drawn]) -> None:
-        """Does nothing: single images are not measured."""
-
-    def result(self, images: Sequence[Drawn]) -> FIDResult:
+    def result(self, judged: Sequence[Judged]) -> FIDResult:
         """The distance of these images to the reference."""
-        if len(images) < SMALLEST:
+        if len(judged) < SMALLEST:
             raise UserError(
-                f"--suite fid: got {len(images)} images, but a covariance needs {SMALLEST}; draw some thousands."
+                f"suite fid: got {len(judged)} images, but a covariance needs {SMALLEST}; draw some thousands."
             )
         self.prepare()
         if self._metric.real_features_num_samples == 0:
-            self._update(self._real, real=True)
-        self._update([item.path for item in images], real=False)
+            with progress("features of the reference", total=len(self._real)) as advance:
+                for start in range(0, len(self._real), BATCH):
+                    part = [open_picture(path) for path in self._real[start : start + BATCH]]
+                    self._add("real", self._features(part))
+                    advance(len(part))
+        self._add("fake", np.stack([np.frombuffer(base64.b64decode(item.row), "<f4") for item in judged]))
         distance = float(self._metric.compute())
         self._metric.reset()
-        network = "Inception v3 (torch-fidelity)" if self.network is None else type(self.network).__name__
-        return FIDResult(distance, len(images), str(self.reference), len(self._real), network)
+        return FIDResult(distance, len(judged), str(self.reference), len(self._real), self._network_name())
 
-    def _update(self, paths: Sequence[Path], *, real: bool) -> None:
-        what = "reference" if real else "images"
-        with progress(f"features of the {what}", total=len(paths)) as advance:
-            for part in _batches(paths, self.batch_size):
-                self._metric.update(part.to(self._metric.device), real=real)
-                advance(len(part))
+    def _network_name(self) -> str:
+        return "Inception v3 (torch-fidelity)" if self.network is None else type(self.network).__name__
+
+    def _features(self, images: Sequence[Image]) -> NDArray[np.float32]:
+        """[N, D], in the images' order; images of one size go through the network together."""
+        tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        rows: list[Tensor] = [torch.empty(0)] * len(tensors)
+        for part in batches_of_one_size([tuple(tensor.shape) for tensor in tensors], BATCH):
+            with torch.no_grad():
+                features = self._metric.inception(torch.stack([tensors[index] for index in part]).to(self._device))
+            for index, row in zip(part, features.float().cpu(), strict=True):
+                rows[index] = row
+        return np.asarray(torch.stack(rows).numpy())
+
+    @property
+    def _device(self) -> Any:
+        return self._metric.device
+
+    def _add(self, which: Literal["real", "fake"], features: NDArray[np.float32]) -> None:
+        """Add rows of features to the sums that torchmetrics' own `update` keeps."""
+        values = torch.from_numpy(features).double().to(self._device)
+        sums = {"sum": values.sum(dim=0), "cov_sum": values.t().mm(values), "num_samples": len(values)}
+        for name, value in sums.items():
+            key = f"{which}_features_{name}"
+            setattr(self._metric, key, getattr(self._metric, key) + value)
 
     def _make_metric(self) -> Any:
         if find_spec("torchmetrics") is None:
@@ -163,7 +218,7 @@ class FID:
                 options |= {"feature_extractor_weights_path": str(self.weights), "antialias": False}
             metric = FrechetInceptionDistance(**options)
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"--suite fid: the Inception network cannot be constructed ({error}).") from error
+            raise UserError(f"suite fid: the Inception network cannot be constructed ({error}).") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return metric.to(device)
 
@@ -173,7 +228,7 @@ def _check_weights(weights: Path) -> None:
     check_not_special(weights)
     if not weights.is_file():
         raise UserError(
-            f"--suite fid: the Inception weights {weights} are missing; download them with `curl -L --create-dirs -o "
+            f"suite fid: the Inception weights {weights} are missing; download them with `curl -L --create-dirs -o "
             f"{weights} {URL}`, or give --inception FILE."
         )
     try:
@@ -186,7 +241,7 @@ def _check_weights(weights: Path) -> None:
 
 def _not_installed(package: str) -> UserError:
     return UserError(
-        f"--suite fid: {package} is not installed; run `pip install 'agsm-rl[fid]'`. torch-fidelity brings "
+        f"suite fid: {package} is not installed; run `pip install 'agsm-rl[fid]'`. torch-fidelity brings "
         "torchvision, which must match the installed torch (CPU or CUDA): give pip the index that torch came from, "
         "or evaluate in a separate environment."
     )
@@ -206,16 +261,3 @@ def _reference_images(folder: Path) -> list[Path]:
     if len(paths) < SMALLEST:
         raise UserError(f"--reference {folder}: has {len(paths)} images; give a folder with some thousands.")
     return sorted(paths)
-
-
-def _batches(paths: Sequence[Path], size: int) -> Any:
-    """Batches uint8 [B, 3, H, W]; a change of size starts a new batch."""
-    part: list[Tensor] = []
-    for path in paths:
-        image = torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1)
-        if part and (len(part) == size or image.shape != part[0].shape):
-            yield torch.stack(part)
-            part = []
-        part.append(image)
-    if part:
-        yield torch.stack(part)

@@ -24,14 +24,16 @@ from agsm_rl_rewards.geneval.detector import (
 )
 from agsm_rl_rewards.geneval.requirements import classes_by_colour, fault, object_names, requirements
 from agsm_rl_rewards.geneval.rules import GENEVAL, Rules, confident, judge
+from PIL.Image import Image
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.figures import interval_json, share_table
-from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
+from agsm_rl.evaluate.figures import Scores, interval_json, share_table
+from agsm_rl.evaluate.image_folder import file_name
 from agsm_rl.evaluate.intervals import Interval, mean_of, mean_of_groups, paired_difference, wilson
-from agsm_rl.evaluate.suites.shapes import Scores
+from agsm_rl.evaluate.suite import Judged, Metadata, Row, Suite
 from agsm_rl.files import parse_json, read_text, write_text
+from agsm_rl.recipe.options import NumImages
 
 LABEL = "GenEval-compatible (agreement with the reference detector not measured)"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -82,8 +84,16 @@ class GenEvalResult:
         by_tag = {tag: [row for row in self.rows if row.tag == tag] for tag in order}
         return {tag: rows for tag, rows in by_tag.items() if rows}
 
+    def scores(self) -> dict[str, Interval]:
+        """`overall`, the mean over tags."""
+        return {"overall": self.shares.overall}
+
+    def per_image(self) -> dict[str, list[float]]:
+        """None: the score is a mean over tags."""
+        return {}
+
     @property
-    def scores(self) -> Scores:
+    def shares(self) -> Scores:
         """Shares of correct images by tag, and their mean."""
         counts = {tag: (sum(row.correct for row in rows), len(rows)) for tag, rows in self.by_tag.items()}
         tags = {tag: wilson(*count) for tag, count in counts.items()}
@@ -100,7 +110,7 @@ class GenEvalResult:
             "suite": "geneval",
             "label": LABEL,
             "num_images": len(self.rows),
-            **self.scores.to_json(),
+            **self.shares.to_json(),
             "over_prompts": interval_json(self.over_prompts()),
             "correct_images": interval_json(wilson(sum(row.correct for row in self.rows), len(self.rows))),
             "num_prompts": len(prompts),
@@ -108,11 +118,13 @@ class GenEvalResult:
             "images": [{key: getattr(row, key) for key in IMAGE_KEYS} for row in sorted(self.rows, key=_place)],
         }
 
-    def show(self, console: Console, other: GenEvalResult | None = None) -> None:
+    def show(
+        self, console: Console, other: GenEvalResult | None = None, *, labels: tuple[str, str] = ("other", "this")
+    ) -> None:
         """Print shares by tag; with `other`, both targets and the paired difference."""
         changes = self._differences(other) if other else None
-        scores = [other.scores, self.scores] if other else [self.scores]
-        console.print(share_table("GenEval-compatible, %, 95 % intervals", scores, changes))
+        scores = [other.shares, self.shares] if other else [self.shares]
+        console.print(share_table("GenEval-compatible, %, 95 % intervals", scores, changes, labels))
 
     def against(self, other: GenEvalResult) -> dict[str, Any]:
         """This target minus the other, by tag and overall, and the share of images on which the verdicts agree."""
@@ -143,27 +155,36 @@ class GenEvalResult:
         return mean_of(list(tags.values())), tags
 
 
-class GenEval:
-    """The suite. Detections are stored beside the images, so that judging by other rules needs no detector.
+class GenEval(Suite):
+    """Objects, counts, colours and positions, by GenEval's rules on a detector's finds.
+
+    Rows are detections, so that judging by other rules needs no detector.
 
     Args:
+        num_images: How many images to draw, the first of each prompt before any second one. Null: 2212, four of each.
         detector: Folder or hub id of a Mask2Former trained on COCO instances.
-        classifier: Folder or hub id of a CLIP.
-        rules: The rules to judge by.
+        classifier: Folder or hub id of a CLIP, for colours.
     """
 
     name = "geneval"
+    folder = "detections"
+    rules: Rules = GENEVAL
 
-    def __init__(self, *, detector: str = DETECTOR, classifier: str = CLASSIFIER, rules: Rules = GENEVAL) -> None:
-        self.detector, self.classifier, self.rules = detector, classifier, rules
-        self.num_images = IMAGES_PER_PROMPT * len(self.asked())
-        self._kept = Measurements("detections", {"detector": detector, "classifier": classifier, "above": STORED_ABOVE})
+    def __init__(
+        self, *, num_images: NumImages | None = None, detector: str = DETECTOR, classifier: str = CLASSIFIER
+    ) -> None:
+        self.detector, self.classifier = detector, classifier
+        self.num_images = num_images or IMAGES_PER_PROMPT * len(self.prompts())
 
     @cached_property
     def _models(self) -> Detector:
         return Detector(self.detector, self.classifier)
 
-    def asked(self) -> dict[int, dict[str, Any]]:
+    def how(self) -> Mapping[str, Any]:
+        """The two networks, and which detections are kept."""
+        return {"detector": self.detector, "classifier": self.classifier, "above": STORED_ABOVE}
+
+    def prompts(self) -> dict[int, dict[str, Any]]:
         """GenEval's prompts by line number, with tags interleaved: the first n are as balanced as the full set."""
         data = files("agsm_rl_rewards.geneval") / "data" / "evaluation_metadata.jsonl"
         rows = {index: json.loads(line) for index, line in enumerate(data.read_text(encoding="utf-8").splitlines())}
@@ -175,53 +196,40 @@ class GenEval:
         """Load the detector and the colour classifier."""
         assert self._models
 
-    def check(self, images: Sequence[Drawn]) -> None:
-        """UserError unless each prompt's metadata says, in GenEval's form, what the image should show."""
-        names = set(object_names())
-        for item in {item.prompt_index: item for item in images}.values():
-            reason = fault(requirements(item.metadata), names)
-            if reason:
-                place = item.path.parents[1]
-                raise UserError(
-                    f"{place / 'metadata.jsonl'}: {reason}; take it from GenEval's evaluation_metadata.jsonl."
-                )
+    def check(self, metadata: Metadata) -> None:
+        """UserError unless a prompt's metadata says, in GenEval's form, what the image should show."""
+        reason = fault(requirements(metadata), set(object_names()))
+        if reason:
+            raise UserError(f"{reason}; take it from GenEval's evaluation_metadata.jsonl.")
 
-    def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
-        """The images without detections."""
-        return [item for item in images if self._kept.read(item.path) is None]
-
-    def measure(self, images: Sequence[Drawn]) -> None:
-        """Detect objects, and classify the colours that the prompts ask for."""
-        for item in images:
-            picture = open_picture(item.path)
-            colored = classes_by_colour(requirements(item.metadata))
-            self._kept.write(item.path, {"size": list(picture.size), "seen": self._models(picture, colored)})
-
-    def result(self, images: Sequence[Drawn]) -> GenEvalResult:
-        """The verdicts, from the stored detections."""
+    def judge(self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Row]:
+        """The objects in each picture, with the colours of those whose colour the prompt asks for."""
         rows = []
-        for item in images:
-            kept = self._kept.read(item.path)
-            if kept is None:
-                raise UserError(f"{item.path}: has no detections yet; run the evaluation again to the end.")
-            stored = detections(kept["seen"])
-            verdict = judge(stored, requirements(item.metadata), self.rules)
-            details = {
-                name: [[*detection.box, detection.score] for detection in group]
-                for name, group in confident(stored, item.metadata["tag"], self.rules).items()
-            }
-            rows.append(
-                ImageResult(
-                    str(item.path),
-                    item.metadata["tag"],
-                    item.prompt,
-                    verdict.correct,
-                    verdict.reason,
-                    metadata=item.metadata,
-                    details=details,
-                )
-            )
-        return GenEvalResult(tuple(rows))
+        for picture, asked in zip(images, metadata, strict=True):
+            colored = classes_by_colour(requirements(asked))
+            rows.append({"size": list(picture.size), "seen": self._models(picture, colored)})
+        return rows
+
+    def result(self, judged: Sequence[Judged]) -> GenEvalResult:
+        """The verdicts, from the detections."""
+        return GenEvalResult(tuple(self._verdict(item) for item in judged))
+
+    def _verdict(self, item: Judged) -> ImageResult:
+        stored = detections(item.row["seen"])
+        verdict = judge(stored, requirements(item.metadata), self.rules)
+        details = {
+            name: [[*detection.box, detection.score] for detection in group]
+            for name, group in confident(stored, item.metadata["tag"], self.rules).items()
+        }
+        return ImageResult(
+            item.filename or file_name(item.prompt_index, item.number),
+            item.metadata["tag"],
+            item.prompt,
+            verdict.correct,
+            verdict.reason,
+            metadata=item.metadata,
+            details=details,
+        )
 
 
 def write_results(result: GenEvalResult, file: Path) -> None:

@@ -1,27 +1,36 @@
-"""The shapes suite: draw one image per prompt, judge each, and compare two models on the same prompts and noise.
+"""The shapes suite: prompts of the drawn world, its deterministic judge, and shares of correct images by tag.
 
 The overall score is GenEval's: the mean over tags of the share of correct images. Every figure is given twice, lenient
-(everything the prompt asks for is there) and strict (and nothing else is).
+(everything the prompt asks for is there) and strict (and nothing else is). No weights are needed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from PIL.Image import Image
+from rich.console import Console
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.figures import Scores
 from agsm_rl.evaluate.intervals import Interval, mean_of, paired_difference, wilson
+from agsm_rl.evaluate.suite import Judged, Metadata, Row, Suite
+from agsm_rl.evaluate.table import print_table
+from agsm_rl.files import local_path, read_json
+from agsm_rl.recipe.options import NumImages, Seed
 from agsm_rl.shapes import world
 from agsm_rl.shapes.data import prompts as draw_prompts
 from agsm_rl.shapes.judge import judge
+from agsm_rl.shapes.world import Split
 
 SUITE = "shapes"
 COUNTING_SHARE = 1 / 3
 """Counting gets a third of the images: methods differ most there, and it is the hardest to measure."""
-
-Draw = Callable[[list[str], list[int]], Tensor]
-"""`draw(prompts, seeds)` → images [B, 3, H, W] in [0, 1]; an image depends on its own prompt and seed only."""
+SMALL_VOCABULARY = 2000
+"""Tokens of a base of the world at most; it has some hundreds, CLIP's own vocabulary has 49,408."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +45,21 @@ class ImageVerdict:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Shares of correct images: per tag with Wilson intervals and counts, and the mean over tags."""
-
-    overall: Interval
-    tags: dict[str, Interval]
-    counts: dict[str, tuple[int, int]]
-
-    def to_json(self) -> dict[str, Any]:
-        """`overall` with its interval, and `tags` as {tag: {correct, total, score, low, high}}."""
-        rows = {}
-        for tag, share in self.tags.items():
-            correct, total = self.counts[tag]
-            figures = {"score": share.value, "low": share.low, "high": share.high}
-            rows[tag] = {"correct": correct, "total": total, **figures}
-        return {"overall": self.overall.value, "low": self.overall.low, "high": self.overall.high, "tags": rows}
-
-
-@dataclass(frozen=True)
 class ShapesResult:
-    """The verdicts of one model, in the order of the prompts."""
+    """The verdicts of one model, in the order of the prompts. `split` is the prompts' split; None for other prompts."""
 
     verdicts: tuple[ImageVerdict, ...]
+    split: str | None = None
 
-    def scores(self, *, strict: bool) -> Scores:
+    def scores(self) -> dict[str, Interval]:
+        """`overall`, by the lenient verdict, and `strict`: means over tags."""
+        return {name: self.shares(strict=name == "strict").overall for name in Shapes.SCORES}
+
+    def per_image(self) -> dict[str, list[float]]:
+        """None: both scores are means over tags."""
+        return {}
+
+    def shares(self, *, strict: bool) -> Scores:
         """The shares by the strict or the lenient verdict."""
         counts = {}
         for tag, rows in _by_tag(self.verdicts).items():
@@ -69,15 +69,35 @@ class ShapesResult:
 
     def to_json(self) -> dict[str, Any]:
         """The content of eval.json: the lenient figures on top, the strict ones under `strict`, and every verdict."""
-        head = {"suite": SUITE, "num_images": len(self.verdicts), **self.scores(strict=False).to_json()}
-        return head | {"strict": self.scores(strict=True).to_json(), "images": [asdict(row) for row in self.verdicts]}
+        head = {"suite": SUITE, "num_images": len(self.verdicts), **self.shares(strict=False).to_json()}
+        rows = [asdict(row) for row in self.verdicts]
+        return head | {"strict": self.shares(strict=True).to_json(), "split": self.split, "images": rows}
+
+    def show(
+        self, console: Console, other: ShapesResult | None = None, *, labels: tuple[str, str] = ("other", "this")
+    ) -> None:
+        """Print the lenient and the strict table."""
+        if other is None:
+            print_table(self, console=console)
+        else:
+            print_table(other, self, console=console, labels=labels)
+
+    def against(self, other: ShapesResult) -> dict[str, Any]:
+        """This minus the other, lenient and strict."""
+        return {"difference": asdict(self.minus(other))}
+
+    def minus(self, other: ShapesResult) -> Comparison:
+        """This minus the other on the same prompts; UserError if they are not the same prompts in the same order."""
+        return compare(other, self)
 
     @staticmethod
-    def from_json(content: dict[str, Any]) -> "ShapesResult":
+    def from_json(content: Mapping[str, Any]) -> ShapesResult:
         """The result that an eval.json of this suite holds; UserError if it is not one."""
         if content.get("suite") != SUITE or not content.get("images"):
             raise UserError(f"eval.json: suite {content.get('suite')!r} has no verdicts of the suite '{SUITE}'")
-        return ShapesResult(tuple(ImageVerdict(**row) for row in content["images"]))
+        keys = ImageVerdict.__dataclass_fields__
+        rows = [ImageVerdict(**{key: row[key] for key in keys}) for row in content["images"]]
+        return ShapesResult(tuple(rows), content.get("split"))
 
 
 @dataclass(frozen=True)
@@ -96,28 +116,101 @@ class Comparison:
     strict: Differences
 
 
+class Shapes(Suite):
+    """Is what the prompt asks for there, by the world's own judge?
+
+    Args:
+        split: Prompts of `train`, `validation` or `held_out`. Null: the evaluation's split, `held_out` by default.
+        num_images: One image of each of this many prompts, a third of them of counting.
+        seed: Seed of the prompts. Null: the evaluation's.
+        any_base: Also accept a base that was not trained on this world.
+    """
+
+    name = SUITE
+    folder = "verdicts"
+    SCORES = ("overall", "strict")
+
+    def __init__(
+        self, *, split: Split | None = None, num_images: NumImages = 600, seed: Seed = 0, any_base: bool = False
+    ) -> None:
+        self.split, self.num_images, self.seed, self.any_base = split or "held_out", num_images, seed, any_base
+
+    def score_names(self) -> Sequence[str]:
+        """`overall` and `strict`."""
+        return self.SCORES
+
+    def how(self) -> Mapping[str, Any]:
+        """There is one judge."""
+        return {"judge": SUITE}
+
+    def prompts(self) -> Mapping[int, Metadata]:
+        """The split's prompts, with their tags."""
+        prompts = suite_prompts(self.split, self.num_images, self.seed)
+        return {index: {"prompt": prompt, "tag": world.parse(prompt).tag} for index, prompt in enumerate(prompts)}
+
+    def check(self, metadata: Metadata) -> None:
+        """UserError for a prompt outside the world."""
+        world.parse(str(metadata["prompt"]))
+
+    def check_base(self, backbone: Mapping[str, Any]) -> None:
+        """UserError unless the base has the world's words as its vocabulary: a builtin, or what was made from one."""
+        if not self.any_base and backbone.get("checkpoint") is not None and not _is_of_the_world(backbone):
+            raise UserError(
+                "the suite 'shapes' draws prompts of the small shapes world ('two red stars'), and "
+                f"'{backbone['checkpoint']}' was not trained on it, so the figures would say nothing about the model. "
+                f"Measure rewards on your own prompts instead: {INSTEAD}. To draw the shapes prompts all the same: "
+                "evaluate.suites: "
+                "{shapes: {use: shapes, any_base: true}}, or --any-base."
+            )
+
+    def judge(self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Row]:
+        """The lenient and the strict verdict on each picture, with the reason."""
+        rows = []
+        for image, prompt in zip(images, prompts, strict=True):
+            asked = world.parse(prompt)
+            seen = judge(image, asked)
+            rows.append(asdict(ImageVerdict(prompt, asked.tag, seen.correct, seen.strict, seen.reason)))
+        return rows
+
+    def result(self, judged: Sequence[Judged]) -> ShapesResult:
+        """The verdicts in order."""
+        rows = tuple(ImageVerdict(**item.row) for item in judged)
+        of_the_split = [row.prompt for row in rows] == suite_prompts(self.split, len(rows), self.seed)
+        return ShapesResult(rows, self.split if of_the_split else None)
+
+
+INSTEAD = (
+    "evaluate: {suites: {mine: {use: rewards, prompts: prompts.txt, rewards: {clip_score: {}}}}} in a recipe, "
+    "--suite rewards --prompts prompts.txt --reward clip_score with `agsm-rl eval`"
+)
+
+
 def suite_prompts(split: str, num_images: int, seed: int) -> list[str]:
     """The suite's prompts: a third counting, the rest shared evenly by the other five tags."""
     return draw_prompts(split, num_images, seed, COUNTING_SHARE)
 
 
-def evaluate(draw: Draw, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64) -> ShapesResult:
-    """Draw one image per prompt, image i from the noise of seed + i, and judge each.
+def _is_of_the_world(backbone: Mapping[str, Any]) -> bool:
+    """Whether a base's tokenizer has the world's vocabulary; False where there is no file to tell."""
+    checkpoint = str(backbone["checkpoint"])
+    if checkpoint.startswith("builtin:"):
+        return True
+    folder = local_path(checkpoint)
+    if not folder.is_dir():  # a single file has no tokenizer; its configuration's folder has
+        folder = local_path(str(backbone.get("config") or ""))
+    try:
+        vocabulary = _vocabulary(folder / "tokenizer")
+    except (UserError, OSError, LookupError, TypeError):
+        return False
+    return len(vocabulary) <= SMALL_VOCABULARY and all(
+        word in vocabulary or f"{word}</w>" in vocabulary for word in world.vocabulary() if word.isalpha()
+    )
 
-    The same prompts and `seed` give two models the same noise at any batch size; `compare` compares them.
-    Raises UserError for a prompt outside the shapes world, before anything is drawn.
-    """
-    if not prompts:
-        raise UserError("suite 'shapes': no prompts; give one or more")
-    asked = [world.parse(prompt) for prompt in prompts]
-    verdicts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        images = draw([prompts[i] for i in rows], [seed + i for i in rows])
-        for i, image in zip(rows, images, strict=True):
-            seen = judge(image, asked[i])
-            verdicts.append(ImageVerdict(prompts[i], asked[i].tag, seen.correct, seen.strict, seen.reason))
-    return ShapesResult(tuple(verdicts))
+
+def _vocabulary(tokenizer: Path) -> set[str]:
+    """The tokens of a saved tokenizer, in either form that transformers writes."""
+    file = tokenizer / "tokenizer.json"
+    return set(read_json(file)["model"]["vocab"] if file.is_file() else read_json(tokenizer / "vocab.json"))
 
 
 def compare(base: ShapesResult, trained: ShapesResult) -> Comparison:

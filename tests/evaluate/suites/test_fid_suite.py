@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import read_images
+from agsm_rl.evaluate.kept_rows import judged_in_memory
 from agsm_rl.evaluate.suites import fid
 from agsm_rl.evaluate.suites.fid import FID
 
@@ -45,11 +46,20 @@ def features(paths):
     return torch.cat([MeanAndSpread()(image) for image in images]).double().numpy()
 
 
+def suite_of(real):
+    suite = FID(reference=str(real))
+    suite.network = MeanAndSpread()
+    return suite
+
+
+def distance(suite, images):
+    return suite.result(judged_in_memory(suite, images, at_once=4))
+
+
 def test_the_distance_is_that_of_two_gaussians_on_the_features(tmp_path):
     real = write_pictures(tmp_path / "real", 20, 0)
     drawn = write_pictures(tmp_path / "drawn", 15, 1, geneval=True, scale=0.7)
-    suite = FID(real, {}, network=MeanAndSpread(), batch_size=4)
-    result = suite.result(read_images(drawn))
+    result = distance(suite_of(real), read_images(drawn))
     a, b = features(sorted(real.rglob("*.png"))), features(sorted(drawn.rglob("*.png")))
     spread_a, spread_b = np.cov(a.T), np.cov(b.T)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum()
@@ -62,14 +72,14 @@ def test_the_distance_is_that_of_two_gaussians_on_the_features(tmp_path):
 
 def test_a_second_target_is_measured_afresh_against_the_same_reference(tmp_path):
     real = write_pictures(tmp_path / "real", 12, 0)
-    suite = FID(real, {}, network=MeanAndSpread())
+    suite = suite_of(real)
     near = read_images(write_pictures(tmp_path / "near", 12, 0, geneval=True))
     far = read_images(write_pictures(tmp_path / "far", 12, 3, geneval=True, scale=0.3))
-    first, second = suite.result(near), suite.result(far)
+    first, second = distance(suite, near), distance(suite, far)
     assert first.distance == pytest.approx(0, abs=1e-4) and second.distance > 0.01
-    assert suite.result(near).distance == pytest.approx(first.distance, abs=1e-9)
+    assert distance(suite, near).distance == pytest.approx(first.distance, abs=1e-9)
     assert second.against(first)["difference"]["overall"]["value"] == second.distance - first.distance
-    fewer = suite.result(near[:5])
+    fewer = distance(suite, near[:5])
     with pytest.raises(UserError, match="depends on the number"):
         fewer.against(first)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.image_folder import Measurements, read_images
+from agsm_rl.evaluate.image_folder import Measurements
 from agsm_rl.evaluate.suites.geneval import GenEval, read_results, write_results
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.report.eval_file import read_eval_file
@@ -82,7 +83,7 @@ def models(tmp_path_factory):
 
 
 def test_the_suite_has_geneval_s_553_prompts_balanced_from_the_first_on():
-    asked = GenEval().asked()
+    asked = GenEval().prompts()
     tags = Counter(row["tag"] for row in asked.values())
     assert tags == {
         "single_object": 80,
@@ -198,7 +199,7 @@ def test_verdicts_on_all_553_prompts_are_those_of_the_stored_detections_without_
     rng = np.random.default_rng(0)
     picture = Image.new("RGB", (4, 4))
     kept = Measurements("detections", {"detector": DETECTOR, "classifier": CLASSIFIER, "above": STORED_ABOVE})
-    for index, metadata in GenEval().asked().items():
+    for index, metadata in GenEval().prompts().items():
         write_prompt(tmp_path / "im", index, metadata, [picture])
         path = tmp_path / "im" / f"{index:05d}" / "samples" / "0000.png"
         kept.write(path, {"size": [4, 4], "seen": invented(rng, metadata)})
@@ -269,7 +270,8 @@ def test_a_line_that_is_no_result_is_named(tmp_path, broken):
         ),
     ],
 )
-def test_images_whose_metadata_geneval_cannot_judge_are_refused_by_name(tmp_path, metadata, word):
+def test_images_whose_metadata_geneval_cannot_judge_are_refused_by_name(command, tmp_path, metadata, word):
     write_prompt(tmp_path, 7, metadata, [Image.new("RGB", (4, 4))])
-    with pytest.raises(UserError, match="00007/metadata.jsonl.*" + word):
-        GenEval().check(read_images(tmp_path))
+    result = command(tmp_path, "--suite", "geneval")
+    assert result.exit_code == 2
+    assert re.search("00007/metadata.jsonl.*" + word, result.stderr.replace("\n", " "))

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.suites.rewards import RewardsResult, parse_rewards
+from agsm_rl.evaluate.reward_options import parse_rewards
+from agsm_rl.evaluate.suites.rewards import RewardsResult
 from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.export.attach import save_adapters
 

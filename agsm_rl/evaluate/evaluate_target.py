@@ -1,12 +1,9 @@
-"""`agsm-rl eval` on images in a folder: draw them (or take existing ones), measure each, report the scores."""
+"""`agsm-rl eval`: draw a target's images (or take existing ones), have a suite judge them, report the scores."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,20 @@ from rich.console import Console
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import versions
 from agsm_rl.evaluate.image_folder import is_image_folder
-from agsm_rl.evaluate.stored_suite import StoredResult as Result
-from agsm_rl.evaluate.stored_suite import StoredSuite as Suite
-from agsm_rl.evaluate.suite_process import OnDiskOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
+from agsm_rl.evaluate.suite import Result, Suite
+from agsm_rl.evaluate.suite_process import EvalOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, write_results
 from agsm_rl.files import write_text
 from agsm_rl.run.screen import make_console, tell
 
-__all__ = ["OnDiskOptions", "evaluate_on_disk"]
+__all__ = ["EvalOptions", "evaluate_target"]
+
+SETTINGS = ("seed", "guidance", "num_steps", "prompt_suffix", "bank", "resolution")
+"""What decided the images, of what is also under `drawing`."""
 
 
-def evaluate_on_disk(
-    target: str, suite: Suite, options: OnDiskOptions, *, json_file: Path | None = None
+def evaluate_target(
+    target: str, suite: Suite, options: EvalOptions, *, json_file: Path | None = None
 ) -> dict[str, Any]:
     """Measure a target on a suite: print its table, and return (and write) the content of eval.json.
 
@@ -35,20 +34,19 @@ def evaluate_on_disk(
     """
     _check_options(target, suite, options)
     process = SuiteProcess.begin(suite, options)
-    with _image_folder(options) as folder:
-        other = None
-        if options.against and is_image_folder(Path(options.against)) and not is_drawn(target):
-            other = process.images_of(options.against, folder)  # draw the target with the settings of these
-        images = process.images_of(target, folder, like=other)
-        if other is None and (options.against or options.compare):
-            subfolder = folder / ("against" if options.against else "base")
-            other = process.images_of(options.against, subfolder, like=images)
-        process.wait()
-        if not process.gathers:
-            if options.share is not None:
-                _tell_share(target, process)
-            return {}
-        content = _results(images, other, process)
+    folder, other = options.images, None
+    if options.against and is_image_folder(Path(options.against)) and not is_drawn(target):
+        other = process.images_of(options.against, folder)  # draw the target with the settings of these
+    images = process.images_of(target, folder, like=other)
+    if other is None and (options.against or options.compare):
+        subfolder = None if folder is None else folder / ("against" if options.against else "base")
+        other = process.images_of(options.against, subfolder, like=images)
+    process.wait()
+    if not process.gathers:
+        if options.share is not None:
+            _tell_share(target, process)
+        return {}
+    content = _results(images, other, process)
     if json_file is not None:
         _make_relative(content, json_file.parent)
         write_text(json_file, json.dumps(content, indent=1) + "\n")
@@ -75,10 +73,13 @@ def _results(images: TargetImages, other: TargetImages | None, process: SuitePro
     result = _result(images, process)
     result_of_other = None if other is None else _result(other, process)
     console = _stdout()
-    result.show(console, result_of_other)
+    result.show(console, result_of_other, labels=("base" if process.options.compare else "other", "this"))
     if other is not None:
-        tell(console, f"this: {images.name}; other: {other.name}")
+        label = "base" if process.options.compare else "other"
+        tell(console, f"this: {images.name}; {label}: {other.name}")
     content = result.to_json() | _description(images) | {"versions": versions()}
+    form = {key: getattr(process.options.drawing, key) for key in ("guidance_bank", "guidance_prompt")}
+    content |= {key: value for key, value in form.items() if value is not None}
     if other is not None and result_of_other is not None:
         content["base" if process.options.compare else "other"] = result_of_other.to_json() | _description(other)
         content |= {"same_noise": _same_noise(images, other), **result.against(result_of_other)}
@@ -100,10 +101,8 @@ def _make_relative(content: dict[str, Any], folder: Path) -> None:
 
 
 def _result(images: TargetImages, process: SuiteProcess) -> Result:
-    if images.results is not None:
-        return images.results
-    result = process.suite.result(images.images)
-    if isinstance(result, GenEvalResult) and images.folder is not None:
+    result = process.result(images)
+    if isinstance(result, GenEvalResult) and images.folder is not None and images.results is None:
         write_results(result, images.folder / RESULTS)
     return result
 
@@ -111,11 +110,11 @@ def _result(images: TargetImages, process: SuiteProcess) -> Result:
 def _description(images: TargetImages) -> dict[str, Any]:
     """The target, and what decided its images; null if another tool drew them without recording it."""
     drawing = images.drawing or {}
-    settings = {key: drawing.get(key) for key in ("seed", "guidance", "num_steps", "prompt_suffix", "resolution")}
+    settings = {key: drawing.get(key) for key in SETTINGS}
     return {"target": images.name, **settings, "drawing": images.drawing}
 
 
-def _check_options(target: str, suite: Suite, options: OnDiskOptions) -> None:
+def _check_options(target: str, suite: Suite, options: EvalOptions) -> None:
     if options.against and options.compare:
         raise UserError("--against and --compare: give one, not both; --compare compares with the target's own base.")
     exists = is_drawn(target) or is_plain_folder(target, suite)
@@ -129,13 +128,3 @@ def _check_options(target: str, suite: Suite, options: OnDiskOptions) -> None:
         raise UserError("--shard: the shares need a shared folder; give one as --images.")
     if options.images is not None and options.images.exists() and not options.images.is_dir():
         raise UserError(f"--images {options.images}: this is a file; give a folder.")
-
-
-@contextmanager
-def _image_folder(options: OnDiskOptions) -> Iterator[Path]:
-    """The folder for drawn images; a temporary one is removed afterwards."""
-    if options.images is not None:
-        yield options.images
-        return
-    with tempfile.TemporaryDirectory(prefix="agsm-rl-eval-") as folder:
-        yield Path(folder)

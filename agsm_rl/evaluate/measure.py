@@ -1,0 +1,96 @@
+"""Draws a suite's prompts and judges the pictures as they come: the one way in which anything drawn is measured.
+
+Whole batches are shared over the processes, so that each image is drawn in the same company, and is the same to the
+bit, for any number of them. The rows are exchanged at the end: every process has the whole measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_pictures, plan
+from agsm_rl.evaluate.suite import Asked, Judged, Row, Suite
+from agsm_rl.interfaces import Backbone
+from agsm_rl.training.processes import Processes
+
+SHOWN = 16
+"""Images of a model that are kept for pictures: those of the suite's first prompts, not chosen ones."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What was drawn and judged.
+
+    Attributes:
+        judged: Each suite's rows, in the order of the prompts' numbers, then of the images'.
+        pictures: The first pictures that were planned, by the numbers of the prompt and of the image.
+    """
+
+    judged: list[list[Judged]]
+    pictures: dict[tuple[int, int], Image]
+
+
+def draw_and_judge(
+    backbone: Backbone,
+    suites: Sequence[Suite],
+    how: DrawingSettings,
+    *,
+    asked: Sequence[Asked] | None = None,
+    processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda number: None,
+) -> Drawing:
+    """Draw the first suite's images with the backbone as it is, adapters on or off, and have all suites judge them.
+
+    Args:
+        backbone: What draws.
+        suites: The suite whose prompts are drawn, and further ones that judge the same pictures.
+        how: `guidance` and `num_steps` must be given.
+        asked: What to draw instead of the suite's own plan.
+        processes: Those that share the work. All of them must call this. None: this one alone.
+        check: Called before each batch; what it raises on one process, all raise after the exchange.
+        advance: Called after each batch with the number of its images, on this process.
+    """
+    asked = plan(suites[0].prompts(), suites[0].num_images) if asked is None else asked
+    batches = [range(start, min(start + how.batch_size, len(asked))) for start in range(0, len(asked), how.batch_size)]
+    index, count = (0, 1) if processes is None else (processes.index, processes.count)
+    rows: dict[int, tuple[Row, ...]] = {}
+    pictures: dict[int, Image] = {}
+    stop: Exception | None = None
+    for batch in batches[index::count]:
+        try:
+            check()
+        except Exception as error:  # noqa: BLE001 - whatever ends the evaluation here ends it on all processes
+            stop = error
+            break
+        part = [asked[place] for place in batch]
+        drawn = draw_pictures(suites[0], backbone, part, how)
+        rows |= dict(zip(batch, _judge(suites, part, drawn), strict=True))
+        pictures |= {place: picture for place, picture in zip(batch, drawn, strict=True) if place < SHOWN}
+        advance(len(batch))
+    shares = [(stop, rows, pictures)]
+    if processes is not None and count > 1:
+        shares = processes.gather_objects(shares)
+    for stopped, other_rows, other_pictures in shares:
+        if stopped is not None:
+            raise stopped
+        rows |= other_rows
+        pictures |= other_pictures
+    order = sorted(range(len(asked)), key=lambda place: (asked[place].prompt_index, asked[place].number))
+    judged = [[_judged(asked[place], rows[place][k]) for place in order] for k in range(len(suites))]
+    return Drawing(judged, {(asked[place].prompt_index, asked[place].number): pictures[place] for place in pictures})
+
+
+def _judged(asked: Asked, row: Row) -> Judged:
+    return Judged(asked.prompt_index, asked.number, asked.metadata, row)
+
+
+def _judge(suites: Sequence[Suite], asked: Sequence[Asked], pictures: Sequence[Image]) -> list[tuple[Row, ...]]:
+    """Each picture's rows, one of each suite."""
+    prompts: list[str] = [item.prompt for item in asked]
+    metadata: list[Mapping[str, Any]] = [item.metadata for item in asked]
+    return list(zip(*(suite.judge(pictures, prompts, metadata) for suite in suites), strict=True))
