@@ -62,9 +62,12 @@ class EventsFile(Callback):
             self.add(event)
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: null stands for it."""
-    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+def finite(metrics: Mapping[str, Any]) -> dict[str, float | str | None]:
+    """JSON has no NaN: null stands for it. Text stays as it is."""
+    return {
+        name: value if isinstance(value, str) else float(value) if math.isfinite(value) else None
+        for name, value in metrics.items()
+    }
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:
