@@ -8,8 +8,6 @@ The released code (JaydenLyh/InPO) is for models that predict noise. The same st
 for SD3's kind of model, which the authors did not try.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,31 +15,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Cond, PairBatch
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
 from agsm_rl.policy import Noised, Policy
-
-
-class Mix(NamedTuple):
-    """How image and noise make up a latent (`signal`, `noise`) and the regression target, each [B, 1, 1, 1]."""
-
-    signal: Tensor
-    noise: Tensor
-    target_signal: Tensor
-    target_noise: Tensor
-
-
-CLEAN = Mix(*torch.tensor([1.0, 0.0, 0.0, 1.0]).view(4, 1, 1, 1, 1))
-"""An image without noise, below the first level of the inversion."""
-
-
-def mix_at(backbone: Backbone, like: Tensor, t: Tensor) -> Mix:
-    """The coefficients of `add_noise` and `target` at levels `t` [B], both of which are linear in image and noise."""
-    one = torch.ones(len(t), 1, 1, 1, device=like.device, dtype=torch.float32)
-    none = torch.zeros_like(one)
-    return Mix(
-        backbone.add_noise(one, none, t),
-        backbone.add_noise(none, one, t),
-        backbone.target(one, none, t),
-        backbone.target(none, one, t),
-    )
+from agsm_rl.training.mixing import CLEAN, Mix, mix_at
 
 
 def inversion_step(x: Tensor, prediction: Tensor, below: Mix, above: Mix) -> Tensor:

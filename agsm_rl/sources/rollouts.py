@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Batch, KeptGraph, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
+from agsm_rl.interfaces import Batch, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.advantages import (
     Histories,
@@ -23,6 +23,7 @@ from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_noise, choose_noise, draw_trajectories
+from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import KeptGraph, Sampler
+from agsm_rl.interfaces import Sampler
 from agsm_rl.policy import Policy
+from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.sampling import DDIM, has_noise, log_density, noises_of, step_distribution
 from agsm_rl.training.stages import stage
