@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agsm_rl.objectives.reward_backprop import RewardBackprop
     from agsm_rl.objectives.score_matching import ScoreMatching
     from agsm_rl.objectives.softrepa import SoftREPA
+    from agsm_rl.objectives.spo import SPO
     from agsm_rl.policy import Objective, Policy, Source, View
     from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.run.lifecycle import train
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from agsm_rl.sources.preferences import Preferences
     from agsm_rl.sources.prompts import Prompts
     from agsm_rl.sources.rollouts import Rollouts
+    from agsm_rl.sources.step_preferences import StepPreferences
     from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages
     from agsm_rl.term import Term
     from agsm_rl.trainer import Callback, Trainer
@@ -54,6 +56,7 @@ _HOMES = {
     "objectives.reward_backprop": ("RewardBackprop",),
     "objectives.score_matching": ("ScoreMatching",),
     "objectives.softrepa": ("SoftREPA",),
+    "objectives.spo": ("SPO",),
     "policy": ("Objective", "Policy", "Source", "View"),
     "recipe.recipe": ("Recipe",),
     "run.lifecycle": ("train",),
@@ -61,6 +64,7 @@ _HOMES = {
     "sources.preferences": ("Preferences",),
     "sources.prompts": ("Prompts",),
     "sources.rollouts": ("Rollouts",),
+    "sources.step_preferences": ("StepPreferences",),
     "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages"),
     "term": ("Term",),
     "trainer": ("Callback", "Trainer"),
@@ -88,10 +92,12 @@ __all__ = [
     "Recipe",
     "RewardBackprop",
     "Rollouts",
+    "SPO",
     "ScoreMatching",
     "SoftREPA",
     "SoftTokens",
     "Source",
+    "StepPreferences",
     "Term",
     "Trainer",
     "UserError",

@@ -307,6 +307,33 @@ class RolloutBatch(RewardedBatch):
     given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"
 
 
+@dataclass(frozen=True)
+class StepPreferenceBatch(Batch):
+    """Pairs of ways that a denoising step went from like states, the better one as `chosen`; no gradients.
+
+    `step` [B], on the CPU, is the number of the step; `chosen_from` and `rejected_from` [B, C, h, w] are the states
+    before it, `chosen` and `rejected` those after it. `weight` [B] is what a pair counts in the mean over the rows, so
+    that all pairs of the step, on all processes, count alike; 0 for one that fills up a process without pairs.
+    """
+
+    step: Tensor
+    chosen_from: Tensor
+    chosen: Tensor
+    rejected_from: Tensor
+    rejected: Tensor
+    weight: Tensor
+    num_steps: int
+    guidance: float
+    eta: float
+    """The level of the steps' noise, as in RolloutBatch."""
+    noise: str = "ddim"
+    negative_prompt: str = ""
+    same_start: bool = True
+    """Whether the two states before each step are one."""
+
+    shared: ClassVar[tuple[str, ...]] = ("num_steps", "guidance", "eta", "noise", "negative_prompt", "same_start")
+
+
 class Shard(Protocol):
     """This process among the run's processes (accelerate's, behind the three things that sources need)."""
 

@@ -269,7 +269,7 @@ class Source:
         raise NotImplementedError
 
     def next(self, policy: Policy) -> Batch:
-        """This process's share of the next batch."""
+        """This process's share of the next batch; with no rows, in all processes alike, the term sits this step out."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:

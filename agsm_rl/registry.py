@@ -34,6 +34,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "reward_backprop": "agsm_rl.objectives.reward_backprop:RewardBackprop",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",
+        "spo": "agsm_rl.objectives.spo:SPO",
     },
     "rewards": {
         "aesthetic": "agsm_rl_rewards.aesthetic:Aesthetic",
@@ -52,6 +53,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "ray_pool": "agsm_rl_rewards.worker.ray_pool:RayPoolReward",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
         "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
+        "step_aware_preference": "agsm_rl_rewards.step_aware_preference:StepAwarePreference",
         "vlm_judge": "agsm_rl_rewards.vlm_judge:VlmJudge",
         "worker": "agsm_rl_rewards.worker.reward:WorkerReward",
     },
@@ -64,6 +66,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "preferences": "agsm_rl.sources.preferences:Preferences",
         "prompts": "agsm_rl.sources.prompts:Prompts",
         "rollouts": "agsm_rl.sources.rollouts:Rollouts",
+        "step_preferences": "agsm_rl.sources.step_preferences:StepPreferences",
     },
     "views": {
         "best_images": "agsm_rl.sources.views:BestImages",

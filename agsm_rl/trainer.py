@@ -182,7 +182,7 @@ class Trainer:
                 metrics[f"{term.name}/rows"] = self._rows(batch)
             gradient: Gradient | None = None
             figures: dict[str, float] = {}
-            if metrics.get(f"{term.name}/rows", 1.0):
+            if len(batch) and metrics.get(f"{term.name}/rows", 1.0):
                 gradient, figures = self._learn(term, batch)
             figures |= term.source.metrics()
             metrics |= {f"{term.name}/{key}": value for key, value in figures.items()}

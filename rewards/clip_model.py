@@ -55,7 +55,7 @@ def read_clip(files: list[WeightFile]) -> CLIPScorer:
 
     config_file, weights, tokenizer = (file.find() for file in files)
     config = CLIPConfig.from_json_file(str(config_file))
-    _check_clip(config, files[0])
+    check_clip(config, files[0])
     clip: Any = CLIPModel(config)
     _fill(clip, weights, files[1].reward, unused=BUFFERS)
     length = config.text_config.max_position_embeddings
@@ -68,14 +68,15 @@ def read_clip_vision(files: list[WeightFile]) -> Any:
 
     config_file, weights = (file.find() for file in files)
     config = CLIPConfig.from_json_file(str(config_file))
-    _check_clip(config, files[0])
+    check_clip(config, files[0])
     config.vision_config.projection_dim = config.projection_dim
     vision = CLIPVisionModelWithProjection(config.vision_config)
     _fill(vision, weights, files[1].reward, unused=f"{BUFFERS}|{TEXT_HALF}")
     return vision
 
 
-def _check_clip(config: Any, file: WeightFile) -> None:
+def check_clip(config: Any, file: WeightFile) -> None:
+    """UserError unless the configuration is a CLIP's."""
     if config.model_type != "clip":
         raise UserError(f"reward '{file.reward}': {file.place} holds a model of type '{config.model_type}', not a CLIP")
 

@@ -16,6 +16,7 @@ from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.sources.rollouts import Rollouts
+from agsm_rl.sources.step_preferences import StepPreferences
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +125,20 @@ def make_rollouts(tmp_path: Path):
 @pytest.fixture
 def rollouts(make_rollouts) -> Rollouts:
     return make_rollouts(bind=True)
+
+
+@pytest.fixture
+def make_step_preferences(tmp_path: Path):
+    """A source of pairs for two prompts: 3 candidates at each of steps 1 to 3 of 4, compared by their brightness."""
+    prompts = tmp_path / "step_prompts.txt"
+    prompts.write_text("a red star\na blue circle\ntwo green squares\n")
+
+    def make(*, bind: bool = False, shard=None, **options) -> StepPreferences:
+        settings = {"prompts": str(prompts), "rewards": [(Brightness(), 1.0)], "num_prompts": 2, "threshold": 0.0}
+        settings |= {"candidates": 3, "num_steps": 4, "first_step": 1, "guidance": 1.0}
+        source = StepPreferences(**(settings | options))
+        if bind:
+            source.bind("spo", 0, shard or OneProcess())
+        return source
+
+    return make

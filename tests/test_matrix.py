@@ -29,6 +29,16 @@ SOURCES = {
         "num_steps": 3,
         "guidance": 1.0,
     },
+    "step_preferences": {
+        "prompts": "builtin:shapes-prompts",
+        "rewards": {"jpeg_incompressibility": 1.0},
+        "num_prompts": 4,
+        "candidates": 2,
+        "num_steps": 3,
+        "first_step": 1,
+        "threshold": 0.0,
+        "guidance": 1.0,
+    },
 }
 """Source → options small enough for a test, with a batch that every objective and view takes."""
 
@@ -43,6 +53,7 @@ SOURCE_OF = {
     "reward_backprop": "prompts",
     "score_matching": "pairs",
     "softrepa": "pairs",
+    "spo": "step_preferences",
 }
 """Objective → the source that it is trained from here."""
 

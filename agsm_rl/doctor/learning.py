@@ -103,7 +103,7 @@ def _check_term(
         batch, note = replace(batch, advantages=advantages, rewards=advantages), " (for made-up rewards)"
     seen = batch if term.view is None else term.view(batch)
     if not len(seen):
-        return green(what, "its view leaves no row of this draw")
+        return green(what, "no row of this draw is left to learn from")
     parameters = trainer.policy.parameters(term.trains)
     trainer.policy.draw = Draw(trainer.seed, term.name, 0, t_range=term.t)
     loss, steps = 0.0, dict[int, float]()

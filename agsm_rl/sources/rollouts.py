@@ -22,7 +22,14 @@ from agsm_rl.sources.advantages import (
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
-from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_noise, choose_noise, draw_trajectories
+from agsm_rl.sources.trajectories import (
+    SDEWindow,
+    StepNoise,
+    check_latents,
+    check_noise,
+    choose_noise,
+    draw_trajectories,
+)
 from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
@@ -238,7 +245,9 @@ class Rollouts(Source):
             trajectory = torch.cat([part[0] for part in parts])
             log_probs = torch.cat([part[1] for part in parts])
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
-            self._check_latents(latents, prompts)
+            self._metrics["x0_norm"] = check_latents(
+                latents, prompts, self._shard, name=self._name, first=not self._draws
+            )
             # What all processes drew, in one order: so that any number of them gives the same figures.
             scores = {name: self._shard.gather(score).cpu() for name, score in scoring.scores().items()}
         worth, advantages = self._worth(scores, prompts)
@@ -270,24 +279,6 @@ class Rollouts(Source):
             noise_level=self.noise_level,
             window=window,
         )
-
-    def _check_latents(self, latents: Tensor, prompts: list[str]) -> None:
-        """Note how large they are; UserError, in all processes alike, if some are not finite."""
-        sizes = self._shard.gather(latents.float().square().flatten(1).mean(1).sqrt()).cpu()
-        if not torch.isfinite(sizes).all():
-            bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
-            cause = (
-                "the trained parameters have diverged. Start a new run with a lower optimizer.learning_rate; "
-                "`start_from: <a run>` starts from what that run exported"
-                if self._draws
-                else "nothing has been trained yet, so the cause is the base, its scheduler or its dtype (or what "
-                "`start_from` loaded). Check what `agsm-rl sample` draws from it"
-            )
-            raise UserError(
-                f"{self._name}: {len(bad)} of the {len(sizes)} images drawn are not finite, the first for the prompt "
-                f"'{prompts[bad[0]]}': {cause}"
-            )
-        self._metrics["x0_norm"] = float(sizes.max())
 
     def _worth(self, scores: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The weighted sum of rewards and the advantages, [N] each, of all processes' scores [N] by name."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Sampler
+from agsm_rl.interfaces import Sampler, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.randomness import Draw, stream
@@ -171,3 +171,25 @@ def draw_trajectories(
                 states = states[-1:]
             advance(1)
     return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
+
+
+def check_latents(latents: Tensor, prompts: list[str], shard: Shard, *, name: str, first: bool) -> float:
+    """Root mean square of the largest of all processes' latents; UserError, in all alike, if some are not finite.
+
+    `prompts` are those of all processes; `first`: nothing has been trained yet.
+    """
+    sizes = shard.gather(latents.float().square().flatten(1).mean(1).sqrt()).cpu()
+    if not torch.isfinite(sizes).all():
+        bad = (~torch.isfinite(sizes)).nonzero().flatten().tolist()
+        cause = (
+            "nothing has been trained yet, so the cause is the base, its scheduler or its dtype (or what "
+            "`start_from` loaded). Check what `agsm-rl sample` draws from it"
+            if first
+            else "the trained parameters have diverged. Start a new run with a lower optimizer.learning_rate; "
+            "`start_from: <a run>` starts from what that run exported"
+        )
+        raise UserError(
+            f"{name}: {len(bad)} of the {len(sizes)} images drawn are not finite, the first for the prompt "
+            f"'{prompts[bad[0]]}': {cause}"
+        )
+    return float(sizes.max())

@@ -1,9 +1,10 @@
 """Images as a measure of a run's cost: how many images a number of steps consumes, and how many steps images pay for.
 
 An image counts when a source returns it. Rollouts: the images of a draw, when they are drawn (`updates` steps learn
-from one draw, which counts once). Pairs: `batch_size` per step. Preferences: two per pair. Prompts, from which an
-objective draws its own images: `batch_size` per step. A source counts in the steps in which at least one of its terms
-is due, and only once if several terms share it. Evaluation does not count.
+from one draw, which counts once). Pairs: `batch_size` per step. Preferences: two per pair. Step preferences:
+`num_prompts` · `candidates` of a draw, when they are drawn. Prompts, from which an objective draws its own images:
+`batch_size` per step. A source counts in the steps in which at least one of its terms is due, and only once if several
+terms share it. Evaluation does not count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from agsm_rl.policy import Source
 from agsm_rl.recipe.build import build_terms
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.sources.rollouts import Rollouts
+from agsm_rl.sources.step_preferences import StepPreferences
 
 MAX_STEPS = 10_000_000
 """The most steps of a run; also the number of steps of a run with a budget in seconds."""
@@ -68,6 +70,8 @@ def _num_images(source: Source, call: int, *, where: str) -> int:
     """The number of images that a source returns in its call number `call`, counted from 0."""
     if isinstance(source, Rollouts):
         return 0 if call % source.updates else source.num_prompts * source.images_per_prompt
+    if isinstance(source, StepPreferences):
+        return 0 if call % source.updates else source.num_prompts * source.candidates
     size = source.batch_size
     if size is None:
         raise UserError(

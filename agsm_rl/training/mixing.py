@@ -31,3 +31,11 @@ def mix_at(backbone: Backbone, like: Tensor, t: Tensor) -> Mix:
         backbone.target(one, none, t),
         backbone.target(none, one, t),
     )
+
+
+def x0_estimate(backbone: Backbone, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+    """The finished image's latents [B, C, h, w] that a prediction for `x_t` at levels `t` [B] stands for."""
+    mix = mix_at(backbone, x_t, t)
+    determinant = mix.signal * mix.target_noise - mix.noise * mix.target_signal
+    x0: Tensor = (mix.target_noise * x_t.float() - mix.noise * prediction.float()) / determinant
+    return x0.to(x_t)

@@ -1,6 +1,6 @@
 """Scoring images with rewards. A reward must return one finite number per image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from copy import deepcopy
@@ -89,17 +89,25 @@ def checked_score(
     `name`: the reward's name in the run (None: its own name). `metadata`: the other columns of each prompt's row, for
     rewards that take them.
     """
+
+    def score() -> Any:
+        # Copies, because a reward may modify its inputs in place. A clone of the images keeps their graph.
+        if metadata is not None and isinstance(reward, TakesMetadata) and reward.takes_metadata:
+            return reward(images.clone(), list(prompts), deepcopy(list(metadata)))  # type: ignore[call-arg]
+        return reward(images.clone(), list(prompts))
+
+    return checked_call(score, images, prompts, name=name or reward.name)
+
+
+def checked_call(call: Callable[[], Any], images: Tensor, prompts: list[str], *, name: str) -> Tensor:
+    """The scores [B] that a reward's `call` returns for images [B, ...]; the errors of `checked_score`."""
     from agsm_rl_rewards.returned_scores import is_plain, kind_of
 
-    who = f"reward '{name or reward.name}'"
+    who = f"reward '{name}'"
     about = f"on {len(prompts)} images {list(images.shape[1:])}, the first for '{prompts[0]}'"
     # A reward runs in its own precision, so that it scores the same in training as in evaluation.
     with own_precision(images.device), user_code(who, about):
-        # Copies, because a reward may modify its inputs in place. A clone of the images keeps their graph.
-        if metadata is not None and isinstance(reward, TakesMetadata) and reward.takes_metadata:
-            score = reward(images.clone(), list(prompts), deepcopy(list(metadata)))  # type: ignore[call-arg]
-        else:
-            score = reward(images.clone(), list(prompts))
+        score = call()
     rehearsed = images.is_meta and isinstance(score, Tensor) and score.is_meta  # the prediction of memory
     if not isinstance(score, Tensor) or not (rehearsed or is_plain(score)) or score.shape != (len(prompts),):
         got = type(score).__name__ if not isinstance(score, Tensor) else kind_of(score).removeprefix("shape ")

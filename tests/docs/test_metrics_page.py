@@ -24,6 +24,13 @@ DRAWN = {
     "guidance": 1.0,
 }
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
+STEPS = {
+    **{key: value for key, value in DRAWN.items() if key != "images_per_prompt"},
+    "use": "step_preferences",
+    "candidates": 2,
+    "first_step": 1,
+    "threshold": 0.0,
+}
 REWARD_BACKPROP = {"rewards": {"sharpness": 1.0}, "num_steps": 2, "guidance": 1.0}
 ON_OTHER_SOURCES = [
     {"use": "agsm", "source": PAIRS},
@@ -33,6 +40,7 @@ ON_OTHER_SOURCES = [
     {"use": "ddpo", "source": "drawn"},
     {"use": "flow_grpo", "source": "drawn"},
     {"use": "diffusion_nft", "source": "drawn", "kl_weight": 1e-4},
+    {"use": "spo", "source": STEPS},
     {"use": "reward_backprop", "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}, **REWARD_BACKPROP},
 ]
 
@@ -55,6 +63,7 @@ TERM = set().union(
             "DDPO and Flow-GRPO",
             "DiffusionNFT",
             "Diffusion-DPO and InPO",
+            "SPO",
         ],
     )
 )

@@ -8,6 +8,7 @@ from agsm_rl.objectives.ddpo import clipped_policy_loss
 from agsm_rl.objectives.diffusion_dpo import diffusion_dpo_loss
 from agsm_rl.objectives.diffusion_nft import nft_loss
 from agsm_rl.objectives.softrepa import softrepa_loss
+from agsm_rl.objectives.spo import spo_loss
 
 OWN = torch.tensor([0, 2, 1])
 
@@ -35,6 +36,7 @@ LOSSES = {
     "softrepa": (lambda live, *rest: softrepa_loss(live, *rest, own=OWN), grid, [images]),
     "ddpo": (lambda live, *rest: clipped_policy_loss(live, *rest, clip_range=10.0), numbers, [numbers, numbers]),
     "diffusion_dpo": (lambda live, *rest: diffusion_dpo_loss(live, *rest, beta=2.0), numbers, [numbers] * 3),
+    "spo": (lambda live, *rest: spo_loss(live, *rest, clip_range=0.99), numbers, [numbers] * 3),
     "diffusion_nft": (lambda live, *rest: nft_loss(live, *rest, beta=0.5), images, [images, images, numbers]),
 }
 

@@ -3,6 +3,8 @@
 Nothing of transformers or of our converters is used: what these functions give is what the rewards must give.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,3 +101,28 @@ def head(w: Weights, x: Tensor, start: str) -> Tensor:
     for layer in (0, 2, 4, 6, 7):
         x = linear(x, w, f"{start}{layer}")
     return x[:, 0]
+
+
+def step_aware_features(w: Weights, pixels: Tensor, timesteps: Tensor, *, heads: int) -> Tensor:
+    """The image features [B, D] of SPO's preference model: a CLIP whose blocks a timestep shifts, scales and gates."""
+    w = {name.removeprefix("model."): tensor for name, tensor in w.items()}
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128.0) / 128)
+    angles = timesteps[:, None].float() * frequencies
+    time = linear(torch.cat([angles.cos(), angles.sin()], dim=1), w, "t_embedder.mlp.0")
+    time = F.silu(linear(F.silu(time), w, "t_embedder.mlp.2"))[:, None]
+
+    start = "vision_model"
+    table = (f"{start}.embeddings.{name}" for name in ("class_embedding", "position_embedding.weight"))
+    x = patches(pixels, w[f"{start}.embeddings.patch_embedding.weight"], None, *(w[name] for name in table))
+    x = norm(x, w, f"{start}.pre_layrnorm", 1e-5)
+    for layer in layers(w, f"{start}.encoder.layers."):
+        name = f"{start}.encoder.layers.{layer}"
+        shift, scale, gate, shift2, scale2, gate2 = linear(time, w, f"{name}.adaLN_modulation.1").chunk(6, dim=-1)
+        y = norm(x, w, f"{name}.layer_norm1", 1e-5) * (1 + scale) + shift
+        q, k, v = (linear(y, w, f"{name}.self_attn.{part}_proj") for part in "qkv")
+        x = x + gate * linear(attend(q, k, v, heads), w, f"{name}.self_attn.out_proj")
+        y = linear(norm(x, w, f"{name}.layer_norm2", 1e-5) * (1 + scale2) + shift2, w, f"{name}.mlp.fc1")
+        x = x + gate2 * linear(y * torch.sigmoid(1.702 * y), w, f"{name}.mlp.fc2")
+    shift, scale = linear(time[:, 0], w, f"{start}.adaLN_modulation.1").chunk(2, dim=-1)
+    pooled = norm(x[:, 0], w, f"{start}.post_layernorm", 1e-5) * (1 + scale) + shift
+    return F.linear(pooled, w["visual_projection.weight"])

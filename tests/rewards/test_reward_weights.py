@@ -17,12 +17,17 @@ FILES = {
     "image_reward": "ImageReward.pt",
     "pick_score": "model.safetensors",
     "clip_score": "model.safetensors",
+    "step_aware_preference": "sd-v1-5_step-aware_preference_model.bin",
 }
 HUBS = {
     "hpsv2": ("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     "image_reward": ("THUDM/ImageReward", "ImageReward.pt"),
     "pick_score": ("yuvalkirstain/PickScore_v1", "config.json"),
     "clip_score": ("openai/clip-vit-large-patch14", "config.json"),
+    "step_aware_preference": (
+        "SPO-Diffusion-Models/Step-Aware_Preference_Models",
+        "sd-v1-5_step-aware_preference_model.bin",
+    ),
     "aesthetic": ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
 }
 
@@ -62,6 +67,7 @@ ONE_OF = {
     "image_reward": "blip.text_encoder.encoder.layer.1.crossattention.self.key.weight",
     "pick_score": "text_model.encoder.layers.0.mlp.fc1.bias",
     "clip_score": "logit_scale",
+    "step_aware_preference": "model.vision_model.encoder.layers.1.adaLN_modulation.1.weight",
 }
 
 

@@ -9,6 +9,7 @@ from agsm_rl_rewards.clip_score import ClipScore
 from agsm_rl_rewards.hpsv2 import HPSv2
 from agsm_rl_rewards.image_reward import ImageReward
 from agsm_rl_rewards.pick_score import PickScore
+from agsm_rl_rewards.step_aware_preference import StepAwarePreference
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -197,6 +198,27 @@ def save_aesthetic(folder: Path) -> dict[str, Any]:
     return {"path": str(head), "clip": str(folder / "clip")}
 
 
+def modulation_shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """What SPO's preference model adds to CLIP, in its file's names."""
+    start, shapes = "model.vision_model", {}
+    for layer in range(layers):
+        shapes |= linear(f"{start}.encoder.layers.{layer}.adaLN_modulation.1", 6 * width, width)
+    shapes |= linear(f"{start}.adaLN_modulation.1", 2 * width, width)
+    return shapes | linear("model.t_embedder.mlp.0", width, 256) | linear("model.t_embedder.mlp.2", width, width)
+
+
+def save_step_aware_preference(folder: Path) -> dict[str, Any]:
+    """The options of a tiny step-aware preference model."""
+    from safetensors.torch import load_file
+
+    clip = load_file(save_clip(folder / "clip") / "model.safetensors")
+    vision = HPSV2_SIZES["vision"]
+    added = filled(modulation_shapes(vision["hidden_size"], vision["num_hidden_layers"]))
+    tensors = {f"model.{name}": tensor for name, tensor in clip.items()} | added
+    torch.save(tensors, folder / "sd-v1-5_step-aware_preference_model.bin")
+    return {"path": str(folder), "clip": str(folder / "clip")}
+
+
 def save_clip_options(folder: Path) -> dict[str, Any]:
     """The options of a tiny CLIPScore or PickScore."""
     return {"path": str(save_clip(folder))}
@@ -207,5 +229,6 @@ TINY: dict[str, tuple[type[Any], Any]] = {
     "image_reward": (ImageReward, save_image_reward),
     "pick_score": (PickScore, save_clip_options),
     "clip_score": (ClipScore, save_clip_options),
+    "step_aware_preference": (StepAwarePreference, save_step_aware_preference),
     "aesthetic": (Aesthetic, save_aesthetic),
 }
