@@ -3,23 +3,21 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import find_columns, read_captions
-from agsm_rl.sources.latents import to_latents
 from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
+from agsm_rl.sources.variation import Latents, Variation
 from agsm_rl.training.randomness import Draw, stream
 
 Choice = Literal["first", "random"]
-Latents = Literal["mode", "sample"]
 
 
 class Pairs(Source):
@@ -41,6 +39,7 @@ class Pairs(Source):
         caption_dropout: Share of captions in [0, 1) that is replaced by the empty prompt, anew each time.
         latents: The VAE's `mode`, the mean of what it knows of an image, which can be cached; or a `sample` of it, new
             each time, as AGSM's and Diffusion-DPO's authors take.
+        horizontal_flip: Mirror every other image at random, anew each time. Captions that say left or right then lie.
         num_images: Use only the first so many rows; null uses all.
         streaming: Read the data set as it comes, without downloading it first.
         shuffle_buffer: For streaming: rows that are held (encoded) and shuffled among themselves; 1 keeps the stream's
@@ -64,6 +63,7 @@ class Pairs(Source):
         caption: Choice = "first",
         caption_dropout: float = 0.0,
         latents: Latents = "mode",
+        horizontal_flip: bool = False,
         num_images: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
@@ -71,16 +71,9 @@ class Pairs(Source):
     ) -> None:
         if caption not in get_args(Choice):
             raise unknown_name("caption", caption, "a choice among an image's captions", get_args(Choice))
-        if latents not in get_args(Latents):
-            raise unknown_name("latents", latents, "a way to take an image's latents", get_args(Latents))
-        if not 0 <= caption_dropout < 1:
-            raise UserError(f"caption_dropout: got {caption_dropout}, but it must lie in [0, 1)")
-        if cache and latents == "sample":
-            raise UserError(
-                "cache: keeps each image's mode, but `latents: sample` is new each time; leave one of them out"
-            )
-        if cache == "all" and caption_dropout:
-            raise UserError("cache: all keeps no empty prompt, which `caption_dropout` needs; write `cache: latents`")
+        self.variation = Variation(
+            caption_dropout=caption_dropout, latents=latents, horizontal_flip=horizontal_flip, cache=cache
+        )
         self._data: DataSet[tuple[Image.Image | Tensor, list[str], dict[str, Any]]] = DataSet(
             dataset,
             batch_size=batch_size,
@@ -94,7 +87,6 @@ class Pairs(Source):
         )
         self.batch_size, self.cache = batch_size, self._data.cache
         self.image_column, self.caption_column, self.caption = image_column, caption_column, caption
-        self.caption_dropout, self.latents = caption_dropout, latents
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
@@ -119,14 +111,8 @@ class Pairs(Source):
         read, rows = self._data.take(policy, distinct=self._columns[1])
         captions = [self._choose(texts, batch, row) for (_, texts, _), row in zip(read, rows.tolist(), strict=True)]
         draw = Draw(self._seed, self._name, batch)
-        if self.caption_dropout:
-            kept = draw.uniform(rows, purpose="caption dropout") >= self.caption_dropout
-            captions = [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
-        noise = None
-        if self.latents == "sample":
-            like = torch.empty(len(rows), *policy.backbone.latent_shape, device=policy.backbone.device)
-            noise = draw.noise_like(like, rows, purpose="posterior")
-        latents = to_latents([picture for picture, _, _ in read], policy.backbone, noise=noise)
+        captions = self.variation.captions(captions, draw, rows)
+        latents = self.variation.encoded([picture for picture, _, _ in read], policy.backbone, draw, rows)
         metadata: list[Mapping[str, Any]] = [columns for _, _, columns in read]
         return PairBatch(captions, rows, latents, cond=self._data.cond(captions, policy), metadata=metadata)
 

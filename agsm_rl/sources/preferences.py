@@ -16,9 +16,10 @@ from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import read_captions
-from agsm_rl.sources.latents import to_latents
 from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
+from agsm_rl.sources.variation import Latents, Variation
+from agsm_rl.training.randomness import Draw
 
 Picture = Image.Image | Tensor
 """A picture, or the latents that a cache kept of it."""
@@ -55,6 +56,12 @@ class Preferences(Source):
         batch_size: Preferences per step, the total over all processes.
         split: Split of the data set.
         config: Configuration of a data set that has several.
+        caption_dropout: Share of prompts in [0, 1) that is replaced by the empty prompt, anew each time. Published by
+            Diffusion-DPO: 0.2.
+        latents: The VAE's `mode`, the mean of what it knows of an image, which can be cached; or a `sample` of it, new
+            each time, as Diffusion-DPO's authors take.
+        horizontal_flip: Mirror each image, chosen or rejected, with even chance, anew each time, as Diffusion-DPO's
+            authors do. Prompts that say left or right then lie.
         num_pairs: Use only the first so many rows; null uses all.
         streaming: Read the data set as it comes, without downloading it first.
         shuffle_buffer: For streaming: rows that are held (encoded; 1000 of Pick-a-Pic are about 330 MB) and shuffled
@@ -73,6 +80,9 @@ class Preferences(Source):
         *,
         split: str = "train",
         config: str | None = None,
+        caption_dropout: float = 0.0,
+        latents: Latents = "mode",
+        horizontal_flip: bool = False,
         num_pairs: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
@@ -89,10 +99,14 @@ class Preferences(Source):
             shuffle_buffer=shuffle_buffer,
             cache=cache,
         )
+        self.variation = Variation(
+            caption_dropout=caption_dropout, latents=latents, horizontal_flip=horizontal_flip, cache=cache
+        )
         self.batch_size, self.cache = batch_size, self._data.cache
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
+        self._name, self._seed = name, seed
         data = self._data
         columns = data.open(name, seed, shard, builtins={"builtin:shapes-preferences": _shapes})
         self._columns = find_preference_columns(columns, data.name)
@@ -150,10 +164,14 @@ class Preferences(Source):
 
         With a cache, the first batch waits until the whole data set is encoded.
         """
+        draw = Draw(self._seed, self._name, self._data.batches)
         read, rows = self._data.take(policy)
-        prompts = [prompt for prompt, _, _, _ in read]
-        chosen = to_latents([picture for _, picture, _, _ in read], policy.backbone)
-        rejected = to_latents([picture for _, _, picture, _ in read], policy.backbone)
+        prompts = self.variation.captions([prompt for prompt, _, _, _ in read], draw, rows)
+        both = {"chosen": [picture for _, picture, _, _ in read], "rejected": [picture for _, _, picture, _ in read]}
+        chosen, rejected = (
+            self.variation.encoded(pictures, policy.backbone, draw, rows, which=f" {which}")
+            for which, pictures in both.items()
+        )
         metadata: list[Mapping[str, Any]] = [columns for _, _, _, columns in read]
         return PreferenceBatch(
             prompts, rows, chosen, rejected, cond=self._data.cond(prompts, policy), metadata=metadata
