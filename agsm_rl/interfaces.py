@@ -2,14 +2,14 @@
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
 they meet only through the protocols and batch types here and the policy, sources, views and objectives of policy.py.
-Images are float [B, 3, H, W] in [0, 1]; noise levels `t`
-are float [B] in [0, 1), 0 being clean (a flow's sampler begins at 1); tensors are float32 unless loaded otherwise.
+Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are float [B] in [0, 1), 0 being clean (a flow's sampler
+begins at 1); tensors are float32 unless loaded otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import MethodType
@@ -311,9 +311,8 @@ class RolloutBatch(RewardedBatch):
 class StepPreferenceBatch(Batch):
     """Pairs of ways that a denoising step went from like states, the better one as `chosen`; no gradients.
 
-    `step` [B], on the CPU, is the number of the step; `chosen_from` and `rejected_from` [B, C, h, w] are the states
-    before it, `chosen` and `rejected` those after it. `weight` [B] is what a pair counts in the mean over the rows, so
-    that all pairs of the step, on all processes, count alike; 0 for one that fills up a process without pairs.
+    `step` [B], on the CPU: the number of the step; `chosen_from`, `rejected_from` [B, C, h, w]: the states before it;
+    `chosen`, `rejected`: those after it; `weight` [B]: what a pair counts in the mean over the rows.
     """
 
     step: Tensor
@@ -381,15 +380,6 @@ class ChecksPrompts(Protocol):
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """UserError, naming the prompt, if one lacks what the reward needs."""
         ...
-
-
-def free_name(name: str, taken: Collection[str | None]) -> str:
-    """The first of name, name_2, name_3, … that is not taken."""
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
 
 
 def with_defaults(thing: Any, base: type) -> Any:

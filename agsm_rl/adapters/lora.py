@@ -24,7 +24,8 @@ from agsm_rl.adapters.lora_export import (
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Backbone, Bank, Banks, free_name
+from agsm_rl.interfaces import Backbone, Bank, Banks
+from agsm_rl.training.names import free_name
 
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
 MAX_RANK = 4096

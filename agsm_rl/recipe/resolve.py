@@ -223,7 +223,7 @@ def _names(terms: Sequence[TermBlock]) -> dict[int, str]:
 
     Noise depends on the name. Terms that never learn are named last, so that a term of weight 0 changes nothing.
     """
-    from agsm_rl.interfaces import free_name
+    from agsm_rl.training.names import free_name
 
     taken = {term.name for term in terms}
     names = {}

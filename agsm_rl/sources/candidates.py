@@ -55,6 +55,7 @@ class CandidateDraw:
         steps_per_choice: Steps that each candidate goes by itself before they are compared.
         num_steps: Denoising steps of a whole image.
         guidance: Guidance scale of all predictions.
+        negative_prompt: What guidance steers away from.
         noise: Of the steps.
     """
 
@@ -67,17 +68,19 @@ class CandidateDraw:
         steps_per_choice: int,
         num_steps: int,
         guidance: float,
+        negative_prompt: str,
         noise: StepNoise,
     ) -> None:
         self.policy, self.steps, self.candidates = policy, steps, candidates
         self.steps_per_choice, self.num_steps, self.guidance = steps_per_choice, num_steps, guidance
+        self.negative_prompt = negative_prompt
         self.noise, self.sampler = noise, policy.backbone.sampler(num_steps)
 
     @torch.no_grad()
     def run(self, prompts: list[str], draw: Draw, rows: Tensor, score: Score) -> Drawn:
         """Draw and pair rows [B] by their numbers; `score` gets the first candidate of every row, then the second, …"""
         backbone, count = self.policy.backbone, self.candidates
-        cond, uncond = backbone.encode_text(prompts), backbone.encode_text([""])
+        cond, uncond = backbone.encode_text(prompts), backbone.encode_text([self.negative_prompt])
         repeated = cond[torch.arange(len(prompts)).repeat(count)]
         like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
 

@@ -26,6 +26,7 @@ from agsm_rl.sources.trajectories import (
     SDEWindow,
     StepNoise,
     check_latents,
+    check_negative_prompt,
     check_noise,
     choose_noise,
     draw_trajectories,
@@ -138,11 +139,7 @@ class Rollouts(Source):
         if num_steps > MAX_SAMPLING_STEPS:
             raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
         check_noise(noise, noise_level, eta)
-        if negative_prompt and guidance == 1:
-            raise UserError(
-                f"negative_prompt: '{negative_prompt:.60}' has no effect with `guidance: 1`, which is none; raise "
-                "guidance, or leave negative_prompt out"
-            )
+        check_negative_prompt(negative_prompt, guidance)
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
         compared_with, group_std = check_advantages(

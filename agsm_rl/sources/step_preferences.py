@@ -16,10 +16,11 @@ from agsm_rl.sources.candidates import CandidateDraw, Drawn
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
-from agsm_rl.sources.trajectories import StepNoise, check_latents, check_noise, choose_noise
+from agsm_rl.sources.trajectories import StepNoise, check_latents, check_negative_prompt, check_noise, choose_noise
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw, stream
-from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_sum
+from agsm_rl.training.scoring import WeightedReward, check_prompts, check_rewards, weighted_sum
+from agsm_rl.training.stages import stage
 from agsm_rl.training.step_scoring import States, scores_of_states
 
 
@@ -46,6 +47,7 @@ class StepPreferences(Source):
             tanh(difference/2). It is meant for rewards in log-odds, as PickScore's; weigh others to be of such a size.
             With 0, only ties are dropped. Published: 0.3, SDXL 0.4.
         guidance: Guidance scale; 1 is none and costs half. Published: 5.
+        negative_prompt: What guidance steers away from, in the draw and in learning.
         noise: Form of the steps' noise, as of `rollouts`. Null: `flow_sde` for flow models, else `ddim`.
         noise_level: Level a of `flow_sde` (above 0) and `cps` (up to 1). Null: 0.7.
         eta: Noise of `ddim` steps, in (0, 1]. Published: 1.
@@ -71,6 +73,7 @@ class StepPreferences(Source):
         steps_per_choice: int = 1,
         threshold: float = 0.3,
         guidance: float = 5.0,
+        negative_prompt: str = "",
         noise: Literal["flow_sde", "cps", "ddim"] | None = None,
         noise_level: float | None = None,
         eta: float = 1.0,
@@ -99,6 +102,7 @@ class StepPreferences(Source):
         if not 0 <= threshold < 1:
             raise UserError(f"threshold: got {threshold}, but it must lie in [0, 1) (published: 0.3, SDXL 0.4)")
         check_noise(noise, noise_level, eta)
+        check_negative_prompt(negative_prompt, guidance)
         if eta == 0:
             raise UserError("eta: got 0, but without noise all candidates are the same; set it above 0 (published: 1)")
         self.rewards = check_rewards(rewards)
@@ -112,6 +116,7 @@ class StepPreferences(Source):
         self.num_prompts, self.candidates, self.num_steps = num_prompts, candidates, num_steps
         self.first_step, self.steps_per_choice, self.threshold = first_step, steps_per_choice, threshold
         self.guidance, self.noise, self.noise_level, self.eta = guidance, noise, noise_level, eta
+        self.negative_prompt = negative_prompt
         self.updates, self.sample_batch_size = updates, sample_batch_size
 
     def images_drawn(self) -> int:
@@ -128,6 +133,7 @@ class StepPreferences(Source):
         rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
         self._prompts = [row.text for row in rows]
         self._metadata = [row.metadata for row in rows]
+        check_prompts(self.rewards, self._prompts, self._metadata)
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[StepPreferenceBatch]()
@@ -167,19 +173,22 @@ class StepPreferences(Source):
             steps_per_choice=self.steps_per_choice,
             num_steps=self.num_steps,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
             noise=noise,
         )
         parts = []
-        for part in rows.split(max(1, self.sample_batch_size // self.candidates)):
-            asked = [chosen[row] for row in part.tolist()]
-            parts.append(way.run([self._prompts[row] for row in asked], draw, part, self._scorer(asked)))
+        with stage(f"{self._name}: drawing", total=share, unit="images") as advance:
+            for part in rows.split(max(1, self.sample_batch_size // self.candidates)):
+                asked = [chosen[row] for row in part.tolist()]
+                parts.append(way.run([self._prompts[row] for row in asked], draw, part, self._scorer(asked)))
+                advance(len(part))
         drawn = Drawn.cat(parts)
-        asked_of_all = [self._prompts[row] for row in chosen]
+        prompts = [self._prompts[row] for row in chosen]
         self._metrics["x0_norm"] = check_latents(
-            drawn.latents, asked_of_all, self._shard, name=self._name, first=not self._draws
+            drawn.latents, prompts, self._shard, name=self._name, first=not self._draws
         )
         kept = self._kept(drawn)
-        return [self._share(number, drawn, kept, asked_of_all, rows, steps, noise) for number in range(self.updates)]
+        return [self._share(number, drawn, kept, chosen, rows, steps, noise) for number in range(self.updates)]
 
     def _noisy_steps(self, policy: Policy) -> tuple[StepNoise, tuple[int, ...]]:
         """The noise of all steps, and the steps with candidates."""
@@ -228,12 +237,15 @@ class StepPreferences(Source):
         number: int,
         drawn: Drawn,
         kept: Tensor,
-        prompts: list[str],
+        chosen: list[int],
         rows: Tensor,
         steps: tuple[int, ...],
         noise: StepNoise,
     ) -> StepPreferenceBatch:
-        """This process's pairs of an update: of each image some steps, none of them in two updates."""
+        """This process's pairs of an update: of each image some steps, none of them in two updates.
+
+        `chosen`: the numbers of all processes' prompts.
+        """
         places = torch.zeros_like(kept)
         for row in range(len(kept)):
             order = stream(self._seed, f"{self._name}/updates", self._draws, row).permutation(len(steps))
@@ -246,7 +258,8 @@ class StepPreferences(Source):
         images, at = mine.unbind(1)
         states = drawn.states[images.to(drawn.states.device), at.to(drawn.states.device)]
         return StepPreferenceBatch(
-            prompts=[prompts[row] for row in rows[images].tolist()],
+            prompts=[self._prompts[chosen[row]] for row in rows[images].tolist()],
+            metadata=[self._metadata[chosen[row]] for row in rows[images].tolist()],
             rows=rows[images] * len(steps) + at,
             step=torch.tensor(steps)[at],
             chosen_from=states[:, 0],
@@ -256,6 +269,7 @@ class StepPreferences(Source):
             weight=torch.full((len(mine),), weight, device=states.device),
             num_steps=self.num_steps,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
             eta=noise.level,
             noise=noise.form,
             same_start=self.steps_per_choice == 1,

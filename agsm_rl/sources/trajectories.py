@@ -50,6 +50,15 @@ def check_noise(noise: str | None, noise_level: float | None, eta: float) -> Non
         raise UserError(f"eta: got {eta}, but it must lie in [0, 1] (published: 1)")
 
 
+def check_negative_prompt(negative_prompt: str, guidance: float) -> None:
+    """UserError where guidance does not use it."""
+    if negative_prompt and guidance == 1:
+        raise UserError(
+            f"negative_prompt: '{negative_prompt:.60}' has no effect with `guidance: 1`, which is none; raise "
+            "guidance, or leave negative_prompt out"
+        )
+
+
 def choose_noise(
     sampler: Sampler,
     num_steps: int,

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from agsm_rl.training.scoring import Rows, WeightedReward, checked_call, checked_score
+from agsm_rl.training.stages import stage
 
 
 class States:
@@ -44,7 +45,11 @@ def scores_of_states(
     rewards: Sequence[WeightedReward], states: States, prompts: list[str], metadata: Rows | None = None
 ) -> dict[str, Tensor]:
     """Each reward's scores [B] by its name in the run; UserError as in `checked_score`."""
-    return {item.name: _score(item, states, prompts, metadata) for item in rewards}
+    scores = {}
+    for item in rewards:
+        with stage(f"scoring {len(prompts)} states with {item.name}"):
+            scores[item.name] = _score(item, states, prompts, metadata)
+    return scores
 
 
 def _score(item: WeightedReward, states: States, prompts: list[str], metadata: Rows | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Step preferences: candidates of one state, the best against the worst, dropped ties, shares, exact continuation."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -260,6 +260,7 @@ def test_a_checkpoint_between_the_updates_of_two_processes_is_refused(policy, ma
         ({"threshold": 1.0}, r"threshold: got 1.0, but it must lie in \[0, 1\)"),
         ({"eta": 0.0}, "without noise all candidates are the same"),
         ({"noise": "sde"}, "noise: 'sde' is not a form of noise"),
+        ({"negative_prompt": "blurred"}, "negative_prompt: 'blurred' has no effect with `guidance: 1`"),
         ({"rewards": [WeightedReward(Brightness(), 1.0, "mine", "z_score")]}, "rewards.mine: `normalise`"),
     ],
     ids=str,
@@ -267,6 +268,25 @@ def test_a_checkpoint_between_the_updates_of_two_processes_is_refused(policy, ma
 def test_options_that_cannot_work_are_refused(make_step_preferences, options, message):
     with pytest.raises(UserError, match=message):
         make_step_preferences(**options)
+
+
+def test_guidance_steers_away_from_the_negative_prompt_in_the_draw_and_in_the_loss(policy, make_step_preferences):
+    plain, negative = (
+        make_step_preferences(bind=True, guidance=3.0, negative_prompt=text).next(policy) for text in ("", "a circle")
+    )
+    assert not torch.equal(plain.chosen, negative.chosen) and negative.negative_prompt == "a circle"
+    loss, _ = SPO().loss(policy, negative)
+    other, _ = SPO().loss(policy, replace(negative, negative_prompt=""))
+    assert loss != other
+
+
+def test_a_batch_carries_the_columns_of_its_prompts(policy, make_step_preferences, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red star", "n": 1}\n{"prompt": "a blue circle", "n": 2}\n')
+    batch = make_step_preferences(bind=True, prompts=str(tmp_path / "p.jsonl")).next(policy)
+    assert {(prompt, row["n"]) for prompt, row in zip(batch.prompts, batch.metadata, strict=True)} == {
+        ("a red star", 1),
+        ("a blue circle", 2),
+    }
 
 
 def test_more_updates_than_steps_are_refused_with_the_number_of_steps(policy, make_step_preferences):
