@@ -63,3 +63,18 @@ def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, widt
     if rest:
         lines[-1] = lines[-1][:-1] + "…"
     return lines
+
+
+def stacked(parts: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures one below the other, each under its title."""
+    size = max(13, min(24, max(picture.width for _, picture in parts) // 60))
+    font = ImageFont.load_default(size)
+    strip = 2 * size
+    width, height = max(picture.width for _, picture in parts), sum(picture.height + strip for _, picture in parts)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, y = ImageDraw.Draw(sheet), 0
+    for title, picture in parts:
+        pen.text((GAP, y + size // 2), title, fill="black", font=font)
+        sheet.paste(picture, (0, y + strip))
+        y += strip + picture.height
+    return sheet

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from agsm_rl.files import replacing
@@ -65,21 +66,11 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
-    """Images [B, 3, H, W] in rows of `columns`; small images are enlarged to be visible."""
-    height, width = images.shape[2:]
-    scale = max(1, 128 // width)
-    rows = -(-len(images) // columns)
-    cell = (width * scale + gap, height * scale + gap)
-    sheet = Image.new("RGB", (columns * cell[0] - gap, rows * cell[1] - gap), "white")
-    for index, image in enumerate(images):
-        picture = to_picture(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(picture, (index % columns * cell[0], index // columns * cell[1]))
-    return sheet
-
-
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG; other processes never see half a file."""
+def write_picture(picture: Image.Image, path: Path, *, about: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, with texts `about` it by their keys; other processes never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    texts = PngInfo()
+    for key, text in (about or {}).items():
+        texts.add_itxt(key, text)
     with replacing(path) as aside:
-        picture.save(aside, format="PNG")
+        picture.save(aside, format="PNG", pnginfo=texts)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones.loading import ALLOWED, is_single_file
@@ -31,10 +31,15 @@ BUILTIN_DRAWING = (3.0, 20)
 """Guidance and steps for the small bases, unless a recipe says otherwise."""
 
 
+def _first(value: Any) -> Any:
+    """The first of several guidances."""
+    return value[0] if isinstance(value, list) and value else value
+
+
 class _Sample(Section):
     model_config = ConfigDict(extra="ignore")
 
-    guidance: float = Samples().guidance
+    guidance: Annotated[float, BeforeValidator(_first)] = Samples().guidance[0]
     num_steps: int = Samples().num_steps
 
 

@@ -52,6 +52,11 @@ def _named(value: Any) -> Any:
     return {"use": value} if isinstance(value, str) else value
 
 
+def _several(value: Any) -> Any:
+    """One value as a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def _plain_name(name: str) -> str:
     """Check a name, which becomes part of file names and of the names of metrics."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -262,20 +267,35 @@ class Samples(Section):
     """Draw grids of images into samples/ during the run, always from the same prompts and noise.
 
     Args:
-        every: Draw a grid every this many steps.
-        prompts: Prompts of the grid. Null: the first prompts of the evaluated suite; without a suite, no grid.
-        num_images: Images in the grid.
-        guidance: Guidance scale.
+        every: Draw a grid every this many steps; the base's, of step 0, is drawn before the first.
+        prompts: Prompts of the grid: a list, or a file or data set of prompts, as in `rollouts`, of which the first
+            `num_images` are taken. Null: the first prompts of the evaluated suite; without a suite, no grid.
+        prompt_column: The column that holds the prompts, where `prompts` is a table. Null: `prompt`, `caption` or
+            `text`.
+        prompt_split: Split of the data set that `prompts` names. Null: its first.
+        prompt_config: Configuration of that data set, where it has several.
+        num_images: Images in the grid; prompts are repeated if there are fewer.
+        guidance: Guidance scale, or a list of several: a grid shows the images of each.
         num_steps: Denoising steps per image.
         seed: Seed of the noise; image i has seed + i.
     """
 
     every: int = Field(100, ge=1)
-    prompts: Annotated[list[str], Field(min_length=1)] | None = None
+    prompts: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None = None
+    prompt_column: str | None = None
+    prompt_split: str | None = None
+    prompt_config: str | None = None
     num_images: int = Field(8, ge=1, le=1000)
-    guidance: Guidance = 3.0
+    guidance: Annotated[list[Guidance], Field(min_length=1), BeforeValidator(_several)] = [3.0]
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _columns_belong_to_a_file(self) -> Samples:
+        given = [key for key in ("prompt_column", "prompt_split", "prompt_config") if getattr(self, key) is not None]
+        if given and not isinstance(self.prompts, str):
+            raise ValueError(f"{given[0]} is for a file or data set of prompts; name one as `prompts`, or leave it out")
+        return self
 
 
 class CheckpointKeys(Section):

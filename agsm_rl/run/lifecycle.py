@@ -70,6 +70,7 @@ def train(
     ):
         if accelerator.is_main_process:
             folder.check(recipe, resume=resume)
+        grids = SampleGrids(folder, recipe)  # its prompts are read before anything is loaded
         fresh = not (resume and checkpoints.steps_in(folder.checkpoints))
         trainer = build_trainer(recipe, accelerator=accelerator, fresh=fresh)
         if accelerator.is_main_process:
@@ -88,7 +89,7 @@ def train(
                     evaluator.prepare()
                 if resume:
                     evaluator.resume(trainer, history)
-                _Run(recipe, folder, trainer, evaluator, stop, display).run(evaluate=evaluate)
+                _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)
     return folder.path
 
 
@@ -125,6 +126,7 @@ class _Run:
     folder: RunFolder
     trainer: Trainer
     evaluator: Evaluator
+    grids: SampleGrids
     stop: GracefulStop
     display: RunDisplay
 
@@ -158,7 +160,7 @@ class _Run:
         return Stopped(self.folder.resume_command, self.trainer.step, number, during=during, prints=self.is_main)
 
     def _train(self) -> None:
-        trainer, evaluator, grids = self.trainer, self.evaluator, SampleGrids(self.folder, self.recipe)
+        trainer, evaluator, grids = self.trainer, self.evaluator, self.grids
         trainer.callbacks = [self.stop, *trainer.callbacks]
         with ProgressBar(self.display, steps=self.recipe.steps, done=trainer.step) as bar:
             if self.is_main:
@@ -166,7 +168,7 @@ class _Run:
                 # takes long: a kill in an evaluation loses nothing, because the evaluation is repeated.
                 trainer.callbacks += [MetricsWriter(self.folder), evaluator.events, bar, evaluator.checkpoints]
                 trainer.callbacks += [grids]
-                grids.resume(trainer)
+                grids.begin(trainer)
             trainer.callbacks += [evaluator]
             try:
                 trainer.train()
@@ -184,7 +186,7 @@ class _Run:
             except Interrupted:
                 return False
         elif evaluate and self.is_main:
-            SampleGrids(self.folder, self.recipe).write_before_after(self.trainer)
+            self.grids.write_before_after(self.trainer)
         if not self.is_main:
             return True
         out = make_console()

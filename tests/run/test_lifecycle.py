@@ -68,6 +68,7 @@ def test_a_run_writes_all_files_of_the_contract(make_recipe, tmp_path, quiet):
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         "before_after.png",
         "eval",
+        "step-00000000.png",
         "step-00000002.png",
         "step-00000004.png",
     ]

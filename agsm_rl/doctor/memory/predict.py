@@ -259,7 +259,7 @@ def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> 
         guidance = max(recipe.evaluate.guidance)
         phases["evaluating"] = (recipe.evaluate.drawn_at_once, guidance)
     if recipe.sample.prompts is not None or recipe.evaluate is not None:
-        phases["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), recipe.sample.guidance)
+        phases["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), max(recipe.sample.guidance))
     backbone = policy.backbone
     for phase, (count, guidance) in phases.items():
         rehearsal.phase = phase
