@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,6 +15,7 @@ SMALLEST, LARGEST = 128, 512
 MAX_LINES = 4
 """Lines of a caption that are shown."""
 GAP = 6
+INK = (20, 20, 20)
 
 
 def captioned_grid(images: Tensor, captions: Sequence[str], *, columns: int, titles: Sequence[str] = ()) -> Image.Image:
@@ -21,25 +23,25 @@ def captioned_grid(images: Tensor, captions: Sequence[str], *, columns: int, tit
     height, width = images.shape[2:]
     scale = max(1.0, SMALLEST // width) if width < LARGEST else LARGEST / width
     size = (round(width * scale), round(height * scale))
-    font = ImageFont.load_default(max(11, size[0] // 20))
-    line_height = int(sum(font.getmetrics()) * 1.1) if isinstance(font, ImageFont.FreeTypeFont) else 12
-    lines = [_wrapped(caption, font, size[0]) for caption in captions]
+    letters = max(11, size[0] // 20)
+    lines = [wrapped(caption, size[0], size=letters) for caption in captions]
+    high = line_height(letters)
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    texts = [max(len(lines[index]) for index in row) * line_height for row in rows]
-    top = line_height + GAP if titles else 0
+    texts = [max(len(lines[index]) for index in row) * high for row in rows]
+    top = high + GAP if titles else 0
     sheet = Image.new(
         "RGB", (columns * (size[0] + GAP) + GAP, top + sum(texts) + len(rows) * (size[1] + GAP) + GAP), "white"
     )
-    pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        pen.text((GAP + column * (size[0] + GAP), GAP // 2), title, fill="black", font=font)
+        write_lines(
+            sheet, wrapped(title, size[0], size=letters, most=1), GAP + column * (size[0] + GAP), GAP // 2, size=letters
+        )
     y = top + GAP
     for row, text_height in zip(rows, texts, strict=True):
         for column, index in enumerate(row):
             x = GAP + column * (size[0] + GAP)
             sheet.paste(to_picture(images[index]).resize(size, _filter(scale)), (x, y))
-            for number, line in enumerate(lines[index]):
-                pen.text((x, y + size[1] + number * line_height), line, fill="black", font=font)
+            write_lines(sheet, lines[index], x, y + size[1], size=letters)
         y += size[1] + text_height + GAP
     return sheet
 
@@ -48,11 +50,11 @@ def _filter(scale: float) -> Image.Resampling:
     return Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
 
 
-def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels; what does not fit into MAX_LINES is cut."""
+def wrapped(text: str, width: int, *, size: int, most: int = MAX_LINES) -> list[str]:
+    """The text in lines of at most `width` pixels, in letters of a size; of more than `most` lines, the rest is cut."""
     lines: list[str] = []
-    rest = " ".join(text.split())
-    while rest and len(lines) < MAX_LINES:
+    font, rest = _font(size), " ".join(text.split())
+    while rest and len(lines) < most:
         count = len(rest)
         while count > 1 and font.getlength(rest[:count]) > width:
             count = min(count - 1, max(1, int(count * width / font.getlength(rest[:count]))))
@@ -65,16 +67,33 @@ def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, widt
     return lines
 
 
+def line_height(size: int) -> int:
+    """Pixels from one line to the next."""
+    font = _font(size)
+    return int(sum(font.getmetrics()) * 1.1) if isinstance(font, ImageFont.FreeTypeFont) else 12
+
+
+def write_lines(sheet: Image.Image, lines: Sequence[str], left: int, top: int, *, size: int) -> None:
+    """Write lines onto a picture: the only place where we draw text."""
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        pen.text((left, top + number * line_height(size)), line, fill=INK, font=_font(size))
+
+
+@cache
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
 def stacked(parts: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Pictures one below the other, each under its title."""
-    size = max(13, min(24, max(picture.width for _, picture in parts) // 60))
-    font = ImageFont.load_default(size)
+    width = max(picture.width for _, picture in parts)
+    size = max(13, min(24, width // 60))
     strip = 2 * size
-    width, height = max(picture.width for _, picture in parts), sum(picture.height + strip for _, picture in parts)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, y = ImageDraw.Draw(sheet), 0
+    sheet = Image.new("RGB", (width, sum(picture.height + strip for _, picture in parts)), "white")
+    y = 0
     for title, picture in parts:
-        pen.text((GAP, y + size // 2), title, fill="black", font=font)
+        write_lines(sheet, wrapped(title, width - 2 * GAP, size=size, most=1), GAP, y + size // 2, size=size)
         sheet.paste(picture, (0, y + strip))
         y += strip + picture.height
     return sheet

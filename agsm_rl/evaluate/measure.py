@@ -16,6 +16,7 @@ from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_pictures, plan
 from agsm_rl.evaluate.suite import Asked, Judged, Row, Suite
 from agsm_rl.interfaces import Backbone
 from agsm_rl.training.processes import Processes
+from agsm_rl.training.stages import stage
 
 SHOWN = 16
 """Images of a model that are kept for pictures: those of the suite's first prompts, not chosen ones."""
@@ -93,4 +94,8 @@ def _judge(suites: Sequence[Suite], asked: Sequence[Asked], pictures: Sequence[I
     """Each picture's rows, one of each suite."""
     prompts: list[str] = [item.prompt for item in asked]
     metadata: list[Mapping[str, Any]] = [item.metadata for item in asked]
-    return list(zip(*(suite.judge(pictures, prompts, metadata) for suite in suites), strict=True))
+    judged = []
+    for suite in suites:
+        with stage(f"judging {len(pictures)} images by {suite.name}"):
+            judged.append(suite.judge(pictures, prompts, metadata))
+    return list(zip(*judged, strict=True))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from agsm_rl.evaluate.captions import wrapped, write_lines
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.run.screen import make_console, styled
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SMALLEST_SIDE = 96
 GAP, FRAME, LABEL_HEIGHT, LABEL_SIZE = 8, 3, 40, 11
 RIGHT, WRONG, NEUTRAL = (30, 150, 60), (205, 45, 45), (160, 160, 160)
-PAPER, INK = (255, 255, 255), (40, 40, 40)
+PAPER = (255, 255, 255)
 
 
 def print_table(
@@ -88,7 +88,8 @@ def picture(
         for side, (image, is_right) in enumerate(zip((before, after), right, strict=True)):
             shown = image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
             sheet.paste(_framed(shown, is_right), (left + side * (width + 2 * FRAME + GAP), top))
-        _write(sheet, prompt, left, top + height + 2 * FRAME + 3, cell[0] - GAP)
+        lines = wrapped(prompt, cell[0] - 2 * GAP, size=LABEL_SIZE, most=3)
+        write_lines(sheet, lines, left, top + height + 2 * FRAME + 3, size=LABEL_SIZE)
     return sheet
 
 
@@ -97,14 +98,6 @@ def _framed(image: Image.Image, is_right: bool | None) -> Image.Image:
     frame = Image.new("RGB", (image.width + 2 * FRAME, image.height + 2 * FRAME), color)
     frame.paste(image, (FRAME, FRAME))
     return frame
-
-
-def _write(sheet: Image.Image, prompt: str, left: int, top: int, width: int) -> None:
-    """The prompt in at most three lines."""
-    font = ImageFont.load_default(LABEL_SIZE)
-    letters = max(1, int(width / font.getlength("n")))
-    lines = textwrap.wrap(prompt, letters, max_lines=3, placeholder=" …")
-    ImageDraw.Draw(sheet).multiline_text((left, top), "\n".join(lines), fill=INK, font=font, spacing=2)
 
 
 def _share(part: Interval) -> Text:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -17,28 +15,8 @@ from pydantic import (
 )
 
 from agsm_rl.recipe.options import Section, Seed
-from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_NUMBER, MAX_SAMPLING_STEPS
-
-
-def _schedule(value: Any) -> Any:
-    """Check a weight: a number, or {step: number}, interpolated linearly."""
-    points = value if isinstance(value, dict) else {0: value}
-    if not points:
-        raise ValueError("a weight is a number or a schedule {step: weight}; this schedule is empty")
-    for step, weight in points.items():
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_NUMBER:
-            raise ValueError(f"a schedule's keys are steps from 0 to {MAX_NUMBER:,}; got {step!r}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"a weight is a number or a schedule such as {{0: 0.0, 100: 1.0}}; got {weight!r}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"a weight must be finite and at least 0; got {weight}. A weight of 0 disables the term")
-    return value
-
-
-def _range(t: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= t[0] < t[1] <= 1:
-        raise ValueError(f"a range of noise levels is [low, high] with 0 <= low < high <= 1; got {list(t)}")
-    return t
+from agsm_rl.recipe.values import Guidances, Name, NoiseRange, Rate, Weight
+from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_SAMPLING_STEPS
 
 
 def _source(value: Any) -> Any:
@@ -50,24 +28,6 @@ def _source(value: Any) -> Any:
 def _named(value: Any) -> Any:
     """Turn a name into a block with default options."""
     return {"use": value} if isinstance(value, str) else value
-
-
-def _several(value: Any) -> Any:
-    """One value as a list of one."""
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _plain_name(name: str) -> str:
-    """Check a name, which becomes part of file names and of the names of metrics."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"'{name}' is not a valid name; use letters, digits, _ and - only")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_plain_name)]
-Weight = Annotated[float | dict[int, float], BeforeValidator(_schedule)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
-Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 
 
 class Block(Section):
@@ -109,7 +69,7 @@ class TermBlock(Block):
     weight: Weight = 1.0
     every: int = Field(1, ge=1)
     offset: int = Field(0, ge=0)
-    t: Annotated[tuple[float, float], AfterValidator(_range)] = (0.0, 1.0)
+    t: NoiseRange = (0.0, 1.0)
     trains: Annotated[list[str], Field(min_length=1)] | None = None
 
 
@@ -206,7 +166,7 @@ class Evaluate(Section):
     every: Annotated[int, Field(ge=1)] | None = None
     num_images: int = Field(200, ge=1, le=MAX_IMAGES)
     rewards: MeasuredRewards = []
-    guidance: Annotated[list[Guidance], Field(min_length=1)] = [3.0]
+    guidance: Guidances = [3.0]
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     split: Literal["train", "validation", "held_out"] = "held_out"
     bank: Literal["positive", "negative"] = "positive"
@@ -215,11 +175,6 @@ class Evaluate(Section):
     prompt_suffix: str = ""
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)
-
-    @field_validator("guidance", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return value if isinstance(value, list | tuple) else [value]
 
     @field_validator("suite", mode="before")
     @classmethod
@@ -286,7 +241,7 @@ class Samples(Section):
     prompt_split: str | None = None
     prompt_config: str | None = None
     num_images: int = Field(8, ge=1, le=1000)
-    guidance: Annotated[list[Guidance], Field(min_length=1), BeforeValidator(_several)] = [3.0]
+    guidance: Guidances = [3.0]
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     seed: Seed = 0
 

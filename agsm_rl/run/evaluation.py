@@ -24,6 +24,7 @@ from agsm_rl.run.screen import make_console, tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.anomalies import Event
+from agsm_rl.training.stages import stage
 
 
 class Evaluator(Callback):
@@ -169,9 +170,9 @@ class Evaluator(Callback):
         key = (entry.name, guidance)
         if key not in self._base:
             with trainer.policy.switched_off():
-                self._base[key] = self._measure(trainer, self.options, entry, guidance)
+                self._base[key] = self._measure(trainer, self.options, entry, guidance, "base")
         with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
-            trained = self._measure(trainer, self.options, entry, guidance)
+            trained = self._measure(trainer, self.options, entry, guidance, f"step {trainer.step}")
         figures, place = trained.figures(), f"eval/guidance_{guidance:g}"
         if self.is_main:
             name = {} if entry.made.alone else {"suite": entry.name}
@@ -182,8 +183,19 @@ class Evaluator(Callback):
         trainer.accelerator.log(logged, step=trainer.step)
         return self._base[key], trained
 
-    def _measure(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
-        return measure(trainer.policy.backbone, entry, options, guidance, processes=trainer.processes, check=self.check)
+    def _measure(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float, model: str) -> Measured:
+        place = "" if entry.made.alone else f" on {entry.name}"
+        what, count = f"evaluating {model}{place}: guidance {guidance:g}", trainer.processes.count
+        with stage(what, total=entry.made.suite.num_images, unit="images", announce=True) as advance:
+            return measure(
+                trainer.policy.backbone,
+                entry,
+                options,
+                guidance,
+                processes=trainer.processes,
+                check=self.check,
+                advance=lambda number: advance(number * count),  # the other processes are about as far
+            )
 
     def _logged(self, entry: Entry, figure: str) -> str:
         """`reward/x` as `reward_held_out/x` or `reward_trained/x`."""

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
-from agsm_rl.recipe.schema import Evaluate, Name
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.values import Name
 
 VALUES = (str, int, float, bool, type(None))
 MAX_CELLS = 10_000

@@ -85,7 +85,7 @@ def stage(
     begun = Stage(what, total, done, unit, worth, announce)
 
     def advance(number: float = 1) -> None:
-        begun.done += number
+        begun.done += number if begun.total is None else min(number, begun.total - begun.done)
 
     display = _display
     if display is None:
