@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor
 
 from agsm_rl.evaluate.draw_folder import DrawingSettings
@@ -41,13 +42,16 @@ class Entry:
         """What judges its images."""
         return [self.made.suite, *([self.rewards] if self.rewards is not None else [])]
 
-    def prepare(self) -> None:
-        """Read the prompts and load what judges; UserError for what is missing."""
+    def prepare(self, resolution: int) -> None:
+        """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
         prompts = self.made.suite.prompts()
-        for suite in self.suites:
-            suite.prepare()
         for metadata in prompts.values():
             self.made.suite.check(metadata)
+        first = next(iter(prompts.values()))
+        grey = new_image("RGB", (resolution, resolution), (128, 128, 128))
+        for suite in self.suites:
+            suite.prepare()
+            suite.judge([grey], [str(first["prompt"])], [first])
 
     def is_reward(self, score: str) -> bool:
         """Whether one of its scores is a reward's mean."""

@@ -145,7 +145,7 @@ def _own_options(block: Block, kinds: Mapping[str, Any], place: str, parts: Part
 
 
 def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evaluate") -> Evaluate:
-    """The section with its suites' and rewards' options filled in and checked: each is constructed."""
+    """The section with its suites' and rewards' options filled in and checked."""
     if evaluate.suites is None:
         completed = evaluate.model_copy(update={"rewards": complete_rewards(evaluate, parts, place)})
     else:
@@ -156,7 +156,6 @@ def complete_evaluation(evaluate: Evaluate, parts: Parts, *, place: str = "evalu
                 _check_path(block, f"{place}.suites.{name}", parts)
         mistakes.raise_any()
         completed = evaluate.model_copy(update={"suites": suites})
-    make_suites(completed, parts, place)
     return completed
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import RewardEntry
+
+if TYPE_CHECKING:
+    from agsm_rl.interfaces import Reward
 
 
 @dataclass(frozen=True)

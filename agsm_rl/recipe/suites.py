@@ -135,12 +135,12 @@ def find_score(name: str, suites: Collection[MadeSuite], *, where: str) -> str:
     if len(having) == 1:
         return having[0].key(name)
     allowed = scores_of(suites)
-    bare = get_close_matches(name, [score for entry in suites for score in entry.score_names()], n=1)
-    if bare and not get_close_matches(name, allowed, n=1):
-        allowed = [key for key in allowed if key.endswith("/" + bare[0])] + allowed
+    near = get_close_matches(name, [score for entry in suites for score in entry.score_names()], n=1)
+    if near and "/" not in name:
+        meant = next(entry.key(near[0]) for entry in suites if near[0] in entry.score_names())
         raise UserError(
-            f"{where}: '{name}' is not a score of the evaluation; allowed: {', '.join(dict.fromkeys(allowed))}. "
-            f"Did you mean '{allowed[0]}'?"
+            f"{where}: '{name}' is not a score of the suite or in evaluate.rewards; allowed: {', '.join(allowed)}. Did "
+            f"you mean '{meant}'?"
         )
     raise unknown_name(where, name, "a score of the suite or in evaluate.rewards", allowed)
 

@@ -64,10 +64,11 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
-    def prepare(self) -> None:
-        """Read the prompts and load what judges, before hours are spent on training."""
+    def prepare(self, resolution: int) -> None:
+        """Read the prompts and try what judges on a picture of that size, before hours are spent on training."""
         for entry in self.entries:
-            entry.prepare()
+            with stage(f"preparing the suite {entry.name}"):
+                entry.prepare(resolution)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is due; after the last step `finish` does it."""
@@ -167,10 +168,7 @@ class Evaluator(Callback):
 
     def _compare(self, trainer: Trainer, entry: Entry, guidance: float) -> Compared:
         assert self.options is not None
-        key = (entry.name, guidance)
-        if key not in self._base:
-            with trainer.policy.switched_off():
-                self._base[key] = self._measure(trainer, self.options, entry, guidance, "base")
+        base = self._base_of(trainer, self.options, entry, guidance)
         with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
             trained = self._measure(trainer, self.options, entry, guidance, f"step {trainer.step}")
         figures, place = trained.figures(), f"eval/guidance_{guidance:g}"
@@ -181,7 +179,15 @@ class Evaluator(Callback):
             place = f"eval/{entry.name}/guidance_{guidance:g}"
         logged = {f"{place}/{self._logged(entry, key)}": value for key, value in figures.items()}
         trainer.accelerator.log(logged, step=trainer.step)
-        return self._base[key], trained
+        return base, trained
+
+    def _base_of(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
+        """The base's measurement, which depends on the base and the evaluation only, and is made once per run."""
+        key = (entry.name, guidance)
+        if key not in self._base:
+            with trainer.policy.switched_off():
+                self._base[key] = self._measure(trainer, options, entry, guidance, "base")
+        return self._base[key]
 
     def _measure(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float, model: str) -> Measured:
         place = "" if entry.made.alone else f" on {entry.name}"

@@ -86,7 +86,7 @@ def train(
                 is_main = accelerator.is_main_process
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
                 if evaluate:
-                    evaluator.prepare()
+                    evaluator.prepare(trainer.policy.backbone.resolution)
                 if resume:
                     evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)
