@@ -22,8 +22,8 @@ def list_names(
         str | None,
         typer.Argument(
             metavar="[KIND|NAME]",
-            help="objectives, rewards, adapters, sources, views, backbones, recipes or sweeps; or one of the first six "
-            "kinds' names, for its options and what they mean.",
+            help="objectives, rewards, adapters, sources, views, suites, backbones, recipes or sweeps; or one of the "
+            "first seven kinds' names, for its options and what they mean.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

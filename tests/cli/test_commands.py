@@ -174,7 +174,8 @@ def test_a_run_cannot_be_continued_to_fewer_steps_than_it_has(command, recipe, t
 
 def test_list_gives_every_kind_as_json(command):
     found = json.loads(command("list", "--json").stdout)
-    assert set(found) == {"objectives", "rewards", "adapters", "sources", "views", "backbones", "recipes", "sweeps"}
+    kinds = {"objectives", "rewards", "adapters", "sources", "views", "suites", "backbones", "recipes", "sweeps"}
+    assert set(found) == kinds
     assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
     assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
     names = {kind: [row["name"] for row in found[kind]] for kind in ("recipes", "sweeps")}

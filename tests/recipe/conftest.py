@@ -10,6 +10,7 @@ def users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with it: images, a copy of COCO, a list of prompts. The hub may be asked."""
     for folder in ("photos", "data/coco_train2017"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "data" / "prompts.txt").write_text("a red circle\n")
+    for name in ("prompts", "test_prompts", "coco_val_captions"):
+        (tmp_path / "data" / f"{name}.txt").write_text("a red circle\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -12,12 +12,13 @@ from agsm_rl.recipe.earlier import FIRST_DEFAULTS, read_earlier, recipe_of_today
 from agsm_rl.recipe.options import RewardOptions, options_model
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.recipe.schema import Evaluate, RecipeKeys, TermBlock
+from agsm_rl.recipe.schema import Evaluate, RecipeKeys, SuiteBlock, TermBlock
 from agsm_rl.recipe.shipped import shipped_recipes
 from agsm_rl.training.optimizers import OPTIMIZERS
 from agsm_rl.training.schedules import SCHEDULES
 
-SECTIONS = {"recipe": RecipeKeys, "evaluate": Evaluate, "term": TermBlock, "weighted_reward": RewardOptions}
+SECTIONS = {"recipe": RecipeKeys, "evaluate": Evaluate, "suite": SuiteBlock, "term": TermBlock}
+SECTIONS |= {"weighted_reward": RewardOptions}
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 8}
 ROLLOUTS = {"use": "rollouts", "prompts": "builtin:shapes-prompts"}
 ROLLOUTS |= {"rewards": {"shapes": 1.0, "small": {"use": "shapes", "verdict": "graded", "weight": 0.5}}}
@@ -94,6 +95,10 @@ def as_stored_before(data):
         stored = without_first_defaults(entry, first["rewards"][entry.get("use", key)])
         return stored["weight"] if list(stored) == ["weight"] else stored
 
+    def suite(given):
+        stored = without_first_defaults(given, first["suites"][given["use"]] | first["suite"])
+        return stored | {"rewards": {key: reward(key, entry) for key, entry in given["rewards"].items()}}
+
     stored = without_first_defaults(data, first["recipe"])
     stored["backbone"] = block("backbones", data["backbone"])
     stored["adapters"] = {name: block("adapters", given) for name, given in data["adapters"].items()}
@@ -107,8 +112,11 @@ def as_stored_before(data):
             term["view"] = block("views", complete["view"])
     if data["evaluate"]:
         stored["evaluate"] = without_first_defaults(data["evaluate"], first["evaluate"])
-        rewards = data["evaluate"]["rewards"]
-        stored["evaluate"]["rewards"] = {key: reward(key, entry) for key, entry in rewards.items()}
+        suites = data["evaluate"].get("suites", {})
+        stored["evaluate"] |= {"suites": {name: suite(given) for name, given in suites.items()}} if suites else {}
+        if not suites:
+            rewards = data["evaluate"]["rewards"]
+            stored["evaluate"]["rewards"] = {key: reward(key, entry) for key, entry in rewards.items()}
     return stored
 
 
