@@ -134,13 +134,13 @@ def find_score(name: str, suites: Collection[MadeSuite], *, where: str) -> str:
     having = [entry for entry in suites if name in entry.score_names()]
     if len(having) == 1:
         return having[0].key(name)
-    allowed = scores_of(suites)
+    allowed = sorted(scores_of(suites))
     near = get_close_matches(name, [score for entry in suites for score in entry.score_names()], n=1)
     if near and "/" not in name:
         meant = next(entry.key(near[0]) for entry in suites if near[0] in entry.score_names())
         raise UserError(
-            f"{where}: '{name}' is not a score of the suite or in evaluate.rewards; allowed: {', '.join(allowed)}. Did "
-            f"you mean '{meant}'?"
+            f"{where}: '{name}' is not a score of the suite or in evaluate.rewards; allowed: {', '.join(allowed)}. "
+            f"Did you mean '{meant}'?"
         )
     raise unknown_name(where, name, "a score of the suite or in evaluate.rewards", allowed)
 
