@@ -5,69 +5,26 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import socket
 import threading
 import time
 import tracemalloc
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from agsm_rl_rewards import vlm_judge
+from agsm_rl_rewards import chat_endpoint
 from agsm_rl_rewards.vlm_judge import VlmJudge
+from chat_serving import likely, said, serving
 from PIL import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Reward
 
 
-class Endpoint(ThreadingHTTPServer):
-    """Answers by `reply(body)`: a status and content; remembers each request with its headers and time."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked = []
-        self.reply = lambda body: (200, said("yes"))
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, dict(self.headers), body, time.monotonic()))
-        status, content = self.server.reply(body)
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except BrokenPipeError:
-            pass  # who asked was out of patience
-
-    def log_message(self, *args):
-        """Nothing on stderr."""
-
-
 @pytest.fixture
 def endpoint():
-    with Endpoint() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    with serving() as server:
         yield server
-        server.shutdown()
-
-
-def said(text):
-    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
-
-
-def likely(**probabilities):
-    """A reply whose first token has these alternatives."""
-    top = [{"token": token.replace("_", " "), "logprob": math.log(p)} for token, p in probabilities.items()]
-    return {"choices": [{"message": {"content": "?"}, "logprobs": {"content": [{"top_logprobs": top}]}}]}
 
 
 def judge(endpoint, **options):
@@ -97,6 +54,14 @@ def test_the_request_is_what_openai_compatible_servers_take(endpoint):
     assert kind == "data:image/png;base64" and picture.size == (6, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
     del body["messages"]
     assert body == {"model": "tiny-vlm", "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+
+
+def test_the_question_may_ask_for_a_column_of_the_prompts_file(endpoint):
+    endpoint.reply = lambda body: (200, likely(yes=1.0))
+    rows = [{"style": "an {ink} painting", "n": 3}, {}]
+    judge(endpoint, question="Is {prompt} {style} {n}?", at_once=1)(IMAGES, ["a {n}", "b"], rows)
+    questions = [body["messages"][0]["content"][1]["text"] for _, _, body, _ in endpoint.asked]
+    assert questions == ["Is a {n} an {ink} painting 3?", "Is b {style} {n}?"]
 
 
 def test_scores_come_in_the_images_order_however_slow_each_is(endpoint):
@@ -238,7 +203,7 @@ def test_an_answer_that_is_cut_anywhere_is_asked_for_again(cut):
 
 @pytest.mark.parametrize("asked", ["0.3", "100000000", "Fri, 31 Dec 2100 23:59:59 GMT", "nonsense", "-5"])
 def test_what_the_server_asks_for_never_means_more_than_the_longest_pause(monkeypatch, asked):
-    monkeypatch.setattr(vlm_judge, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(chat_endpoint, "LONGEST_PAUSE", 0.2)
     url, visits = bytewise([b"HTTP/1.1 429 Slow\r\nRetry-After: %s\r\nContent-Length: 0\r\n\r\n" % asked.encode()])
     with pytest.raises(UserError, match="refused after 3 tries with status 429"):
         VlmJudge(url=url, model="m", retries=2, backoff=0.01)(IMAGES[:1], ["a star"])
