@@ -50,6 +50,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "jpeg_incompressibility": "agsm_rl_rewards.jpeg:JpegIncompressibility",
         "ocr": "agsm_rl_rewards.ocr:OCR",
         "pick_score": "agsm_rl_rewards.pick_score:PickScore",
+        "questions": "agsm_rl_rewards.questions:Questions",
         "ray_pool": "agsm_rl_rewards.worker.ray_pool:RayPoolReward",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
         "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
