@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from agsm_rl.export.attach import attach, save_adapters
     from agsm_rl.objectives.agsm import AGSM
     from agsm_rl.objectives.anchor import Anchor
+    from agsm_rl.objectives.awm import AWM
+    from agsm_rl.objectives.crd import CRD
     from agsm_rl.objectives.ddpo import DDPO
+    from agsm_rl.objectives.dgpo import DGPO
     from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
     from agsm_rl.objectives.diffusion_nft import DiffusionNFT
     from agsm_rl.objectives.flow_grpo import FlowGRPO
@@ -48,7 +51,10 @@ _HOMES = {
     "export.attach": ("attach", "save_adapters"),
     "objectives.agsm": ("AGSM",),
     "objectives.anchor": ("Anchor",),
+    "objectives.awm": ("AWM",),
+    "objectives.crd": ("CRD",),
     "objectives.ddpo": ("DDPO",),
+    "objectives.dgpo": ("DGPO",),
     "objectives.diffusion_dpo": ("DiffusionDPO",),
     "objectives.diffusion_nft": ("DiffusionNFT",),
     "objectives.flow_grpo": ("FlowGRPO",),
@@ -73,12 +79,15 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "AGSM",
+    "AWM",
     "Anchor",
     "BestAgainstWorst",
     "BestImages",
+    "CRD",
     "Callback",
     "ChosenImages",
     "DDPO",
+    "DGPO",
     "DiffusionDPO",
     "DiffusionNFT",
     "FlowGRPO",

@@ -25,8 +25,11 @@ HOME = "agsm-rl"
 BUILTIN: dict[str, dict[str, str]] = {
     "objectives": {
         "agsm": "agsm_rl.objectives.agsm:AGSM",
+        "awm": "agsm_rl.objectives.awm:AWM",
+        "crd": "agsm_rl.objectives.crd:CRD",
         "ddpo": "agsm_rl.objectives.ddpo:DDPO",
         "anchor": "agsm_rl.objectives.anchor:Anchor",
+        "dgpo": "agsm_rl.objectives.dgpo:DGPO",
         "diffusion_dpo": "agsm_rl.objectives.diffusion_dpo:DiffusionDPO",
         "diffusion_nft": "agsm_rl.objectives.diffusion_nft:DiffusionNFT",
         "flow_grpo": "agsm_rl.objectives.flow_grpo:FlowGRPO",

@@ -45,7 +45,10 @@ SOURCES = {
 SOURCE_OF = {
     "agsm": "pairs",
     "anchor": "pairs",
+    "awm": "rollouts",
+    "crd": "rollouts",
     "ddpo": "rollouts",
+    "dgpo": "rollouts",
     "diffusion_dpo": "preferences",
     "diffusion_nft": "rollouts",
     "flow_grpo": "rollouts",

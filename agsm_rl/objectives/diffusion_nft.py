@@ -6,18 +6,18 @@ A good image draws the prediction p towards itself; a bad one pushes it away, as
 each squared error is divided by its own mean absolute error and multiplied by t, and L by `advantage_scale` / β.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, RewardedBatch
-from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Noised, Objective, Policy
-from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+from agsm_rl.interfaces import Metrics, RewardedBatch
+from agsm_rl.objectives.forward_process import (
+    AtLevel,
+    ForwardProcess,
+    base_prediction,
+    in_part,
+    matching_error,
+)
+from agsm_rl.policy import Policy
 from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.precision import at_least_float32
 
@@ -48,13 +48,8 @@ def nft_loss(
     live, old = at_least_float32(live), at_least_float32(old.detach())
     target, reward = at_least_float32(target.detach()), at_least_float32(reward.detach())
 
-    def error(implicit: Tensor) -> Tensor:
-        difference = implicit - target
-        squared = (difference**2).mean(dim=(1, 2, 3))
-        return squared / difference.detach().abs().mean(dim=(1, 2, 3)).clamp(min=1e-5) if adaptive else squared
-
-    positive = error((1 - beta) * old + beta * live)
-    negative = error((1 + beta) * old - beta * live)
+    positive = matching_error((1 - beta) * old + beta * live, target, adaptive=adaptive)
+    negative = matching_error((1 + beta) * old - beta * live, target, adaptive=adaptive)
     losses = reward * positive + (1 - reward) * negative
     if t is not None:
         losses = losses * at_least_float32(t.detach()).to(losses.device)
@@ -66,18 +61,7 @@ def nft_loss(
     }
 
 
-@dataclass(frozen=True)
-class AtLevel:
-    """A part of a batch, at one of the noise levels of each of its images."""
-
-    batch: RewardedBatch
-    level: int
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-
-class DiffusionNFT(Objective):
+class DiffusionNFT(ForwardProcess):
     """DiffusionNFT on rewarded images; the old policy, which may also draw them, is the EMA or one of the term's own.
 
     Advantages become r = ½ + ½·clip(advantage / `advantage_scale`, −1, 1). Any sampler works: with `eta: 0`,
@@ -104,8 +88,6 @@ class DiffusionNFT(Objective):
             same gradient.
     """
 
-    consumes: ClassVar[type[Batch]] = RewardedBatch
-
     def __init__(
         self,
         *,
@@ -125,23 +107,11 @@ class DiffusionNFT(Objective):
                 raise UserError(f"{name}: got {value}, but it must be above 0")
         if kl_weight < 0:
             raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more")
-        for name, count in {"rows_per_pass": rows_per_pass, "sampler_steps": sampler_steps}.items():
-            check_at_least_one(name, count)
-        check_at_least_one("levels_per_image", levels_per_image)
-        if sampler_steps is not None and sampler_steps > MAX_SAMPLING_STEPS:
-            raise UserError(f"sampler_steps: got {sampler_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
-        if sampler_steps is not None and levels_per_image > sampler_steps:
-            raise UserError(f"levels_per_image: got {levels_per_image}, but the sampler has {sampler_steps} levels")
+        super().__init__(
+            old=old, sampler_steps=sampler_steps, levels_per_image=levels_per_image, rows_per_pass=rows_per_pass
+        )
         self.beta, self.advantage_scale, self.adaptive = beta, advantage_scale, adaptive
         self.t_weighted, self.scaled, self.kl_weight = t_weighted, scaled, kl_weight
-        self.old = OldPolicy(**old) if isinstance(old, Mapping) else old
-        self.sampler_steps, self.levels_per_image = sampler_steps, levels_per_image
-        self.rows_per_pass = rows_per_pass
-
-    def split(self, batch: RewardedBatch) -> list[tuple[AtLevel, float]]:
-        """Parts of `rows_per_pass` images, once for each noise level of an image; all at once by default."""
-        parts, levels = in_passes(batch, self.rows_per_pass), range(self.levels_per_image)
-        return [(AtLevel(part, level), share / len(levels)) for level in levels for part, share in parts]
 
     def reward(self, advantages: Tensor) -> Tensor:
         """r in [0, 1] of advantages [B]; ½ for an image as good as the others of its prompt."""
@@ -149,34 +119,15 @@ class DiffusionNFT(Objective):
 
     def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
         """The loss of the batch, with one noise and one noise level per image."""
-        part = batch if isinstance(batch, AtLevel) else AtLevel(batch, 0)
-        x_t, t, target, cond = self._noised(policy, part)
+        part = in_part(batch)
+        seen = self.noised(policy, part)
+        x_t, t, target, cond = seen
         old, reward = policy.old(x_t, t, cond), self.reward(part.batch.advantages)
         live, weight = policy.live(x_t, t, cond), t if self.t_weighted else None
         loss, metrics = nft_loss(live, old, target, reward, beta=self.beta, adaptive=self.adaptive, t=weight)
         if self.scaled:
             loss = loss * (self.advantage_scale / self.beta)
         if self.kl_weight:
-            gap = ((at_least_float32(live) - at_least_float32(policy.reference(x_t, t, cond))) ** 2).mean()
+            gap = matching_error(live, base_prediction(policy, seen)).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}
         return loss, metrics
-
-    def _noised(self, policy: Policy, part: AtLevel) -> Noised:
-        """The images at their noise level of this number, each level with noise of its own."""
-        ending = f" {part.level}" if part.level else ""
-        rows, uniform = part.batch.rows, self.sampler_steps is None
-        t = policy.draw.t(rows, purpose=f"t{ending}") if uniform else self._levels(policy, rows)[part.level]
-        return policy.noised(part.batch, t=t, purpose=f"noise{ending}")
-
-    def _levels(self, policy: Policy, rows: Tensor) -> Tensor:
-        """The sampler's levels within the term's range in an order of each row's own, [levels, B]; the first count."""
-        draw, (low, high) = policy.draw, policy.draw.t_range
-        levels = policy.backbone.sampler(self.sampler_steps or 1).t.cpu()
-        levels = levels[(levels >= low) & (levels <= high)]
-        if len(levels) < self.levels_per_image:
-            raise UserError(
-                f"sampler_steps: {len(levels)} of the sampler's {self.sampler_steps} noise levels lie in the term's t "
-                f"[{low}, {high}], but levels_per_image is {self.levels_per_image}; widen t, or use fewer levels"
-            )
-        keys = torch.stack([draw.uniform(rows, purpose=f"level {k}") for k in range(len(levels))])
-        return levels[keys.argsort(dim=0)]

@@ -41,6 +41,9 @@ ON_OTHER_SOURCES = [
     {"use": "flow_grpo", "source": "drawn"},
     {"use": "diffusion_nft", "source": "drawn", "kl_weight": 1e-4},
     {"use": "spo", "source": STEPS},
+    {"use": "awm", "source": "drawn"},
+    {"use": "dgpo", "source": "drawn"},
+    {"use": "crd", "source": "drawn"},
     {"use": "reward_backprop", "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}, **REWARD_BACKPROP},
 ]
 
@@ -62,6 +65,9 @@ TERM = set().union(
             "SoftREPA",
             "DDPO and Flow-GRPO",
             "DiffusionNFT",
+            "AWM",
+            "DGPO",
+            "CRD",
             "Diffusion-DPO and InPO",
             "SPO",
         ],

@@ -9,6 +9,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.backbones import load_backbone
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.anchor import Anchor
+from agsm_rl.objectives.awm import AWM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
 from agsm_rl.objectives.diffusion_nft import DiffusionNFT

@@ -106,7 +106,7 @@ def test_the_weight_of_the_distance_from_the_base_is_added_to_the_loss(policy):
 
 def levels_seen(policy, objective, batch):
     """Each part's noise levels [B] and noisy latents."""
-    return [objective._noised(policy, part) for part, _ in objective.split(batch)]
+    return [objective.noised(policy, part) for part, _ in objective.split(batch)]
 
 
 @pytest.mark.parametrize("sampler_steps", [None, 10])

@@ -1,0 +1,145 @@
+"""What objectives share that learn from rewarded images under noise of their own choice, not from sampling steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agsm_rl.errors import UserError
+from agsm_rl.interfaces import Batch, RewardedBatch
+from agsm_rl.objectives.passes import check_at_least_one, in_passes
+from agsm_rl.policy import Noised, Objective, Policy
+from agsm_rl.training.limits import MAX_SAMPLING_STEPS
+from agsm_rl.training.old_policy import OldPolicy
+from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.sampling import guided
+
+
+@dataclass(frozen=True)
+class AtLevel:
+    """A part of a batch, at one of the noise levels of each of its images."""
+
+    batch: RewardedBatch
+    level: int
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+class ForwardProcess(Objective):
+    """An objective over rewarded images, each at one noise level or several; any sampler may have drawn them.
+
+    The options are described where subclasses list them.
+    """
+
+    consumes: ClassVar[type[Batch]] = RewardedBatch
+    compares_images: ClassVar[bool] = False
+    """Whether images of one prompt are learned from together, under one noise and noise level."""
+
+    def __init__(
+        self,
+        *,
+        old: OldPolicy | Mapping[str, object] | None,
+        sampler_steps: int | None,
+        levels_per_image: int,
+        rows_per_pass: int | None,
+    ) -> None:
+        for name, count in {"rows_per_pass": rows_per_pass, "sampler_steps": sampler_steps}.items():
+            check_at_least_one(name, count)
+        check_at_least_one("levels_per_image", levels_per_image)
+        if sampler_steps is not None and sampler_steps > MAX_SAMPLING_STEPS:
+            raise UserError(f"sampler_steps: got {sampler_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
+        if sampler_steps is not None and levels_per_image > sampler_steps:
+            raise UserError(f"levels_per_image: got {levels_per_image}, but the sampler has {sampler_steps} levels")
+        self.old = OldPolicy(**old) if isinstance(old, Mapping) else old  # type: ignore[arg-type]
+        self.sampler_steps, self.levels_per_image = sampler_steps, levels_per_image
+        self.rows_per_pass = rows_per_pass
+
+    def split(self, batch: RewardedBatch) -> list[tuple[AtLevel, float]]:
+        """Parts of `rows_per_pass` images, once for each noise level of an image; all at once by default."""
+        parts = self._whole_prompts(batch) if self.compares_images else in_passes(batch, self.rows_per_pass)
+        levels = range(self.levels_per_image)
+        return [(AtLevel(part, level), share / len(levels)) for level in levels for part, share in parts]
+
+    def _whole_prompts(self, batch: RewardedBatch) -> list[tuple[RewardedBatch, float]]:
+        """Parts of at most `rows_per_pass` images that hold all images of their prompts."""
+        group, limit = groups_of(batch.prompts), self.rows_per_pass or len(batch)
+        parts: list[list[int]] = [[]]
+        for number in range(int(group.max()) + 1):
+            images = (group == number).nonzero().flatten().tolist()
+            if len(images) > limit:
+                raise UserError(
+                    f"rows_per_pass: got {limit}, but a step learns from {len(images)} images of one prompt together "
+                    f"('{batch.prompts[images[0]]:.80}'); give {len(images)} or more"
+                )
+            if len(parts[-1]) + len(images) > limit:
+                parts.append([])
+            parts[-1] += images
+        return [(batch.select(torch.tensor(rows)), len(rows) / len(batch)) for rows in parts]
+
+    def noised(self, policy: Policy, part: AtLevel) -> Noised:
+        """The images at their noise level of this number, each level with noise of its own."""
+        batch = part.batch
+        if self.compares_images:
+            first = first_of_group(groups_of(batch.prompts))
+            batch = replace(batch, rows=batch.rows[first])
+        ending = f" {part.level}" if part.level else ""
+        uniform = self.sampler_steps is None
+        t = policy.draw.t(batch.rows, purpose=f"t{ending}") if uniform else self._levels(policy, batch.rows)[part.level]
+        return policy.noised(batch, t=t, purpose=f"noise{ending}")
+
+    def _levels(self, policy: Policy, rows: Tensor) -> Tensor:
+        """The sampler's levels within the term's range in an order of each row's own, [levels, B]; the first count."""
+        draw, (low, high) = policy.draw, policy.draw.t_range
+        levels = policy.backbone.sampler(self.sampler_steps or 1).t.cpu()
+        levels = levels[(levels >= low) & (levels <= high)]
+        if len(levels) < self.levels_per_image:
+            raise UserError(
+                f"sampler_steps: {len(levels)} of the sampler's {self.sampler_steps} noise levels lie in the term's t "
+                f"[{low}, {high}], but levels_per_image is {self.levels_per_image}; widen t, or use fewer levels"
+            )
+        keys = torch.stack([draw.uniform(rows, purpose=f"level {k}") for k in range(len(levels))])
+        return levels[keys.argsort(dim=0)]
+
+
+def in_part(batch: RewardedBatch | AtLevel) -> AtLevel:
+    """A whole batch as the part at its first noise level."""
+    return batch if isinstance(batch, AtLevel) else AtLevel(batch, 0)
+
+
+def matching_error(prediction: Tensor, target: Tensor, *, adaptive: bool = False) -> Tensor:
+    """Mean squared error of each image's prediction, [B], of predictions and targets [B, C, h, w] in float32.
+
+    `adaptive` divides it by the image's mean absolute error, without gradient: DiffusionNFT's self-normalised weight.
+    """
+    difference = at_least_float32(prediction) - at_least_float32(target.detach())
+    squared = (difference**2).flatten(1).mean(1)
+    return squared / difference.detach().abs().flatten(1).mean(1).clamp(min=1e-5) if adaptive else squared
+
+
+def base_prediction(policy: Policy, seen: Noised, *, guidance: float = 1.0) -> Tensor:
+    """The base's prediction [B, C, h, w] for noised images, under classifier-free guidance; no gradient."""
+    uncond = seen.cond if guidance == 1 else policy.backbone.encode_text([""])
+    return guided(policy.reference, seen.x_t, seen.t, seen.cond, uncond, guidance)
+
+
+def groups_of(prompts: list[str]) -> Tensor:
+    """The number of each image's prompt among the different ones, [B] on the CPU, in the order of appearance."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([numbers[prompt] for prompt in prompts])
+
+
+def first_of_group(group: Tensor) -> Tensor:
+    """The place of the first image of each image's group, [B]."""
+    places = torch.arange(len(group))
+    return torch.stack([places[group == number].min() for number in group])
+
+
+def sums_by_group(values: Tensor, group: Tensor) -> Tensor:
+    """The sum of `values` [B] over each group of `group` [B] (0, 1, …), [groups]."""
+    count = int(group.max()) + 1
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, group.to(values.device), values)
