@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Metrics, RolloutBatch
-from agsm_rl.objectives.policy_gradient import PolicyGradient, clipped_policy_loss, log_probs_of
+from agsm_rl.objectives.policy_gradient import PolicyGradient, clipped_policy_loss, log_probs_of, step_intervals
 from agsm_rl.policy import Policy
 
 
@@ -35,6 +35,11 @@ def flow_grpo_loss(
     Metrics: those of `clipped_policy_loss`, and `kl`, the mean.
     """
     loss, metrics = clipped_policy_loss(log_prob, old_log_prob, advantages, clip_range=clip_range)
+    return with_kl(loss, metrics, kl, kl_weight=kl_weight)
+
+
+def with_kl(loss: Tensor, metrics: Metrics, kl: Tensor, *, kl_weight: float) -> tuple[Tensor, Metrics]:
+    """The loss plus `kl_weight` times the mean of `kl`, and the metric `kl`, that mean."""
     return loss + kl_weight * kl.mean(), metrics | {"kl": kl.detach().mean()}
 
 
@@ -84,16 +89,22 @@ class FlowGRPO(PolicyGradient):
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The loss over the batch's steps; with `kl_weight: 0` there is no metric `kl`."""
         live = self.live_steps(policy, batch)
-        log_prob, old = log_probs_of(batch, live), batch.log_probs[:, list(batch.steps)]
-        advantages = batch.advantages[:, None]
+        loss, metrics = self.policy_loss(policy, batch, live)
         if not self.kl_weight:
-            return clipped_policy_loss(log_prob, old, advantages, clip_range=self.clip_range)
+            return loss, metrics
         reference = self.steps_under(policy, policy.reference, batch)
         pairs = zip(live, reference, strict=True)
         kl = torch.stack([step_kl(mean, base, std) for (mean, std), (base, _) in pairs], dim=1)
         if self.kl == "published":
             kl = kl * self._intervals(policy, batch).to(kl)
-        return flow_grpo_loss(log_prob, old, advantages, kl, clip_range=self.clip_range, kl_weight=self.kl_weight)
+        return with_kl(loss, metrics, kl, kl_weight=self.kl_weight)
+
+    def policy_loss(
+        self, policy: Policy, batch: RolloutBatch, live: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Metrics]:
+        """The loss without the KL, of the batch's steps with their distributions under the live policy."""
+        log_prob, old = log_probs_of(batch, live), batch.log_probs[:, list(batch.steps)]
+        return clipped_policy_loss(log_prob, old, batch.advantages[:, None], clip_range=self.clip_range)
 
     def _intervals(self, policy: Policy, batch: RolloutBatch) -> Tensor:
         """|Δt| of the batch's steps, [S]; UserError for steps that the authors' code does not have."""
@@ -104,5 +115,4 @@ class FlowGRPO(PolicyGradient):
             )
         if batch.noise == "cps":
             return torch.ones(len(batch.steps))
-        levels = torch.cat([policy.backbone.sampler(batch.num_steps).t.cpu(), torch.zeros(1)])
-        return torch.stack([levels[k] - levels[k + 1] for k in batch.steps])
+        return step_intervals(policy, batch)

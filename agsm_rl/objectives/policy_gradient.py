@@ -31,18 +31,24 @@ def clipped_policy_loss(
     if torch.broadcast_shapes(log_prob.shape, old_log_prob.shape, advantages.shape) != log_prob.shape:
         shapes = ", ".join(str(tuple(one.shape)) for one in (log_prob, old_log_prob, advantages))
         raise ValueError(f"log_prob, old_log_prob, advantages: their shapes {shapes} must broadcast to the first one's")
-    old_log_prob, advantages = at_least_float32(old_log_prob.detach()), at_least_float32(advantages.detach())
-    difference = at_least_float32(log_prob) - old_log_prob
-    ratio = difference.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(unclipped, clipped).mean()
+    difference = at_least_float32(log_prob) - at_least_float32(old_log_prob.detach())
+    losses, metrics = clipped_losses(difference, advantages, clip_range=clip_range)
+    return losses.mean(), metrics
+
+
+def clipped_losses(log_ratio: Tensor, advantages: Tensor, *, clip_range: float) -> tuple[Tensor, Metrics]:
+    """PPO's clipped loss of each step, before the mean, of log ρ; advantages broadcast to its shape.
+
+    Metrics as of `clipped_policy_loss`.
+    """
+    ratio, advantages = log_ratio.exp(), at_least_float32(advantages.detach())
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     off = (ratio.detach() - 1).abs()
-    return loss, {
+    return losses, {
         "ratio": ratio.detach().mean(),
         "ratio_deviation": off.mean(),
         "clip_fraction": (off > clip_range).float().mean(),
-        "approximate_kl": 0.5 * (difference.detach() ** 2).mean(),
+        "approximate_kl": 0.5 * (log_ratio.detach() ** 2).mean(),
     }
 
 
@@ -176,6 +182,22 @@ def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]
         for k, (mean, std) in zip(batch.steps, distributions, strict=True)
     ]
     return torch.stack(found, dim=1)
+
+
+def old_means_of(batch: RolloutBatch) -> list[Tensor]:
+    """The means [B, C, h, w] of the batch's steps as they were drawn; UserError if the source did not keep them."""
+    if batch.means is None:
+        raise UserError(
+            "this objective compares each step's mean with the one that it was drawn with; add `keep_means: true` to "
+            "its rollouts"
+        )
+    return [batch.means[:, k] for k in batch.steps]
+
+
+def step_intervals(policy: Policy, batch: RolloutBatch) -> Tensor:
+    """|Δt| of the batch's steps, [S], in units of t."""
+    levels = torch.cat([policy.backbone.sampler(batch.num_steps).t.cpu(), torch.zeros(1)])
+    return torch.stack([levels[k] - levels[k + 1] for k in batch.steps])
 
 
 def step_log_prob(policy: Policy, batch: RolloutBatch, k: int) -> Tensor:
