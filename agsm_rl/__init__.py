@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from agsm_rl.objectives.dgpo import DGPO
     from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
     from agsm_rl.objectives.diffusion_nft import DiffusionNFT
+    from agsm_rl.objectives.flow_dppo import FlowDPPO
     from agsm_rl.objectives.flow_grpo import FlowGRPO
+    from agsm_rl.objectives.grpo_guard import GRPOGuard
     from agsm_rl.objectives.inpo import InPO
     from agsm_rl.objectives.reward_backprop import RewardBackprop
     from agsm_rl.objectives.score_matching import ScoreMatching
@@ -57,7 +59,9 @@ _HOMES = {
     "objectives.dgpo": ("DGPO",),
     "objectives.diffusion_dpo": ("DiffusionDPO",),
     "objectives.diffusion_nft": ("DiffusionNFT",),
+    "objectives.flow_dppo": ("FlowDPPO",),
     "objectives.flow_grpo": ("FlowGRPO",),
+    "objectives.grpo_guard": ("GRPOGuard",),
     "objectives.inpo": ("InPO",),
     "objectives.reward_backprop": ("RewardBackprop",),
     "objectives.score_matching": ("ScoreMatching",),
@@ -90,7 +94,9 @@ __all__ = [
     "DGPO",
     "DiffusionDPO",
     "DiffusionNFT",
+    "FlowDPPO",
     "FlowGRPO",
+    "GRPOGuard",
     "InPO",
     "LoRA",
     "Objective",

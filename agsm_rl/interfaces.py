@@ -302,6 +302,8 @@ class RolloutBatch(RewardedBatch):
     """The steps' distributions under the live policy, with gradients, where the source kept them."""
     noise: str = "ddim"
     """The form of the steps' noise, as `Sampler` has it."""
+    means: Tensor | None = None
+    """The steps' means as they were drawn, [B, K, C, h, w], where the source kept them."""
 
     shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph", "noise")
     given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"

@@ -28,6 +28,7 @@ SOURCES = {
         "images_per_prompt": 4,
         "num_steps": 3,
         "guidance": 1.0,
+        "keep_means": True,
     },
     "step_preferences": {
         "prompts": "builtin:shapes-prompts",
@@ -51,7 +52,9 @@ SOURCE_OF = {
     "dgpo": "rollouts",
     "diffusion_dpo": "preferences",
     "diffusion_nft": "rollouts",
+    "flow_dppo": "rollouts",
     "flow_grpo": "rollouts",
+    "grpo_guard": "rollouts",
     "inpo": "preferences",
     "reward_backprop": "prompts",
     "score_matching": "pairs",

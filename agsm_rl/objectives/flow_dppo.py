@@ -31,17 +31,18 @@ def masked_policy_loss(
         shapes = [tuple(one.shape) for one in (log_prob, old_log_prob, divergence)]
         raise ValueError(f"log_prob, old_log_prob and divergence: got the shapes {shapes}; expected [B, S] each")
     difference = log_prob - old_log_prob.detach()
-    ratio, advantages, divergence = difference.exp(), advantages.detach(), divergence.detach()
+    ratio, advantages = difference.detach().exp(), advantages.detach()
     away = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
-    masked = (divergence >= threshold) & away
-    # torch.where, not a product: a ratio that has overflowed must not become inf · 0.
-    loss = torch.where(masked, torch.zeros_like(ratio), -advantages * ratio).mean()
+    masked = (divergence.detach() >= threshold) & away
+    # Masked before the exponential, which may have overflowed there, and inf · 0 is no number.
+    followed = torch.where(masked, torch.zeros_like(difference), difference).exp()
+    loss = torch.where(masked, torch.zeros_like(followed), -advantages * followed).mean()
     return loss, {
-        "ratio": ratio.detach().mean(),
-        "ratio_deviation": (ratio.detach() - 1).abs().mean(),
+        "ratio": ratio.mean(),
+        "ratio_deviation": (ratio - 1).abs().mean(),
         "clip_fraction": masked.float().mean(),
         "approximate_kl": 0.5 * (difference.detach() ** 2).mean(),
-        "divergence": divergence.mean(),
+        "divergence": divergence.detach().mean(),
     }
 
 

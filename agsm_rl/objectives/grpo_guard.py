@@ -67,15 +67,19 @@ class GRPOGuard(FlowGRPO):
         )
         self.reweight = reweight
 
-    def policy_loss(
-        self, policy: Policy, batch: RolloutBatch, live: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Metrics]:
-        """The clipped loss of the guarded ratios."""
+    def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
+        """The loss over the batch's steps; UserError for steps whose log-probability is no Gaussian's."""
         if batch.noise == "cps":
             raise UserError(
                 "grpo_guard: the rollouts draw with `noise: cps`, whose published log-probability is no Gaussian's, so "
                 "that nothing needs centring; use `flow_grpo` with it, or `noise: flow_sde`"
             )
+        return super().loss(policy, batch)
+
+    def policy_loss(
+        self, policy: Policy, batch: RolloutBatch, live: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Metrics]:
+        """The clipped loss of the guarded ratios."""
         gap = mean_gaps(live, old_means_of(batch))
         std = torch.stack([std for _, std in live]).to(gap)
         old = batch.log_probs[:, list(batch.steps)]

@@ -1,4 +1,4 @@
-"""What DDPO and Flow-GRPO share: denoising steps are actions, drawn from Gaussians whose means are learned.
+"""What DDPO, Flow-GRPO and its kin share: denoising steps are actions, drawn from Gaussians whose means are learned.
 
 PPO's clipped loss on log-probabilities, the distribution of a rollout's steps under any of a policy's predictions, and
 the split of a batch by steps. Nothing here asks which backbone's sampler made the steps.

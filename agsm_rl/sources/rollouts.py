@@ -32,6 +32,7 @@ from agsm_rl.sources.trajectories import (
     draw_trajectories,
 )
 from agsm_rl.training.kept_graph import KeptGraph
+from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_keeps, check_noise, choose_noise, draw_trajectories
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum
@@ -91,6 +92,8 @@ class Rollouts(Source):
             predicts the memory). It needs `updates: 1`, `drawn_by: live` and `eta` above 0. Of several policy gradients
             on one source, only the first that learns in a step gains: put it first. Every draw pays for it, also where
             no policy gradient is due; DiffusionNFT and AGSM do not use it.
+        keep_means: Keep the means of a draw's steps, as many numbers as its path has, for objectives that compare with
+            them (GRPO-Guard, Flow-DPPO). It needs `drawn_by: live` and `eta` above 0.
     """
 
     gives: type[Batch] = RolloutBatch
@@ -122,6 +125,7 @@ class Rollouts(Source):
         prompt_split: str | None = None,
         prompt_config: str | None = None,
         keep_graph: bool = False,
+        keep_means: bool = False,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,
@@ -147,11 +151,10 @@ class Rollouts(Source):
         )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
-        if keep_graph:
-            _check_keeps_graph(updates=updates, drawn_by=drawn_by, eta=eta)
+        check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
         self.prompts, self.prompt_column = prompts, prompt_column
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
-        self.rewards, self.keep_graph = check_rewards(rewards), keep_graph
+        self.rewards, self.keep_graph, self.keep_means = check_rewards(rewards), keep_graph, keep_means
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
         self.negative_prompt = negative_prompt
@@ -215,13 +218,14 @@ class Rollouts(Source):
         noise = self._step_noise(sampler)
         steps = noise.noisy_steps(sampler, self.num_steps)
         graph = KeptGraph(rows, steps) if self.keep_graph else None
-        parts = []
+        parts, means = [], []
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
             with weights(), stage(f"{self._name}: drawing", total=share, unit="images") as advance:
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
                     columns = [metadata[row] for row in part.tolist()]
+                    kept: list[Tensor] | None = [] if self.keep_means else None
                     drawn = draw_trajectories(
                         policy,
                         asked,
@@ -233,8 +237,10 @@ class Rollouts(Source):
                         negative_prompt=self.negative_prompt,
                         keep_path=self.keep_path,
                         graph=graph,
+                        means=kept,
                     )
                     parts.append(drawn)
+                    means += [torch.stack(kept, dim=1)] if kept else []
                     with stage(f"decoding {len(asked)} images"):
                         images = policy.backbone.decode(drawn[0][:, -1])
                     scoring.add(images, asked, columns)
@@ -264,6 +270,7 @@ class Rollouts(Source):
             eta=noise.level,
             noise=noise.form,
             graph=graph,
+            means=torch.cat(means) if means else None,
         )
 
     def _step_noise(self, sampler: Sampler) -> StepNoise:
@@ -349,25 +356,6 @@ class Rollouts(Source):
 
     def _continued(self, histories: Mapping[str, list[float]]) -> Histories:
         return {prompt: deque(past, maxlen=self.history) for prompt, past in histories.items()}
-
-
-def _check_keeps_graph(*, updates: int, drawn_by: str, eta: float) -> None:
-    """UserError if the predictions of a draw are not those that are learned from."""
-    if updates > 1:
-        raise UserError(
-            f"keep_graph: true, but with `updates: {updates}` the later updates learn at other parameters than those "
-            "that drew; set `updates: 1`, or leave keep_graph out"
-        )
-    if drawn_by != "live":
-        raise UserError(
-            f"keep_graph: true, but `drawn_by: {drawn_by}` draws by parameters that are not trained; set `drawn_by: "
-            "live`, or leave keep_graph out"
-        )
-    if eta == 0:
-        raise UserError(
-            "keep_graph: true, but with `eta: 0` no path is kept, and no policy gradient can learn from it; set `eta` "
-            "above 0, or leave keep_graph out"
-        )
 
 
 def _plain(histories: Histories) -> dict[str, list[float]]:

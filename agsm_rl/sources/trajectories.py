@@ -140,6 +140,36 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_keeps(*, keep_graph: bool, keep_means: bool, updates: int, drawn_by: str, eta: float) -> None:
+    """UserError if a draw's graph or means are to be kept, but there are none, or none that are learned from."""
+    if keep_graph:
+        _check_keeps_graph(updates=updates, drawn_by=drawn_by, eta=eta)
+    if keep_means and (drawn_by != "live" or eta == 0):
+        raise UserError(
+            "keep_means: true, but with `eta: 0`, or `drawn_by` other than live, no path is kept whose steps have "
+            "means; leave keep_means out"
+        )
+
+
+def _check_keeps_graph(*, updates: int, drawn_by: str, eta: float) -> None:
+    """UserError if the predictions of a draw are not those that are learned from."""
+    if updates > 1:
+        raise UserError(
+            f"keep_graph: true, but with `updates: {updates}` the later updates learn at other parameters than those "
+            "that drew; set `updates: 1`, or leave keep_graph out"
+        )
+    if drawn_by != "live":
+        raise UserError(
+            f"keep_graph: true, but `drawn_by: {drawn_by}` draws by parameters that are not trained; set `drawn_by: "
+            "live`, or leave keep_graph out"
+        )
+    if eta == 0:
+        raise UserError(
+            "keep_graph: true, but with `eta: 0` no path is kept, and no policy gradient can learn from it; set `eta` "
+            "above 0, or leave keep_graph out"
+        )
+
+
 def draw_trajectories(
     policy: Policy,
     prompts: list[str],
@@ -152,11 +182,12 @@ def draw_trajectories(
     negative_prompt: str = "",
     keep_path: bool = True,
     graph: KeptGraph | None = None,
+    means: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
 
     Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
-    gradients from its mean to the parameters; none go from one step to another.
+    gradients from its mean to the parameters; none go from one step to another. Its mean is added to `means`.
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
@@ -173,6 +204,8 @@ def draw_trajectories(
             if graph is not None:
                 graph.add(k, mean, std)
                 mean = mean.detach()
+            if means is not None:
+                means.append(mean)
             added = draw.noise_like(x_t, rows, purpose=f"step {k}") if level else 0
             states.append((mean + std * added).to(x_t.dtype))
             log_probs.append(log_density(states[-1], mean, std, noise=noise.form))

@@ -22,6 +22,7 @@ DRAWN = {
     "images_per_prompt": 2,
     "num_steps": 3,
     "guidance": 1.0,
+    "keep_means": True,
 }
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
 STEPS = {
@@ -39,6 +40,8 @@ ON_OTHER_SOURCES = [
     {"use": "anchor", "source": "drawn", "view": {"use": "best_images"}},
     {"use": "ddpo", "source": "drawn"},
     {"use": "flow_grpo", "source": "drawn"},
+    {"use": "grpo_guard", "source": "drawn"},
+    {"use": "flow_dppo", "source": "drawn"},
     {"use": "diffusion_nft", "source": "drawn", "kl_weight": 1e-4},
     {"use": "spo", "source": STEPS},
     {"use": "awm", "source": "drawn"},
@@ -63,7 +66,7 @@ TERM = set().union(
             "Every source",
             "AGSM",
             "SoftREPA",
-            "DDPO and Flow-GRPO",
+            "Policy gradients",
             "DiffusionNFT",
             "AWM",
             "DGPO",

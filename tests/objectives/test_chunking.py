@@ -75,7 +75,9 @@ def test_preferences_in_passes_of_few_rows_train_as_all_at_once(make_policy):
 
 
 @pytest.mark.parametrize(
-    ("objective", "option"), [(DDPO, "images_per_pass"), (DiffusionNFT, "rows_per_pass")], ids=lambda one: str(one)
+    ("objective", "option"),
+    [(DDPO, "images_per_pass"), (DiffusionNFT, "rows_per_pass"), (AWM, "rows_per_pass")],
+    ids=lambda one: str(one),
 )
 def test_rollouts_in_passes_of_few_images_train_as_all_at_once(make_policy, make_rollouts, objective, option):
     check(make_policy, objective, make_rollouts, (1, 3), option)
