@@ -25,6 +25,7 @@ from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import (
     SDEWindow,
     StepNoise,
+    check_keeps,
     check_latents,
     check_negative_prompt,
     check_noise,
@@ -32,7 +33,6 @@ from agsm_rl.sources.trajectories import (
     draw_trajectories,
 )
 from agsm_rl.training.kept_graph import KeptGraph
-from agsm_rl.sources.trajectories import SDEWindow, StepNoise, check_keeps, check_noise, choose_noise, draw_trajectories
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum

@@ -48,5 +48,6 @@ def cosines(gradients: dict[str, Gradient]) -> dict[str, float]:
         product = sum((left[name].float() * right[name].float()).sum() for name in common)
         size = norm({name: left[name] for name in common}) * norm({name: right[name] for name in common})
         if common and size > 0:
-            figures[f"cosine/{first}/{second}"] = float(product / size)
+            # Rounding may leave the cosine of equal gradients just above 1.
+            figures[f"cosine/{first}/{second}"] = max(-1.0, min(float(product / size), 1.0))
     return figures
