@@ -1,0 +1,1 @@
+"""Text-guided editing of images: by inversion with any model, by FlowEdit with flow models."""
