@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from agsm_rl import __version__
+from agsm_rl.cli.edit import edit
 from agsm_rl.cli.eval import evaluate
 from agsm_rl.cli.files import convert, world
 from agsm_rl.cli.guard import GuardedCommands
@@ -28,6 +29,7 @@ COMMANDS = {
     "check": check,
     "doctor": doctor,
     "sample": sample,
+    "edit": edit,
     "eval": evaluate,
     "report": report,
     "sweep": sweep,

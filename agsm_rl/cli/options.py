@@ -89,10 +89,11 @@ def _under(heading: str, annotation: Any) -> Any:
     return Annotated[kind, option]
 
 
-def _finite(guidance: float | None) -> float | None:
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance: got {guidance}; it should be a finite number.")
-    return guidance
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """The value of an option; UserError if it is infinite or not a number."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"--{str(param.name).replace('_', '-')}: got {value}; it should be a finite number.")
+    return value
 
 
 TrainedArgument = Annotated[
@@ -110,7 +111,7 @@ AllowOption = Annotated[
     typer.Option("--allow-import", metavar="MODULE", help="Let the recipe use code from this module. Repeatable."),
 ]
 BaseOption = Annotated[str | None, typer.Option(help="The base to use an adapter on, instead of the one it names.")]
-GuidanceOption = Annotated[float | None, typer.Option(callback=_finite, help="Classifier-free guidance; 1 is off.")]
+GuidanceOption = Annotated[float | None, typer.Option(callback=finite, help="Classifier-free guidance; 1 is off.")]
 BankOption = Annotated[
     Literal["positive", "negative"],
     typer.Option(

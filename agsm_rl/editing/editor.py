@@ -18,6 +18,7 @@ from agsm_rl.training.guidance import predict_in_form
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import stream
 from agsm_rl.training.sampling import guided
+from agsm_rl.training.stages import Advance, stage
 
 Method = Literal["inversion", "flowedit"]
 METHODS: tuple[Method, ...] = ("inversion", "flowedit")
@@ -101,6 +102,13 @@ class CompleteSettings:
         """How many of the last steps an edit goes through, at least one."""
         return max(1, round(self.strength * self.num_steps))
 
+    @property
+    def passes(self) -> int:
+        """How often the model predicts, each time for all images and, with guidance, for both branches."""
+        if self.method == "inversion":
+            return 2 * self.n_max
+        return 2 * self.n_avg * (self.n_max - self.n_min) + self.n_min
+
     def check(self) -> None:
         """UserError for numbers out of range."""
         if not 1 <= self.num_steps <= MAX_SAMPLING_STEPS:
@@ -142,7 +150,8 @@ def edit(
         seeds: One for each image, which fixes FlowEdit's noise; inversion draws none.
         settings: How; by default, the defaults of the model.
 
-    UserError as in `EditSettings.complete`. ValueError where numbers or sizes do not agree.
+    UserError as in `EditSettings.complete`, and for an edit that is not finite. ValueError where numbers or sizes do
+    not agree.
     """
     size = (3, backbone.resolution, backbone.resolution)
     counts = {len(images), len(source_prompts), len(target_prompts), len(seeds)}
@@ -153,7 +162,12 @@ def edit(
         )
     latents = backbone.encode_images(images.float().to(backbone.device))
     edited = edit_latents(backbone, latents, source_prompts, target_prompts, seeds=seeds, settings=settings)
-    return backbone.decode(edited).float().cpu()
+    drawn = backbone.decode(edited).float().cpu()
+    if not drawn.isfinite().all():
+        raise UserError(
+            "edit: the edited image is not finite; lower guidance and source_guidance, or use another dtype."
+        )
+    return drawn
 
 
 @torch.no_grad()
@@ -170,23 +184,26 @@ def edit_latents(
     if not isinstance(settings, CompleteSettings):
         settings = (settings or EditSettings()).complete(backbone)
     sampler = backbone.sampler(settings.num_steps)
-    source = _predictor(backbone, source_prompts, settings.source_guidance)
-    target = _predictor(backbone, target_prompts, settings.guidance)
-    if settings.method == "inversion":
-        start = settings.num_steps - settings.n_max
-        return redraw(target, sampler, invert(source, sampler, latents, start=start), start=start)
-    sigmas = torch.cat([sampler.t, sampler.t.new_zeros(1)])
-    numbers = {"n_max": settings.n_max, "n_min": settings.n_min, "n_avg": settings.n_avg}
-    return flow_edit(source, target, latents, sigmas, _noise(seeds, latents), **numbers)
+    with stage(f"editing {len(latents)} images", total=settings.passes, unit="passes", worth=len(latents)) as advance:
+        source = _predictor(backbone, source_prompts, settings.source_guidance, advance)
+        target = _predictor(backbone, target_prompts, settings.guidance, advance)
+        if settings.method == "inversion":
+            start = settings.num_steps - settings.n_max
+            return redraw(target, sampler, invert(source, sampler, latents, start=start), start=start)
+        sigmas = torch.cat([sampler.t, sampler.t.new_zeros(1)])
+        numbers = {"n_max": settings.n_max, "n_min": settings.n_min, "n_avg": settings.n_avg}
+        return flow_edit(source, target, latents, sigmas, _noise(seeds, latents), **numbers)
 
 
-def _predictor(backbone: Backbone, prompts: Sequence[str], guidance: float) -> PredictAt:
+def _predictor(backbone: Backbone, prompts: Sequence[str], guidance: float, advance: Advance) -> PredictAt:
     """Predictions under the prompts, guided, with the adapters as they are switched now."""
     cond, uncond = backbone.encode_text(list(prompts)), backbone.encode_text([""])
     predict = partial(predict_in_form, backbone, backbone.adapters)
 
     def predict_at(x: Tensor, t: Tensor) -> Tensor:
-        return guided(predict, x, t.to(x).expand(len(x)), cond, uncond, guidance)
+        prediction = guided(predict, x, t.to(x).expand(len(x)), cond, uncond, guidance)
+        advance(1)
+        return prediction
 
     return predict_at
 

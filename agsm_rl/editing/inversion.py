@@ -1,9 +1,10 @@
 """Edit by inversion: undo a sampler's steps from an image up to noise, then take them again under another prompt.
 
-A step without noise is linear in the state and the prediction, x' = a·x + b·p, whatever the model predicts. It is undone
-by x = (x' − b·p) / a, for which the model would have to predict p at x, which is not known yet. It predicts at x' and
-x's noise level instead, as in DDIM inversion (arXiv 2010.02502; diffusers' DDIMInverseScheduler). For a flow this is
-Euler's method along its ODE. The smaller the steps, the closer x' is to x, and the more exactly an image is given back.
+A step without noise is linear in the state and the prediction, x' = a·x + b·p, whatever the model predicts. It is
+undone by x = (x' − b·p) / a, for which the model would have to predict p at x, which is not known yet. It predicts at
+x' and x's noise level instead, as in DDIM inversion (arXiv 2010.02502; diffusers' DDIMInverseScheduler). For a flow
+this is Euler's method along its ODE. The smaller the steps, the closer x' is to x, and the more exactly an image is
+given back.
 """
 
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def draw_samples(
     kinds = ("base", "trained") if options.compare else ("",)
     if options.compare and target.handle is None:
         raise UserError("--compare: the target is a base itself; give a run folder or an exported adapter.")
-    suffix = _free_suffix(out, [f"{picture.stem}{end}" for picture in pictures for end in ("", "-base")])
+    suffix = free_suffix(out, ["grid", *(f"{picture.stem}{end}" for picture in pictures for end in ("", "-base"))])
     kept: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
     for kind in reversed(kinds):  # the base last: the adapters are taken off for it
         with ExitStack() as stack:
@@ -119,11 +119,11 @@ def _drawn(
         yield from zip(batch, images, strict=True)
 
 
-def _free_suffix(out: Path, stems: Sequence[str]) -> str:
-    """An ending with which none of the files exists yet: none, -2, -3, …"""
+def free_suffix(out: Path, stems: Sequence[str]) -> str:
+    """An ending with which no file in the folder has any of these stems yet: none, -2, -3, …"""
     taken = {path.stem for path in out.iterdir()} if out.is_dir() else set()
     endings = ("" if number == 1 else f"-{number}" for number in count(1))
-    return next(end for end in endings if not any(f"{stem}{end}" in taken for stem in [*stems, "grid"]))
+    return next(end for end in endings if not any(f"{stem}{end}" in taken for stem in stems))
 
 
 def _write_grid(
