@@ -81,7 +81,8 @@ def _completed(recipe: Keys, parts: Parts) -> Keys:
         with mistakes.collected():
             update["evaluate"] = complete_evaluation(recipe.evaluate, parts)
     update["objectives"] = _complete_terms(recipe, parts, mistakes)
-    for check in (_check_adapters_trained, _check_dtype, _check_combiner, _check_rates, _check_trackers):
+    checks = (_check_adapters_trained, _check_dtype, _check_combiner, _check_rates, _check_trackers, _check_samples)
+    for check in checks:
         with mistakes.collected():
             check(recipe, parts)
     mistakes.raise_any()
@@ -288,10 +289,17 @@ def _check_adapters_trained(recipe: RecipeKeys, parts: Parts) -> None:
 def _check_path(block: Block, place: str, parts: Parts) -> None:
     """A data set or list of prompts that can only be a path must exist; other names are for the hub to find."""
     for key in ("dataset", "prompts"):
-        name = block.options.get(key)
-        if isinstance(name, str) and not name.startswith("builtin:"):
-            allowed = "another path, a name on the hub (owner/name), or a builtin"
-            local_or_hub(name, where=f"{parts.at(place)}.{key}:", allowed=allowed)
+        _check_file(block.options.get(key), f"{place}.{key}", parts)
+
+
+def _check_samples(recipe: RecipeKeys, parts: Parts) -> None:
+    _check_file(recipe.sample.prompts, "sample.prompts", parts)
+
+
+def _check_file(name: Any, place: str, parts: Parts) -> None:
+    if isinstance(name, str) and not name.startswith("builtin:"):
+        allowed = "another path, a name on the hub (owner/name), or a builtin"
+        local_or_hub(name, where=f"{parts.at(place)}:", allowed=allowed)
 
 
 def _mismatch(use: str, block: Block, consumes: type[Batch], gives: type[Batch], parts: Parts, place: str) -> UserError:

@@ -20,6 +20,7 @@ from agsm_rl.evaluate.drawing import write_picture
 from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, from_rows, measure, to_json
+from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.suite import Judged
 from agsm_rl.evaluate.suites.shapes import ShapesResult
 from agsm_rl.export.attach import Handle, attach
@@ -140,8 +141,12 @@ class CellEvaluations:
         adapters = self._handle.adapters.values() if self._handle else ()
         if adapted:
             check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
-        with drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."):
-            return measure(backbone, entry, options, guidance)
+        what = f"evaluating {'trained' if adapted else 'base'}: guidance {guidance:g}"
+        with (
+            drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."),
+            progress(what, total=entry.made.suite.num_images) as advance,
+        ):
+            return measure(backbone, entry, options, guidance, advance=advance)
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone with or without the run's adapters; it is loaded when it is first needed."""

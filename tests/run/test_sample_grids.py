@@ -135,9 +135,17 @@ def test_another_column_of_the_file_may_hold_the_prompts(tiny_checkpoint, tmp_pa
     assert grids.prompts == ["a red star"]
 
 
-def test_a_file_that_is_not_there_is_told_before_anything_is_loaded_or_written(tiny_checkpoint, tmp_path, quiet):
+def test_a_file_that_is_not_there_is_refused_with_the_recipe():
     with pytest.raises(UserError, match=r"sample\.prompts.*nowhere\.txt.*no such file"):
-        train(make_recipe("not/loaded", sample={"prompts": "nowhere.txt"}), tmp_path / "run", console=quiet)
+        make_recipe("not/loaded", sample={"prompts": "nowhere.txt"})
+
+
+def test_a_file_without_prompts_is_refused_before_anything_is_loaded_or_written(tmp_path, quiet):
+    (tmp_path / "mine.jsonl").write_text('{"wanted": "a red star"}\n')
+    with pytest.raises(UserError, match=r"sample\.prompts.*prompt_column"):
+        train(
+            make_recipe("not/loaded", sample={"prompts": str(tmp_path / "mine.jsonl")}), tmp_path / "run", console=quiet
+        )
     assert not (tmp_path / "run").exists()
 
 
