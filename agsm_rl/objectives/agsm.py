@@ -14,7 +14,8 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Batch, Metrics, PairBatch
-from agsm_rl.objectives.grid import Groups, NoisePer, mean_or_zero, own_prompts
+from agsm_rl.objectives.grid import Grid, Groups, NoisePer, mean_or_zero, own_prompts
+from agsm_rl.objectives.passes import check_at_least_one
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32, own_precision
 
@@ -32,6 +33,7 @@ def guided_score_loss(
     gamma_negative: float = 1.0,
     preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
     negatives: Tensor | None = None,
+    learned: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """AGSM's loss over a grid of images and prompts.
 
@@ -43,6 +45,9 @@ def guided_score_loss(
     `negatives` [B, P] is true for the prompts that count as negatives of an image; None is all but its own. Prompts
     that are neither, such as equal ones, are left out of the softmax and of the losses, and L⁻ is then the mean over
     images of the mean over an image's negatives (0 where it has none).
+
+    `learned` [B, P] is true for the negatives that L⁻ is over; None is all. Drawn at random, as many for each image, it
+    leaves L⁻'s expectation as it is. `live` is read at own prompts and at these alone.
 
     Metrics: `positive_loss`, `negative_loss`; `win_rate`, the share of images whose own prompt has the largest weight;
     `margin`, own weight minus the largest other (both over the images that have negatives). Win rate rises whether or
@@ -80,11 +85,12 @@ def guided_score_loss(
         metrics["margin"] = mean_or_zero(lead)
         if gamma_negative != 0:
             guided = target - gamma_negative * delta
-            if negatives is None:
+            chosen = negatives if learned is None else learned.to(reward.device) & ~is_own
+            if chosen is None:
                 negative = error(guided, ~is_own)
             else:
-                errors = ((live - guided) ** 2).mean(dim=(2, 3, 4)) * negatives
-                negative = (errors.sum(dim=1) / negatives.sum(dim=1).clamp(min=1)).mean()
+                errors = ((live - guided) ** 2).mean(dim=(2, 3, 4)) * chosen
+                negative = (errors.sum(dim=1) / chosen.sum(dim=1).clamp(min=1)).mean()
             loss = positive + negative
             metrics["negative_loss"] = negative.detach()
     return loss, metrics
@@ -113,6 +119,8 @@ class AGSM(Objective):
         gamma_negative: γ⁻, how far the other prompts' targets move against Δ. Published: 1 for SD1.5 (and SDXL in the
             paper's text), 0.1 for SD3 (and SDXL in the released script). 0 leaves the negatives out.
         preference: The preference model behind Δ. `plackett_luce` is published; `bradley_terry` is an ablation.
+        negatives: Others' prompts per image and step that L⁻ is over, drawn at random: the same in expectation, with
+            fewer live predictions. All of the group's prompts still weigh in Δ. Null: all, as published.
         group_size: Images per group, 2 or more; `batch_size` must be a multiple of it. Published: 4.
         groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
@@ -129,6 +137,7 @@ class AGSM(Objective):
         gamma_positive: float = 1.0,
         gamma_negative: float = 1.0,
         preference: Literal["plackett_luce", "bradley_terry"] = "plackett_luce",
+        negatives: int | None = None,
         group_size: int = 4,
         groups_per_pass: int | None = None,
         noise: NoisePer = "image",
@@ -137,10 +146,16 @@ class AGSM(Objective):
             raise unknown_name("preference", preference, "a preference model", PREFERENCES)
         if temperature <= 0:
             raise UserError(f"temperature: got {temperature}, but it must be above 0 (published: 0.1)")
+        check_at_least_one("negatives", negatives)
+        if negatives is not None and negatives >= group_size:
+            raise UserError(
+                f"negatives: got {negatives}, but a group of {group_size} images (group_size) has {group_size - 1} "
+                "other prompts for each; give fewer, or leave it out to learn from all"
+            )
         self.temperature = temperature
         self.gamma_positive = gamma_positive
         self.gamma_negative = gamma_negative
-        self.preference = preference
+        self.preference, self.negatives = preference, negatives
         self.groups = Groups(group_size, groups_per_pass, noise)
 
     def check(self, batch_size: int) -> None:
@@ -159,8 +174,9 @@ class AGSM(Objective):
         """The guided score loss of a batch of whole groups."""
         grid = self.groups.grid(policy, batch)
         ema = grid.predict(policy.ema)
+        learned = self._learned(policy, grid, batch)
         return guided_score_loss(
-            grid.predict(policy.live),
+            grid.predict(policy.live) if learned is None else grid.predict_some(policy.live, learned, rest=ema),
             ema,
             grid.target,
             own=grid.own,
@@ -169,4 +185,11 @@ class AGSM(Objective):
             gamma_negative=self.gamma_negative,
             preference=self.preference,
             negatives=grid.negatives,
+            learned=learned,
         )
+
+    def _learned(self, policy: Policy, grid: Grid, batch: PairBatch) -> Tensor | None:
+        """The negatives that are learned from, [B, P] on the CPU; None: all that there are."""
+        if self.gamma_negative == 0:
+            return torch.zeros(grid.columns.shape, dtype=torch.bool)
+        return None if self.negatives is None else grid.some_negatives(policy.draw, batch.rows, self.negatives)

@@ -15,6 +15,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Cond, PairBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Policy
+from agsm_rl.training.randomness import Draw
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +129,34 @@ class Grid:
 
         Own prompts use the bank `positive`, the others the bank `others`.
         """
-        count = self.columns.shape[1]
-        image = torch.arange(len(self.x_t), device=self.x_t.device).repeat_interleave(count)
-        bank = tuple("positive" if own else others for own in self.is_own)
-        found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()], bank=bank)
+        places = torch.arange(self.columns.numel())
+        found = self._at(predict, places, others)
         return found.reshape(*self.columns.shape, *found.shape[1:])
+
+    def predict_some(self, predict: Any, chosen: Tensor, *, rest: Tensor, others: Bank = "negative") -> Tensor:
+        """As `predict`, at own prompts and at the `chosen` [B, P] (on the CPU) alone; elsewhere `rest`, no gradient."""
+        places = (chosen.flatten() | torch.tensor(self.is_own)).nonzero().flatten()
+        found = self._at(predict, places, others)
+        filled = rest.detach().flatten(0, 1).to(found.dtype)
+        return filled.index_copy(0, places.to(found.device), found).reshape(rest.shape)
+
+    def _at(self, predict: Any, places: Tensor, others: Bank) -> Tensor:
+        """Predictions at places of the flattened grid, [places, C, h, w]."""
+        bank = tuple("positive" if self.is_own[place] else others for place in places.tolist())
+        places = places.to(self.x_t.device)
+        image = places // self.columns.shape[1]
+        found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()[places]], bank=bank)
+        return found
+
+    def some_negatives(self, draw: Draw, rows: Tensor, count: int) -> Tensor:
+        """`count` of each image's negatives (all, if it has fewer) at random, [B, P] on the CPU."""
+        is_own = torch.tensor(self.is_own).reshape(self.columns.shape)
+        allowed = ~is_own if self.negatives is None else self.negatives.cpu() & ~is_own
+        keys = torch.stack(
+            [draw.uniform(rows, purpose=f"negative {column}") for column in range(is_own.shape[1])], dim=1
+        )
+        places = keys.masked_fill(~allowed, 2.0).argsort(dim=1).argsort(dim=1)
+        return allowed & (places < count)
 
 
 def mean_or_zero(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PairBatch
 from agsm_rl.objectives.agsm import AGSM, guided_score_loss
+from agsm_rl.training.randomness import Draw
 
 
 def grid(images=3, prompts=4, seed=0):
@@ -139,7 +140,15 @@ def test_fewer_groups_at_once_give_the_same_gradient(policy):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"preference": "bt"}, {"group_size": 1}, {"groups_per_pass": 0}]
+    "options",
+    [
+        {"temperature": 0},
+        {"preference": "bt"},
+        {"group_size": 1},
+        {"groups_per_pass": 0},
+        {"negatives": 0},
+        {"negatives": 4},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
@@ -160,3 +169,84 @@ def test_mixed_precision_does_not_round_the_guidance(preference):
     with torch.autocast("cpu", torch.bfloat16):
         mixed, _ = guided_score_loss(live, ema, target, own=own, preference=preference)
     assert torch.equal(mixed, loss)
+
+
+def flat_gradient(policy, loss):
+    found = torch.autograd.grad(loss, list(policy.parameters().values()), allow_unused=True, materialize_grads=True)
+    return torch.cat([value.flatten() for value in found])
+
+
+def gradient_of(policy, objective, batch):
+    loss, metrics = objective.loss(policy, batch)
+    return flat_gradient(policy, loss), metrics
+
+
+@pytest.fixture
+def pairs(policy):
+    latents = torch.randn(4, *policy.backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    return PairBatch([f"a red star {n}" for n in range(4)], torch.arange(4), latents)
+
+
+@pytest.fixture
+def live_rows(policy, monkeypatch):
+    """How many rows each live prediction had."""
+    rows, live = [], policy.live
+
+    def noted(x_t, *rest, **options):
+        rows.append(len(x_t))
+        return live(x_t, *rest, **options)
+
+    monkeypatch.setattr(policy, "live", noted)
+    return rows
+
+
+def test_without_a_negative_loss_only_own_prompts_are_predicted_live(policy, pairs, live_rows):
+    found, metrics = gradient_of(policy, AGSM(gamma_negative=0.0), pairs)
+    assert live_rows == [4]
+    grid = AGSM().groups.grid(policy, pairs)
+    loss, wanted_metrics = guided_score_loss(
+        grid.predict(policy.live), grid.predict(policy.ema), grid.target, own=grid.own, gamma_negative=0.0
+    )
+    torch.testing.assert_close(found, flat_gradient(policy, loss), rtol=1e-4, atol=1e-7)
+    assert metrics == wanted_metrics
+
+
+def test_some_negatives_are_predicted_and_learned_from(policy, pairs, live_rows):
+    _, metrics = gradient_of(policy, AGSM(negatives=1), pairs)
+    assert live_rows == [8]
+    assert metrics["negative_loss"] > 0
+
+
+def test_as_many_negatives_as_there_are_is_all_of_them(policy, pairs):
+    all_of_them, _ = gradient_of(policy, AGSM(), pairs)
+    torch.testing.assert_close(gradient_of(policy, AGSM(negatives=3), pairs)[0], all_of_them, rtol=1e-4, atol=1e-7)
+
+
+def test_over_all_choices_of_one_negative_the_mean_loss_is_that_of_all():
+    live, ema, target, own = grid()
+    whole, _ = guided_score_loss(live, ema, target, own=own)
+    is_own = torch.nn.functional.one_hot(own, 4).bool()
+    total = 0.0
+    for shift in range(3):  # each image's others in turn
+        learned = torch.zeros(3, 4, dtype=torch.bool)
+        for image in range(3):
+            learned[image, (~is_own[image]).nonzero().flatten()[shift]] = True
+        total += guided_score_loss(live, ema, target, own=own, learned=learned)[0] / 3
+    torch.testing.assert_close(total, whole)
+
+
+def test_the_choice_changes_from_step_to_step_and_not_with_the_parts_of_a_batch(policy):
+    latents = torch.randn(8, *policy.backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    batch = PairBatch([f"a red star {n}" for n in range(8)], torch.arange(8), latents)
+    objective = AGSM(negatives=1, groups_per_pass=1)
+
+    def chosen(step):
+        draw = Draw(0, "agsm", step)
+        grids = [objective.groups.grid(policy, part) for part, _ in objective.split(batch)]
+        rows = [part.rows for part, _ in objective.split(batch)]
+        return torch.cat([grid.some_negatives(draw, row, 1) for grid, row in zip(grids, rows, strict=True)])
+
+    whole = AGSM(negatives=1).groups.grid(policy, batch)
+    assert torch.equal(chosen(0), whole.some_negatives(Draw(0, "agsm", 0), batch.rows, 1))
+    assert chosen(0).sum(dim=1).tolist() == [1] * 8
+    assert any(not torch.equal(chosen(0), chosen(step)) for step in (1, 2, 3))
