@@ -90,10 +90,10 @@ def measured(monkeypatch):
     made = []
     measure = evaluations.measure
 
-    def noting(backbone, options, guidance, rewards):
+    def noting(backbone, entry, options, guidance):
         adapted = any("lora" in name for name, _ in backbone.denoiser.named_modules())
         made.append((options.split, adapted))
-        return measure(backbone, options, guidance, rewards)
+        return measure(backbone, entry, options, guidance)
 
     monkeypatch.setattr(evaluations, "measure", noting)
     return made
