@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate import draw_folder
-from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, plan, read_pinned, seed_of
+from agsm_rl.evaluate import suite
+from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, plan, read_pinned, seed_of
 from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images, sha256
+from agsm_rl.evaluate.suites.shapes import Shapes
 from agsm_rl.evaluate.target import open_target
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.policy import Policy
@@ -41,13 +42,18 @@ def drawn_prompts(monkeypatch):
         found.extend(zip(prompts, seeds, strict=True))
         return real(backbone, prompts, seeds, **how)
 
-    real = draw_folder.draw
-    monkeypatch.setattr(draw_folder, "draw", spy)
+    real = suite.draw
+    monkeypatch.setattr(suite, "draw", spy)
     return found
 
 
 def draw(target, folder, *, num_images=5, how=HOW, shard=WHOLE):
-    return draw_images(plan(folder, ASKED, num_images), folder, target, how, shard)
+    return draw_asked(target, folder, ASKED, num_images, how, shard)
+
+
+def draw_asked(target, folder, asked, num_images, how, shard):
+    files = [image_of(folder, item) for item in plan(asked, num_images)]
+    return draw_images(Shapes(), files, folder, target, how, shard)
 
 
 def contents(folder):
@@ -140,7 +146,7 @@ def test_a_folder_of_another_tool_or_of_other_prompts_is_not_drawn_into(target, 
     draw(target, tmp_path / "a")
     other = {0: {"prompt": "a green star"}}
     with pytest.raises(UserError, match="another prompt"):
-        draw_images(plan(tmp_path / "a", other, 1), tmp_path / "a", target, HOW, Share())
+        draw_asked(target, tmp_path / "a", other, 1, HOW, Share())
     (tmp_path / "b/00000").mkdir(parents=True)
     with pytest.raises(UserError, match="another tool"):
         draw(target, tmp_path / "b")

@@ -175,6 +175,7 @@ def every_objective(tiny_checkpoint, tmp_path_factory):
             {"use": "reward_backprop", **backprop, "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}},
         ],
         "sample": {"every": 100, "num_images": 1, "num_steps": 2, "prompts": ["a red star"]},
+        "evaluate": {"num_images": 5, "num_steps": 2, "batch_size": 1, "guidance": [2.0], "rewards": ["sharpness"]},
         "track": [],
     }
     path = folder / "recipe.yaml"
@@ -197,6 +198,13 @@ def test_more_processes_with_a_share_of_the_batch_each_equal_one_process_with_al
     )
     assert f"{count} processes" in done.stderr.decode() and done.stdout.count(b"run folder") == 1
     assert_same_run(one, tmp_path / "more", 2e-4)
+    alone, shared = (json.loads((folder / "eval.json").read_text()) for folder in (one, tmp_path / "more"))
+    assert alone["base"] == shared["base"]  # the base is the same model, and its images the same to the bit
+    for row, other in zip(alone["images"], shared["images"], strict=True):
+        assert row["prompt"] == other["prompt"]
+        assert row["rewards"]["sharpness"] == pytest.approx(other["rewards"]["sharpness"], abs=0.01)
+    first, second = (sorted((folder / "samples/eval").rglob("base/*.png")) for folder in (one, tmp_path / "more"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second] and len(first) == 5
 
 
 def workers_of(launcher):

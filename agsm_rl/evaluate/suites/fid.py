@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -172,7 +173,9 @@ class FID(Suite):
                     self._add("real", self._features(part))
                     advance(len(part))
         self._add("fake", np.stack([np.frombuffer(base64.b64decode(item.row), "<f4") for item in judged]))
-        distance = float(self._metric.compute())
+        with warnings.catch_warnings():  # torchmetrics warns because its own `update` was not called
+            warnings.simplefilter("ignore", UserWarning)
+            distance = float(self._metric.compute())
         self._metric.reset()
         return FIDResult(distance, len(judged), str(self.reference), len(self._real), self._network_name())
 
@@ -197,6 +200,7 @@ class FID(Suite):
     def _add(self, which: Literal["real", "fake"], features: NDArray[np.float32]) -> None:
         """Add rows of features to the sums that torchmetrics' own `update` keeps."""
         values = torch.from_numpy(features).double().to(self._device)
+        self._metric.orig_dtype = torch.float32  # of the features, for the figure's own type
         sums = {"sum": values.sum(dim=0), "cov_sum": values.t().mm(values), "num_samples": len(values)}
         for name, value in sums.items():
             key = f"{which}_features_{name}"
