@@ -82,6 +82,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "suites": {
         "fid": "agsm_rl.evaluate.suites.fid:FID",
         "geneval": "agsm_rl.evaluate.suites.geneval:GenEval",
+        "questions": "agsm_rl.evaluate.suites.questions:Questions",
         "rewards": "agsm_rl.evaluate.suites.rewards:Rewards",
         "shapes": "agsm_rl.evaluate.suites.shapes:Shapes",
     },

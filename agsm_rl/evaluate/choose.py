@@ -75,7 +75,7 @@ def _prompts_of_run(run: Evaluate, num_images: int | None, allow_imports: Collec
         block = type(block).model_validate(block.model_dump() | {"num_images": num_images})
     first = Evaluate.model_validate({"suites": {name: block}, "seed": run.seed})
     suite = make_suites(first, Parts(where="the run's recipe.yaml", allow_imports=allow_imports))[0].suite
-    rows = {index: {"prompt": row["prompt"]} for index, row in suite.prompts().items()}
+    rows = {index: dict(row) for index, row in suite.prompts().items()}
     return PromptList("the run's", num_given=num_images, _rows=rows)
 
 

@@ -83,6 +83,36 @@ def mean_over_prompts(values: Sequence[float]) -> Interval:
     return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
+def ratio_over_prompts(sums: np.ndarray, counts: np.ndarray) -> Interval:
+    """The mean over all of several prompts' values, of which `sums` and `counts` are each prompt's.
+
+    The interval is a percentile bootstrap over the prompts that have any; NaN for a single one.
+    """
+    data = (np.asarray(sums, dtype=float)[counts > 0], np.asarray(counts, dtype=float)[counts > 0])
+    if not len(data[0]):
+        raise ValueError("cannot average over zero prompts")
+    value = float(data[0].sum() / data[1].sum())
+    if len(data[0]) == 1:
+        return Interval(value, float("nan"), float("nan"))
+    if np.ptp(data[0] / data[1]) == 0:
+        return Interval(value, value, value)
+
+    def statistic(total: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
+        return total.sum(axis=axis) / count.sum(axis=axis)
+
+    result = bootstrap(
+        data,
+        statistic,
+        method="percentile",
+        paired=True,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        batch=BATCH,
+        rng=np.random.default_rng(0),
+    )
+    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
 def mean_of_groups(groups: Sequence[Sequence[float]]) -> Interval:
     """The mean of the groups' means (GenEval's overall score), by bootstrap over the prompts within each group.
 

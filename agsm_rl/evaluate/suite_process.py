@@ -171,6 +171,8 @@ class SuiteProcess:
             settings = _as_drawn(settings, like.drawing or {})
         else:
             asked = plan(self.suite.prompts(), self.suite.num_images)
+            for item in {item.prompt_index: item for item in asked}.values():
+                self.suite.check(item.metadata)
         self.suite.prepare()
         opened = self._open(target, like)
         if folder is None:

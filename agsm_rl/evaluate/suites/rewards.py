@@ -23,7 +23,7 @@ from agsm_rl.evaluate.figures import change_json, interval_json, number, percent
 from agsm_rl.evaluate.intervals import Interval, mean_over_prompts, win_rate
 from agsm_rl.evaluate.prompts import PromptList
 from agsm_rl.evaluate.suite import Judged, Metadata, Part, Row, Suite, batches_of_one_size
-from agsm_rl.interfaces import Reward
+from agsm_rl.interfaces import ChecksPrompts, Reward
 from agsm_rl.recipe.earlier import reward_of_today
 from agsm_rl.recipe.options import NumImages
 from agsm_rl.recipe.reward_specs import RewardSpec
@@ -206,6 +206,12 @@ class Rewards(Suite):
         """Construct the rewards."""
         assert self._models
 
+    def check(self, metadata: Metadata) -> None:
+        """UserError if a prompt's row lacks what one of the rewards judges by."""
+        for spec in self.specs:
+            if isinstance(reward := self._models[spec.label], ChecksPrompts):
+                reward.check_prompts([str(metadata["prompt"])], [_columns(metadata)])
+
     def how(self) -> Mapping[str, Any]:
         """Every reward with its options."""
         return {spec.label: _how(spec) for spec in self.specs}
@@ -239,7 +245,7 @@ class Rewards(Suite):
     ) -> list[float]:
         """A reward's score of each picture; pictures of one size are scored together."""
         tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images]
-        columns = [{key: value for key, value in row.items() if key != "prompt"} for row in metadata]
+        columns = [_columns(row) for row in metadata]
         scores = [0.0] * len(tensors)
         for part in batches_of_one_size([tuple(tensor.shape) for tensor in tensors], len(tensors)):
             stacked = torch.stack([tensors[index] for index in part]).to(scoring_device())
@@ -248,6 +254,10 @@ class Rewards(Suite):
             for index, score in zip(part, found.tolist(), strict=True):
                 scores[index] = score
         return scores
+
+
+def _columns(metadata: Metadata) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != "prompt"}
 
 
 def _how(spec: RewardSpec) -> dict[str, Any]:
