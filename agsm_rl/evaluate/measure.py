@@ -96,6 +96,6 @@ def _judge(suites: Sequence[Suite], asked: Sequence[Asked], pictures: Sequence[I
     metadata: list[Mapping[str, Any]] = [item.metadata for item in asked]
     judged = []
     for suite in suites:
-        with stage(f"judging {len(pictures)} images by {suite.name}"):
+        with stage(f"judging {len(pictures)} images by {suite.name}", worth=len(pictures)):
             judged.append(suite.judge(pictures, prompts, metadata))
     return list(zip(*judged, strict=True))

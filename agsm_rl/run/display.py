@@ -240,8 +240,9 @@ def _count(stage: Stage) -> str:
 def _done(stage: Stage, inner: Sequence[Stage]) -> float:
     """Units that are finished, with the share of those that an inner stage is working on."""
     done = stage.done
-    if inner and inner[0].worth and inner[0].total:
-        done += inner[0].worth * _done(inner[0], inner[1:]) / inner[0].total
+    if inner and inner[0].worth:
+        total = inner[0].total
+        done += inner[0].worth * (_done(inner[0], inner[1:]) / total if total else 1)
     return min(done, stage.total) if stage.total is not None else done
 
 

@@ -83,18 +83,19 @@ class NewestFigures:
         return [f"{name} {_short(self.losses[name].mean if averaged else self.losses[name].newest)}" for name in names]
 
     def shown_rewards(self) -> list[str]:
-        """Each single reward with its name, and with its step if that is not the newest; then sums of several."""
+        """Each single reward with its name; after a source's, their step if that is not the newest."""
         keys = [key for _, key in self.scores]
-        singles = {
-            giver: sum(other == giver and key != "reward" for other, key in self.scores) for giver, _ in self.scores
-        }
         parts = []
-        for (giver, key), score in sorted(self.scores.items(), key=lambda item: item[0][1] == "reward"):
-            if key == "reward" and singles[giver] == 1:
-                continue  # the same again, times its weight
-            name = "reward (weighted sum)" if key == "reward" else key
-            name = name if keys.count(key) == 1 else f"{giver}: {name}"
-            parts.append(f"{name} {_short(score.value)}" + (f" (step {score.step})" if score.step != self.step else ""))
+        for giver in dict.fromkeys(giver for giver, _ in self.scores):
+            scores = {key: score for (other, key), score in self.scores.items() if other == giver}
+            total = scores.pop("reward", None)
+            if total is not None and len(scores) != 1:  # with one reward, it is the same again, times its weight
+                scores["reward"] = total
+            for key, score in scores.items():
+                name = "reward (weighted sum)" if key == "reward" else key
+                parts.append(f"{name if keys.count(key) == 1 else f'{giver}: {name}'} {_short(score.value)}")
+            if scores and (step := max(score.step for score in scores.values())) < self.step:
+                parts.append(f"(of step {step})")
         return parts
 
 

@@ -241,7 +241,7 @@ class Rollouts(Source):
                     )
                     parts.append(drawn)
                     means += [torch.stack(kept, dim=1)] if kept else []
-                    with stage(f"decoding {len(asked)} images"):
+                    with stage(f"decoding {len(asked)} images", worth=len(asked)):
                         images = policy.backbone.decode(drawn[0][:, -1])
                     scoring.add(images, asked, columns)
                     advance(len(asked))

@@ -18,7 +18,7 @@ Advance = Callable[[float], None]
 class Stage:
     """A stage of the work, such as `evaluating base: guidance 7`, with `done` of `total` units finished.
 
-    `total` None: it cannot be counted. `worth`: how many units of the enclosing stage this one amounts to.
+    `total` None: it cannot be counted. `worth`: how many units of the enclosing stage it is about.
     """
 
     what: str
@@ -78,8 +78,8 @@ def stage(
         total: The number of units. None: it cannot be counted.
         done: Units that were finished before, such as images drawn by an earlier command.
         unit: What is counted, in the plural.
-        worth: How many units of the enclosing stage this one amounts to, so that that one advances smoothly. They
-            are finished when the enclosing stage is advanced by them.
+        worth: How many units of the enclosing stage this one is about, so that that one advances smoothly: as this one
+            does, or, without `total`, to their end. They are finished when the enclosing stage is advanced by them.
         announce: In a log, print a line as soon as the stage begins; others are mentioned if they take long.
     """
     begun = Stage(what, total, done, unit, worth, announce)

@@ -114,7 +114,7 @@ def test_a_log_line_averages_losses_and_keeps_each_reward_in_steps_without_rollo
     second, third = printed(display)[1:]
     assert second.startswith("step 2/40  loss 0.2  agsm/loss 0.2  ddpo/loss 2")
     assert third.startswith("step 4/40  loss 0.5  agsm/loss 0.5  ddpo/loss 2"), "the mean of steps 3 and 4"
-    assert "reward/shapes 0.5 (step 1)  reward/sharpness 0.25 (step 1)" in third
+    assert "  reward/shapes 0.5  reward/sharpness 0.25  " in third and "(of step 1)" in third and "(of" not in first
     assert third.endswith("1.5 s/step  1 min left")
 
 
@@ -183,8 +183,11 @@ def test_an_inner_stage_moves_the_outer_one_and_is_told_with_it(clock):
             clock.now = 30.0
             inner(15)
             lines = screen(display)
+        with stage("judging", worth=50):
+            judging = screen(display)
     assert "0/100 images  2 min left" in lines[0], "25 of 100 images' worth of work took 30 s"
     assert lines[0].count("━") == 4 and lines[1] == "  denoising, 15/30 steps, 30 s left"
+    assert judging[0].count("━") == 9, "they are drawn, and not taken back while they are judged"
 
 
 def test_images_that_an_earlier_command_drew_do_not_shorten_the_time_left(clock):
