@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from agsm_rl.objectives.flow_grpo import FlowGRPO
     from agsm_rl.objectives.grpo_guard import GRPOGuard
     from agsm_rl.objectives.inpo import InPO
+    from agsm_rl.objectives.opd import OPD
     from agsm_rl.objectives.reward_backprop import RewardBackprop
     from agsm_rl.objectives.score_matching import ScoreMatching
     from agsm_rl.objectives.softrepa import SoftREPA
@@ -63,6 +64,7 @@ _HOMES = {
     "objectives.flow_grpo": ("FlowGRPO",),
     "objectives.grpo_guard": ("GRPOGuard",),
     "objectives.inpo": ("InPO",),
+    "objectives.opd": ("OPD",),
     "objectives.reward_backprop": ("RewardBackprop",),
     "objectives.score_matching": ("ScoreMatching",),
     "objectives.softrepa": ("SoftREPA",),
@@ -99,6 +101,7 @@ __all__ = [
     "GRPOGuard",
     "InPO",
     "LoRA",
+    "OPD",
     "Objective",
     "Pairs",
     "Policy",

@@ -36,6 +36,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "flow_grpo": "agsm_rl.objectives.flow_grpo:FlowGRPO",
         "grpo_guard": "agsm_rl.objectives.grpo_guard:GRPOGuard",
         "inpo": "agsm_rl.objectives.inpo:InPO",
+        "opd": "agsm_rl.objectives.opd:OPD",
         "reward_backprop": "agsm_rl.objectives.reward_backprop:RewardBackprop",
         "score_matching": "agsm_rl.objectives.score_matching:ScoreMatching",
         "softrepa": "agsm_rl.objectives.softrepa:SoftREPA",

@@ -56,6 +56,7 @@ SOURCE_OF = {
     "flow_grpo": "rollouts",
     "grpo_guard": "rollouts",
     "inpo": "preferences",
+    "opd": "rollouts",
     "reward_backprop": "prompts",
     "score_matching": "pairs",
     "softrepa": "pairs",
@@ -63,7 +64,10 @@ SOURCE_OF = {
 }
 """Objective → the source that it is trained from here."""
 
-OPTIONS = {"reward_backprop": {"rewards": {"sharpness": 1.0}, "num_steps": 3, "guidance": 1.0}}
+OPTIONS = {
+    "opd": {"prompt_suffix": ", best quality"},
+    "reward_backprop": {"rewards": {"sharpness": 1.0}, "num_steps": 3, "guidance": 1.0},
+}
 """Objective → options that it cannot do without, or would be slow without."""
 
 ADAPTERS = {

@@ -26,7 +26,7 @@ DRAWN = {
 }
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
 STEPS = {
-    **{key: value for key, value in DRAWN.items() if key != "images_per_prompt"},
+    **{key: value for key, value in DRAWN.items() if key not in ("images_per_prompt", "keep_means")},
     "use": "step_preferences",
     "candidates": 2,
     "first_step": 1,
@@ -42,6 +42,7 @@ ON_OTHER_SOURCES = [
     {"use": "flow_grpo", "source": "drawn"},
     {"use": "grpo_guard", "source": "drawn"},
     {"use": "flow_dppo", "source": "drawn"},
+    {"use": "opd", "source": "drawn", "guidance": 3.0},
     {"use": "diffusion_nft", "source": "drawn", "kl_weight": 1e-4},
     {"use": "spo", "source": STEPS},
     {"use": "awm", "source": "drawn"},
@@ -67,6 +68,7 @@ TERM = set().union(
             "AGSM",
             "SoftREPA",
             "Policy gradients",
+            "OPD",
             "DiffusionNFT",
             "AWM",
             "DGPO",
