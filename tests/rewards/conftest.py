@@ -1,5 +1,7 @@
 """The native rewards with tiny weights, and a reward that is served."""
 
+import sys
+import textwrap
 import threading
 import time
 from typing import Any
@@ -7,7 +9,9 @@ from typing import Any
 import pytest
 from agsm_rl_rewards.worker.http_client import TOKEN_VARIABLE
 from agsm_rl_rewards.worker.http_server import FrameServer, Limits, listen
+from agsm_rl_rewards.worker.reward import WorkerReward
 from http_serving import TOKEN
+from running_workers import QUICK, WORKERS
 from tiny_rewards import TINY
 
 
@@ -49,3 +53,31 @@ def serve(monkeypatch):
     for server, thread in running:
         server.should_exit = True
         thread.join(timeout=20)
+
+
+@pytest.fixture
+def closing():
+    """Rewards that are closed in the end."""
+    made = []
+    yield lambda reward: made.append(reward) or reward
+    for reward in made:
+        reward.close()
+
+
+@pytest.fixture
+def faulty(tmp_path, closing):
+    """The worker that fails as its prompts say."""
+    command = [sys.executable, str(WORKERS / "faulty.py"), str(tmp_path)]
+    return lambda **how: closing(WorkerReward(command=command, **(QUICK | how)))
+
+
+@pytest.fixture
+def script(tmp_path, closing):
+    """A reward by a script of the given text."""
+
+    def make(text, **how):
+        path = tmp_path / "my_reward.py"
+        path.write_text("from agsm_rl_worker import Refused, serve\n" + textwrap.dedent(text))
+        return closing(WorkerReward(script=str(path), **(QUICK | how)))
+
+    return make
