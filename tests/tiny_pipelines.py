@@ -47,7 +47,7 @@ def clip_config(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH, projection: i
     )
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def tiny_unet(text_width: int = TEXT_WIDTH) -> UNet2DConditionModel:
     """Cross-attention in both down blocks, the mid block and both up blocks; 4 x 8 x 8 latents."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -55,7 +55,7 @@ def tiny_unet() -> UNet2DConditionModel:
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=text_width,
         attention_head_dim=(2, 4),
         norm_num_groups=8,
     )
