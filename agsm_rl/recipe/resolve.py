@@ -116,8 +116,8 @@ def _complete_optimizer(given: Optimizer, parts: Parts) -> Optimizer:
     from agsm_rl.training.optimizers import OPTIMIZERS
     from agsm_rl.training.schedules import SCHEDULES
 
-    options = _own_options(given, OPTIMIZERS, "optimizer", parts, "an optimizer")
-    schedule = _own_options(given.schedule, SCHEDULES, "optimizer.schedule", parts, "a schedule")
+    options = _own_options(given, OPTIMIZERS, "optimizer", parts)
+    schedule = _own_options(given.schedule, SCHEDULES, "optimizer.schedule", parts)
     keys = {key: getattr(given, key) for key in Optimizer.model_fields if key != "schedule"}
     if "learning_rate" not in given.model_fields_set:
         keys["learning_rate"] = OPTIMIZERS[given.use].default_rate
@@ -131,16 +131,13 @@ def _complete_optimizer(given: Optimizer, parts: Parts) -> Optimizer:
     return completed
 
 
-def _own_options(block: Block, kinds: Mapping[str, Any], place: str, parts: Parts, what: str) -> dict[str, Any]:
+def _own_options(block: Block, kinds: Mapping[str, Any], place: str, parts: Parts) -> dict[str, Any]:
     """A block's own options with their defaults, as its class in `kinds` has them."""
-    if block.use not in kinds:
-        raise unknown_name(parts.at(f"{place}.use"), block.use, what, kinds)
-    kind = kinds[block.use]
+    from agsm_rl.training.optimizers import find_kind
+
+    kind = find_kind(kinds, block.use, parts.at(place))
     others = [key for key in type(block).model_fields if key != "use"]
-    for key in block.options:
-        if key not in kind.__dataclass_fields__:
-            raise parts.refuse(place, unknown_key(key, [*others, *kind.__dataclass_fields__]))
-    options = validated(kind, block.options, where=parts.at(place))
+    options = validated(kind, block.options, where=parts.at(place), beside=others)
     parts.call(kind, options, place)
     return options
 

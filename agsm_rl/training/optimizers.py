@@ -28,8 +28,8 @@ class NamedOptimizer:
 
     default_rate: ClassVar[float] = 1e-3
     """The learning rate where none is given."""
-    state_size: ClassVar[float] = 2.0
-    """Size of its state, as a multiple of the parameters' (in float32)."""
+    runs_on_meta: ClassVar[bool] = True
+    """Whether its step runs on tensors without data, so that its memory can be rehearsed."""
     takes_betas: ClassVar[bool] = True
     one_rate: ClassVar[bool] = False
     """Whether all adapters must have the same learning rate."""
@@ -43,6 +43,10 @@ class NamedOptimizer:
             )
         if not self.takes_betas and tuple(betas) != DEFAULT_BETAS:
             raise UserError(f"betas: {type(self).__name__} has none; leave them out")
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Bytes that its state takes after the first step; by default two tensors like each parameter."""
+        return sum(2 * parameter.nbytes for parameter in parameters)
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The optimizer over these groups; UserError where its package is not installed."""
@@ -78,9 +82,16 @@ class AdamW8bit(NamedOptimizer):
         min_8bit_size: Parameters with fewer elements keep their averages in 32 bits.
     """
 
-    state_size: ClassVar[float] = 0.5
+    runs_on_meta: ClassVar[bool] = False
     eps: float = 1e-8
     min_8bit_size: int = 4096
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """A byte per element and average, a number per block of 256, and the two tables of what a byte means."""
+        large = [p.numel() for p in parameters if p.numel() >= self.min_8bit_size]
+        small = [p.numel() for p in parameters if p.numel() < self.min_8bit_size]
+        tables = 2 * 256 * 4 if large else 0
+        return sum(2 * count + 2 * 4 * -(-count // 256) for count in large) + sum(8 * count for count in small) + tables
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The optimizer over these groups; UserError where bitsandbytes is not installed."""
@@ -112,7 +123,6 @@ class Prodigy(NamedOptimizer):
     """
 
     default_rate: ClassVar[float] = 1.0
-    state_size: ClassVar[float] = 4.0
     one_rate: ClassVar[bool] = True
     beta3: float | None = None
     eps: float = 1e-8
@@ -122,6 +132,14 @@ class Prodigy(NamedOptimizer):
     d_coef: float = 1.0
     growth_rate: float | None = None
     slice_p: int = 1
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Adam's two averages, and two of every `slice_p`-th element: where it began, and the sum of its gradients.
+
+        The beginning of a parameter that begins at 0 (a LoRA's B) is not kept; it is counted all the same.
+        """
+        sliced = sum(2 * -(-p.numel() // self.slice_p) * p.element_size() for p in parameters)
+        return super().state_bytes(parameters) + sliced
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The optimizer over these groups; UserError where prodigyopt is not installed."""
@@ -157,11 +175,17 @@ class Adafactor(NamedOptimizer):
         d: Updates whose root mean square is above this are scaled down to it.
     """
 
-    state_size: ClassVar[float] = 0.1
     takes_betas: ClassVar[bool] = False
     beta2_decay: float = -0.8
     eps: tuple[float | None, float] = (None, 1e-3)
     d: float = 1.0
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """A number per row and per column of a matrix, or of each in a stack; a vector's squares are all kept."""
+        return sum(
+            p.element_size() * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel())
+            for p in parameters
+        )
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The optimizer over these groups."""
@@ -190,6 +214,10 @@ class Muon(NamedOptimizer):
     nesterov: bool = True
     ns_steps: int = 5
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """A matrix's momentum, and AdamW's two averages of all others."""
+        return sum(parameter.nbytes * (1 if parameter.ndim == 2 else 2) for parameter in parameters)
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The two optimizers over these groups, as one."""
@@ -264,17 +292,25 @@ OPTIMIZERS: dict[str, type[NamedOptimizer]] = {
 }
 
 
-def chosen(kinds: Mapping[str, Any], given: str | Mapping[str, Any], what: str) -> Any:
-    """The optimizer or schedule of `name` or `{use: name, options…}`; UserError for unknown names and options."""
-    options = {"use": given} if isinstance(given, str) else dict(given)
-    name = options.pop("use", next(iter(kinds)))
+def find_kind(kinds: Mapping[str, Any], name: str, where: str) -> Any:
+    """The class of this name in `OPTIMIZERS` or `SCHEDULES`; UserError where there is none."""
     if name not in kinds:
-        raise unknown_name(f"{what}.use", str(name), f"known as {what} here", kinds)
-    known = kinds[name].__dataclass_fields__
+        what = "an optimizer" if kinds is OPTIMIZERS else "a schedule"
+        raise unknown_name(f"{where}.use", name, what, kinds)
+    return kinds[name]
+
+
+def chosen(kinds: Mapping[str, Any], given: str | Mapping[str, Any], where: str) -> Any:
+    """The optimizer or schedule of `name` or `{use: name, options…}`; UserError for unknown names and options.
+
+    A recipe's options have been checked before, with their types.
+    """
+    options = {"use": given} if isinstance(given, str) else dict(given)
+    kind = find_kind(kinds, str(options.pop("use", next(iter(kinds)))), where)
     for key in options:
-        if key not in known:
-            raise unknown_name(what, key, f"an option of '{name}'", known)
-    return kinds[name](**options)
+        if key not in kind.__dataclass_fields__:
+            raise unknown_name(where, key, f"an option of {kind.__name__}", kind.__dataclass_fields__)
+    return kind(**options)
 
 
 def floating_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from measure import allocator_peak
 
 from agsm_rl.doctor.memory.fit import MARGIN, changed, fit
 from agsm_rl.doctor.memory.meta_device import Rehearsal
-from agsm_rl.doctor.memory.predict import predict, steps_to_see
+from agsm_rl.doctor.memory.predict import Prediction, predict, steps_to_see
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
@@ -86,6 +86,18 @@ def test_a_frozen_adapter_has_neither_gradients_nor_an_optimisers_state(make_rec
     assert_close(recipe)
     rows = predict(recipe)[1].resident
     assert 2 * rows["gradients"] == rows["AdamW"] and rows["gradients"] < rows["adapters"] == rows["EMA"]
+
+
+@pytest.mark.parametrize("use", ["prodigy", "muon", "adafactor", "adamw_8bit"])
+def test_each_optimizers_run_is_predicted_with_its_state(make_recipe, use):
+    if use in ("prodigy", "adamw_8bit"):
+        pytest.importorskip("prodigyopt" if use == "prodigy" else "bitsandbytes")
+    data = make_recipe("score_matching", PAIRS).to_data() | {"optimizer": {"use": use}}
+    trainer, found = predict(Recipe.from_data(data))
+    assert isinstance(found, Prediction), found
+    name = type(trainer.optimizer_kind).__name__
+    assert found.resident[name] == trainer.optimizer_kind.state_bytes(list(trainer.parameters.values())) > 0
+    assert found.peak > sum(found.resident.values())
 
 
 @pytest.mark.parametrize("use", ["agsm", "softrepa"])

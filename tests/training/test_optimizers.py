@@ -211,3 +211,24 @@ def test_the_trainer_refuses_unknown_names_and_options(make_policy, make_pairs):
     for options in ({"optimizer": "adamv"}, {"optimizer": {"use": "muon", "momentun": 1}}, {"schedule": "cosin"}):
         with pytest.raises(UserError, match="Did you mean"):
             Trainer(make_policy(), [Term(AGSM(), make_pairs())], steps=1, **options)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_is_as_large_as_predicted(name):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 640), (640, 8), (2, 4, 768), (2, 5, 4, 64), (100, 64), (7,)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    kind = OPTIMIZERS[name]()
+    optimizer = kind.make([{"params": parameters, "lr": 1e-3}], weight_decay=0.0, betas=(0.9, 0.999))
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    kept = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim()
+    }
+    assert kind.state_bytes(parameters) == pytest.approx(sum(kept.values()), rel=0.05)

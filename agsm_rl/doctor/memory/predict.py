@@ -79,6 +79,8 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:
     """Run each kind of step and image drawing once, with the state as after the first step."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
+    if not trainer.optimizer_kind.runs_on_meta:
+        trainer.optimizer = _IdleOptimizer(trainer)
     trainer.optimizer.step()
     rehearsal.peaks = {}
     _skip_repeats(trainer, rehearsal)
@@ -101,7 +103,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
         "frozen weights": size_of(frozen.values()),
         "adapters": adapters,
         "gradients": trained,
-        type(trainer.optimizer_kind).__name__: round(trainer.optimizer_kind.state_size * trained),
+        type(trainer.optimizer_kind).__name__: trainer.optimizer_kind.state_bytes(list(trainer.parameters.values())),
         "EMA": adapters,
         **({"old policies": adapters * old_policies} if old_policies else {}),
     }
@@ -184,6 +186,18 @@ def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
         return samplers[num_steps]
 
     patched.sampler = sampler
+
+
+class _IdleOptimizer(torch.optim.Optimizer):
+    """Stands in for an optimizer whose step needs data: it holds as much memory, and steps nowhere."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer.optimizer.param_groups, {})
+        size = trainer.optimizer_kind.state_bytes(list(trainer.parameters.values()))
+        self._held = torch.empty(size, dtype=torch.uint8, device=META)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing."""
 
 
 class _Sampler:
