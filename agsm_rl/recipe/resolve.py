@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from agsm_rl import registry
 from agsm_rl.errors import MistakesSoFar, UserError, unknown_name
 from agsm_rl.files import local_or_hub
-from agsm_rl.recipe.options import unknown_key, validated
+from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Evaluate, Optimizer, RecipeKeys, TermBlock
 from agsm_rl.recipe.suites import complete_rewards, complete_suite, find_score, make_suites

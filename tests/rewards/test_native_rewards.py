@@ -75,6 +75,16 @@ def test_pick_score_is_clips_logit(make_reward, tiny_options):
     torch.testing.assert_close(scores, found.logits_per_image.diagonal(), rtol=1e-5, atol=1e-5)
 
 
+def test_pick_score_is_divided_by_26_as_flow_grpo_does(make_reward):
+    plain, divided = make_reward("pick_score"), make_reward("pick_score", divisor=26)
+    torch.testing.assert_close(
+        26 * divided.score_pictures(PICTURES, PROMPTS), plain.score_pictures(PICTURES, PROMPTS), rtol=1e-6, atol=1e-6
+    )
+    assert divided.range == (-100 / 26, 100 / 26) and plain.range == (-100.0, 100.0)
+    with pytest.raises(UserError, match="divisor: got 0, but it must be above 0"):
+        make_reward("pick_score", divisor=0)
+
+
 def test_clip_score_is_the_scaled_cosine_and_never_negative(make_reward, tiny_options):
     folder = tiny_options["clip_score"]["path"]
     ids = token_ids(folder, [f"two {prompt}" for prompt in PROMPTS], 12)
