@@ -165,7 +165,7 @@ class Adapter(Protocol):
     kind: ClassVar[str]
     """Its name in recipes and exported files."""
     mixes_banks: ClassVar[bool]
-    """Whether one prediction can use a different bank in each row; if not, a policy predicts bank by bank."""
+    """Whether training mixes banks in the rows of one prediction; if not, a policy predicts bank by bank."""
     bank: Bank | Banks | None
     """The bank that predictions use now; None while switched off or detached."""
     banks: int
@@ -197,8 +197,8 @@ class Adapter(Protocol):
     def using(self, bank: Bank | Banks | None) -> AbstractContextManager[None]:
         """Within the block, predictions use this bank; None switches the adapter off.
 
-        An adapter with one bank uses it for both names. Blocks nest. One bank per row is only for adapters that
-        `mixes_banks`, and for predictions with as many rows.
+        An adapter with one bank uses it for both names. Blocks nest. One bank per row is for predictions with as many
+        rows, by adapters that `mixes_banks` or have a form of guidance (training/guidance.py).
         """
         ...
 
@@ -304,8 +304,14 @@ class RolloutBatch(RewardedBatch):
     """The form of the steps' noise, as `Sampler` has it."""
     means: Tensor | None = None
     """The steps' means as they were drawn, [B, K, C, h, w], where the source kept them."""
+    guidance_bank: Bank | None = None
+    guidance_prompt: Literal["empty", "same"] | None = None
+    """The form of guidance that it was drawn with (training/guidance.py); None: as the adapters say."""
 
-    shared: ClassVar[tuple[str, ...]] = ("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph", "noise")
+    shared: ClassVar[tuple[str, ...]] = (
+        *("num_steps", "steps", "guidance", "eta", "negative_prompt", "graph", "noise"),
+        *("guidance_bank", "guidance_prompt"),
+    )
     given_by: ClassVar[str] = " (rollouts give one with `eta` above 0 and `drawn_by: live`)"
 
 

@@ -123,7 +123,18 @@ def test_another_number_of_banks_than_rows_is_an_error(backbone: Backbone) -> No
         policy.live(*inputs(backbone), bank=("positive", "negative"))
 
 
-def test_a_lora_cannot_be_asked_for_a_bank_a_row(backbone: Backbone) -> None:
-    policy = make_policy(backbone, "lora")
-    with pytest.raises(ValueError, match="a LoRA cannot use one bank per row"), policy.adapters["lora"].using(BANKS):
+def test_a_lora_gives_each_row_its_bank(each_backbone: Backbone) -> None:
+    policy = make_policy(each_backbone, "lora")
+    expected = policy.live(*inputs(each_backbone), bank=BANKS)
+    with policy.adapters["lora"].using(BANKS):
+        assert_close(each_backbone.predict(*inputs(each_backbone)), expected)
+    with policy.using("negative"):
+        alone = each_backbone.predict(*inputs(each_backbone))
+    assert torch.equal(alone, policy.live(*inputs(each_backbone), bank="negative"))
+
+
+def test_a_lora_on_text_encoders_cannot_be_asked_for_a_bank_per_row(backbone: Backbone) -> None:
+    lora = LoRA(rank=2, banks=2, text_encoders=True)
+    lora.attach(backbone)
+    with pytest.raises(ValueError, match="cannot use one bank per row"), lora.using(BANKS):
         pass

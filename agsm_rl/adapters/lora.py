@@ -5,9 +5,9 @@ layer returns its base layer's output unchanged. Other people's adapters on the 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.text_layers import layers_that_act
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Bank, Banks
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, check_form
 from agsm_rl.training.names import free_name
 
 BANKS: tuple[Bank, Bank] = ("positive", "negative")
@@ -48,6 +49,9 @@ class LoRA:
             then re-encoded for each prediction. Layers that do not affect the output (the last of SDXL's first CLIP)
             are left out. SD3's T5 is never changed: `pipe.load_lora_weights` cannot load a LoRA for it.
         seed: Seed of the initial A, drawn from N(0, 1 / rank²).
+        guidance_bank: Bank of guidance's unconditional branch wherever pictures are drawn with this LoRA; kept in the
+            exported file. `negative` needs `banks: 2`, and is not for `text_encoders: true`.
+        guidance_prompt: Prompt of that branch, `empty`, or with `guidance_bank: negative` also the `same` prompt.
     """
 
     kind: ClassVar[str] = KIND
@@ -62,6 +66,8 @@ class LoRA:
         target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0"),
         text_encoders: bool = False,
         seed: int = 0,
+        guidance_bank: GuidanceBank = "positive",
+        guidance_prompt: GuidancePrompt = "empty",
     ) -> None:
         if not 1 <= rank <= MAX_RANK:
             raise UserError(f"lora.rank: {rank}; allowed: 1 to {MAX_RANK}.")
@@ -72,6 +78,8 @@ class LoRA:
         self.rank, self.alpha, self.banks = rank, rank if alpha is None else alpha, banks
         self.target_modules, self.seed = tuple(target_modules), seed
         self.changes_text = text_encoders
+        self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
+        check_form(guidance_bank, guidance_prompt, self, where="lora.")
         self.bank: Bank | Banks | None = None
         self._backbone: Backbone | None = None
         self._text_of_export: dict[str, tuple[str, ...]] = {}
@@ -79,7 +87,8 @@ class LoRA:
         self._models: dict[str, Any] = {}
         self._layers: dict[str, Any] = {}
         self._names: list[str] = []
-        self._active: str | None = None
+        self._active: tuple[str, ...] = ()
+        self._row_hooks: list[Any] = []
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
@@ -103,6 +112,8 @@ class LoRA:
             banks=banks,
             target_modules=targets.pop(denoisers.pop()),
             text_encoders=bool(targets),
+            guidance_bank=cast(GuidanceBank, metadata.get("guidance_bank", "positive")),
+            guidance_prompt=cast(GuidancePrompt, metadata.get("guidance_prompt", "empty")),
         )
         lora._text_of_export = targets
         return lora
@@ -192,7 +203,11 @@ class LoRA:
 
     @contextmanager
     def using(self, bank: Bank | Banks | None) -> Iterator[None]:
-        """Apply this bank within the block; None applies none. ValueError for one bank per row (see `mixes_banks`)."""
+        """Apply this bank within the block, or each row's; None applies none.
+
+        With one bank per row, both are computed for all rows; ValueError for a LoRA on text encoders, which see
+        prompts in place of rows.
+        """
         previous = self.bank
         self._switch(bank)
         try:
@@ -205,13 +220,22 @@ class LoRA:
         return self.using(self.bank)
 
     def _switch(self, bank: Bank | Banks | None) -> None:
-        if isinstance(bank, tuple):
-            raise ValueError("PEFT's active adapters apply to all rows, so a LoRA cannot use one bank per row")
-        selected = None if bank is None else self._names[BANKS.index(bank) % self.banks]
+        if isinstance(bank, tuple) and self.changes_text:
+            raise ValueError("text encoders see prompts in place of rows, so their LoRA cannot use one bank per row")
+        for hook in self._row_hooks:
+            hook.remove()
+        banks = bank if isinstance(bank, tuple) else () if bank is None else (bank,)
+        by_row = [self._names[BANKS.index(each) % self.banks] for each in banks]
+        selected = tuple(dict.fromkeys(by_row))
         if selected != self._active:
-            ours = [] if selected is None else [selected]
             for layer in self._layers.values():
-                _set_active(layer, [name for name in layer.active_adapters if name not in self._names] + ours)
+                _set_active(layer, [*(name for name in layer.active_adapters if name not in self._names), *selected])
+        # PEFT adds up its active adapters for all rows; those that are not in a bank get 0 of it.
+        self._row_hooks = [
+            layer.lora_A[name].register_forward_hook(_only(torch.tensor([each == name for each in by_row])))
+            for name in (selected if len(selected) > 1 else ())
+            for layer in self._layers.values()
+        ]
         self._active, self.bank = selected, bank
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -221,9 +245,10 @@ class LoRA:
         part = _denoiser_name(self._backbone)
         tensors = {exported_name(name, part): tensor.detach().cpu().clone() for name, tensor in self.named_parameters()}
         targets = {part: self.target_modules} | self._text_targets
-        return tensors, describe_lora(
-            targets, rank=self.rank, alpha=self.alpha, banks=self.banks, base=self._backbone.name
-        )
+        described = describe_lora(targets, rank=self.rank, alpha=self.alpha, banks=self.banks, base=self._backbone.name)
+        if self.guidance_bank == "negative":
+            described |= {"guidance_bank": self.guidance_bank, "guidance_prompt": self.guidance_prompt}
+        return tensors, described
 
     def load_export(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Fill the parameters; UserError if the layers, rank, alpha or shapes differ."""
@@ -249,6 +274,17 @@ class LoRA:
                 )
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors[name])
+
+
+def _only(rows: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that puts 0 in the place of all rows of a module's output but these, [B]."""
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if len(output) != len(rows):
+            raise ValueError(f"{len(rows)} banks for {len(output)} rows")
+        return output * rows.to(output).view(-1, *[1] * (output.ndim - 1))
+
+    return keep
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:

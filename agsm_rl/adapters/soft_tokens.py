@@ -73,9 +73,9 @@ class SoftTokens:
             raise UserError(f"soft_tokens.banks: {banks}; allowed: 1, 2.")
         if not 0 <= jitter < float("inf"):
             raise UserError(f"soft_tokens.jitter: {jitter}; it must be 0 or more.")
-        check_form(guidance_bank, guidance_prompt, banks=banks, where="soft_tokens.")
         self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
         self.num_tokens, self.banks, self.time_tokens, self.jitter = num_tokens, banks, time_tokens, jitter
+        check_form(guidance_bank, guidance_prompt, self, where="soft_tokens.")
         if init not in (None, *get_args(Init)):
             raise unknown_name("soft_tokens.init", str(init), "a way to begin", get_args(Init))
         self.layers, self.seed, self.init = layers, seed, init

@@ -14,6 +14,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy
+from agsm_rl.training.guidance import guiding
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, log_density, step_distributions
 
@@ -162,17 +163,18 @@ def rollout_steps(
 
     Guidance is applied as it was in sampling. `encoded`: prompts and negative prompt, where they are there already.
     """
-    return step_distributions(
-        predict,
-        policy.backbone.sampler(batch.num_steps),
-        batch.steps,
-        batch.trajectory[:, list(batch.steps)],
-        *(encoded or _encode(policy, batch)),
-        guidance=batch.guidance,
-        eta=batch.eta,
-        noise=batch.noise,
-        detach_uncond=detach_uncond,
-    )
+    with guiding(policy.adapters.values(), batch.guidance_bank, batch.guidance_prompt):
+        return step_distributions(
+            predict,
+            policy.backbone.sampler(batch.num_steps),
+            batch.steps,
+            batch.trajectory[:, list(batch.steps)],
+            *(encoded or _encode(policy, batch)),
+            guidance=batch.guidance,
+            eta=batch.eta,
+            noise=batch.noise,
+            detach_uncond=detach_uncond,
+        )
 
 
 def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]) -> Tensor:

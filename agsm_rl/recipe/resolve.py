@@ -55,6 +55,9 @@ def resolve(recipe: Keys, parts: Parts) -> Keys:
     if completed.evaluate is not None and not mistakes.messages:
         with mistakes.collected():
             _check_drawing(completed.evaluate, adapters, parts)
+    if len(adapters) == len(completed.adapters):
+        with mistakes.collected():
+            _check_guidance(completed.sample, adapters, parts, "sample")
     for index, term in enumerate(completed.objectives):
         if not isinstance(term.source, str) or term.source in shared:
             with mistakes.collected():
@@ -99,15 +102,19 @@ def _check_drawing(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> Non
 
 def _check_guidance_form(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
     """UserError for a form of guidance that the adapters do not have, or that `bank: negative` overrules."""
-    from agsm_rl.training.guidance import guiding
-
-    bank, prompt = evaluate.guidance_bank, evaluate.guidance_prompt
-    if evaluate.bank == "negative" and (bank or prompt):
+    if evaluate.bank == "negative" and (evaluate.guidance_bank or evaluate.guidance_prompt):
         raise UserError(
             f"{parts.at('evaluate.bank')}: negative puts both branches of guidance under the negative bank; leave it "
             "out to choose the unconditional branch alone by guidance_bank and guidance_prompt."
         )
-    with guiding(adapters, bank, prompt, where=parts.at("evaluate.")):
+    _check_guidance(evaluate, adapters, parts, "evaluate")
+
+
+def _check_guidance(drawing: Any, adapters: list[Any], parts: Parts, place: str) -> None:
+    """UserError for a form of guidance that the adapters do not have; `drawing` asks for it: grids, a source, …"""
+    from agsm_rl.training.guidance import guiding
+
+    with guiding(adapters, drawing.guidance_bank, drawing.guidance_prompt, where=parts.at(f"{place}.")):
         pass
 
 
@@ -248,6 +255,8 @@ def _check_term(
     _check_path(block, source_place, parts)
     objective, source, view = parts.term(recipe, index, shared)
     check_range(term.t, objective, where=parts.at(f"{place}.t"))
+    if len(adapters) == len(recipe.adapters):  # the others' mistakes are listed already
+        _check_guidance(source, adapters, parts, source_place)
     if source.cache == "all":
         check_text_stays(adapters, where=parts.at(f"{source_place}.cache"))
     gives, batch_size = source.gives, source.batch_size

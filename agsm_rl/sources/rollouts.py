@@ -32,6 +32,7 @@ from agsm_rl.sources.trajectories import (
     choose_noise,
     draw_trajectories,
 )
+from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guiding
 from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
@@ -59,6 +60,9 @@ class Rollouts(Source):
         num_steps: Denoising steps per image. DDPO's published setting: 50 (arXiv 2305.13301).
         guidance: Guidance scale; 1 is none and costs half. DDPO's published setting: 5.
         negative_prompt: What guidance steers away from, in the draw and in the losses that learn from it.
+        guidance_bank: Bank of guidance's unconditional branch in drawing and learning, `positive` or `negative`; the
+            conditional branch keeps ψ⁺. Null: as the adapters say.
+        guidance_prompt: Prompt of that branch, `empty` or the `same`. Null: as the adapters say.
         noise: Form of the steps' noise. Null: `flow_sde` for flow models, else `ddim`. `flow_sde`: Flow-GRPO's SDE,
             without noise in the last step.
             `cps`: coefficients-preserving sampling (arXiv 2509.05952), whose log-probability leaves 1/(2σ²) out.
@@ -110,6 +114,8 @@ class Rollouts(Source):
         num_steps: int = 50,
         guidance: float = 5.0,
         negative_prompt: str = "",
+        guidance_bank: GuidanceBank | None = None,
+        guidance_prompt: GuidancePrompt | None = None,
         noise: Literal["flow_sde", "cps", "ddim"] | None = None,
         noise_level: float | None = None,
         eta: float = 1.0,
@@ -157,8 +163,8 @@ class Rollouts(Source):
         self.rewards, self.keep_graph, self.keep_means = check_rewards(rewards), keep_graph, keep_means
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
         self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
-        self.negative_prompt = negative_prompt
-        self.noise, self.noise_level = noise, noise_level
+        self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
+        self.negative_prompt, self.noise, self.noise_level = negative_prompt, noise, noise_level
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
         self.sample_batch_size, self.drawn_by = sample_batch_size, drawn_by
@@ -221,7 +227,8 @@ class Rollouts(Source):
         parts, means = [], []
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
-            with weights(), stage(f"{self._name}: drawing", total=share, unit="images") as advance:
+            form = guiding(policy.adapters.values(), self.guidance_bank, self.guidance_prompt)
+            with weights(), form, stage(f"{self._name}: drawing", total=share, unit="images") as advance:
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
                     columns = [metadata[row] for row in part.tolist()]
@@ -267,6 +274,8 @@ class Rollouts(Source):
             steps=steps,
             guidance=self.guidance,
             negative_prompt=self.negative_prompt,
+            guidance_bank=self.guidance_bank,
+            guidance_prompt=self.guidance_prompt,
             eta=noise.level,
             noise=noise.form,
             graph=graph,

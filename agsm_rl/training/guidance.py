@@ -9,8 +9,9 @@ uses ψ⁺. The unconditional one is
 | `negative` | `empty` | the empty prompt under ψ⁻: SDXL's released default |
 | `negative` | `same` | the same prompt under ψ⁻ |
 
-A form belongs to an adapter, which keeps it in its file. Pipelines of diffusers predict both branches in one call, the
-unconditional rows first; a hook on the denoiser gives those rows their bank and their prompt.
+A form belongs to an adapter with two banks (soft tokens or LoRA), which keeps it in its file. Pipelines of diffusers
+predict both branches in one call, the unconditional rows first; a hook on the denoiser gives those rows their bank and
+their prompt.
 """
 
 from collections.abc import Collection, Iterator
@@ -36,17 +37,23 @@ class Guides(Protocol):
     guidance_bank: GuidanceBank
     guidance_prompt: GuidancePrompt
     banks: int
+    changes_text: bool
 
 
-def check_form(bank: str, prompt: str, *, banks: int, where: str) -> None:
-    """UserError for a form that does not exist, needs a second bank, or leaves guidance without effect."""
+def check_form(bank: str, prompt: str, adapter: Guides, *, where: str) -> None:
+    """UserError for a form that does not exist, that this adapter cannot have, or that makes both branches the same."""
     if bank not in BANKS:
         raise unknown_name(f"{where}guidance_bank", bank, "a bank", BANKS)
     if prompt not in PROMPTS:
         raise unknown_name(f"{where}guidance_prompt", prompt, "a prompt of the unconditional branch", PROMPTS)
-    if bank == "negative" and banks != 2:
+    if bank == "negative" and adapter.banks != 2:
         raise UserError(
             f"{where}guidance_bank: negative, but there is only one bank; train with `banks: 2`, or use `positive`."
+        )
+    if bank == "negative" and adapter.changes_text:
+        raise UserError(
+            f"{where}guidance_bank: negative, but this adapter changes the text encoders too, and they read a prompt "
+            "before its branch is known; train without `text_encoders`, or use `positive`."
         )
     if prompt == "same" and bank != "negative":
         raise UserError(
@@ -58,7 +65,7 @@ def check_form(bank: str, prompt: str, *, banks: int, where: str) -> None:
 def choose_form(
     adapters: Collection[Adapter], bank: GuidanceBank | None, prompt: GuidancePrompt | None, *, where: str = ""
 ) -> None:
-    """Let the adapters guide in this form; None keeps what each adapter says.
+    """Let the adapters with two banks guide in this form; None keeps what each adapter says.
 
     UserError if a form is asked for and no adapter has one, or if it does not exist for one of them.
     """
@@ -66,11 +73,13 @@ def choose_form(
     if (bank or prompt) and not guides:
         raise UserError(
             f"{where}guidance_{'bank' if bank else 'prompt'}: {bank or prompt}, but no adapter here can guide so; soft "
-            "tokens with `banks: 2` can. Leave it out."
+            "tokens and a LoRA with `banks: 2` can. Leave it out."
         )
+    # Beside one with two banks, an adapter with a single bank serves under both names.
+    guides = [adapter for adapter in guides if adapter.banks == 2] or guides
     wanted = [(bank or adapter.guidance_bank, prompt or adapter.guidance_prompt) for adapter in guides]
     for adapter, form in zip(guides, wanted, strict=True):
-        check_form(*form, banks=adapter.banks, where=where)
+        check_form(*form, adapter, where=where)
     for adapter, form in zip(guides, wanted, strict=True):
         adapter.guidance_bank, adapter.guidance_prompt = form
 

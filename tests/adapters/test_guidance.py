@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import load_backbone
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.export.attach import attach, read_export, save_adapters
 from agsm_rl.interfaces import Backbone, Cond
+from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.sampling import guided
 
@@ -21,13 +24,13 @@ PROMPTS = ["a red circle", "two blue squares"]
 FORMS = [("positive", "empty"), ("negative", "empty"), ("negative", "same")]
 
 
-def attached(backbone: Backbone, **options: Any) -> SoftTokens:
-    tokens = SoftTokens(num_tokens=2, **options)
-    tokens.attach(backbone)
+def attached(backbone: Backbone, kind: str = "tokens", **options: Any) -> Any:
+    adapter = SoftTokens(num_tokens=2, **options) if kind == "tokens" else LoRA(rank=2, banks=2, **options)
+    adapter.attach(backbone)
     generator = torch.Generator().manual_seed(0)
-    for _, parameter in tokens.named_parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator)
-    return tokens
+    for _, parameter in adapter.named_parameters():
+        parameter.data += (1.0 if kind == "tokens" else 0.15) * torch.randn(parameter.shape, generator=generator)
+    return adapter
 
 
 def drawn(backbone: Backbone, guidance: float = 3.0) -> Tensor:
@@ -50,9 +53,10 @@ def first_call(backbone: Backbone, guidance: float) -> tuple[Tensor, Tensor]:
     return calls[0]
 
 
+@pytest.mark.parametrize("kind", ["tokens", "lora"])
 @pytest.mark.parametrize(("bank", "prompt"), FORMS)
-def test_each_branch_sees_its_bank_and_its_prompt(each_backbone: Backbone, bank: Any, prompt: Any) -> None:
-    tokens = attached(each_backbone, guidance_bank=bank, guidance_prompt=prompt)
+def test_each_branch_sees_its_bank_and_its_prompt(each_backbone: Backbone, bank: Any, prompt: Any, kind: str) -> None:
+    tokens = attached(each_backbone, kind, guidance_bank=bank, guidance_prompt=prompt)
     latents, prediction = first_call(each_backbone, 3.0)
     t = (each_backbone.pipeline.scheduler.timesteps[0] / 1000).float().expand(2)
     cond = each_backbone.encode_text(PROMPTS)
@@ -68,12 +72,14 @@ def test_each_branch_sees_its_bank_and_its_prompt(each_backbone: Backbone, bank:
     assert not torch.allclose(with_prompt, base, atol=1e-3)
 
 
-@pytest.mark.parametrize(("bank", "prompt"), FORMS[1:])
+@pytest.mark.parametrize(
+    ("kind", "bank", "prompt"), [("tokens", *FORMS[1]), ("tokens", *FORMS[2]), ("lora", *FORMS[1])]
+)
 def test_an_exported_form_draws_the_same_on_a_plain_pipeline(
-    each_checkpoint: Path, tmp_path: Path, bank: Any, prompt: Any
+    each_checkpoint: Path, tmp_path: Path, kind: str, bank: Any, prompt: Any
 ) -> None:
     ours, plain = (load_backbone(str(each_checkpoint), device="cpu") for _ in range(2))
-    tokens = attached(ours, guidance_bank=bank, guidance_prompt=prompt)
+    tokens = attached(ours, kind, guidance_bank=bank, guidance_prompt=prompt)
     save_adapters({"tokens": tokens}, tmp_path, metadata={})
     base = drawn(plain)
     handle = attach(plain.pipeline, tmp_path)
@@ -125,6 +131,10 @@ def test_predictions_in_training_are_not_guided_after_a_picture_was_drawn(backbo
 def test_forms_that_cannot_be_are_refused(backbone: Backbone) -> None:
     with pytest.raises(UserError, match="only one bank"):
         SoftTokens(banks=1, guidance_bank="negative")
+    with pytest.raises(UserError, match="lora.guidance_bank: negative, but there is only one bank"):
+        LoRA(guidance_bank="negative")
+    with pytest.raises(UserError, match="this adapter changes the text encoders too"):
+        LoRA(banks=2, text_encoders=True, guidance_bank="negative")
     with pytest.raises(UserError, match="both branches would be the same"):
         SoftTokens(guidance_prompt="same")
     with pytest.raises(UserError, match="Did you mean 'negative'"):
@@ -148,3 +158,42 @@ def test_a_policy_guides_its_rollouts_in_the_same_form(each_backbone: Backbone, 
         plain = policy.reference(x_t, t, uncond.expand(2))
         torch.testing.assert_close(base, plain + 3 * (off - plain), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(with_prompt, off)
+
+
+def test_a_form_that_is_asked_for_is_that_of_all_adapters_with_two_banks() -> None:
+    tokens, lora, alone = SoftTokens(), LoRA(banks=2), LoRA()
+    with guiding([tokens, lora, alone], "negative", "same"):
+        assert [each.guidance_bank for each in (tokens, lora, alone)] == ["negative", "negative", "positive"]
+    assert tokens.guidance_bank == lora.guidance_bank == "positive"
+    with pytest.raises(UserError, match="there is only one bank"), guiding([alone], "negative", None):
+        pass
+
+
+def test_rollouts_draw_and_learn_in_their_own_form(policy: Policy, make_rollouts: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters().values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    batch, plain = (
+        make_rollouts(bind=True, guidance=3.0, guidance_bank=bank).next(policy) for bank in ("negative", None)
+    )
+    assert not torch.equal(batch.latents, plain.latents)
+    assert policy.adapters["tokens"].guidance_bank == "positive"
+    for part, _ in DDPO().split(batch):
+        assert DDPO().loss(policy, part)[1]["ratio_deviation"] < 1e-5
+
+
+def test_a_recipe_whose_grids_or_rollouts_ask_for_a_bank_that_is_not_there_is_refused() -> None:
+    source = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"shapes": 1.0}}
+    content = {
+        "steps": 1,
+        "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
+        "adapters": {"lora": {"use": "lora"}},
+        "objectives": [{"use": "ddpo", "source": source}],
+    }
+    with pytest.raises(UserError, match=r"sample\.guidance_bank: negative, but there is only one bank"):
+        Recipe.from_data(content | {"sample": {"guidance_bank": "negative"}})
+    source["guidance_bank"] = "negative"
+    with pytest.raises(
+        UserError, match=r"objectives\[0\]\.source\.guidance_bank: negative, but there is only one bank"
+    ):
+        Recipe.from_data(content)
