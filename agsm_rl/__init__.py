@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from agsm_rl.sources.prompts import Prompts
     from agsm_rl.sources.rollouts import Rollouts
     from agsm_rl.sources.step_preferences import StepPreferences
-    from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages
+    from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages, NonzeroAdvantages
     from agsm_rl.term import Term
     from agsm_rl.trainer import Callback, Trainer
 
@@ -77,7 +77,7 @@ _HOMES = {
     "sources.prompts": ("Prompts",),
     "sources.rollouts": ("Rollouts",),
     "sources.step_preferences": ("StepPreferences",),
-    "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages"),
+    "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages", "NonzeroAdvantages"),
     "term": ("Term",),
     "trainer": ("Callback", "Trainer"),
 }
@@ -101,6 +101,7 @@ __all__ = [
     "GRPOGuard",
     "InPO",
     "LoRA",
+    "NonzeroAdvantages",
     "OPD",
     "Objective",
     "Pairs",

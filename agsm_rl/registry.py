@@ -78,6 +78,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "views": {
         "best_images": "agsm_rl.sources.views:BestImages",
         "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
+        "nonzero_advantages": "agsm_rl.sources.views:NonzeroAdvantages",
         "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
     "suites": {

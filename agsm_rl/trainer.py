@@ -19,6 +19,7 @@ from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floa
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
+from agsm_rl.training.row_shares import RowShare, filled, share_of
 from agsm_rl.training.schedules import LearningRates
 
 
@@ -177,13 +178,15 @@ class Trainer:
                     batches[id(term.source)] = term.source.next(self.policy)
                 self._look_at_prompts(term, batches[id(term.source)])
             batch = batches[id(term.source)]
+            share = RowShare(len(batch))
             if term.view is not None:
                 batch = term.view(batch)
-                metrics[f"{term.name}/rows"] = self._rows(batch)
+                share = share_of(len(batch), self.processes)
+                metrics[f"{term.name}/rows"] = float(share.total)
             gradient: Gradient | None = None
             figures: dict[str, float] = {}
-            if len(batch) and metrics.get(f"{term.name}/rows", 1.0):
-                gradient, figures = self._learn(term, batch)
+            if share.total:
+                gradient, figures = self._learn(term, batch, share)
             figures |= term.source.metrics()
             metrics |= {f"{term.name}/{key}": value for key, value in figures.items()}
             passes = self.watch.term_passes(self.step + 1, term.name, figures)
@@ -215,20 +218,16 @@ class Trainer:
             if self.processes.index == 0:
                 warn_of_cut_prompts(batch.prompts, self.policy.backbone, name=term.name, first_batch=True)
 
-    def _rows(self, batch: Batch) -> float:
-        """Rows that all processes see; 0 if any of them sees none, so that all skip the term together."""
-        counts = self.processes.numbers(float(len(batch)))
-        return float(counts.sum()) if bool((counts > 0).all()) else 0.0
-
-    def _learn(self, term: Term, batch: Batch) -> tuple[Gradient, dict[str, float]]:
-        """The term's gradient (before its weight) and its figures, averaged over processes."""
+    def _learn(self, term: Term, batch: Batch, mine: RowShare) -> tuple[Gradient, dict[str, float]]:
+        """The term's gradient (before its weight) and its figures, averaged over the rows of all processes."""
         parameters = self.policy.parameters(term.trains)
         self.policy.draw = Draw(self.seed, term.name, self.step, t_range=term.t)
         self.policy.acting_for = term.name
         total: Gradient = {}
         sums: dict[str, Tensor] = {}
         steps: dict[int, Tensor] = {}
-        for part, share in term.objective.split(batch):
+        for part, share in term.objective.split(batch) if len(batch) else ():
+            share *= mine.weight
             with self.accelerator.autocast():
                 loss, figures = term.objective.loss(self.policy, part)
             found = torch.autograd.grad(loss * share, list(parameters.values()), allow_unused=True)
@@ -240,6 +239,10 @@ class Trainer:
                 total[name] = total[name] + value if name in total else value
             for key, figure in ({"loss": loss.detach()} | figures).items():
                 sums[key] = sums.get(key, 0) + figure.detach().float() * share
+        if mine.is_filled:
+            total = filled(total, self.processes.names(total), lambda name: parameters[name].detach())
+            sums = filled(sums, self.processes.names(sums))
+            steps = filled(steps, map(int, self.processes.names(map(str, steps))))
         total = dict(zip(total, self.processes.mean(list(total.values())), strict=True))
         means = self.processes.mean([*sums.values(), *steps.values()])
         numbers = as_numbers([*means, norm(total)])
@@ -269,7 +272,7 @@ class Trainer:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         self.optimizer.step()
-        self.policy.update_ema()
+        self.policy.update_ema(self.step + 1)
         self.check_finite(self.step + 1)
 
     def check_finite(self, step: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a term sees of a shared batch: the best images, the best against the worst, the chosen images.
+"""What a term sees of a shared batch: the best images, the best against the worst, those that teach it something.
 
 A batch of rollouts is drawn and scored once; a policy gradient learns from all of it, and through these views AGSM or
 Diffusion-DPO learn from the same images. Preferences are unpaired in the same way.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch
+from agsm_rl.interfaces import Batch, PairBatch, PreferenceBatch, RewardedBatch, RolloutBatch
 from agsm_rl.policy import Source, View
 
 
@@ -96,6 +96,25 @@ class BestAgainstWorst(View):
             rejected=batch.latents[rejected],
             metadata=_metadata_of(batch, best),
         )
+
+
+class NonzeroAdvantages(View):
+    """The rollouts whose advantage is not 0, for a policy gradient: the others are left out of its mean.
+
+    Flow-GRPO's code leaves them out (arXiv 2505.05470): a group of equal rewards then makes neither the mean of the
+    policy loss smaller nor the KL's larger. The mean is over the rollouts of all processes that are left; if none are,
+    the term skips the step. The authors spread what is left evenly over the updates of a draw; here each of the
+    `updates` keeps what is left of its own share.
+    """
+
+    consumes: ClassVar[type[Batch]] = RolloutBatch
+    gives: ClassVar[type[Batch]] = RolloutBatch
+
+    def __call__(self, batch: RolloutBatch) -> RolloutBatch:
+        """The rows whose advantage is not exactly 0."""
+        if batch.advantages.is_meta:  # in a rehearsal, which has no numbers, they may be all
+            return batch
+        return batch.select(batch.advantages.nonzero().flatten())
 
 
 class ChosenImages(View):

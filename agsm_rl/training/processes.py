@@ -5,12 +5,13 @@ Only the adapters' gradients and figures are exchanged, flattened into one messa
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -93,6 +94,14 @@ class Processes:
     def numbers(self, number: float) -> Tensor:
         """One number from each process, [count], in order."""
         return self.gather(torch.tensor([number], device=self.accelerator.device))
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """The names that any process has, sorted, each once."""
+        text = torch.tensor(list(json.dumps(sorted(names)).encode()), dtype=torch.uint8)
+        lengths = [int(length) for length in self.numbers(float(len(text))).tolist()]
+        padded = torch.nn.functional.pad(text, (0, max(lengths) - len(text))).to(self.accelerator.device)
+        rows = zip(self.gather(padded[None]).cpu(), lengths, strict=True)
+        return sorted({name for row, length in rows for name in json.loads(bytes(row[:length].tolist()))})
 
     def wait(self) -> None:
         """Wait for all processes."""

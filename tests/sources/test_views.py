@@ -8,8 +8,9 @@ from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
+from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.sources.views import BestAgainstWorst, BestImages
+from agsm_rl.sources.views import BestAgainstWorst, BestImages, NonzeroAdvantages
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.randomness import Draw
 
@@ -45,6 +46,27 @@ def test_the_best_is_set_against_the_worst_of_its_prompt_and_ties_are_left_out()
     assert isinstance(pairs, PreferenceBatch)
     assert pairs.prompts == ["a"]
     assert (pairs.chosen[0, 0, 0, 0], pairs.rejected[0, 0, 0, 0]) == (1, 0)
+
+
+def test_a_policy_gradient_leaves_out_the_rollouts_whose_advantage_is_zero(make_policy, make_rollouts):
+    """The clipped loss of what is left, as if the others had not been drawn."""
+    policy = make_policy()
+    batch = make_rollouts(bind=True).next(policy)
+    batch.advantages.copy_(torch.tensor([1.0, 0.0, -0.5, 0.0]))
+    kept = NonzeroAdvantages()(batch)
+    assert kept.advantages.tolist() == [1.0, -0.5]
+    assert kept.prompts == [batch.prompts[0], batch.prompts[2]]
+    part, _ = FlowGRPO().split(kept)[0]
+    loss, metrics = FlowGRPO().loss(policy, part)
+    assert loss.item() - 0.04 * metrics["kl"].item() == pytest.approx(-0.25, abs=1e-4)
+
+
+def test_a_draw_without_any_advantage_is_skipped_and_so_is_its_kl(make_policy, make_rollouts):
+    source = make_rollouts(rewards=[(Fixed(), 1.0)], advantages="group")
+    trainer = Trainer(make_policy(), [Term(FlowGRPO(), source, name="grpo", view=NonzeroAdvantages())], steps=1)
+    metrics = trainer.run_step()
+    assert metrics["grpo/rows"] == 0
+    assert "grpo/kl" not in metrics
 
 
 def test_agsm_learns_from_the_best_of_the_rollouts_that_ddpo_learns_from(make_policy, make_rollouts):
