@@ -49,19 +49,28 @@ class Noised(NamedTuple):
 class Policy:
     """A backbone with adapters attached; `live`, `ema` and `reference` are its three predictions.
 
-    `ema_decay` in [0, 1) is the share of the shadow that is kept at each update (published: 0.9999).
+    `ema_decay` in [0, 1) is the share of the shadow that is kept at each update (published: 0.9999). With `ema_warm_up`
+    it is at most (1 + n) / (10 + n) after n steps; `ema_every` k updates the shadow every k steps.
     The shadow begins as a copy of the parameters. AGSM's released trainer keeps a second denoiser for the EMA instead,
     whose tokens begin at random values of their own; the two agree once those are forgotten (some ten thousand steps).
     """
 
-    def __init__(self, backbone: Backbone, adapters: Mapping[str, Adapter], *, ema_decay: float = 0.9999) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Mapping[str, Adapter],
+        *,
+        ema_decay: float = 0.9999,
+        ema_warm_up: bool = False,
+        ema_every: int = 1,
+    ) -> None:
         if not adapters:
             raise UserError(
                 "adapters: the section is empty, so nothing would be trained; add soft_tokens, lora, or both"
             )
         self.backbone = backbone
         self.adapters = dict(adapters)
-        self.ema_decay = ema_decay
+        self.ema_decay, self.ema_warm_up, self.ema_every = ema_decay, ema_warm_up, ema_every
         self.draw = Draw()
         """Where objectives take their noise from; the trainer sets it for each term and step."""
         for adapter in self.adapters.values():
@@ -205,10 +214,13 @@ class Policy:
             self._shadow[name].copy_(parameter.detach())
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """shadow ← decay · shadow + (1 − decay) · parameter, after each optimiser step."""
+    def update_ema(self, step: int) -> None:
+        """shadow ← decay · shadow + (1 − decay) · parameter, after optimiser step number `step` (counted from 1)."""
+        if step % self.ema_every:
+            return
+        decay = min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warm_up else self.ema_decay
         for name, parameter in self.parameters().items():
-            self._shadow[name].lerp_(parameter.detach(), 1 - self.ema_decay)
+            self._shadow[name].lerp_(parameter.detach(), 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and their shadows, themselves and not copies, by names for messages."""
@@ -263,6 +275,9 @@ class Source:
     """Steps that learn from one draw, each from its share of the images."""
     rewards: Sequence[Any] = ()
     """The WeightedRewards by which it scores what it draws."""
+    guidance_bank: Bank | None = None
+    guidance_prompt: Literal["empty", "same"] | None = None
+    """The form of guidance in which it draws (training/guidance.py); None: as the adapters say."""
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""

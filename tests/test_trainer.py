@@ -183,6 +183,20 @@ def test_the_shadow_follows_the_parameters_by_its_decay(make_policy, make_pairs)
         torch.testing.assert_close(shadow[name], 0.75 * start[name] + 0.25 * live[name])
 
 
+def test_the_shadow_warms_up_and_follows_every_few_steps_as_flow_grpos_does(make_backbone, make_adapters):
+    policy = Policy(make_backbone(), make_adapters(), ema_decay=0.9, ema_warm_up=True, ema_every=8)
+    start = parameters_of(policy)
+    for parameter in policy.parameters().values():
+        parameter.data += 1.0
+    kept = 1.0
+    for step in range(1, 97):
+        policy.update_ema(step)
+        if step % 8 == 0:
+            kept *= min(0.9, (1 + step) / (10 + step))  # their get_current_decay
+    for name, shadow in policy.state_dict()["ema"].items():
+        torch.testing.assert_close(shadow, start[name] + (1 - kept), rtol=0, atol=1e-5)
+
+
 def test_predictions_under_the_shadow_leave_the_parameters_in_place(make_policy):
     policy = make_policy()
     before = parameters_of(policy)

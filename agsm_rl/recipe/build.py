@@ -32,7 +32,8 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))
     adapters = parts.adapters(recipe)
     with _located(parts.where):
-        policy = Policy(backbone, adapters, ema_decay=recipe.ema.decay)
+        ema = recipe.ema
+        policy = Policy(backbone, adapters, ema_decay=ema.decay, ema_warm_up=ema.warm_up, ema_every=ema.every)
     if fresh and recipe.start_from is not None:
         with _located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)

@@ -77,10 +77,16 @@ class Ema(Section):
     """The exponential moving average of the adapters' parameters.
 
     Args:
-        decay: Share of the average that is kept at each step. Published: 0.9999.
+        decay: Share of the average that is kept at each update. Published by AGSM: 0.9999; by Flow-GRPO and
+            DiffusionNFT: 0.9.
+        warm_up: Keep at most (1 + n) / (10 + n) at the update after step n, so that the first steps are soon forgotten,
+            as Flow-GRPO and DiffusionNFT do.
+        every: Update every this many steps. Flow-GRPO: 8.
     """
 
     decay: float = Field(0.9999, ge=0, lt=1)
+    warm_up: bool = False
+    every: int = Field(1, ge=1)
 
 
 class Optimizer(Block):
@@ -231,6 +237,8 @@ class Samples(Section):
         prompt_config: Configuration of that data set, where it has several.
         num_images: Images in the grid; prompts are repeated if there are fewer.
         guidance: Guidance scale, or a list of several: a grid shows the images of each.
+        guidance_bank: Bank of guidance's unconditional branch, `positive` or `negative`. Null: as the adapters say.
+        guidance_prompt: Prompt of that branch, `empty` or the `same`. Null: as the adapters say.
         num_steps: Denoising steps per image.
         seed: Seed of the noise; image i has seed + i.
     """
@@ -242,6 +250,8 @@ class Samples(Section):
     prompt_config: str | None = None
     num_images: int = Field(8, ge=1, le=1000)
     guidance: Guidances = [3.0]
+    guidance_bank: Literal["positive", "negative"] | None = None
+    guidance_prompt: Literal["empty", "same"] | None = None
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     seed: Seed = 0
 

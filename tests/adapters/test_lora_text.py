@@ -45,7 +45,7 @@ def policy_on(backbone: Backbone, *, tokens: bool = True, ema_decay: float = 0.5
     policy = Policy(backbone, adapters, ema_decay=ema_decay)
     for adapter in adapters.values():
         disturb(adapter)
-    policy.update_ema()
+    policy.update_ema(1)
     return policy
 
 

@@ -76,7 +76,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.policy = Policy(self._backbone, {"lora" if self.use_lora else "denoiser": adapter}, ema_decay=0.0)
         if self._lora is not None:
             adapter.load_export(self._lora[1], {})
-            self.policy.update_ema()
+            self.policy.update_ema(1)
         return self.policy
 
     @property
