@@ -104,9 +104,13 @@ def run(make_policy, make_rollouts):
 
 
 def assert_same(runs, one):
+    # A step's share is taken from the lengths of the passes' gradients, and so depends on which rows share a pass.
+    by_pass = ("term/step_share", "term/heaviest_step")
     metrics, gradient = one[0]
+    wanted = {name: value for name, value in metrics.items() if name not in by_pass}
     for its_metrics, its_gradient in runs:
-        assert its_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        found = {name: value for name, value in its_metrics.items() if name not in by_pass}
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
         assert set(its_gradient) == set(gradient)
         for name, value in gradient.items():
             assert (its_gradient[name] - value).norm() <= 1e-4 * value.norm() + 1e-9
