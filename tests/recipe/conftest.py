@@ -12,5 +12,6 @@ def users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / folder).mkdir(parents=True)
     for name in ("prompts", "test_prompts", "coco_val_captions"):
         (tmp_path / "data" / f"{name}.txt").write_text("a red circle\n")
+    (tmp_path / "data" / "train_metadata.jsonl").write_text('{"prompt": "a red circle"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
