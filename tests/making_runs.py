@@ -132,6 +132,43 @@ def by_geneval(run: Path, *, trained: float, seed: int = 0, prompts: int = 24) -
     return run
 
 
+def rewards_entry(scores: dict[str, np.ndarray], guidance: float = 1.0) -> dict:
+    """One model's entry of a rewards suite; `scores` are each reward's, [prompts, images of a prompt]."""
+    count, images = next(iter(scores.values())).shape
+    rows = [
+        {"prompt": f"a photo of {row}", "scores": {name: values[row].tolist() for name, values in scores.items()}}
+        for row in range(count)
+    ]
+    tags = {
+        name: {"correct": None, "total": count * images, "score": float(values.mean()), "low": None, "high": None}
+        for name, values in scores.items()
+    }
+    overall = float(sum(values.mean() for values in scores.values()))
+    head = {"suite": "rewards", "num_images": count * images, "num_prompts": count, "overall": overall}
+    return head | {"guidance": guidance, "tags": tags, "images": rows}
+
+
+def by_rewards(seed: int = 0, *, gain: float = 0.2, prompts: int = 12, images: int = 2, guidance: float = 1.0) -> dict:
+    """A rewards suite's entry, base against trained, of two rewards: one rises by about `gain`, one does not."""
+    base = np.random.default_rng(99).random((prompts, images))
+    luck = np.random.default_rng(seed).normal(0, 0.1, (prompts, images))
+    entry = rewards_entry({"sharpness": base + gain + luck, "brightness": base + luck / 10}, guidance)
+    return entry | {"base": rewards_entry({"sharpness": base, "brightness": base}, guidance)}
+
+
+def with_suites(run: Path, suites: dict[str, list[dict]]) -> Path:
+    """Put an eval.json of several suites into a run: each suite's entries by guidance."""
+    first = next(iter(suites.values()))
+    how = {"seed": 0, "num_steps": 20, "bank": "positive", "prompt_suffix": "", "step": 40}
+    long = {name: {"use": entries[0]["suite"], "guidances": entries} for name, entries in suites.items()}
+    further = {"other_guidances": first[1:]} if first[1:] else {}
+    (run / "eval.json").write_text(json.dumps(first[0] | how | further | {"suites": long}))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    asked = {name: {"use": entries[0]["suite"]} for name, entries in suites.items()}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"suites": asked}}))
+    return run
+
+
 def write_sweep(
     folder: Path, variants: dict[str, dict], seeds: range | list[int], states: dict[str, str] | None = None
 ) -> Path:

@@ -13,20 +13,28 @@ from agsm_rl.run.screen import say
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...|SWEEP", help="Run folders, or one sweep's folder.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...|SWEEP",
+            help="Run folders and files of `agsm-rl eval --json`, or one sweep's folder.",
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
             "-o",
             metavar="FILE.html",
-            help="Default: report.html in the run's or the sweep's folder; of several runs, in the current folder.",
+            help="Default: report.html in the run's or the sweep's folder; of several runs, in the current folder; "
+            "of one file, the file's name with .html.",
         ),
     ] = None,
 ) -> None:
     """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
     from agsm_rl.report.page import write_report
 
-    file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    alone = runs[0] if len(runs) == 1 else Path()
+    file = out or (alone.with_suffix(".html") if alone.is_file() else alone / "report.html")
     if out is not None or file.is_dir():
         check_output_file(file, option="-o")
     write_report(runs, file)

@@ -17,6 +17,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 CONFIDENCE = 0.95
 BATCH = 500
 """Bootstrap samples drawn at a time; affects only the memory used."""
+ROUNDING = 1e-12
+"""Values that differ by less than this share of their size are equal: there is nothing to draw from."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def mean_over_prompts(values: Sequence[float]) -> Interval:
     value = float(data.mean())
     if len(data) == 1:
         return Interval(value, float("nan"), float("nan"))
-    if np.ptp(data) == 0:
+    if np.ptp(data) <= ROUNDING * np.abs(data).max():
         return Interval(value, value, value)
     result = bootstrap((data,), np.mean, confidence_level=CONFIDENCE, batch=BATCH, rng=np.random.default_rng(0))
     return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -1,69 +1,69 @@
-"""eval.json as arrays: whether each image is right, for base and trained model, at each guidance."""
+"""eval.json, a run's or that of `agsm-rl eval --json`: every suite in it, base and trained model, at each guidance.
+
+What holds a figure per image can be paired; of the rest, the figures are shown as they are in the file. A form that
+nothing can be read from is named in a note, and a file of a known form that is damaged is refused by name.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import read_json
+from agsm_rl.report.eval_rows import Image, Judged, Score, images_of, judged_of, scores_of
+from agsm_rl.report.figures import Figure, figures_of
 
-VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
-"""The judge's verdicts by their key in eval.json, the one that counts first."""
-OF_SUITE = {"geneval": ("GenEval", {"correct": "right (by GenEval's rules)"})}
-"""Suites that have one set of prompts and one verdict: what these are called."""
-
-Marks = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One model's images at one guidance: a mark an image by each verdict, the judge's reasons, mean rewards.
-
-    `files` are the images' own, where the evaluation says them.
-    """
-
-    marks: dict[str, Marks]
-    reasons: tuple[str, ...]
-    rewards: dict[str, float]
-    files: tuple[str, ...] = ()
+PROMPTS_OF = {"geneval": "GenEval"}
+"""Suites that have one set of prompts: what these are called."""
+KNOWN = ("shapes", "geneval", "rewards")
+"""Suites whose rows have a known form: what does not have it is damaged."""
+NOT_RECORDED = -1.0
+"""The guidance of images that another tool drew without recording it."""
+FAULTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class EvalFile:
-    """What an eval.json says. `base` and `trained` are by guidance, in the file's order.
+    """One suite's figures per image. `base` and `trained` are by guidance, in the file's order; `base` may be empty.
 
     `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
     behind each prompt, `bank` is what the trained model drew with, and `guidance_form` the bank and the prompt of its
     unconditional branch, where the evaluation chose them. `adapters`: the SHA-256 of its files, where told.
+    `first_of_run`: whether a run keeps its pictures where it keeps those of its first suite.
     """
 
     suite: str
     split: str
-    seed: int
-    num_steps: int
+    seed: int | None
+    num_steps: int | None
     prompt_suffix: str
     bank: str
-    prompts: tuple[str, ...]
-    tags: tuple[str, ...]
+    images: tuple[Image, ...]
     tag_names: tuple[str, ...]
+    scores: dict[str, Score]
     base: dict[float, Judged]
     trained: dict[float, Judged]
     step: int | None
     agreement: tuple[str, ...]
     adapters: dict[str, str] = field(default_factory=dict)
     guidance_form: tuple[str | None, str | None] = (None, None)
+    first_of_run: bool = True
 
-    def score(self, judged: Judged, verdict: str) -> float:
-        """Share right, the mean over tags."""
-        tags = np.array(self.tags)
-        return float(np.mean([judged.marks[verdict][tags == name].mean() for name in self.tag_names]))
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Each image's prompt."""
+        return tuple(image.prompt for image in self.images)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Each image's tag."""
+        return tuple(image.tag for image in self.images)
 
     @property
     def guidances(self) -> list[float]:
@@ -71,76 +71,168 @@ class EvalFile:
         return list(self.trained)
 
     @property
-    def verdicts(self) -> list[str]:
-        """Those that the suite gives."""
-        return [name for judged in list(self.trained.values())[:1] for name in judged.marks]
+    def score_names(self) -> list[str]:
+        """What its images are measured by, the one that counts first."""
+        return list(self.scores)
 
     @property
     def labels(self) -> dict[str, str]:
         """What these are called."""
-        names = OF_SUITE[self.suite][1] if self.suite in OF_SUITE else VERDICTS
-        return {name: names[name] for name in self.verdicts}
+        return {name: score.label for name, score in self.scores.items()}
+
+    def score(self, judged: Judged, name: str) -> float:
+        """A share: the mean over tags. A number: the mean over prompts."""
+        parts = self.tags if self.scores[name].share else self.prompts
+        _, part_of = np.unique(parts, return_inverse=True)
+        return float(np.mean(np.bincount(part_of, judged.values[name].astype(float)) / np.bincount(part_of)))
 
 
-NOT_EVALUATED = EvalFile("", "", 0, 0, "", "positive", (), (), (), {}, {}, None, ())
+NOT_EVALUATED = EvalFile("", "", None, None, "", "positive", (), (), {}, {}, {}, None, ())
 """Of a run whose recipe evaluates nothing."""
 
 
-def read_eval_file(path: Path) -> EvalFile:
-    """Read an eval.json of base against trained; UserError that says what it lacks."""
+@dataclass(frozen=True)
+class Measured:
+    """All that a file says of one model. `suites` are those with figures per image, `figures` what else is known.
+
+    Attributes:
+        suites: By the recipe's name of the suite; by its registered name where the recipe has but one.
+        figures: (suite, figure) of what has no images to be paired.
+        notes: What was not understood, and what a reader should know.
+        other: What is measured beside the model, if that is not its base: its name, and the same of it.
+        backbone: What the images were drawn with, where told.
+    """
+
+    suites: dict[str, EvalFile]
+    figures: tuple[tuple[str, Figure], ...]
+    notes: tuple[str, ...]
+    other: tuple[str, Measured] | None = None
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> EvalFile:
+        """The first suite with figures per image."""
+        return next(iter(self.suites.values()), NOT_EVALUATED)
+
+
+def read_evaluation(path: Path) -> Measured:
+    """Read an eval.json; UserError if it is damaged, or none."""
     content = read_json(path)
     try:
-        evaluation = _evaluation(content, path)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return _measured(content, path)
+    except FAULTS as error:
         raise UserError(
-            f"{path}: is not an evaluation of base against trained as `agsm-rl train` writes it "
+            f"{path}: is not an evaluation as `agsm-rl train` or `agsm-rl eval --json` writes it "
             f"({type(error).__name__}: {error!s:.200}); evaluate the run again."
         ) from error
-    judged = [*evaluation.base.values(), *evaluation.trained.values()]
-    if any(list(one.marks) != evaluation.verdicts for one in judged):
-        raise UserError(f"{path}: base and trained, or its guidances, have different verdicts; evaluate the run again.")
-    return evaluation
 
 
-def _evaluation(content: Mapping[str, Any], path: Path) -> EvalFile:
-    names = OF_SUITE[str(content["suite"])][1] if content["suite"] in OF_SUITE else VERDICTS
-    if not content.get("images") or not any(name in content["images"][0] for name in names):
-        raise UserError(
-            f"{path}: its suite {content.get('suite')!r} has no verdict per image, so nothing can be paired. A report "
-            "needs an evaluation of the suite shapes or geneval with `images` in it."
-        )
-    if "base" not in content and _is_the_base(content.get("other", {}), content):
-        content = {**content, "base": content["other"]}
-    if "base" not in content:
-        raise UserError(
-            f"{path}: it does not measure the base too. A report needs base against trained on the same prompts and "
-            "noise, as `agsm-rl train`, `agsm-rl eval --compare --json`, or `--against` the base's images write it."
-        )
-    entries = [content, *content.get("other_guidances", [])]
-    trained = {_finite(entry["guidance"]): _judged(entry, names) for entry in entries}
-    base = {_finite(entry["guidance"]): _judged(entry["base"], names) for entry in entries}
-    asked = _asked(content)
-    for entry in entries:
-        if _asked(entry) != asked or _asked(entry["base"]) != asked:
-            raise UserError(f"{path}: its guidances were measured on different prompts; evaluate the run again.")
-    asked_tags, suite = [tag for _, tag in asked], str(content["suite"])
+def _measured(content: Mapping[str, Any], path: Path) -> Measured:
+    suites: dict[str, EvalFile] = {}
+    figures: list[tuple[str, Figure]] = []
+    notes: list[str] = []
+    content, other = _with_base(content, path)
+    for place, (name, entries) in enumerate(_entries(content).items()):
+        suite = _suite_if_known(entries, content, f"{path}: {name}", first=place == 0)
+        if suite is not None:
+            suites[name] = suite
+            left_out = [one for judged in suites[name].trained.values() for one in judged.incomplete]
+            notes += [
+                f"{path}: {name}: {one} is left out: not every image has a finite figure."
+                for one in dict.fromkeys(left_out)
+            ]
+            figures += [(name, one) for entry in entries for one in _means(entry, suites[name])]
+        else:
+            known = [(name, one) for entry in entries for one in figures_of(entry, _guidance(entry))]
+            figures += known
+            if not known:
+                notes.append(f"{path}: the suite '{name}' is not understood: it has neither images nor figures.")
+        constant = dict.fromkeys(str(one) for entry in entries for one in entry.get("constant") or [])
+        notes += [
+            f"{path}: {name}: {one} gave every image the same score; it measures nothing here." for one in constant
+        ]
+    backbone = (content.get("drawing") or {}).get("backbone") or {}
+    return Measured(suites, tuple(figures), tuple(notes), other, backbone)
+
+
+def _entries(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """A suite's entries, one per guidance, by its name."""
+    if content.get("suites"):
+        return {
+            str(name): [{"suite": suite.get("use", name), **entry} for entry in suite["guidances"]]
+            for name, suite in content["suites"].items()
+        }
+    return {str(content["suite"]): [content, *content.get("other_guidances", [])]}
+
+
+def _with_base(content: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], tuple[str, Measured] | None]:
+    """The content with what `--against` measured as its base, if that is the base, or else apart from it."""
+    other = content.get("other")
+    if "base" in content or not other:
+        return content, None
+    if _is_the_base(other, content):
+        return {**content, "base": other}, None
+    return content, (str(other.get("target") or "other"), _measured({**content, **other, "other": None}, path))
+
+
+def _suite_if_known(
+    entries: Sequence[Mapping[str, Any]], content: Mapping[str, Any], where: str, *, first: bool
+) -> EvalFile | None:
+    """The suite's figures per image; None if it keeps none, or none that can be read."""
+    if not entries[0].get("images"):
+        return None
+    try:
+        return _suite(entries, content, where, first=first)
+    except (UserError, *FAULTS):
+        if str(entries[0].get("suite")) in KNOWN:
+            raise
+        return None
+
+
+def _suite(entries: Sequence[Mapping[str, Any]], content: Mapping[str, Any], where: str, *, first: bool) -> EvalFile:
+    trained = {_guidance(entry): judged_of(entry) for entry in entries}
+    base = {_guidance(entry): judged_of(entry["base"]) for entry in entries if entry.get("base")}
+    with_base = [entry["base"] for entry in entries if entry.get("base")]
+    if base and len(base) < len(trained):
+        raise UserError(f"{where}: does not measure the base at every guidance; evaluate the run again.")
+    images, scores = images_of(entries[0]), scores_of(entries[0])
+    if any(images_of(entry) != images for entry in [*entries, *with_base]):
+        raise UserError(f"{where}: its guidances were measured on different prompts; evaluate the run again.")
+    judged = [*base.values(), *trained.values()]
+    for name in scores:
+        if not all(name in one.values for one in judged) and not any(name in one.incomplete for one in judged):
+            raise UserError(
+                f"{where}: base and trained, or its guidances, have different scores; evaluate the run again."
+            )
+    scores = {name: score for name, score in scores.items() if all(name in one.values for one in judged)}
+    if not scores:
+        raise UserError(f"{where}: its images have neither a verdict nor a score; evaluate the run again.")
+    entry, settings = entries[0], {**content, **entries[0]}
+    suite, tags = str(entry["suite"]), [image.tag for image in images]
     return EvalFile(
         suite=suite,
-        split=OF_SUITE[suite][0] if suite in OF_SUITE else str(content["split"]),
-        seed=int(content["seed"]),
-        num_steps=int(content["num_steps"]),
-        prompt_suffix=str(content.get("prompt_suffix", "")),
-        bank=str(content.get("bank", "positive")),
-        prompts=tuple(prompt for prompt, _ in asked),
-        tags=tuple(asked_tags),
-        tag_names=tuple(dict.fromkeys([*(tag for tag in content["tags"] if tag in asked_tags), *asked_tags])),
+        split=PROMPTS_OF.get(suite, str(entry.get("split") or "")),
+        seed=_whole(settings.get("seed")),
+        num_steps=_whole(settings.get("num_steps")),
+        prompt_suffix=str(settings.get("prompt_suffix") or ""),
+        bank=str(settings.get("bank") or "positive"),
+        images=tuple(images),
+        tag_names=tuple(dict.fromkeys([*(tag for tag in entry.get("tags") or {} if tag in tags), *tags])),
+        scores=scores,
         base=base,
         trained=trained,
-        step=None if content.get("step") is None else int(content["step"]),
-        agreement=tuple(str(one["sentence"]) for one in content.get("agreement", [])),
-        adapters=_digests((content.get("drawing") or {}).get("adapters", {})),
-        guidance_form=(content.get("guidance_bank"), content.get("guidance_prompt")),
+        step=_whole(settings.get("step")),
+        agreement=tuple(str(one["sentence"]) for one in content.get("agreement") or []),
+        adapters=_digests((content.get("drawing") or {}).get("adapters") or {}),
+        guidance_form=(settings.get("guidance_bank"), settings.get("guidance_prompt")),
+        first_of_run=first,
     )
+
+
+def _means(entry: Mapping[str, Any], suite: EvalFile) -> Iterable[Figure]:
+    """The mean rewards that the entry holds without a figure per image."""
+    means = {"rewards": entry.get("rewards") or {}, "base": {"rewards": (entry.get("base") or {}).get("rewards") or {}}}
+    return [one for one in figures_of(means, _guidance(entry)) if one.name not in suite.scores]
 
 
 def _is_the_base(other: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
@@ -159,26 +251,17 @@ def _loaded(drawing: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in drawing.get("backbone", {}).items() if value is not None and key != "use"}
 
 
-def _asked(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The prompts with their tags, in order."""
-    return [(str(row["prompt"]), str(row["tag"])) for row in entry["images"]]
-
-
-def _judged(entry: Mapping[str, Any], names: Mapping[str, str]) -> Judged:
-    rows = entry["images"]
-    marks = {name: np.array([_mark(row[name]) for row in rows]) for name in names if name in rows[0]}
-    reasons = tuple(str(row.get("reason", "")) for row in rows)
-    rewards = {str(name): float(value) for name, value in entry.get("rewards", {}).items()}
-    rewards = {name: value for name, value in rewards.items() if math.isfinite(value)}  # others have no place in a plot
-    files = tuple(str(row["filename"]) for row in rows if "filename" in row)
-    return Judged(marks, reasons, rewards, files if len(files) == len(rows) else ())
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
+def _guidance(entry: Mapping[str, Any]) -> float:
+    if entry.get("guidance") is None:
+        return NOT_RECORDED
+    number = float(entry["guidance"])
     if not math.isfinite(number):
-        raise ValueError(f"{value} is not a guidance")
+        raise ValueError(f"{entry['guidance']} is not a guidance")
     return number
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _digests(adapters: Mapping[str, Any]) -> dict[str, str]:
@@ -187,9 +270,3 @@ def _digests(adapters: Mapping[str, Any]) -> dict[str, str]:
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not the name of an adapter's file")
     return {name: str(digest) for name, digest in adapters.items()}
-
-
-def _mark(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"a verdict is true or false, not {value!r}")
-    return value

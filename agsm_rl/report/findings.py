@@ -10,7 +10,7 @@ import numpy as np
 
 from agsm_rl.report.compare import Estimate, Quantity, estimate
 from agsm_rl.report.load import Loaded, Variant
-from agsm_rl.report.views import BASE, GuidanceView, base_marks, measured_of, measured_of_base
+from agsm_rl.report.views import BASE, GuidanceView, base_values, measured_of, measured_of_base
 
 Model = tuple[str, float]
 """A variant (or BASE) and a guidance."""
@@ -18,23 +18,25 @@ Model = tuple[str, float]
 
 @dataclass
 class Findings:
-    """Estimates by verdict: of each model's score, and of a model's score minus another's."""
+    """Estimates by score: of what each model reaches, and of that minus what another reaches."""
 
     scores: dict[tuple[str, Model], Estimate] = field(default_factory=dict)
     differences: dict[tuple[str, Model, Model], Estimate] = field(default_factory=dict)
     seeds: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """For each pair of variants: the seeds that both have."""
 
-    def score(self, verdict: str, view: GuidanceView, name: str) -> Estimate:
-        """A model's score in a view."""
-        return self.scores[verdict, (name, view.guidance[name])]
+    def score(self, score: str, view: GuidanceView, name: str) -> Estimate:
+        """What a model reaches in a view."""
+        return self.scores[score, (name, view.guidance[name])]
 
-    def difference(self, verdict: str, view: GuidanceView, name: str, minus: str = BASE) -> Estimate | None:
-        """The difference of two models in a view, in either order; None if they share no seed."""
+    def difference(self, score: str, view: GuidanceView, name: str, minus: str = BASE) -> Estimate | None:
+        """The difference of two models in a view, in either order; None if they share no seed, or there is no base."""
+        if minus not in view.guidance:
+            return None
         first, second = (name, view.guidance[name]), (minus, view.guidance[minus])
-        if (verdict, first, second) in self.differences:
-            return self.differences[verdict, first, second]
-        reverse = self.differences.get((verdict, second, first))
+        if (score, first, second) in self.differences:
+            return self.differences[score, first, second]
+        reverse = self.differences.get((score, second, first))
         return None if reverse is None else reverse.mirrored()
 
 
@@ -46,10 +48,10 @@ def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
         for one, other in combinations(loaded.variants, 2)
     }
     quantities: dict[Any, Quantity] = {}
-    for verdict in loaded.evaluation.verdicts:
-        quantities |= _score_quantities(loaded, verdict)
+    for score in loaded.evaluation.scores:
+        quantities |= _score_quantities(loaded, score)
         for view in views:
-            quantities |= _difference_quantities(loaded, found, view, verdict)
+            quantities |= _difference_quantities(loaded, found, view, score)
     evaluation = loaded.evaluation
     for key, value in estimate(quantities, evaluation.tags, evaluation.tag_names, evaluation.prompts).items():
         if len(key) == 2:
@@ -59,33 +61,38 @@ def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
     return found
 
 
-def _score_quantities(loaded: Loaded, verdict: str) -> dict[Any, Quantity]:
+def _score_quantities(loaded: Loaded, score: str) -> dict[Any, Quantity]:
     quantities: dict[Any, Quantity] = {}
+    share = loaded.evaluation.scores[score].share
     for guidance in measured_of_base(loaded):
-        # The base is one model: its verdicts are the same for every seed.
-        quantities[verdict, (BASE, guidance)] = Quantity(base_marks(loaded, loaded.runs[0], guidance, verdict)[None])
+        # The base is one model: its figures are the same for every seed.
+        values = base_values(loaded, loaded.runs[0], guidance, score)
+        quantities[score, (BASE, guidance)] = Quantity(values[None], share=share)
     for variant in loaded.variants:
         for guidance in measured_of(variant):
-            quantities[verdict, (variant.name, guidance)] = Quantity(_marks(variant, guidance, verdict, variant.seeds))
+            values = _values(variant, guidance, score, variant.seeds)
+            quantities[score, (variant.name, guidance)] = Quantity(values, share=share)
     return quantities
 
 
-def _difference_quantities(loaded: Loaded, found: Findings, view: GuidanceView, verdict: str) -> dict[Any, Quantity]:
+def _difference_quantities(loaded: Loaded, found: Findings, view: GuidanceView, score: str) -> dict[Any, Quantity]:
     quantities: dict[Any, Quantity] = {}
+    share = loaded.evaluation.scores[score].share
     models = {name: (name, guidance) for name, guidance in view.guidance.items()}
     for variant in loaded.variants:
-        base = np.stack([base_marks(loaded, run, view.guidance[BASE], verdict) for run in variant.runs])
-        trained = _marks(variant, view.guidance[variant.name], verdict, variant.seeds)
-        quantities[verdict, models[variant.name], models[BASE]] = Quantity(trained, base)
+        if variant.has_base:
+            base = np.stack([base_values(loaded, run, view.guidance[BASE], score) for run in variant.runs])
+            trained = _values(variant, view.guidance[variant.name], score, variant.seeds)
+            quantities[score, models[variant.name], models[BASE]] = Quantity(trained, base, share)
     for one, other in combinations(loaded.variants, 2):
         seeds = found.seeds[one.name, other.name]
         if seeds:
-            first = _marks(one, view.guidance[one.name], verdict, seeds)
-            second = _marks(other, view.guidance[other.name], verdict, seeds)
-            quantities[verdict, models[one.name], models[other.name]] = Quantity(first, second)
+            first = _values(one, view.guidance[one.name], score, seeds)
+            second = _values(other, view.guidance[other.name], score, seeds)
+            quantities[score, models[one.name], models[other.name]] = Quantity(first, second, share)
     return quantities
 
 
-def _marks(variant: Variant, guidance: float, verdict: str, seeds: tuple[int, ...]) -> Any:
+def _values(variant: Variant, guidance: float, score: str, seeds: tuple[int, ...]) -> Any:
     runs = [run for run in variant.runs if run.seed in seeds]
-    return np.stack([run.evaluation.trained[guidance].marks[verdict] for run in runs])
+    return np.stack([run.evaluation.trained[guidance].values[score] for run in runs])

@@ -11,8 +11,8 @@ import numpy as np
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import check_regular, parse_json
-from agsm_rl.report.eval_file import OF_SUITE
-from agsm_rl.report.load import Run
+from agsm_rl.report.eval_file import EvalFile
+from agsm_rl.report.runs import Run
 from agsm_rl.run.folder import RunFolder
 
 MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 240, 60, 4000
@@ -36,7 +36,7 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
 
     `runs` is the number of runs on the page. An axis that the file does not have is null.
     """
-    rows = read_rows(RunFolder(run.path).metrics)
+    rows = _metrics(run)
     names = list(dict.fromkeys(name for row in rows for name in row if name not in OWN_AXES))
     if runs > DETAILED:
         names = [name for name in names if _is_main(name)]
@@ -57,22 +57,35 @@ def curves(run: Run, *, runs: int) -> dict[str, Any]:
     }
 
 
-def evaluations(run: Run) -> list[Row]:
-    """The held-out scores and rewards over steps, the base as step 0, by guidance."""
-    of = run.evaluation
+def evaluations(run: Run, suite: str) -> list[Row]:
+    """A suite's scores, and the rewards measured beside it, over steps; the base as step 0, by guidance."""
+    of = run.of(suite).evaluation
     last = of.step if of.step is not None else int(run.recipe.get("steps", 0))
     found: dict[tuple[float, int], Row] = {}
-    for row in read_rows(RunFolder(run.path).evaluations) if of.suite not in OF_SUITE else []:
+    for row in read_rows(RunFolder(run.path).evaluations) if run.file is None else []:
         guidance, step = _number(row.get("guidance")), row["step"]
-        if guidance in of.trained:
+        # Before there were several suites, a line did not name its own, which was shapes.
+        is_its = row["suite"] == suite if "suite" in row else of.suite == "shapes" and of.first_of_run
+        if is_its and guidance in of.trained:
             rewards = {name.removeprefix("reward/"): _or_none(row[name]) for name in row if name.startswith("reward/")}
-            scores = {"strict": _or_none(row.get("strict")), "correct": _or_none(row.get("overall"))}
-            found[guidance, step] = {name: scores[name] for name in of.verdicts} | {"rewards": rewards}
+            scores = {name: _or_none(row.get(_logged(name), row.get(f"reward/{name}"))) for name in of.scores}
+            found[guidance, step] = scores | {"rewards": _numbers_of(scores, of) | rewards}
     for guidance in of.trained:
-        for step, judged in ((0, of.base[guidance]), (last, of.trained[guidance])):
-            scores = {name: _short(of.score(judged, name)) for name in of.verdicts}
-            found[guidance, step] = scores | {"rewards": judged.rewards}
+        for step, judged in ((0, of.base.get(guidance)), (last, of.trained[guidance])):
+            if judged is not None:
+                scores = {name: _short(of.score(judged, name)) for name in of.scores}
+                found[guidance, step] = scores | {"rewards": _numbers_of(scores, of) | judged.rewards}
     return [{"guidance": guidance, "step": step} | row for (guidance, step), row in sorted(found.items())]
+
+
+def _numbers_of(scores: Mapping[str, Any], of: EvalFile) -> dict[str, Any]:
+    """Those that are rewards and not shares of right images."""
+    return {name: value for name, value in scores.items() if not of.scores[name].share}
+
+
+def _logged(score: str) -> str:
+    """A score's name in evaluations.jsonl, where the lenient verdict is the suite's overall figure."""
+    return "overall" if score == "correct" else score
 
 
 def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
@@ -80,7 +93,7 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
     weightless = _weightless(run.recipe)
     found: dict[str, list[float]] = {}
     source: dict[str, str] = {}
-    for row in read_rows(RunFolder(run.path).metrics):
+    for row in _metrics(run):
         for name, value in row.items():
             term, middle, reward = name.partition("/reward/")
             # Terms that share a source log the same rewards: the first one's are enough.
@@ -91,6 +104,11 @@ def trained_rewards(run: Run) -> dict[str, tuple[float, float]]:
         edge = max(1, round(EDGE * len(values)))
         ends[reward] = (float(np.mean(values[:edge])), float(np.mean(values[-edge:])))
     return {reward: both for reward, both in ends.items() if reward not in weightless}
+
+
+def _metrics(run: Run) -> list[Row]:
+    """The run's lines; an evaluation's file has none."""
+    return read_rows(RunFolder(run.path).metrics) if run.file is None else []
 
 
 def _weightless(block: Any) -> set[str]:

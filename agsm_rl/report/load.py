@@ -1,4 +1,4 @@
-"""Run folders and sweeps, read for a report: runs, grouped into variants over seeds, and what cannot be compared."""
+"""Runs, evaluations and sweeps as a report compares them: variants over seeds, suite by suite, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,47 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError
+import numpy as np
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.image_folder import sha256
-from agsm_rl.files import check_contained, check_kinds, read_json
-from agsm_rl.recipe.options import Section, explain
-from agsm_rl.recipe.yaml_file import read_yaml
-from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile, read_eval_file
-from agsm_rl.run.folder import RunFolder, seed_suffix
+from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile
+from agsm_rl.report.figures import Figure
+from agsm_rl.report.runs import Run, SweepCell, is_sweep, read_runs, read_sweep
+from agsm_rl.run.folder import seed_suffix
 
-SWEEP_FILE = "sweep.json"
-DONE = "done"
 HOW_COMPUTED = ("device", "dtype", "gradient_checkpointing", "local_files_only", "memory_format", "compile")
 """A backbone's options that say how it is computed; what this changes in the base's images is told in a note."""
 WATCHING = ("evaluate", "sample", "checkpoint", "track")
 """A recipe's keys that do not alter what is trained."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. `validation` is its second evaluation, on which a guidance may be chosen."""
-
-    name: str
-    path: Path
-    variant: str
-    seed: int
-    recipe: dict[str, Any]
-    evaluation: EvalFile
-    validation: EvalFile | None
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """What a sweep says of one of its runs; `used` is whether its figures are in the report, `why` why not."""
-
-    name: str
-    variant: str
-    seed: int
-    status: str
-    used: bool
-    why: str = ""
+ROUNDING = 1e-3
+"""By this share a reward of the same image may differ between machines."""
 
 
 @dataclass(frozen=True)
@@ -65,106 +38,109 @@ class Variant:
         """The seeds of its runs."""
         return tuple(run.seed for run in self.runs)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the base was measured beside each of its runs."""
+        return all(run.evaluation.base for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """All that a report is made of. `guidances` are those at which every run was evaluated."""
+    """All that a report is made of, looked at through one suite, at first the first one; `of` gives the others.
+
+    Attributes:
+        title: The sweep's name, or the variants'.
+        all_runs: The runs of all suites.
+        cells: What became of a sweep's cells.
+        suite: The name of the suite that is looked at; empty if there is none with figures per image.
+        variants: Those whose runs it measured.
+        guidances: Those at which it measured every run.
+        notes: What a reader should know of its figures.
+    """
 
     title: str
-    variants: tuple[Variant, ...]
+    all_runs: tuple[Run, ...]
     cells: tuple[SweepCell, ...]
+    suite: str
+    variants: tuple[Variant, ...]
     guidances: tuple[float, ...]
     notes: tuple[str, ...]
 
     @property
     def runs(self) -> list[Run]:
-        """The runs of all variants."""
+        """The runs of the variants."""
         return [run for variant in self.variants for run in variant.runs]
 
     @property
+    def all_variants(self) -> tuple[Variant, ...]:
+        """The variants of all suites."""
+        return _variants(self.all_runs)
+
+    @property
     def evaluated(self) -> bool:
-        """Whether there are verdicts; otherwise there are only curves."""
+        """Whether there are figures per image; otherwise there are only curves and single figures."""
         return self.evaluation is not NOT_EVALUATED
 
     @property
     def evaluation(self) -> EvalFile:
-        """The first run's: its prompts, split and seed are everybody's."""
+        """The first run's: its prompts, split, seed and scores are everybody's."""
         return self.runs[0].evaluation
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base was measured beside any variant."""
+        return any(variant.has_base for variant in self.variants)
+
+    @property
+    def suites(self) -> list[str]:
+        """All suites with figures per image, in the runs' order."""
+        return list(dict.fromkeys(name for run in self.all_runs for name in run.suites))
+
+    @property
+    def figures(self) -> list[tuple[Run, str, Figure]]:
+        """(run, suite, figure) of all that has no images to be paired."""
+        return [(run, suite, figure) for run in self.all_runs for suite, figure in run.figures]
+
+    def of(self, suite: str) -> Loaded:
+        """The same through a suite: the runs that it measured, and the scores that all of these have."""
+        runs, notes = _alike([run.of(suite) for run in self.all_runs if suite in run.suites])
+        missing = [run.name for run in self.all_runs if suite not in run.suites]
+        notes += [f"{', '.join(missing)}: not measured on the suite {suite}."] if missing else []
+        guidances = [one for one in runs[0].evaluation.guidances if all(one in run.evaluation.trained for run in runs)]
+        notes += _notes(runs, guidances)
+        return replace(self, suite=suite, variants=_variants(runs), guidances=tuple(guidances), notes=tuple(notes))
 
 
 def load(paths: Sequence[Path]) -> Loaded:
-    """Read run folders, or one sweep's folder; UserError says which cannot be used or compared, and why."""
-    sweeps = [path for path in paths if _is_sweep(path)]
+    """Read run folders, evaluations' files, or one sweep; UserError says what cannot be used or compared, and why."""
+    sweeps = [path for path in paths if is_sweep(path)]
     if sweeps and len(paths) > 1:
         raise UserError(f"{sweeps[0]}: is a sweep; give either one sweep, or run folders, not both.")
     if sweeps:
-        title, runs, cells = _sweep(paths[0])
+        title, runs, cells = read_sweep(paths[0])
     else:
-        runs, cells = _named([_run(path) for path in paths]), []
+        runs, cells = _named([run for path in paths for run in read_runs(path)]), []
         title = ", ".join(dict.fromkeys(run.variant for run in runs))
     check_comparable(runs)
-    order = dict.fromkeys(run.variant for run in runs)
-    variants = tuple(
-        Variant(name, tuple(sorted((run for run in runs if run.variant == name), key=lambda run: run.seed)))
-        for name in order
-    )
-    guidances = [one for one in runs[0].evaluation.guidances if all(one in run.evaluation.trained for run in runs)]
-    return Loaded(title, variants, tuple(cells), tuple(guidances), tuple(_notes(runs, guidances)))
+    loaded = Loaded(title, tuple(runs), tuple(cells), "", _variants(runs), (), ())
+    return loaded.of(loaded.suites[0]) if loaded.suites else loaded
 
 
-def _is_sweep(path: Path) -> bool:
-    """Whether a folder has a sweep's record; UserError where that is a link out of it, or not a file."""
-    if not os.path.lexists(path / SWEEP_FILE):
-        return False
-    check_contained(path, [SWEEP_FILE])
-    check_kinds(path, {SWEEP_FILE: "a file"})
-    return True
+def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
+    names = dict.fromkeys(run.variant for run in runs)
+    by_seed = sorted(runs, key=lambda run: run.seed)
+    return tuple(Variant(name, tuple(run for run in by_seed if run.variant == name)) for name in names)
 
 
-def _run(path: Path, *, variant: str = "", name: str = "") -> Run:
-    folder = RunFolder(path)
-    if not path.exists():
-        raise UserError(f"{path}: there is no such folder.")
-    folder.check_contained(to_read=True)
-    if not path.is_dir() or not folder.recipe.is_file():
-        raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
-    recipe, keys = _read_recipe(folder.recipe)
-    measured = folder.eval.is_file()
-    if not measured and (recipe.get("evaluate") is not None or not folder.metrics.is_file()):
-        raise UserError(f"{path}: has no eval.json: the run is not finished. Finish it by `{folder.resume_command}`.")
-    evaluation = read_eval_file(folder.eval) if measured else NOT_EVALUATED
-    _check_measured(evaluation, folder, folder.eval)
-    validation = read_eval_file(other) if (other := path / "eval-validation.json").is_file() else None
-    if validation is not None:
-        _check_measured(validation, folder, other)
-    return Run(
-        name=name or path.resolve().name,
-        path=path,
-        variant=variant,
-        seed=keys.seed,
-        recipe=recipe,
-        evaluation=evaluation,
-        validation=validation if validation is not None and validation.suite == evaluation.suite else None,
-    )
-
-
-class _RecipeKeys(Section):
-    """What a report needs of a run's recipe, which another version may have written."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
-
-    seed: int = 0
-    steps: int = 0
-    backbone: dict[str, Any] = {}
-    objectives: list[dict[str, Any]] = []
-
-
-def _read_recipe(file: Path) -> tuple[dict[str, Any], _RecipeKeys]:
-    recipe = read_yaml(file)
-    try:
-        return recipe, _RecipeKeys.model_validate(recipe)
-    except ValidationError as error:
-        raise explain(error, where=f"{file}: ") from error
+def _alike(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with the scores that all of them have, and a note on the others."""
+    common = [name for name in runs[0].evaluation.scores if all(name in run.evaluation.scores for run in runs)]
+    left = dict.fromkeys(name for run in runs for name in run.evaluation.scores if name not in common)
+    kept = [
+        replace(run, evaluation=replace(run.evaluation, scores={name: run.evaluation.scores[name] for name in common}))
+        for run in runs
+    ]
+    return kept, [f"Not every run was measured by {', '.join(left)}; it is left out."] if left else []
 
 
 def with_text_keys(value: Any) -> Any:
@@ -174,63 +150,12 @@ def with_text_keys(value: Any) -> Any:
     return [with_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
-def _check_measured(evaluation: EvalFile, folder: RunFolder, measured: Path) -> None:
-    """UserError when what was measured is not what the run came to, because it has gone on since."""
-    for name, digest in evaluation.adapters.items():
-        file = folder.adapter / name
-        if file.is_file() and sha256(file) != digest:
-            raise UserError(
-                f"{measured}: measures another {name} than {file}: the run has gone on since. Measure it again."
-            )
-
-
-def _sweep(path: Path) -> tuple[str, list[Run], list[SweepCell]]:
-    """A sweep's name, its finished runs, and what became of every cell."""
-    file = path / SWEEP_FILE
-    content = read_json(file)
-    try:
-        rows = [
-            (str(row["cell"]), str(row["variant"]), int(row["seed"]), str(row["status"]), str(row["run"]))
-            for row in content["cells"]
-        ]
-        errors = [str(row.get("error") or "") for row in content["cells"]]
-        title = str(content["name"])
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{file}: is not a sweep's record ({type(error).__name__}: {error!s:.200}).") from error
-    runs, cells = [], []
-    for (name, variant, seed, status, place), why in zip(rows, errors, strict=True):
-        if not _is_inside(path, place):
-            raise UserError(f"{file}: the cell '{name}' lies outside the sweep's folder: {place}")
-        cell = SweepCell(name, variant, seed, status, used=status == DONE, why=why)
-        if cell.used:
-            try:
-                runs.append(replace(_run(path / place, variant=variant, name=name), seed=seed))
-            except UserError as mistake:
-                cell = replace(cell, used=False, why=str(mistake))
-        cells.append(cell)
-    if len({run.evaluation is NOT_EVALUATED for run in runs}) == 2:
-        left = {run.name for run in runs if run.evaluation is NOT_EVALUATED}
-        runs = [run for run in runs if run.name not in left]
-        cells = [replace(one, used=False, why="was not evaluated") if one.name in left else one for one in cells]
-    if not runs:
-        states = ", ".join(f"{cell.name}: {cell.status}" for cell in cells[:8]) or "it has no cells"
-        raise UserError(f"{path}: no cell of the sweep is finished ({states}); run `agsm-rl sweep` again.")
-    return title, runs, cells
-
-
-def _is_inside(folder: Path, place: str) -> bool:
-    """Whether a path leads to somewhere in the folder, also through links."""
-    try:
-        return (folder / place).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, links in a circle
-        return False
-
-
 def _named(runs: list[Run]) -> list[Run]:
     """Runs of one recipe but for the seed are one variant, named by what their folders' names share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(with_text_keys(_but_for_seed(run)), sort_keys=True, default=str), []).append(run)
+        what = _but_for_seed(run) if run.file is None else {"file": str(run.file.resolve()), "model": run.name}
+        groups.setdefault(json.dumps(with_text_keys(what), sort_keys=True, default=str), []).append(run)
     names: dict[str, str] = {}
     for key, members in groups.items():
         name, taken, count = _shared_name(members), set(names.values()), 1
@@ -261,38 +186,45 @@ def _shared_name(runs: list[Run]) -> str:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """UserError when runs cannot be paired image by image, or are one run twice."""
+    """UserError when runs cannot be paired image by image on the suites that they share, or are one run twice."""
     first = runs[0]
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
-        if (run.evaluation is NOT_EVALUATED) != (first.evaluation is NOT_EVALUATED):
-            without, other = (run, first) if run.evaluation is NOT_EVALUATED else (first, run)
+        if run.evaluated != first.evaluated:
+            without, other = (first, run) if run.evaluated else (run, first)
             raise UserError(
-                f"{without.path}: was not evaluated, but {other.path} was. Evaluate it alike (`agsm-rl eval "
-                f"{without.path} --suite … --compare --json {without.path}/eval.json`), or report it apart."
+                f"{without.place}: was not evaluated, but {other.place} was. Evaluate it alike (`agsm-rl eval "
+                f"{without.place} --suite … --compare --json {without.place}/eval.json`), or report it apart."
             )
-        if first.evaluation is not NOT_EVALUATED:
-            unlike = difference(first.evaluation, run.evaluation)
-            if unlike is None and _base(first) != _base(run):
-                unlike = f"bases ({_base(first)} and {_base(run)})"
-            if unlike is not None:
-                raise UserError(
-                    f"{first.path} and {run.path}: were evaluated on different {unlike}, so their images are no "
-                    "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
-                    "prompt_suffix)."
-                )
         twin = seen.setdefault((run.variant, run.seed), run)
         if twin is not run:
             raise UserError(
-                f"{run.path} and {twin.path}: are the same recipe with the same seed ({run.seed}); the same run twice "
-                "would count as two. Leave one out."
+                f"{run.place} and {twin.place}: are the same recipe with the same seed ({run.seed}); the same run "
+                "twice would count as two. Leave one out."
             )
-    if first.evaluation is NOT_EVALUATED:
-        return
-    common = set.intersection(*(set(run.evaluation.trained) for run in runs))
-    if not common:
-        found = "; ".join(f"{run.path}: {', '.join(f'{g:g}' for g in run.evaluation.guidances)}" for run in runs)
+    for suite in dict.fromkeys(name for run in runs for name in run.suites):
+        _check_pairs([run.of(suite) for run in runs if suite in run.suites])
+
+
+def _check_pairs(runs: Sequence[Run]) -> None:
+    """The same for the runs that a suite measured."""
+    first = runs[0]
+    for run in runs:
+        unlike = difference(first.evaluation, run.evaluation)
+        if unlike is None and first.file is run.file is None and _base(first) != _base(run):
+            unlike = f"bases ({_base(first)} and {_base(run)})"
+        if unlike is not None:
+            raise UserError(
+                f"{first.place} and {run.place}: were evaluated on different {unlike}, so their images are no "
+                "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
+                "prompt_suffix)."
+            )
+    if not set.intersection(*(set(run.evaluation.trained) for run in runs)):
+        found = "; ".join(f"{run.place}: {', '.join(f'{g:g}' for g in run.evaluation.guidances)}" for run in runs)
         raise UserError(f"the runs were evaluated at no common guidance ({found}); evaluate them alike.")
+    if not set.intersection(*(set(run.evaluation.scores) for run in runs)):
+        found = "; ".join(f"{run.place}: {', '.join(run.evaluation.scores)}" for run in runs)
+        raise UserError(f"the runs were measured by no common score ({found}); evaluate them alike.")
 
 
 SAME: dict[str, Callable[[EvalFile], Any]] = {
@@ -300,10 +232,9 @@ SAME: dict[str, Callable[[EvalFile], Any]] = {
     "splits": lambda one: one.split,
     "noise seeds": lambda one: one.seed,
     "numbers of prompts": lambda one: len(one.prompts),
-    "prompts": lambda one: (one.prompts, one.tags),
+    "prompts": lambda one: one.images,
     "prompt suffixes": lambda one: f"“{one.prompt_suffix}”",
     "numbers of sampling steps": lambda one: one.num_steps,
-    "verdicts": lambda one: one.verdicts,
 }
 
 
@@ -324,19 +255,21 @@ def _base(run: Run) -> str:
 
 
 def _notes(runs: Sequence[Run], guidances: Sequence[float]) -> list[str]:
-    """What a reader should know of the runs, in sentences."""
+    """What a reader should know of a suite's runs, in sentences."""
     notes = []
     left = sorted({one for run in runs for one in run.evaluation.trained} - set(guidances))
     if left:
         names = ", ".join(f"{one:g}" for one in left)
         notes.append(f"Not every run was evaluated at guidance {names}; there, variants are not compared.")
-    first = runs[0].evaluation
+    name, score = next(iter(runs[0].evaluation.scores.items()))
     for guidance in guidances:
-        base = first.base[guidance].marks[first.verdicts[0]]
-        changed = [int((run.evaluation.base[guidance].marks[first.verdicts[0]] != base).sum()) for run in runs]
-        if max(changed):
+        drawn = [run.evaluation.base[guidance].values[name] for run in runs if guidance in run.evaluation.base]
+        same = [base == drawn[0] if score.share else np.isclose(base, drawn[0], rtol=ROUNDING) for base in drawn]
+        changed = [int((~one).sum()) for one in same]
+        if max(changed, default=0):
             notes.append(
-                f"At guidance {guidance:g} the runs' own drawings by the base differ in the verdicts of up to "
-                f"{max(changed)} of {len(base)} images (other machine or libraries?); each is compared with its own."
+                f"At guidance {guidance:g} the runs' own drawings by the base differ in "
+                f"{'the verdicts' if score.share else name} of up to {max(changed)} of {len(drawn[0])} images (other "
+                "machine or libraries?); each is compared with its own."
             )
     return notes

@@ -24,13 +24,14 @@ from agsm_rl.files import write_text
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import Findings, find
-from agsm_rl.report.headline import headline, reach, signed
+from agsm_rl.report.headline import change_text, headline, reach, value_text
 from agsm_rl.report.load import Loaded, load
+from agsm_rl.report.overview import Suites, overview
 from agsm_rl.report.pictures import pictures, sheets
 from agsm_rl.report.views import BASE, GuidanceView, make_views
 
 LIBRARIES = ("assets/d3.min.js", "assets/plot.umd.min.js")
-PARTS = ("figures", "looks", "scores", "curves", "page")
+PARTS = ("figures", "looks", "scores", "curves", "pictures", "page")
 """Of the page's own script, in this order."""
 BASE_NAME = "base"
 
@@ -47,31 +48,30 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
 
 def render(loaded: Loaded) -> str:
     """The page's text."""
-    views, notes = make_views(loaded)
-    found = find(loaded, views)
+    suites = {name: _of_suite(loaded.of(name)) for name in loaded.suites}
+    first, views, found = suites[loaded.suites[0]] if suites else (loaded, [], Findings())
     own_script = "\n".join(_own_file(f"scripts/{name}.js") for name in PARTS)
     scripts = [*(_own_file(name) for name in LIBRARIES), own_script]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tags and verdicts are in their own order
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    environment.filters["points"] = signed
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tags and scores are in their own order
     return environment.from_string(_own_file("page.html.jinja")).render(
         title=loaded.title,
-        headline=headline(loaded, views, found),
-        reach=reach(loaded),
-        notes=[*notes, *loaded.notes],
-        data=_in_json(page_data(loaded, views, found)),
-        plain=_plain(loaded, views, found),
+        headline=headline(first, views, found),
+        reach=reach(first),
+        notes=_notes(loaded),
+        overview=overview(loaded, suites),
+        data=_in_json(page_data(loaded, suites)),
+        plain=_plain(first, views, found),
         evaluated=loaded.evaluated,
-        verdict=next(iter(loaded.evaluation.labels.values()), ""),
+        score=next(iter(first.evaluation.labels.values()), ""),
         sheets=sheets(loaded),
         cells=loaded.cells,
         unused=sum(not cell.used for cell in loaded.cells),
-        runs=loaded.runs,
-        variants=loaded.variants,
+        runs=loaded.all_runs,
+        variants=loaded.all_variants,
         differences=recipes.differences(loaded),
         recipes=recipes.texts(loaded),
-        agreement=[(run.name, sentence) for run in loaded.runs for sentence in run.evaluation.agreement],
+        agreement=[(run.name, sentence) for run in loaded.all_runs for sentence in run.evaluation.agreement],
         version=__version__,
         css=Markup(_own_file("page.css")),
         scripts=[Markup(script) for script in scripts],
@@ -80,28 +80,48 @@ def render(loaded: Loaded) -> str:
     )
 
 
-def page_data(loaded: Loaded, views: list[GuidanceView], found: Findings) -> dict[str, Any]:
-    """What the page's charts and tables are drawn from: shares and differences of shares, as numbers in [-1, 1]."""
-    evaluation, runs = loaded.evaluation, loaded.runs
+def _of_suite(loaded: Loaded) -> tuple[Loaded, list[GuidanceView], Findings]:
+    views, _ = make_views(loaded)
+    return loaded, views, find(loaded, views)
+
+
+def _notes(loaded: Loaded) -> list[str]:
+    """What a reader should know: of each suite's guidance and runs, and of what was not understood."""
+    notes = [note for name in loaded.suites for note in (*make_views(loaded.of(name))[1], *loaded.of(name).notes)]
+    return list(dict.fromkeys([*notes, *(note for run in loaded.all_runs for note in run.notes)]))
+
+
+def page_data(loaded: Loaded, suites: Suites) -> dict[str, Any]:
+    """What the page's charts and tables are drawn from: shares as numbers in [0, 1], differences of them in [-1, 1]."""
+    runs = loaded.all_runs
     return {
-        "verdicts": evaluation.labels,
-        "tags": {name: evaluation.tags.count(name) for name in evaluation.tag_names},
-        "views": [{"key": view.key, "label": view.label, "guidance": _named(view.guidance)} for view in views],
-        "variants": [{"name": one.name, "seeds": one.seeds} for one in loaded.variants],
-        "scores": [
-            {"verdict": verdict, "model": name or BASE_NAME, "base": name == BASE, "guidance": guidance, **_json(value)}
-            for (verdict, (name, guidance)), value in found.scores.items()
-        ],
-        "differences": [
-            {"verdict": verdict, "model": one, "guidance": guidance, "minus": other or BASE_NAME}
-            | {"base": other == BASE, "minus_guidance": other_guidance, **_json(value)}
-            for (verdict, (one, guidance), (other, other_guidance)), value in found.differences.items()
-        ],
+        "suites": [_suite_data(name, *suite) for name, suite in suites.items()],
+        "variants": [{"name": one.name, "seeds": one.seeds} for one in loaded.all_variants],
         "runs": [
             {"name": run.name, "variant": run.variant, "seed": run.seed}
-            | {"curves": history.curves(run, runs=len(runs)), "evaluations": history.evaluations(run)}
-            | {"rewards": history.trained_rewards(run)}
+            | {"curves": history.curves(run, runs=len(runs)), "rewards": history.trained_rewards(run)}
+            | {"evaluations": {name: history.evaluations(run, name) for name in run.suites}}
             for run in runs
+        ],
+    }
+
+
+def _suite_data(name: str, loaded: Loaded, views: Sequence[GuidanceView], found: Findings) -> dict[str, Any]:
+    evaluation = loaded.evaluation
+    return {
+        "name": name if name == evaluation.suite else f"{name} ({evaluation.suite})",
+        "key": name,
+        "scores": {key: {"label": score.label, "share": score.share} for key, score in evaluation.scores.items()},
+        "tags": {tag: evaluation.tags.count(tag) for tag in evaluation.tag_names if tag},
+        "views": [{"key": view.key, "label": view.label, "guidance": _named(view.guidance)} for view in views],
+        "estimates": [
+            {"score": score, "model": model or BASE_NAME, "base": model == BASE, "guidance": guidance, **_json(value)}
+            for (score, (model, guidance)), value in found.scores.items()
+        ],
+        "differences": [
+            {"score": score, "model": one, "guidance": guidance, "minus": other or BASE_NAME}
+            | {"base": other == BASE, "minus_guidance": other_guidance, **_json(value)}
+            for (score, (one, guidance), (other, other_guidance)), value in found.differences.items()
         ],
         "pictures": _with_named_base(pictures(loaded)),
     }
@@ -117,7 +137,8 @@ def _in_json(value: Any) -> Any:
 
 
 def _named(guidance: dict[str, float]) -> dict[str, Any]:
-    return {"base": guidance[BASE], "variants": {name: value for name, value in guidance.items() if name != BASE}}
+    variants = {name: value for name, value in guidance.items() if name != BASE}
+    return {"base": guidance.get(BASE), "variants": variants}
 
 
 def _with_named_base(found: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +152,7 @@ def _with_named_base(found: dict[str, Any]) -> dict[str, Any]:
 def _json(part: Estimate) -> dict[str, Any]:
     return {
         "overall": _numbers(part.overall),
-        "tags": {name: _numbers(one) for name, one in part.tags.items()},
+        "tags": {name: _numbers(one) for name, one in part.tags.items() if name},
         "by_seed": [_rounded(value) for value in part.by_seed],
     }
 
@@ -141,20 +162,20 @@ def _numbers(part: Interval) -> list[float]:
 
 
 def _rounded(value: float) -> float:
-    return round(value, 6)
+    """To six digits, and to six decimals where that keeps them all."""
+    return round(value, 6) if abs(value) >= 0.1 else float(f"{value:.6g}")
 
 
 def _plain(loaded: Loaded, views: list[GuidanceView], found: Findings) -> list[dict[str, Any]]:
     """The main figures for readers without scripts: by view, a row a model."""
     tables = []
     for view in views:
-        verdict = loaded.evaluation.verdicts[0]
-        base = found.score(verdict, view, BASE).overall
-        rows: list[tuple[str, float, Interval, Interval | None]] = [(BASE_NAME, view.guidance[BASE], base, None)]
-        for variant in loaded.variants:
-            change = found.difference(verdict, view, variant.name)
-            score = found.score(verdict, view, variant.name).overall
-            rows.append((variant.name, view.guidance[variant.name], score, change.overall if change else None))
+        key, score = next(iter(loaded.evaluation.scores.items()))
+        rows = []
+        for name, guidance in view.guidance.items():
+            change = found.difference(key, view, name)
+            reached = value_text(score, found.score(key, view, name).overall)
+            rows.append((name or BASE_NAME, guidance, reached, change_text(score, change.overall) if change else ""))
         tables.append({"label": view.label, "rows": rows})
     return tables
 

@@ -19,7 +19,7 @@ def differences(loaded: Loaded) -> list[tuple[str, list[str]]]:
 
     A block that not every variant has stands in one row, as a whole; ABSENT where a recipe has none.
     """
-    recipes = [_by_name(variant.runs[0].recipe) for variant in loaded.variants]
+    recipes = [_by_name(variant.runs[0].recipe) for variant in loaded.all_variants]
     return [(place, values) for place, values in _rows(recipes, "") if place != "seed"]
 
 
@@ -57,5 +57,5 @@ def texts(loaded: Loaded) -> list[tuple[str, str]]:
     """(variant, its recipe as YAML), each variant's first seed."""
     return [
         (variant.name, yaml.safe_dump(variant.runs[0].recipe, sort_keys=False, allow_unicode=True, width=100))
-        for variant in loaded.variants
+        for variant in loaded.all_variants
     ]

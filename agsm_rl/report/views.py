@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agsm_rl.report.eval_file import EvalFile, Marks
-from agsm_rl.report.load import Loaded, Run, Variant, difference
+from agsm_rl.report.eval_file import NOT_RECORDED, EvalFile
+from agsm_rl.report.eval_rows import Values
+from agsm_rl.report.load import Loaded, Variant, difference
+from agsm_rl.report.runs import Run
 
 BASE = ""
 """The base's key among the variants, which all have names."""
@@ -17,7 +19,7 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class GuidanceView:
-    """A way to compare: the guidance of every variant and, under BASE, of the base."""
+    """A way to compare: the guidance of every variant and, under BASE, of the base, if there is one."""
 
     key: str
     label: str
@@ -26,10 +28,9 @@ class GuidanceView:
 
 def make_views(loaded: Loaded) -> tuple[list[GuidanceView], list[str]]:
     """The views, the headline's first, and sentences to show with them."""
-    names = [BASE, *(variant.name for variant in loaded.variants)]
+    names = [*([BASE] if loaded.has_base else []), *(variant.name for variant in loaded.variants)]
     views = [
-        GuidanceView(f"{guidance:g}", f"guidance {guidance:g}", dict.fromkeys(names, guidance))
-        for guidance in loaded.guidances
+        GuidanceView(f"{guidance:g}", _label(guidance), dict.fromkeys(names, guidance)) for guidance in loaded.guidances
     ]
     with_validation = [run for run in loaded.runs if run.validation is not None]
     if not with_validation:
@@ -49,6 +50,10 @@ def make_views(loaded: Loaded) -> tuple[list[GuidanceView], list[str]]:
     return ([own, *views], [note]) if own else (views, [note])
 
 
+def _label(guidance: float) -> str:
+    return "the guidance that they were drawn with" if guidance == NOT_RECORDED else f"guidance {guidance:g}"
+
+
 def _unlike_validations(runs: Sequence[Run]) -> str:
     """How the runs' validations differ, or which is not on validation prompts; empty if they can be used."""
     validated = [(run, run.validation) for run in runs if run.validation is not None]
@@ -56,6 +61,10 @@ def _unlike_validations(runs: Sequence[Run]) -> str:
         if validation.split != "validation":
             return f"{run.name}'s are of the split {validation.split}"
         unlike = difference(validated[0][1], validation)
+        if unlike is None and run.evaluation.score_names[0] not in validation.scores:
+            return f"{run.name}'s are not judged by the same score"
+        if unlike is None and run.evaluation.base and not validation.base:
+            return f"{run.name}'s do not measure the base"
         if unlike is not None:
             return f"{validated[0][0].name} and {run.name} have different {unlike}"
     return ""
@@ -63,7 +72,9 @@ def _unlike_validations(runs: Sequence[Run]) -> str:
 
 def _own(loaded: Loaded) -> tuple[GuidanceView | None, str]:
     """Each model at the guidance with its highest validation score."""
-    chosen = {BASE: choose(scores_on_validation(loaded.runs, base=True), measured_of_base(loaded))}
+    chosen = {}
+    if loaded.has_base:
+        chosen[BASE] = choose(scores_on_validation(loaded.runs, base=True), measured_of_base(loaded))
     for variant in loaded.variants:
         chosen[variant.name] = choose(scores_on_validation(variant.runs), measured_of(variant))
     guidance = {name: value for name, value in chosen.items() if value is not None}
@@ -81,7 +92,8 @@ def scores_on_validation(runs: Sequence[Run], *, base: bool = False) -> dict[flo
         assert run.validation is not None
         judged = run.validation.base if base else run.validation.trained
         for guidance, result in judged.items():
-            scores.setdefault(guidance, []).append(run.validation.score(result, run.validation.verdicts[0]))
+            value = run.validation.score(result, run.evaluation.score_names[0])
+            scores.setdefault(guidance, []).append(value)
     return {guidance: float(np.mean(values)) for guidance, values in scores.items() if base or len(values) == len(runs)}
 
 
@@ -99,11 +111,11 @@ def measured_of(variant: Variant) -> list[float]:
 
 def measured_of_base(loaded: Loaded) -> list[float]:
     """Guidances at which the base was drawn for any run."""
-    return list(dict.fromkeys(guidance for run in loaded.runs for guidance in run.evaluation.guidances))
+    return list(dict.fromkeys(guidance for run in loaded.runs for guidance in run.evaluation.base))
 
 
-def base_marks(loaded: Loaded, run: Run, guidance: float, verdict: str) -> Marks:
-    """The base's marks from the run's own evaluation, else from the first run that drew it at that guidance."""
+def base_values(loaded: Loaded, run: Run, guidance: float, score: str) -> Values:
+    """The base's figures from the run's own evaluation, else from the first run that drew it at that guidance."""
     holders = [run.evaluation, *(sibling.evaluation for sibling in loaded.runs)]
     holder: EvalFile = next(evaluation for evaluation in holders if guidance in evaluation.base)
-    return holder.base[guidance].marks[verdict]
+    return holder.base[guidance].values[score]

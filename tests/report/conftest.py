@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from making_runs import write_sweep
 
 REQUIRE_ALL = os.environ.get("AGSM_RL_REQUIRE_ALL") == "1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -47,3 +48,12 @@ def browser():
     opened.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
     yield opened
     opened.quit()
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """Two variants over two seeds at two guidances, one cell failed and one running. Read only."""
+    low, high = {1.0: (0.3, 0.4), 2.0: (0.4, 0.45)}, {1.0: (0.3, 0.6), 2.0: (0.4, 0.55)}
+    variants = {"weak": {"scores": low, "terms": ("agsm",)}, "strong": {"scores": high, "rank": 4}}
+    states = {"weak-seed2": "failed", "strong-seed2": "running"}
+    return write_sweep(tmp_path_factory.mktemp("sweeps") / "study", variants, range(3), states)

@@ -125,14 +125,16 @@ def test_one_run_given_twice_is_refused(tmp_path):
         load([run, run])
 
 
+NOTHING = [{"prompt": "a drawing", "tag": "counting"}]
+
 BROKEN = {
     "there is no such folder": lambda run: run / "nowhere",
     "is no run folder": lambda run: (run / "recipe.yaml").unlink() or run,
     "has no eval.json: the run is not finished": lambda run: (run / "eval.json").unlink() or run,
     "is not JSON": lambda run: (run / "eval.json").write_text("{") and run,
-    "is not an evaluation of base against trained": lambda run: (run / "eval.json").write_text("[]") and run,
-    "no verdict per image": lambda run: changed(run, images=[]),
-    "does not measure the base too": lambda run: remade_alone(run),
+    "is not an evaluation as": lambda run: (run / "eval.json").write_text("[]") and run,
+    "neither a verdict nor a score": lambda run: changed(run, images=NOTHING, base={"images": NOTHING}),
+    "does not measure the base at every guidance": lambda run: without_a_base(run),
     "a verdict is true or false": lambda run: changed(run, images=[{"prompt": "", "tag": "", "strict": 1}]),
     "metrics.jsonl: line 1: is not JSON": lambda run: (run / "metrics.jsonl").write_text("?\n{}\n") and run,
     "metrics.jsonl: line 1 is not a line of a run's metrics": lambda run: first_line(run, b'{"step": Infinity}'),
@@ -159,7 +161,7 @@ BROKEN = {
     "eval.json: is not text in UTF-8": lambda run: (run / "eval.json").write_bytes(b"\x89PNG\xff") and run,
     "nan is not a guidance": lambda run: changed(run, guidance=float("nan")),
     "OverflowError": lambda run: changed(run, num_steps=float("inf")),
-    "different verdicts": lambda run: without_strict_in_base(run),
+    "different scores": lambda run: without_strict_in_base(run),
     "is not the name of an adapter's file": lambda run: changed(run, drawing={"adapters": {"../../x": "0"}}),
     "cannot be read as a picture": lambda run: broken_image(run),
 }
@@ -204,8 +206,8 @@ def without_strict_in_base(run):
     return run
 
 
-def remade_alone(run):
-    content = json.loads((run / "eval.json").read_text())
+def without_a_base(run):
+    content = evaluation(["one", "two"], {1.0: (0.3, 0.5), 2.0: (0.3, 0.5)}, 0)
     del content["base"]
     (run / "eval.json").write_text(json.dumps(content))
     return run

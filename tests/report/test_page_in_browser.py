@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from making_runs import by_geneval, not_evaluated, write_run, write_sweep
+from reading_pages import HOSTILE, hostile_sweep
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from test_report import HOSTILE, hostile_sweep
 
 from agsm_rl.report.headline import signed
 from agsm_rl.report.page import write_report
@@ -196,16 +196,16 @@ def rows_of(browser, table: str) -> list[list[str]]:
 
 
 def data_of(browser) -> dict:
-    return json.loads(browser.find_element(By.ID, "data").get_attribute("textContent"))
+    return json.loads(browser.find_element(By.ID, "data").get_attribute("textContent"))["suites"][0]
 
 
 def test_the_tables_show_the_datas_figures_for_what_is_chosen(browser, report):
     show(browser, report)
     data = data_of(browser)
     choose(browser, "view", "guidance 2")
-    choose(browser, "verdict", "right (lenient)")
+    choose(browser, "score", "right (lenient)")
     choose(browser, "minus", "agsm and ddpo")
-    wanted = [one for one in data["scores"] if (one["verdict"], one["guidance"]) == ("correct", 2)]
+    wanted = [one for one in data["estimates"] if (one["score"], one["guidance"]) == ("correct", 2)]
     rows = rows_of(browser, "scores-table")
     assert [row[0] for row in rows] == [one["model"] for one in wanted] == ["base", "agsm and ddpo", "agsm"]
     for row, one in zip(rows, wanted, strict=True):
@@ -215,7 +215,7 @@ def test_the_tables_show_the_datas_figures_for_what_is_chosen(browser, report):
     (kept,) = [
         one
         for one in data["differences"]
-        if (one["verdict"], one["guidance"], one["model"], one["minus"]) == ("correct", 2, "agsm and ddpo", "agsm")
+        if (one["score"], one["guidance"], one["model"], one["minus"]) == ("correct", 2, "agsm and ddpo", "agsm")
     ]
     (row,) = [row for row in rows_of(browser, "differences-table") if row[0] == "agsm"]
     value, low, high = (signed(-kept["overall"][place]) for place in (0, 2, 1))

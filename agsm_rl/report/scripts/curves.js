@@ -94,8 +94,10 @@ function openingMetric(metrics) {
   return rewards[0] ?? metrics.find((name) => name.endsWith("/reward")) ?? metrics.find((name) => name === "loss") ?? metrics[0] ?? "";
 }
 
+/** What evaluations gave over the steps; of a reward, by the suite that is looked at or else by another. */
 function heldOut(run, guidance, read) {
-  return run.evaluations.filter((row) => row.guidance === guidance).map((row) => ({ x: row.step, y: read(row) })).filter((point) => point.y !== null && point.y !== undefined);
+  const of = (name) => (run.evaluations[name] ?? []).filter((row) => row.guidance === guidance).map((row) => ({ x: row.step, y: read(row) })).filter((point) => !missing(point.y));
+  return [suite().key, ...Object.keys(run.evaluations)].map(of).find((found) => found.length) ?? [];
 }
 
 function drawGap() {
@@ -105,30 +107,31 @@ function drawGap() {
   // Beside variants that learn from a reward, the others have nothing to show here.
   const learns = (model) => data.runs.some((run) => run.variant === model.name && Object.keys(trainedRewards(run)).length);
   const some = variants().filter(learns);
+  const judge = score().share ? "judge" : score().label;
   for (const model of some.length ? some : variants()) {
     const runs = data.runs.filter((run) => run.variant === model.name);
     const guidance = guidanceOf(model);
-    const judge = (run) => heldOut(run, guidance, (row) => row[state.verdict]);
     const rewards = [...new Set(runs.flatMap((run) => Object.keys(trainedRewards(run))))];
     for (const reward of rewards.length ? rewards : [null]) {
-      // One picture where the reward is the judge's own share; otherwise the units differ, and so do the pictures.
-      const same = reward === "shapes" || reward === null;
       const line = (kind, look, read) => ({ name: `${model.name}: ${kind}`, kind, ...look, points: together(runs.map(read)) });
-      const judged = line("judge, held-out", { colour: "var(--v2)", dots: true, symbol: d3.symbolTriangle }, judge);
+      const judged = line(`${judge}, held-out`, { colour: "var(--v2)", dots: true, symbol: d3.symbolTriangle }, (run) => heldOut(run, guidance, (row) => row[state.score]));
+      // One picture where the reward is the judge's own share; otherwise the units differ, and so do the pictures.
+      const same = (reward === "shapes" && score().share) || reward === null;
       const series = [
         reward && line("trained reward", { colour: "var(--v1)" }, (run) => curve(run, trainedRewards(run)[reward], "step")),
         reward && line("held-out reward", { colour: "var(--v0)", dots: true, symbol: d3.symbolSquare, dash: "5,3" }, (run) => heldOut(run, guidance, (row) => row.rewards[reward])),
         same && judged,
       ].filter((one) => one && one.points.length);
       if (reward) rows.push(gapRow(model, runs, reward, guidance));
-      addMultiple(box, `${model.name}${reward ? ` · ${reward}` : ""}`, series, same);
-      if (!same) addMultiple(box, `${model.name} · judge`, [judged], true);
+      addMultiple(box, `${model.name}${reward ? ` · ${reward}` : ""}`, series, same && score().share);
+      if (!same && reward !== state.score) addMultiple(box, `${model.name} · ${judge}`, [judged], score().share);
     }
   }
   const note = "Trained: from the mean of the first tenth of the steps to that of the last. Held-out: from the base to the trained model, at the guidance chosen above. Means over seeds.";
   fill("gap-table", rows.length
-    ? el("div", {}, table(["model", "reward", "trained", "held-out, same reward", "held-out, judge (points)", "gap"], rows), el("p", { class: "note" }, note))
-    : empty("None of the runs shown learns from a reward, so none can be over-optimised: the lines are the judge's alone."));
+    ? el("div", {}, table(["model", "reward", "trained", "held-out, same reward", `held-out, ${judge}${score().share ? " (points)" : ""}`, "gap"], rows), el("p", { class: "note" }, note))
+    : empty("None of the runs shown learns from a reward, so none can be over-optimised: the lines are the held-out scores alone."));
+  place("over-optimisation").hidden = !rows.length && !box.children.length;
 }
 
 function addMultiple(box, title, series, zero) {
@@ -145,11 +148,11 @@ function gapRow(model, runs, reward, guidance) {
   const mean = (values) => (values.length ? d3.mean(values) : null);
   const trained = runs.map((run) => run.rewards[reward]).filter(Boolean);
   const ends = (read) => runs.map((run) => heldOut(run, guidance, read)).filter((points) => points.length > 1).map((points) => [points[0].y, points[points.length - 1].y]);
-  const same = ends((row) => row.rewards[reward]), judge = ends((row) => row[state.verdict]);
+  const same = ends((row) => row.rewards[reward]), judge = ends((row) => row[state.score]);
   const told = (pairs) => (pairs.length ? `${short(mean(pairs.map((pair) => pair[0])))} → ${short(mean(pairs.map((pair) => pair[1])))}` : "not measured");
   const gain = (pairs) => (pairs.length ? mean(pairs.map((pair) => pair[1] - pair[0])) : null);
   const gap = same.length && trained.length ? short(gain(trained) - gain(same)) : "–";
-  const points = judge.length ? `${percent(mean(judge.map((pair) => pair[0])))} → ${percent(mean(judge.map((pair) => pair[1])))}` : "–";
+  const points = judge.length ? `${inValue(mean(judge.map((pair) => pair[0])))} → ${inValue(mean(judge.map((pair) => pair[1])))}` : "–";
   return [key(model), reward, told(trained), told(same), points, gap];
 }
 

@@ -11,56 +11,70 @@ const DASHES = ["", "6,3", "2,3"];
 
 const models = [BASE, ...data.variants.map((variant, index) => ({ ...variant, base: false, index }))];
 const state = {
-  view: data.views[0]?.key, // none where nothing was evaluated
-  verdict: Object.keys(data.verdicts)[0],
+  suite: 0,
+  score: "",
+  view: "",
   hidden: new Set(),
-  minus: -1,
+  minus: 0, // of models
   tag: MEAN,
   metric: "",
   axis: "step",
   lines: "variants",
+  pictures: "first",
   run: 0,
 };
 
 // ---- figures ------------------------------------------------------------------------------------------------------
 
-const percent = (value) => (100 * value).toFixed(1);
-const signed = (value) => (value <= -0.0005 ? "−" : "+") + Math.abs(100 * value).toFixed(1);
-const short = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
-const interval = (part, format) => `[${format(part[1])}, ${format(part[2])}]`;
+const missing = (value) => value === null || value === undefined;
+const percent = (value) => (missing(value) ? "–" : (100 * value).toFixed(1));
+const signed = (value) => (missing(value) ? "–" : (value <= -0.0005 ? "−" : "+") + Math.abs(100 * value).toFixed(1));
+const short = (value) => (missing(value) ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
+const signedNumber = (value) => (missing(value) ? "–" : (value < 0 ? "−" : "+") + short(Math.abs(value)));
+const interval = (part, format) => (missing(part[1]) ? "" : `[${format(part[1])}, ${format(part[2])}]`);
 const clear = (part) => part[1] > 0 || part[2] < 0;
 
-const view = () => data.views.find((one) => one.key === state.view);
-const guidanceOf = (model) => (model.base ? view().guidance.base : view().guidance.variants[model.name]);
-const visible = () => models.filter((model) => model.base || !state.hidden.has(model.name));
+const suite = () => data.suites[state.suite]; // none where no image was measured
+const score = () => suite().scores[state.score];
+const inValue = (value) => (score().share ? percent(value) : short(value));
+const inChange = (value) => (score().share ? signed(value) : signedNumber(value));
+const unit = () => (score().share ? " %" : "");
+const points = () => (score().share ? " points" : "");
+const tags = () => (Object.keys(suite().tags).length > 1 ? [MEAN, ...Object.keys(suite().tags)] : [MEAN]);
+
+const viewNamed = (key) => suite().views.find((one) => one.key === key);
+const view = () => viewNamed(state.view);
+const guidanceIn = (model, at) => (model.base ? at.guidance.base : at.guidance.variants[model.name]);
+const guidanceOf = (model) => guidanceIn(model, view());
+const measured = () => models.filter((model) => !missing(guidanceOf(model)));
+const visible = () => measured().filter((model) => model.base || !state.hidden.has(model.name));
 const variants = () => visible().filter((model) => !model.base);
 const partOf = (estimate, tag) => (tag === MEAN ? estimate.overall : estimate.tags[tag]);
 
 function scoreOf(model, guidance = guidanceOf(model)) {
-  return data.scores.find(
-    (one) => one.verdict === state.verdict && one.base === model.base && one.model === model.name && one.guidance === guidance,
+  return suite().estimates.find(
+    (one) => one.score === state.score && one.base === model.base && one.model === model.name && one.guidance === guidance,
   );
 }
 
 /** The estimate of `model` minus `other`; each pair is kept in one direction only. */
 function differenceOf(model, other, key = state.view) {
-  const at = data.views.find((one) => one.key === key).guidance;
-  const place = (one) => (one.base ? at.base : at.variants[one.name]);
+  const at = viewNamed(key);
   const find = (first, second) =>
-    data.differences.find(
+    suite().differences.find(
       (one) =>
-        one.verdict === state.verdict && !first.base && one.model === first.name && one.base === second.base &&
-        one.minus === second.name && one.guidance === place(first) && one.minus_guidance === place(second),
+        one.score === state.score && !first.base && one.model === first.name && one.base === second.base &&
+        one.minus === second.name && one.guidance === guidanceIn(first, at) && one.minus_guidance === guidanceIn(second, at),
     );
   const found = find(model, other);
   if (found) return found;
   const back = find(other, model);
   if (!back) return undefined;
-  const turn = ([value, low, high]) => [-value, -high, -low];
+  const turned = (value) => (missing(value) ? null : -value);
+  const turn = ([value, low, high]) => [turned(value), turned(high), turned(low)];
   return {
     overall: turn(back.overall),
     tags: Object.fromEntries(Object.entries(back.tags).map(([tag, part]) => [tag, turn(part)])),
-    by_seed: back.by_seed.map((value) => -value),
+    by_seed: back.by_seed.map(turned),
   };
 }
-

@@ -1,45 +1,32 @@
-function drawPictures() {
-  const only = place("only-different").checked;
-  const shown = visible().map((model) => {
-    const at = data.pictures.shown[String(guidanceOf(model))];
-    return { model, rows: at && (model.base ? at.base : at.variants[model.name]) };
-  });
-  const kept = shown.filter((one) => one.rows);
-  if (!kept.length) return fill("pictures-grid", empty("The runs shown kept no single images at this guidance (in their folders: samples/eval, or where eval.json says)."));
-  const cards = data.pictures.prompts.flatMap((prompt, number) => {
-    const shots = kept.map((one) => ({ model: one.model, shot: one.rows[number] })).filter((one) => one.shot);
-    const marks = new Set(shots.map((one) => one.shot[state.verdict]));
-    if (!shots.length || (only && marks.size < 2)) return [];
-    return [el("div", { class: "prompt" }, el("p", {}, prompt.prompt, el("span", {}, prompt.tag)), el("div", { class: "shots" }, ...shots.map(picture)))];
-  });
-  // Two prompts a row where a row holds them.
-  place("pictures-grid").style.setProperty("--card-width", `${Math.max(320, kept.length * 116)}px`);
-  fill("pictures-grid", ...(cards.length ? cards : [empty("All verdicts are alike on the prompts shown.")]));
-}
-
-function picture({ model, shot }) {
-  const right = shot[state.verdict];
-  const image = el("img", { src: data.pictures.images[shot.image], alt: `${model.name}: ${right ? "right" : "wrong"}` });
-  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 96));
-  const reason = shot.reason && !right ? `: ${shot.reason}` : "";
-  return el("figure", { class: right ? "right" : "wrong", title: shot.reason || "right" }, image,
-    el("figcaption", {}, el("b", {}, mark(model), model.name), el("span", { class: "verdict" }, right ? "✓ right" : "✗ wrong"), cut(reason, 80)));
-}
-
 // ---- choices ------------------------------------------------------------------------------------------------------
 
 function choose(id, label, options, current, change) {
-  if (options.length < 2) return;
+  if (options.length < 2) return fill(id);
   const select = el("select", { id: `${id}-select`, onchange: (event) => { change(event.target.value); draw(); } },
     ...options.map(([value, text]) => el("option", { value, selected: value === current }, text)));
   fill(id, el("label", { for: `${id}-select` }, label), select);
 }
 
+/** What can be chosen of a suite; a choice that another suite has too is kept. */
+function offerScores() {
+  const kept = (options, current) => (options.some(([value]) => value === current) ? current : options[0][0]);
+  const scores = Object.entries(suite().scores).map(([name, one]) => [name, one.label]);
+  state.score = kept(scores, state.score);
+  choose("choose-score", "score", scores, state.score, (value) => { state.score = value; });
+  const views = suite().views.map((one) => [one.key, one.label]);
+  state.view = kept(views, state.view);
+  choose("choose-view", "compare at", views, state.view, (value) => { state.view = value; });
+  const minus = measured().map((model) => [String(models.indexOf(model)), model.name]);
+  state.minus = Number(kept(minus, String(state.minus)));
+  choose("choose-minus", "minus", minus.length > 2 || !measured()[0].base ? minus : [], String(state.minus), (value) => { state.minus = Number(value); });
+  const listed = tags().map((tag) => [tag, tag]);
+  state.tag = kept(listed, state.tag);
+  choose("choose-tag", "tag", listed, state.tag, (value) => { state.tag = value; });
+}
+
 function offerChoices() {
-  choose("choose-view", "compare at", data.views.map((one) => [one.key, one.label]), state.view, (value) => { state.view = value; });
-  choose("choose-verdict", "verdict", Object.entries(data.verdicts), state.verdict, (value) => { state.verdict = value; });
-  choose("choose-minus", "minus", [["-1", "base"], ...(data.variants.length > 1 ? data.variants.map((one, index) => [String(index), one.name]) : [])], "-1", (value) => { state.minus = Number(value); });
-  choose("choose-tag", "tag", [MEAN, ...Object.keys(data.tags)].map((tag) => [tag, tag]), MEAN, (value) => { state.tag = value; });
+  choose("choose-suite", "suite", data.suites.map((one, index) => [String(index), one.name]), "0", (value) => { state.suite = Number(value); offerScores(); });
+  if (suite()) offerScores();
   const metrics = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.metrics)))].sort();
   state.metric = openingMetric(metrics);
   choose("choose-metric", "metric", metrics.map((name) => [name, name]), state.metric, (value) => { state.metric = value; });
@@ -65,7 +52,9 @@ function chip(model) {
 
 function draw() {
   const ofEvaluations = [drawPicture, drawScores, drawDifferences, drawGuidance, drawGap, drawPictures];
-  for (const part of [...(state.view ? ofEvaluations : []), drawTraining, drawGradients]) part();
+  const ofTraining = data.runs.some((run) => run.curves.step.length) ? [drawTraining, drawGradients] : [];
+  for (const part of [...(suite() ? ofEvaluations : []), ...ofTraining]) part();
+  for (const id of ["training", "gradients"]) place(id).hidden = !ofTraining.length;
   makeScrollable();
 }
 

@@ -4,18 +4,19 @@
 function forest(rows, { width, domain, label, zero }) {
   const wide = width > 600;
   const left = wide ? Math.min(0.34 * width, 24 + 7.6 * Math.max(...rows.map((row) => row.name.length + row.at.length))) : 6;
-  const right = wide ? 168 : 6;
-  const letters = Math.floor((wide ? left - 12 : width - 180) / 7.8);
   const down = wide ? 0 : 11, up = wide ? 0 : -9;
   const ticks = rows.flatMap((row) => (row.seeds.length > 1 ? row.seeds.map((value) => ({ name: row.name, value, model: row.model })) : []));
   const text = { y: "name", dy: up, fontSize: 13, fill: "currentColor", stroke: "var(--card)", strokeWidth: 4 };
-  const figures = (row) => `${signed(row.value)}  ${interval([0, row.low, row.high], signed)}`;
+  const figures = (row) => `${inChange(row.value)}  ${interval([0, row.low, row.high], inChange)}`;
+  const right = wide ? Math.max(168, 24 + 7.2 * Math.max(...rows.map((row) => figures(row).length))) : 6;
+  const letters = Math.floor((wide ? left - 12 : width - 180) / 7.8);
+  const tick = (value) => (value === 0 ? "0" : inChange(value).replace(/\.0$/, ""));
   return plot({
     width,
     height: rows.length * (wide ? 32 : 48) + (wide ? 64 : 74),
     marginLeft: left, marginRight: right, marginTop: wide ? 24 : 32, marginBottom: 38,
     ariaLabel: label,
-    x: { domain, label: "points", labelAnchor: "right", tickFormat: (value) => (value === 0 ? "0" : signed(value).replace(/\.0$/, "")), grid: true, ticks: Math.max(3, Math.floor((width - left - right) / 90)) },
+    x: { domain, label: score().share ? "points" : "difference", labelAnchor: "right", tickFormat: tick, grid: true, ticks: Math.max(3, Math.floor((width - left - right) / 90)) },
     y: { type: "point", domain: rows.map((row) => row.name), axis: null, padding: 0.5 },
     marks: [
       Plot.ruleX([0], { stroke: "var(--ink)", strokeOpacity: 0.6 }),
@@ -25,19 +26,18 @@ function forest(rows, { width, domain, label, zero }) {
       Plot.dot(rows, { x: "value", y: "name", fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 6, stroke: "var(--card)", strokeWidth: 1.5, dy: down }),
       Plot.text(rows, { ...text, frameAnchor: "left", textAnchor: "start", dx: wide ? 4 - left : 0, text: (row) => cut(row.name + row.at, letters), fontWeight: 600 }),
       Plot.text(rows, { ...text, frameAnchor: "right", textAnchor: "end", dx: wide ? right - 4 : 0, text: figures }),
-      Plot.tip(rows, Plot.pointerY({ x: "value", y: "name", title: (row) => `${row.name}${row.at}\n${figures(row)} points${row.seeds.length > 1 ? `\nby seed: ${row.seeds.map(signed).join(", ")}` : ""}` })),
+      Plot.tip(rows, Plot.pointerY({ x: "value", y: "name", title: (row) => `${row.name}${row.at}\n${figures(row)}${points()}${row.seeds.length > 1 ? `\nby seed: ${row.seeds.map(inChange).join(", ")}` : ""}` })),
     ],
   });
 }
 
 function forestRows(minus, viewKey, tag) {
-  const at = data.views.find((one) => one.key === viewKey);
+  const at = viewNamed(viewKey);
   return visible().filter((model) => model !== minus).flatMap((model) => {
     const found = differenceOf(model, minus, viewKey);
     if (!found) return [];
     const [value, low, high] = partOf(found, tag);
-    const guidance = model.base ? at.guidance.base : at.guidance.variants[model.name];
-    return [{ name: model.name, model, value, low, high, at: viewKey === "own" ? ` @ ${guidance}` : "", seeds: tag === MEAN ? found.by_seed : [] }];
+    return [{ name: model.name, model, value, low, high, at: viewKey === "own" ? ` @ ${guidanceIn(model, at)}` : "", seeds: tag === MEAN ? found.by_seed : [] }];
   });
 }
 
@@ -47,12 +47,17 @@ function extent(rows) {
   return [low - room, high + room];
 }
 
+const overWhat = () => (!score().share ? `mean ${score().label}` : `share of images ${score().label}${tags().length > 1 ? ", mean over tags" : ""}`);
+
 function drawPicture() {
-  const shown = data.views[0].key === "own" ? [data.views[0]] : data.views;
+  const views = suite().views;
+  place("picture").hidden = missing(views[0].guidance.base);
+  if (place("picture").hidden) return;
+  const shown = views[0].key === "own" ? [views[0]] : views;
   const parts = shown.map((one) => ({ one, rows: forestRows(BASE, one.key, MEAN) }));
   const domain = extent(parts.flatMap((part) => part.rows));
   const box = el("div", { class: "views" });
-  fill("picture", el("h2", {}, `Minus base, share of images ${data.verdicts[state.verdict]}, mean over tags, 95 % intervals${shown[0].key === "own" ? ", each model @ its own guidance" : ""}`), box);
+  fill("picture", el("h2", {}, `Minus base, ${overWhat()}, 95 % intervals${shown[0].key === "own" ? ", each model @ its own guidance" : ""}`), box);
   const cells = parts.map(({ one }) => el("div", {}, shown.length > 1 ? el("p", { class: "note" }, one.label) : null));
   box.append(...cells);
   for (const [index, { one, rows }] of parts.entries()) {
@@ -61,17 +66,27 @@ function drawPicture() {
   }
 }
 
+/** The range of a score's axis: all of what a share can be; of numbers, what there is, and the same in every chart. */
+function scale() {
+  if (score().share) return { domain: [0, 1], tickFormat: (value) => `${Math.round(100 * value)}`, label: "%" };
+  const parts = visible().flatMap((model) => tags().map((tag) => partOf(scoreOf(model), tag)));
+  const values = parts.flat().filter((value) => !missing(value));
+  const low = d3.min(values), high = d3.max(values), room = 0.06 * (high - low || Math.abs(high) || 1);
+  return { domain: [low - room, high + room], tickFormat: short, label: "" };
+}
+
 function drawScores() {
-  const tags = [MEAN, ...Object.keys(data.tags)];
+  place("scores-note").textContent = score().share
+    ? `Share of images that are right, in %, with 95 % intervals${tags().length > 1 ? "; mean is the mean over tags" : ""}.`
+    : `Mean ${score().label} over prompts, in its own unit, with 95 % intervals.`;
   const box = place("scores-charts");
   box.replaceChildren();
-  for (const tag of tags) {
+  for (const tag of tags()) {
     const rows = visible().map((model) => {
-      const found = scoreOf(model);
-      const [value, low, high] = partOf(found, tag);
+      const [value, low, high] = partOf(scoreOf(model), tag);
       return { model, name: model.name, value, low, high };
     });
-    const total = tag === MEAN ? "" : `, ${data.tags[tag]} images`;
+    const total = tag === MEAN ? "" : `, ${suite().tags[tag]} images`;
     const cell = el("figure", {}, el("h3", {}, tag, el("span", { class: "note" }, total)));
     box.append(cell);
     const width = widthOf(cell);
@@ -79,58 +94,62 @@ function drawScores() {
     cell.append(plot({
       width, height: rows.length * 24 + 40, marginLeft: left, marginRight: 14, marginTop: 6, marginBottom: 34,
       ariaLabel: `Scores, ${tag}`,
-      x: { domain: [0, 1], percent: false, tickFormat: (value) => `${Math.round(100 * value)}`, label: "%", labelAnchor: "right", grid: true, ticks: 5 },
+      x: { ...scale(), percent: false, labelAnchor: "right", grid: true, ticks: 5 },
       y: { domain: rows.map((row, index) => index), label: null, tickSize: 0, tickFormat: (index) => cut(rows[index].name, Math.floor(left / 6.6)) },
       marks: [
         Plot.ruleY(rows, { x1: "low", x2: "high", y: (row, index) => index, stroke: (row) => colour(row.model), strokeWidth: 3, strokeLinecap: "round" }),
         Plot.dot(rows, { x: "value", y: (row, index) => index, fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 4.5, stroke: "var(--card)" }),
-        Plot.tip(rows, Plot.pointerY({ x: "value", y: (row, index) => index, title: (row) => `${row.name}, ${tag}\n${percent(row.value)} % ${interval([0, row.low, row.high], percent)}` })),
+        Plot.tip(rows, Plot.pointerY({ x: "value", y: (row, index) => index, title: (row) => `${row.name}, ${tag}\n${inValue(row.value)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
       ],
     }));
   }
-  const cell = (part) => ({ main: percent(part[0]), small: interval(part, percent) });
+  const cell = (part) => ({ main: inValue(part[0]), small: interval(part, inValue) });
+  const told = (guidance) => (guidance < 0 ? "–" : String(guidance));
   fill("scores-table", table(
-    ["model", "guidance", "seeds", ...tags],
+    ["model", "guidance", "seeds", ...tags()],
     visible().map((model) => {
       const found = scoreOf(model);
-      return [key(model), String(guidanceOf(model)), model.base ? "–" : String(model.seeds.length), ...tags.map((tag) => cell(partOf(found, tag)))];
+      return [key(model), told(guidanceOf(model)), model.base ? "–" : String(found.by_seed.length), ...tags().map((tag) => cell(partOf(found, tag)))];
     }),
   ));
 }
 
 function drawDifferences() {
-  const minus = state.minus < 0 ? BASE : models[state.minus + 1];
+  const minus = models[state.minus];
+  place("differences").hidden = !measured().some((model) => model !== minus && differenceOf(model, minus));
+  if (place("differences").hidden) return;
   const rows = forestRows(minus, state.view, state.tag);
   const box = place("differences-chart");
   if (rows.length) box.replaceChildren(forest(rows, { width: widthOf(box), domain: extent(rows), label: `Differences from ${minus.name}`, zero: cut(minus.name, 30) }));
   else box.replaceChildren(empty("Nothing to compare: the variants have no seed in common."));
-  const tags = [MEAN, ...Object.keys(data.tags)];
   fill("differences-table", table(
-    [`minus ${minus.name}`, "seeds", ...tags, "by seed (mean)"],
+    [`minus ${minus.name}`, "seeds", ...tags(), "by seed (mean)"],
     visible().filter((model) => model !== minus).map((model) => {
       const found = differenceOf(model, minus);
-      if (!found) return [key(model), "none in common", ...tags.map(() => null), null];
-      const parts = tags.map((tag) => partOf(found, tag));
-      return [key(model), String(found.by_seed.length), ...parts.map((part) => ({ main: signed(part[0]), small: interval(part, signed), clear: clear(part) })), { seeds: found.by_seed.map(signed).join(", ") }];
+      if (!found) return [key(model), "none in common", ...tags().map(() => null), null];
+      const parts = tags().map((tag) => partOf(found, tag));
+      const cells = parts.map((part) => ({ main: inChange(part[0]), small: interval(part, inChange), clear: clear(part) }));
+      return [key(model), String(found.by_seed.length), ...cells, { seeds: found.by_seed.map(inChange).join(", ") }];
     }),
   ));
 }
 
 function drawGuidance() {
   const rows = visible().flatMap((model) =>
-    data.scores
-      .filter((one) => one.verdict === state.verdict && one.base === model.base && one.model === model.name)
+    suite().estimates
+      .filter((one) => one.score === state.score && one.base === model.base && one.model === model.name)
       .map((one) => ({ model, name: model.name, guidance: one.guidance, value: one.overall[0], low: one.overall[1], high: one.overall[2] })),
   );
   const values = [...new Set(rows.map((row) => row.guidance))].sort((one, other) => one - other);
+  place("guidance").hidden = values.some((value) => value < 0);
   const box = place("guidance-chart");
   const order = visible();
   // Side by side, so that intervals at one guidance do not cover each other, but all near their guidance.
   const [range, nearest] = values.length > 1 ? [values[values.length - 1] - values[0], d3.min(d3.pairs(values), ([one, next]) => next - one)] : [1.6, 1];
   const spread = Math.min(0.012 * range, (0.35 * nearest) / order.length);
   for (const row of rows) row.x = row.guidance + (order.indexOf(row.model) - (order.length - 1) / 2) * spread;
-  const own = data.views.find((one) => one.key === "own");
-  const best = own ? rows.filter((row) => row.guidance === (row.model.base ? own.guidance.base : own.guidance.variants[row.name])) : [];
+  const own = viewNamed("own");
+  const best = own ? rows.filter((row) => row.guidance === guidanceIn(row.model, own)) : [];
   const lines = d3.sort(rows, (row) => row.guidance);
   const width = widthOf(box);
   box.replaceChildren(
@@ -138,13 +157,13 @@ function drawGuidance() {
       width, height: Math.min(420, Math.max(280, width * 0.45)), marginLeft: 44, marginBottom: 40,
       ariaLabel: "Score against guidance scale",
       x: { label: "guidance scale", ticks: values, tickFormat: (value) => String(value), inset: 18 },
-      y: { label: "% right, mean over tags", tickFormat: (value) => `${Math.round(100 * value)}`, grid: true, nice: true },
+      y: { label: score().share ? `% right${tags().length > 1 ? ", mean over tags" : ""}` : score().label, tickFormat: score().share ? (value) => `${Math.round(100 * value)}` : short, grid: true, nice: true },
       marks: [
         Plot.ruleX(rows, { x: "x", y1: "low", y2: "high", stroke: (row) => colour(row.model), strokeWidth: 2, strokeOpacity: 0.55 }),
         ...order.map((model) => Plot.line(lines.filter((row) => row.model === model), { x: "x", y: "value", stroke: colour(model), strokeWidth: 2, strokeDasharray: dash(model) || undefined })),
         Plot.dot(rows, { x: "x", y: "value", fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 5, stroke: "var(--card)" }),
         Plot.dot(best, { x: "x", y: "value", stroke: (row) => colour(row.model), r: 10, strokeWidth: 1.5 }),
-        Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${row.name} at guidance ${row.guidance}\n${percent(row.value)} % ${interval([0, row.low, row.high], percent)}` })),
+        Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${row.name} at guidance ${row.guidance}\n${inValue(row.value)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
       ],
     }),
     legend([...order.map((model) => key(model)), ...(best.length ? [el("span", {}, "◯ chosen on validation prompts")] : [])]),

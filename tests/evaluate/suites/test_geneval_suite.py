@@ -19,7 +19,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import Measurements
 from agsm_rl.evaluate.suites.geneval import GenEval, read_results, write_results
 from agsm_rl.export.attach import save_adapters
-from agsm_rl.report.eval_file import read_eval_file
+from agsm_rl.report.eval_file import read_evaluation
 
 
 def recomputed(objects, asked):
@@ -124,11 +124,13 @@ def test_base_against_trained_is_what_a_report_reads(command, models, tiny_check
     how = ("--images", "im", "--num-images", 6, "--num-steps", 1, "--guidance", 2, "--json", "e.json")
     result = command("adapter", "--base", tiny_checkpoint, *models, *how, "--compare")
     assert result.exit_code == 0, result.output
-    found = read_eval_file(tmp_path / "e.json")
-    assert (found.suite, found.split, found.guidances, found.verdicts) == ("geneval", "GenEval", [2.0], ["correct"])
+    found = read_evaluation(tmp_path / "e.json").first
+    assert (found.suite, found.split, found.guidances, found.score_names) == ("geneval", "GenEval", [2.0], ["correct"])
     lines = read_results(tmp_path / "im/results.jsonl").rows
     judged = found.trained[2.0]
-    assert dict(zip(judged.files, judged.marks["correct"], strict=True)) == {row.filename: row.correct for row in lines}
+    assert dict(zip(judged.files, judged.values["correct"], strict=True)) == {
+        row.filename: row.correct for row in lines
+    }
     for judged in (found.base[2.0], found.trained[2.0]):
         assert len(judged.files) == 6 and all((tmp_path / file).is_file() for file in judged.files)
 
@@ -145,7 +147,7 @@ def test_a_base_that_is_drawn_once_is_what_each_run_is_compared_with(
     images = ("--images", "run/geneval", "--json", "run/e.json")
     result = command("run", *models, *images, "--against", "base")
     assert result.exit_code == 0, result.output
-    found = read_eval_file(tmp_path / "run/e.json")
+    found = read_evaluation(tmp_path / "run/e.json").first
     assert (found.guidances, found.num_steps, len(found.prompts)) == ([2.0], 1, 6)
     for judged, place in ((found.base[2.0], "base"), (found.trained[2.0], "run/geneval")):
         assert all((tmp_path / "run" / file).resolve().is_relative_to(tmp_path / place) for file in judged.files)
@@ -154,8 +156,9 @@ def test_a_base_that_is_drawn_once_is_what_each_run_is_compared_with(
     content = json.loads((tmp_path / "run/e.json").read_text())
     content["other"]["drawing"]["adapters"] = {"tokens.safetensors": "0"}
     (tmp_path / "run/e.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="does not measure the base too"):
-        read_eval_file(tmp_path / "run/e.json")
+    measured = read_evaluation(tmp_path / "run/e.json")
+    assert measured.first.base == {} and measured.other is not None
+    assert measured.other[1].first.images == measured.first.images
 
 
 def test_prompts_that_the_detector_sees_give_right_and_wrong_images_as_recomputed(command, models, tmp_path):
