@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from agsm_rl.evaluate.intervals import Interval, win_rate
 from agsm_rl.report.compare import Estimate, Quantity, estimate
 from agsm_rl.report.load import Loaded, Variant
 from agsm_rl.report.views import BASE, GuidanceView, base_values, measured_of, measured_of_base
@@ -24,6 +26,8 @@ class Findings:
     differences: dict[tuple[str, Model, Model], Estimate] = field(default_factory=dict)
     seeds: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """For each pair of variants: the seeds that both have."""
+    wins: dict[tuple[str, Model, Model], Interval] = field(default_factory=dict)
+    """Of numbers, with one seed: how often a model's image is worth more than the other's from the same noise."""
 
     def score(self, score: str, view: GuidanceView, name: str) -> Estimate:
         """What a model reaches in a view."""
@@ -53,12 +57,26 @@ def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
         for view in views:
             quantities |= _difference_quantities(loaded, found, view, score)
     evaluation = loaded.evaluation
+    found.wins = {
+        key: _wins(quantity, loaded.evaluation.prompts)
+        for key, quantity in quantities.items()
+        if len(key) == 3 and not quantity.share and len(quantity.marks) == 1
+    }
     for key, value in estimate(quantities, evaluation.tags, evaluation.tag_names, evaluation.prompts).items():
         if len(key) == 2:
             found.scores[key] = value
         else:
             found.differences[key] = value
     return found
+
+
+def _wins(quantity: Quantity, prompts: Sequence[str]) -> Interval:
+    assert quantity.minus is not None
+    by_prompt: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(row)
+    rows = list(by_prompt.values())
+    return win_rate([quantity.marks[0][of] for of in rows], [quantity.minus[0][of] for of in rows])
 
 
 def _score_quantities(loaded: Loaded, score: str) -> dict[Any, Quantity]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.eval_file import EvalFile
 from agsm_rl.report.eval_rows import Score
 from agsm_rl.report.findings import Findings
 from agsm_rl.report.load import Loaded
+from agsm_rl.report.texts import change_text, decimals_of, number, value_text
 from agsm_rl.report.views import BASE, OWN, GuidanceView, scores_on_validation
 
 MAX_LISTED = 4
@@ -131,7 +128,8 @@ def _sentence(start: str, findings: Findings, view: GuidanceView, model: str, na
     if score.share:
         reached = f"from {100 * before:.1f} to {100 * after:.1f} %, {change_text(score, change)} points"
     else:
-        reached = f"from {short(before)} to {short(after)}, {change_text(score, change)}"
+        decimals = decimals_of(change)
+        reached = f"from {number(before, decimals)} to {number(after, decimals)}, {change_text(score, change)}"
     return f"{start.format(verb=verb)} {reached}"
 
 
@@ -150,39 +148,6 @@ def _against_base(findings: Findings, name: str, view: GuidanceView, model: str)
     change = findings.difference(name, view, model)
     assert change is not None
     return change
-
-
-def value_text(score: Score, part: Interval) -> str:
-    """45.0 % [40.1, 49.9], or 0.2513 [0.2401, 0.2622]"""
-    if score.share:
-        return f"{100 * part.value:.1f} %{_interval(part, lambda value: f'{100 * value:.1f}')}"
-    return short(part.value) + _interval(part, short)
-
-
-def change_text(score: Score, part: Interval) -> str:
-    """+4.5 [+1.2, +7.8] in points, or +0.0123 [+0.0011, +0.0234]"""
-    text = signed if score.share else signed_number
-    return text(part.value) + _interval(part, text)
-
-
-def _interval(part: Interval, text: Callable[[float], str]) -> str:
-    return "" if math.isnan(part.low) else f" [{text(part.low)}, {text(part.high)}]"
-
-
-def signed(value: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    rounded = round(100 * value, 1) + 0.0  # avoid −0.0
-    return f"{rounded:+.1f}".replace("-", "−")
-
-
-def short(value: float) -> str:
-    """A number in four digits."""
-    return f"{float(f'{value:.4g}') + 0.0:.4g}".replace("-", "−")
-
-
-def signed_number(value: float) -> str:
-    """A difference of numbers, with its sign."""
-    return f"{float(f'{value:.4g}') + 0.0:+.4g}".replace("-", "−")
 
 
 def _listed(parts: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,9 @@ from agsm_rl.report.eval_file import NOT_RECORDED
 from agsm_rl.report.eval_rows import VERDICTS, Score
 from agsm_rl.report.figures import Bounds, Figure
 from agsm_rl.report.findings import Findings
-from agsm_rl.report.headline import change_text, short, signed_number, value_text
 from agsm_rl.report.load import Loaded
 from agsm_rl.report.runs import Run
+from agsm_rl.report.texts import change_text, decimals_of, number, value_text
 from agsm_rl.report.views import BASE, OWN, GuidanceView
 
 
@@ -89,7 +89,7 @@ def _as_in_the_files(figures: Sequence[tuple[Run, str, Figure]], variants: Seque
     for (suite, name, guidance), members in groups.items():
         base = next((figure.base for _, figure in members if figure.base is not None), None)
         cells = tuple(_joined([figure for run, figure in members if run.variant == one]) for one in variants)
-        rows.append(Row(suite, name, _told(guidance), "" if base is None else _text(base, short), cells))
+        rows.append(Row(suite, name, _told(guidance), "" if base is None else _text(base), cells))
     return rows
 
 
@@ -98,22 +98,24 @@ def _joined(figures: Sequence[Figure]) -> Cell | None:
         return None
     if len(figures) > 1:
         changes = [figure.value[0] - figure.base[0] for figure in figures if figure.base is not None]
-        mean = short(float(np.mean([figure.value[0] for figure in figures])))
-        return Cell(mean, signed_number(float(np.mean(changes))) if changes else "")
+        mean = number(float(np.mean([figure.value[0] for figure in figures])))
+        return Cell(mean, number(float(np.mean(changes)), sign="+") if changes else "")
     (figure,) = figures
     change = figure.change
     if change is None and figure.base is not None:
         change = (figure.value[0] - figure.base[0], None, None)
-    if change is None:
-        return Cell(_text(figure.value, short))
-    return Cell(_text(figure.value, short), _text(change, signed_number), _is_clear(change))
+    value = _text(figure.value)
+    return Cell(value) if change is None else Cell(value, _text(change, "+"), _interval(change).excludes_zero)
 
 
-def _text(part: Bounds, text: Callable[[float], str]) -> str:
+def _text(part: Bounds, sign: str = "") -> str:
     value, low, high = part
-    return text(value) if low is None or high is None else f"{text(value)} [{text(low)}, {text(high)}]"
+    decimals = decimals_of(_interval(part))
+    bounds = "" if low is None or high is None else f" [{number(low, decimals, sign)}, {number(high, decimals, sign)}]"
+    return number(value, decimals, sign) + bounds
 
 
-def _is_clear(change: Bounds) -> bool:
-    value, low, high = change
-    return low is not None and high is not None and Interval(value, low, high).excludes_zero
+def _interval(part: Bounds) -> Interval:
+    """The same with NaN for a bound that is not there."""
+    value, low, high = part
+    return Interval(value, np.nan if low is None else low, np.nan if high is None else high)

@@ -24,10 +24,11 @@ from agsm_rl.files import write_text
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import Findings, find
-from agsm_rl.report.headline import change_text, headline, reach, value_text
+from agsm_rl.report.headline import headline, reach
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.overview import Suites, overview
 from agsm_rl.report.pictures import pictures, sheets
+from agsm_rl.report.texts import change_text, value_text
 from agsm_rl.report.views import BASE, GuidanceView, make_views
 
 LIBRARIES = ("assets/d3.min.js", "assets/plot.umd.min.js")
@@ -63,7 +64,7 @@ def render(loaded: Loaded) -> str:
         data=_in_json(page_data(loaded, suites)),
         plain=_plain(first, views, found),
         evaluated=loaded.evaluated,
-        score=next(iter(first.evaluation.labels.values()), ""),
+        score=next(iter(first.evaluation.scores.values()), None),
         sheets=sheets(loaded),
         cells=loaded.cells,
         unused=sum(not cell.used for cell in loaded.cells),
@@ -121,7 +122,9 @@ def _suite_data(name: str, loaded: Loaded, views: Sequence[GuidanceView], found:
         "differences": [
             {"score": score, "model": one, "guidance": guidance, "minus": other or BASE_NAME}
             | {"base": other == BASE, "minus_guidance": other_guidance, **_json(value)}
-            for (score, (one, guidance), (other, other_guidance)), value in found.differences.items()
+            | {"wins": _numbers(found.wins[key]) if key in found.wins else None}
+            for key, value in found.differences.items()
+            for score, (one, guidance), (other, other_guidance) in [key]
         ],
         "pictures": _with_named_base(pictures(loaded)),
     }

@@ -54,8 +54,9 @@ def _text(value: Any) -> str:
 
 
 def texts(loaded: Loaded) -> list[tuple[str, str]]:
-    """(variant, its recipe as YAML), each variant's first seed."""
+    """(variant, its recipe as YAML), each variant's first seed; an evaluation's file has none."""
     return [
         (variant.name, yaml.safe_dump(variant.runs[0].recipe, sort_keys=False, allow_unicode=True, width=100))
         for variant in loaded.all_variants
+        if variant.runs[0].file is None
     ]

@@ -23,8 +23,8 @@ import yaml
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import find
-from agsm_rl.report.headline import signed
 from agsm_rl.report.load import load
+from agsm_rl.report.texts import signed
 from agsm_rl.report.views import BASE, OWN, GuidanceView, make_views
 
 HERE = Path(__file__).parent

@@ -11,8 +11,8 @@ from reading_pages import HOSTILE, hostile_sweep
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from agsm_rl.report.headline import signed
 from agsm_rl.report.page import write_report
+from agsm_rl.report.texts import signed
 
 CHARTS = "svg.plot"
 PHONE = 390

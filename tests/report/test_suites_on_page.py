@@ -97,7 +97,11 @@ def test_a_file_of_eval_is_reported_with_its_base_and_without_curves(tmp_path):
     found = page(file)
     assert [one["name"] for one in found.data["variants"]] == ["rewards"]
     assert found.data["runs"][0]["curves"]["step"] == []
-    assert the(found.suite["differences"], score="sharpness", base=True)["overall"][0] > 0.1
+    change = the(found.suite["differences"], score="sharpness", base=True)
+    assert change["overall"][0] > 0.1
+    pairs = zip(by_rewards()["images"], by_rewards()["base"]["images"], strict=True)
+    wins = np.mean([np.greater(one["scores"]["sharpness"], other["scores"]["sharpness"]) for one, other in pairs])
+    assert change["wins"][0] == pytest.approx(wins)
 
 
 def test_metrics_beside_a_file_of_eval_are_not_taken_for_its_own(tmp_path):

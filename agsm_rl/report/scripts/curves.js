@@ -102,8 +102,9 @@ function heldOut(run, guidance, read) {
 
 function drawGap() {
   const box = place("gap-charts");
+  place("over-optimisation").hidden = false;
   box.replaceChildren();
-  const rows = [];
+  const rows = [], drawn = [];
   // Beside variants that learn from a reward, the others have nothing to show here.
   const learns = (model) => data.runs.some((run) => run.variant === model.name && Object.keys(trainedRewards(run)).length);
   const some = variants().filter(learns);
@@ -122,6 +123,7 @@ function drawGap() {
         reward && line("held-out reward", { colour: "var(--v0)", dots: true, symbol: d3.symbolSquare, dash: "5,3" }, (run) => heldOut(run, guidance, (row) => row.rewards[reward])),
         same && judged,
       ].filter((one) => one && one.points.length);
+      drawn.push(judged.points);
       if (reward) rows.push(gapRow(model, runs, reward, guidance));
       addMultiple(box, `${model.name}${reward ? ` · ${reward}` : ""}`, series, same && score().share);
       if (!same && reward !== state.score) addMultiple(box, `${model.name} · ${judge}`, [judged], score().share);
@@ -131,7 +133,7 @@ function drawGap() {
   fill("gap-table", rows.length
     ? el("div", {}, table(["model", "reward", "trained", "held-out, same reward", `held-out, ${judge}${score().share ? " (points)" : ""}`, "gap"], rows), el("p", { class: "note" }, note))
     : empty("None of the runs shown learns from a reward, so none can be over-optimised: the lines are the held-out scores alone."));
-  place("over-optimisation").hidden = !rows.length && !box.children.length;
+  place("over-optimisation").hidden = !rows.length && !drawn.some((points) => points.length > 1);
 }
 
 function addMultiple(box, title, series, zero) {

@@ -30,14 +30,19 @@ const missing = (value) => value === null || value === undefined;
 const percent = (value) => (missing(value) ? "–" : (100 * value).toFixed(1));
 const signed = (value) => (missing(value) ? "–" : (value <= -0.0005 ? "−" : "+") + Math.abs(100 * value).toFixed(1));
 const short = (value) => (missing(value) ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
-const signedNumber = (value) => (missing(value) ? "–" : (value < 0 ? "−" : "+") + short(Math.abs(value)));
-const interval = (part, format) => (missing(part[1]) ? "" : `[${format(part[1])}, ${format(part[2])}]`);
+/** So many decimals that an interval's width has two digits; undefined where there is no width to go by. */
+const decimalsOf = ([, low, high]) => (missing(low) || high <= low ? undefined : Math.min(12, Math.max(0, 1 - Math.floor(Math.log10(high - low)))));
+const fixed = (value, decimals) => (missing(value) || decimals === undefined ? short(value) : value.toFixed(decimals).replace(/^-(0\.?0*)$/, "$1").replace("-", "−"));
+const signedNumber = (value, decimals) => (missing(value) ? "–" : (value < 0 ? "−" : "+") + fixed(Math.abs(value), decimals));
+const interval = (part, format) => (missing(part[1]) ? "" : `[${format(part[1], decimalsOf(part))}, ${format(part[2], decimalsOf(part))}]`);
 const clear = (part) => part[1] > 0 || part[2] < 0;
 
 const suite = () => data.suites[state.suite]; // none where no image was measured
 const score = () => suite().scores[state.score];
-const inValue = (value) => (score().share ? percent(value) : short(value));
-const inChange = (value) => (score().share ? signed(value) : signedNumber(value));
+const inValue = (value, decimals) => (score().share ? percent(value) : fixed(value, decimals));
+const inChange = (value, decimals) => (score().share ? signed(value) : signedNumber(value, decimals));
+/** The first figure of a part, with the decimals of its interval. */
+const head = (part, format) => format(part[0], decimalsOf(part));
 const unit = () => (score().share ? " %" : "");
 const points = () => (score().share ? " points" : "");
 const tags = () => (Object.keys(suite().tags).length > 1 ? [MEAN, ...Object.keys(suite().tags)] : [MEAN]);
@@ -76,5 +81,6 @@ function differenceOf(model, other, key = state.view) {
     overall: turn(back.overall),
     tags: Object.fromEntries(Object.entries(back.tags).map(([tag, part]) => [tag, turn(part)])),
     by_seed: back.by_seed.map(turned),
+    wins: back.wins && [1 - back.wins[0], 1 - back.wins[2], 1 - back.wins[1]],
   };
 }

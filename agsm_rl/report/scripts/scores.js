@@ -7,7 +7,7 @@ function forest(rows, { width, domain, label, zero }) {
   const down = wide ? 0 : 11, up = wide ? 0 : -9;
   const ticks = rows.flatMap((row) => (row.seeds.length > 1 ? row.seeds.map((value) => ({ name: row.name, value, model: row.model })) : []));
   const text = { y: "name", dy: up, fontSize: 13, fill: "currentColor", stroke: "var(--card)", strokeWidth: 4 };
-  const figures = (row) => `${inChange(row.value)}  ${interval([0, row.low, row.high], inChange)}`;
+  const figures = (row) => `${head([row.value, row.low, row.high], inChange)}  ${interval([0, row.low, row.high], inChange)}`;
   const right = wide ? Math.max(168, 24 + 7.2 * Math.max(...rows.map((row) => figures(row).length))) : 6;
   const letters = Math.floor((wide ? left - 12 : width - 180) / 7.8);
   const tick = (value) => (value === 0 ? "0" : inChange(value).replace(/\.0$/, ""));
@@ -26,7 +26,7 @@ function forest(rows, { width, domain, label, zero }) {
       Plot.dot(rows, { x: "value", y: "name", fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 6, stroke: "var(--card)", strokeWidth: 1.5, dy: down }),
       Plot.text(rows, { ...text, frameAnchor: "left", textAnchor: "start", dx: wide ? 4 - left : 0, text: (row) => cut(row.name + row.at, letters), fontWeight: 600 }),
       Plot.text(rows, { ...text, frameAnchor: "right", textAnchor: "end", dx: wide ? right - 4 : 0, text: figures }),
-      Plot.tip(rows, Plot.pointerY({ x: "value", y: "name", title: (row) => `${row.name}${row.at}\n${figures(row)}${points()}${row.seeds.length > 1 ? `\nby seed: ${row.seeds.map(inChange).join(", ")}` : ""}` })),
+      Plot.tip(rows, Plot.pointerY({ x: "value", y: "name", title: (row) => `${row.name}${row.at}\n${figures(row)}${points()}${row.seeds.length > 1 ? `\nby seed: ${row.seeds.map((value) => inChange(value, decimalsOf([0, row.low, row.high]))).join(", ")}` : ""}` })),
     ],
   });
 }
@@ -95,15 +95,15 @@ function drawScores() {
       width, height: rows.length * 24 + 40, marginLeft: left, marginRight: 14, marginTop: 6, marginBottom: 34,
       ariaLabel: `Scores, ${tag}`,
       x: { ...scale(), percent: false, labelAnchor: "right", grid: true, ticks: 5 },
-      y: { domain: rows.map((row, index) => index), label: null, tickSize: 0, tickFormat: (index) => cut(rows[index].name, Math.floor(left / 6.6)) },
+      y: { type: "point", padding: 0.5, domain: rows.map((row, index) => index), label: null, tickSize: 0, tickFormat: (index) => cut(rows[index].name, Math.floor(left / 6.6)) },
       marks: [
         Plot.ruleY(rows, { x1: "low", x2: "high", y: (row, index) => index, stroke: (row) => colour(row.model), strokeWidth: 3, strokeLinecap: "round" }),
         Plot.dot(rows, { x: "value", y: (row, index) => index, fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 4.5, stroke: "var(--card)" }),
-        Plot.tip(rows, Plot.pointerY({ x: "value", y: (row, index) => index, title: (row) => `${row.name}, ${tag}\n${inValue(row.value)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
+        Plot.tip(rows, Plot.pointerY({ x: "value", y: (row, index) => index, title: (row) => `${row.name}, ${tag}\n${head([row.value, row.low, row.high], inValue)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
       ],
     }));
   }
-  const cell = (part) => ({ main: inValue(part[0]), small: interval(part, inValue) });
+  const cell = (part) => ({ main: head(part, inValue), small: interval(part, inValue) });
   const told = (guidance) => (guidance < 0 ? "–" : String(guidance));
   fill("scores-table", table(
     ["model", "guidance", "seeds", ...tags()],
@@ -122,14 +122,15 @@ function drawDifferences() {
   const box = place("differences-chart");
   if (rows.length) box.replaceChildren(forest(rows, { width: widthOf(box), domain: extent(rows), label: `Differences from ${minus.name}`, zero: cut(minus.name, 30) }));
   else box.replaceChildren(empty("Nothing to compare: the variants have no seed in common."));
+  const wins = visible().some((model) => model !== minus && differenceOf(model, minus)?.wins);
   fill("differences-table", table(
-    [`minus ${minus.name}`, "seeds", ...tags(), "by seed (mean)"],
+    [`minus ${minus.name}`, "seeds", ...tags(), ...(wins ? ["wins, %"] : []), "by seed (mean)"],
     visible().filter((model) => model !== minus).map((model) => {
       const found = differenceOf(model, minus);
-      if (!found) return [key(model), "none in common", ...tags().map(() => null), null];
+      if (!found) return [key(model), "none in common", ...tags().map(() => null), ...(wins ? [null] : []), null];
       const parts = tags().map((tag) => partOf(found, tag));
-      const cells = parts.map((part) => ({ main: inChange(part[0]), small: interval(part, inChange), clear: clear(part) }));
-      return [key(model), String(found.by_seed.length), ...cells, { seeds: found.by_seed.map(inChange).join(", ") }];
+      const cells = parts.map((part) => ({ main: head(part, inChange), small: interval(part, inChange), clear: clear(part) }));
+      return [key(model), String(found.by_seed.length), ...cells, ...(wins ? [found.wins && { main: percent(found.wins[0]), small: interval(found.wins, percent) }] : []), { seeds: found.by_seed.map((value) => inChange(value, decimalsOf(found.overall))).join(", ") }];
     }),
   ));
 }
@@ -141,7 +142,8 @@ function drawGuidance() {
       .map((one) => ({ model, name: model.name, guidance: one.guidance, value: one.overall[0], low: one.overall[1], high: one.overall[2] })),
   );
   const values = [...new Set(rows.map((row) => row.guidance))].sort((one, other) => one - other);
-  place("guidance").hidden = values.some((value) => value < 0);
+  place("guidance").hidden = values.length < 2 || values.some((value) => value < 0);
+  if (place("guidance").hidden) return;
   const box = place("guidance-chart");
   const order = visible();
   // Side by side, so that intervals at one guidance do not cover each other, but all near their guidance.
@@ -163,7 +165,7 @@ function drawGuidance() {
         ...order.map((model) => Plot.line(lines.filter((row) => row.model === model), { x: "x", y: "value", stroke: colour(model), strokeWidth: 2, strokeDasharray: dash(model) || undefined })),
         Plot.dot(rows, { x: "x", y: "value", fill: (row) => colour(row.model), symbol: { value: (row) => symbol(row.model), scale: null }, r: 5, stroke: "var(--card)" }),
         Plot.dot(best, { x: "x", y: "value", stroke: (row) => colour(row.model), r: 10, strokeWidth: 1.5 }),
-        Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${row.name} at guidance ${row.guidance}\n${inValue(row.value)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
+        Plot.tip(rows, Plot.pointer({ x: "x", y: "value", title: (row) => `${row.name} at guidance ${row.guidance}\n${head([row.value, row.low, row.high], inValue)}${unit()} ${interval([0, row.low, row.high], inValue)}` })),
       ],
     }),
     legend([...order.map((model) => key(model)), ...(best.length ? [el("span", {}, "◯ chosen on validation prompts")] : [])]),
