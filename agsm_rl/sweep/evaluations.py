@@ -141,7 +141,8 @@ class CellEvaluations:
         adapters = self._handle.adapters.values() if self._handle else ()
         if adapted:
             check_bank(options.bank, adapters, where=f"{self.folder.recipe}: evaluate.bank")
-        what = f"evaluating {'trained' if adapted else 'base'}: guidance {guidance:g}"
+        place = "" if entry.made.alone else f" on {entry.name}"
+        what = f"evaluating {'trained' if adapted else 'base'}{place}: guidance {guidance:g}"
         with (
             drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."),
             progress(what, total=entry.made.suite.num_images) as advance,

@@ -90,10 +90,10 @@ def measured(monkeypatch):
     made = []
     measure = evaluations.measure
 
-    def noting(backbone, entry, options, guidance):
+    def noting(backbone, entry, options, guidance, **more):
         adapted = any("lora" in name for name, _ in backbone.denoiser.named_modules())
         made.append((options.split, adapted))
-        return measure(backbone, entry, options, guidance)
+        return measure(backbone, entry, options, guidance, **more)
 
     monkeypatch.setattr(evaluations, "measure", noting)
     return made
