@@ -96,6 +96,11 @@ def make_suites(evaluate: Evaluate, parts: Parts, place: str = "evaluate") -> li
         if is_of_rewards and not specs:
             raise parts.refuse(at, f"the suite '{block.use}' measures rewards; add e.g. rewards: {{clip_score: {{}}}}")
         suite = construct(block.use, options | ({"rewards": specs} if is_of_rewards else {}), parts, at)
+        if options.get("prompts", 0) is None:
+            try:
+                suite.prompts()  # which refuses to have none
+            except UserError as error:
+                raise parts.refuse(at, str(error)) from error
         entry = MadeSuite(name, suite, [] if is_of_rewards else specs, block.final_only, alone)
         _check_names(entry, parts, at)
         made.append(entry)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from agsm_rl import attach
 from agsm_rl.cli.commands import app
+from agsm_rl.evaluate import suite
 from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.registry import BUILTIN
-from agsm_rl.run import measurement
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_images_are_drawn_so_many_at_a_time_as_is_said(command, tiny_checkpoint,
         drawn.append(len(prompts))
         return torch.zeros(len(prompts), 3, 32, 32)
 
-    monkeypatch.setattr(measurement, "draw", draw)
+    monkeypatch.setattr(suite, "draw", draw)
     for given in ((), ("--batch-size", 2)):
         assert command("eval", tiny_checkpoint, "--num-images", 6, *given).exit_code == 0
     assert drawn == [6, 2, 2, 2]

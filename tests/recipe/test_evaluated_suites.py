@@ -72,6 +72,7 @@ def test_a_stored_suite_that_lacks_a_newer_option_means_what_it_meant():
         ({"suites": {"mine": MINE | {"num_images": 0}}}, "mine.num_images: got 0"),
         ({"suites": {"mine": MINE | {"prompts": "./nowhere.txt"}}}, "mine.prompts.*nowhere.txt"),
         ({"suites": {"a/b": MINE}}, "'a/b' is not a valid name"),
+        ({"suites": {"mine": MINE | {"prompts": None}}}, "suites.mine: .*no prompts; give a file"),
         ({"suites": {"fid": {"use": "fid"}}}, "suites.fid.reference: this key is required"),
         (
             {"suites": {"toy": {"use": "shapes", "rewards": {"strict": {"use": "shapes"}}}}},

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from agsm_rl import __version__
 from agsm_rl.cli.describe import describe
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate import suite
 from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.run import measurement
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
 from agsm_rl.run.records import MetricsFile
@@ -288,7 +288,7 @@ def test_a_failing_report_is_reported_and_does_not_fail_the_run(make_recipe, tmp
 def stopping_in_evaluation(monkeypatch, at):
     """SIGTERM when the batch number `at` (from 1) of all evaluations is drawn."""
     drawn = []
-    draw = measurement.draw
+    draw = suite.draw
 
     def noted(*arguments, **options):
         drawn.append(1)
@@ -296,7 +296,7 @@ def stopping_in_evaluation(monkeypatch, at):
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(measurement, "draw", noted)
+    monkeypatch.setattr(suite, "draw", noted)
 
 
 EVALUATION = {"every": 2, "num_images": 6, "num_steps": 2, "batch_size": 3, "rewards": ["shapes"]}

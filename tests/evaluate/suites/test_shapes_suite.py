@@ -8,7 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate import table
 from agsm_rl.evaluate.drawing import to_picture
@@ -122,6 +124,13 @@ def test_results_on_different_prompts_are_not_compared(half, prompts) -> None:
 def test_a_foreign_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="a red dog"):
         shapes.Shapes().check({"prompt": "a red dog"})
+
+
+def test_a_base_of_another_world_is_refused_before_it_is_loaded_with_what_to_write_instead() -> None:
+    result = CliRunner().invoke(app, ["eval", "owner/a-model-of-photographs"])
+    assert result.exit_code == 2
+    assert "'owner/a-model-of-photographs' was not trained on it" in result.stderr
+    assert "--suite rewards --prompts prompts.txt --reward" in result.stderr
 
 
 def test_the_table_fits_eighty_columns_and_shows_base_trained_and_difference(half, perfect) -> None:
