@@ -12,13 +12,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-
-from agsm_rl.errors import UserError
 
 if TYPE_CHECKING:
     from agsm_rl.training.kept_graph import KeptGraph
@@ -388,21 +385,3 @@ class ChecksPrompts(Protocol):
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """UserError, naming the prompt, if one lacks what the reward needs."""
         ...
-
-
-def with_defaults(thing: Any, base: type) -> Any:
-    """`thing` itself, given what `base` (Source, Reward, …) provides by default where it has no such attribute.
-
-    UserError where it has no room for one.
-    """
-    set_attribute = type.__setattr__ if isinstance(thing, type) else object.__setattr__  # past a frozen dataclass's own
-    for name, value in vars(base).items():
-        if name.startswith("_") or hasattr(thing, name):
-            continue
-        try:
-            set_attribute(thing, name, MethodType(value, thing) if callable(value) else value)
-        except AttributeError as error:
-            raise UserError(
-                f"{type(thing).__name__}: it has no `{name}`, and its `__slots__` have no room for it"
-            ) from error
-    return thing

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import with_defaults
 from agsm_rl.policy import Objective, Source, View
+from agsm_rl.training.defaults import with_defaults
 
 
 @dataclass

@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, with_defaults
+from agsm_rl.interfaces import Batch
 from agsm_rl.policy import Policy, Source
 from agsm_rl.term import Term as Term
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.combine import Gradient, find_combiner
+from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator

@@ -71,10 +71,11 @@ def make_reward(name: str, options: Iterable[str], *, allow_imports: Collection[
     """The reward of that name; its options are checked like a recipe's."""
     from agsm_rl_rewards.functions import as_reward
 
-    from agsm_rl.interfaces import Reward, with_defaults
+    from agsm_rl.interfaces import Reward
     from agsm_rl.recipe.options import validated
     from agsm_rl.recipe.parts import Parts
     from agsm_rl.recipe.yaml_file import apply_overrides
+    from agsm_rl.training.defaults import with_defaults
 
     texts: dict[str, Any] = {}
     apply_overrides(texts, options)

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from agsm_rl import registry
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Metrics, Reward, with_defaults
+from agsm_rl.interfaces import Batch, Metrics, Reward
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy
+from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.sampling import Predict, step_distribution
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_scores

@@ -88,8 +88,8 @@ class Parts:
             ]
         if "seed" in options and options["seed"] is None:
             options["seed"] = seed
-        from agsm_rl.interfaces import with_defaults
         from agsm_rl.policy import Objective, Source, View
+        from agsm_rl.training.defaults import with_defaults
 
         part = self.call(self.load(kind, block.use, f"{place}.use"), options, place)
         base = {"objectives": Objective, "sources": Source, "views": View}.get(kind)
@@ -132,7 +132,8 @@ class Parts:
         registry.check_permissions(maker, options, where=self.at(place), allow_imports=self.allow_imports)
         from agsm_rl_rewards.functions import as_reward
 
-        from agsm_rl.interfaces import Reward, with_defaults
+        from agsm_rl.interfaces import Reward
+        from agsm_rl.training.defaults import with_defaults
 
         reward = self.call(maker, options, place)
         try:

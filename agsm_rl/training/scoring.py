@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import ChecksPrompts, Reward, TakesMetadata, with_defaults
+from agsm_rl.interfaces import ChecksPrompts, Reward, TakesMetadata
 from agsm_rl.registry import load
+from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.precision import own_precision
 from agsm_rl.training.stages import stage

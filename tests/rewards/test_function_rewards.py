@@ -11,10 +11,11 @@ from agsm_rl_rewards.hpsv2 import HPSv2
 from agsm_rl_rewards.trl_style import TRLReward
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward, with_defaults
+from agsm_rl.interfaces import Reward
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.scoring import checked_score
 
 CODE = """

@@ -14,7 +14,8 @@ from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward, with_defaults
+from agsm_rl.interfaces import Reward
+from agsm_rl.training.defaults import with_defaults
 
 PROMPTS = ["a red star", "two blue squares", "a circle"]
 PICTURES = [golden_formula.picture(48, 30), golden_formula.picture(41, 67), golden_formula.picture(32, 32)]

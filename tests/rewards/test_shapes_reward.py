@@ -7,9 +7,10 @@ from agsm_rl_rewards.shapes import ShapesReward
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Reward, with_defaults
+from agsm_rl.interfaces import Reward
 from agsm_rl.shapes import world
 from agsm_rl.shapes.world import DrawnObject
+from agsm_rl.training.defaults import with_defaults
 
 
 def draw(*objects: tuple[str, str, float, float]) -> Tensor:
