@@ -16,6 +16,7 @@ from agsm_rl.cli.edit import edit
 from agsm_rl.cli.eval import evaluate
 from agsm_rl.cli.files import convert, world
 from agsm_rl.cli.guard import GuardedCommands
+from agsm_rl.cli.init import init
 from agsm_rl.cli.list import list_names
 from agsm_rl.cli.options import in_home
 from agsm_rl.cli.results import report
@@ -25,6 +26,7 @@ from agsm_rl.cli.training import check, doctor, sweep, train
 from agsm_rl.run.screen import say
 
 COMMANDS = {
+    "init": init,
     "train": train,
     "check": check,
     "doctor": doctor,

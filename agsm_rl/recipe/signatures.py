@@ -7,6 +7,7 @@ which imports the class.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -41,6 +42,26 @@ def model_in_source(target: str) -> type[Section] | None:
         if (arguments := _arguments(module, name, FARTHEST)) is not None:
             return model_of_arguments(name, arguments)
     return None
+
+
+@cache
+def summary_of(target: str) -> str:
+    """The first sentence of what `module:Class` says about itself; of its module where it says nothing."""
+    module, _, name = target.partition(":")
+    with suppress(OSError, SyntaxError, ValueError, ImportError, RecursionError):
+        file = _file(module)
+        if file is not None:
+            tree = _tree(file)
+            named = [part for part in tree.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
+            about = [ast.get_docstring(part) for part in named if part.name == name] + [ast.get_docstring(tree)]
+            return next((first_sentence(text) for text in about if text), "")
+    return ""
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=[.!?]) (?=[A-Z`{\[])", paragraph, maxsplit=1)[0]
 
 
 def _arguments(module: str, name: str, farthest: int) -> dict[str, tuple[Any, Any]] | None:

@@ -1,0 +1,181 @@
+"""The commented recipe that `agsm-rl init` writes, for a user's own checkpoint, data and rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import yaml
+
+from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.files import parse_json, read_text
+from agsm_rl.recipe.signatures import summary_of
+from agsm_rl.registry import available
+
+FROM_IMAGES = ("agsm", "softrepa", "score_matching")
+"""Objectives that learn from images with captions."""
+FROM_REWARDS = ("ddpo", "diffusion_nft", "flow_grpo")
+"""Objectives that learn from the model's own images and their rewards."""
+VIEWS = {"agsm": "best_images", "score_matching": "best_images", "diffusion_dpo": "best_against_worst"}
+"""What others of them see of the model's own images."""
+REWARD_OPTIONS: dict[str, dict[str, Any]] = {"hpsv2": {"version": "2.1"}, "hpsv2_official": {"version": "2.1"}}
+"""Options that a reward cannot do without, as most papers set them."""
+RATES = {"lora": "1.0e-4", "soft_tokens": "1.0e-3"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a recipe is for.
+
+    Attributes:
+        checkpoint: The base.
+        prompts: A list of prompts, from which the model draws its own images; None where it learns from `images`.
+        images: A folder or data set of images with captions.
+        rewards: Names of rewards for its own images.
+        objectives: Names of objectives; none are those that suit the data and the base.
+        held_out: Names of rewards that are measured, and not trained on.
+        examples: Some of the prompts, for pictures during the run.
+    """
+
+    checkpoint: str
+    prompts: str | None = None
+    images: str | None = None
+    rewards: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+def check_wishes(wishes: Wishes) -> None:
+    """UserError for what does not go together."""
+    if wishes.prompts is None and wishes.images is None:
+        raise UserError("init: give --prompts FILE (to learn from rewards) or --images FOLDER (to learn from images).")
+    if wishes.rewards and wishes.prompts is None:
+        raise UserError("init: --reward scores the model's own images, which it draws from --prompts FILE; add it.")
+    if wishes.prompts is not None and not wishes.rewards:
+        raise UserError("init: --prompts needs a --reward, which says how good an image is (`agsm-rl list rewards`).")
+    known = sorted({*FROM_IMAGES, *FROM_REWARDS, *VIEWS})
+    for name in wishes.objectives:
+        if name not in known:
+            raise unknown_name("--objective", name, "an objective that `init` writes a recipe for", known)
+        if wishes.images is None and name not in (*FROM_REWARDS, *VIEWS):
+            raise UserError(f"--objective {name}: learns from images with captions; add --images FOLDER.")
+        if wishes.prompts is None and name not in FROM_IMAGES:
+            raise UserError(f"--objective {name}: learns from the model's own images; add --prompts FILE and --reward.")
+    for name in (*wishes.rewards, *wishes.held_out):
+        if ":" not in name and name not in available("rewards"):
+            raise unknown_name("--reward", name, "a reward", available("rewards"))
+
+
+def default_objectives(wishes: Wishes) -> tuple[str, ...]:
+    """One for each kind of data: Flow-GRPO where the base is a flow model, otherwise DDPO; AGSM for images."""
+    from_rewards = ("flow_grpo" if is_flow(wishes.checkpoint) else "ddpo",) if wishes.prompts is not None else ()
+    return from_rewards + (("agsm",) if wishes.images is not None else ())
+
+
+def is_flow(checkpoint: str) -> bool:
+    """Whether it is an SD3, by its model_index.json or by its name; no hub is asked."""
+    index = Path(checkpoint) / "model_index.json"
+    if index.is_file():
+        found = parse_json(read_text(index), where=str(index))
+        return isinstance(found, dict) and "StableDiffusion3" in str(found.get("_class_name"))
+    name = checkpoint.lower()
+    return any(part in name for part in ("sd3", "diffusion-3", "sd-3"))
+
+
+def starter_recipe(wishes: Wishes, file: Path) -> str:
+    """The recipe's text; `file` is where it will be, for the commands in its comments."""
+    check_wishes(wishes)
+    objectives = wishes.objectives or default_objectives(wishes)
+    small = wishes.checkpoint.startswith("builtin:")
+    modules = {name.partition(":")[0] for name in (*wishes.rewards, *wishes.held_out) if ":" in name}
+    allow = "".join(f" --allow-import {module}" for module in sorted(modules))
+    parts = [
+        f"# Written by `agsm-rl init`. Change what you like; `agsm-rl list recipe` explains every key.\n"
+        f"#   agsm-rl check {file}{allow}     is it right, and how much memory does it need?\n"
+        f"#   agsm-rl train {file}{allow} --set steps=2     a first look: two steps\n"
+        f"#   agsm-rl train {file}{allow}",
+        "seed: 0          # the same seed gives the same run\nsteps: 500       # steps of the optimizer",
+        _backbone(wishes.checkpoint, small=small),
+        "# What is trained; the base itself stays frozen. `banks: 2` would give negative prompts a LoRA of their own.\n"
+        "adapters:\n  lora: {use: lora, rank: 16}",
+    ]
+    if wishes.prompts is not None:
+        parts.append(_own_images(wishes, small=small))
+    parts.append(_objectives(objectives, wishes))
+    parts.append(f"optimizer:\n  learning_rate: {RATES['lora']}")
+    parts.append(_evaluation(wishes, small=small))
+    parts.append(
+        "# Checkpoints, from which a stopped run goes on: agsm-rl train RUN --resume\ncheckpoint: {every: 100, keep: 2}"
+    )
+    parts.append("track: [tensorboard]     # or [wandb], or [] for metrics.jsonl alone")
+    return "\n\n".join(parts) + "\n"
+
+
+def _backbone(checkpoint: str, *, small: bool) -> str:
+    lines = ["# The base: SD1.5, SDXL and SD3 alike.", "backbone:", "  use: stable_diffusion"]
+    lines.append(f"  checkpoint: {_plain(checkpoint)}")
+    if not small:
+        lines.append("  # dtype: bfloat16               # half the memory, on a GPU")
+        lines.append("  # gradient_checkpointing: true  # less memory, slower")
+    return "\n".join(lines)
+
+
+def _own_images(wishes: Wishes, *, small: bool) -> str:
+    lines = ["# The model draws images from these prompts, and the rewards say how good they are.", "sources:"]
+    lines += ["  own_images:", "    use: rollouts", f"    prompts: {_plain(wishes.prompts)}", "    rewards:"]
+    for name in wishes.rewards:
+        lines.append(f"      {_reward(name)}")
+    count = min(8, len(wishes.examples) or 8)
+    lines += [
+        f"    num_prompts: {count}         # prompts per draw",
+        "    images_per_prompt: 8   # advantages compare these",
+    ]
+    steps, guidance = (20, 3.0) if small else (20, 5.0)
+    lines += [f"    num_steps: {steps}          # fewer are faster, and worse", f"    guidance: {guidance}"]
+    return "\n".join(lines)
+
+
+def _objectives(names: Sequence[str], wishes: Wishes) -> str:
+    lines = ["# What is learned: one term or several, each with its own `weight` and `every`.", "objectives:"]
+    for name in names:
+        lines.append(f"  # {name}: {shorten(summary_of(available('objectives')[name].target), 100)}")
+        if name in FROM_IMAGES and wishes.images is not None:
+            source = f"{{use: pairs, dataset: {_plain(wishes.images)}, batch_size: 16}}"
+            lines += [f"  - use: {name}", f"    source: {source}"]
+        else:
+            lines += [f"  - use: {name}", "    source: own_images"]
+            if name in VIEWS:
+                lines.append(f"    view: {{use: {VIEWS[name]}}}")
+    return "\n".join(lines)
+
+
+def _evaluation(wishes: Wishes, *, small: bool) -> str:
+    """Grids of pictures, and what is measured during the run."""
+    grid = (
+        "# A grid of pictures every so many steps, always from the same noise.\nsample:\n  every: 50\n  num_images: 8"
+    )
+    if wishes.examples:
+        grid += "\n  prompts:" + "".join(f"\n    - {_plain(prompt)}" for prompt in wishes.examples[:4])
+    if small:
+        rewards = ", ".join(wishes.held_out)
+        return f"{grid}\n\n# Base against trained.\nevaluate: {{suite: shapes, every: 250, rewards: [{rewards}]}}"
+    return grid
+
+
+def _reward(name: str) -> str:
+    """A reward of weight 1, with what it cannot do without."""
+    options = REWARD_OPTIONS.get(name)
+    key = _plain(name)
+    if options is None:
+        return f"{key}: 1.0"
+    return f"{key}: {{weight: 1.0, {', '.join(f'{option}: {json.dumps(value)}' for option, value in options.items())}}}"
+
+
+def _plain(text: str | None) -> str:
+    """A text as YAML."""
+    return yaml.safe_dump(text, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()

@@ -1,0 +1,100 @@
+"""`agsm-rl init` writes recipes that can be trained, asks for what is missing, and overwrites nothing."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from agsm_rl.cli import init as init_module
+from agsm_rl.cli.commands import app
+from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.starter import FROM_IMAGES, FROM_REWARDS, VIEWS, Wishes, starter_recipe
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run `agsm-rl ...` in a folder with a list of prompts and a reward."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text('a red star\n"a" blue: circle\ntwo green squares\n')
+    (tmp_path / "taste_of_mine.py").write_text("def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    return lambda *given, answers="": CliRunner().invoke(app, list(map(str, given)), input=answers)
+
+
+def assert_refused(result, *words):
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_a_written_recipe_is_checked_and_trained(command, tiny_checkpoint, tmp_path):
+    how = ("--prompts", "prompts.txt", "--reward", "taste_of_mine:bright", "--reward", "sharpness")
+    written = command("init", "--checkpoint", tiny_checkpoint, *how, "-o", "mine.yaml")
+    assert written.exit_code == 0, written.output
+    assert "agsm-rl check mine.yaml --allow-import taste_of_mine" in written.stdout
+    allow = ("--allow-import", "taste_of_mine")
+    checked = command("check", "mine.yaml", *allow)
+    assert checked.exit_code == 0 and "mine.yaml: ok" in checked.stdout, checked.output
+    small = {"steps": 2, "sources.own_images.images_per_prompt": 2, "sources.own_images.num_steps": 2, "track": "[]"}
+    small |= {"sample.num_images": 2, "sample.num_steps": 2}
+    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    trained = command("train", "mine.yaml", *allow, *changes, "--run-dir", "run")
+    assert trained.exit_code == 0, trained.output
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_defaults_are_accepted_and_nothing_is_overwritten(command, tmp_path):
+    assert command("init", "--yes").exit_code == 0
+    before = (tmp_path / "recipe.yaml").read_text()
+    Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert_refused(command("init", "--yes"), "-o recipe.yaml", "exists, and is not overwritten")
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("objective", sorted({*FROM_IMAGES, *FROM_REWARDS, *VIEWS}))
+def test_each_objective_that_can_be_asked_for_gives_a_recipe_that_is_accepted(objective, tmp_path):
+    from_images = Wishes("builtin:shapes-sd3", images="builtin:shapes", objectives=(objective,))
+    from_rewards = Wishes("a/b", prompts="builtin:shapes-prompts", rewards=("sharpness",), objectives=(objective,))
+    possible = [from_images] if objective in FROM_IMAGES else []
+    possible += [from_rewards] if objective in (*FROM_REWARDS, *VIEWS) else []
+    for wishes in possible:
+        recipe = Recipe.from_data(yaml.safe_load(starter_recipe(wishes, tmp_path / "x.yaml")))
+        assert [term.use for term in recipe.objectives] == [objective]
+
+
+def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(init_module, "is_terminal", lambda: True)
+    answers = [
+        "nowhere.safetensors",
+        tiny_checkpoint,
+        "rewards",
+        "gone.txt",
+        "prompts.txt",
+        "shapez",
+        "sharpness,hpsv2",
+        "",
+    ]
+    asked = command("init", answers="".join(f"{answer}\n" for answer in answers))
+    assert asked.exit_code == 0, asked.output
+    for word in ("no such file or folder", "'shapez' is not a reward", "Did you mean 'shapes'?"):
+        assert word in asked.stdout
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.backbone.options["checkpoint"] == str(tiny_checkpoint)
+    assert list(recipe.sources["own_images"].options["rewards"]) == ["sharpness", "hpsv2"]
+    assert recipe.objectives[0].use == "ddpo" and recipe.sample.prompts[1] == '"a" blue: circle'
+
+
+def test_an_sd3_learns_by_flow_grpo(command, tiny_sd3_checkpoint, tmp_path):
+    how = ("--prompts", "prompts.txt", "--reward", "sharpness")
+    assert command("init", "--checkpoint", tiny_sd3_checkpoint, *how).exit_code == 0
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").objectives[0].use == "flow_grpo"
+
+
+def test_what_cannot_be_made_into_a_recipe_is_refused_and_writes_nothing(command, tmp_path):
+    assert_refused(command("init"), "no terminal", "--yes")
+    assert_refused(command("init", "--checkpoint", "./gone", "--yes"), "--checkpoint './gone'")
+    assert_refused(command("init", "--prompts", "gone.txt", "--yes"), "--prompts 'gone.txt'")
+    assert_refused(command("init", "--reward", "sharpnes", "--yes"), "--reward", "Did you mean 'sharpness'?")
+    assert_refused(command("init", "--images", "builtin:shapes", "--objective", "ddpo", "--yes"), "add --prompts")
+    assert_refused(command("init", "--reward", "taste_of_mine:gone", "--yes"), "taste_of_mine has no 'gone'")
+    assert_refused(command("init", "--yes", "-o", "no/such/x.yaml"), "there is no folder")
+    assert not list(tmp_path.glob("*.yaml"))
