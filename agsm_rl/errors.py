@@ -18,8 +18,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        half = MAX_MESSAGE // 2
-        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:half]} … {message[-half:]}")
+        super().__init__(_shortened(message))
+
+
+def _shortened(message: str) -> str:
+    half = MAX_MESSAGE // 2
+    return message if len(message) <= MAX_MESSAGE else f"{message[:half]} … {message[-half:]}"
 
 
 def unknown_name(where: str, got: str, what: str, allowed: Iterable[str]) -> UserError:
@@ -35,6 +39,7 @@ class Mistakes(UserError):
 
     def __init__(self, where: str, messages: Sequence[str]) -> None:
         prefix = f"{where}: "
+        messages = [_shortened(message) for message in messages]
         lines = [f"- {message.removeprefix(prefix)}" for message in messages[:MAX_MISTAKES]]
         more = len(messages) - len(lines)
         lines += [f"- and {more} more"] if more else []

@@ -180,7 +180,11 @@ def commands() -> dict[str, Any]:
 def options_of_command(command: Any) -> dict[str, Option]:
     """The arguments and options of a command, by their names in the code."""
     types = typing.get_type_hints(command.callback)
-    return {one.name: option_of(one, types) for one in command.params if one.name != "help"}
+    return {
+        one.name: option_of(one, types)
+        for one in command.params
+        if one.name not in ("help", "install_completion", "show_completion")
+    }
 
 
 def option_of(parameter: Any, types: dict[str, Any]) -> Option:

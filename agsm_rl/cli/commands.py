@@ -21,6 +21,7 @@ from agsm_rl.cli.list import list_names
 from agsm_rl.cli.options import in_home
 from agsm_rl.cli.results import report
 from agsm_rl.cli.sample import sample
+from agsm_rl.cli.schema import schema
 from agsm_rl.cli.serve_reward import serve_reward
 from agsm_rl.cli.training import check, doctor, sweep, train
 from agsm_rl.run.screen import say
@@ -36,6 +37,7 @@ COMMANDS = {
     "report": report,
     "sweep": sweep,
     "list": list_names,
+    "schema": schema,
     "world": world,
     "convert": convert,
     "serve-reward": serve_reward,
@@ -45,11 +47,11 @@ app = typer.Typer(
     cls=GuardedCommands,
     help="Post-train text-to-image diffusion models with objectives that compose.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for name, command in COMMANDS.items():
-    app.command(name=name)(in_home(command))
+    app.command(name=name, context_settings={"help_option_names": ["-h", "--help"]})(in_home(command))
 
 
 def _print_versions(asked: bool) -> None:

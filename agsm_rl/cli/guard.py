@@ -48,9 +48,14 @@ PARSERS = ("json", "yaml", "pydantic", "copy", "jinja2")
 class GuardedCommands(TyperGroup):
     """Commands whose errors are reported here, and whose output cannot raise any."""
 
+    given: list[str] = []
+    """The command line."""
+
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run a command and exit."""
         code: Any = 0
+        given = arguments[0] if arguments else options.get("args")
+        self.given = [str(part) for part in (sys.argv[1:] if given is None else given)]
         with steady_screen() as lost, shown_on_one_line():
             try:
                 super().main(*arguments, **options)
@@ -77,7 +82,7 @@ class GuardedCommands(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except ClickException as error:
-            raise _plain(error) from error
+            raise _plain(_with_key(error, self.given)) from error
         except KeyboardInterrupt as error:
             say("agsm-rl: interrupted", err=True)
             raise typer.Exit(130) from error
@@ -148,6 +153,32 @@ def _is_in(error: Exception, packages: tuple[str, ...]) -> bool:
     """Whether an error was raised in one of these packages' files."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any(name in Path(frames[-1].filename).parts for name in packages)
+
+
+def _with_key(error: Any, given: list[str]) -> Any:
+    """For an option that is unknown, but a key of the recipe: how to set it."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or not any(parameter.name == "overrides" for parameter in context.command.params):
+        return error
+    from agsm_rl.recipe.options import MEANT
+    from agsm_rl.recipe.schema import RecipeKeys
+
+    name = option.lstrip("-").replace("-", "_")
+    key = name if name in RecipeKeys.model_fields else next(iter(MEANT.get(name, ())[-1:]), None)
+    if key is not None:
+        error.message += f" It is a key of the recipe: write --set {key}={_value_of(option, given)}"
+        error.possibilities = []
+    return error
+
+
+def _value_of(option: str, given: list[str]) -> str:
+    """The value that the command line gives an option."""
+    for index, part in enumerate(given):
+        if part.startswith(f"{option}="):
+            return part.partition("=")[2]
+        if part == option and index + 1 < len(given) and not given[index + 1].startswith("-"):
+            return given[index + 1]
+    return "VALUE"
 
 
 def _plain(error: Any) -> Any:

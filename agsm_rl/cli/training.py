@@ -10,7 +10,7 @@ import typer
 from agsm_rl.cli import launcher
 from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, TrainedArgument, grouped
 from agsm_rl.errors import UserError
-from agsm_rl.run.screen import say, without_loading_bars
+from agsm_rl.run.screen import make_console, say, without_loading_bars
 
 
 @grouped
@@ -19,6 +19,9 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<recipe>-<time>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE, or in --run-dir.")] = False,
     overrides: SetOption = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress: warnings, the results and the run's folder alone.")
+    ] = False,
     *,
     allowed: Permissions,
 ) -> None:
@@ -44,7 +47,8 @@ def train(
     from agsm_rl.run.lifecycle import train as train_recipe
 
     without_loading_bars()
-    trained = train_recipe(loaded, run_dir, resume=resume)
+    console = make_console(stderr=True, quiet=True) if quiet else None
+    trained = train_recipe(loaded, run_dir, resume=resume, console=console)
     if launcher.is_first():
         say(f"run folder: {trained}")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from agsm_rl.errors import unknown_name
 from agsm_rl.files import local_path
+from agsm_rl.recipe.signatures import first_sentence
 
 PREFIX = "builtin:"
 SWEEPS = "study/"
@@ -21,6 +23,13 @@ def shipped_recipes() -> dict[str, Path]:
 def shipped_sweeps() -> dict[str, Path]:
     """Shipped sweeps by name, `study/name`."""
     return {name: file for name, file in _shipped().items() if name.startswith(SWEEPS)}
+
+
+def title_of(file: Path) -> str:
+    """The first sentence of the comment at the top of a recipe or sweep."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    return first_sentence("\n".join(line.lstrip("# ") for line in comment))
 
 
 def _shipped() -> dict[str, Path]:

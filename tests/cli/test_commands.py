@@ -175,7 +175,7 @@ def test_a_run_cannot_be_continued_to_fewer_steps_than_it_has(command, recipe, t
 def test_list_gives_every_kind_as_json(command):
     found = json.loads(command("list", "--json").stdout)
     kinds = {"objectives", "rewards", "adapters", "sources", "views", "suites", "backbones", "recipes", "sweeps"}
-    assert set(found) == kinds
+    assert {"recipe", *kinds} <= set(found)
     assert {"agsm", "ddpo"} <= {row["name"] for row in found["objectives"]}
     assert set(json.loads(command("list", "rewards", "--json").stdout)) == {"rewards"}
     names = {kind: [row["name"] for row in found[kind]] for kind in ("recipes", "sweeps")}
@@ -183,10 +183,42 @@ def test_list_gives_every_kind_as_json(command):
     assert not set(names["recipes"]) & set(names["sweeps"])
 
 
+def test_list_says_in_a_line_what_each_name_is_and_explains_the_recipe_s_blocks(command):
+    for rows in json.loads(command("list", "--json").stdout).values():
+        assert all(row["about"] for row in rows)
+    assert "ddpo" in command("list", "objectives").stdout and "DDPO on rollouts." in command("list").stdout
+    told = command("list", "sample").stdout
+    assert "every: int = 100" in told and "Draw a grid every this many steps." in told
+    keys = json.loads(command("list", "term", "--json").stdout)["term"]["options"]
+    assert {"weight", "every", "trains"} <= {key["name"] for key in keys} and all(key["meaning"] for key in keys)
+
+
+def test_an_option_that_is_a_key_of_the_recipe_is_answered_by_set(command, recipe):
+    for name, given in {"train": ["--steps", "2"], "check": ["--steps=2"]}.items():
+        told = command(name, recipe, *given)
+        assert told.exit_code == 2 and "--set steps=2" in " ".join(told.stderr.replace("│", "").split())
+    told = command("train", recipe, "--learning-rate", "1e-4")
+    assert "--set optimizer.learning_rate=1e-4" in " ".join(told.stderr.replace("│", "").split())
+    assert "--set" not in command("sample", "x", "y", "--steps", "2").stderr
+
+
+def test_quiet_prints_the_run_folder_alone(command, recipe):
+    result = command("train", recipe, "--run-dir", "run", "--set", "steps=1", "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "run folder: run\n", "")
+
+
+def test_help_has_a_short_name_and_completion_can_be_installed(command):
+    assert "Usage: " in command("-h").stdout and "--install-completion" in command("-h").stdout
+    assert command("train", "-h").stdout == command("train", "--help").stdout
+
+
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "accelerate", "scipy", "numpy")
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["check", "mine.yaml", "--set", "stepz=1"]])
+LIGHT = [["--help"], ["list"], ["list", "--json"], ["list", "term"], ["check", "mine.yaml", "--set", "stepz=1"]]
+
+
+@pytest.mark.parametrize("arguments", [*LIGHT, ["train", "gone.yaml"], ["init", "-h"]])
 def test_listing_names_and_refusing_a_misspelt_key_load_no_heavy_library(recipe, tmp_path, arguments):
     code = "\n".join(
         [
