@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from agsm_rl.backbones import load_backbone
     from agsm_rl.errors import UserError
     from agsm_rl.export.attach import attach, save_adapters
+    from agsm_rl.export.push import push_to_hub
     from agsm_rl.objectives.agsm import AGSM
     from agsm_rl.objectives.anchor import Anchor
     from agsm_rl.objectives.awm import AWM
@@ -52,6 +53,7 @@ _HOMES = {
     "backbones": ("load_backbone",),
     "errors": ("UserError",),
     "export.attach": ("attach", "save_adapters"),
+    "export.push": ("push_to_hub",),
     "objectives.agsm": ("AGSM",),
     "objectives.anchor": ("Anchor",),
     "objectives.awm": ("AWM",),
@@ -123,6 +125,7 @@ __all__ = [
     "View",
     "attach",
     "load_backbone",
+    "push_to_hub",
     "save_adapters",
     "train",
 ]

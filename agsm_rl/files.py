@@ -125,14 +125,18 @@ def why_not_on_hub(name: str) -> str:
 def replacing(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write to; at the end of the block the file takes the place of `path`.
 
-    If the block fails, or the process is killed, `path` stays as it was. `aside` overrides the name of the file that
+    If the block fails, or the process is killed, `path` stays as it was. The file can be read by whom the umask lets,
+    also where a library makes it for its owner alone (safetensors does). `aside` overrides the name of the file that
     is written first, for callers that clean up after a kill by name. OSError when the disk refuses.
     """
     aside = aside or path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with suppress(FileNotFoundError):  # somebody's link in its place would be written through
             aside.unlink()
+        with aside.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield aside
+        aside.chmod(mode)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)

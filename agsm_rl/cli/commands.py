@@ -23,6 +23,7 @@ from agsm_rl.cli.results import report
 from agsm_rl.cli.sample import sample
 from agsm_rl.cli.schema import schema
 from agsm_rl.cli.serve_reward import serve_reward
+from agsm_rl.cli.share import card, push
 from agsm_rl.cli.training import check, doctor, sweep, train
 from agsm_rl.run.screen import say
 
@@ -40,6 +41,8 @@ COMMANDS = {
     "schema": schema,
     "world": world,
     "convert": convert,
+    "card": card,
+    "push": push,
     "serve-reward": serve_reward,
 }
 

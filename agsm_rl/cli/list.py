@@ -27,6 +27,7 @@ BLOCKS: dict[str, type[Section]] = {
     "ema": schema.Ema,
     "optimizer": schema.Optimizer,
     "evaluate": schema.Evaluate,
+    "suite": schema.SuiteBlock,
     "sample": schema.Samples,
     "checkpoint": schema.CheckpointKeys,
     "stop_when": schema.StopRule,
@@ -42,8 +43,8 @@ def list_names(
         str | None,
         typer.Argument(
             metavar="[KIND|NAME]",
-            help="objectives, rewards, adapters, sources, views, backbones, recipes or sweeps; a registered name, for "
-            "its options; or a block of the recipe (recipe, term, optimizer, evaluate, …), for its keys.",
+            help="objectives, rewards, adapters, sources, views, backbones, suites, recipes or sweeps; a name of "
+            "theirs, for its options; or a block of the recipe (recipe, term, optimizer, evaluate, …), for its keys.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -3,16 +3,14 @@
 Shares: Wilson (statsmodels). Paired differences: Agresti and Min, Statistics in Medicine 2005 (the normal interval
 with half an observation added to each of the four cells, so that it does not collapse if no verdict changes).
 Means over tags: the tags' intervals combined (Zou and Donner, Statistics in Medicine 2008). Means of scores: bootstrap
-over prompts (scipy), because the images of one prompt resemble each other.
+over prompts (scipy), because the images of one prompt resemble each other. Both libraries are imported where they are
+used: a recipe that names a suite is checked without them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap, norm
-from statsmodels.stats.proportion import proportion_confint
-from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
 BATCH = 500
@@ -37,6 +35,8 @@ class Interval:
 
 def wilson(correct: int, total: int) -> Interval:
     """The share of correct items with its Wilson interval; ValueError for an empty or impossible count."""
+    from statsmodels.stats.proportion import proportion_confint
+
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"{correct} correct of {total} is not a valid share")
     low, high = proportion_confint(correct, total, alpha=1 - CONFIDENCE, method="wilson")
@@ -47,6 +47,9 @@ def wilson(correct: int, total: int) -> Interval:
 
 def paired_difference(base: Sequence[bool], trained: Sequence[bool]) -> Interval:
     """Share correct of `trained` minus that of `base`, both on the same prompts and noise, in [-1, 1]."""
+    from scipy.stats import norm
+    from statsmodels.stats.weightstats import DescrStatsW
+
     if len(base) != len(trained) or not len(base):
         raise ValueError(f"need one or more paired verdicts; got {len(base)} and {len(trained)}")
     changes = np.asarray(trained, dtype=float) - np.asarray(base, dtype=float)
@@ -73,6 +76,8 @@ def mean_over_prompts(values: Sequence[float]) -> Interval:
 
     The interval is NaN for a single prompt: its spread is unknown.
     """
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=float)
     if not len(data):
         raise ValueError("cannot average over zero prompts")
@@ -125,6 +130,8 @@ def mean_of_groups(groups: Sequence[Sequence[float]]) -> Interval:
     if min(len(group) for group in data) < 2:
         return Interval(value, float("nan"), float("nan"))
 
+    from scipy.stats import bootstrap
+
     def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.mean([part.mean(axis=axis) for part in parts], axis=0)
 
@@ -146,6 +153,8 @@ def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
     Both arguments hold the scores of each prompt's images, paired. The interval is Wilson's with the prompt as the
     unit: a prompt with wins and losses counts as a fraction, which errs towards a wide interval.
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     shares = []
     for scores, rivals in zip(ours, theirs, strict=True):
         margins = np.asarray(scores, dtype=float) - np.asarray(rivals, dtype=float)

@@ -41,6 +41,10 @@ class Handle:
     _modes: list[tuple[nn.Module, bool]]
     _guidance: GuidanceHook | None = None
 
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name}: {adapter.kind}" for name, adapter in self.adapters.items())
+        return f"<Handle of {held}>" if held else "<Handle, detached>"
+
     def detach(self) -> None:
         """Restore the pipeline bit for bit; a second call does nothing."""
         if self._guidance is not None:
@@ -174,8 +178,9 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = read_safetensors(file)
     if "kind" not in metadata:
         raise UserError(
-            f"{file}: was not exported by agsm-rl. For a LoRA from elsewhere, add --base, set `backbone.lora`, or use "
-            "pipe.load_lora_weights; convert published token files and kohya's LoRA with `agsm-rl convert`."
+            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere: pipe.load_lora_weights in Python, "
+            "`backbone.lora` in a recipe, --base for sample and eval. Published token files and kohya's LoRA: "
+            "`agsm-rl convert`."
         )
     return tensors, metadata
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from agsm_rl import registry
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.recipe.options import BESIDE, RewardOptions, mistakes_in
-from agsm_rl.recipe.schema import TermBlock
+from agsm_rl.recipe.schema import SuiteBlock, TermBlock
 from agsm_rl.recipe.signatures import model_in_source
 
 
@@ -38,6 +38,10 @@ def _blocks(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, An
     evaluate = data.get("evaluate")
     if isinstance(evaluate, Mapping):
         yield from _rewards(evaluate.get("rewards"), "evaluate", {"use"})
+        for name, block in _items(evaluate.get("suites")):
+            place = f"evaluate.suites.{name}"
+            yield "suites", place, block, {*SuiteBlock.model_fields}
+            yield from _rewards(block.get("rewards"), place, {"use"})
 
 
 def _with_rewards(

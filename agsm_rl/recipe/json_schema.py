@@ -17,7 +17,7 @@ from agsm_rl import registry
 from agsm_rl.errors import UserError
 from agsm_rl.recipe.meanings import about, keys_of, options_of
 from agsm_rl.recipe.options import RewardOptions, Section, options_model
-from agsm_rl.recipe.schema import Block, RecipeKeys, TermBlock
+from agsm_rl.recipe.schema import Block, RecipeKeys, SuiteBlock, TermBlock
 from agsm_rl.recipe.signatures import first_sentence
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def recipe_schema() -> Schema:
         properties[kind] |= {"type": "object", "additionalProperties": _use(kind)}
     term = _block_of_kind("objectives", TermBlock)
     term["properties"] |= {"source": {"anyOf": [{"type": "string"}, _use("sources")]}, "view": _or_null(_use("views"))}
-    definitions["objectives"] = term
+    definitions |= {"objectives": term, "suites": _block_of_kind("suites", SuiteBlock)}
     properties["objectives"] |= {"type": "array", "items": _use("objectives")}
     _optimizer(definitions["Optimizer"])
     _evaluation(definitions)
@@ -198,9 +198,13 @@ def _evaluation(definitions: Schema) -> None:
     """Values that may be given in a short form."""
     evaluate = definitions["Evaluate"]["properties"]
     _may_be_single(evaluate["guidance"])
+    _may_be_single(definitions["Samples"]["properties"]["guidance"])
     names = {"type": "array", "items": {"anyOf": [{"enum": [*registry.available("rewards")]}, {"pattern": ":"}]}}
     by_name = {"type": "object", "additionalProperties": _use("measured_reward")}
-    evaluate["rewards"] = {"anyOf": [names, by_name], "description": evaluate["rewards"].get("description", "")}
+    for place in (evaluate, definitions["suites"]["properties"]):
+        place["rewards"] = {"anyOf": [names, by_name], "description": place["rewards"].get("description", "")}
+    suites = {"type": "object", "minProperties": 1, "additionalProperties": _use("suites")}
+    evaluate["suites"] = _or_null(suites) | {"description": evaluate["suites"].get("description", "")}
 
 
 def _may_be_single(schema: Schema) -> None:

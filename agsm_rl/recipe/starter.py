@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -155,16 +155,31 @@ def _objectives(names: Sequence[str], wishes: Wishes) -> str:
 
 
 def _evaluation(wishes: Wishes, *, small: bool) -> str:
-    """Grids of pictures, and what is measured during the run."""
-    grid = (
-        "# A grid of pictures every so many steps, always from the same noise.\nsample:\n  every: 50\n  num_images: 8"
-    )
-    if wishes.examples:
-        grid += "\n  prompts:" + "".join(f"\n    - {_plain(prompt)}" for prompt in wishes.examples[:4])
+    """Grids of pictures, and what is measured: base against trained, on the same prompts and noise."""
+    lines = ["# A grid of pictures every so many steps, the base's first, always from the same noise."]
+    lines += ["sample:", "  every: 50", "  num_images: 8"]
+    if wishes.prompts is not None:
+        lines.append(f"  prompts: {_plain(wishes.prompts)}")
+    measured = dict.fromkeys([*wishes.rewards, *wishes.held_out])
+    lines += ["", "# Base against trained, on the same prompts and noise. A score is named as in `mine/NAME`, for"]
+    lines += [
+        "# `checkpoint: {best: mine/NAME}`. What is measured and not trained on shows whether a reward is hacked."
+    ]
     if small:
-        rewards = ", ".join(wishes.held_out)
-        return f"{grid}\n\n# Base against trained.\nevaluate: {{suite: shapes, every: 250, rewards: [{rewards}]}}"
-    return grid
+        names = ", ".join(name for name in measured if name != "shapes")
+        lines.append(f"evaluate: {{suite: shapes, every: 250, rewards: [{names}]}}")
+    elif wishes.prompts is not None:
+        lines += ["evaluate:", "  every: 250", "  suites:", "    mine:", "      use: rewards"]
+        lines += [f"      prompts: {_plain(wishes.prompts)}", "      num_images: 64", "      rewards:"]
+        lines += [f"        {_plain(name)}: {_measured(name)}" for name in measured]
+    else:
+        lines += ["# evaluate:", "#   every: 250", "#   suites:"]
+        lines.append("#     mine: {use: rewards, prompts: prompts.txt, num_images: 64, rewards: {clip_score: {}}}")
+    return "\n".join(lines)
+
+
+def _measured(name: str) -> str:
+    return _plain_options(REWARD_OPTIONS.get(name, {}))
 
 
 def _reward(name: str) -> str:
@@ -173,7 +188,11 @@ def _reward(name: str) -> str:
     key = _plain(name)
     if options is None:
         return f"{key}: 1.0"
-    return f"{key}: {{weight: 1.0, {', '.join(f'{option}: {json.dumps(value)}' for option, value in options.items())}}}"
+    return f"{key}: {_plain_options({'weight': 1.0} | options)}"
+
+
+def _plain_options(options: Mapping[str, Any]) -> str:
+    return f"{{{', '.join(f'{option}: {json.dumps(value)}' for option, value in options.items())}}}"
 
 
 def _plain(text: str | None) -> str:

@@ -193,23 +193,29 @@ class _Run:
         for agreement in agreed:
             tell(out, str(agreement))
         if evaluate:
-            _write_report(self.folder, self.display.console)
+            _write_last(self.folder, self.display.console)
         return True
 
 
-def _write_report(folder: RunFolder, console: Console) -> None:
-    """report.html in the run folder; a run whose report fails is complete all the same, and says so."""
+def _write_last(folder: RunFolder, console: Console) -> None:
+    """The report and the model card; a run for which one fails is complete all the same, and says so."""
+    from agsm_rl.export.model_card import write_card
     from agsm_rl.report.page import write_report
 
-    try:
-        write_report([folder.path], folder.report)
-    except Exception as error:  # whatever it is, hours of training must not end as a failure because of it
-        tell(
-            console,
-            f"report.html was not written ({type(error).__name__}: {error}); everything else was. To try again: "
-            f"agsm-rl report {folder.path}",
-            important=True,
-        )
+    last: dict[str, tuple[Callable[[], object], str]] = {
+        "report.html": (lambda: write_report([folder.path], folder.report), "report"),
+        "adapter/README.md": (lambda: write_card(folder.path), "card"),
+    }
+    for name, (write, command) in last.items():
+        try:
+            write()
+        except Exception as error:  # whatever it is, hours of training must not end as a failure because of it
+            tell(
+                console,
+                f"{name} was not written ({type(error).__name__}: {error}); the run is complete. To try again: "
+                f"agsm-rl {command} {folder.path}",
+                important=True,
+            )
 
 
 def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[str, Any] | None:

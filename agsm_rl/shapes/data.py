@@ -8,9 +8,8 @@ import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import datasets
 import numpy as np
 from PIL import Image
 
@@ -18,6 +17,9 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import replacing, write_text
 from agsm_rl.shapes import world
 from agsm_rl.shapes.world import Requirement, Scene, Split
+
+if TYPE_CHECKING:
+    import datasets
 
 PAIRS = "builtin:shapes"
 PROMPTS = "builtin:shapes-prompts"
@@ -33,7 +35,7 @@ _SPLITS: tuple[str, ...] = get_args(Split)
 _KINDS = ("pairs", "prompts", "preferences")
 
 
-def pairs(split: str, num: int, seed: int, captions: Captions = "plain") -> datasets.Dataset:
+def pairs(split: str, num: int, seed: int, captions: Captions = "plain") -> "datasets.Dataset":
     """`num` rows of `image` and `caption`; the images are the same whatever the captions.
 
     `plain` captions are right and have no cue, `careful` ones are right and cued, `web` ones are the mixture that the
@@ -43,6 +45,8 @@ def pairs(split: str, num: int, seed: int, captions: Captions = "plain") -> data
         raise unknown_name(PAIRS, captions, "a kind of captions", _WORDINGS)
     rows = [_pair(split, seed, index, captions) for index in range(num)]
     columns = {"image": [_png(world.render(scene)) for scene, _ in rows], "caption": [caption for _, caption in rows]}
+    import datasets  # here: who only asks for prompts need not wait for it
+
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -59,7 +63,7 @@ def prompts(split: str, num: int, seed: int, counting_share: float | None = None
     return worded
 
 
-def preferences(split: str, num: int, seed: int) -> datasets.Dataset:
+def preferences(split: str, num: int, seed: int) -> "datasets.Dataset":
     """`num` rows of `prompt`, `chosen` (a right drawing) and `rejected` (one of what a careless eye takes it for)."""
     columns: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": []}
     for index in range(num):
@@ -68,6 +72,8 @@ def preferences(split: str, num: int, seed: int) -> datasets.Dataset:
         columns["prompt"].append(world.describe(requirement, rng))
         for name, wanted in (("chosen", requirement), ("rejected", wrong)):
             columns[name].append(_png(world.render(_scene(rng, split, wanted))))
+    import datasets  # here: who only asks for prompts need not wait for it
+
     features = {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 

@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import gaussian_filter
 from skimage.measure import label, regionprops
 from skimage.segmentation import expand_labels
 from torch import Tensor
@@ -187,6 +186,8 @@ def _overlaps(paint: np.ndarray, x: float, y: float, total: float) -> tuple[np.n
 @lru_cache(maxsize=STEPS * STEPS)
 def _templates(column: int, row: int) -> np.ndarray:
     """Templates [shape, radius, softness, patch, patch] centred in the given cell of the sub-pixel grid."""
+    from scipy.ndimage import gaussian_filter  # here: who only names the judge need not wait for it
+
     scale, width = 8, 2 * HALF + 1
     x, y = HALF + (column + 0.5) / STEPS, HALF + (row + 0.5) / STEPS
     sharp = np.empty((len(world.SHAPES), len(RADII), width, width), dtype=np.float32)

@@ -89,7 +89,8 @@ def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe,
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["num_images"] == found["base"]["num_images"] == 6
     exported = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "run/adapter").iterdir()
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in (tmp_path / "run/adapter").glob("*.safetensors")
     }
     assert found["drawing"]["adapters"] == exported and found["drawing"]["num_steps"] == 2
 

@@ -35,7 +35,8 @@ def test_a_written_recipe_is_checked_and_trained(command, tiny_checkpoint, tmp_p
     checked = command("check", "mine.yaml", *allow)
     assert checked.exit_code == 0 and "mine.yaml: ok" in checked.stdout, checked.output
     small = {"steps": 2, "sources.own_images.images_per_prompt": 2, "sources.own_images.num_steps": 2, "track": "[]"}
-    small |= {"sample.num_images": 2, "sample.num_steps": 2}
+    small |= {"sample.num_images": 2, "sample.num_steps": 2, "evaluate.every": "null"}
+    small |= {"evaluate.suites.mine.num_images": 2, "evaluate.num_steps": 2}
     changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     trained = command("train", "mine.yaml", *allow, *changes, "--run-dir", "run")
     assert trained.exit_code == 0, trained.output
@@ -80,7 +81,7 @@ def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_
     recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.backbone.options["checkpoint"] == str(tiny_checkpoint)
     assert list(recipe.sources["own_images"].options["rewards"]) == ["sharpness", "hpsv2"]
-    assert recipe.objectives[0].use == "ddpo" and recipe.sample.prompts[1] == '"a" blue: circle'
+    assert recipe.objectives[0].use == "ddpo" and recipe.sample.prompts == "prompts.txt"
 
 
 def test_an_sd3_learns_by_flow_grpo(command, tiny_sd3_checkpoint, tmp_path):
