@@ -20,6 +20,7 @@ from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floa
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
+from agsm_rl.training.result import TrainingResult, step_bar
 from agsm_rl.training.row_shares import RowShare, filled, share_of
 from agsm_rl.training.schedules import LearningRates
 
@@ -137,18 +138,27 @@ class Trainer:
                 f"{error}; or start fewer processes"
             ) from error
 
-    def train(self) -> None:
-        """Run up to `steps`, or until a callback sets `stopping`."""
+    def train(self, *, progress: bool = True, history: bool = True) -> TrainingResult:
+        """Run up to `steps`, or until a callback sets `stopping`; the result has the adapters and each step's metrics.
+
+        progress: show a bar on a terminal or in a notebook. history: keep the metrics for the result.
+        """
+        kept: list[dict[str, float]] = []
         self._agree_to_stop()
-        while self.step < self.steps and not (self.stopping and self.can_pause):
-            started = time.perf_counter()
-            metrics = self.run_step()
-            metrics["seconds"] = time.perf_counter() - started
-            for callback in self.callbacks:
-                callback.on_step(self, self.step, metrics)
-            self._agree_to_stop()
+        with step_bar(self.steps, done=self.step, shown=progress and self.processes.index == 0) as advance:
+            while self.step < self.steps and not (self.stopping and self.can_pause):
+                started = time.perf_counter()
+                metrics = self.run_step()
+                metrics["seconds"] = time.perf_counter() - started
+                for callback in self.callbacks:
+                    callback.on_step(self, self.step, metrics)
+                advance(self.step, metrics)
+                if history:
+                    kept.append({"step": self.step, **metrics})
+                self._agree_to_stop()
         for callback in self.callbacks:
             callback.on_end(self)
+        return TrainingResult(self.step, self.policy.adapters, kept)
 
     @property
     def can_pause(self) -> bool:

@@ -292,3 +292,25 @@ def test_a_term_s_figures_are_fetched_in_one_go(make_policy, make_pairs):
     assert {"loss", "grad_norm", "positive_loss", "negative_loss", "win_rate"} <= figures.keys()
     assert all(isinstance(value, float) for value in figures.values())
     assert not fetches
+
+
+def test_a_training_returns_each_step_s_metrics_and_the_adapters(policy, make_terms, capsys):
+    trainer = Trainer(policy, make_terms()[:1], steps=3)
+    result = trainer.train()
+    assert [figures["step"] for figures in result.history] == [1, 2, 3] and result.steps == 3
+    assert all(figures["agsm/loss"] == figures["loss"] for figures in result.history)
+    assert result.adapters == policy.adapters and repr(result).startswith("<TrainingResult after 3 steps, loss ")
+    assert capsys.readouterr().err == ""  # not on a terminal
+    trainer.steps = 4
+    assert [figures["step"] for figures in trainer.train(history=False).history] == []
+
+
+def test_the_bar_is_shown_on_a_terminal_unless_it_is_turned_off(policy, make_terms, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    trainer = Trainer(policy, make_terms()[:1], steps=1)
+    trainer.train(progress=False)
+    assert capsys.readouterr().err == ""
+    trainer.steps = 2
+    trainer.train()
+    assert "2/2" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import typer
 from agsm_rl.cli import launcher
 from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, TrainedArgument, grouped
 from agsm_rl.errors import UserError
-from agsm_rl.run.screen import make_console, say, without_loading_bars
+from agsm_rl.run.screen import only_what_matters, say, without_loading_bars
 
 
 @grouped
@@ -47,8 +47,8 @@ def train(
     from agsm_rl.run.lifecycle import train as train_recipe
 
     without_loading_bars()
-    console = make_console(stderr=True, quiet=True) if quiet else None
-    trained = train_recipe(loaded, run_dir, resume=resume, console=console)
+    with only_what_matters(quiet):
+        trained = train_recipe(loaded, run_dir, resume=resume)
     if launcher.is_first():
         say(f"run folder: {trained}")
 

@@ -171,7 +171,7 @@ class _Run:
                 grids.begin(trainer)
             trainer.callbacks += [evaluator]
             try:
-                trainer.train()
+                trainer.train(progress=False, history=False)  # metrics.jsonl has it, and the display is ours
             except WentWrong as error:
                 if self.is_main:
                     evaluator.events.write(error.event)
