@@ -158,7 +158,7 @@ def _is_in(error: Exception, packages: tuple[str, ...]) -> bool:
 def _with_key(error: Any, given: list[str]) -> Any:
     """For an option that is unknown, but a key of the recipe: how to set it."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    if not option or not any(parameter.name == "overrides" for parameter in context.command.params):
+    if not option or context is None or not any(parameter.name == "overrides" for parameter in context.command.params):
         return error
     from agsm_rl.recipe.options import MEANT
     from agsm_rl.recipe.schema import RecipeKeys

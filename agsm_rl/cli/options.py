@@ -18,8 +18,10 @@ from agsm_rl.files import local_path
 from agsm_rl.registry import permissions
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 
-PATH_NAMES = ("recipe", "target", "base", "sweep_file", "against", "prompts", "images", "checkpoint")
-PATH_NAMES += ("detector", "classifier")
+PATH_NAMES = (
+    *("recipe", "target", "base", "sweep_file", "against", "prompts", "images", "checkpoint"),
+    *("detector", "classifier"),
+)
 """Parameters that are texts because they may also name a builtin or a repository on the hub."""
 
 

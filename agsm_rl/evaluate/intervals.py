@@ -103,6 +103,7 @@ def ratio_over_prompts(sums: np.ndarray, counts: np.ndarray) -> Interval:
         return Interval(value, float("nan"), float("nan"))
     if np.ptp(data[0] / data[1]) == 0:
         return Interval(value, value, value)
+    from scipy.stats import bootstrap
 
     def statistic(total: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
         return total.sum(axis=axis) / count.sum(axis=axis)

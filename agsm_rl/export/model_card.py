@@ -21,7 +21,7 @@ from agsm_rl.files import HUB_NAME, local_path, read_json, read_text, write_text
 
 MARK = "<!-- Written by agsm-rl. Delete this line, and your changes are kept. -->"
 PICTURES = "pictures.png"
-LICENCES = {
+LICENCES: dict[str, dict[str, Any]] = {
     "stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
     "CompVis/stable-diffusion": {"license": "creativeml-openrail-m"},
     "stable-diffusion-xl": {"license": "openrail++"},
@@ -66,13 +66,14 @@ def card_text(run: Path, files: list[Path], *, licence: str | None = None, pictu
     kinds = {file.name: read_export(file)[1]["kind"] for file in files}
     only_lora = [*kinds] == [LORA_FILE]
     base = None if _is_local(checkpoint) else checkpoint
-    of_base = next((terms for name, terms in LICENCES.items() if base and name in base), {})
+    of_base: dict[str, Any] = next((terms for name, terms in LICENCES.items() if base and name in base), {})
+    stated: dict[str, Any] = {"license": licence} if licence else of_base
     data = ModelCardData(
         base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=_tags(recipe, kinds, base),
-        **({"license": licence} if licence else of_base),
+        **stated,
     )
     parts = [
         f"# {run.resolve().name}",

@@ -189,7 +189,7 @@ def test_list_says_in_a_line_what_each_name_is_and_explains_the_recipe_s_blocks(
         assert all(row["about"] for row in rows)
     assert "ddpo" in command("list", "objectives").stdout and "DDPO on rollouts." in command("list").stdout
     told = command("list", "sample").stdout
-    assert "every: int = 100" in told and "Draw a grid every this many steps." in told
+    assert "every: int = 100" in told and "Draw a grid every this many steps" in told
     keys = json.loads(command("list", "term", "--json").stdout)["term"]["options"]
     assert {"weight", "every", "trains"} <= {key["name"] for key in keys} and all(key["meaning"] for key in keys)
 
