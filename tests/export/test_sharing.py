@@ -179,7 +179,9 @@ def test_adapters_card_and_picture_are_sent_with_the_token_that_is_never_shown(h
     assert len(written) == 3 and {*written.values()} == {f"Bearer {SECRET}"}
     asked = {path: body for path, _, body in hub.asked}
     made = json.loads(asked["/api/repos/create"])
-    assert made["private"] is True and any(path.endswith("/branch/trial") for path in asked)
+    assert (made.get("visibility") == "private" or made.get("private")) and any(
+        path.endswith("/branch/trial") for path in asked
+    )
     (committed,) = [body for path, body in asked.items() if path.partition("?")[0].endswith("/commit/trial")]
     sent = [json.loads(line)["value"] for line in committed.splitlines()]
     files = {value["path"]: base64.b64decode(value["content"]) for value in sent if "path" in value}
