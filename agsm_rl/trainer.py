@@ -23,6 +23,7 @@ from agsm_rl.training.randomness import Draw
 from agsm_rl.training.result import TrainingResult, step_bar
 from agsm_rl.training.row_shares import RowShare, filled, share_of
 from agsm_rl.training.schedules import LearningRates
+from agsm_rl.training.stages import stage
 
 
 class Callback:
@@ -197,7 +198,8 @@ class Trainer:
             gradient: Gradient | None = None
             figures: dict[str, float] = {}
             if share.total:
-                gradient, figures = self._learn(term, batch, share)
+                with stage(f"{term.name}: learning"):
+                    gradient, figures = self._learn(term, batch, share)
             figures |= term.source.metrics()
             metrics |= {f"{term.name}/{key}": value for key, value in figures.items()}
             passes = self.watch.term_passes(self.step + 1, term.name, figures)

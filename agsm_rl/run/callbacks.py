@@ -22,6 +22,7 @@ from agsm_rl.training.processes import ProcessLost
 
 LINES = 20
 """Lines that a training writes to a log."""
+STOPPING = "stopping soon, with a checkpoint; another Ctrl-C stops at once"
 SILENCE = 300.0
 """Seconds after which a log gets a line all the same."""
 
@@ -102,11 +103,13 @@ class ProgressBar(Callback):
 class GracefulStop(Callback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
 
-    An evaluation calls `check` between its batches and is interrupted there. If another process was lost, the
-    launcher's SIGTERM is ignored from then on, so that it cannot kill this process before the message is printed.
+    The display says so. An evaluation calls `check` between its batches and is interrupted there. If another process
+    was lost, the launcher's SIGTERM is ignored from then on, so that it cannot kill this process before the message is
+    printed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, display: RunDisplay | None = None) -> None:
+        self.display = display
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -127,6 +130,8 @@ class GracefulStop(Callback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        if self.display is not None:
+            self.display.notice = STOPPING
 
     def check(self) -> None:
         """Raise Interrupted if a signal has been received."""

@@ -48,6 +48,9 @@ class RunDisplay:
         self._stages: list[Stage] = []
         self._told: dict[Stage, float] = {}
         """When a log mentioned a stage for the last time."""
+        self.notice = ""
+        """A line that stays on the display, and that a log gets once; may be set by a signal's handler."""
+        self._noticed = ""
         self._bar: Bar | None = None
         self._leaves = False
         self._live: Live | None = None
@@ -102,7 +105,10 @@ class RunDisplay:
         self._told.pop(stage, None)
 
     def tell_if_due(self) -> None:
-        """In a log, mention the outermost stage if it has gone on for long enough since it was mentioned."""
+        """In a log, print a new notice, and the outermost stage if it has gone on for long since it was mentioned."""
+        if self.notice != self._noticed:
+            self._noticed = self.notice
+            tell(self.console, self.notice)
         stages = list(self._stages)
         if not stages:
             return
@@ -150,6 +156,8 @@ class RunDisplay:
             lines.append(stage_line(stages, now, width, ascii_only=ascii_only))
         if len(stages) > 1:
             lines.append(fit(f"  {describe(stages[-1], now)}", width))
+        if self.notice:
+            lines.append(fit(self.notice, width))
         if self._bar is not None and not stages and not self._leaves:
             lines.append(Text(""))  # kept free for stages, so that the lines above do not jump
         return Group(*lines)

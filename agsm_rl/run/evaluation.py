@@ -78,7 +78,8 @@ class Evaluator(Callback):
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
         if state is not None and not self.scores.load_state_dict(state):
-            self._tell("evaluate: its settings have changed, so the search for the best score starts over")
+            message = "evaluate: its settings have changed, so the search for the best score starts over"
+            self._tell(message, important=True)
         if self.is_main:
             self.checkpoints.restore_best(trainer)
         trainer.processes.wait()
@@ -104,7 +105,7 @@ class Evaluator(Callback):
             return
         for compared in suites.values():
             for base, trained in compared:
-                self._tell(summary(base, trained, trainer.step, self.roles))
+                self._tell(summary(base, trained, trainer.step, self.roles), prose=True)
         self._obey(trainer, self._note(trainer, suites))
         if self.is_main:
             self.checkpoints.after_evaluation(trainer)
@@ -208,9 +209,9 @@ class Evaluator(Callback):
         name = figure.removeprefix("reward/")
         return figure if name == figure else f"reward_{self.roles[entry.made.key(name)]}/{name}"
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, message: str, *, important: bool = False, prose: bool = False) -> None:
         if self.is_main:
-            tell(self.console, message)
+            tell(self.console, message, important=important, prose=prose)
 
     def _write(self, options: Evaluate, step: int, suites: Suites, agreed: list[Agreement] | None = None) -> None:
         """eval.json of the newest evaluation."""

@@ -82,7 +82,7 @@ def train(
                 tell(console, f"{trainer.processes.count} processes")
             _start_trackers(accelerator, recipe)
             trainer.callbacks = list(callbacks)
-            with GracefulStop() as stop, ended_when_stuck(folder, trainer):
+            with GracefulStop(display) as stop, ended_when_stuck(folder, trainer):
                 is_main = accelerator.is_main_process
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
                 if evaluate:

@@ -47,7 +47,7 @@ class EventsFile(Callback):
     def add(self, event: Event) -> None:
         """Write and print an event."""
         if self.write(event):
-            tell(self.console, event.message, style="yellow", important=True)
+            tell(self.console, event.message, style="yellow", important=True, prose=True)
 
     def write(self, event: Event) -> bool:
         """Write an event; False if it has been written before."""

@@ -89,13 +89,14 @@ def is_quiet(console: Console) -> bool:
     return console.quiet or getattr(console, "terse", False)
 
 
-def tell(console: Console, text: str, *, style: str = "", important: bool = False) -> None:
+def tell(console: Console, text: str, *, style: str = "", important: bool = False, prose: bool = False) -> None:
     """Print a line as it is on any console, whatever that makes of markup; long lines are not broken.
 
-    important: a warning or a result, which is printed on a terse console too.
+    important: a warning or a result, which is printed on a terse console too. prose: a terminal breaks it at spaces, as
+    is right for a text in which there is nothing to copy.
     """
     if important or not is_quiet(console):
-        console.print(styled(text, style), soft_wrap=True)
+        console.print(styled(text, style), soft_wrap=not (prose and console.is_terminal))
 
 
 def styled(text: str, style: str = "") -> Text:

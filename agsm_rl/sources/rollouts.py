@@ -228,7 +228,8 @@ class Rollouts(Source):
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
             form = guiding(policy.adapters.values(), self.guidance_bank, self.guidance_prompt)
-            with weights(), form, stage(f"{self._name}: drawing", total=share, unit="images") as advance:
+            what = f"{self._name.removeprefix('sources.')}: drawing"
+            with weights(), form, stage(what, total=share, unit="images") as advance:
                 for part in rows.split(self.sample_batch_size):
                     asked = [prompts[row] for row in part.tolist()]
                     columns = [metadata[row] for row in part.tolist()]

@@ -1,14 +1,17 @@
 """What a person sees while a run works: on a terminal of 80 columns, and in a log."""
 
+import signal
 from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.run.callbacks import ProgressBar
+from agsm_rl.run.callbacks import GracefulStop, ProgressBar
 from agsm_rl.run.display import RunDisplay, duration, make_bar
+from agsm_rl.run.records import EventsFile
 from agsm_rl.run.screen import make_console, only_what_matters, tell
+from agsm_rl.training.anomalies import Event
 from agsm_rl.training.stages import Stage, shown_by, stage
 
 
@@ -245,6 +248,27 @@ def test_quiet_leaves_what_is_important(capsys):
     assert capsys.readouterr() == ("the table\n", "the reward is constant\n")
     tell(make_console(stderr=True), "seen again")
     assert capsys.readouterr().err == "seen again\n"
+
+
+def test_a_signal_is_answered_at_once_on_a_terminal_and_once_in_a_log(trainer, clock):
+    terminal, log = a_display(clock, force_terminal=True), a_display(clock)
+    for display in (terminal, log):
+        with GracefulStop(display) as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+    assert screen(terminal) == ["stopping soon, with a checkpoint; another Ctrl-C stops at once"]
+    for _ in range(3):
+        log.tell_if_due()
+    assert printed(log) == screen(terminal)
+
+
+def test_a_long_warning_is_broken_between_words_on_a_terminal_and_not_at_all_in_a_log(tmp_path):
+    message = "the reward is the same for all images of a draw, and nothing can be learned from it " * 2
+    for options, count in (({}, 1), ({"force_terminal": True, "color_system": None}, 3)):
+        console = make_console(file=StringIO(), width=80, **options)
+        EventsFile(tmp_path / f"{count}.jsonl", console).add(Event(3, "constant_reward", "x", 1.0, "warn", message))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == count and " ".join(line.strip() for line in lines) == message.strip()
 
 
 def test_durations_are_short():
