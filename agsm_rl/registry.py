@@ -82,6 +82,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },
     "suites": {
+        "editing": "agsm_rl.evaluate.suites.editing:Editing",
         "fid": "agsm_rl.evaluate.suites.fid:FID",
         "geneval": "agsm_rl.evaluate.suites.geneval:GenEval",
         "questions": "agsm_rl.evaluate.suites.questions:Questions",

@@ -43,13 +43,17 @@ def make_suite(
     options |= {} if num_images is None or "num_images" not in takes else {"num_images": num_images}
     options |= {} if "seed" not in takes else {"seed": seed} | options
     run = _evaluation_of_run(Path(target)) if "rewards" in takes else None
-    rewards = {"rewards": _rewards(given, run, target, allow_imports)} if "rewards" in takes else {}
+    rewards = {}
+    if "rewards" in takes and (takes["rewards"].default is inspect.Parameter.empty or given.names_rewards()):
+        rewards = {"rewards": _rewards(given, run, target, allow_imports)}
     _check_required(suite, takes, options | rewards)
     registered = registry.load("suites", suite, where="--suite", allow_imports=allow_imports)
-    stand_in = {key: {"any": 1.0} for key in rewards}
+    stand_in = {"rewards": {"any": 1.0}} if "rewards" in takes else {}
     complete = validated(registered, options | stand_in, where=f"--suite {suite}: ")
     parts = Parts(where=f"--suite {suite}", allow_imports=allow_imports)
-    made: Suite = construct(suite, complete | rewards, parts, "options")
+    made: Suite = construct(
+        suite, complete | ({"rewards": ()} if "rewards" in takes else {}) | rewards, parts, "options"
+    )
     prompts = getattr(made, "list", None)
     if isinstance(prompts, PromptList):
         prompts.where = "--prompts"
@@ -62,8 +66,7 @@ def _rewards(
     given: SuiteOptions, run: Evaluate | None, target: str, allow_imports: Collection[str]
 ) -> list[RewardSpec]:
     """Those that are named, or else the run's own."""
-    named = given.reward or given.rewards_file
-    if run is not None and not named and any(block.rewards for block in run.blocks.values()):
+    if run is not None and not given.names_rewards() and any(block.rewards for block in run.blocks.values()):
         return rewards_of(run, where=str(Path(target) / "recipe.yaml"), allow_imports=allow_imports)
     return parse_rewards(given.reward or (), given.rewards_file, allow_imports=allow_imports)
 

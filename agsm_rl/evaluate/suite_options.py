@@ -41,6 +41,10 @@ class SuiteOptions:
         """The options that are given, except `option`."""
         return {name: getattr(self, name) for name in NAMES if getattr(self, name)}
 
+    def names_rewards(self) -> bool:
+        """Whether a reward is named."""
+        return bool(self.reward or self.rewards_file)
+
     def check(self, suite: str, allow_imports: Collection[str] = ()) -> None:
         """UserError for an unknown suite, or for an option that does not belong to it."""
         takes = arguments_of(suite, allow_imports)

@@ -92,8 +92,9 @@ def make_suites(evaluate: Evaluate, parts: Parts, place: str = "evaluate") -> li
         options = block.options
         inherited = {"seed": evaluate.seed, "split": evaluate.split}
         options |= {key: value for key, value in inherited.items() if options.get(key, 0) is None}
-        is_of_rewards = _takes_rewards(parts.load("suites", block.use, f"{at}.use"))
-        if is_of_rewards and not specs:
+        registered = parts.load("suites", block.use, f"{at}.use")
+        is_of_rewards = _takes_rewards(registered)
+        if is_of_rewards and not specs and _needs_rewards(registered):
             raise parts.refuse(at, f"the suite '{block.use}' measures rewards; add e.g. rewards: {{clip_score: {{}}}}")
         suite = construct(block.use, options | ({"rewards": specs} if is_of_rewards else {}), parts, at)
         if options.get("prompts", 0) is None:
@@ -159,6 +160,11 @@ def _completed(suite: Any, options: Mapping[str, Any], *, where: str) -> dict[st
 
 def _takes_rewards(suite: Any) -> bool:
     return "rewards" in inspect.signature(suite).parameters
+
+
+def _needs_rewards(suite: Any) -> bool:
+    parameter = inspect.signature(suite).parameters["rewards"]
+    return parameter.default is parameter.empty
 
 
 def _check_names(entry: MadeSuite, parts: Parts, place: str) -> None:

@@ -154,7 +154,7 @@ class Shapes(Suite):
 
     def check_base(self, backbone: Mapping[str, Any]) -> None:
         """UserError unless the base has the world's words as its vocabulary: a builtin, or what was made from one."""
-        if not self.any_base and backbone.get("checkpoint") is not None and not _is_of_the_world(backbone):
+        if not self.any_base and backbone.get("checkpoint") is not None and not is_of_the_world(backbone):
             raise UserError(
                 "the suite 'shapes' draws prompts of the small shapes world ('two red stars'), and "
                 f"'{backbone['checkpoint']}' was not trained on it, so the figures would say nothing about the model. "
@@ -190,7 +190,7 @@ def suite_prompts(split: str, num_images: int, seed: int) -> list[str]:
     return draw_prompts(split, num_images, seed, COUNTING_SHARE)
 
 
-def _is_of_the_world(backbone: Mapping[str, Any]) -> bool:
+def is_of_the_world(backbone: Mapping[str, Any]) -> bool:
     """Whether a base's tokenizer has the world's vocabulary; False where there is no file to tell."""
     checkpoint = str(backbone["checkpoint"])
     if checkpoint.startswith("builtin:"):
