@@ -151,8 +151,10 @@ class Editing(Suite):
 
     def prepare(self) -> None:
         """Load the rewards and DINO."""
-        self.rewards.prepare()
-        assert self._dino is None or self.dino
+        if self.rewards.specs:
+            self.rewards.prepare()
+        if self.dino:
+            assert self._dino
 
     @cached_property
     def _dino(self) -> Dino | None:
