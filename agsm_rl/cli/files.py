@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from agsm_rl.errors import UserError
 from agsm_rl.run.screen import say
 from agsm_rl.training.limits import MAX_SEED
 
@@ -26,6 +27,11 @@ def convert(
     ] = None,
 ) -> None:
     """Convert adapters from and to the files that their authors and other tools use."""
+    if not source.exists():
+        raise UserError(
+            f"IN '{source}': there is no such file or folder (looked from {Path.cwd()}); give a run, an exported "
+            "adapter, published .pth tokens, or a LoRA of kohya's."
+        )
     from agsm_rl.export.convert import convert as convert_adapter
 
     for file in convert_adapter(source, out, to, tell=lambda line: say(line, err=True)):
@@ -41,5 +47,9 @@ def world(
     """Write the shapes world to disk as an image folder that `datasets` reads."""
     from agsm_rl.shapes.data import write_image_folder
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"DIR {folder}: cannot be made ({error.strerror}); give another place.") from error
     write_image_folder(folder, split, num_images, seed)
     say(f"{folder}: {num_images} images with captions")

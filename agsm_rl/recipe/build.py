@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import Accelerator
 
-from agsm_rl.errors import UserError
-from agsm_rl.export.attach import start_from
+from agsm_rl.errors import MistakesSoFar, UserError
+from agsm_rl.export.attach import find_exports, start_from
+from agsm_rl.files import local_or_hub
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.parts import Parts
@@ -20,12 +22,16 @@ from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.processes import make_accelerator
 from agsm_rl.training.stages import stage
 
+PLACES = ("checkpoint", "unet", "transformer", "lora", "config")
+"""Options of backbones that name a file, a folder or a repository on the hub."""
+
 
 def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fresh: bool = True) -> Trainer:
     """The recipe's trainer; UserError when data, weights or a combination of them cannot be used.
 
     fresh: begin with the adapters of `start_from`, where the recipe has one; a resumed run has its own already.
     """
+    check_places(recipe, fresh=fresh)
     accelerator = accelerator or make_accelerator()
     parts, optimizer = recipe.parts, recipe.optimizer
     terms = build_terms(recipe)
@@ -53,6 +59,21 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
             accelerator=accelerator,
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         )
+
+
+def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
+    """UserError for files and folders that are not there: all of them, before any hub is asked for anything."""
+    parts, mistakes = recipe.parts, MistakesSoFar(recipe.parts.where)
+    for key in PLACES:
+        name = recipe.backbone.options.get(key)
+        if isinstance(name, str) and not name.startswith("builtin:"):
+            with mistakes.collected():
+                allowed = "another path, or a name on the hub (owner/name)"
+                local_or_hub(name, where=f"{parts.at(f'backbone.{key}')}:", allowed=allowed)
+    if fresh and recipe.start_from is not None:
+        with mistakes.collected(), _located(parts.at("start_from")):
+            find_exports(Path(recipe.start_from))
+    mistakes.raise_any()
 
 
 def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:

@@ -13,23 +13,32 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from agsm_rl.errors import UserError
+
 log = logging.getLogger(__name__)
 
 SIDECARS = (".txt", ".caption")
 """Endings of the files with one image's captions, as kohya's and others' trainers read them, in order of preference."""
 NAMED = 5
 """Files that a message names one by one."""
+MAX_FILES = 5_000_000
+"""Files of a folder; more are looked at for minutes, and are better kept in archives or tables."""
+PSEUDO = ("proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf")
+"""File systems whose files are made up by the kernel, without end where links lead back."""
 
 
 def list_files(root: Path, where: str) -> list[Path]:
     """All regular files below a folder, sorted, through links; hidden ones and what macOS adds to archives left out."""
+    made_up = _made_up()
+    if os.path.realpath(root) == "/" or _is_below(os.path.realpath(root), made_up):
+        raise UserError(f"{where}: this is a part of the system, not a folder of data; give the folder of the data")
     files: list[Path] = []
     repeated: list[Path] = []
     odd: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:
+        if real in seen or real in made_up:
             repeated.append(Path(place))
             folders[:] = []
             continue
@@ -40,8 +49,27 @@ def list_files(root: Path, where: str) -> list[Path]:
         for name in names:
             if not name.startswith("."):
                 (files if _is_regular(Path(place, name)) else odd).append(Path(place, name))
+        if len(files) + len(odd) > MAX_FILES:
+            raise UserError(
+                f"{where}: it has more than {MAX_FILES:,} files; give a folder with fewer, or put them into "
+                "parquet files or tar archives"
+            )
     _report(root, sorted(files), odd, repeated, where)
     return sorted(files)
+
+
+def _made_up() -> set[str]:
+    """Where the kernel's file systems are mounted."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        return set()
+    mounts = (line.split() for line in lines)
+    return {mount[1] for mount in mounts if len(mount) > 2 and mount[2] in PSEUDO}
+
+
+def _is_below(path: str, places: Iterable[str]) -> bool:
+    return any(path == place or path.startswith(place + os.sep) for place in places)
 
 
 def _is_regular(path: Path) -> bool:

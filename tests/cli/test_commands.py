@@ -374,3 +374,8 @@ def test_every_option_of_what_is_shipped_is_explained(command, kind):
         found = json.loads(command("list", row["name"], "--json").stdout)[kind]
         silent = [option["name"] for option in found["options"] if not option["meaning"]]
         assert found["about"] and not silent, row["name"]
+
+
+def test_what_is_not_there_and_what_cannot_be_made_are_named(command):
+    assert_told(command("convert", "nope", "x.safetensors"), "IN 'nope'", "no such file or folder")
+    assert_told(command("world", "/proc/w"), "DIR /proc/w", "give another place")

@@ -8,6 +8,7 @@ import yaml
 
 from agsm_rl.errors import Mistakes, UserError
 from agsm_rl.recipe import Recipe
+from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.options import options_model
 from agsm_rl.recipe.signatures import model_in_source
 from agsm_rl.registry import BUILTIN, load
@@ -132,3 +133,17 @@ def test_a_wrong_key_beside_wrong_options_is_refused_without_a_heavy_import(tmp_
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "x.yaml: 2 mistakes:\n- 'stepz'" in done.stderr and "adapters.lora: 'rnk'" in done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_places_that_are_not_there_are_reported_together_and_before_a_hub_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr("agsm_rl.recipe.build.build_backbone", lambda *_, **__: asked.append(1))
+    backbone = {"use": "stable_diffusion", "checkpoint": "owner/name", "lora": "./gone.safetensors", "unet": "./away"}
+    recipe = Recipe.from_data(GOOD | {"backbone": backbone, "start_from": "runs/gone"})
+    with pytest.raises(Mistakes) as raised:
+        build_trainer(recipe)
+    messages = raised.value.messages
+    assert_each(
+        messages, "backbone.lora: './gone", "backbone.unet: './away'", "start_from: runs/gone: there is no such"
+    )
+    assert not asked

@@ -116,7 +116,8 @@ def test_each_exported_adapter_says_where_it_comes_from(make_recipe, tmp_path, q
     terms = [{"use": "agsm", "source": pairs}, {"use": "score_matching", "source": pairs}]
     adapters = {"lora": {"use": "lora", "rank": 2}, "tokens": {"use": "soft_tokens"}}
     folder = train(make_recipe(steps=3, objectives=terms, adapters=adapters), tmp_path / "run", console=quiet)
-    files = sorted((folder / "adapter").iterdir())
+    assert (folder / "adapter" / "README.md").read_text().startswith("---\n")  # the model card
+    files = sorted((folder / "adapter").glob("*.safetensors"))
     assert [file.name for file in files] == ["pytorch_lora_weights.safetensors", "tokens.safetensors"]
     for file in files:
         _, metadata = read_export(file)

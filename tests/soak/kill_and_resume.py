@@ -197,7 +197,7 @@ def compare(whole: Path, resumed: Path) -> dict[str, float]:
 
     found = {name: lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")}
     found["eval.json"] = difference(*(json.loads((run / "eval.json").read_text()) for run in runs), "eval.json")
-    for file in sorted((whole / "adapter").iterdir()):
+    for file in sorted((whole / "adapter").glob("*.safetensors")):
         found[f"adapter/{file.name}"] = difference(*(load_file(run / "adapter" / file.name) for run in runs), file.name)
     found["last checkpoint"] = difference(*(checkpoints.newest(run / "checkpoints") for run in runs), "checkpoint")
     return found

@@ -6,12 +6,15 @@ import os
 import tarfile
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image
 
 from agsm_rl.errors import UserError
+from agsm_rl.sources import folder_files
+from agsm_rl.sources.folder_files import list_files
 from agsm_rl.sources.images import column_names, find_columns, open_dataset
 from agsm_rl.sources.local_data import list_data
 from agsm_rl.sources.pictures import read_picture
@@ -281,3 +284,19 @@ def test_a_csv_with_another_separator_is_refused_by_its_name(tmp_path, separator
     (tmp_path / "data" / "metadata.csv").write_text(f"file_name{separator}caption\na.png{separator}a star, red\n")
     with pytest.raises(UserError, match=f"its columns are separated by {name}.*a .csv is read with commas"):
         opened(tmp_path / "data")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mounts").exists(), reason="/proc is Linux's")
+@pytest.mark.parametrize("folder", ["/proc", "/proc/self", "/", "/sys"])
+def test_a_part_of_the_system_is_refused_without_being_walked(folder, monkeypatch):
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("it is walked"))
+    with pytest.raises(UserError, match="part of the system"):
+        list_files(Path(folder), "dataset")
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_files, "MAX_FILES", 2)
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="more than 2 files"):
+        list_files(tmp_path, "dataset")
