@@ -10,6 +10,7 @@ import typer
 from agsm_rl.cli import launcher
 from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, TrainedArgument, grouped
 from agsm_rl.errors import UserError
+from agsm_rl.run.display import saying
 from agsm_rl.run.screen import only_what_matters, say, without_loading_bars
 
 
@@ -39,15 +40,17 @@ def train(
             raise UserError(f"--resume: {path} does not belong to a run; give the run's folder in place of it.")
         run_dir = path.parent
     is_own = resume and run_dir is not None and path.parent.resolve() == run_dir.resolve()  # the run's resolved recipe
-    loaded = (read_earlier if is_own else Recipe.from_yaml)(path, overrides or [], allow_imports=granted)
-    if run_dir is not None and launcher.is_first():  # before diffusers is loaded, which takes seconds
-        folder = RunFolder(run_dir)
-        folder.check(loaded, resume=resume)
-        folder.close()
-    from agsm_rl.run.lifecycle import train as train_recipe
-
-    without_loading_bars()
     with only_what_matters(quiet):
+        with saying("reading the recipe", enabled=launcher.is_first()):
+            loaded = (read_earlier if is_own else Recipe.from_yaml)(path, overrides or [], allow_imports=granted)
+        if run_dir is not None and launcher.is_first():  # before diffusers is loaded, which takes seconds
+            folder = RunFolder(run_dir)
+            folder.check(loaded, resume=resume)
+            folder.close()
+        with saying("loading torch and diffusers", enabled=launcher.is_first()):
+            from agsm_rl.run.lifecycle import train as train_recipe
+
+            without_loading_bars()
         trained = train_recipe(loaded, run_dir, resume=resume)
     if launcher.is_first():
         say(f"run folder: {trained}")

@@ -17,8 +17,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from agsm_rl.run.screen import is_quiet, plain, styled, tell
-from agsm_rl.training.stages import Stage
+from agsm_rl.run.screen import is_quiet, make_console, plain, styled, tell
+from agsm_rl.training.stages import Stage, shown_by, stage
 
 REFRESHED = 4
 """Times a second that a terminal is redrawn."""
@@ -161,6 +161,13 @@ class RunDisplay:
         if self._bar is not None and not stages and not self._leaves:
             lines.append(Text(""))  # kept free for stages, so that the lines above do not jump
         return Group(*lines)
+
+
+@contextmanager
+def saying(what: str, *, enabled: bool = True) -> Iterator[None]:
+    """Within the block, which comes before a run has its display, say on stderr what is being done."""
+    with RunDisplay(make_console(stderr=True), enabled=enabled) as display, shown_by(display), stage(what):
+        yield
 
 
 def describe(stage: Stage, now: float, inner: Sequence[Stage] = ()) -> str:
