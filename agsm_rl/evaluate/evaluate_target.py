@@ -12,6 +12,7 @@ from rich.console import Console
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import versions
 from agsm_rl.evaluate.image_folder import is_image_folder
+from agsm_rl.evaluate.measured import without_files
 from agsm_rl.evaluate.suite import Result, Suite
 from agsm_rl.evaluate.suite_process import EvalOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
 from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, write_results
@@ -77,12 +78,19 @@ def _results(images: TargetImages, other: TargetImages | None, process: SuitePro
     if other is not None:
         label = "base" if process.options.compare else "other"
         tell(console, f"this: {images.name}; {label}: {other.name}")
-    content = result.to_json() | _description(images) | {"versions": versions()}
+    content = _figures(result, images) | {"versions": versions()}
     form = {key: getattr(process.options.drawing, key) for key in ("guidance_bank", "guidance_prompt")}
     content |= {key: value for key, value in form.items() if value is not None}
     if other is not None and result_of_other is not None:
-        content["base" if process.options.compare else "other"] = result_of_other.to_json() | _description(other)
+        content["base" if process.options.compare else "other"] = _figures(result_of_other, other)
         content |= {"same_noise": _same_noise(images, other), **result.against(result_of_other)}
+    return content
+
+
+def _figures(result: Result, images: TargetImages) -> dict[str, Any]:
+    content = result.to_json() | _description(images)
+    if images.judged and "images" in content and not any(item.filename for item in images.judged):
+        content["images"] = without_files(content["images"])
     return content
 
 

@@ -111,10 +111,16 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """An entry of eval.json, without the base."""
         content = self.result.to_json() | {"guidance": self.guidance, "rewards": self.rewards}
+        content["images"] = without_files(content["images"])
         if len(self.judged) > 1 and len(content["images"]) == len(self.judged[1]):
             rows = zip(content["images"], self.judged[1], strict=True)
             content["images"] = [{**row, "rewards": item.row} for row, item in rows]
         return content
+
+
+def without_files(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of images that are not kept, whose file names lead nowhere."""
+    return [{key: value for key, value in row.items() if key != "filename"} for row in rows]
 
 
 Compared = tuple[Measured, Measured]
