@@ -154,6 +154,12 @@ def _open_adapter(
     if base and len(files) == 1 and _is_foreign(files[0]):
         block = {"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])}
         return _load(block | more, where=str(path), check_base=check_base)
+    if base is None and _is_foreign(files[0]):
+        raise UserError(
+            f"{files[0]}: was not exported by agsm-rl, so it does not say which base it is for. For a LoRA from "
+            "elsewhere, add --base, set `backbone.lora`, or use pipe.load_lora_weights; convert published token files "
+            "and kohya's LoRA with `agsm-rl convert`."
+        )
     _, metadata = read_export(files[0])
     checkpoint = base or metadata.get("checkpoint")
     if not checkpoint:

@@ -178,9 +178,8 @@ def read_export(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = read_safetensors(file)
     if "kind" not in metadata:
         raise UserError(
-            f"{file}: was not exported by agsm-rl. A LoRA from elsewhere: pipe.load_lora_weights in Python, "
-            "`backbone.lora` in a recipe, --base for sample and eval. Published token files and kohya's LoRA: "
-            "`agsm-rl convert`."
+            f"{file}: was not exported by agsm-rl. Load a LoRA from elsewhere by pipe.load_lora_weights, or in a "
+            "recipe by `backbone.lora`; convert published token files and kohya's LoRA with `agsm-rl convert`."
         )
     return tensors, metadata
 

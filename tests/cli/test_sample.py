@@ -3,9 +3,10 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from agsm_rl import save_adapters
+from agsm_rl import UserError, attach, save_adapters
 from agsm_rl.cli.commands import app
 from agsm_rl.evaluate.captions import captioned_grid
 
@@ -103,3 +104,11 @@ def test_a_caption_makes_room_for_itself_under_its_picture():
     assert line > 0 and long.height == bare.height + 4 * line and titled.height > bare.height
     text = one_line.crop((6, 6 + 128, 134, 6 + 128 + line))
     assert min(low for low, _ in text.getextrema()) < 128  # there is ink
+
+
+def test_only_the_command_line_is_told_to_add_a_base_for_a_lora_from_elsewhere(sample, tmp_path, backbone):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4)}, tmp_path / "kohya.safetensors")
+    assert_refused(sample("kohya.safetensors", "x"), "add --base", "agsm-rl convert")
+    with pytest.raises(UserError, match="pipe.load_lora_weights") as raised:
+        attach(backbone.pipeline, tmp_path / "kohya.safetensors")
+    assert "--base" not in str(raised.value)
