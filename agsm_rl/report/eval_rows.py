@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
 """The shapes judge's verdicts by their key in eval.json, the one that counts first."""
-VERDICTS_OF = {"geneval": {"correct": "right (by GenEval's rules)"}}
+VERDICTS_OF = {
+    "geneval": {"correct": "right (by GenEval's rules)"},
+    "editing": {"correct": "edited, the rest kept", "changed": "edited", "kept": "the rest kept"},
+}
 """Of suites that have others."""
 
 Values = NDArray[Any]

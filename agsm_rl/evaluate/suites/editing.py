@@ -89,6 +89,9 @@ class Editing(Suite):
         numbers = {"strength": strength, "source_guidance": source_guidance, "n_min": n_min, "n_avg": n_avg}
         self.settings = {"method": method} | numbers
         self.rewards = Rewards(rewards=rewards)
+        own = {"overall", "changed", "kept", "reason", "ssim", "dino"}
+        if taken := own.intersection(self.rewards.score_names()):
+            raise UserError(f"suite editing: '{min(taken)}' is one of its own scores; give the reward another name.")
 
     @property
     def num_images(self) -> int:  # type: ignore[override]

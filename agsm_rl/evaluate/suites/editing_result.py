@@ -105,7 +105,9 @@ class EditingResult:
         row = {"prompt": item.prompt, "from": item.metadata.get("from")}
         if self.split:
             row |= {"tag": item.metadata["tag"], "correct": item.row["changed"] and item.row["kept"]}
-        return row | dict(item.row) | ({"filename": item.filename} if item.filename else {})
+            row |= {key: item.row[key] for key in ("changed", "kept", "reason")}
+        row |= {"scores": {name: item.row[name] for name in self.measures}}
+        return row | ({"filename": item.filename} if item.filename else {})
 
     def _marks(self, name: str) -> dict[str, list[bool]]:
         """By kind of edit."""

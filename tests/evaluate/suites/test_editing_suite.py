@@ -1,19 +1,26 @@
 """The editing suite: exact shares on the shapes world, rewards against structure on a list, fair comparison."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_pictures, plan
 from agsm_rl.evaluate.structure import Dino, like, ssim
 from agsm_rl.evaluate.suite import Judged
 from agsm_rl.evaluate.suites.editing import Editing
+from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.reward_specs import RewardSpec
+from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.suites import make_suites
+from agsm_rl.report.eval_rows import scores_of
 from agsm_rl.shapes import world
 from agsm_rl.shapes.edits import ShapeEdit
 
@@ -77,7 +84,8 @@ def test_eval_json_has_the_contracts_keys_and_a_row_per_edit(perfect, idle):
     content = json.loads(json.dumps(perfect.to_json() | perfect.against(idle)))
     assert (content["suite"], content["num_images"], content["overall"]) == ("editing", 6, 1.0)
     assert content["tags"]["color"]["total"] == content["tags"]["shape"]["total"] == 3
-    assert {"prompt", "from", "tag", "correct", "changed", "kept", "reason", "ssim"} <= set(content["images"][0])
+    assert {"prompt", "from", "tag", "correct", "changed", "kept", "reason", "scores"} <= set(content["images"][0])
+    assert content["images"][0]["scores"]["ssim"] < 1
     assert content["difference"]["overall"]["value"] > 0.5 and content["difference"]["kept"]["overall"]["value"] == 0
     assert content["difference"]["measures"]["ssim"]["value"] < 0
 
@@ -145,6 +153,33 @@ def test_a_list_needs_a_reward_and_rows_that_say_what_to_edit(edits_file):
     edits_file.write_text(json.dumps({"image": "0.png", "to": "b"}) + "\n")
     with pytest.raises(UserError, match="row 1: `from` is missing"):
         Editing(prompts=str(edits_file), rewards=[brightness()]).prompts()
+
+
+def test_a_reward_with_the_name_of_an_own_score_is_refused():
+    with pytest.raises(UserError, match="'kept' is one of its own scores"):
+        Editing(rewards=[replace(brightness(), key="kept")])
+
+
+def test_a_recipe_measures_edits_with_rewards_or_without():
+    blocks = {
+        "edits": {"use": "editing", "strength": 0.5, "seed": None},
+        "bright": {"use": "editing", "rewards": {"brightness": {}}},
+    }
+    plain, scored = make_suites(Evaluate.model_validate({"suites": blocks, "seed": 3}), Parts(where="test"))
+    assert plain.score_names() == ["overall", "changed", "kept", "ssim"]
+    assert scored.score_names() == ["overall", "changed", "kept", "ssim", "brightness"]
+    assert plain.suite.seed == 3 and plain.suite.settings["strength"] == 0.5
+
+
+def test_eval_measures_edits_and_their_rewards(tiny_sd3_checkpoint, tmp_path):
+    how = ["--num-images", "2", "--num-steps", "2", "--option", "strength=0.5", "--any-base", "--reward", "brightness"]
+    file = tmp_path / "edits.json"
+    given = ["eval", str(tiny_sd3_checkpoint), "--suite", "editing", *how, "--json", str(file)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    content = json.loads(file.read_text())
+    assert content["num_images"] == 2 and set(content["measures"]) == {"ssim", "brightness"}
+    assert set(scores_of(content)) == {"correct", "changed", "kept", "ssim", "brightness"}
 
 
 def test_a_base_of_another_world_is_refused_unless_asked(tmp_path):
