@@ -153,6 +153,8 @@ def by_rewards(seed: int = 0, *, gain: float = 0.2, prompts: int = 12, images: i
     base = np.random.default_rng(99).random((prompts, images))
     luck = np.random.default_rng(seed).normal(0, 0.1, (prompts, images))
     entry = rewards_entry({"sharpness": base + gain + luck, "brightness": base + luck / 10}, guidance)
+    compared = {"difference": {"value": gain, "low": 0.0, "high": 1.0}, "win_rate": {"score": 0.9}}
+    entry |= {"rewards": dict.fromkeys(("sharpness", "brightness"), compared)}
     return entry | {"base": rewards_entry({"sharpness": base, "brightness": base}, guidance)}
 
 

@@ -106,6 +106,8 @@ def _make_relative(content: dict[str, Any], folder: Path) -> None:
         for row in part.get("images", []):
             if "filename" in row and Path(row["filename"]).exists():
                 row["filename"] = os.path.relpath(row["filename"], folder)
+            if "filenames" in row and all(Path(file).exists() for file in row["filenames"]):
+                row["filenames"] = [os.path.relpath(file, folder) for file in row["filenames"]]
 
 
 def _result(images: TargetImages, process: SuiteProcess) -> Result:

@@ -86,7 +86,9 @@ def judged_of(entry: Mapping[str, Any]) -> Judged:
         else:
             incomplete.append(key)
     reasons = tuple(str(row.get("reason", "")) for row in rows for _ in range(_images_in(row)))
-    means = {str(name): float(value) for name, value in entry.get("rewards", {}).items()}
+    # A rewards suite has its comparison there, which is made again here.
+    told = {str(name): value for name, value in (entry.get("rewards") or {}).items()}
+    means = {name: float(value) for name, value in told.items() if not isinstance(value, Mapping)}
     rewards = {name: value for name, value in means.items() if math.isfinite(value)}  # others have no place in a plot
     return Judged(values, reasons, rewards, _files(rows), tuple(incomplete))
 

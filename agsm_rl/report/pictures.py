@@ -32,7 +32,7 @@ MOST_IMAGES, FEWEST_PROMPTS = 400, 8
 CHANGES = 8
 """Of each variant, score and guidance: at most this many largest gains, and as many losses."""
 MOST_CHANGED = 48
-"""Images that are shown because they changed, over all variants."""
+"""Images that are shown because they changed, over all variants; fewer if there are many of these."""
 
 
 def pictures(loaded: Loaded) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def _changed(loaded: Loaded) -> list[int]:
     """The images that a variant changed most among those kept, gains and losses of all variants in turn."""
     rankings = [ranking for variant in loaded.variants for ranking in _rankings(loaded, variant)]
     in_turn = [number for turn in zip_longest(*rankings) for number in turn if number is not None]
-    return list(dict.fromkeys(in_turn))[:MOST_CHANGED]
+    models = sum(len(measured_of(variant)) for variant in loaded.variants) + len(loaded.guidances)
+    return list(dict.fromkeys(in_turn))[: max(CHANGES, min(MOST_CHANGED, MOST_IMAGES // max(models, 1)))]
 
 
 def _rankings(loaded: Loaded, variant: Variant) -> Iterator[list[int]]:

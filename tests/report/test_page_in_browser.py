@@ -3,10 +3,12 @@
 import base64
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from making_runs import by_geneval, not_evaluated, write_run, write_sweep
+from making_runs import by_geneval, by_rewards, evaluation, not_evaluated, with_suites, write_run, write_sweep
 from reading_pages import HOSTILE, hostile_sweep
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -140,6 +142,36 @@ def test_the_band_reaches_from_the_lowest_to_the_highest_run(browser, report):
         (3, 2, 4, 2),
         (4, 4, 4, 1),
     ]
+
+
+@pytest.fixture(scope="module")
+def suites_report(tmp_path_factory):
+    """A run of two suites, verdicts and rewards, which kept sixteen pictures of each."""
+    folder = tmp_path_factory.mktemp("suites")
+    world = evaluation([f"a drawing of number {number}" for number in range(24)], {1.0: (0.3, 0.5)}, 0)
+    run = with_suites(write_run(folder / "mine", images=16), {"world": [world], "own": [by_rewards(prompts=20)]})
+    shutil.copytree(run / "samples/eval/guidance-1", run / "samples/eval/own/guidance-1")
+    write_report([run], folder / "report.html")
+    return folder / "report.html"
+
+
+def test_another_suite_is_chosen_and_its_largest_gains_are_shown(browser, axe, suites_report):
+    show(browser, suites_report)
+    choose(browser, "suite", "own (rewards)")
+    (row,) = rows_of(browser, "differences-table")
+    assert row[0] == "mine" and float(row[2].split("\n")[0]) > 0.1 and float(row[3].split("\n")[0]) > 80  # wins, %
+    choose(browser, "pictures", "mine: largest gains")
+    changes = (
+        "return [...document.querySelectorAll('.prompt')].map(one => one.querySelectorAll('.verdict')[1].innerText)"
+    )
+    shown = [float(re.search(r"\(\+(.*)\)", text)[1]) for text in browser.execute_script(changes)]
+    assert len(shown) > 3 and shown == sorted(shown, reverse=True)
+    assert "among the 16 of 40 images" in browser.find_element(By.ID, "pictures-note").text
+    browser.execute_script(axe)
+    assert browser.execute_async_script(FAULTS) == []
+    choose(browser, "suite", "world (shapes)")
+    assert "points" in browser.find_element(By.CSS_SELECTOR, "#differences-chart").text
+    assert complaints(browser) == []
 
 
 def test_without_an_evaluation_it_shows_what_there_is_without_a_complaint(browser, tmp_path):

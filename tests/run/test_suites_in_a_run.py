@@ -18,6 +18,8 @@ from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.reward_specs import RewardSpec
+from agsm_rl.report.load import load
+from agsm_rl.report.pictures import pictures
 from agsm_rl.run.lifecycle import train
 
 TASTE = """
@@ -112,10 +114,17 @@ def test_the_pictures_of_a_suite_are_those_that_were_judged(make_recipe, own):
     for place, entry in (("", content), ("toy/", content["suites"]["toy"]["guidances"][0])):
         shown = sorted((folder / "samples" / "eval" / place / "guidance-1" / "trained").glob("*.png"))
         assert [int(path.stem) for path in shown] == list(range(len(entry["images"])))
+    # And the report, which the run has made, shows them with every suite's scores.
+    assert (folder / "report.html").is_file()
+    loaded = load([folder])
+    shown = {name: pictures(loaded.of(name)) for name in loaded.suites}
+    assert {name: (one["kept"], one["total"]) for name, one in shown.items()} == {"mine": (3, 3), "toy": (4, 4)}
+    scores = {name: loaded.of(name).evaluation.score_names for name in loaded.suites}
+    assert scores == {"mine": ["taste", "sharpness", "dark"], "toy": ["strict", "correct", "sharpness"]}
     spec = RewardSpec("brightness", {}, 1.0, {}, key="dark", parts=Parts(where="test"))
     place = folder / "samples/eval/guidance-1/trained"
-    pictures = [open_picture(place / f"{row:04d}.png") for row in range(3)]
-    rows = Rewards(rewards=[spec]).judge(pictures, ["x"] * 3, [{"prompt": "x"}] * 3)
+    opened = [open_picture(place / f"{row:04d}.png") for row in range(3)]
+    rows = Rewards(rewards=[spec]).judge(opened, ["x"] * 3, [{"prompt": "x"}] * 3)
     measured = [row["scores"]["dark"][0] for row in content["images"]]
     assert [row["dark"] for row in rows] == pytest.approx(measured, abs=1e-6)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,11 +39,13 @@ class RewardsResult:
         scores_by_prompt: The scores of a prompt's images, by reward and prompt number.
         prompts: The prompts' texts by number.
         weights: The rewards' weights in `overall`.
+        filenames: The files of a prompt's images by number, if they were kept.
     """
 
     scores_by_prompt: Mapping[str, Mapping[int, Sequence[float]]]
     prompts: Mapping[int, str]
     weights: Mapping[str, float]
+    filenames: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     def scores(self) -> dict[str, Interval]:
         """Each reward's mean."""
@@ -92,6 +94,7 @@ class RewardsResult:
                 {
                     "prompt": prompt,
                     "scores": {label: list(self.scores_by_prompt[label][index]) for label in self.scores_by_prompt},
+                    **({"filenames": list(self.filenames[index])} if index in self.filenames else {}),
                 }
                 for index, prompt in self.prompts.items()
             ],
@@ -238,7 +241,11 @@ class Rewards(Suite):
             for label, by_prompt in scores.items():
                 by_prompt.setdefault(item.prompt_index, []).append(float(item.row[label]))
         prompts = {item.prompt_index: item.prompt for item in judged}
-        return RewardsResult(scores, prompts, {spec.label: spec.weight for spec in self.specs})
+        files: dict[int, list[str]] = {}
+        for item in judged:
+            if item.filename is not None:
+                files.setdefault(item.prompt_index, []).append(item.filename)
+        return RewardsResult(scores, prompts, {spec.label: spec.weight for spec in self.specs}, files)
 
     def _score(
         self, spec: RewardSpec, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]

@@ -17,6 +17,7 @@ from agsm_rl.evaluate.reward_options import parse_rewards
 from agsm_rl.evaluate.suites.rewards import RewardsResult
 from agsm_rl.evaluate.suites.shapes import suite_prompts
 from agsm_rl.export.attach import save_adapters
+from agsm_rl.report.eval_file import read_evaluation
 
 
 @pytest.fixture
@@ -97,6 +98,10 @@ def test_two_models_are_drawn_on_the_same_prompts_and_noise(command, tmp_path, t
     content = json.loads((tmp_path / "e.json").read_text())
     assert [row["prompt"] for row in content["images"]] == ["a red star", "a blue circle", "two squares"]
     assert content["same_noise"] is True
+    measured = read_evaluation(tmp_path / "e.json").first
+    assert list(measured.scores) == ["brightness", "jpeg_compressibility"]
+    for judged in (*measured.base.values(), *measured.trained.values()):
+        assert len(judged.files) == 3 and all((tmp_path / file).is_file() for file in judged.files)
     for label in ("brightness", "jpeg_compressibility"):
         assert content["rewards"][label]["difference"] == {"value": 0, "low": 0, "high": 0}
         assert content["rewards"][label]["win_rate"]["score"] == 0.5
