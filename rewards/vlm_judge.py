@@ -49,6 +49,8 @@ class VlmJudge:
         backoff: Seconds before the first further try.
         at_once: Number of requests sent at the same time.
         max_tokens: For `answer: score`: the longest reply.
+        after: For `answer: score`: the text that comes before the number, such as `Final Score:`; of several the last
+            counts. Null takes the first number of the reply.
     """
 
     name = "vlm_judge"
@@ -73,6 +75,7 @@ class VlmJudge:
         backoff: float = 1.0,
         at_once: int = 8,
         max_tokens: int = 16,
+        after: str | None = None,
     ) -> None:
         self._endpoint = ChatEndpoint(
             f"reward '{self.name}'",
@@ -91,10 +94,12 @@ class VlmJudge:
         if not -math.inf < lowest < highest < math.inf:
             raise UserError(f"highest: got {highest}, but it must be above lowest ({lowest}), and both finite")
         check_at_least_one("max_tokens", max_tokens)
+        if after is not None and (answer != "score" or not after.strip()):
+            raise UserError(f"after: got {after!r}, but it is the text before the number of `answer: score`")
         self.url, self.model, self.question, self.answer = url.rstrip("/"), model, question, answer
         self.lowest, self.highest, self.api_key_env = lowest, highest, api_key_env
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.at_once, self.max_tokens = at_once, max_tokens
+        self.at_once, self.max_tokens, self.after = at_once, max_tokens, after
         self.range = (0.0, 1.0) if answer == "yes_no" else (lowest, highest)
 
     @staticmethod
@@ -138,10 +143,12 @@ class VlmJudge:
         return likelihood["yes"] / total
 
     def _number(self, text: str, question: str) -> float:
-        match = NUMBER.search(text)
+        rest = text if self.after is None else text.rpartition(self.after)[2] if self.after in text else ""
+        match = NUMBER.search(rest)
         if match is None or not self.lowest <= float(match.group()) <= self.highest:
             raise UserError(
                 f"reward '{self.name}': expected a number from {self.lowest:g} to {self.highest:g}, but the answer to "
-                f"'{short(question)}' was '{short(text)}'; let `question` ask for the number and nothing else"
+                f"'{short(question)}' was '{short(text)}'; let `question` ask for the number "
+                + (f"after '{self.after}', and max_tokens leave room for it" if self.after else "and nothing else")
             )
         return float(match.group())

@@ -78,6 +78,18 @@ def test_scores_come_in_the_images_order_however_slow_each_is(endpoint):
     assert {"logprobs", "top_logprobs"}.isdisjoint(endpoint.asked[0][2])
 
 
+def test_the_score_may_come_after_what_the_model_reasons(endpoint):
+    endpoint.reply = lambda body: (200, said("cat (object): 1\nFinal Score: 2\nFinal Score: 4.5."))
+    rater = judge(endpoint, answer="score", lowest=1, highest=5, after="Final Score:", max_tokens=512)
+    assert rater(IMAGES[:1], ["a cat"]).tolist() == [4.5]
+    assert endpoint.asked[0][2]["max_tokens"] == 512
+    endpoint.reply = lambda body: (200, said("cat (object): 1"))
+    with pytest.raises(UserError, match="ask for the number after 'Final Score:', and max_tokens leave room"):
+        rater(IMAGES[:1], ["a cat"])
+    with pytest.raises(UserError, match="after: got 'Score', but it is the text before the number of `answer: score`"):
+        judge(endpoint, after="Score")
+
+
 def test_requests_are_under_way_together(endpoint):
     meeting = threading.Barrier(3, timeout=5)
 

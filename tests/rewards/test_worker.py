@@ -3,14 +3,16 @@
 import os
 import random
 import signal
+import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from agsm_rl_rewards.worker.reward import WorkerReward
-from running_workers import images
+from running_workers import QUICK, images
 
 from agsm_rl.errors import UserError
 
@@ -49,6 +51,29 @@ def test_a_script_gets_the_prompts_other_columns_if_it_takes_them(script):
 def test_columns_are_not_sent_to_a_worker_that_does_not_take_them(script):
     reward = script(MEAN)
     assert reward(images(1), ["a"], [{"odd": {1, 2}}]).tolist() == [1.0]
+
+
+def test_the_example_of_hpsv3_gives_the_means_of_what_its_package_predicts(tmp_path, closing, monkeypatch):
+    """With a package in its place that scores by pictures' first pixels: the real one needs a GPU and its weights."""
+    (tmp_path / "hpsv3.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            class HPSv3RewardInferencer:
+                def __init__(self, device):
+                    assert device == "cpu"
+                def reward(self, image_paths, prompts):
+                    assert len(image_paths) == len(prompts) <= 2
+                    return torch.tensor([[image.getpixel((0, 0))[0], 99.0] for image in image_paths])
+            """
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    example = Path(__file__).parents[2] / "examples" / "hpsv3_worker.py"
+    command, options = [sys.executable, str(example)], {"device": "cpu", "batch_size": 2}
+    reward = closing(WorkerReward(command=command, options=options, **QUICK))
+    assert reward(images(3) / 255, ["a", "b", "c"]).tolist() == [0.0, 1.0, 2.0]
+    assert set(reward.packages) == {"hpsv3", "transformers", "torch"}
 
 
 def test_pictures_go_over_as_pil_images_of_eight_bits(script):
