@@ -70,10 +70,10 @@ def guided_score_loss(
         if negatives is not None:
             delta = delta.masked_fill(~(negatives | is_own)[:, :, None, None, None], 0)
 
-    def error(guided: Tensor, chosen: Tensor) -> Tensor:
-        return ((live - guided) ** 2).mean(dim=(2, 3, 4))[chosen].mean()
+    def errors(guided: Tensor) -> Tensor:
+        return ((live - guided) ** 2).mean(dim=(2, 3, 4))
 
-    positive = error(target + gamma_positive * delta, is_own)
+    positive = errors(target + gamma_positive * delta)[is_own].mean()
     loss = positive
     metrics = {"positive_loss": positive.detach()}
     if live.shape[1] > 1:
@@ -84,13 +84,12 @@ def guided_score_loss(
         metrics["win_rate"] = mean_or_zero((lead > 0).float())
         metrics["margin"] = mean_or_zero(lead)
         if gamma_negative != 0:
-            guided = target - gamma_negative * delta
+            found = errors(target - gamma_negative * delta)
             chosen = negatives if learned is None else learned.to(reward.device) & ~is_own
             if chosen is None:
-                negative = error(guided, ~is_own)
+                negative = found[~is_own].mean()
             else:
-                errors = ((live - guided) ** 2).mean(dim=(2, 3, 4)) * chosen
-                negative = (errors.sum(dim=1) / chosen.sum(dim=1).clamp(min=1)).mean()
+                negative = ((found * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)).mean()
             loss = positive + negative
             metrics["negative_loss"] = negative.detach()
     return loss, metrics

@@ -55,7 +55,8 @@ def matching_log_prob(error: Tensor, t: Tensor, *, weighting: Weighting = "ghube
     """
     t = t.to(error)
     if weighting == "ghuber":
-        return -((error + SMALLEST_ERROR) ** power - SMALLEST_ERROR**power) * t / power
+        huber: Tensor = ((error + SMALLEST_ERROR) ** power - SMALLEST_ERROR**power) / power
+        return -t * huber
     return -error * {"uniform": torch.ones_like(t), "t": t, "t_squared": t**2}[weighting]
 
 

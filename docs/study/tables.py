@@ -9,6 +9,7 @@ written anew.
            the base's; under "" what the base is called, if it is another
     minus: pairs of variants, whose differences are shown below
     tags:  variants whose scores are shown tag by tag
+    gains: rewards; for each, what every variant's seeds gained over the base, with an interval over seeds
 """
 
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from statsmodels.stats.weightstats import DescrStatsW
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.report.compare import Estimate
@@ -66,6 +68,8 @@ class Table:
         parts = [self.scores()]
         if "tags" in asked:
             parts.append(self.by_tag([BASE, *asked["tags"]]))
+        if "gains" in asked:
+            parts.append(self.gains(asked["gains"]))
         if "minus" in asked:
             parts.append(self.differences(asked["minus"]))
         return [line for part in parts for line in ["", *part]] + [""]
@@ -113,6 +117,20 @@ class Table:
             rows.append([*row, *(part for view in shown for part in _points(self._minus(view, one, other)))])
         return _markdown(head, rows)
 
+    def gains(self, rewards: Sequence[str]) -> list[str]:
+        """A row a variant: the mean gain of each reward over the base at the first guidance, and its seeds' gains."""
+        head = ["", "seeds", *(part for reward in rewards for part in (f"{reward} minus the base's", "seed by seed"))]
+        rows = []
+        for name in [name for name in self.labels if name]:
+            row = [self.labels[name], str(len(self.variants[name].runs))]
+            for reward in rewards:
+                found = [_gain(run.evaluation, reward) for run in self.variants[name].runs]
+                low, high = DescrStatsW(found).tconfint_mean() if len(found) > 1 else (np.nan, np.nan)
+                row.append(" ".join([_signed(np.mean(found)), f"[{_signed(low)}, {_signed(high)}]"]))
+                row.append(", ".join(_signed(one) for one in found))
+            rows.append(row)
+        return _markdown(head, rows)
+
     def _shown(self) -> tuple[list[GuidanceView], list[GuidanceView]]:
         """The views that are shown with intervals, and the rest: beside an own guidance only the first has them."""
         if self.views[0].key != OWN:
@@ -128,6 +146,16 @@ class Table:
         runs = self.variants[name or next(iter(self.variants))].runs
         judged = [run.evaluation.trained if name else run.evaluation.base for run in runs]
         return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
+
+
+def _gain(evaluation: Any, reward: str) -> float:
+    """How much larger a run's mean reward is than the base's, on the same prompts and noise, at the first guidance."""
+    guidance = evaluation.guidances[0]
+    return float(evaluation.trained[guidance].rewards[reward] - evaluation.base[guidance].rewards[reward])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def _at(view: GuidanceView) -> str:
