@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from agsm_rl.evaluate.before_after import picture
 from agsm_rl.evaluate.drawing import write_picture
 from agsm_rl.evaluate.measured import Compared, Measured
-from agsm_rl.evaluate.table import picture
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run.screen import styled
 

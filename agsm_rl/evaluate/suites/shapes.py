@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.figures import Scores
 from agsm_rl.evaluate.intervals import Interval, mean_of, paired_difference, wilson
 from agsm_rl.evaluate.suite import Judged, Metadata, Row, Suite
-from agsm_rl.evaluate.table import print_table
 from agsm_rl.files import local_path, read_json
 from agsm_rl.recipe.options import NumImages, Seed
+from agsm_rl.run.screen import make_console, styled
 from agsm_rl.shapes import world
 from agsm_rl.shapes.data import prompts as draw_prompts
 from agsm_rl.shapes.judge import judge
@@ -238,3 +241,58 @@ def _by_tag(verdicts: Iterable[ImageVerdict]) -> dict[str, list[ImageVerdict]]:
 
 def _marks(rows: Iterable[ImageVerdict], strict: bool) -> list[bool]:
     return [row.strict if strict else row.correct for row in rows]
+
+
+def print_table(
+    base: ShapesResult,
+    trained: ShapesResult | None = None,
+    *,
+    console: Console | None = None,
+    labels: tuple[str, str] = ("base", "trained"),
+) -> None:
+    """Print the lenient and the strict table, in percent with 95 % intervals."""
+    out = console or make_console()
+    for strict in (False, True):
+        out.print(table(base, trained, strict=strict, labels=labels))
+
+
+def table(
+    base: ShapesResult,
+    trained: ShapesResult | None = None,
+    *,
+    strict: bool,
+    labels: tuple[str, str] = ("base", "trained"),
+) -> Table:
+    """One row per tag and one for their mean: one model's scores, or base, trained model and their difference."""
+    title = "strict (nothing else is there)" if strict else "lenient (what was asked for is there)"
+    # Narrow enough for 80 columns: "n" is the number of images.
+    heading = f"shapes, {title}, %, 95 % intervals"
+    rows = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("tag", "n", *((*labels, "difference") if trained else ("score",))):
+        rows.add_column(column, justify="left" if column == "tag" else "right", no_wrap=True)
+    results = [base, trained] if trained else [base]
+    scores = [result.shares(strict=strict) for result in results]
+    changes = trained.minus(base) if trained else None
+    change = (changes.strict if strict else changes.lenient) if changes else None
+    for tag, (_, total) in scores[0].counts.items():
+        cells = [_share(part.tags[tag]) for part in scores] + ([_change(change.tags[tag])] if change else [])
+        rows.add_row(tag, str(total), *cells)
+    rows.add_section()
+    cells = [_share(part.overall) for part in scores] + ([_change(change.overall)] if change else [])
+    rows.add_row("mean", str(_total(scores[0])), *cells, style="bold")
+    return rows
+
+
+def _share(part: Interval) -> Text:
+    return styled(f"{100 * part.value:.1f} [{100 * part.low:.1f} {100 * part.high:.1f}]")
+
+
+def _change(part: Interval) -> Text:
+    text = f"{100 * part.value:+.1f} [{100 * part.low:+.1f} {100 * part.high:+.1f}]"
+    if not part.excludes_zero:
+        return styled(text)
+    return styled(text, "green" if part.value > 0 else "red")
+
+
+def _total(scores: Scores) -> int:
+    return sum(total for _, total in scores.counts.values())
