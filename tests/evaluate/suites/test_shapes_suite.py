@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate import table
+from agsm_rl.evaluate import before_after
 from agsm_rl.evaluate.drawing import to_picture
 from agsm_rl.evaluate.suite import Judged
 from agsm_rl.evaluate.suites import shapes
@@ -135,9 +135,9 @@ def test_a_base_of_another_world_is_refused_before_it_is_loaded_with_what_to_wri
 
 def test_the_table_fits_eighty_columns_and_shows_base_trained_and_difference(half, perfect) -> None:
     console = Console(width=80, record=True, quiet=True)
-    table.print_table(half, perfect, console=console)
+    shapes.print_table(half, perfect, console=console)
     with Console(width=80) as plain, plain.capture() as shown:
-        plain.print(table.table(half, perfect, strict=True))
+        plain.print(shapes.table(half, perfect, strict=True))
     text = shown.get()
     assert "…" not in text
     assert "difference" in text and "strict" in text
@@ -147,16 +147,16 @@ def test_the_table_fits_eighty_columns_and_shows_base_trained_and_difference(hal
 
 def test_the_table_of_one_model_has_no_difference(half) -> None:
     with Console(width=80) as plain, plain.capture() as shown:
-        plain.print(table.table(half, strict=False))
+        plain.print(shapes.table(half, strict=False))
     assert "score" in shown.get() and "difference" not in shown.get()
 
 
 def test_the_picture_frames_right_images_green_and_wrong_ones_red(prompts) -> None:
     seeds = list(range(5))
     images = [to_picture(image) for image in painter(0.5)(prompts[:5], seeds)]
-    drawn = table.picture(prompts[:5], images, images, [(True, False)] * 5)
-    first_right = table.GAP, table.GAP
-    first_wrong = 2 * table.GAP + 32 * 3 + 2 * table.FRAME, table.GAP
-    assert drawn.getpixel(first_right) == table.RIGHT
-    assert drawn.getpixel(first_wrong) == table.WRONG
+    drawn = before_after.picture(prompts[:5], images, images, [(True, False)] * 5)
+    first_right = before_after.GAP, before_after.GAP
+    first_wrong = 2 * before_after.GAP + 32 * 3 + 2 * before_after.FRAME, before_after.GAP
+    assert drawn.getpixel(first_right) == before_after.RIGHT
+    assert drawn.getpixel(first_wrong) == before_after.WRONG
     assert drawn.width > 4 * 2 * 32 * 3 and drawn.height > 2 * 32 * 3
