@@ -263,7 +263,7 @@ def test_a_checkpoint_between_the_updates_of_two_processes_is_refused(policy, ma
         ({"negative_prompt": "blurred"}, "negative_prompt: 'blurred' has no effect with `guidance: 1`"),
         ({"rewards": [WeightedReward(Brightness(), 1.0, "mine", "z_score")]}, "rewards.mine: `normalise`"),
     ],
-    ids=str,
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else None,
 )
 def test_options_that_cannot_work_are_refused(make_step_preferences, options, message):
     with pytest.raises(UserError, match=message):
