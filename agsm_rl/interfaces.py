@@ -276,6 +276,8 @@ class RewardedBatch(PairBatch):
 
     rewards: Tensor
     advantages: Tensor
+    groups: Tensor | None = field(default=None, kw_only=True)
+    """The number of each image's prompt in the draw, [B], on the CPU: a prompt that was drawn twice is two groups."""
 
 
 @dataclass(frozen=True)

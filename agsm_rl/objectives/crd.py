@@ -154,7 +154,7 @@ class CRD(ForwardProcess):
             live, target, adaptive=self.adaptive
         )
         reward = 0.5 + 0.5 * (part.batch.advantages / self.advantage_scale).clamp(-1, 1)
-        group = groups_of(part.batch.prompts)
+        group = groups_of(part.batch)
         loss, metrics = crd_loss(implicit, reward, group, beta=self.beta, temperature=self.temperature, form=self.form)
         if self.scaled:
             loss = loss * (self.advantage_scale / self.beta)

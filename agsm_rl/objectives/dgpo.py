@@ -30,12 +30,12 @@ from agsm_rl.training.old_policy import OldPolicy
 def dgpo_loss(
     error: Tensor, reference_error: Tensor, advantages: Tensor, group: Tensor, *, beta: float = 100.0
 ) -> tuple[Tensor, Metrics]:
-    """The loss, averaged over groups, of errors and advantages [B] and groups [B] (0, 1, …); gradient through `error`.
+    """The loss, averaged over images, of errors and advantages [B] and groups [B] (0, 1, …); gradient through `error`.
 
-    `beta` > 0 sharpens the sigmoid (released: 100). The gradient is the released code's: σ(−s)·A·∇ℓ, averaged over the
-    images of groups of one size, with s the sigmoid's argument.
+    `beta` > 0 sharpens the sigmoid (released: 100). The gradient is the released code's: σ(−s)·A·∇ℓ, averaged over
+    images, with s the sigmoid's argument. A group counts by its size, however a batch is split.
 
-    Metrics: `accuracy`, the share of groups with s > 0; `margin`, mean s / β; `error_change`, mean ℓ − ℓ_ref.
+    Metrics: `accuracy`, the share of images in groups with s > 0; `margin`, mean s / β; `error_change`, mean ℓ − ℓ_ref.
     """
     if not error.shape == reference_error.shape == advantages.shape == group.shape:
         shapes = [tuple(one.shape) for one in (error, reference_error, advantages, group)]
@@ -43,9 +43,10 @@ def dgpo_loss(
     reference_error, advantages = reference_error.detach(), advantages.detach().to(error)
     sizes = sums_by_group(torch.ones_like(error), group)
     margin = sums_by_group(advantages * (reference_error - error), group) / sizes
-    return -logsigmoid(beta * margin).mean() / beta, {
-        "accuracy": (margin.detach() > 0).float().mean(),
-        "margin": margin.detach().mean(),
+    share = sizes / len(error)
+    return -(share * logsigmoid(beta * margin)).sum() / beta, {
+        "accuracy": (share * (margin.detach() > 0)).sum(),
+        "margin": (share * margin.detach()).sum(),
         "error_change": (error.detach() - reference_error).mean(),
     }
 
@@ -53,7 +54,7 @@ def dgpo_loss(
 class DGPO(ForwardProcess):
     """Direct group preference optimisation on rewarded images; rollouts need two images per prompt or more.
 
-    All images of a prompt in a step's batch are one group: with `updates`, a draw's groups are shared out evenly.
+    The images that a draw has of a prompt are one group: with `updates`, each update has its share of every group.
 
     Args:
         beta: β, above 0. Released: 100.
@@ -119,7 +120,7 @@ class DGPO(ForwardProcess):
             metrics["clip_fraction"] = share
         reference_error = old_error if self.reference == "old" or base is None else matching_error(base, target)
         assert reference_error is not None
-        loss, more = dgpo_loss(error, reference_error, advantages, groups_of(part.batch.prompts), beta=self.beta)
+        loss, more = dgpo_loss(error, reference_error, advantages, groups_of(part.batch), beta=self.beta)
         if self.kl_weight and base is not None:
             gap = matching_error(live, base).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}

@@ -38,7 +38,7 @@ class ForwardProcess(Objective):
 
     consumes: ClassVar[type[Batch]] = RewardedBatch
     compares_images: ClassVar[bool] = False
-    """Whether images of one prompt are learned from together, under one noise and noise level."""
+    """Whether the images of a prompt's group are learned from together, under one noise and noise level."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class ForwardProcess(Objective):
 
     def split(self, batch: RewardedBatch) -> list[tuple[AtLevel, float]]:
         """Parts of `rows_per_pass` images, once for each noise level of an image; all at once by default."""
-        parts = self._whole_prompts(batch) if self.compares_images else in_passes(batch, self.rows_per_pass)
+        parts = self._whole_groups(batch) if self.compares_images else in_passes(batch, self.rows_per_pass)
         levels = range(self.levels_per_image)
         return [(AtLevel(part, level), share / len(levels)) for level in levels for part, share in parts]
 
-    def _whole_prompts(self, batch: RewardedBatch) -> list[tuple[RewardedBatch, float]]:
-        """Parts of at most `rows_per_pass` images that hold all images of their prompts."""
-        group, limit = groups_of(batch.prompts), self.rows_per_pass or len(batch)
+    def _whole_groups(self, batch: RewardedBatch) -> list[tuple[RewardedBatch, float]]:
+        """Parts of at most `rows_per_pass` images that hold all images of their groups."""
+        group, limit = groups_of(batch), self.rows_per_pass or len(batch)
         parts: list[list[int]] = [[]]
         for number in range(int(group.max()) + 1):
             images = (group == number).nonzero().flatten().tolist()
@@ -85,7 +85,7 @@ class ForwardProcess(Objective):
         """The images at their noise level of this number, each level with noise of its own."""
         batch = part.batch
         if self.compares_images:
-            first = first_of_group(groups_of(batch.prompts))
+            first = first_of_group(groups_of(batch))
             batch = replace(batch, rows=batch.rows[first])
         ending = f" {part.level}" if part.level else ""
         uniform = self.sampler_steps is None
@@ -127,10 +127,14 @@ def base_prediction(policy: Policy, seen: Noised, *, guidance: float = 1.0) -> T
     return guided(policy.reference, seen.x_t, seen.t, seen.cond, uncond, guidance)
 
 
-def groups_of(prompts: list[str]) -> Tensor:
-    """The number of each image's prompt among the different ones, [B] on the CPU, in the order of appearance."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return torch.tensor([numbers[prompt] for prompt in prompts])
+def groups_of(batch: RewardedBatch) -> Tensor:
+    """The number of each image's group, [B] on the CPU: 0, 1, … in the order of appearance.
+
+    Groups are the source's; where it names none, the images of a prompt are one.
+    """
+    keys: list[object] = list(batch.prompts) if batch.groups is None else batch.groups.tolist()
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([numbers[key] for key in keys])
 
 
 def first_of_group(group: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ class Rollouts(Source):
             scores = {name: self._shard.gather(score).cpu() for name, score in scoring.scores().items()}
         worth, advantages = self._worth(scores, prompts)
         found: dict[str, Any] = {"prompts": own, "rows": rows, "latents": latents}
-        found |= {"metadata": [metadata[row] for row in rows.tolist()]}
+        found |= {"metadata": [metadata[row] for row in rows.tolist()], "groups": rows // self.images_per_prompt}
         found |= {"rewards": worth[rows].to(latents.device), "advantages": advantages[rows].to(latents.device)}
         if not self.keep_path:
             return RewardedBatch(**found)
@@ -377,7 +377,7 @@ def _all_equal(rewards: Tensor) -> bool:
 
 
 def _moved(batch: RewardedBatch, device: torch.device) -> RewardedBatch:
-    """The batch on the backbone's device (a loaded state is on the CPU); row numbers stay where they are."""
-    tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "rows"}
+    """The batch on the backbone's device (a loaded state is on the CPU); numbers of rows and groups stay on the CPU."""
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in ("rows", "groups")}
     moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
     return replace(batch, **moved)

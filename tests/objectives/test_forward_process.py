@@ -207,7 +207,7 @@ def test_images_of_one_prompt_share_noise_and_noise_level(policy, objective):
     (part, share), *_ = one.split(batch)
     assert share == 1
     seen = one.noised(policy, part)
-    same = groups_of(part.batch.prompts)
+    same = groups_of(part.batch)
     for number in (0, 1):
         first, second = seen.x_t[same == number]
         assert torch.equal(first, second)
@@ -224,6 +224,31 @@ def test_a_pass_holds_whole_prompts_or_is_refused(policy, objective):
     ]
     with pytest.raises(UserError, match="rows_per_pass: got 3, but a step learns from 4 images of one prompt"):
         objective(rows_per_pass=3).split(batch)
+
+
+@pytest.mark.parametrize("objective", [DGPO, CRD])
+def test_passes_have_the_gradient_of_all_groups_at_once_whatever_their_sizes(policy, objective):
+    moved(policy)
+    batch = rewarded(policy, [2.0, -1.0, -1.0, 1.0, -1.0], prompts=["a red star"] * 3 + ["a blue circle"] * 2)
+
+    def gradient(one):
+        total = sum(share * one.loss(policy, part)[0] for part, share in one.split(batch))
+        found = torch.autograd.grad(total, list(policy.parameters().values()), allow_unused=True)
+        return [value for value in found if value is not None]
+
+    for all_at_once, in_passes in zip(gradient(objective()), gradient(objective(rows_per_pass=3)), strict=True):
+        torch.testing.assert_close(in_passes, all_at_once, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", [DGPO, CRD])
+def test_a_prompt_that_is_drawn_twice_is_two_groups(policy, make_rollouts, objective):
+    """At the end of an epoch, and with fewer prompts than a draw has; processes that share a draw see the same."""
+    batch = make_rollouts(bind=True, num_prompts=4).next(policy)
+    assert len(set(batch.prompts)) == 3
+    assert groups_of(batch).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [len(part) for part, _ in objective(rows_per_pass=2).split(batch)] == [2, 2, 2, 2]
+    seen = objective().noised(policy, objective().split(batch)[0][0])
+    assert len(set(seen.t.tolist())) == 4
 
 
 @pytest.mark.parametrize(
