@@ -7,7 +7,6 @@ prompt, against the structure kept of its source: SSIM, and DINO's features wher
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from agsm_rl.editing.editor import EditSettings, Method, edit
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.image_folder import sha256
 from agsm_rl.evaluate.prompts import PromptList
 from agsm_rl.evaluate.structure import Dino, like, ssim
 from agsm_rl.evaluate.suite import Judged, Metadata, Part, Row, Suite
@@ -132,6 +132,10 @@ class Editing(Suite):
 
     def prompts(self) -> Mapping[int, Metadata]:
         """The target prompts, with what each edit starts from and how it is made."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> dict[int, Metadata]:
         if self.of_the_world:
             edits = draw_edits(self.split, self.num_images, self.seed)
             rows = [{"prompt": item.target, **item.to_json()} for item in edits]
@@ -150,7 +154,7 @@ class Editing(Suite):
         image = (folder if folder.is_dir() else folder.parent) / local_path(row["image"])
         if not image.is_file():
             raise UserError(f"{where}: there is no image {image}; paths are relative to the list's folder.")
-        return {**row, "image": str(image), "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
+        return {**row, "image": str(image), "image_sha256": sha256(image)}
 
     def prepare(self) -> None:
         """Load the rewards and DINO."""
@@ -164,11 +168,12 @@ class Editing(Suite):
         return Dino(self.dino) if self.dino else None
 
     def check(self, metadata: Metadata) -> None:
-        """UserError for a row that does not say what was edited."""
+        """UserError for a row that does not say what was edited, or lacks what one of the rewards judges by."""
         if self.of_the_world:
             ShapeEdit.from_json(metadata, str(metadata["prompt"]))
         elif not isinstance(metadata.get("image"), str):
             raise UserError("`image`, the source image's path, is missing.")
+        self.rewards.check(metadata)
 
     def check_base(self, backbone: Mapping[str, Any]) -> None:
         """UserError where the shapes world's edits are asked of a base that was not trained on it."""
@@ -190,7 +195,7 @@ class Editing(Suite):
         num_steps: int,
     ) -> Tensor:
         """The edited images; what follows the target prompts (`prompt_suffix`) also follows the source prompts."""
-        images = torch.stack([fit(_source(row), backbone.resolution) for row in metadata])
+        images = torch.stack([fit(self._source(row), backbone.resolution) for row in metadata])
         suffixes = [text.removeprefix(str(row["prompt"])) for text, row in zip(prompts, metadata, strict=True)]
         sources = [f"{row['from']}{suffix}" for row, suffix in zip(metadata, suffixes, strict=True)]
         settings = EditSettings(num_steps=num_steps, guidance=guidance, **self.settings)  # type: ignore[arg-type]
@@ -199,7 +204,7 @@ class Editing(Suite):
     def _judge(self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Row]:
         rows = []
         for image, prompt, row in zip(images, prompts, metadata, strict=True):
-            source = like(_source(row), image)
+            source = like(self._source(row), image)
             found: dict[str, Any] = {"ssim": ssim(source, image)}
             if self._dino is not None:
                 found["dino"] = self._dino.likeness(source, image)
@@ -213,9 +218,8 @@ class Editing(Suite):
         weights = {spec.label: spec.weight for spec in self.rewards.specs}
         return EditingResult(tuple(judged), tuple(self.measures), weights, self.split if self.of_the_world else None)
 
-
-def _source(metadata: Metadata) -> Image:
-    """The image that a row's edit starts from."""
-    if "objects" in metadata:
-        return world.render(ShapeEdit.from_json(metadata, str(metadata["prompt"])).objects)
-    return read_picture(Path(metadata["image"]), str(metadata["image"]))
+    def _source(self, metadata: Metadata) -> Image:
+        """The image that a row's edit starts from."""
+        if self.of_the_world:
+            return world.render(ShapeEdit.from_json(metadata, str(metadata["prompt"])).objects)
+        return read_picture(Path(metadata["image"]), str(metadata["image"]))
