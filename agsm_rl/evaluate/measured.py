@@ -45,8 +45,9 @@ class Entry:
     def prepare(self, resolution: int) -> None:
         """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
         prompts = self.made.suite.prompts()
-        for metadata in prompts.values():
-            self.made.suite.check(metadata)
+        for suite in self.suites:
+            for metadata in prompts.values():
+                suite.check(metadata)
         first = next(iter(prompts.values()))
         grey = new_image("RGB", (resolution, resolution), (128, 128, 128))
         for suite in self.suites:

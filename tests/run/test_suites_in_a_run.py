@@ -13,11 +13,13 @@ from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings
 from agsm_rl.evaluate.image_folder import open_picture
 from agsm_rl.evaluate.measure import draw_and_judge
+from agsm_rl.evaluate.measured import Entry
 from agsm_rl.evaluate.suites.rewards import Rewards
 from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.reward_specs import RewardSpec
+from agsm_rl.recipe.suites import MadeSuite
 from agsm_rl.report.load import load
 from agsm_rl.report.pictures import pictures
 from agsm_rl.run.lifecycle import train
@@ -183,6 +185,26 @@ def test_any_number_of_processes_has_the_rows_and_pictures_of_one(backbone, own,
     for index in range(count):
         several = draw_and_judge(backbone, [suite], how, processes=Shares(index, count, given))
         assert several.judged == one.judged and several.pictures == one.pictures
+
+
+def test_rewards_beside_a_suite_look_at_every_prompt_before_anything_is_drawn(own):
+    class Picky:
+        name, differentiable = "picky", False
+
+        def check_prompts(self, prompts, metadata):
+            for prompt, row in zip(prompts, metadata, strict=True):
+                if row["likes"] == "b":
+                    raise UserError(f"'{prompt}' likes blue")
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    sharpness = RewardSpec("sharpness", {}, 1.0, {}, parts=Parts(where="test"))
+    beside = Rewards(rewards=[RewardSpec("picky", {}, 1.0, {})])
+    beside.__dict__["_models"] = {"picky": Picky()}
+    suite = Rewards(rewards=[sharpness], prompts="mine.jsonl")
+    with pytest.raises(UserError, match="'two birds' likes blue"):
+        Entry(MadeSuite("mine", suite, []), beside).prepare(32)
 
 
 def test_what_stops_one_process_s_evaluation_stops_all(backbone, own):
