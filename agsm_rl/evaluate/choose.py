@@ -38,9 +38,11 @@ def make_suite(
     """
     given.check(suite, allow_imports)
     takes = arguments_of(suite, allow_imports)
+    if num_images is not None and "num_images" not in takes:
+        raise UserError(f"--num-images: the suite {suite} decides how many images it draws; leave the option out.")
     options = {name: value for name, value in given.given().items() if name not in ARGUMENTS}
     options |= _parsed(given.option or ())
-    options |= {} if num_images is None or "num_images" not in takes else {"num_images": num_images}
+    options |= {} if num_images is None else {"num_images": num_images}
     options |= {} if "seed" not in takes else {"seed": seed} | options
     run = _evaluation_of_run(Path(target)) if "rewards" in takes else None
     rewards = {}

@@ -202,12 +202,14 @@ def read_pinned(folder: Path) -> dict[str, Any] | None:
 def _pin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the settings into a new folder, or check them against those of its images."""
     there = read_pinned(folder)
-    if there is None:
-        if folder.is_dir() and any(place.name.isdigit() for place in folder.iterdir()):
+    if there is None and folder.is_dir() and any(place.name.isdecimal() for place in folder.iterdir()):
+        there = read_pinned(folder)  # another share may have begun between the two looks
+        if there is None:
             raise UserError(
                 f"--images {folder}: holds images drawn by another tool (it has no {PINNED}); give another folder, or "
                 f"evaluate these images with agsm-rl eval {folder} …"
             )
+    if there is None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PINNED, json.dumps(settings, indent=1) + "\n")
         return settings

@@ -124,17 +124,22 @@ def _description(images: TargetImages) -> dict[str, Any]:
     return {"target": images.name, **settings, "drawing": images.drawing}
 
 
+def _exists(target: str, suite: Suite) -> bool:
+    return is_drawn(target) or is_plain_folder(target, suite)
+
+
 def _check_options(target: str, suite: Suite, options: EvalOptions) -> None:
     if options.against and options.compare:
         raise UserError("--against and --compare: give one, not both; --compare compares with the target's own base.")
-    exists = is_drawn(target) or is_plain_folder(target, suite)
+    exists = _exists(target, suite)
+    draws = not exists or not (options.against is None or _exists(options.against, suite))
     if options.compare and exists:
         raise UserError(f"--compare: {target} has no base; give a target to compare with as --against.")
     if options.drawing.prompt_suffix and exists:
         raise UserError(f"--prompt-suffix: {target} is already drawn; leave the option out.")
     if options.images is not None and exists and not options.against:
         raise UserError(f"--images {options.images}: {target} is already drawn; leave --images out.")
-    if options.share is not None and options.images is None and not exists:
+    if options.share is not None and options.images is None and draws:
         raise UserError("--shard: the shares need a shared folder; give one as --images.")
     if options.images is not None and options.images.exists() and not options.images.is_dir():
         raise UserError(f"--images {options.images}: this is a file; give a folder.")

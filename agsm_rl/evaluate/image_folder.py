@@ -162,7 +162,7 @@ def write_metadata(place: Path, metadata: Mapping[str, Any]) -> None:
 
 def _prompt_folders(folder: Path) -> Sequence[Path]:
     """The prompts' folders, in the order of their numbers."""
-    places = [place for place in folder.iterdir() if place.name.isdigit() and (place / METADATA).is_file()]
+    places = [place for place in folder.iterdir() if place.name.isdecimal() and (place / METADATA).is_file()]
     return sorted(places, key=lambda place: int(place.name))
 
 

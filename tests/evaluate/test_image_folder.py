@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate import suite
+from agsm_rl.evaluate import draw_folder, suite
 from agsm_rl.evaluate.draw_folder import DrawingSettings, Share, draw_images, image_of, plan, read_pinned, seed_of
 from agsm_rl.evaluate.image_folder import Measurements, is_image_folder, read_images, sha256
 from agsm_rl.evaluate.suites.shapes import Shapes
@@ -81,6 +81,14 @@ def test_shares_together_draw_what_one_process_draws(target, tmp_path):
     for index in range(3):
         draw(target, tmp_path / "shared", shard=Share(index, 3))
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+
+
+def test_a_share_that_begins_while_another_does_is_not_taken_for_another_tools(target, tmp_path, monkeypatch):
+    draw(target, tmp_path, shard=Share(0, 2))
+    first_look = iter([None])  # it came before the other share's record was written
+    monkeypatch.setattr(draw_folder, "read_pinned", lambda folder: next(first_look, read_pinned(folder)))
+    draw(target, tmp_path, shard=Share(1, 2))
+    assert len(read_images(tmp_path)) == 5
 
 
 def test_images_that_are_there_are_not_drawn_again_and_torn_or_missing_ones_are(target, tmp_path, drawn_prompts):
@@ -243,6 +251,31 @@ def test_options_that_do_not_go_together_are_told(runner, tiny_checkpoint, tmp_p
     result = runner("eval", tiny_checkpoint, *arguments)
     assert result.exit_code == 2 and word in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_shares_of_a_target_to_compare_with_need_a_folder_too(runner, tiny_checkpoint, tmp_path):
+    drawn = runner("eval", tiny_checkpoint, "--num-images", 2, "--num-steps", 1, "--images", tmp_path / "im")
+    assert drawn.exit_code == 0, drawn.output
+    result = runner("eval", tmp_path / "im", "--against", tiny_checkpoint, "--shard", "1/2")
+    assert result.exit_code == 2 and "--shard: the shares need a shared folder" in result.stderr
+
+
+def test_a_number_of_images_that_a_suite_does_not_take_is_refused(runner, tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "own_suite.py").write_text(
+        "from agsm_rl.evaluate.suites.shapes import Shapes\n\n\n"
+        "class OfTen(Shapes):\n    def __init__(self) -> None:\n        super().__init__(num_images=10)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = ("--suite", "own_suite:OfTen", "--allow-import", "own_suite")
+    result = runner("eval", tiny_checkpoint, *named, "--num-images", 3)
+    sys.modules.pop("own_suite", None)
+    assert result.exit_code == 2 and "--num-images: the suite own_suite:OfTen decides" in result.stderr, result.output
+
+
+def test_a_folder_whose_name_is_a_digit_but_no_number_is_not_a_prompts(tmp_path):
+    (tmp_path / "²").mkdir()
+    (tmp_path / "²" / "metadata.jsonl").write_text('{"prompt": "a red star"}')
+    assert not is_image_folder(tmp_path)
 
 
 def test_a_lora_of_another_trainer_is_a_target_with_its_base(tiny_checkpoint, tmp_path, make_backbone):
