@@ -18,15 +18,22 @@ GAP = 6
 INK = (20, 20, 20)
 
 
-def captioned_grid(images: Tensor, captions: Sequence[str], *, columns: int, titles: Sequence[str] = ()) -> Image.Image:
-    """Images [B, 3, H, W] in [0, 1] in rows of `columns`, each above its caption; `titles` stand above the columns."""
+def captioned_grid(
+    images: Tensor, captions: Sequence[str], *, columns: int, titles: Sequence[str] = (), tallest: int | None = None
+) -> Image.Image:
+    """Images [B, 3, H, W] in [0, 1] in rows of `columns`, each above its caption; `titles` are above the columns.
+
+    Rows that could make the grid taller than `tallest` pixels are left out; one row always stays.
+    """
     height, width = images.shape[2:]
     scale = max(1.0, SMALLEST // width) if width < LARGEST else LARGEST / width
     size = (round(width * scale), round(height * scale))
     letters = max(11, size[0] // 20)
     lines = [wrapped(caption, size[0], size=letters) for caption in captions]
     high = line_height(letters)
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    tallest_row = size[1] + MAX_LINES * high + GAP
+    shown = len(images) if tallest is None else min(len(images), columns * max(1, tallest // tallest_row - 1))
+    rows = [range(start, min(start + columns, shown)) for start in range(0, shown, columns)]
     texts = [max(len(lines[index]) for index in row) * high for row in rows]
     top = high + GAP if titles else 0
     sheet = Image.new(

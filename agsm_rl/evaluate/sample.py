@@ -22,6 +22,8 @@ from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
 MAX_IN_GRID = 400
 """Pictures in the grid; the first ones, where there are more."""
 COLUMNS = 4
+TALLEST = 65_500
+"""Pixels of a JPEG's height at most; a grid has as many rows as that holds."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _write_grid(
     several = len(pictures) > options.number and options.number > 1
     columns = 2 if options.compare else min(options.number if several else COLUMNS, len(images))
     titles = tuple(kept) if options.compare else ()
+    sheet = captioned_grid(images, captions, columns=columns, titles=titles, tallest=TALLEST)
     with replacing(path) as aside:
-        captioned_grid(images, captions, columns=columns, titles=titles).save(aside, format="JPEG", quality=92)
+        sheet.save(aside, format="JPEG", quality=92)
     return path

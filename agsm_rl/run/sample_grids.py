@@ -159,7 +159,7 @@ def prompts_in(options: Samples, *, where: str) -> list[str]:
 
 def _drawn_by(path: Path) -> Mapping[str, str] | None:
     """The settings in a grid's file; None where there is no whole file."""
-    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as picture:
+    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(path) as picture:
         picture.load()
         return {DRAWN_BY: str(picture.info[DRAWN_BY])} if DRAWN_BY in picture.info else None
     return None

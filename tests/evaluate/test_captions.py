@@ -33,6 +33,15 @@ def test_each_image_has_its_caption_below_it_and_nothing_on_it():
     assert (sheet == 128).sum() + (sheet == 127).sum() == 2 * 128 * 128
 
 
+def test_a_grid_is_no_taller_than_its_file_can_be_and_keeps_whole_rows():
+    images = torch.rand(8, 3, 64, 64)
+    whole = captioned_grid(images, [LONG] * 8, columns=2)
+    cut = captioned_grid(images, [LONG] * 8, columns=2, tallest=whole.height - 1)
+    row = whole.height - cut.height
+    assert whole.height == 4 * row + 6 and row > 128 and cut.width == whole.width
+    assert captioned_grid(images, [LONG] * 8, columns=2, tallest=1).height == row + 6, "one row always stays"
+
+
 def test_stacked_pictures_stand_under_their_titles():
     parts = [("base", Image.new("RGB", (300, 20), "red")), ("step 9", Image.new("RGB", (200, 30), "red"))]
     sheet = np.asarray(stacked(parts))
