@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from skimage.metrics import structural_similarity
 
 from agsm_rl.errors import UserError
@@ -36,7 +37,7 @@ class Dino:
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(model)
             self.model: Any = AutoModel.from_pretrained(model).eval().to(scoring_device())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"dino: {why_not_on_hub(model)}; give a folder of a DINOv2, fetch facebook/dinov2-base, or leave it out"
             ) from error

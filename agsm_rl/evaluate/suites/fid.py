@@ -151,7 +151,7 @@ class FID(Suite):
 
     def prepare(self) -> None:
         """Find the reference's images and load the network."""
-        self._real = _reference_images(self.reference)
+        self._real = self._real or _reference_images(self.reference)
         self._metric = self._metric or self._make_metric()
 
     def judge(self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Row]:

@@ -144,6 +144,14 @@ def test_a_list_is_scored_by_rewards_against_the_structure_kept(edits_file):
     assert white.against(same)["difference"]["overall"]["value"] > 0
 
 
+def test_a_list_may_have_any_further_column(edits_file):
+    rows = [json.loads(line) | {"objects": "a star"} for line in edits_file.read_text().splitlines()]
+    edits_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = Editing(prompts=str(edits_file), rewards=[brightness()])
+    result = result_of(suite, lambda row: like(Image.open(row["image"]), Image.new("RGB", (16, 16))))
+    assert result.scores()["ssim"].value == pytest.approx(1.0)
+
+
 def test_a_list_needs_a_reward_and_rows_that_say_what_to_edit(edits_file):
     with pytest.raises(UserError, match="scored by rewards"):
         Editing(prompts=str(edits_file))
@@ -207,3 +215,6 @@ def test_dino_likens_an_image_to_itself_most_and_missing_weights_are_named(tmp_p
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="dino: .*facebook/dinov2-base"):
         Dino(str(tmp_path / "nowhere"))
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="dino: .*facebook/dinov2-base"):
+        Dino(str(tmp_path))

@@ -84,6 +84,13 @@ def test_a_second_target_is_measured_afresh_against_the_same_reference(tmp_path)
         fewer.against(first)
 
 
+def test_the_reference_is_looked_through_once_and_not_for_every_batch(tmp_path):
+    suite = suite_of(write_pictures(tmp_path / "real", 3, 0))
+    suite.prepare()
+    (tmp_path / "real").rename(tmp_path / "moved")
+    assert len(suite.judge([Image.new("RGB", (8, 6))] * 2, ["x"] * 2, [{}] * 2)) == 2
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
