@@ -91,7 +91,7 @@ def _proposition(place: str, row: Mapping[str, Any], place_of: Mapping[int, int]
     parents = [number for number in numbers if number]
     for parent in parents:
         if parent not in place_of:
-            raise _NotInForm(f"{place}: its `dependency` names {parent}, which is no proposition of its item")
+            raise _NotInForm(f"{place}: its `dependency` names {parent}, which is not a proposition of its item")
     # As its authors do, the category is what `tuple` has before its parenthesis: "entity - whole (crate)".
     return {
         "question": _text(row, "question_natural_language", place),

@@ -32,9 +32,9 @@ FAULTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 class EvalFile:
     """One suite's figures per image. `base` and `trained` are by guidance, in the file's order; `base` may be empty.
 
-    `prompts` and `tags` are an image's each; `tag_names` are the tags in the suite's order. `prompt_suffix` was read
-    behind each prompt, `bank` is what the trained model drew with, and `guidance_form` the bank and the prompt of its
-    unconditional branch, where the evaluation chose them. `adapters`: the SHA-256 of its files, where told.
+    `prompts` and `tags` have one entry per image; `tag_names` are the tags in the suite's order. `prompt_suffix` was
+    read behind each prompt, `bank` is what the trained model drew with, and `guidance_form` the bank and the prompt of
+    its unconditional branch, where the evaluation chose them. `adapters`: the SHA-256 of its files, if recorded.
     `first_of_run`: whether a run keeps its pictures where it keeps those of its first suite.
     """
 
@@ -100,7 +100,7 @@ class Measured:
         figures: (suite, figure) of what has no images to be paired.
         notes: What was not understood, and what a reader should know.
         other: What is measured beside the model, if that is not its base: its name, and the same of it.
-        backbone: What the images were drawn with, where told.
+        backbone: What the images were drawn with, if recorded.
     """
 
     suites: dict[str, EvalFile]

@@ -19,7 +19,7 @@ from agsm_rl.report.runs import Run, SweepCell, is_sweep, read_runs, read_sweep
 from agsm_rl.run.folder import seed_suffix
 
 HOW_COMPUTED = ("device", "dtype", "gradient_checkpointing", "local_files_only", "memory_format", "compile")
-"""A backbone's options that say how it is computed; what this changes in the base's images is told in a note."""
+"""A backbone's options that say how it is computed; a note says what this changes in the base's images."""
 WATCHING = ("evaluate", "sample", "checkpoint", "track")
 """A recipe's keys that do not alter what is trained."""
 ROUNDING = 1e-3
@@ -167,7 +167,7 @@ def _named(runs: list[Run]) -> list[Run]:
 
 
 def _but_for_seed(run: Run) -> dict[str, Any]:
-    """What is measured. In a sweep, a cell that goes on from another goes on from the one of its own seed."""
+    """What is measured. In a sweep, a cell that continues from another one continues from that of its own seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
     kept["bank"] = run.evaluation.bank
     kept["guidance_form"] = run.evaluation.guidance_form
@@ -215,8 +215,8 @@ def _check_pairs(runs: Sequence[Run]) -> None:
             unlike = f"bases ({_base(first)} and {_base(run)})"
         if unlike is not None:
             raise UserError(
-                f"{first.place} and {run.place}: were evaluated on different {unlike}, so their images are no "
-                "pairs. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
+                f"{first.place} and {run.place}: were evaluated on different {unlike}, so their images cannot be "
+                "paired. Report them apart, or evaluate them alike (evaluate.split, seed, num_images, num_steps, "
                 "prompt_suffix)."
             )
     if not set.intersection(*(set(run.evaluation.trained) for run in runs)):
@@ -231,7 +231,7 @@ SAME: dict[str, Callable[[EvalFile], Any]] = {
     "suites": lambda one: one.suite,
     "splits": lambda one: one.split,
     "noise seeds": lambda one: one.seed,
-    "numbers of prompts": lambda one: len(one.prompts),
+    "numbers of images": lambda one: len(one.prompts),
     "prompts": lambda one: one.images,
     "prompt suffixes": lambda one: f"“{one.prompt_suffix}”",
     "numbers of sampling steps": lambda one: one.num_steps,
@@ -239,7 +239,7 @@ SAME: dict[str, Callable[[EvalFile], Any]] = {
 
 
 def difference(one: EvalFile, other: EvalFile) -> str | None:
-    """In what two evaluations are unlike, so that their images are no pairs; None where they are pairs."""
+    """How two evaluations differ, so that their images cannot be paired; None if they can."""
     for what, of in SAME.items():
         if of(one) != of(other):
             return what if what == "prompts" else f"{what} ({of(one)} and {of(other)})"

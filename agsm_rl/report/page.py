@@ -131,7 +131,7 @@ def _suite_data(name: str, loaded: Loaded, views: Sequence[GuidanceView], found:
 
 
 def _in_json(value: Any) -> Any:
-    """The same without NaN and infinities, which are no JSON: one would leave the whole page empty."""
+    """The same without NaN and infinities, which JSON does not have: one would leave the whole page empty."""
     if isinstance(value, dict):
         return {key: _in_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -170,7 +170,7 @@ def _rounded(value: float) -> float:
 
 
 def _plain(loaded: Loaded, views: list[GuidanceView], found: Findings) -> list[dict[str, Any]]:
-    """The main figures for readers without scripts: by view, a row a model."""
+    """The main figures for readers without scripts: by view, one row per model."""
     tables = []
     for view in views:
         key, score = next(iter(loaded.evaluation.scores.items()))

@@ -17,7 +17,7 @@ MISSING = object()
 def differences(loaded: Loaded) -> list[tuple[str, list[str]]]:
     """(key.path, its value in each variant) where variants differ, the seed aside.
 
-    A block that not every variant has stands in one row, as a whole; ABSENT where a recipe has none.
+    A block that not every variant has gets one row for all of it; ABSENT where a recipe has none.
     """
     recipes = [_by_name(variant.runs[0].recipe) for variant in loaded.all_variants]
     return [(place, values) for place, values in _rows(recipes, "") if place != "seed"]

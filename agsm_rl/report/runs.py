@@ -127,7 +127,7 @@ def _of_folder(path: Path, *, variant: str = "", name: str = "") -> tuple[Run, l
         raise UserError(f"{path}: there is no such folder.")
     folder.check_contained(to_read=True)
     if not path.is_dir() or not folder.recipe.is_file():
-        raise UserError(f"{path}: is no run folder (it has no recipe.yaml) and no sweep (it has no {SWEEP_FILE}).")
+        raise UserError(f"{path}: is neither a run folder (no recipe.yaml) nor a sweep (no {SWEEP_FILE}); give one.")
     recipe, keys = _read_recipe(folder.recipe)
     measured = Measured({}, (), ())
     if folder.eval.is_file():
@@ -178,12 +178,13 @@ def _read_recipe(file: Path) -> tuple[dict[str, Any], _RecipeKeys]:
 
 
 def _check_measured(measured: Measured, folder: RunFolder, file: Path) -> None:
-    """UserError when what was measured is not what the run came to, because it has gone on since."""
+    """UserError if the run was continued after it was measured, so that its adapter is another one now."""
     for name, digest in measured.first.adapters.items():
         adapter = folder.adapter / name
         if adapter.is_file() and sha256(adapter) != digest:
             raise UserError(
-                f"{file}: measures another {name} than {adapter}: the run has gone on since. Measure it again."
+                f"{file}: {adapter} has changed since this was measured, because the run was continued. Measure it "
+                "again."
             )
 
 

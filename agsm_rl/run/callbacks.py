@@ -46,7 +46,7 @@ class MetricsWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows the step, losses, rewards, seconds a step and the time left: a bar on a terminal, lines in a log.
+    """Shows the step, losses, rewards, seconds per step and the time left: a bar on a terminal, lines in a log.
 
     A log gets about twenty lines, and one whenever five minutes have passed since the last one. Its losses are means
     since that line; everything else is the newest value.
@@ -92,7 +92,7 @@ class ProgressBar(Callback):
         return [first, *in_lines(losses, width), *in_lines(rewards, width)]
 
     def _speed(self) -> list[str]:
-        """Seconds a step, and the time left at the pace so far, evaluations and checkpoints included."""
+        """Seconds per step, and the time left at the pace so far, evaluations and checkpoints included."""
         made = self._figures.step - self._first
         if not made:
             return []

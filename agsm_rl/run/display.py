@@ -1,7 +1,7 @@
 """The display of a run or a command: the training's step and figures, and the stages of the work (training/stages.py).
 
-On a terminal it is redrawn in place, and made for 80 columns. In a log it is lines: when a stage that takes long begins
-or has gone on for a while, and, from the training itself, some twenty in all (callbacks.ProgressBar).
+On a terminal it is redrawn in place, and made for 80 columns. A log gets lines: when a long stage begins or has
+lasted for a while, and some twenty in all from the training itself (callbacks.ProgressBar).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RunDisplay:
         self._told.pop(stage, None)
 
     def tell_if_due(self) -> None:
-        """In a log, print a new notice, and the outermost stage if it has gone on for long since it was mentioned."""
+        """In a log, print a new notice, and the outermost stage if it was last mentioned long ago."""
         if self.notice != self._noticed:
             self._noticed = self.notice
             tell(self.console, self.notice)

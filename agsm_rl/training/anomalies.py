@@ -158,7 +158,7 @@ class AnomalyWatch:
             if self.actions["non_finite"] == "stop" or count > self.non_finite_skips:
                 often = f" (after {count - 1} skipped steps in a row)" if count > 1 else ""
                 words += f"this step{often}. Begin a new run with a lower optimizer.learning_rate (with `start_from: "
-                words += "<this run>` it goes on from what this one exported last), or leave such steps out: --resume "
+                words += "<this run>` it continues from this one's last export), or leave such steps out: --resume "
                 words += "--set watch.non_finite=skip"
                 raise WentWrong(Event(step, "non_finite", subject, value, "stop", words))
             self.events.append(Event(step, "non_finite", subject, value, "skip", words + "it, it was left out"))

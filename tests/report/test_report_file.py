@@ -32,7 +32,7 @@ def test_the_command_writes_the_report_beside_a_run_or_here_or_where_it_is_told(
         (["{run}", "{run}"], "the same run twice"),
         (["{run}", "-o", "{run}"], "give a file"),
         (["{run}", "-o", "{run}/no/a.html"], "there is no folder"),
-        (["{run}/samples"], "is no run folder"),
+        (["{run}/samples"], "is neither a run folder"),
     ],
 )
 def test_a_wrong_command_is_one_message_and_exit_code_2(arguments, message, tmp_path):

@@ -79,7 +79,7 @@ def test_runs_of_different_suites_are_compared_where_they_share_one(tmp_path):
 def test_a_suite_of_the_same_name_on_other_prompts_is_refused(tmp_path):
     one = with_suites(write_run(tmp_path / "one"), {"own": [by_rewards()]})
     other = with_suites(write_run(tmp_path / "other", rank=4), {"own": [by_rewards(prompts=9)]})
-    with pytest.raises(UserError, match="different numbers of prompts"):
+    with pytest.raises(UserError, match="different numbers of images"):
         load([one, other])
 
 

@@ -57,7 +57,7 @@ function table(head, rows) {
 }
 
 
-/** What scrolls can be reached and scrolled by the keyboard; what does not is no stop on the way. */
+/** What scrolls can be reached and scrolled with the keyboard; what does not is skipped by the Tab key. */
 function makeScrollable() {
   for (const box of document.querySelectorAll(".scroll, .toolbar, pre")) {
     const scrolls = box.scrollWidth > box.clientWidth || (box.matches(".toolbar") && box.scrollHeight > box.clientHeight);

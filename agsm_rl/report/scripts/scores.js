@@ -1,6 +1,6 @@
 // ---- charts -------------------------------------------------------------------------------------------------------
 
-/** Differences with their intervals, a row a variant: name, interval and figures side by side, or stacked where narrow. */
+/** Differences with their intervals, one row per variant: name, interval and figures side by side, or stacked where narrow. */
 function forest(rows, { width, domain, label, zero }) {
   const wide = width > 600;
   const left = wide ? Math.min(0.34 * width, 24 + 7.6 * Math.max(...rows.map((row) => row.name.length + row.at.length))) : 6;
