@@ -17,7 +17,7 @@ from agsm_rl.evaluate.drawing import draw
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.lifecycle import train
-from agsm_rl.run.sample_grids import SampleGrids, log_pictures
+from agsm_rl.run.sample_grids import SampleGrids, _drawn_by, log_pictures
 
 PROMPTS = ["a red star", "a very long prompt of which a narrow picture can show only the first few words " * 3]
 SAMPLE = {"every": 1, "num_images": 2, "num_steps": 2, "guidance": [1.0, 3.0], "prompts": PROMPTS}
@@ -46,6 +46,12 @@ def run(tiny_checkpoint, tmp_path_factory):
     """A run of two steps with a grid after each, tracked by TensorBoard."""
     recipe = make_recipe(tiny_checkpoint, track=["tensorboard"])
     return train(recipe, tmp_path_factory.mktemp("run") / "run", console=Console(file=StringIO()))
+
+
+def test_a_grid_that_is_too_large_to_be_read_counts_as_missing(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "grid.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert _drawn_by(tmp_path / "grid.png") is None
 
 
 def grid_of(run, step):
