@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import versions
+from agsm_rl.evaluate.draw_folder import DrawingSettings, versions
 from agsm_rl.evaluate.image_folder import is_image_folder
 from agsm_rl.evaluate.measured import without_files
 from agsm_rl.evaluate.suite import Result, Suite
@@ -21,6 +21,8 @@ from agsm_rl.run.screen import make_console, tell
 
 __all__ = ["EvalOptions", "evaluate_target"]
 
+OF_TARGET = ("bank", "guidance_bank", "guidance_prompt")
+"""Settings that a target to compare with is not drawn by."""
 SETTINGS = ("seed", "guidance", "num_steps", "prompt_suffix", "bank", "resolution")
 """What decided the images, of what is also under `drawing`."""
 
@@ -124,6 +126,17 @@ def _description(images: TargetImages) -> dict[str, Any]:
     return {"target": images.name, **settings, "drawing": images.drawing}
 
 
+def _without_effect(options: EvalOptions, *, exists: bool, draws: bool) -> list[str]:
+    """The options given of how to draw that nothing is drawn by: a target to compare with has no bank and no base."""
+    drawing, usual = options.drawing, DrawingSettings()
+    of_target = {name: getattr(drawing, name) != getattr(usual, name) for name in OF_TARGET}
+    of_target |= {"base": options.base is not None}
+    of_any = {name: getattr(drawing, name) is not None for name in ("guidance", "num_steps")}
+    of_any |= dict.fromkeys(options.backbone, True)
+    unused = (of_target if exists else {}) | (of_any if not draws else {})
+    return [name for name, is_given in unused.items() if is_given]
+
+
 def _exists(target: str, suite: Suite) -> bool:
     return is_drawn(target) or is_plain_folder(target, suite)
 
@@ -137,6 +150,8 @@ def _check_options(target: str, suite: Suite, options: EvalOptions) -> None:
         raise UserError(f"--compare: {target} has no base; give a target to compare with as --against.")
     if options.drawing.prompt_suffix and exists:
         raise UserError(f"--prompt-suffix: {target} is already drawn; leave the option out.")
+    for name in _without_effect(options, exists=exists, draws=draws):
+        raise UserError(f"--{name.replace('_', '-')}: has no effect, {target} is already drawn; leave the option out.")
     if options.images is not None and exists and not options.against:
         raise UserError(f"--images {options.images}: {target} is already drawn; leave --images out.")
     if options.share is not None and options.images is None and draws:

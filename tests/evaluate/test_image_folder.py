@@ -260,6 +260,19 @@ def test_shares_of_a_target_to_compare_with_need_a_folder_too(runner, tiny_check
     assert result.exit_code == 2 and "--shard: the shares need a shared folder" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "given",
+    [("--guidance", 7), ("--num-steps", 30), ("--bank", "negative"), ("--guidance-bank", "negative"), ("--base", "x")]
+    + [("--dtype", "float16"), ("--resolution", 64), ("--against", "builtin:shapes-sd15", "--bank", "negative")],
+)
+def test_options_of_drawing_are_refused_for_images_that_are_drawn(runner, tmp_path, given):
+    (tmp_path / "im/00000/samples").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "im/00000/samples/0000.png")
+    (tmp_path / "im/00000/metadata.jsonl").write_text('{"prompt": "a red star"}')
+    result = runner("eval", tmp_path / "im", *given)
+    assert result.exit_code == 2 and "has no effect" in result.stderr and given[-2] in result.stderr, result.output
+
+
 def test_a_number_of_images_that_a_suite_does_not_take_is_refused(runner, tiny_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "own_suite.py").write_text(
         "from agsm_rl.evaluate.suites.shapes import Shapes\n\n\n"
