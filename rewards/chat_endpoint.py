@@ -145,6 +145,8 @@ class ChatEndpoint:
             return read(reply["choices"][0], number)
         except (AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise self.error(f"replied without {needed}: {said}") from error
+        except UserError as error:  # it may quote the reply
+            raise UserError(without(key, str(error))) from None
 
     def _request(self, picture: Image.Image, question: str, options: Mapping[str, Any]) -> bytes:
         file = io.BytesIO()

@@ -94,6 +94,6 @@ def _question(row: Any, number: int, total: int, where: str) -> Question:
             raise UserError(f"{where}: its {key} is {value!r:.80}, but must be a text that is not empty")
     others = set(range(total)) - {number}
     requires = given.get("requires", [])
-    if not isinstance(requires, list) or any(isinstance(one, bool) or one not in others for one in requires):
+    if not isinstance(requires, list) or any(type(one) is not int or one not in others for one in requires):
         raise UserError(f"{where}: its `requires` is {requires!r:.80}, but must list other questions' numbers, from 0")
     return Question(texts["question"], texts["answer"], texts["category"], tuple(requires))

@@ -37,7 +37,11 @@ def fault(asked: Mapping[str, Any], names: Collection[str]) -> str:
     if not isinstance(exclude, list):
         return f"`exclude` is {exclude!r:.60}, but must be a list"
     for index, wanted in enumerate([*include, *exclude]):
-        if not isinstance(wanted, dict) or wanted.get("class") not in names or not _is_count(wanted.get("count")):
+        if (
+            not isinstance(wanted, dict)
+            or not _is_class(wanted.get("class"), names)
+            or not _is_count(wanted.get("count"))
+        ):
             return f"{wanted!r:.100} needs a class (one of COCO's 80) and a count"
         if "color" in wanted and wanted["color"] not in COLORS:
             return f"'{wanted['color']}' is not one of GenEval's colours"
@@ -49,6 +53,10 @@ def fault(asked: Mapping[str, Any], names: Collection[str]) -> str:
 def classes_by_colour(asked: Mapping[str, Any]) -> set[str]:
     """The classes whose colour the prompt asks for."""
     return {wanted["class"] for wanted in asked.get("include", []) if "color" in wanted}
+
+
+def _is_class(value: Any, names: Collection[str]) -> bool:
+    return isinstance(value, str) and value in names
 
 
 def _is_count(value: Any) -> bool:

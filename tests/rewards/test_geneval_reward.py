@@ -84,6 +84,7 @@ def test_requirements_are_read_from_every_form_of_table(tmp_path):
         ({"include": []}, "no `tag` or no `include`"),
         ({"include": "dog"}, "no `tag` or no `include`"),
         ({"include": [{"class": "dragon", "count": 1}]}, "one of COCO's 80"),
+        ({"include": [{"class": ["dog"], "count": 1}]}, "one of COCO's 80"),
         ({"include": [{"class": "dog", "count": 0}]}, "and a count"),
         ({"include": [{"class": "dog", "count": 1, "color": "mauve"}]}, "'mauve' is not one of GenEval's colours"),
         ({"include": [DOG | {"count": 1}, LEFT | {"count": 1, "position": ["near", 0]}]}, "not a position"),

@@ -164,6 +164,8 @@ def test_questions_may_be_json_in_a_cell():
         ({"questions": [{"question": "a", "answer": 3}]}, "question 0: its answer is 3"),
         ({"questions": [{"question": "a", "weight": 3}]}, "'weight' is not a key of a question"),
         ({"questions": [{"question": "a", "requires": [0]}]}, "question 0: its `requires` is .0."),
+        ({"questions": ["a", {"question": "b", "requires": [0.0]}]}, "question 1: its `requires` is .0.0."),
+        ({"questions": ["a", {"question": "b", "requires": [[0]]}]}, "question 1: its `requires` is ..0.."),
     ],
 )
 def test_a_prompt_whose_questions_cannot_be_read_is_refused(row, message):

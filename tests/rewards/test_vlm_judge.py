@@ -294,6 +294,9 @@ def test_the_key_comes_from_the_environment_and_is_never_told(endpoint, monkeypa
         keyed(IMAGES[:1], ["a star"])
     assert endpoint.asked[0][1]["Authorization"] == "Bearer secret-123"
     assert "secret-123" not in str(caught.value)
+    endpoint.reply = lambda body: (200, said("you sent secret-123"))
+    with pytest.raises(UserError, match="expected a number .* was 'you sent •••'"):
+        judge(endpoint, api_key_env="MY_JUDGES_KEY", answer="score")(IMAGES[:1], ["a star"])
     monkeypatch.delenv("MY_JUDGES_KEY")
     with pytest.raises(UserError, match=r"MY_JUDGES_KEY, which is not set; `export MY_JUDGES_KEY="):
         keyed(IMAGES[:1], ["a star"])
