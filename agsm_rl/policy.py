@@ -273,6 +273,8 @@ class Source:
     """Images drawn for each prompt; None for a source that draws none."""
     updates: int = 1
     """Steps that learn from one draw, each from its share of the images."""
+    keep_means: bool | None = None
+    """Whether its rollouts keep their steps' means; None for a source that does not say."""
     rewards: Sequence[Any] = ()
     """The WeightedRewards by which it scores what it draws."""
     guidance_bank: Bank | None = None
@@ -346,6 +348,9 @@ class Objective:
 
     def check(self, batch_size: int) -> None:
         """UserError if a batch of this many rows cannot be used; called when the recipe is read."""
+
+    def check_source(self, source: Source) -> None:
+        """UserError for a source whose batches lack what is learned from; called when the recipe is read."""
 
     def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
         """UserError where nothing can be learned from a source of these prompts; called before the first step."""

@@ -51,6 +51,7 @@ class Term:
                 f"{self.name}: it learns from a {consumes.__name__}, but its {giver} gives a {gives.__name__}"
                 f"{consumes.given_by}"
             )
+        check_source(self.objective, self.source, where=f"{self.name}: source")
         if self.every < 1:
             raise UserError(f"{self.name}: every is {self.every}, but it must be 1 or more")
         if self.offset < 0:
@@ -78,6 +79,14 @@ def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> 
             f"{where} is {list(t)}, but {type(objective).__name__} learns from sampling steps and "
             "draws no noise levels; leave it out"
         )
+
+
+def check_source(objective: Objective, source: Source, *, where: str) -> None:
+    """UserError for a source whose batches lack what the objective learns from."""
+    try:
+        objective.check_source(source)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def check_view(view: View, source: Source, *, where: str) -> None:

@@ -55,7 +55,8 @@ def crd_loss(
     signs = (0.0,) if temperature is None else (1 / temperature, -1 / temperature)
     losses = []
     for sign in signs:
-        weights = torch.exp(sign * (reward - reward.max()) if sign >= 0 else sign * (reward - reward.min()))
+        heat = sign * reward
+        weights = torch.exp(heat - _largest(heat, group))
         rho = implicit - _weighted_mean(implicit.detach(), weights, group)
         r = reward - _weighted_mean(reward, weights, group)
         if form == "bce":
@@ -78,6 +79,13 @@ def _weighted_mean(values: Tensor, weights: Tensor, group: Tensor) -> Tensor:
     """The weighted mean of its group, for each of `values` [B]."""
     means = sums_by_group(values * weights, group) / sums_by_group(weights, group)
     return means[group.to(means.device)]
+
+
+def _largest(values: Tensor, group: Tensor) -> Tensor:
+    """The largest value of its group, for each of `values` [B]: one of a softmax's weights is then 1, however sharp."""
+    group = group.to(values.device)
+    lowest = values.new_full((int(group.max()) + 1,), -torch.inf)
+    return lowest.scatter_reduce(0, group, values, "amax")[group]
 
 
 class CRD(ForwardProcess):

@@ -15,8 +15,8 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Metrics, RolloutBatch
 from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.objectives.grpo_guard import mean_gaps
-from agsm_rl.objectives.policy_gradient import log_probs_of, old_means_of
-from agsm_rl.policy import Policy
+from agsm_rl.objectives.policy_gradient import check_keeps_means, log_probs_of, old_means_of
+from agsm_rl.policy import Policy, Source
 
 
 def masked_policy_loss(
@@ -82,6 +82,10 @@ class FlowDPPO(FlowGRPO):
         if threshold <= 0:
             raise UserError(f"threshold: got {threshold}, but it must be above 0 (published: 1e-5)")
         self.threshold = threshold
+
+    def check_source(self, source: Source) -> None:
+        """The rollouts must keep their steps' means."""
+        check_keeps_means(source)
 
     def policy_loss(
         self, policy: Policy, batch: RolloutBatch, live: list[tuple[Tensor, Tensor]]

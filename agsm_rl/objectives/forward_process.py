@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, RewardedBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Noised, Objective, Policy
+from agsm_rl.policy import Noised, Objective, Policy, Source
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.precision import at_least_float32
@@ -58,6 +59,22 @@ class ForwardProcess(Objective):
         self.old = OldPolicy(**old) if isinstance(old, Mapping) else old  # type: ignore[arg-type]
         self.sampler_steps, self.levels_per_image = sampler_steps, levels_per_image
         self.rows_per_pass = rows_per_pass
+
+    def check_source(self, source: Source) -> None:
+        """If images are compared, a step must have several of a prompt, and a pass room for them."""
+        images, updates = source.images_per_prompt, source.updates
+        if not self.compares_images or images is None:
+            return
+        if images <= updates:
+            raise UserError(
+                f"a step has at most one image per prompt (images_per_prompt {images}, updates {updates}), so there is "
+                f"nothing to compare; give at least {2 * updates} images_per_prompt"
+            )
+        if self.rows_per_pass is not None and self.rows_per_pass < ceil(images / updates):
+            raise UserError(
+                f"rows_per_pass is {self.rows_per_pass}, but a step learns from {ceil(images / updates)} images of one "
+                f"prompt together; give {ceil(images / updates)} or more"
+            )
 
     def split(self, batch: RewardedBatch) -> list[tuple[AtLevel, float]]:
         """Parts of `rows_per_pass` images, once for each noise level of an image; all at once by default."""

@@ -14,8 +14,14 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Metrics, RolloutBatch
 from agsm_rl.objectives.flow_grpo import FlowGRPO
-from agsm_rl.objectives.policy_gradient import clipped_losses, log_probs_of, old_means_of, step_intervals
-from agsm_rl.policy import Policy
+from agsm_rl.objectives.policy_gradient import (
+    check_keeps_means,
+    clipped_losses,
+    log_probs_of,
+    old_means_of,
+    step_intervals,
+)
+from agsm_rl.policy import Policy, Source
 
 
 def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean_gap: Tensor, std: Tensor) -> Tensor:
@@ -66,6 +72,10 @@ class GRPOGuard(FlowGRPO):
             steps_per_pass=steps_per_pass,
         )
         self.reweight = reweight
+
+    def check_source(self, source: Source) -> None:
+        """The rollouts must keep their steps' means."""
+        check_keeps_means(source)
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The loss over the batch's steps; UserError for steps whose log-probability is no Gaussian's."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
-from agsm_rl.policy import Objective, Policy
+from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, log_density, step_distributions
@@ -186,13 +186,22 @@ def log_probs_of(batch: RolloutBatch, distributions: list[tuple[Tensor, Tensor]]
     return torch.stack(found, dim=1)
 
 
+NEEDS_MEANS = (
+    "this objective compares each step's mean with the one that it was drawn with; add `keep_means: true` to its "
+    "rollouts"
+)
+
+
+def check_keeps_means(source: Source) -> None:
+    """UserError for a source that says that it does not keep its steps' means."""
+    if source.keep_means is False:
+        raise UserError(NEEDS_MEANS)
+
+
 def old_means_of(batch: RolloutBatch) -> list[Tensor]:
     """The means [B, C, h, w] of the batch's steps as they were drawn; UserError if the source did not keep them."""
     if batch.means is None:
-        raise UserError(
-            "this objective compares each step's mean with the one that it was drawn with; add `keep_means: true` to "
-            "its rollouts"
-        )
+        raise UserError(NEEDS_MEANS)
     return [batch.means[:, k] for k in batch.steps]
 
 

@@ -248,7 +248,7 @@ def _check_term(
 ) -> None:
     """Check that a term's objective, source, view and adapters go together."""
     from agsm_rl.sources.cache import check_text_stays
-    from agsm_rl.term import check_range, check_view
+    from agsm_rl.term import check_range, check_source, check_view
 
     place, term = f"objectives[{index}]", recipe.objectives[index]
     block, source_place = recipe.source_of(index)
@@ -267,6 +267,7 @@ def _check_term(
         gives, batch_size = view.gives, None if batch_size is None else view.batch_size(batch_size)
     if not issubclass(gives, objective.consumes):
         raise _mismatch(term.use, term.view or block, objective.consumes, gives, parts, f"{place}.source")
+    check_source(objective, source, where=f"{parts.at(place)} on {source_place}")
     if source.batch_size is not None and source.batch_size > MAX_BATCH:
         raise parts.refuse(source_place, f"a batch of {source.batch_size} rows; at most {MAX_BATCH:,} are allowed")
     if batch_size is not None:

@@ -11,6 +11,7 @@ from agsm_rl.objectives.awm import AWM, awm_loss, matching_log_prob
 from agsm_rl.objectives.crd import CRD, crd_loss
 from agsm_rl.objectives.dgpo import DGPO, dgpo_loss
 from agsm_rl.objectives.forward_process import groups_of, matching_error
+from agsm_rl.term import Term
 
 ADVANTAGES = torch.tensor([1.5, -0.5, -1.0, 0.0, 2.0, -2.0])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -178,6 +179,16 @@ def test_crds_temperature_centres_on_the_best_and_on_the_worst_images(form):
     torch.testing.assert_close(loss, (parts[0] + parts[1]) / 2)
 
 
+def test_crds_temperature_may_be_sharp_where_one_prompt_is_far_better_than_another():
+    reward = torch.tensor([0.9, 0.8, 1.0, 0.1, 0.0, 0.2])
+    loss, _ = crd_loss(errors(0), reward, GROUP, temperature=1e-3)
+    picked = [
+        crd_loss(errors(0)[rows], reward[rows], GROUP[:3], temperature=1e-3)[0] for rows in (GROUP == 0, GROUP == 1)
+    ]
+    torch.testing.assert_close(loss, sum(picked) / 2)
+    assert loss.isfinite()
+
+
 def test_crd_weighs_the_distance_from_the_guided_base_by_the_reward(policy):
     moved(policy)
     batch = rewarded(policy, [5.0, -5.0])
@@ -238,6 +249,15 @@ def test_passes_have_the_gradient_of_all_groups_at_once_whatever_their_sizes(pol
 
     for all_at_once, in_passes in zip(gradient(objective()), gradient(objective(rows_per_pass=3)), strict=True):
         torch.testing.assert_close(in_passes, all_at_once, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", [DGPO, CRD])
+def test_rollouts_without_several_images_of_a_prompt_in_a_pass_are_refused(make_rollouts, objective):
+    with pytest.raises(UserError, match="dgpo: source: a step has at most one image per prompt .*at least 4"):
+        Term(objective(), make_rollouts(updates=2), name="dgpo")
+    with pytest.raises(UserError, match="rows_per_pass is 1, but a step learns from 2 images of one prompt"):
+        Term(objective(rows_per_pass=1), make_rollouts())
+    Term(objective(rows_per_pass=2), make_rollouts(images_per_prompt=4, updates=2))
 
 
 @pytest.mark.parametrize("objective", [DGPO, CRD])

@@ -8,6 +8,7 @@ from agsm_rl.objectives.flow_dppo import FlowDPPO, masked_policy_loss
 from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.objectives.grpo_guard import GRPOGuard, guarded_log_ratio
 from agsm_rl.objectives.policy_gradient import rollout_steps
+from agsm_rl.term import Term
 
 
 def moved(policy, *, by=0.05):
@@ -74,6 +75,13 @@ def test_shares_of_a_draw_keep_their_own_means(policy, make_rollouts):
     source = make_rollouts(bind=True, keep_means=True, updates=2)
     for part in (source.next(policy), source.next(policy)):
         assert torch.equal(part.means, whole.means[part.rows])
+
+
+@pytest.mark.parametrize("objective", [GRPOGuard, FlowDPPO])
+def test_rollouts_without_kept_means_are_refused_before_anything_is_drawn(make_rollouts, objective):
+    with pytest.raises(UserError, match="guard: source: this objective .* add `keep_means: true` to its rollouts"):
+        Term(objective(), make_rollouts(), name="guard")
+    Term(objective(), make_rollouts(keep_means=True))
 
 
 def test_without_kept_means_the_message_says_what_to_add(policy, make_rollouts):

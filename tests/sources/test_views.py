@@ -236,3 +236,11 @@ def test_an_unknown_view_is_an_error_with_its_place():
     term = {"use": "agsm", "source": "own", "view": {"use": "best_image"}}
     with pytest.raises(UserError, match=r"objectives\[0\]\.view\.use: 'best_image' is not a view.*best_images"):
         Recipe.from_data(RECIPE | {"objectives": [term]})
+
+
+def test_a_recipe_whose_rollouts_lack_what_an_objective_compares_is_refused():
+    with pytest.raises(UserError, match=r"objectives\[0\] on sources.own: .* add `keep_means: true`"):
+        Recipe.from_data(RECIPE | {"objectives": [{"use": "flow_dppo", "source": "own"}]})
+    own = {"own": RECIPE["sources"]["own"] | {"images_per_prompt": 1}}
+    with pytest.raises(UserError, match=r"objectives\[0\] on sources.own: a step has at most one image per prompt"):
+        Recipe.from_data(RECIPE | {"sources": own, "objectives": [{"use": "dgpo", "source": "own"}]})
