@@ -30,12 +30,24 @@ LICENCES: dict[str, dict[str, Any]] = {
 """What begins a base's name on the hub, or its part after the owner → the licence that it hands on."""
 PAPERS = {
     "agsm": "2605.30038",
+    "anchor": "2305.16381",
+    "awm": "2509.25050",
+    "crd": "2603.14128",
     "ddpo": "2305.13301",
+    "dgpo": "2510.08425",
     "diffusion_dpo": "2311.12908",
     "diffusion_nft": "2509.16117",
+    "flow_dppo": "2606.11025",
     "flow_grpo": "2505.05470",
+    "grpo_guard": "2510.22319",
+    "inpo": "2503.18454",
+    "opd": "2605.15055",
+    "reward_backprop": "2309.17400",
+    "score_matching": "2006.11239",
     "softrepa": "2503.08250",
+    "spo": "2406.04314",
 }
+"""Objective → the number of its paper at arXiv."""
 MAX_ROWS = 40
 """Rows of the table of figures."""
 

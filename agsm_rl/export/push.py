@@ -37,18 +37,21 @@ def push_to_hub(
     asked; and where the hub refuses. The token is never shown.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not HUB_NAME.fullmatch(repo):
         raise UserError(f"REPO '{repo}': is not a repository's name; give owner/name.")
     folder = find_exports(Path(run))[0].parent
     card = folder / "README.md"
-    if not card.exists() or MARK in read_text(card):
-        write_card(Path(run), licence=licence)
+    is_ours = not card.exists() or MARK in read_text(card)
+    if licence is not None and not is_ours:
+        raise UserError(f"--license: {card} is your own card, which is sent as it is; state the licence there.")
     if hub_is_forbidden():
         raise UserError("push: the hub may not be asked, because HF_HUB_OFFLINE is set; unset it.")
     if token is None and get_token() is None:
         raise UserError("push: no token; run `hf auth login`, or set HF_TOKEN to one that may write.")
+    if is_ours:
+        write_card(Path(run), licence=licence)
     api = HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -63,7 +66,9 @@ def push_to_hub(
         )
     except HfHubHTTPError as error:
         raise UserError(f"push: the hub refused ({_first_line(error)}); does the token let you write there?") from error
-    except OSError as error:
+    except HFValidationError as error:
+        raise UserError(f"REPO '{repo}': {_first_line(error)}") from error
+    except Exception as error:  # whatever the installed HTTP client raises where nobody answers
         raise UserError(f"push: the hub cannot be reached ({_first_line(error)}).") from error
     return str(commit.commit_url)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,8 +16,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from agsm_rl import UserError, attach, save_adapters
-from agsm_rl.export.model_card import MARK, write_card
+from agsm_rl.export.model_card import MARK, PAPERS, write_card
 from agsm_rl.export.push import push_to_hub
+from agsm_rl.registry import BUILTIN
 
 SECRET = "hf_thisisasecretthatnobodysees"
 RECIPE = {
@@ -91,6 +93,25 @@ def test_what_is_no_run_is_refused(run, tmp_path):
         write_card(run / "adapter")
     with pytest.raises(UserError, match="not a repository's name"):
         push_to_hub(run, "mine")
+
+
+@pytest.mark.parametrize("name", BUILTIN["objectives"])
+def test_a_card_names_the_paper_that_the_readme_names(name):
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"[`{name}`]" in line]
+    assert PAPERS[name] in row
+
+
+def test_a_licence_for_a_card_that_is_not_ours_is_refused(run):
+    (run / "adapter/README.md").write_text("My own words.\n")
+    with pytest.raises(UserError, match="--license: .* is your own card"):
+        push_to_hub(run, "me/mine", licence="mit")
+
+
+def test_a_name_that_the_hub_does_not_allow_is_refused_before_it_is_asked(run, monkeypatch):
+    monkeypatch.setattr("agsm_rl.export.push.hub_is_forbidden", lambda: False)
+    with pytest.raises(UserError, match="REPO 'me/mi--ne': "):
+        push_to_hub(run, "me/mi--ne", token=SECRET)
 
 
 def test_a_handle_is_shown_on_a_line(run, backbone):
