@@ -66,9 +66,10 @@ def check_wishes(wishes: Wishes) -> None:
             raise UserError(f"--objective {name}: learns from images with captions; add --images FOLDER.")
         if wishes.prompts is None and name not in FROM_IMAGES:
             raise UserError(f"--objective {name}: learns from the model's own images; add --prompts FILE and --reward.")
-    for name in (*wishes.rewards, *wishes.held_out):
-        if ":" not in name and name not in available("rewards"):
-            raise unknown_name("--reward", name, "a reward", available("rewards"))
+    for option, names in {"--reward": wishes.rewards, "--held-out": wishes.held_out}.items():
+        for name in names:
+            if ":" not in name and name not in available("rewards"):
+                raise unknown_name(option, name, "a reward", available("rewards"))
 
 
 def default_objectives(wishes: Wishes) -> tuple[str, ...]:
@@ -161,16 +162,18 @@ def _evaluation(wishes: Wishes, *, small: bool) -> str:
     if wishes.prompts is not None:
         lines.append(f"  prompts: {_plain(wishes.prompts)}")
     measured = dict.fromkeys([*wishes.rewards, *wishes.held_out])
+    of_images = "builtin:shapes-prompts" if wishes.images == "builtin:shapes" else wishes.images
+    prompts = wishes.prompts or of_images  # a folder's captions are prompts
     lines += ["", "# Base against trained, on the same prompts and noise. A score is named as in `mine/NAME`, for"]
     lines += [
         "# `checkpoint: {best: mine/NAME}`. What is measured and not trained on shows whether a reward is hacked."
     ]
     if small:
-        names = ", ".join(name for name in measured if name != "shapes")
-        lines.append(f"evaluate: {{suite: shapes, every: 250, rewards: [{names}]}}")
-    elif wishes.prompts is not None:
+        rewards = ", ".join(f"{_plain(name)}: {_measured(name)}" for name in measured if name != "shapes")
+        lines.append(f"evaluate: {{suite: shapes, every: 250, rewards: {{{rewards}}}}}")
+    elif measured:
         lines += ["evaluate:", "  every: 250", "  suites:", "    mine:", "      use: rewards"]
-        lines += [f"      prompts: {_plain(wishes.prompts)}", "      num_images: 64", "      rewards:"]
+        lines += [f"      prompts: {_plain(prompts)}", "      num_images: 64", "      rewards:"]
         lines += [f"        {_plain(name)}: {_measured(name)}" for name in measured]
     else:
         lines += ["# evaluate:", "#   every: 250", "#   suites:"]

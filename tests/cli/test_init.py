@@ -84,6 +84,19 @@ def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_
     assert recipe.objectives[0].use == "ddpo" and recipe.sample.prompts == "prompts.txt"
 
 
+def test_a_reward_that_needs_an_option_is_measured_with_it_too(tmp_path):
+    wishes = Wishes("builtin:shapes-sd15", prompts="builtin:shapes-prompts", rewards=("hpsv2",))
+    data = yaml.safe_load(starter_recipe(wishes, tmp_path / "x.yaml"))  # its weights are not here, so it is not made
+    assert data["evaluate"]["rewards"] == {"hpsv2": {"version": "2.1"}}
+
+
+def test_a_held_out_reward_is_measured_where_the_model_learns_from_images_too(tmp_path):
+    wishes = Wishes("owner/base", images="owner/photos", held_out=("sharpness",))
+    recipe = Recipe.from_data(yaml.safe_load(starter_recipe(wishes, tmp_path / "x.yaml")))
+    suite = recipe.evaluate.suites["mine"]
+    assert suite.options["prompts"] == "owner/photos" and list(suite.rewards) == ["sharpness"]
+
+
 def test_an_sd3_learns_by_flow_grpo(command, tiny_sd3_checkpoint, tmp_path):
     how = ("--prompts", "prompts.txt", "--reward", "sharpness")
     assert command("init", "--checkpoint", tiny_sd3_checkpoint, *how).exit_code == 0
@@ -95,6 +108,7 @@ def test_what_cannot_be_made_into_a_recipe_is_refused_and_writes_nothing(command
     assert_refused(command("init", "--checkpoint", "./gone", "--yes"), "--checkpoint './gone'")
     assert_refused(command("init", "--prompts", "gone.txt", "--yes"), "--prompts 'gone.txt'")
     assert_refused(command("init", "--reward", "sharpnes", "--yes"), "--reward", "Did you mean 'sharpness'?")
+    assert_refused(command("init", "--held-out", "sharpnes", "--yes"), "--held-out: 'sharpnes'")
     assert_refused(command("init", "--images", "builtin:shapes", "--objective", "ddpo", "--yes"), "add --prompts")
     gone = command("init", "--reward", "taste_of_mine:gone", "--yes")  # learned from, and measured
     assert gone.exit_code == 2 and gone.stderr.count("taste_of_mine has no 'gone'") == 2
