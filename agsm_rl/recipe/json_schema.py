@@ -111,7 +111,7 @@ def _block_of_kind(kind: str, keys: type[Block] = Block) -> Schema:
     for name in names:
         options = _options(kind, name)
         if options is not None:
-            described = {"properties": common_keys(common) | options["properties"]}
+            described = {"properties": options["properties"] | common_keys(common)}
             cases.append(
                 {
                     "if": {"properties": {"use": {"const": name}}, "required": ["use"]},

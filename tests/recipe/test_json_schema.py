@@ -64,6 +64,8 @@ def test_what_is_misspelt_is_marked_where_it_is(changes, place, validator):
         {"objectives": [{"use": "ddpo", "source": "own", "weight": {"0": 0.0, "100": 1.0}}]},
         {"evaluate": {"guidance": 3.0, "rewards": {"mine": {"use": "my:reward"}}}},
         {"optimizer": {"schedule": "cosine", "learning_rate": {"lora": 1e-4}}},
+        {"evaluate": {"suites": {"mine": {"use": "rewards", "prompts": "p.txt", "rewards": ["sharpness"]}}}},
+        {"evaluate": {"suites": {"mine": {"use": "rewards", "prompts": "p.txt", "rewards": {"sharpness": None}}}}},
     ],
 )
 def test_short_forms_and_other_people_s_classes_are_accepted(changes, validator):
