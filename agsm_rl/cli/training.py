@@ -92,8 +92,13 @@ def check(
     from agsm_rl.cli.describe import describe, memory, proposal
     from agsm_rl.doctor.memory.fit import fit
     from agsm_rl.doctor.memory.predict import predict
+    from agsm_rl.evaluate.measured import entries_of
+    from agsm_rl.run.sample_grids import grid_prompts
 
     without_loading_bars()
+    grid_prompts(loaded)
+    for entry in entries_of(loaded.evaluate, loaded.parts) if loaded.evaluate else []:
+        entry.read_prompts()
     trainer, prediction = predict(loaded)
     say("\n".join([describe(loaded, trainer), *memory(trainer, prediction)]))
     fits = True
@@ -116,12 +121,13 @@ def doctor(
     allowed: Permissions,
 ) -> None:
     """Check that rewards, adapters, rollouts, gradients and files work as they should; exit code 1 if one does not."""
+    from agsm_rl.recipe.earlier import read_earlier
     from agsm_rl.recipe.recipe import Recipe
     from agsm_rl.recipe.shipped import recipe_path
 
     run = Path(target) if (Path(target) / "recipe.yaml").is_file() else None
     path, granted = recipe_path(target) if run is None else run / "recipe.yaml", allowed.granted()
-    loaded = Recipe.from_yaml(path, overrides or [], allow_imports=granted)
+    loaded = (Recipe.from_yaml if run is None else read_earlier)(path, overrides or [], allow_imports=granted)
     from agsm_rl.doctor.diagnosis import diagnose
 
     without_loading_bars()

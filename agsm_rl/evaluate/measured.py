@@ -42,13 +42,17 @@ class Entry:
         """What judges its images."""
         return [self.made.suite, *([self.rewards] if self.rewards is not None else [])]
 
-    def prepare(self, resolution: int) -> None:
-        """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
+    def read_prompts(self) -> Mapping[int, Mapping[str, Any]]:
+        """The prompts by number; UserError where they cannot be read, or lack what the suite judges by."""
         prompts = self.made.suite.prompts()
         for suite in self.suites:
             for metadata in prompts.values():
                 suite.check(metadata)
-        first = next(iter(prompts.values()))
+        return prompts
+
+    def prepare(self, resolution: int) -> None:
+        """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
+        first = next(iter(self.read_prompts().values()))
         grey = new_image("RGB", (resolution, resolution), (128, 128, 128))
         for suite in self.suites:
             suite.prepare()

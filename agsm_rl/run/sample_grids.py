@@ -41,7 +41,7 @@ class SampleGrids(Callback):
 
     def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
         self.folder, self.options, self.export = folder, recipe.sample, recipe.export
-        prompts = _prompts(recipe)
+        prompts = grid_prompts(recipe)
         count = self.options.num_images
         self.prompts = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
         self._base: dict[float, Tensor] = {}
@@ -123,8 +123,8 @@ class SampleGrids(Callback):
         return {DRAWN_BY: json.dumps(how, ensure_ascii=False)}
 
 
-def _prompts(recipe: Recipe) -> list[str]:
-    """The prompts of the grid, as many as there are or are needed."""
+def grid_prompts(recipe: Recipe) -> list[str]:
+    """The prompts of the grid, as many as there are or are needed; UserError where they cannot be read."""
     options = recipe.sample
     if isinstance(options.prompts, str):
         return prompts_in(options, where=recipe.parts.at("sample.prompts"))

@@ -249,6 +249,16 @@ def test_check_sees_weights_that_are_not_whole(command, recipe, tiny_checkpoint,
     assert result.exit_code == 2 and "backbone.checkpoint" in result.stderr and str(base) in result.stderr
 
 
+@pytest.mark.parametrize("place", ["sample", "evaluate.suites.mine"])
+def test_check_refuses_prompts_that_train_would_refuse(command, recipe, tmp_path, place):
+    (tmp_path / "prompts.csv").write_text("words\na red star\n")
+    suite = {"use": "rewards", "rewards": ["sharpness"], "prompts": "prompts.csv"}
+    section = {"sample": {"prompts": "prompts.csv"}, "evaluate.suites.mine": {"suites": {"mine": suite}}}[place]
+    recipe.write_text(recipe.read_text() + yaml.safe_dump({place.partition(".")[0]: section}))
+    assert_told(command("check", recipe), "prompts.csv")
+    assert command("check", recipe, "--set", f"{place}.prompt_column=words").exit_code == 0
+
+
 def test_world_writes_an_image_folder(command, tmp_path):
     assert command("world", "out", "--num-images", 3).exit_code == 0
     assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == 3
