@@ -102,7 +102,8 @@ def test_the_files_and_folders_it_links_to_and_names_are_there():
 
 def test_the_table_of_objectives_lists_every_one_that_is_registered():
     table = README.partition("## Objectives")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| \[`(\w+)`\]", table, re.M)) == set(BUILTIN["objectives"])
+    first_cells = "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))  # kin share a row
+    assert sorted(re.findall(r"\[`(\w+)`\]", first_cells)) == sorted(BUILTIN["objectives"])
 
 
 def test_every_finding_stands_in_the_study():
