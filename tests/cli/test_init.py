@@ -71,7 +71,7 @@ def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_
         "gone.txt",
         "prompts.txt",
         "shapez",
-        "sharpness,hpsv2",
+        "sharpness,brightness",
         "",
     ]
     asked = command("init", answers="".join(f"{answer}\n" for answer in answers))
@@ -80,7 +80,7 @@ def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_
         assert word in asked.stdout
     recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.backbone.options["checkpoint"] == str(tiny_checkpoint)
-    assert list(recipe.sources["own_images"].options["rewards"]) == ["sharpness", "hpsv2"]
+    assert list(recipe.sources["own_images"].options["rewards"]) == ["sharpness", "brightness"]
     assert recipe.objectives[0].use == "ddpo" and recipe.sample.prompts == "prompts.txt"
 
 
