@@ -67,7 +67,7 @@ def test_its_names_are_listed_and_train_in_a_recipe(command, tiny_checkpoint, tm
     listed = command("list")
     assert listed.returncode == 0, listed.stderr
     for name in ("absolute_error", "redness", "plain_colors"):
-        assert any(name in line and "agsm_rl_example" in line for line in listed.stdout.splitlines()), listed.stdout
+        assert any(name in line and "[agsm-rl-example]" in line for line in listed.stdout.splitlines()), listed.stdout
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(recipe(tiny_checkpoint)))
     trained = command("train", path, "--run-dir", "run")

@@ -53,9 +53,9 @@ def test_a_package_cannot_take_over_a_built_in_name(monkeypatch):
 
 def test_an_unknown_name_is_reported_with_the_allowed_and_the_nearest_name():
     with pytest.raises(
-        UserError, match=r"here: 'dppo' is not an objective; allowed: agsm, .*ddpo.*Did you mean 'ddpo'\?"
+        UserError, match=r"here: 'ddppo' is not an objective; allowed: agsm, .*ddpo.*Did you mean 'ddpo'\?"
     ):
-        registry.load("objectives", "dppo", where="here")
+        registry.load("objectives", "ddppo", where="here")
 
 
 def test_unregistered_code_is_neither_imported_nor_run(tmp_path, monkeypatch):

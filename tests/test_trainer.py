@@ -18,6 +18,7 @@ from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.objectives.reward_backprop import RewardBackprop
 from agsm_rl.policy import Policy
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training.row_shares import RowShare
 
 
 def parameters_of(policy):
@@ -288,7 +289,7 @@ def test_a_term_s_figures_are_fetched_in_one_go(make_policy, make_pairs):
 
     batch = trainer.terms[0].source.next(trainer.policy)
     with Counting():
-        _, figures = trainer._learn(trainer.terms[0], batch)
+        _, figures = trainer._learn(trainer.terms[0], batch, RowShare(len(batch)))
     assert {"loss", "grad_norm", "positive_loss", "negative_loss", "win_rate"} <= figures.keys()
     assert all(isinstance(value, float) for value in figures.values())
     assert not fetches

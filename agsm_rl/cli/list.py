@@ -104,6 +104,8 @@ def _print_names(names: dict[str, list[dict[str, str]]], as_json: bool) -> None:
         say(f"{kind}:")
         for row in rows:
             about = row["about"] or row.get("target", "")
+            if row.get("package", registry.HOME) != registry.HOME:
+                about = f"[{row['package']}] {about}"
             say(f"  {row['name']:<{width}}{textwrap.shorten(about, LINE - width, placeholder=' …')}")
     if len(names) > 1:
         say(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.errors import MistakesSoFar, UserError
 from agsm_rl.export.attach import find_exports, start_from
 from agsm_rl.files import local_or_hub
@@ -66,7 +67,10 @@ def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
     parts, mistakes = recipe.parts, MistakesSoFar(recipe.parts.where)
     for key in PLACES:
         name = recipe.backbone.options.get(key)
-        if isinstance(name, str) and not name.startswith("builtin:"):
+        if isinstance(name, str) and name.startswith("builtin:"):
+            with mistakes.collected():
+                find_checkpoint(name, where=parts.at(f"backbone.{key}"))
+        elif isinstance(name, str):
             with mistakes.collected():
                 allowed = "another path, or a name on the hub (owner/name)"
                 local_or_hub(name, where=f"{parts.at(f'backbone.{key}')}:", allowed=allowed)

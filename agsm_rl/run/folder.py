@@ -142,7 +142,7 @@ class RunFolder:
             write_text(self.recipe, recipe.to_yaml())
         except OSError as error:
             good = checkpoints.newest_good(self.checkpoints)
-            kept = f" The newest good checkpoint is {good}." if good else ""
+            kept = f" The newest good checkpoint is {good}; {self.resume_command} continues from it." if good else ""
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror or error}); free some space, fix the folder's "
                 f"permissions, or choose another --run-dir.{kept}"

@@ -286,7 +286,7 @@ def test_a_missing_recipe_is_told(command):
 
 
 def test_resume_without_a_run_is_told(command, recipe):
-    assert_told(command("train", recipe, "--resume"), "--run-dir")
+    assert_told(command("train", recipe, "--resume"), "--resume", "does not belong to a run", "give the run's folder")
 
 
 def test_a_run_folder_in_use_is_told(command, recipe, tmp_path):

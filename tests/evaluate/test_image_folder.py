@@ -240,7 +240,7 @@ def test_shapes_from_shares_are_the_figures_of_one_process(runner, tiny_checkpoi
     [
         (["--suite", "genevl"], "Did you mean 'geneval'?"),
         (["--suite", "shapes", "--detector", "x"], "--detector: goes with --suite geneval"),
-        (["--suite", "geneval", "--reward", "x"], "--reward: goes with --suite rewards"),
+        (["--suite", "geneval", "--reward", "x"], "--reward: goes with --suite editing or rewards"),
         (["--shard", "1/2"], "--images"),
         (["--images", "im", "--shard", "3/2"], "--shard 3/2"),
         (["--compare", "--against", "x"], "give one"),

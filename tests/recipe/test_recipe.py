@@ -130,7 +130,7 @@ def test_set_adds_a_missing_section_and_changes_a_schedule(write):
 WRONG = {
     "stps=1": "'stps' is not an option here.*Did you mean 'steps'",
     "evaluate.evry=1": "evaluate: 'evry'.*Did you mean 'every'",
-    "objectives.1.use=dppo": r"objectives\[1\].use: 'dppo' is not an objective.*Did you mean 'ddpo'\?",
+    "objectives.1.use=ddppo": r"objectives\[1\].use: 'ddppo' is not an objective.*Did you mean 'ddpo'\?",
     "objectives.0.temperatur=1": r"objectives\[0\]: 'temperatur' is not an option.*Did you mean 'temperature'",
     "objectives.0.temperature=0": r"objectives\[0\]: temperature.*above 0",
     "objectives.0.source=nowhere": r"objectives\[0\].source: 'nowhere' is not a source of this recipe; allowed: own",
