@@ -45,7 +45,7 @@ def test_a_run_that_went_on_after_it_was_measured_is_told(tmp_path):
     (run / "eval.json").write_text(json.dumps(content | {"drawing": {"adapters": digests}}))
     assert load([run]).evaluated
     (run / "adapter" / "tokens.safetensors").write_bytes(b"of step 3")
-    with pytest.raises(UserError, match="gone on since"):
+    with pytest.raises(UserError, match="the run was continued"):
         load([run])
 
 
