@@ -275,6 +275,8 @@ class Source:
     """Steps that learn from one draw, each from its share of the images."""
     keep_means: bool | None = None
     """Whether its rollouts keep their steps' means; None for a source that does not say."""
+    noise: Literal["flow_sde", "cps", "ddim"] | None = None
+    """Form of its steps' noise; None for a source that does not say, or that follows the backbone."""
     rewards: Sequence[Any] = ()
     """The WeightedRewards by which it scores what it draws."""
     guidance_bank: Bank | None = None

@@ -74,16 +74,13 @@ class GRPOGuard(FlowGRPO):
         self.reweight = reweight
 
     def check_source(self, source: Source) -> None:
-        """The rollouts must keep their steps' means."""
+        """The rollouts must keep their steps' means, and their steps must be Gaussian."""
+        _check_gaussian(source.noise)
         check_keeps_means(source)
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
-        """The loss over the batch's steps; UserError for steps whose log-probability is no Gaussian's."""
-        if batch.noise == "cps":
-            raise UserError(
-                "grpo_guard: the rollouts draw with `noise: cps`, whose published log-probability is no Gaussian's, so "
-                "that nothing needs centring; use `flow_grpo` with it, or `noise: flow_sde`"
-            )
+        """The loss over the batch's steps; UserError for steps whose log-probability is not a Gaussian's."""
+        _check_gaussian(batch.noise)
         return super().loss(policy, batch)
 
     def policy_loss(
@@ -106,3 +103,11 @@ def mean_gaps(live: list[tuple[Tensor, Tensor]], old: list[Tensor]) -> Tensor:
     return torch.stack(
         [((mean.float() - before.detach().float()) ** 2).flatten(1).mean(1) for (mean, _), before in pairs], dim=1
     )
+
+
+def _check_gaussian(noise: str | None) -> None:
+    if noise == "cps":
+        raise UserError(
+            "the rollouts draw with `noise: cps`, whose published log-probability is not a Gaussian's, so nothing "
+            "needs centring; use `flow_grpo` with it, or `noise: flow_sde`"
+        )

@@ -1,5 +1,7 @@
 """GRPO-Guard and Flow-DPPO: their losses by hand, and rollouts that keep the means that they compare with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,14 @@ from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.objectives.grpo_guard import GRPOGuard, guarded_log_ratio
 from agsm_rl.objectives.policy_gradient import rollout_steps
 from agsm_rl.term import Term
+
+
+def moved(policy, *, by=0.05):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    return policy
 
 
 def gaussian(x, mean, std):
@@ -96,8 +106,8 @@ def test_right_after_a_draw_flow_dppo_is_flow_grpo(policy, kept):
     assert metrics["clip_fraction"] == 0
 
 
-def test_grpo_guards_ratio_is_centred_where_flow_grpos_is_not(policy, kept, move):
-    move(policy)
+def test_grpo_guards_ratio_is_centred_where_flow_grpos_is_not(policy, kept):
+    moved(policy)
     _, plain = FlowGRPO(kl_weight=0.0).loss(policy, kept)
     _, guarded = GRPOGuard(kl_weight=0.0).loss(policy, kept)
     assert plain["ratio"] < 1
@@ -113,9 +123,12 @@ def test_grpo_guard_divides_by_the_length_of_the_steps(policy, kept):
     torch.testing.assert_close(loss, wanted * sum(weights) / len(weights), rtol=1e-3, atol=1e-5)
 
 
-def test_grpo_guard_refuses_cps(policy, kept):
-    from dataclasses import replace
+def test_grpo_guard_refuses_cps_before_anything_is_drawn(make_rollouts):
+    with pytest.raises(UserError, match="guard: source: .*`noise: cps`.* use `flow_grpo`"):
+        Term(GRPOGuard(), make_rollouts(keep_means=True, noise="cps"), name="guard")
 
+
+def test_grpo_guard_refuses_rollouts_that_turn_out_to_be_cps(policy, kept):
     with pytest.raises(UserError, match="noise: cps"):
         GRPOGuard(kl_weight=0.0).loss(policy, replace(kept, noise="cps"))
 
