@@ -21,13 +21,15 @@ from agsm_rl.errors import UserError
 
 QUOTES = (('"', '"'), ("“", "”"))
 """How a prompt may quote the wanted text; the first kind that occurs counts."""
+LONGEST = 500
+"""Characters of wanted text: more than a picture holds, and few enough to be compared at once."""
 EXAMPLE = 'a shop sign that says "Open late"'
 
 
 class OCR:
     """Scores [B] in [0, 1]: 1 if the wanted text was read in the image, 0 if nothing of it was.
 
-    Needs `pip install 'agsm-rl[ocr]'`. Raises UserError if a prompt has no wanted text.
+    Needs `pip install 'agsm-rl[ocr]'`. Raises UserError if a prompt has no wanted text, or more than 500 characters.
 
     Args:
         column: The column of the prompts' file that holds the wanted text. Null: the first quoted text of the prompt.
@@ -43,7 +45,7 @@ class OCR:
         self.column = column
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """UserError if a prompt has no wanted text, or if RapidOCR is not installed."""
+        """UserError if a prompt has no wanted text or too much, or if RapidOCR is not installed."""
         self._wanted(prompts, metadata)
         assert self._read
 
@@ -81,6 +83,11 @@ class OCR:
                 raise UserError(
                     f"reward 'ocr': the prompt '{prompt:.200}' quotes no text; write it as in '{EXAMPLE}', or put the "
                     "text in a column of the prompts' file and name it by `column`"
+                )
+            if len(plain(text)) > LONGEST:
+                raise UserError(
+                    f"reward 'ocr': the prompt '{prompt:.200}' asks for a text of {len(plain(text)):,} characters; at "
+                    f"most {LONGEST} can be compared"
                 )
         return texts
 

@@ -110,6 +110,11 @@ def test_a_prompt_that_quotes_nothing_is_refused_before_anything_is_drawn(prompt
         OCR().check_prompts([prompt], [{}])
 
 
+def test_a_text_that_no_picture_holds_is_refused_before_anything_is_drawn():
+    with pytest.raises(UserError, match="reward 'ocr': the prompt '.*' asks for a text of 501 characters; at most 500"):
+        OCR(column="words").check_prompts(["a page"], [{"words": "a b" * 250 + "c"}])
+
+
 def test_without_rapidocr_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(UserError, match=r"reward 'ocr': it needs RapidOCR .*pip install 'agsm-rl\[ocr\]'"):
