@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-from agsm_rl_rewards.chat_endpoint import LOGPROBS, ChatEndpoint, first_token, word_of
-from agsm_rl_rewards.question_list import Question
+from agsm_rl_rewards.chat_endpoint import LOGPROBS, ChatEndpoint, first_token, short, word_of
+from agsm_rl_rewards.question_list import NUMBERS, Question
 from PIL import Image
 
 from agsm_rl.errors import UserError
@@ -127,16 +127,16 @@ class LocalAnswerer:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
             processor = AutoProcessor.from_pretrained(self.model)
             model = AutoModelForImageTextToText.from_pretrained(self.model, dtype=self.dtype)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
-                f"{self.who}: model '{self.model}' cannot be loaded ({reason}). Give the folder or hub id of a model "
-                f"for images and text (`hf download {self.model}`), or `url`, the endpoint of a server that runs it"
+                f"{self.who}: model '{self.model}' cannot be loaded ({short(error)}). Give the folder or hub id of a "
+                f"model for images and text (`hf download {self.model}`), or `url`, the endpoint of a server with it"
             ) from error
         if processor.chat_template is None:
             raise UserError(f"{self.who}: model '{self.model}' has no chat template; give an instruction-tuned model")
@@ -146,8 +146,11 @@ class LocalAnswerer:
 def is_answer(token: str, question: Question) -> bool:
     """Whether a reply that begins with this token begins with the expected answer."""
     word = word_of(token)
-    longer = len(word) >= SHORTEST_BEGINNING and any(form.startswith(word) for form in question.forms)
-    return word in question.forms or longer
+    if word in question.forms:
+        return True
+    # "seven" is an answer of its own, and does not begin "seventeen".
+    is_number = word in NUMBERS or word.isdecimal()
+    return len(word) >= SHORTEST_BEGINNING and not is_number and any(form.startswith(word) for form in question.forms)
 
 
 def begins_with(text: str, question: Question) -> bool:

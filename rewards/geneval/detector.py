@@ -184,10 +184,12 @@ def _load_model(kind: Any, source: str, option: str) -> Any:
 
 
 def _load(kind: Any, source: str, option: str, **more: Any) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return kind.from_pretrained(source, **more)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"{option} '{source}': its {kind.__name__} cannot be loaded ({reason}). Download it with "
             f"`hf download {source}` (from https://huggingface.co/{source}), or give {option} a folder with its "

@@ -1,5 +1,7 @@
 """Mask2Former's outputs become boxes at the image's own size, CLIP's become colours, and wrong models are refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,14 @@ def test_missing_weights_are_told_with_the_command_that_fetches_them(folders, tm
         Detector("owner/nowhere", folders[1])
     with pytest.raises(UserError, match="--classifier"):
         Detector(folders[0], str(tmp_path))
+
+
+def test_a_truncated_detector_is_named(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--detector '.*cut': its .* cannot be loaded"):
+        Detector(str(tmp_path / "cut"), folders[1])
 
 
 def test_a_detector_of_other_classes_is_refused(folders, tmp_path):

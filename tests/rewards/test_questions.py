@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,9 @@ def test_what_leaves_the_machine_must_be_allowed():
         ("", "yes", False),
         (" ", "yes", False),
         ("cat", "cathedral", True),
+        ("sevent", "seventeen", True),
+        ("seven", "seventeen", False),
+        ("100", "1000", False),
     ],
 )
 def test_a_token_counts_whatever_its_case_and_spaces(token, answer, counts):
@@ -227,6 +231,14 @@ def test_hard_scores_of_a_local_model_ask_whether_the_answer_is_likeliest(tiny):
 def test_a_model_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match=re.escape("model '") + ".*none' cannot be loaded .*`url`"):
         Questions(model=str(tmp_path / "none")).prepare()
+
+
+def test_a_truncated_model_is_named_with_what_to_do(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="model '.*cut' cannot be loaded"):
+        Questions(model=str(tmp_path / "cut")).prepare()
 
 
 def test_a_recipe_trains_on_answers_to_the_questions_of_its_prompts(endpoint, tiny_checkpoint, tmp_path):
