@@ -13,8 +13,14 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
-from agsm_rl.objectives.forward_process import AtLevel, ForwardProcess, base_prediction, in_part, matching_error
-from agsm_rl.policy import Policy
+from agsm_rl.objectives.forward_process import (
+    ForwardProcess,
+    base_prediction,
+    check_above_zero,
+    check_weights,
+    matching_error,
+)
+from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
 
 Weighting = Literal["uniform", "t", "t_squared", "ghuber"]
@@ -71,7 +77,6 @@ class AWM(ForwardProcess):
         huber_power: Power of `ghuber`, in (0, 1]. Released: 0.25.
         kl_weight: Weight of the mean squared distance from the base's prediction. Released: 0.003 (GenEval, OCR), 1e-4
             (PickScore). 0 saves its forward pass.
-        kl_guidance: Guidance scale of the base's prediction in that distance; 1 is none.
         ema_kl_weight: Weight of the mean squared distance from the prediction of the run's EMA. Released: 1. 0 saves
             its forward pass.
         old: The policy that the ratio compares with, {decay, every}, as in `diffusion_nft`; {decay: 0.0, every: draw}
@@ -93,7 +98,6 @@ class AWM(ForwardProcess):
         weighting: Weighting = "ghuber",
         huber_power: float = 0.25,
         kl_weight: float = 0.003,
-        kl_guidance: float = 1.0,
         ema_kl_weight: float = 1.0,
         old: OldPolicy | None = None,
         sampler_steps: int | None = None,
@@ -103,33 +107,27 @@ class AWM(ForwardProcess):
         super().__init__(
             old=old, sampler_steps=sampler_steps, levels_per_image=levels_per_image, rows_per_pass=rows_per_pass
         )
-        for name, value in {"clip_range": clip_range, "advantage_scale": advantage_scale}.items():
-            if value <= 0:
-                raise UserError(f"{name}: got {value}, but it must be above 0")
-        for name, value in {"kl_weight": kl_weight, "ema_kl_weight": ema_kl_weight}.items():
-            if value < 0:
-                raise UserError(f"{name}: got {value}, but it must be 0 or more")
+        check_above_zero(clip_range=clip_range, advantage_scale=advantage_scale)
+        check_weights(kl_weight=kl_weight, ema_kl_weight=ema_kl_weight)
         if weighting not in WEIGHTINGS:
             raise unknown_name("weighting", weighting, "a weighting", WEIGHTINGS)
         if not 0 < huber_power <= 1:
             raise UserError(f"huber_power: got {huber_power}, but it must lie in (0, 1]")
         self.clip_range, self.advantage_scale = clip_range, advantage_scale
         self.weighting, self.huber_power = weighting, huber_power
-        self.kl_weight, self.kl_guidance, self.ema_kl_weight = kl_weight, kl_guidance, ema_kl_weight
+        self.kl_weight, self.ema_kl_weight = kl_weight, ema_kl_weight
 
-    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
-        """The loss of the batch, with one noise and one noise level per image."""
-        part = in_part(batch)
-        seen = self.noised(policy, part)
+    def loss_of(self, policy: Policy, batch: RewardedBatch, seen: Noised) -> tuple[Tensor, Metrics]:
+        """The loss of the images, and the distances that hold the policy."""
         x_t, t, target, cond = seen
         before = None if self.old is None else self._log_prob(policy.old(x_t, t, cond), target, t)
         live = policy.live(x_t, t, cond)
         log_prob = self._log_prob(live, target, t)
-        advantages = part.batch.advantages.clamp(-self.advantage_scale, self.advantage_scale) / self.advantage_scale
+        advantages = batch.advantages.clamp(-self.advantage_scale, self.advantage_scale) / self.advantage_scale
         old = log_prob.detach() if before is None else before
         loss, metrics = awm_loss(log_prob, old, advantages, clip_range=self.clip_range)
         if self.kl_weight:
-            gap = matching_error(live, base_prediction(policy, seen, guidance=self.kl_guidance)).mean()
+            gap = matching_error(live, base_prediction(policy, seen)).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}
         if self.ema_kl_weight:
             gap = matching_error(live, policy.ema(x_t, t, cond)).mean()

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
-    AtLevel,
     ForwardProcess,
     base_prediction,
+    check_above_zero,
+    check_weights,
     groups_of,
-    in_part,
     matching_error,
+    optimality,
     sums_by_group,
 )
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
 
 LEAST_KL = 1e-4
@@ -138,11 +139,8 @@ class CRD(ForwardProcess):
         super().__init__(
             old=old, sampler_steps=sampler_steps, levels_per_image=levels_per_image, rows_per_pass=rows_per_pass
         )
-        for name, value in {"beta": beta, "advantage_scale": advantage_scale, "temperature": temperature}.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{name}: got {value}, but it must be above 0")
-        if kl_weight < 0:
-            raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more")
+        check_above_zero(beta=beta, advantage_scale=advantage_scale, temperature=temperature)
+        check_weights(kl_weight=kl_weight)
         if form not in ("mse", "bce"):
             raise unknown_name("form", form, "a form of the loss", ("mse", "bce"))
         if reference not in ("base", "old"):
@@ -151,18 +149,16 @@ class CRD(ForwardProcess):
         self.adaptive, self.reference, self.scaled = adaptive, reference, scaled
         self.kl_weight, self.kl_guidance, self.kl_adaptive = kl_weight, kl_guidance, kl_adaptive
 
-    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
+    def loss_of(self, policy: Policy, batch: RewardedBatch, seen: Noised) -> tuple[Tensor, Metrics]:
         """The loss of a batch of whole prompts, each with one noise and one noise level."""
-        part = in_part(batch)
-        seen = self.noised(policy, part)
         x_t, t, target, cond = seen
         old = policy.old(x_t, t, cond) if self.reference == "old" else policy.reference(x_t, t, cond)
         live = policy.live(x_t, t, cond)
         implicit = matching_error(old, target, adaptive=self.adaptive) - matching_error(
             live, target, adaptive=self.adaptive
         )
-        reward = 0.5 + 0.5 * (part.batch.advantages / self.advantage_scale).clamp(-1, 1)
-        group = groups_of(part.batch)
+        reward = optimality(batch.advantages, self.advantage_scale)
+        group = groups_of(batch)
         loss, metrics = crd_loss(implicit, reward, group, beta=self.beta, temperature=self.temperature, form=self.form)
         if self.scaled:
             loss = loss * (self.advantage_scale / self.beta)

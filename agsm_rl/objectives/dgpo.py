@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
-    AtLevel,
     ForwardProcess,
     base_prediction,
+    check_above_zero,
+    check_weights,
     groups_of,
-    in_part,
     matching_error,
     sums_by_group,
 )
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
 
 
@@ -92,20 +92,15 @@ class DGPO(ForwardProcess):
         super().__init__(
             old=old, sampler_steps=sampler_steps, levels_per_image=levels_per_image, rows_per_pass=rows_per_pass
         )
-        for name, value in {"beta": beta, "clip_range": clip_range, "advantage_clip": advantage_clip}.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{name}: got {value}, but it must be above 0")
-        if kl_weight < 0:
-            raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more")
+        check_above_zero(beta=beta, clip_range=clip_range, advantage_clip=advantage_clip)
+        check_weights(kl_weight=kl_weight)
         if reference not in ("base", "old"):
             raise unknown_name("reference", reference, "a reference", ("base", "old"))
         self.beta, self.clip_range, self.reference, self.advantage_clip = beta, clip_range, reference, advantage_clip
         self.kl_weight, self.kl_guidance = kl_weight, kl_guidance
 
-    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
+    def loss_of(self, policy: Policy, batch: RewardedBatch, seen: Noised) -> tuple[Tensor, Metrics]:
         """The loss of a batch of whole groups, each with one noise and one noise level."""
-        part = in_part(batch)
-        seen = self.noised(policy, part)
         x_t, t, target, cond = seen
         needs_base = self.reference == "base" or self.kl_weight > 0
         base = base_prediction(policy, seen, guidance=self.kl_guidance) if needs_base else None
@@ -113,14 +108,14 @@ class DGPO(ForwardProcess):
         old_error = matching_error(policy.old(x_t, t, cond), target) if needs_old else None
         live = policy.live(x_t, t, cond)
         error = matching_error(live, target)
-        advantages = part.batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        advantages = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
         metrics: Metrics = {}
         if self.clip_range is not None and old_error is not None:
             error, share = _stopped(error, old_error, advantages, clip_range=self.clip_range)
             metrics["clip_fraction"] = share
         reference_error = old_error if self.reference == "old" or base is None else matching_error(base, target)
         assert reference_error is not None
-        loss, more = dgpo_loss(error, reference_error, advantages, groups_of(part.batch), beta=self.beta)
+        loss, more = dgpo_loss(error, reference_error, advantages, groups_of(batch), beta=self.beta)
         if self.kl_weight and base is not None:
             gap = matching_error(live, base).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}

@@ -8,16 +8,16 @@ each squared error is divided by its own mean absolute error and multiplied by t
 
 from torch import Tensor
 
-from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
-    AtLevel,
     ForwardProcess,
     base_prediction,
-    in_part,
+    check_above_zero,
+    check_weights,
     matching_error,
+    optimality,
 )
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.precision import at_least_float32
 
@@ -102,27 +102,18 @@ class DiffusionNFT(ForwardProcess):
         kl_weight: float = 0.0,
         rows_per_pass: int | None = None,
     ) -> None:
-        for name, value in {"beta": beta, "advantage_scale": advantage_scale}.items():
-            if value <= 0:
-                raise UserError(f"{name}: got {value}, but it must be above 0")
-        if kl_weight < 0:
-            raise UserError(f"kl_weight: got {kl_weight}, but it must be 0 or more")
+        check_above_zero(beta=beta, advantage_scale=advantage_scale)
+        check_weights(kl_weight=kl_weight)
         super().__init__(
             old=old, sampler_steps=sampler_steps, levels_per_image=levels_per_image, rows_per_pass=rows_per_pass
         )
         self.beta, self.advantage_scale, self.adaptive = beta, advantage_scale, adaptive
         self.t_weighted, self.scaled, self.kl_weight = t_weighted, scaled, kl_weight
 
-    def reward(self, advantages: Tensor) -> Tensor:
-        """r in [0, 1] of advantages [B]; ½ for an image as good as the others of its prompt."""
-        return 0.5 + 0.5 * (advantages / self.advantage_scale).clamp(-1, 1)
-
-    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
-        """The loss of the batch, with one noise and one noise level per image."""
-        part = in_part(batch)
-        seen = self.noised(policy, part)
+    def loss_of(self, policy: Policy, batch: RewardedBatch, seen: Noised) -> tuple[Tensor, Metrics]:
+        """The loss of the images; their r is ½ for one as good as the others of its prompt."""
         x_t, t, target, cond = seen
-        old, reward = policy.old(x_t, t, cond), self.reward(part.batch.advantages)
+        old, reward = policy.old(x_t, t, cond), optimality(batch.advantages, self.advantage_scale)
         live, weight = policy.live(x_t, t, cond), t if self.t_weighted else None
         loss, metrics = nft_loss(live, old, target, reward, beta=self.beta, adaptive=self.adaptive, t=weight)
         if self.scaled:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, RewardedBatch
+from agsm_rl.interfaces import Batch, Metrics, RewardedBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Noised, Objective, Policy, Source
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
@@ -98,6 +98,15 @@ class ForwardProcess(Objective):
             parts[-1] += images
         return [(batch.select(torch.tensor(rows)), len(rows) / len(batch)) for rows in parts]
 
+    def loss(self, policy: Policy, batch: RewardedBatch | AtLevel) -> tuple[Tensor, Metrics]:
+        """The loss of a part of a batch; of a batch that was not split, at its first noise level."""
+        part = batch if isinstance(batch, AtLevel) else AtLevel(batch, 0)
+        return self.loss_of(policy, part.batch, self.noised(policy, part))
+
+    def loss_of(self, policy: Policy, batch: RewardedBatch, seen: Noised) -> tuple[Tensor, Metrics]:
+        """The loss of images that have been noised: `seen`, one noise level each."""
+        raise NotImplementedError
+
     def noised(self, policy: Policy, part: AtLevel) -> Noised:
         """The images at their noise level of this number, each level with noise of its own."""
         batch = part.batch
@@ -123,9 +132,23 @@ class ForwardProcess(Objective):
         return levels[keys.argsort(dim=0)]
 
 
-def in_part(batch: RewardedBatch | AtLevel) -> AtLevel:
-    """A whole batch as the part at its first noise level."""
-    return batch if isinstance(batch, AtLevel) else AtLevel(batch, 0)
+def check_above_zero(**options: float | None) -> None:
+    """UserError for an option that is 0 or less; None is left out."""
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{name}: got {value}, but it must be above 0")
+
+
+def check_weights(**options: float) -> None:
+    """UserError for a weight below 0."""
+    for name, value in options.items():
+        if value < 0:
+            raise UserError(f"{name}: got {value}, but it must be 0 or more")
+
+
+def optimality(advantages: Tensor, scale: float) -> Tensor:
+    """r in [0, 1] of advantages [B]: ½ at 0, and 0 or 1 at ± `scale` and beyond."""
+    return 0.5 + 0.5 * (advantages / scale).clamp(-1, 1)
 
 
 def matching_error(prediction: Tensor, target: Tensor, *, adaptive: bool = False) -> Tensor:

@@ -79,8 +79,11 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
     model = model_in_source(entries[use].target)
     if model is None:
         return []
+    options = {key: block[key] for key in block if key not in keys}
+    if kind == "suites" and "rewards" in model.model_fields:
+        options["rewards"] = {"any": 1.0}  # a suite's rewards are a key beside its options
     try:
-        model.model_validate({key: block[key] for key in block if key not in keys}, context={BESIDE: keys})
+        model.model_validate(options, context={BESIDE: keys})
     except ValidationError as error:
         return mistakes_in(error, where=f"{where}: {place}")
     return []

@@ -146,7 +146,7 @@ class Evaluate(Section):
     `suites`, the shapes world's prompts and judge are used, with `num_images` and `rewards` from here.
 
     Args:
-        suites: The suites by name, `{name: {use: …}}`. Null: the suite `shapes` by the short form's keys.
+        suites: The suites by name, `{name: {use: …}}`; one that is null is left out. Null: `shapes` by the short form.
         suite: Short form: the suite of prompts and judgements, the shapes world.
         every: Evaluate every this many steps. Null: at the end only.
         num_images: Short form: images per model and guidance.
@@ -181,6 +181,11 @@ class Evaluate(Section):
     prompt_suffix: str = ""
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _without_null(cls, value: Any) -> Any:
+        return {name: block for name, block in value.items() if block is not None} if isinstance(value, dict) else value
 
     @field_validator("suite", mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
-from agsm_rl.policy import Policy, Source
+from agsm_rl.policy import Policy
 from agsm_rl.sources.advantages import (
     Histories,
     check_advantages,
@@ -19,8 +19,7 @@ from agsm_rl.sources.advantages import (
     normalised_by_prompt,
     normalised_over_all,
 )
-from agsm_rl.sources.order import Order
-from agsm_rl.sources.prompt_lists import read_prompts
+from agsm_rl.sources.draws import Draws
 from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import (
     SDEWindow,
@@ -36,11 +35,11 @@ from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guiding
 from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
-from agsm_rl.training.scoring import InParts, WeightedReward, check_prompts, check_rewards, weighted_sum
+from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.training.stages import stage
 
 
-class Rollouts(Source):
+class Rollouts(Draws[RewardedBatch]):
     """Images drawn from the policy, the path of noisy steps that led to them, and their rewards.
 
     Steps without noise, such as a flow's last one, are not learned from. With `eta: 0` only the first noise is random:
@@ -179,40 +178,19 @@ class Rollouts(Source):
         """Images drawn since the run began, over all processes."""
         return self._draws * self.num_prompts * self.images_per_prompt
 
-    def unlearned(self) -> int:
-        """Shares of the newest draw that are still to be learned from."""
-        return len(self._pending)
-
     def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Read the prompts; UserError if there are none."""
-        check_divides("num_prompts", self.num_prompts, shard, name)
+        """Read the prompts; UserError if there are none, or a reward cannot judge one of them."""
+        super().bind(name, seed, shard)
         check_divides("num_prompts * images_per_prompt / updates, which is", self.batch_size, shard, name)
-        rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
-        self._prompts = [row.text for row in rows]
-        self._metadata = [row.metadata for row in rows]
-        check_prompts(self.rewards, self._prompts, self._metadata)
-        self._order = Order(len(self._prompts), seed, name)
-        self._name, self._seed, self._shard = name, seed, shard
-        self._draws, self._pending = 0, deque[RewardedBatch]()
         self._histories: Histories = {}
         self._own_histories: dict[str, Histories] = {}
-        self._metrics: dict[str, float] = {}
 
-    def prompt_texts(self) -> list[str]:
-        """All prompts."""
-        return self._prompts
-
-    def next(self, policy: Policy) -> RewardedBatch:
-        """The next share of the newest rollouts; draws new ones when all shares were learned from."""
-        if not self._pending:
-            batch = self._draw(policy)
-            self._draws += 1
-            for part in range(self.updates):
-                self._pending.append(batch.select(torch.arange(part, len(batch), self.updates)))
-        return _moved(self._pending.popleft(), policy.backbone.device)
+    def _draw(self, policy: Policy) -> list[RewardedBatch]:
+        batch = self._drawn(policy)
+        return [batch.select(torch.arange(part, len(batch), self.updates)) for part in range(self.updates)]
 
     @torch.no_grad()
-    def _draw(self, policy: Policy) -> RewardedBatch:
+    def _drawn(self, policy: Policy) -> RewardedBatch:
         chosen = self._order.take(self.num_prompts)
         prompts = [self._prompts[row] for row in chosen for _ in range(self.images_per_prompt)]
         metadata = [self._metadata[row] for row in chosen for _ in range(self.images_per_prompt)]
@@ -335,34 +313,24 @@ class Rollouts(Source):
 
     def state_dict(self) -> dict[str, Any]:
         """Position, reward histories, and the rollouts not yet learned from."""
-        return {
-            "position": self._order.position,
-            "draws": self._draws,
-            "processes": self._shard.count,
+        return super().state_dict() | {
             "histories": _plain(self._histories),
             "own_histories": {name: _plain(histories) for name, histories in self._own_histories.items()},
-            "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
-            "metrics": dict(self._metrics),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; UserError if that would lose other processes' rollouts."""
-        if state["pending"] and (self._shard.count > 1 or state.get("processes", 1) > 1):
-            raise UserError(
-                f"{self._name}: the checkpoint was made between the {self.updates} `updates` of a draw, of which it "
-                f"holds one process's share; if that was the only process, resume with one, or delete that "
-                f"checkpoint to resume from an older one"
-            )
-        self._order.position, self._draws = int(state["position"]), int(state["draws"])
+        super().load_state_dict(state)
         self._histories = self._continued(state["histories"])
         # Checkpoints of earlier versions have none: their rewards were all raw.
         own = state.get("own_histories", {})
         self._own_histories = {name: self._continued(histories) for name, histories in own.items()}
+
+    def _restored(self, kept: Mapping[str, Any]) -> RewardedBatch:
         # Checkpoints of earlier versions hold the path of what the EMA drew too.
         wanted = {item.name for item in fields(self.gives)}
-        parts = [{name: value for name, value in kept.items() if name in wanted} for kept in state["pending"]]
-        self._pending = deque(cast(type[RewardedBatch], self.gives)(**part) for part in parts)
-        self._metrics = dict(state["metrics"])
+        found = {name: value for name, value in kept.items() if name in wanted}
+        return cast(type[RewardedBatch], self.gives)(**found)
 
     def _continued(self, histories: Mapping[str, list[float]]) -> Histories:
         return {prompt: deque(past, maxlen=self.history) for prompt, past in histories.items()}
@@ -374,10 +342,3 @@ def _plain(histories: Histories) -> dict[str, list[float]]:
 
 def _all_equal(rewards: Tensor) -> bool:
     return bool((rewards == rewards[0]).all())
-
-
-def _moved(batch: RewardedBatch, device: torch.device) -> RewardedBatch:
-    """The batch on the backbone's device (a loaded state is on the CPU); numbers of rows and groups stay on the CPU."""
-    tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in ("rows", "groups")}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
-    return replace(batch, **moved)

@@ -1,8 +1,6 @@
 """Preferences between candidates of single denoising steps, drawn from the live policy: what SPO learns from."""
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,21 +8,19 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Reward, Shard, StepPreferenceBatch
-from agsm_rl.policy import Policy, Source
+from agsm_rl.interfaces import Batch, Reward, StepPreferenceBatch
+from agsm_rl.policy import Policy
 from agsm_rl.sources.candidates import CandidateDraw, Drawn
-from agsm_rl.sources.order import Order
-from agsm_rl.sources.prompt_lists import read_prompts
-from agsm_rl.sources.rows import check_divides
+from agsm_rl.sources.draws import Draws
 from agsm_rl.sources.trajectories import StepNoise, check_latents, check_negative_prompt, check_noise, choose_noise
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw, stream
-from agsm_rl.training.scoring import WeightedReward, check_prompts, check_rewards, weighted_sum
+from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_sum
 from agsm_rl.training.stages import stage
 from agsm_rl.training.step_scoring import States, scores_of_states
 
 
-class StepPreferences(Source):
+class StepPreferences(Draws[StepPreferenceBatch]):
     """Pairs of candidates for single denoising steps, drawn from the policy: the best against the worst of a state.
 
     Each prompt has one image under way. From `first_step` on, several candidates for the next state are drawn and
@@ -123,44 +119,9 @@ class StepPreferences(Source):
         """Candidates that are finished images, since the run began, over all processes."""
         return self._draws * self.num_prompts * self.candidates
 
-    def unlearned(self) -> int:
-        """Shares of the newest draw that are still to be learned from."""
-        return len(self._pending)
-
-    def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Read the prompts; UserError if there are none."""
-        check_divides("num_prompts", self.num_prompts, shard, name)
-        rows = read_prompts(self.prompts, column=self.prompt_column, split=self.prompt_split, config=self.prompt_config)
-        self._prompts = [row.text for row in rows]
-        self._metadata = [row.metadata for row in rows]
-        check_prompts(self.rewards, self._prompts, self._metadata)
-        self._order = Order(len(self._prompts), seed, name)
-        self._name, self._seed, self._shard = name, seed, shard
-        self._draws, self._pending = 0, deque[StepPreferenceBatch]()
-        self._metrics: dict[str, float] = {}
-
-    def prompt_texts(self) -> list[str]:
-        """All prompts."""
-        return self._prompts
-
-    def next(self, policy: Policy) -> StepPreferenceBatch:
-        """The next share of the newest pairs; draws new ones when all shares were learned from.
-
-        Where all its pairs were dropped, a batch without rows, in all processes alike.
-        """
-        if not self._pending:
-            self._pending.extend(self._draw(policy))
-            self._draws += 1
-        batch, device = self._pending.popleft(), policy.backbone.device
-        moved: dict[str, Any] = {
-            item.name: value.to(device)
-            for item in fields(batch)
-            if item.name not in ("rows", "step") and isinstance(value := getattr(batch, item.name), Tensor)
-        }
-        return replace(batch, **moved)
-
     @torch.no_grad()
     def _draw(self, policy: Policy) -> list[StepPreferenceBatch]:
+        """The pairs of each update; where all are dropped, a batch without rows, in all processes alike."""
         chosen = self._order.take(self.num_prompts)
         share = len(chosen) // self._shard.count
         rows = torch.arange(self._shard.index * share, (self._shard.index + 1) * share)
@@ -283,24 +244,5 @@ class StepPreferences(Source):
         """
         return dict(self._metrics)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position, and the pairs not yet learned from."""
-        return {
-            "position": self._order.position,
-            "draws": self._draws,
-            "processes": self._shard.count,
-            "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
-            "metrics": dict(self._metrics),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; UserError if that would lose other processes' pairs."""
-        if state["pending"] and (self._shard.count > 1 or state["processes"] > 1):
-            raise UserError(
-                f"{self._name}: the checkpoint was made between the {self.updates} `updates` of a draw, of which it "
-                f"holds one process's share; if that was the only process, resume with one, or delete that "
-                f"checkpoint to resume from an older one"
-            )
-        self._order.position, self._draws = int(state["position"]), int(state["draws"])
-        self._pending = deque(StepPreferenceBatch(**part) for part in state["pending"])
-        self._metrics = dict(state["metrics"])
+    def _restored(self, kept: Mapping[str, Any]) -> StepPreferenceBatch:
+        return StepPreferenceBatch(**kept)

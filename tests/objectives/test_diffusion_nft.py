@@ -9,6 +9,7 @@ import torch
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import RewardedBatch
 from agsm_rl.objectives.diffusion_nft import DiffusionNFT, nft_loss
+from agsm_rl.objectives.forward_process import optimality
 from agsm_rl.training.randomness import Draw
 
 
@@ -76,7 +77,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusion_nft.json").re
 def test_loss_and_gradient_are_the_authors(case):
     x0, noise, old, t = (torch.tensor(GOLDEN[name]) for name in ("x0", "noise", "old", "t"))
     live, beta = torch.tensor(case["live"]).requires_grad_(), case["beta"]
-    reward = DiffusionNFT().reward(torch.tensor(GOLDEN["advantages"]))
+    reward = optimality(torch.tensor(GOLDEN["advantages"]), 5.0)
     loss, _ = nft_loss(live, old, noise - x0, reward, beta=beta, adaptive=True, t=t)
     (gradient,) = torch.autograd.grad(5 / beta * loss, live)
     assert 5 / beta * loss.item() == pytest.approx(case["loss"], rel=1e-5)
@@ -143,7 +144,7 @@ def test_one_uniform_level_per_image_is_drawn_as_before(policy):
 
 
 def test_advantages_become_rewards_between_nought_and_one():
-    reward = DiffusionNFT(advantage_scale=2.0).reward(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0]))
+    reward = optimality(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0]), 2.0)
     assert reward.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

@@ -29,14 +29,6 @@ def rewarded(policy, advantages, *, prompts=None):
     return RewardedBatch(prompts, torch.arange(count), latents, rewards=values, advantages=values)
 
 
-def moved(policy, *, by=0.05):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in policy.parameters().values():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
 # AWM
 
 
@@ -73,8 +65,8 @@ def test_awms_likelihoods_are_the_released_ones(weighting, by_hand):
     torch.testing.assert_close(matching_log_prob(error, t, weighting=weighting, power=0.25), wanted)
 
 
-def test_awm_as_released_adds_both_distances_and_compares_with_itself(policy):
-    moved(policy)
+def test_awm_as_released_adds_both_distances_and_compares_with_itself(policy, move):
+    move(policy)
     batch = rewarded(policy, [1.0, -0.5, 9.0])
     loss, metrics = AWM(kl_weight=0.003, ema_kl_weight=1.0).loss(policy, batch)
     seen = policy.noised(batch)
@@ -87,11 +79,11 @@ def test_awm_as_released_adds_both_distances_and_compares_with_itself(policy):
     assert metrics["reference_gap"] > 0 and metrics["ema_gap"] > 0
 
 
-def test_awm_compares_with_the_old_policy_where_it_is_asked_to(policy):
+def test_awm_compares_with_the_old_policy_where_it_is_asked_to(policy, move):
     objective = AWM(old={"decay": 0.0, "every": "draw"}, kl_weight=0.0, ema_kl_weight=0.0)
     policy.keep_old("awm")
     policy.acting_for = "awm"
-    moved(policy)
+    move(policy)
     batch = rewarded(policy, [1.0, -0.5])
     _, metrics = objective.loss(policy, batch)
     assert metrics["ratio_deviation"] > 0
@@ -123,11 +115,11 @@ def test_dgpos_gradient_is_the_released_surrogates():
     torch.testing.assert_close(gradient, wanted)
 
 
-def test_dgpo_stops_an_image_that_has_gone_far_enough(policy):
+def test_dgpo_stops_an_image_that_has_gone_far_enough(policy, move):
     objective = DGPO(clip_range=1e-9, kl_weight=0.0)
     policy.keep_old("dgpo")
     policy.acting_for = "dgpo"
-    moved(policy)
+    move(policy)
     batch = rewarded(policy, [1.0, -1.0, 0.5, -0.5])
     loss, metrics = objective.loss(policy, batch)
     seen = objective.noised(policy, objective.split(batch)[0][0])
@@ -189,8 +181,8 @@ def test_crds_temperature_may_be_sharp_where_one_prompt_is_far_better_than_anoth
     assert loss.isfinite()
 
 
-def test_crd_weighs_the_distance_from_the_guided_base_by_the_reward(policy):
-    moved(policy)
+def test_crd_weighs_the_distance_from_the_guided_base_by_the_reward(policy, move):
+    move(policy)
     batch = rewarded(policy, [5.0, -5.0])
     options = {"scaled": False, "kl_guidance": 3.0}
     without, _ = CRD(kl_weight=0.0, **options).loss(policy, batch)
@@ -238,8 +230,8 @@ def test_a_pass_holds_whole_prompts_or_is_refused(policy, objective):
 
 
 @pytest.mark.parametrize("objective", [DGPO, CRD])
-def test_passes_have_the_gradient_of_all_groups_at_once_whatever_their_sizes(policy, objective):
-    moved(policy)
+def test_passes_have_the_gradient_of_all_groups_at_once_whatever_their_sizes(policy, objective, move):
+    move(policy)
     batch = rewarded(policy, [2.0, -1.0, -1.0, 1.0, -1.0], prompts=["a red star"] * 3 + ["a blue circle"] * 2)
 
     def gradient(one):

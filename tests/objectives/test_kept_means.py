@@ -13,14 +13,6 @@ from agsm_rl.objectives.policy_gradient import rollout_steps
 from agsm_rl.term import Term
 
 
-def moved(policy, *, by=0.05):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in policy.parameters().values():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
 def gaussian(x, mean, std):
     """log N(x; mean, std²) up to a constant, averaged over the elements of each row, [B]."""
     return (-((x - mean) ** 2) / (2 * std**2)).flatten(1).mean(1)
@@ -106,8 +98,8 @@ def test_right_after_a_draw_flow_dppo_is_flow_grpo(policy, kept):
     assert metrics["clip_fraction"] == 0
 
 
-def test_grpo_guards_ratio_is_centred_where_flow_grpos_is_not(policy, kept):
-    moved(policy)
+def test_grpo_guards_ratio_is_centred_where_flow_grpos_is_not(policy, kept, move):
+    move(policy)
     _, plain = FlowGRPO(kl_weight=0.0).loss(policy, kept)
     _, guarded = GRPOGuard(kl_weight=0.0).loss(policy, kept)
     assert plain["ratio"] < 1

@@ -42,6 +42,16 @@ def test_the_long_form_is_completed_and_read_back_the_same():
     assert (toy.suite.split, toy.suite.seed) == ("validation", 3)  # those of the evaluation
 
 
+def test_a_suite_that_is_null_is_left_out():
+    assert list(recipe({"suites": {"mine": MINE, "toy": None}}).evaluate.suites) == ["mine"]
+
+
+def test_beside_another_mistake_a_suite_s_rewards_are_not_called_missing():
+    with pytest.raises(UserError, match="evaluat") as told:
+        recipe({"suites": {"mine": MINE}}, evaluat=1)
+    assert "missing" not in str(told.value)
+
+
 def test_the_short_form_is_one_suite_and_is_stored_as_before():
     read = recipe({"num_images": 5, "rewards": ["shapes"], "split": "train"})
     assert "suites" not in read.to_data()["evaluate"] and read.to_data()["evaluate"]["suite"] == "shapes"
