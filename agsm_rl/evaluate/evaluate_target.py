@@ -15,7 +15,6 @@ from agsm_rl.evaluate.image_folder import is_image_folder
 from agsm_rl.evaluate.measured import without_files
 from agsm_rl.evaluate.suite import Result, Suite
 from agsm_rl.evaluate.suite_process import EvalOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
-from agsm_rl.evaluate.suites.geneval import RESULTS, GenEvalResult, write_results
 from agsm_rl.files import write_text
 from agsm_rl.run.screen import make_console, tell
 
@@ -73,8 +72,8 @@ def _stdout() -> Console:
 
 def _results(images: TargetImages, other: TargetImages | None, process: SuiteProcess) -> dict[str, Any]:
     """Print the tables, write results.jsonl, and return eval.json's content."""
-    result = _result(images, process)
-    result_of_other = None if other is None else _result(other, process)
+    result = process.result(images)
+    result_of_other = None if other is None else process.result(other)
     console = _stdout()
     result.show(console, result_of_other, labels=("base" if process.options.compare else "other", "this"))
     if other is not None:
@@ -110,13 +109,6 @@ def _make_relative(content: dict[str, Any], folder: Path) -> None:
                 row["filename"] = os.path.relpath(row["filename"], folder)
             if "filenames" in row and all(Path(file).exists() for file in row["filenames"]):
                 row["filenames"] = [os.path.relpath(file, folder) for file in row["filenames"]]
-
-
-def _result(images: TargetImages, process: SuiteProcess) -> Result:
-    result = process.result(images)
-    if isinstance(result, GenEvalResult) and images.folder is not None and images.results is None:
-        write_results(result, images.folder / RESULTS)
-    return result
 
 
 def _description(images: TargetImages) -> dict[str, Any]:

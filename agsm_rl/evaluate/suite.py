@@ -18,12 +18,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from PIL.Image import Image
 from rich.console import Console
 from torch import Tensor
 
+from agsm_rl.errors import UserError
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.interfaces import Backbone
@@ -122,6 +124,7 @@ class Suite(ABC):
         num_images: How many pictures are drawn: the first of each prompt, then the second of each, and so on.
         folder: Name of the folder that keeps the rows beside pictures; by default the suite's name.
         smaller_is_better: The scores, of `score_names()`, of which less is better.
+        needs_prompts: Whether a row depends on the prompt; if not, a folder of pictures without prompts can be judged.
 
     A class that runs a command, or sends pictures or keys to a host, has a static method `permissions(options)`
     (registry.py).
@@ -131,6 +134,7 @@ class Suite(ABC):
     num_images: int
     folder: str = ""
     smaller_is_better: frozenset[str] = frozenset()
+    needs_prompts: bool = True
 
     @abstractmethod
     def prompts(self) -> Mapping[int, Metadata]:
@@ -176,6 +180,14 @@ class Suite(ABC):
 
         `backbone` are the options of its block, such as `checkpoint`. Nothing is loaded, and no hub is asked.
         """
+        return None
+
+    def read_results(self, file: Path) -> Result:
+        """The result in a .jsonl file of verdicts, by this or another tool; by default UserError: there is no form."""
+        raise UserError(f"{file}: the suite {self.name} does not read results; give a folder of images.")
+
+    def write_results(self, result: Any, folder: Path) -> None:
+        """Write a result beside the pictures it is of, in a form that other tools read; by default nothing."""
         return None
 
     def draw(

@@ -16,7 +16,6 @@ from agsm_rl.evaluate.kept_rows import KeptRows, judged_in_memory
 from agsm_rl.evaluate.measure import draw_and_judge
 from agsm_rl.evaluate.progress import progress
 from agsm_rl.evaluate.suite import Asked, Judged, Result, Suite
-from agsm_rl.evaluate.suites.geneval import GenEvalResult, read_results
 from agsm_rl.evaluate.target import Target, open_target
 from agsm_rl.run.screen import make_console
 from agsm_rl.training.processes import Processes
@@ -60,7 +59,7 @@ class TargetImages:
         drawing: The settings that decided the images, if they are known.
         files: The images in a folder; empty if none are kept.
         judged: The rows of images that are not kept in a folder of ours.
-        results: Results read from a results.jsonl.
+        results: The result that was read from a .jsonl file.
         folder: The folder that keeps the images.
     """
 
@@ -68,7 +67,7 @@ class TargetImages:
     drawing: dict[str, Any] | None = None
     files: list[Drawn] = field(default_factory=list)
     judged: list[Judged] = field(default_factory=list)
-    results: GenEvalResult | None = None
+    results: Result | None = None
     folder: Path | None = None
 
     @property
@@ -115,7 +114,10 @@ class SuiteProcess:
         """The result of a target, once all shares are done."""
         if images.results is not None:
             return images.results
-        return self.suite.result(images.judged or KeptRows(self.suite).read(images.files))
+        result = self.suite.result(images.judged or KeptRows(self.suite).read(images.files))
+        if images.folder is not None:
+            self.suite.write_results(result, images.folder)
+        return result
 
     def images_of(self, target: str | None, folder: Path | None, like: TargetImages | None = None) -> TargetImages:
         """The target's images, taken or drawn, with this process's share judged.
@@ -126,9 +128,7 @@ class SuiteProcess:
             like: Images to compare with, whose prompts, noise, guidance and steps are used.
         """
         if target is not None and target.endswith(".jsonl"):
-            if self.suite.name != "geneval":
-                raise UserError(f"{target}: only --suite geneval reads results; give a folder of images.")
-            return TargetImages(target, results=read_results(Path(target)))
+            return TargetImages(target, results=self.suite.read_results(Path(target)))
         images = self._existing(target) if target is not None else None
         return images or self._drawn(target, folder, like)
 
@@ -239,9 +239,9 @@ def is_drawn(target: str) -> bool:
 
 
 def is_plain_folder(target: str, suite: Suite) -> bool:
-    """Whether a target is a folder of pictures without prompts, which only FID can use; a model's may hold some too."""
+    """Whether a target is a folder of pictures that the suite judges without prompts; a model's may hold some too."""
     path = Path(target)
-    return suite.name == "fid" and bool(pictures_in(path)) and not (path / "model_index.json").is_file()
+    return not suite.needs_prompts and bool(pictures_in(path)) and not (path / "model_index.json").is_file()
 
 
 def _as_drawn(settings: DrawingSettings, drawing: dict[str, Any]) -> DrawingSettings:

@@ -113,6 +113,7 @@ class FID(Suite):
     network: nn.Module | None = None
     """Another feature extractor, uint8 [B, 3, H, W] → [B, D]. The figure is then labelled with its name."""
     smaller_is_better = frozenset({"fid"})
+    needs_prompts = False
 
     def __init__(
         self,

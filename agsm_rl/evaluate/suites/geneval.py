@@ -214,6 +214,14 @@ class GenEval(Suite):
         """The verdicts, from the detections."""
         return GenEvalResult(tuple(self._verdict(item) for item in judged))
 
+    def read_results(self, file: Path) -> GenEvalResult:
+        """The verdicts in a results.jsonl, ours or the reference's."""
+        return read_results(file)
+
+    def write_results(self, result: GenEvalResult, folder: Path) -> None:
+        """Write results.jsonl in the published layout."""
+        write_results(result, folder / RESULTS)
+
     def _verdict(self, item: Judged) -> ImageResult:
         stored = detections(item.row["seen"])
         verdict = judge(stored, requirements(item.metadata), self.rules)
