@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from textwrap import shorten
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import parse_json, read_text
 from agsm_rl.recipe.signatures import summary_of
-from agsm_rl.registry import available
+from agsm_rl.registry import available, permission_flags
 
 FROM_IMAGES = ("agsm", "softrepa", "score_matching")
 """Objectives that learn from images with captions."""
@@ -24,6 +25,8 @@ VIEWS = {"agsm": "best_images", "score_matching": "best_images", "diffusion_dpo"
 """What others of them see of the model's own images."""
 REWARD_OPTIONS: dict[str, dict[str, Any]] = {"hpsv2": {"version": "2.1"}, "hpsv2_official": {"version": "2.1"}}
 """Options that a reward cannot do without, as most papers set them."""
+PER_DRAW = 8
+"""Prompts of a draw, where the list has as many."""
 RATES = {"lora": "1.0e-4", "soft_tokens": "1.0e-3"}
 
 
@@ -38,7 +41,7 @@ class Wishes:
         rewards: Names of rewards for its own images.
         objectives: Names of objectives; none are those that suit the data and the base.
         held_out: Names of rewards that are measured, and not trained on.
-        examples: Some of the prompts, for pictures during the run.
+        num_prompts: Prompts per draw.
     """
 
     checkpoint: str
@@ -47,7 +50,12 @@ class Wishes:
     rewards: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
-    examples: tuple[str, ...] = ()
+    num_prompts: int = PER_DRAW
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules of the user's own rewards."""
+        return {name.partition(":")[0] for name in (*self.rewards, *self.held_out) if ":" in name}
 
 
 def check_wishes(wishes: Wishes) -> None:
@@ -93,13 +101,12 @@ def starter_recipe(wishes: Wishes, file: Path) -> str:
     check_wishes(wishes)
     objectives = wishes.objectives or default_objectives(wishes)
     small = wishes.checkpoint.startswith("builtin:")
-    modules = {name.partition(":")[0] for name in (*wishes.rewards, *wishes.held_out) if ":" in name}
-    allow = "".join(f" --allow-import {module}" for module in sorted(modules))
+    named = f"{quote(str(file))}{permission_flags(wishes.modules)}"
     parts = [
         f"# Written by `agsm-rl init`. Change what you like; `agsm-rl list recipe` explains every key.\n"
-        f"#   agsm-rl check {file}{allow}     is it right, and how much memory does it need?\n"
-        f"#   agsm-rl train {file}{allow} --set steps=2     a first look: two steps\n"
-        f"#   agsm-rl train {file}{allow}",
+        f"#   agsm-rl check {named}     is it right, and how much memory does it need?\n"
+        f"#   agsm-rl train {named} --set steps=2     a first look: two steps\n"
+        f"#   agsm-rl train {named}",
         "seed: 0          # the same seed gives the same run\nsteps: 500       # steps of the optimizer",
         _backbone(wishes.checkpoint, small=small),
         "# What is trained; the base itself stays frozen. `banks: 2` would give negative prompts a LoRA of their own.\n"
@@ -131,9 +138,8 @@ def _own_images(wishes: Wishes, *, small: bool) -> str:
     lines += ["  own_images:", "    use: rollouts", f"    prompts: {_plain(wishes.prompts)}", "    rewards:"]
     for name in wishes.rewards:
         lines.append(f"      {_reward(name)}")
-    count = min(8, len(wishes.examples) or 8)
     lines += [
-        f"    num_prompts: {count}         # prompts per draw",
+        f"    num_prompts: {wishes.num_prompts}         # prompts per draw",
         "    images_per_prompt: 8   # advantages compare these",
     ]
     steps, guidance = (20, 3.0) if small else (20, 5.0)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from agsm_rl.cli import init as init_module
+from agsm_rl.cli import asking
 from agsm_rl.cli.commands import app
 from agsm_rl.recipe import Recipe
 from agsm_rl.recipe.starter import FROM_IMAGES, FROM_REWARDS, VIEWS, Wishes, starter_recipe
@@ -51,6 +51,19 @@ def test_the_defaults_are_accepted_and_nothing_is_overwritten(command, tmp_path)
     assert (tmp_path / "recipe.yaml").read_text() == before
 
 
+def test_the_next_commands_can_be_pasted_whatever_the_files_name(command, tmp_path):
+    written = command("init", "--yes", "-o", "my first recipe.yaml")
+    assert "agsm-rl check 'my first recipe.yaml'" in written.stdout
+    comments = (tmp_path / "my first recipe.yaml").read_text().splitlines()
+    for name in ("check", "train"):
+        assert any(f"agsm-rl {name} 'my first recipe.yaml'" in line for line in comments)
+
+
+def test_a_draw_has_no_more_prompts_than_the_list(command, tmp_path):
+    assert command("init", "--prompts", "prompts.txt", "--reward", "sharpness", "--yes").exit_code == 0
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").sources["own_images"].options["num_prompts"] == 3
+
+
 @pytest.mark.parametrize("objective", sorted({*FROM_IMAGES, *FROM_REWARDS, *VIEWS}))
 def test_each_objective_that_can_be_asked_for_gives_a_recipe_that_is_accepted(objective, tmp_path):
     from_images = Wishes("builtin:shapes-sd3", images="builtin:shapes", objectives=(objective,))
@@ -63,7 +76,7 @@ def test_each_objective_that_can_be_asked_for_gives_a_recipe_that_is_accepted(ob
 
 
 def test_questions_are_asked_again_where_an_answer_cannot_be_used(command, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(init_module, "is_terminal", lambda: True)
+    monkeypatch.setattr(asking, "is_terminal", lambda: True)
     answers = [
         "nowhere.safetensors",
         tiny_checkpoint,
