@@ -31,12 +31,17 @@ def report(
     ] = None,
 ) -> None:
     """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
-    from agsm_rl.report.page import write_report
+    from agsm_rl.report.page import is_report, write_report
 
     alone = runs[0] if len(runs) == 1 else Path()
     file = out or (alone.with_suffix(".html") if alone.is_file() else alone / "report.html")
     if out is not None or file.is_dir():
         check_output_file(file, option="-o")
+    for run in runs:
+        if file.exists() and run.exists() and file.samefile(run):
+            raise UserError(f"-o {file}: this is one of the files to report; give another file.")
+    if file.exists() and not is_report(file):
+        raise UserError(f"{file}: exists and was not written by `agsm-rl report`; choose another file by -o.")
     write_report(runs, file)
     say(str(file))
 

@@ -35,6 +35,8 @@ LIBRARIES = ("assets/d3.min.js", "assets/plot.umd.min.js")
 PARTS = ("figures", "looks", "scores", "curves", "pictures", "page")
 """Of the page's own script, in this order."""
 BASE_NAME = "base"
+GENERATOR = b'<meta name="generator" content="agsm-rl '
+"""Near the beginning of every report."""
 
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
@@ -45,6 +47,14 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
         write_text(out, text)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another file by -o.") from error
+
+
+def is_report(file: Path) -> bool:
+    """Whether a file is a report, of whatever version, which may be written again."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return GENERATOR in opened.read(2000)
 
 
 def render(loaded: Loaded) -> str:
