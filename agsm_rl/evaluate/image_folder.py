@@ -105,12 +105,19 @@ class Measurements:
         kind: The folder's name.
         how: What the measurement depends on besides the image (model, options).
         of_today: Translates the `how` of an earlier version; raises UserError if it no longer means anything.
+        digest: An image's hash, by default that of its file now; several kinds may share one that remembers.
     """
 
     def __init__(
-        self, kind: str, how: Mapping[str, Any], *, of_today: Callable[[Any], Mapping[str, Any]] = lambda how: how
+        self,
+        kind: str,
+        how: Mapping[str, Any],
+        *,
+        of_today: Callable[[Any], Mapping[str, Any]] = lambda how: how,
+        digest: Callable[[Path], str] | None = None,
     ) -> None:
         self.kind, self.how, self._of_today = kind, json.loads(json.dumps(how)), of_today
+        self._digest = digest or sha256
 
     def file(self, image: Path) -> Path:
         """Where the measurement of an image is stored."""
@@ -120,7 +127,7 @@ class Measurements:
         """The measurement; None if there is no valid one."""
         try:
             content = read_json(self.file(image))
-            holds = content["image_sha256"] == sha256(image)
+            holds = content["image_sha256"] == self._digest(image)
             holds = holds and (content["how"] == self.how or self._of_today(content["how"]) == self.how)
             return content["found"] if holds else None
         except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -131,7 +138,9 @@ class Measurements:
         file = self.file(image)
         try:
             file.parent.mkdir(exist_ok=True)
-            write_text(file, json.dumps({"how": self.how, "image_sha256": sha256(image), "found": measured}) + "\n")
+            write_text(
+                file, json.dumps({"how": self.how, "image_sha256": self._digest(image), "found": measured}) + "\n"
+            )
         except OSError as error:
             raise UserError(
                 f"{file}: cannot be written ({error.strerror}). Measurements are stored beside the images, so give a "

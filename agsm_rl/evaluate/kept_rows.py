@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from pathlib import Path
+
+from PIL.Image import Image
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture
+from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture, sha256
 from agsm_rl.evaluate.suite import Judged, Suite
 
 
 class KeptRows:
-    """Rows of a suite, a file per picture and part (image_folder.Measurements)."""
+    """Rows of a suite, a file per picture and part (image_folder.Measurements).
+
+    A picture is hashed once for all parts: rows of one that changes meanwhile do not count the next time.
+    """
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
-        self._parts = [(part, Measurements(part.folder, part.how, of_today=part.of_today)) for part in suite.parts()]
+        self._digest = cache(sha256)
+        self._parts = [
+            (part, Measurements(part.folder, part.how, of_today=part.of_today, digest=self._digest))
+            for part in suite.parts()
+        ]
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
         """The images that lack a row of some part."""
@@ -23,14 +33,15 @@ class KeptRows:
 
     def judge(self, images: Sequence[Drawn]) -> None:
         """Judge a few images by the parts that have no row of them yet."""
-        pictures: dict[str, Any] = {}
+        pictures: dict[Path, Image] = {}
         for part, kept in self._parts:
             missing = [item for item in images if kept.read(item.path) is None]
             for item in missing:
-                pictures.setdefault(str(item.path), open_picture(item.path))
+                if item.path not in pictures:
+                    pictures[item.path] = open_picture(item.path)
             if not missing:
                 continue
-            seen = [pictures[str(item.path)] for item in missing]
+            seen = [pictures[item.path] for item in missing]
             rows = part.judge(seen, [item.prompt for item in missing], [item.metadata for item in missing])
             for item, row in zip(missing, rows, strict=True):
                 kept.write(item.path, row)
