@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Evaluator(Callback):
         is_main: bool = True,
     ) -> None:
         self.folder, self.console, self.export, self.check = folder, console, recipe.export, check
-        self.options, self.is_main = recipe.evaluate, is_main
+        self.options, self.parts, self.is_main = recipe.evaluate, recipe.parts, is_main
         self.entries: list[Entry] = entries_of(recipe.evaluate, recipe.parts) if recipe.evaluate else []
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.scores = ScoreHistory(recipe)
@@ -64,9 +64,13 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
-    def prepare(self, resolution: int) -> None:
-        """Read the prompts and try what judges on a picture of that size, before hours are spent on training."""
-        for entry in self.entries:
+    def prepare(self, resolution: int, *, later: Sequence[Evaluate] = ()) -> None:
+        """Read the prompts and try what judges on a picture of that size, before hours are spent on training.
+
+        `later` are evaluations in place of the recipe's own.
+        """
+        replaced = [entry for options in later for entry in entries_of(options, self.parts)]
+        for entry in replaced or self.entries:
             with stage(f"preparing the suite {entry.name}"):
                 entry.prepare(resolution)
 

@@ -66,3 +66,11 @@ def test_cells_are_ranked_by_the_first_suite_s_first_score_or_strictly(plan):
     axes = {"optimizer.learning_rate": [0.001, 0.1]}
     assert plan(axes=axes, evaluate=[EVALUATION]).ranked_by == ("mine/sharpness", True)
     assert plan(axes=axes, evaluate=[{"num_images": 2}]).ranked_by == ("strict", True)
+
+
+def test_a_cell_whose_suite_cannot_be_judged_is_not_trained(sweep):
+    judge = {"use": "rewards", "prompts": "mine.txt", "rewards": {"ocr": {}}}  # it needs the column `text`
+    axes = {"optimizer.learning_rate": [0.001]}
+    board, _ = sweep(axes=axes, evaluate=[EVALUATION | {"suites": {"mine": judge}}])
+    assert board.count("done") == 0 and "ocr" in str(board.states)
+    assert not list(RUN.glob("cells/*/checkpoints/*"))
