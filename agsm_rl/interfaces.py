@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
+    from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace
     from agsm_rl.training.kept_graph import KeptGraph
 
 Bank = Literal["positive", "negative"]
@@ -32,6 +34,7 @@ class Cond:
 
     `prompts`, one per row, are the texts they were encoded from: if an adapter changes the text encoders, a policy
     encodes them again for each prediction. Without them, the encoding stays as it is.
+    `mask` [B, S], bool, says which of the S rows are read; None: all.
     """
 
     embeds: Tensor
@@ -39,29 +42,44 @@ class Cond:
     prompts: tuple[str, ...] = ()
     unconditional_first: bool = False
     """Whether the first half of the rows is guidance's unconditional branch; rows that are taken out are ordinary."""
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def __getitem__(self, rows: Tensor | slice | list[int]) -> Cond:
-        pooled = None if self.pooled is None else self.pooled[rows]
-        if not self.prompts:
-            return Cond(self.embeds[rows], pooled)
-        numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
-        return Cond(self.embeds[rows], pooled, tuple(self.prompts[number] for number in numbers.tolist()))
+        prompts: tuple[str, ...] = ()
+        if self.prompts:
+            numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
+            prompts = tuple(self.prompts[number] for number in numbers.tolist())
+        pooled, mask = (None if part is None else part[rows] for part in (self.pooled, self.mask))
+        return Cond(self.embeds[rows], pooled, prompts, mask=mask)
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
-        """The rows of all parts, one after another; prompts only if every part has its own."""
+        """The rows of all parts, one after another; prompts only if every part has its own.
+
+        Shorter texts are padded with zeros, which the mask leaves unread.
+        """
         pooled = [part.pooled for part in parts if part.pooled is not None]
         known = all(len(part.prompts) == len(part) for part in parts)
         prompts = tuple(prompt for part in parts for prompt in part.prompts) if known else ()
-        return Cond(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None, prompts)
+        longest, mask = max(part.embeds.shape[1] for part in parts), None
+        if any(part.mask is not None or part.embeds.shape[1] < longest for part in parts):
+            mask = torch.cat([part._padded_mask(longest) for part in parts])
+        embeds = torch.cat([pad(part.embeds, (0, 0, 0, longest - part.embeds.shape[1])) for part in parts])
+        return Cond(embeds, torch.cat(pooled) if pooled else None, prompts, mask=mask)
+
+    def _padded_mask(self, longest: int) -> Tensor:
+        seen = self.mask
+        if seen is None:
+            seen = torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
+        return pad(seen, (0, longest - seen.shape[1]), value=False)
 
     def expand(self, count: int) -> Cond:
         """A single row repeated `count` times, without copying."""
-        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count)
+        pooled, mask = (None if part is None else part.expand(count, -1) for part in (self.pooled, self.mask))
+        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count, mask=mask)
 
 
 class Tokens(NamedTuple):
@@ -149,6 +167,18 @@ class Backbone(Protocol):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The denoiser's prediction for rows x_t [B, C, h, w] at levels `t` [B] under `cond` (B rows)."""
+        ...
+
+    def level_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The noise level t, 0-d or [B], of a call of the denoiser with these arguments, whatever its own time is."""
+        ...
+
+    def token_places(self, *, layers: int | None, places: Sequence[UNetPlace] | None) -> TokenPlaces:
+        """Where soft tokens enter the denoiser; UserError where they cannot, or the options do not fit."""
+        ...
+
+    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None) -> dict[str, Any]:
+        """Arguments with which the pipeline draws under classifier-free guidance; 1 is none."""
         ...
 
     def sampler(self, num_steps: int) -> Sampler:

@@ -90,6 +90,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "shapes": "agsm_rl.evaluate.suites.shapes:Shapes",
     },
     "backbones": {
+        "auto": "agsm_rl.backbones:load_backbone",
         "stable_diffusion": "agsm_rl.backbones:load_backbone",
         "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
     },

@@ -321,7 +321,7 @@ def _ends_with(name: str, targets: tuple[str, ...]) -> bool:
 
 
 def _denoiser_name(backbone: Backbone) -> str:
-    return "unet" if getattr(backbone.pipeline, "unet", None) is backbone.denoiser else "transformer"
+    return next(name for name, part in backbone.pipeline.components.items() if part is backbone.denoiser)
 
 
 def _parameter_name(part: str, model: nn.Module, name: str) -> str:

@@ -1,7 +1,7 @@
 """Soft text tokens (AGSM, arXiv 2605.30038; SoftREPA): learned rows in the text that the denoiser's attention sees.
 
-See token_places.py for where they go. They depend on the bank in use and on the timestep, which a hook on the denoiser
-records at each call; both are restored when gradient checkpointing runs a block again.
+The backbone says where they go (token_places.py). They depend on the bank in use and on the noise level, which a hook
+on the denoiser records at each call; both are restored when gradient checkpointing runs a block again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +11,17 @@ from typing import Any, ClassVar, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from agsm_rl.adapters.token_places import PUBLISHED_PLACES, Place, argument_positions, check_places, places_in
+from agsm_rl.adapters.token_places import PUBLISHED_PLACES, UNetPlace, check_places, uncompiled
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Banks
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, check_form
 
 TIME_ROWS = 100
+"""Of equal length in t; each is 10 of the published models' 1000 timesteps."""
+NEARLY = 1e-9
+"""Added before rounding down, in rows: t = 290/1000 in float64 may lie just below row 29."""
 MAX_TOKENS = 1024
 """Far beyond what has been tried; a typo here would allocate all memory."""
-TIMESTEPS_PER_ROW = 10
 INITIAL_STD = 0.02
 Init = Literal["bos", "normal"]
 BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
@@ -62,7 +64,7 @@ class SoftTokens:
         init: Init | None = None,
         jitter: float = 0.0,
         layers: int | None = None,
-        places: Sequence[Place] | None = None,
+        places: Sequence[UNetPlace] | None = None,
         seed: int = 0,
         guidance_bank: GuidanceBank = "positive",
         guidance_prompt: GuidancePrompt = "empty",
@@ -84,7 +86,7 @@ class SoftTokens:
         self._backbone: Backbone | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._hooks: list[Any] = []
-        self._timestep: Any = None
+        self._t: Tensor | None = None
 
     @classmethod
     def from_export(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
@@ -101,7 +103,7 @@ class SoftTokens:
             banks=shape[0],
             layers=layers,
             time_tokens="time_tokens" in tensors,
-            places=cast(list[Place], metadata["places"].split(",")) if "places" in metadata else None,
+            places=cast(list[UNetPlace], metadata["places"].split(",")) if "places" in metadata else None,
             guidance_bank=cast(GuidanceBank, metadata.get("guidance_bank", "positive")),
             guidance_prompt=cast(GuidancePrompt, metadata.get("guidance_prompt", "empty")),
         )
@@ -110,15 +112,16 @@ class SoftTokens:
         """Create the parameters and hook the blocks that see tokens; UserError for a denoiser without such blocks."""
         if self._backbone is not None:
             raise RuntimeError("these soft tokens are already attached; detach them first")
-        denoiser = _uncompiled(backbone.denoiser)
-        places = places_in(denoiser, self.layers, self.unet_places)
+        places = backbone.token_places(layers=self.layers, places=self.unet_places)
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
         if self.time_tokens:
             width = places.width * (places.layers or 1)
             values["time_tokens"] = torch.randn(TIME_ROWS, width, generator=generator) * INITIAL_STD
         if places.layers is not None and self.init == "bos":
-            raise UserError("soft_tokens.init: bos, but SD3's tokens are in no text encoder's space; use normal.")
+            raise UserError(
+                "soft_tokens.init: bos, but this model's tokens are in no text encoder's space; use normal."
+            )
         if places.layers is None and self.init != "normal":
             with ExitStack() as base:
                 for adapter in backbone.adapters:  # one may change the text encoders
@@ -132,8 +135,8 @@ class SoftTokens:
             tokens = torch.randn(shape, generator=generator) * INITIAL_STD
         values["soft_tokens"] = tokens + self.jitter * torch.randn(tokens.shape, generator=generator)
         self._parameters = {name: nn.Parameter(values[name].to(backbone.device)) for name in sorted(values)}
-        self._hooks = [denoiser.register_forward_pre_hook(self._note_timestep, with_kwargs=True), *places.hook(self)]
-        self._timestep_position = argument_positions(denoiser)["timestep"]
+        note_level = uncompiled(backbone.denoiser).register_forward_pre_hook(self._note_level, with_kwargs=True)
+        self._hooks = [note_level, *places.hook(self)]
         self._layers = places.layers
         self._backbone, self.bank = backbone, "positive"
         backbone.adapters.append(self)
@@ -147,13 +150,11 @@ class SoftTokens:
             hook.remove()
         self._backbone.adapters.remove(self)
         _forget_compiled(self._backbone.denoiser)
-        self._hooks, self._backbone, self._timestep, self.bank = [], None, None, None
+        self._hooks, self._backbone, self._t, self.bank = [], None, None, None
 
     def places(self, backbone: Backbone) -> list[str]:
         """The blocks that see tokens."""
-        blocks = {
-            id(block) for block in places_in(_uncompiled(backbone.denoiser), self.layers, self.unet_places).blocks
-        }
+        blocks = {id(block) for block in backbone.token_places(layers=self.layers, places=self.unet_places).blocks}
         return [name for name, module in backbone.denoiser.named_modules() if id(module) in blocks]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -170,17 +171,17 @@ class SoftTokens:
             self.bank = previous
 
     def recall(self) -> AbstractContextManager[None]:
-        """A context manager to enter later that restores the current bank and timestep."""
-        return self._as_at(self.bank, self._timestep)
+        """A context manager to enter later that restores the current bank and noise level."""
+        return self._as_at(self.bank, self._t)
 
     @contextmanager
-    def _as_at(self, bank: Bank | Banks | None, timestep: Any) -> Iterator[None]:
-        previous, self._timestep = self._timestep, timestep
+    def _as_at(self, bank: Bank | Banks | None, t: Tensor | None) -> Iterator[None]:
+        previous, self._t = self._t, t
         try:
             with self.using(bank):
                 yield
         finally:
-            self._timestep = previous
+            self._t = previous
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The parameters by name, and the metadata, which names the base."""
@@ -239,14 +240,16 @@ class SoftTokens:
         else:
             tokens = values[1 if self.bank == "negative" and self.banks == 2 else 0][None]
         if self.time_tokens:
-            timestep = torch.as_tensor(self._timestep, device=text.device).reshape(-1)
-            rows = (timestep.long() // TIMESTEPS_PER_ROW).clamp(0, TIME_ROWS - 1)
+            assert self._t is not None
+            t = self._t.to(text.device).reshape(-1)
+            rows = (t * TIME_ROWS + NEARLY).long().clamp(0, TIME_ROWS - 1)
             times = self._parameters["time_tokens"].to(text.device)[rows]
             tokens = tokens + times.unflatten(-1, (self._layers or 1, -1))[:, layer, None]
         return tokens.to(text.dtype).expand(len(text), -1, -1)
 
-    def _note_timestep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_position]
+    def _note_level(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._backbone is not None
+        self._t = self._backbone.level_of_call(args, kwargs)
 
 
 def describe_tokens(tensors: Mapping[str, Tensor], *, base: str) -> dict[str, str]:
@@ -266,11 +269,6 @@ def describe_tokens(tensors: Mapping[str, Tensor], *, base: str) -> dict[str, st
 def base_of_width(width: int) -> str:
     """The width, and the base that has it if known."""
     return f"{width} wide ({BASE_OF_WIDTH[width]})" if width in BASE_OF_WIDTH else f"{width} wide"
-
-
-def _uncompiled(denoiser: Any) -> Any:
-    """The module that `torch.compile` was given; hooks belong on it."""
-    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _forget_compiled(denoiser: Any) -> None:

@@ -1,12 +1,16 @@
 """Where soft tokens go in a denoiser (AGSM, arXiv 2605.30038; SoftREPA): hooks around blocks, never a copied forward.
 
-Some of a U-Net's blocks see [BOS, soft × n, rest of the prompt], the others the plain prompt: AGSM's tokens go to the
-down and mid blocks, SoftREPA's for SD1.5 to the down blocks alone. SD3's first L joint blocks see the text stream
-followed by their own layer's n tokens, which are removed after each block.
+A backbone says where they enter its denoiser: `Backbone.token_places` returns one of the two forms here, or its own.
+
+`CrossAttentionPlaces`, U-Nets: some blocks see [BOS, soft × n, rest of the prompt], the others the plain prompt. AGSM's
+tokens go to the down and mid blocks, SoftREPA's for SD1.5 to the down blocks alone.
+`StreamPlaces`, transformers: the first L blocks see the text stream and their own layer's n tokens, which are removed
+after each block. What else has a row per token (a mask, rotary positions) is lengthened with it, by functions that the
+backbone gives.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
@@ -16,8 +20,8 @@ from torch import Tensor, nn
 from agsm_rl.errors import UserError, unknown_name
 
 PUBLISHED_LAYERS = 5
-Place = Literal["down", "mid", "up"]
-PUBLISHED_PLACES: tuple[Place, ...] = ("down", "mid")
+UNetPlace = Literal["down", "mid", "up"]
+PUBLISHED_PLACES: tuple[UNetPlace, ...] = ("down", "mid")
 
 
 class Tokens(Protocol):
@@ -34,15 +38,43 @@ class Tokens(Protocol):
         ...
 
 
+class TokenPlaces(Protocol):
+    """Where the tokens of one denoiser go."""
+
+    width: int
+    """D of a token."""
+
+    @property
+    def layers(self) -> int | None:
+        """The number of layers that have tokens of their own.
+
+        None: all blocks see the same, which are in the space of `Cond.embeds` and may begin as the encoder's BOS.
+        """
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules that see them."""
+        ...
+
+    def hook(self, tokens: Tokens) -> list[Any]:
+        """Start inserting; returns the hooks, each with a `remove()`.
+
+        The hooks ask `tokens.rows_for(text, layer)` at each call and do nothing while it is None: switched off, the
+        denoiser computes what it computes without hooks, bit for bit.
+        """
+        ...
+
+
 class CrossAttentionPlaces:
     """The blocks of a U-Net at some places, `down`, `mid` and `up`, that have cross-attention."""
 
     layers: int | None = None
 
-    def __init__(self, denoiser: Any, places: Sequence[Place] = PUBLISHED_PLACES) -> None:
+    def __init__(self, denoiser: Any, places: Sequence[UNetPlace] = PUBLISHED_PLACES) -> None:
         self.denoiser: nn.Module = denoiser
         there = {"down": denoiser.down_blocks, "mid": [denoiser.mid_block], "up": denoiser.up_blocks}
-        blocks = [block for place in get_args(Place) if place in places for block in there[place]]
+        blocks = [block for place in get_args(UNetPlace) if place in places for block in there[place]]
         self.blocks = [block for block in blocks if getattr(block, "has_cross_attention", False)]
         self.width: int = denoiser.config.cross_attention_dim
         if not self.blocks:
@@ -67,58 +99,107 @@ class CrossAttentionPlaces:
         ]
 
 
-class JointPlaces:
-    """The first `layers` joint blocks of SD3's transformer (published: 5)."""
+Lengthen = Callable[["BlockCall", Tensor], None]
+"""Puts rows [B, n, D] into a block's arguments: the text, and what else has a row per token of it."""
+Shorten = Callable[[Any, int], Any]
+"""Takes n rows out of a block's result again."""
 
-    def __init__(self, denoiser: Any, layers: int | None) -> None:
-        blocks = list(denoiser.transformer_blocks)
+
+def append_to_text(call: "BlockCall", rows: Tensor) -> None:
+    """The rows after the text; nothing else knows how long it is."""
+    call.set("encoder_hidden_states", torch.cat([call.get("encoder_hidden_states"), rows], dim=1))
+
+
+def drop_from_text(result: tuple[Any, Any], count: int) -> tuple[Any, Any]:
+    """A joint block's result (text, image) without the last rows of the text; the last block returns no text."""
+    text, image = result
+    return (text if text is None else text[:, :-count]), image
+
+
+class StreamPlaces:
+    """The first `layers` of a transformer's blocks (published: 5), each with its own tokens beside the text.
+
+    Args:
+        blocks: The transformer's blocks, in order.
+        layers: The adapter's option; None is 5, or as many as there are.
+        width: D of the stream that the tokens join, inside the blocks.
+        stream: The argument of a block's forward that is this stream, [B, S, D].
+        lengthen: Puts the rows into a call's arguments. Rows must be seen by all rows that see the text: extend masks
+            with "seen", and rotary positions as the model would number them.
+        shorten: Takes them out of a block's result; None where a block does not return the text (cross-attention).
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        layers: int | None,
+        *,
+        width: int,
+        stream: str = "encoder_hidden_states",
+        lengthen: Lengthen = append_to_text,
+        shorten: Shorten | None = drop_from_text,
+    ) -> None:
+        blocks = list(blocks)
         if layers is not None and not 1 <= layers <= len(blocks):
-            raise UserError(f"soft_tokens.layers: {layers}; this transformer has {len(blocks)} joint blocks.")
+            raise UserError(f"soft_tokens.layers: {layers}; this transformer has {len(blocks)} blocks that take them.")
         self.layers: int = min(PUBLISHED_LAYERS, len(blocks)) if layers is None else layers
         self.blocks = blocks[: self.layers]
-        self.width: int = denoiser.config.caption_projection_dim
+        self.width, self._stream, self._lengthen, self._shorten = width, stream, lengthen, shorten
 
     def hook(self, tokens: Tokens) -> list[Any]:
-        """Start appending; returns the hooks, each with a `remove()`."""
+        """Start inserting; returns the hooks, each with a `remove()`."""
         handles: list[Any] = []
         for layer, block in enumerate(self.blocks):
-            append = partial(_append, tokens=tokens, layer=layer, positions=argument_positions(block))
-            handles.append(block.register_forward_pre_hook(append, with_kwargs=True))
-            handles.append(block.register_forward_hook(partial(_strip, tokens=tokens)))
+            before = partial(self._before, tokens=tokens, layer=layer, positions=argument_positions(block))
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            if self._shorten is not None:
+                handles.append(block.register_forward_hook(partial(self._after, tokens=tokens)))
         return handles
 
+    def _before(
+        self,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        tokens: Tokens,
+        layer: int,
+        positions: dict[str, int],
+    ) -> "Arguments | None":
+        call = BlockCall(list(args), dict(kwargs), positions)
+        rows = tokens.rows_for(call.get(self._stream), layer)
+        if rows is None:
+            return None
+        self._lengthen(call, rows)
+        return tuple(call.args), call.kwargs
 
-def check_places(places: Sequence[str]) -> tuple[Place, ...]:
+    def _after(self, _: nn.Module, args: tuple[Any, ...], result: Any, *, tokens: Tokens) -> Any:
+        assert self._shorten is not None
+        return self._shorten(result, tokens.num_tokens) if tokens.is_on() else None
+
+
+def check_places(places: Sequence[str]) -> tuple[UNetPlace, ...]:
     """The places, in a U-Net's order; UserError for one that does not exist, and for none."""
     for place in places:
-        if place not in get_args(Place):
-            raise unknown_name("soft_tokens.places", str(place), "a place in a U-Net", get_args(Place))
+        if place not in get_args(UNetPlace):
+            raise unknown_name("soft_tokens.places", str(place), "a place in a U-Net", get_args(UNetPlace))
     if not places:
         raise UserError("soft_tokens.places: is empty; list some of down, mid, up, or leave it out (down, mid).")
-    return tuple(place for place in get_args(Place) if place in places)
+    return tuple(place for place in get_args(UNetPlace) if place in places)
 
 
-def places_in(
-    denoiser: Any, layers: int | None, places: Sequence[Place] | None = None
-) -> CrossAttentionPlaces | JointPlaces:
-    """The places in a denoiser, by its structure; UserError if it has none, or `layers` or `places` do not fit."""
-    if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "context_embedder"):
-        if places is not None:
-            raise UserError(
-                "soft_tokens.places: only a U-Net has down, mid and up blocks; leave it out here (SD3 has `layers`)."
-            )
-        return JointPlaces(denoiser, layers)
-    if not hasattr(denoiser, "down_blocks"):
+def no_unet(places: Sequence[UNetPlace] | None) -> None:
+    """UserError for `places` on a transformer."""
+    if places is not None:
         raise UserError(
-            f"soft_tokens: {type(denoiser).__name__} has no down blocks and no joint blocks; supported: U-Nets (SD1.5, "
-            "SDXL) and SD3's transformer."
+            "soft_tokens.places: only a U-Net has down, mid and up blocks; leave it out here (transformers have "
+            "`layers`)."
         )
-    if layers is not None:
-        raise UserError(
-            "soft_tokens.layers: only SD3's joint blocks have a number of layers; leave it out here. Exported tokens "
-            "that have layers were trained on SD3 and work only there."
-        )
-    return CrossAttentionPlaces(denoiser, PUBLISHED_PLACES if places is None else places)
+
+
+def uncompiled(denoiser: Any) -> Any:
+    """The module that `torch.compile` was given; hooks belong on it."""
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def argument_positions(module: nn.Module) -> dict[str, int]:
@@ -165,7 +246,7 @@ def _insert(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, longer: LongerText, positions: dict[str, int]
 ) -> Arguments | None:
     """A U-Net block's arguments with soft tokens after BOS; unchanged arguments (None) when switched off."""
-    call = _Call(list(args), dict(kwargs), positions)
+    call = BlockCall(list(args), dict(kwargs), positions)
     text = call.get("encoder_hidden_states")
     text = longer(text)
     if text is None:
@@ -179,34 +260,7 @@ def _insert(
     return tuple(call.args), call.kwargs
 
 
-def _append(
-    _: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    tokens: Tokens,
-    layer: int,
-    positions: dict[str, int],
-) -> Arguments | None:
-    """A joint block's arguments with its layer's tokens after the text."""
-    call = _Call(list(args), dict(kwargs), positions)
-    text = call.get("encoder_hidden_states")
-    rows = tokens.rows_for(text, layer)
-    if rows is None:
-        return None
-    call.set("encoder_hidden_states", torch.cat([text, rows], dim=1))
-    return tuple(call.args), call.kwargs
-
-
-def _strip(_: nn.Module, args: tuple[Any, ...], result: tuple[Any, Any], *, tokens: Tokens) -> tuple[Any, Any] | None:
-    """A joint block's result (text, image) without the tokens; the last block returns no text."""
-    text, image = result
-    if text is None or not tokens.is_on():
-        return None
-    return text[:, : -tokens.num_tokens], image
-
-
-class _Call:
+class BlockCall:
     """A call's arguments by name, whether passed by position or by keyword."""
 
     def __init__(self, args: list[Any], kwargs: dict[str, Any], positions: dict[str, int]) -> None:

@@ -12,6 +12,7 @@ n̂ = x_t + (1 − σ)·v. Without noise each is the ODE's Euler step, x_t + v·
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,18 +72,27 @@ def flow_sde_step(
 class FlowSampler:
     """`num_steps` steps: `t` [K] descending from 1, and `transition` as in `interfaces.Sampler`.
 
-    `image_tokens` is the number of patches, for schedules that are shifted by it.
+    `image_tokens` is the number of patches, for schedules that are shifted by it. `schedule`: other arguments of the
+    scheduler's `set_timesteps`, such as `sigmas`; a `mu` among them is the shift.
     """
 
     noises = ("flow_sde", "cps", "ddim")
 
-    def __init__(self, config: dict[str, Any], num_steps: int, device: torch.device, *, image_tokens: int) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        num_steps: int,
+        device: torch.device,
+        *,
+        image_tokens: int,
+        schedule: Mapping[str, Any] | None = None,
+    ) -> None:
         scheduler = flow_scheduler(config)
-        options = {}
-        if scheduler.config.use_dynamic_shifting:
+        options = dict(schedule or {"num_inference_steps": num_steps})
+        if scheduler.config.use_dynamic_shifting and "mu" not in options:
             names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             options["mu"] = calculate_shift(image_tokens, *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(num_steps, **options)
+        scheduler.set_timesteps(**options)
         self.sigmas: Tensor = scheduler.sigmas
         """Noise levels [K + 1], float32 on the CPU, the last one 0."""
         self.t = self.sigmas[:-1].to(device)

@@ -1,6 +1,11 @@
-"""What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder."""
+"""What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder.
+
+A kind of backbone is a subclass in a file of its own. All that is particular to it stands there, and nothing outside
+asks which kind it has (docs/guides/add-a-backbone.md).
+"""
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
@@ -9,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace, argument_positions
+from agsm_rl.backbones import kinds
+from agsm_rl.backbones.autoencoders import Autoencoder
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
-from agsm_rl.backbones.ddim import ddim_scheduler
 from agsm_rl.backbones.identity import digest_parts
-from agsm_rl.backbones.loading import KINDS, check_finite, find_kind, load_pipeline, unsupported
-from agsm_rl.backbones.options import Device, check_device, with_options
+from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
+from agsm_rl.backbones.options import Options, check_device
+from agsm_rl.backbones.parts import BadPart
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Cond, Tokens
+from agsm_rl.interfaces import Adapter, Cond, Sampler, Tokens
+from agsm_rl.source_code import takes
 from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.precision import own_precision
 
@@ -40,7 +49,6 @@ def _moved(pipeline: Any, device: str | torch.device) -> Any:
         ) from error
 
 
-@with_options
 class FrozenPipeline:
     """A frozen diffusers pipeline; see `interfaces.Backbone` for the convention.
 
@@ -54,59 +62,69 @@ class FrozenPipeline:
     """The name by which a recipe asks for this class."""
     wraps: ClassVar[tuple[str, ...]]
     """The pipelines' classes: text to image first, then those that `from_pipe` makes of it."""
+    loads: ClassVar[tuple[str, ...]] = ()
+    """Those of them that a checkpoint may be of; empty: all."""
+    called: ClassVar[tuple[str, ...]] = ()
+    """Parts of what its checkpoints are called on the hub, in small letters."""
     part: ClassVar[Literal["unet", "transformer"]]
     """The denoiser's name in the pipeline."""
+    denoiser_class: ClassVar[str] = ""
+    """The denoiser's class in diffusers."""
+    time_argument: ClassVar[str] = "timestep"
+    """The argument of the denoiser's forward that says how noisy its input is; `level_of` reads it."""
+    interface: ClassVar[tuple[str, ...]] = (
+        *("in_channels", "cross_attention_dim"),
+        *("joint_attention_dim", "pooled_projection_dim", "caption_channels"),
+    )
+    """Sizes in the denoiser's configuration that it must share with one that replaces it."""
+    autoencoder: ClassVar[Autoencoder] = Autoencoder()
+    """The kind of its VAE."""
+    ends_text: ClassVar[bool] = True
+    """Whether its tokenizers end a text with an end token and know the longest one; language models' do not."""
+    single_files: ClassVar[Mapping[str, str]] = {}
+    """Single files in the original layout: how a tensor's name begins in those of each pipeline class, and in no other
+    kind's; the prefix `model.diffusion_model.` is left out."""
+    single_file_text: ClassVar[Mapping[str, str]] = {}
+    """Text encoders that a single file may leave out: how their tensors' names begin where it has them."""
+    without: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By pipeline class: components and settings that are given in place of the checkpoint's."""
+    _num_timesteps = 1000
+    """Timesteps of the noise schedule, which the denoiser's time counts."""
     drawing: ClassVar[tuple[float, int]]
-    """Guidance and steps of the published AGSM figures (arXiv 2605.30038)."""
+    """Guidance and steps to draw with where nothing else is said; as published."""
 
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        resolution: int | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        gradient_checkpointing: bool = False,
-        device: Device | None = None,
-        local_files_only: bool = False,
-        unet: str | None = None,
-        transformer: str | None = None,
-        lora: str | None = None,
-        config: str | None = None,
-        t5_length: int | None = None,
-        memory_format: Literal["channels_last"] | None = None,
-        scheduler: Literal["ddim"] | None = None,
-        compile: Literal["default", "reduce-overhead"] | None = None,
-    ) -> None:
-        if dtype not in DTYPES:
-            raise unknown_name("backbone.dtype", dtype, "a dtype", DTYPES)
-        kind = find_kind(checkpoint, local_files_only=local_files_only)
-        if kind not in self.wraps:
+    @takes(Options)
+    def __init__(self, checkpoint: str, **given: Any) -> None:
+        options = Options(checkpoint, **given)
+        if options.dtype not in DTYPES:
+            raise unknown_name("backbone.dtype", options.dtype, "a dtype", DTYPES)
+        found = find_kind(checkpoint, local_files_only=options.local_files_only)
+        if found not in self.wraps:
+            other = kinds.kind_of(found)
             raise UserError(
-                f"backbone.checkpoint: '{checkpoint}' is a {kind}, which {self.use} does not take; write "
-                f"`use: {KINDS[kind]}`."
+                f"backbone.checkpoint: '{checkpoint}' is a {found}, which {self.use} does not take; write "
+                f"`use: {other.use if other else 'auto'}`."
             )
-        empty = device is not None and torch.device(check_device(device)).type == "meta"
+        empty = options.device is not None and torch.device(check_device(options.device)).type == "meta"
         pipeline = load_pipeline(
             checkpoint,
-            dtype=DTYPES[dtype],
-            local_files_only=local_files_only,
-            denoisers={"unet": unet, "transformer": transformer},
-            lora=lora,
-            config=config,
+            dtype=DTYPES[options.dtype],
+            local_files_only=options.local_files_only,
+            denoisers={"unet": options.unet, "transformer": options.transformer},
+            lora=options.lora,
+            config=options.config,
             empty=empty,
         )
         if not empty:
             check_finite(pipeline, f"backbone.checkpoint: '{checkpoint}'")
-            pipeline = _moved(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._wrap(pipeline, resolution, gradient_checkpointing)
-        if t5_length is not None:
-            self._shorten_text(t5_length)
-        if scheduler is not None:
-            self._draw_by(scheduler)
-        if memory_format is not None:
-            self._lay_out(memory_format)
-        if compile is not None:
-            self._compile(compile, gradient_checkpointing=gradient_checkpointing)
+            pipeline = _moved(pipeline, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._wrap(pipeline, options.resolution, options.gradient_checkpointing)
+        if options.scheduler is not None:
+            self._draw_by(options.scheduler)
+        if options.memory_format is not None:
+            self._lay_out(options.memory_format)
+        if options.compile is not None:
+            self._compile(options.compile, gradient_checkpointing=options.gradient_checkpointing)
         self._check_width(checkpoint)
 
     @property
@@ -114,23 +132,25 @@ class FrozenPipeline:
         """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""
         return {"height": self.resolution, "width": self.resolution}
 
-    def _shorten_text(self, t5_length: int) -> None:
-        raise UserError(f"backbone.t5_length: a {type(self.pipeline).__name__} has no T5 encoder; leave it out.")
+    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None) -> dict[str, Any]:
+        """Arguments with which the pipeline draws under classifier-free guidance of this weight; 1 is none.
+
+        `negative_prompts`, one per picture, are what guidance steers away from; None is the empty prompt. Guidance that
+        is an input of the denoiser is no part of it: that is an option of the kind, and `predict`'s business.
+        """
+        return {"guidance_scale": guidance, "negative_prompt": negative_prompts}
 
     def _draw_by(self, scheduler: str) -> None:
-        if scheduler != "ddim":
-            raise UserError(f"backbone.scheduler: got {scheduler!r}; allowed: ddim, or leave it out.")
-        if self.part != "unet":
-            raise UserError("backbone.scheduler: a flow model has no DDIM; leave it out for SD3.")
-        self.pipeline.scheduler = ddim_scheduler(self.pipeline.scheduler.config)
+        raise UserError(
+            f"backbone.scheduler: got {scheduler!r}, but a {type(self.pipeline).__name__} is drawn by the checkpoint's "
+            "own scheduler alone; leave it out."
+        )
 
     def _lay_out(self, memory_format: str) -> None:
-        if memory_format != "channels_last":
-            raise UserError(f"backbone.memory_format: got {memory_format!r}; allowed: channels_last, or leave it out.")
-        if self.part != "unet":
-            raise UserError("backbone.memory_format: only a U-Net is made of convolutions; leave it out for SD3.")
-        for module in (self.denoiser, self.pipeline.vae, self._vae):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        raise UserError(
+            f"backbone.memory_format: got {memory_format!r}, but only a U-Net is made of convolutions; leave it out "
+            f"for a {type(self.pipeline).__name__}."
+        )
 
     def _compile(self, mode: str, *, gradient_checkpointing: bool) -> None:
         if mode not in COMPILE_MODES:
@@ -167,6 +187,7 @@ class FrozenPipeline:
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         self.pipeline: Any = pipeline
         self.denoiser: nn.Module = getattr(pipeline, self.part)
+        self._time_position = argument_positions(self.denoiser)[self.time_argument]
         self.adapters: list[Adapter] = []
         self.device = torch.device(pipeline._execution_device)  # an offloaded one's weights wait elsewhere
         for module in pipeline.components.values():
@@ -176,22 +197,24 @@ class FrozenPipeline:
         names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
         found = {name: getattr(pipeline, name, None) for name in names}
         self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
-        config = self.denoiser.config
         factor, multiple = pipeline.vae_scale_factor, self._resolution_step(pipeline.vae_scale_factor)
-        self.resolution = config.sample_size * factor if resolution is None else resolution
+        self.resolution = self._usual_resolution(factor) if resolution is None else resolution
         if not multiple <= self.resolution <= MAX_RESOLUTION or self.resolution % multiple:
             raise UserError(
                 f"backbone.resolution: got {self.resolution}; a positive multiple of {multiple} is needed, at most "
                 f"{MAX_RESOLUTION}."
             )
-        channels = pipeline.vae.config.latent_channels
-        if config.in_channels != channels:
+        try:
+            self.autoencoder.check(pipeline.vae.config)
+        except BadPart as error:
+            raise UserError(f"backbone.checkpoint: {error}") from error
+        channels = self.autoencoder.channels(pipeline.vae.config)
+        taken = self._channels_of_latents()
+        if taken != channels:
             raise UserError(
-                f"backbone.checkpoint: the {self.part} takes {config.in_channels} channels, but the latents have "
+                f"backbone.checkpoint: the {self.part} takes {taken} channels, but the latents have "
                 f"{channels}; inpainting and depth models are not supported."
             )
-        if pipeline.vae.config.get("latents_mean") is not None:
-            raise UserError("backbone.checkpoint: its VAE normalises latents by latents_mean, which is not supported.")
         self.latent_shape = (channels, self.resolution // factor, self.resolution // factor)
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
@@ -208,14 +231,28 @@ class FrozenPipeline:
 
     def _check_width(self, checkpoint: str) -> None:
         """UserError unless the text encoder's width is what the denoiser's attention expects."""
-        config: Any = self.denoiser.config
-        wanted = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+        wanted = self._text_width()
         got = self.encode_text([" "]).embeds.shape[-1]
         if got != wanted:
             raise UserError(
                 f"backbone.checkpoint: '{checkpoint}': its text encoder gives {got} numbers per token, its {self.part} "
                 f"expects {wanted}; they belong to different models."
             )
+
+    def _text_width(self) -> int:
+        """D of the text that the denoiser takes."""
+        config: Any = self.denoiser.config
+        return int(config.get("joint_attention_dim") or config.get("cross_attention_dim"))
+
+    def _channels_of_latents(self) -> int:
+        """C of the latents that the denoiser is made for; where it takes them in patches, a patch has more."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels)
+
+    def _usual_resolution(self, factor: int) -> int:
+        """Pixels per side where the recipe gives none."""
+        config: Any = self.denoiser.config
+        return int(config.sample_size * factor)
 
     def _patch_size(self) -> int:
         return 1
@@ -235,8 +272,45 @@ class FrozenPipeline:
         half = next(self.denoiser.parameters()).dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         return sdpa_kernel(SDPBackend.MATH) if half else nullcontext()
 
-    def encode_text(self, prompts: list[str]) -> Cond:
+    def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """Encode prompts; each kind of pipeline does it its own way."""
+        raise NotImplementedError
+
+    def level_of(self, timestep: Tensor) -> Tensor:
+        """The noise level t in [0, 1) that `predict` was given, from what it hands the denoiser as its time."""
+        return timestep / self._num_timesteps
+
+    def level_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """t of a call of the denoiser, 0-d or [B]: by `predict`, or by the pipeline itself.
+
+        Adapters that depend on the noise level read it here: a model's own timesteps may have any unit.
+        """
+        name = self.time_argument
+        time = torch.as_tensor(kwargs[name] if name in kwargs else args[self._time_position])
+        wide = torch.float32 if time.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return self.level_of(time.to(wide))
+
+    def token_places(self, *, layers: int | None, places: Sequence[UNetPlace] | None) -> TokenPlaces:
+        """Where soft tokens enter the denoiser (adapters/token_places.py).
+
+        `layers` and `places` are the adapter's options. UserError where they do not fit, or there are no places.
+        """
+        raise UserError(f"soft_tokens: a {type(self.pipeline).__name__} has no place for them yet; use lora.")
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of the forward process; each kind has its own."""
+        raise NotImplementedError
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` is regressed on; each kind has its own."""
+        raise NotImplementedError
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The denoiser's prediction; each kind asks its own way."""
+        raise NotImplementedError
+
+    def sampler(self, num_steps: int) -> Sampler:
+        """The schedule of rollouts; each kind has its own."""
         raise NotImplementedError
 
     @property
@@ -260,11 +334,12 @@ class FrozenPipeline:
         """The tokenizers of the text encoders that are there, each with the number of tokens that are read."""
         parts = self.pipeline.components
         names = [name for name in parts if name.startswith("tokenizer") and parts[name] is not None]
-        used = [parts[name] for name in names if parts.get(name.replace("tokenizer", "text_encoder")) is not None]
-        t5_length = self.call_options.get("max_sequence_length")
-        return [
-            (part, t5_length if t5_length and "T5" in type(part).__name__ else part.model_max_length) for part in used
-        ]
+        used = [name for name in names if parts.get(name.replace("tokenizer", "text_encoder")) is not None]
+        return [(parts[name], self._tokens_read(name)) for name in used]
+
+    def _tokens_read(self, tokenizer: str) -> int:
+        """How many tokens of a prompt are read by the encoder behind this tokenizer."""
+        return int(self.pipeline.components[tokenizer].model_max_length)
 
     def identity(self, of: Literal["images", "text"]) -> str:
         """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""
@@ -290,23 +365,17 @@ class FrozenPipeline:
         In the VAE's own precision, whatever the run's: it is what latents that are kept are made in. Large images go a
         few at a time, so that encoding is no peak of memory.
         """
-        config = self._vae.config
         at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
         parts, noises = images.split(at_once), None if noise is None else noise.split(at_once)
         encoded = []
         with own_precision(self.device):
             for number, part in enumerate(parts):
-                posterior = self._vae.encode((2 * part - 1).to(self.device, self._vae.dtype)).latent_dist
-                latents = posterior.mode()
-                if noises is not None:
-                    latents = posterior.mean + posterior.std * noises[number].to(posterior.mean)
-                encoded.append(latents)
-        latents = torch.cat(encoded)
-        return ((latents - (config.shift_factor or 0.0)) * config.scaling_factor).to(images.dtype)
+                posterior = self.autoencoder.encode(self._vae, (2 * part - 1).to(self.device, self._vae.dtype))
+                encoded.append(posterior.mode if noises is None else posterior.sample(noises[number]))
+        return self.autoencoder.scale(torch.cat(encoded), self._vae).to(images.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, H, W], clamped to [0, 1]; no gradient comes from clamped pixels."""
-        config = self._vae.config
-        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        images = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0].to(latents.dtype)
+        unscaled = self.autoencoder.unscale(latents, self._vae)
+        images = self.autoencoder.decode(self._vae, unscaled.to(self._vae.dtype)).to(latents.dtype)
         return (images / 2 + 0.5).clamp(0, 1)

@@ -6,7 +6,7 @@ LoRA fused in, so that post-training begins at published weights (Diffusion-DPO'
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -18,13 +18,14 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from agsm_rl.backbones import kinds
 from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
 from agsm_rl.backbones.parts import (
     BadPart,
     check_complete,
     check_config,
     check_index,
-    check_numbers,
+    check_noise,
     check_object,
     check_single_file,
     check_tokenizers,
@@ -35,28 +36,12 @@ from agsm_rl.backbones.parts import (
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
 
+if TYPE_CHECKING:
+    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+
 BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
-KINDS = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion",
-    "StableDiffusion3Pipeline": "stable_diffusion_3",
-}
-"""Pipelines that can be loaded, and the backbone of each."""
-DENOISERS = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
-# What a single file's tensors are called in each layout.
 DENOISER = "model.diffusion_model."
-SINGLE_FILES = {
-    "joint_blocks.": "StableDiffusion3Pipeline",
-    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
-    "cond_stage_model.": "StableDiffusionPipeline",
-}
-SD3_TEXT = {
-    "text_encoder": "text_encoders.clip_l.",
-    "text_encoder_2": "text_encoders.clip_g.",
-    "text_encoder_3": "text_encoders.t5xxl.",
-}
-# Sizes that a denoiser must share with the one that it replaces.
-INTERFACE = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
+"""What the names of a denoiser's tensors begin with in most single files."""
 ALLOWED = "an existing folder, a .safetensors file, a hub id (owner/name), or a builtin such as builtin:shapes-sd15"
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
@@ -80,7 +65,7 @@ def find_checkpoint(checkpoint: str, where: str = "backbone.checkpoint") -> str:
 def find_kind(
     checkpoint: str, *, local_files_only: bool = False, revision: str | None = None, key: str = "backbone.checkpoint"
 ) -> str:
-    """The name of a checkpoint's pipeline class, one of KINDS; UserError, which names `key`, for any other class."""
+    """The name of a checkpoint's pipeline class; UserError, which names `key`, for one that no backbone loads."""
     source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
     if Path(source).is_file():
         return _kind_of_file(Path(source), where)
@@ -102,14 +87,14 @@ def find_kind(
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, local_files_only) from error
-    if kind not in KINDS:
+    if kind not in kinds.loadable():
         raise unsupported(where, kind)
     return kind
 
 
 def unsupported(where: str, kind: str) -> UserError:
     """The error for a pipeline that no backbone supports."""
-    return UserError(f"{where} is a {kind}; supported: {', '.join(KINDS)} (SD1.5, SDXL and SD3).")
+    return UserError(f"{where} is a {kind}; supported: {', '.join(kinds.loadable())}.")
 
 
 def load_pipeline(
@@ -124,7 +109,7 @@ def load_pipeline(
     revision: str | None = None,
     key: str = "backbone.checkpoint",
 ) -> Any:
-    """Load the checkpoint's pipeline, one of KINDS; UserError if that fails.
+    """Load the checkpoint's pipeline; UserError if that fails, or if no backbone is of its kind.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
     config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
@@ -149,7 +134,9 @@ def _load_pipeline(
     revision: str | None,
     key: str,
 ) -> Any:
-    kind = find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
+    name = find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
+    kind = kinds.kind_of(name)
+    assert kind is not None
     source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
     single = Path(source).is_file()
     if config is not None and not single:
@@ -158,32 +145,32 @@ def _load_pipeline(
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
     parts = {
-        name: _load_denoiser(name, given, kind, None if single else source, options, empty=empty)
-        for name, given in denoisers.items()
+        part: _load_denoiser(part, given, kind, name, None if single else source, options, empty=empty)
+        for part, given in denoisers.items()
         if given is not None
     }
-    if kind == "StableDiffusionPipeline":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline_class = getattr(diffusers, kind)
+    parts |= kind.without.get(name, {})
+    pipeline_class = getattr(diffusers, name)
     try:
         if single:
             config = config and find_checkpoint(config, "backbone.config")
             if config is not None:
                 check_index(DiffusionPipeline.load_config(config, local_files_only=local_files_only), replaced=parts)
-            if config is not None and kind == "StableDiffusion3Pipeline":
-                parts |= _text_encoders_beside(Path(source), config, where, options)
+            if config is not None:
+                parts |= _text_encoders_beside(Path(source), config, where, options, kind.single_file_text)
             if config is not None:
                 check_single_file(source, config, replaced=parts, local_only=local_files_only)
             pipeline = pipeline_class.from_single_file(source, config=config, **options, **parts)
             check_complete(pipeline)
             _use_prediction_type(pipeline, _tensor_names(Path(source), where))
         else:
-            variant = only_variant(Path(source) / _denoiser_of(kind))
+            variant = only_variant(Path(source) / kind.part)
             whole = options | {"revision": revision}
             parts = load_parts(source, parts, whole, variant=variant, empty=empty)
             pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **whole, **parts)
-        check_numbers(pipeline)
-        check_tokenizers(pipeline)
+        kind.autoencoder.check(pipeline.vae.config)
+        check_noise(pipeline.scheduler)
+        check_tokenizers(pipeline, ends_text=kind.ends_text)
     except _PASSED_ON:
         raise
     except BadPart as error:
@@ -238,11 +225,11 @@ def _kind_of_file(file: Path, where: str) -> str:
     if file.suffix != ".safetensors":
         raise UserError(f"{where}: only .safetensors are read as single files; a pickled file could run code.")
     names = _tensor_names(file, where)
-    for part, kind in SINGLE_FILES.items():
-        if any(name.removeprefix(DENOISER).startswith(part) for name in names):
+    for marker, kind in kinds.single_file_markers().items():
+        if any(name.removeprefix(DENOISER).startswith(marker) for name in names):
             return kind
     raise UserError(
-        f"{where} is not a complete SD1.5, SDXL or SD3 checkpoint in the original layout (its first tensor is "
+        f"{where} is not a complete checkpoint in the original layout of a supported kind (its first tensor is "
         f"'{names[0] if names else ''}'). Give a denoiser alone as backbone.unet or backbone.transformer, a LoRA "
         "as backbone.lora."
     )
@@ -256,10 +243,12 @@ def _tensor_names(file: Path, where: str) -> list[str]:
         raise _unloadable(where, error, str(file)) from error
 
 
-def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The text encoders that an SD3 file leaves out, from its `config` pipeline, where diffusers does not look."""
+def _text_encoders_beside(
+    file: Path, config: str, where: str, options: dict[str, Any], prefixes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The text encoders that a file leaves out, from its `config` pipeline, where diffusers does not look."""
     names = _tensor_names(file, where)
-    missing = [part for part, prefix in SD3_TEXT.items() if not any(name.startswith(prefix) for name in names)]
+    missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in names)]
     if not missing:
         return {}
     classes = DiffusionPipeline.load_config(config, local_files_only=options["local_files_only"])
@@ -272,19 +261,21 @@ def _text_encoders_beside(file: Path, config: str, where: str, options: dict[str
     }
 
 
-def _denoiser_of(kind: str) -> str:
-    """The denoiser's name in a pipeline of that kind."""
-    return "transformer" if KINDS[kind] == "stable_diffusion_3" else "unet"
-
-
 def _load_denoiser(
-    name: str, given: str, kind: str, base: str | None, options: dict[str, Any], *, empty: bool = False
+    name: str,
+    given: str,
+    kind: "type[FrozenPipeline]",
+    pipeline_class: str,
+    base: str | None,
+    options: dict[str, Any],
+    *,
+    empty: bool = False,
 ) -> Any:
     """A U-Net or transformer from its own folder, or from that of a pipeline around it."""
     where = f"backbone.{name}: '{given}'"
-    if name != _denoiser_of(kind):
-        raise UserError(f"backbone.{name}: a {kind} has no {name}; give it as backbone.{_denoiser_of(kind)}.")
-    model, source = getattr(diffusers, DENOISERS[name]), find_checkpoint(given, f"backbone.{name}")
+    if name != kind.part:
+        raise UserError(f"backbone.{name}: a {pipeline_class} has no {name}; give it as backbone.{kind.part}.")
+    model, source = getattr(diffusers, kind.denoiser_class), find_checkpoint(given, f"backbone.{name}")
     only = options["local_files_only"]
     try:
         try:
@@ -305,7 +296,7 @@ def _load_denoiser(
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, only) from error
-    for key in INTERFACE:
+    for key in kind.interface:
         if key in expected and config.get(key) != expected[key]:
             raise UserError(
                 f"{where} has {key} {config.get(key)}, the checkpoint's {name} {expected[key]}; it belongs to another "

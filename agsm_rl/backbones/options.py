@@ -1,47 +1,15 @@
-"""What the options of all backbones mean, and what a device may be; nothing of diffusers is imported for it."""
+"""The options that every backbone has: declared here alone; nothing of diffusers is imported for it.
 
-from inspect import cleandoc
-from typing import Annotated, Any, TypeVar
+A new one is a field of `Options` with its text, a line in `FrozenPipeline` (or `load_pipeline`) that heeds it, and its
+first default (recipe/first_defaults.yaml). Options of a single kind are arguments of that kind's constructor; null is
+their default, and means what is usual for the kind.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator
-
-Documented = TypeVar("Documented", bound=Any)
-
-OPTIONS = """
-Args:
-    checkpoint: A pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
-        A folder's files may all be of one variant, such as fp16.
-    resolution: Pixels per side. Null is the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3).
-    dtype: Data type of the frozen weights. Latents and predictions keep the caller's, float32, which the losses
-        need.
-    gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less
-        memory.
-    device: Null is the first GPU where there is one, else the CPU. `meta`: shapes alone, no weights are read.
-    local_files_only: Never ask the hub.
-    unet, transformer: A folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a
-        pipeline).
-    lora: A file, folder or hub id that `pipe.load_lora_weights` takes. It is fused into the weights, and so frozen.
-    config: For a single file, the pipeline folder or hub id of its configuration; null is the hub's usual one. Text
-        encoders that an SD3 file leaves out are taken from there too.
-    t5_length: SD3 only: tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256,
-        diffusers' own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
-    memory_format: U-Nets only: `channels_last` lays out the convolutions of the U-Net and the VAE as a GPU's tensor
-        cores take them in half precision, with the same results within rounding. Null is torch's own layout.
-    scheduler: U-Nets only: `ddim` draws pictures by DDIM on the checkpoint's noise schedule, as AGSM's authors do.
-        Null is the checkpoint's scheduler (PNDM for SD1.5, Euler for SDXL). Rollouts are drawn by DDIM either way.
-    compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
-        pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
-        compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
-        that learns from it round differently: for a policy gradient in half precision, let the rollouts
-        `keep_graph`.
-"""
-
-
-def with_options(documented: Documented) -> Documented:
-    """The same class or function, with the options in its docstring."""
-    documented.__doc__ = f"{cleandoc(documented.__doc__ or '')}\n{OPTIONS}"
-    return documented
 
 
 def check_device(device: str | torch.device) -> str | torch.device:
@@ -54,3 +22,49 @@ def check_device(device: str | torch.device) -> str | torch.device:
 
 
 Device = Annotated[str | torch.device, AfterValidator(check_device)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a backbone comes from and how it is loaded.
+
+    Args:
+        checkpoint: A pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
+            A folder's files may all be of one variant, such as fp16.
+        resolution: Pixels per side. Null is the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3).
+        dtype: Data type of the frozen weights. Latents and predictions keep the caller's, float32, which the losses
+            need.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less
+            memory.
+        device: Null is the first GPU where there is one, else the CPU. `meta`: shapes alone, no weights are read.
+        local_files_only: Never ask the hub.
+        unet, transformer: A folder or hub id whose denoiser replaces the checkpoint's (of a denoiser, or of a
+            pipeline).
+        lora: A file, folder or hub id that `pipe.load_lora_weights` takes. It is fused into the weights, and so frozen.
+        config: For a single file, the pipeline folder or hub id of its configuration; null is the hub's usual one. Text
+            encoders that an SD3 file leaves out are taken from there too.
+        memory_format: U-Nets only: `channels_last` lays out the convolutions of the U-Net and the VAE as a GPU's tensor
+            cores take them in half precision, with the same results within rounding. Null is torch's own layout.
+        scheduler: U-Nets only: `ddim` draws pictures by DDIM on the checkpoint's noise schedule, as AGSM's authors do.
+            Null is the checkpoint's scheduler (PNDM for SD1.5, Euler for SDXL). Rollouts are drawn by DDIM either way.
+        compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
+            pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
+            compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
+            that learns from it round differently: for a policy gradient in half precision, let the rollouts
+            `keep_graph`.
+    """
+
+    checkpoint: str
+    _: KW_ONLY
+    resolution: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    device: Device | None = None
+    local_files_only: bool = False
+    unet: str | None = None
+    transformer: str | None = None
+    lora: str | None = None
+    config: str | None = None
+    memory_format: Literal["channels_last"] | None = None
+    scheduler: Literal["ddim"] | None = None
+    compile: Literal["default", "reduce-overhead"] | None = None

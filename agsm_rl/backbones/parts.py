@@ -7,7 +7,6 @@ have a place, the files must be safetensors, and a configuration may not name co
 
 import inspect
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -177,8 +176,11 @@ def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], 
         _refuse(f"its {name} lacks", "weight", [key for key in needed if key not in held])
 
 
-def check_tokenizers(pipeline: Any) -> None:
-    """BadPart for a tokenizer whose files are not all there: it would cut nothing, or know hardly a word."""
+def check_tokenizers(pipeline: Any, *, ends_text: bool = True) -> None:
+    """BadPart for a tokenizer whose files are not all there: it would cut nothing, or know hardly a word.
+
+    ends_text: whether tokenizers of this kind end a text and know its length; those of language models do not.
+    """
     for name, tokenizer in pipeline.components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
@@ -186,36 +188,31 @@ def check_tokenizers(pipeline: Any) -> None:
         encoder = getattr(pipeline, encoder_name, None)
         if encoder is None:
             continue
+        embeddings = encoder.get_input_embeddings().num_embeddings
         config = encoder.config
         # A T5 has no such limit, and its pipeline says how long its texts are.
         longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and tokenizer.model_max_length > longest:
+        if ends_text and longest is not None and tokenizer.model_max_length > longest:
             raise BadPart(
                 f"its {name} has model_max_length {tokenizer.model_max_length:.6g}, but its {encoder_name} reads "
                 f"{longest} tokens; {name}/tokenizer_config.json is missing or of another model."
             )
-        if not config.vocab_size / 2 <= len(tokenizer) <= config.vocab_size:
+        if not embeddings / 2 <= len(tokenizer) <= embeddings:
             raise BadPart(
-                f"its {name} knows {len(tokenizer)} tokens, its {encoder_name} {config.vocab_size}; "
+                f"its {name} knows {len(tokenizer)} tokens, its {encoder_name} {embeddings}; "
                 f"{name}/tokenizer.json (or vocab.json and merges.txt) is missing or of another model."
             )
-        tokens = tokenizer("a").input_ids
-        if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in tokens:
+        tokens = tokenizer("a").input_ids if ends_text else []
+        if ends_text and (tokenizer.eos_token_id is None or tokenizer.eos_token_id not in tokens):
             raise BadPart(
                 f"its {name} ({type(tokenizer).__name__}) does not end a text with an end token, which its "
                 f"{encoder_name} ({type(encoder).__name__}) was trained with; correct its class in model_index.json."
             )
 
 
-def check_numbers(pipeline: Any) -> None:
-    """BadPart for a VAE's scale or a scheduler's betas that are not usable numbers: every picture would be noise."""
-    config = pipeline.vae.config
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    if not _is_finite(scale) or scale <= 0:
-        raise BadPart(f"its vae's config.json has scaling_factor {scale!r:.80}; it must be a finite number above 0.")
-    if shift is not None and not _is_finite(shift):
-        raise BadPart(f"its vae's config.json has shift_factor {shift!r:.80}; it must be a finite number or null.")
-    kept = getattr(pipeline.scheduler, "alphas_cumprod", None)
+def check_noise(scheduler: Any) -> None:
+    """BadPart for a scheduler's betas that are not usable numbers: every picture would be noise."""
+    kept = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(kept, torch.Tensor) and not kept.is_meta and not torch.isfinite(kept).all():
         raise BadPart("its scheduler_config.json has betas that are not finite numbers; correct it.")
 
@@ -278,10 +275,6 @@ def only_variant(folder: Path) -> str | None:
     """The variant of a folder's weight files, such as fp16 of `model.fp16.safetensors`, if they are all of one."""
     variants = {_variant_of(file) for file in folder.glob("*.safetensors")}
     return variants.pop() if len(variants) == 1 else None
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse(what: str, noun: str, names: Iterable[str]) -> None:

@@ -4,12 +4,14 @@ Everything in it is frozen and in evaluation mode. Callers see images in [0, 1] 
 predicts the noise or v (arXiv 2202.00512) is settled here, from the scheduler's configuration.
 """
 
+from collections.abc import Sequence
 from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from agsm_rl.adapters.token_places import PUBLISHED_PLACES, CrossAttentionPlaces, UNetPlace
 from agsm_rl.backbones.ddim import DDIMSampler, ddim_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.backbones.parts import check_scheduler
@@ -28,18 +30,50 @@ class StableDiffusion(FrozenPipeline):
     name = "stable_diffusion"
     use = "stable_diffusion"
     part = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    loads = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     wraps = (
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
+        *loads,
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
     )
-    drawing = (7.0, 30)
+    single_files = {
+        "conditioner.embedders.1.": "StableDiffusionXLPipeline",
+        "cond_stage_model.": "StableDiffusionPipeline",
+    }
+    without = {
+        "StableDiffusionPipeline": {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    }
+    drawing = (7.0, 30)  # the figures of arXiv 2605.30038
 
     def _resolution_step(self, factor: int) -> int:
         return lcm(factor, 8)  # diffusers' pipelines of U-Nets draw no others
+
+    def _draw_by(self, scheduler: str) -> None:
+        if scheduler != "ddim":
+            raise UserError(f"backbone.scheduler: got {scheduler!r}; allowed: ddim, or leave it out.")
+        self.pipeline.scheduler = ddim_scheduler(self.pipeline.scheduler.config)
+
+    def _lay_out(self, memory_format: str) -> None:
+        if memory_format != "channels_last":
+            raise UserError(f"backbone.memory_format: got {memory_format!r}; allowed: channels_last, or leave it out.")
+        for module in (self.denoiser, self.pipeline.vae, self._vae):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def token_places(self, *, layers: int | None, places: Sequence[UNetPlace] | None) -> CrossAttentionPlaces:
+        """The U-Net's down and mid blocks, or those at `places`; their text begins with BOS, then come the tokens."""
+        if layers is not None:
+            raise UserError(
+                "soft_tokens.layers: a U-Net's blocks share their tokens; leave it out here. Exported tokens that have "
+                "layers were trained on another kind of model, such as SD3, and work only there."
+            )
+        return CrossAttentionPlaces(self.denoiser, PUBLISHED_PLACES if places is None else places)
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)

@@ -4,48 +4,74 @@ The noise level is the flow's own: σ = t, so that x_t = (1 − t)·x0 + t·nois
 1000·t. A recipe's range of t is thus a range of σ, unshifted; only the sampler shifts its schedule.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agsm_rl.backbones.flow import FlowSampler, flow_scheduler
-from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
-from agsm_rl.backbones.parts import check_scheduler
+from agsm_rl.adapters.token_places import StreamPlaces, UNetPlace, no_unet
+from agsm_rl.backbones.flow_pipeline import FlowPipeline
+from agsm_rl.backbones.options import Options
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond
+from agsm_rl.source_code import takes
 
 LONGEST_TEXT = 512
 
 
-class StableDiffusion3(FrozenPipeline):
-    """A frozen StableDiffusion3Pipeline, with its T5 or without."""
+class StableDiffusion3(FlowPipeline):
+    """A frozen StableDiffusion3Pipeline, with its T5 or without.
+
+    Args:
+        t5_length: Tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256, diffusers'
+            own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
+    """
 
     name = "stable_diffusion_3"
     use = "stable_diffusion_3"
     part = "transformer"
-    wraps = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
-    drawing = (4.0, 28)
+    denoiser_class = "SD3Transformer2DModel"
+    loads = ("StableDiffusion3Pipeline",)
+    wraps = (*loads, "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+    called = ("sd3", "diffusion-3", "sd-3")
+    single_files = {"joint_blocks.": "StableDiffusion3Pipeline"}
+    single_file_text = {
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.clip_g.",
+        "text_encoder_3": "text_encoders.t5xxl.",
+    }
+    drawing = (4.0, 28)  # the figures of arXiv 2605.30038
     t5_length = 256
     """Tokens that the T5 reads, padding included: the pipeline's own default."""
+
+    @takes(Options)
+    def __init__(self, checkpoint: str, *, t5_length: int | None = None, **options: Any) -> None:
+        if t5_length is not None:
+            if not 1 <= t5_length <= LONGEST_TEXT:
+                raise UserError(f"backbone.t5_length: got {t5_length}; diffusers allows 1 to {LONGEST_TEXT} tokens.")
+            self.t5_length = t5_length
+        super().__init__(checkpoint, **options)
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         largest = pipeline.transformer.config.pos_embed_max_size * pipeline.vae_scale_factor * self._patch_size()
         if self.resolution > largest:
             raise UserError(f"backbone.resolution: got {resolution}, but this transformer goes up to {largest}.")
-        check_scheduler(pipeline.scheduler, "shift", "FlowMatchEulerDiscreteScheduler")
-        self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
 
     @property
     def call_options(self) -> dict[str, Any]:
         """The picture's size, and how many tokens the T5 reads."""
         return {**super().call_options, "max_sequence_length": self.t5_length}
 
-    def _shorten_text(self, t5_length: int) -> None:
-        if not 1 <= t5_length <= LONGEST_TEXT:
-            raise UserError(f"backbone.t5_length: got {t5_length}; diffusers allows 1 to {LONGEST_TEXT} tokens.")
-        self.t5_length = t5_length
+    def _tokens_read(self, tokenizer: str) -> int:
+        return self.t5_length if tokenizer == "tokenizer_3" else super()._tokens_read(tokenizer)
+
+    def token_places(self, *, layers: int | None, places: Sequence[UNetPlace] | None) -> StreamPlaces:
+        """The first joint blocks: each sees its own tokens after the text, without positions; published: 5."""
+        no_unet(places)
+        transformer: Any = self.denoiser
+        return StreamPlaces(transformer.transformer_blocks, layers, width=transformer.config.caption_projection_dim)
 
     def _patch_size(self) -> int:
         return self.pipeline.transformer.config.patch_size
@@ -70,15 +96,6 @@ class StableDiffusion3(FrozenPipeline):
             dtype = torch.promote_types(embeds.dtype, torch.float32)
             return Cond(embeds[rows].to(dtype), pooled[rows].to(dtype), tuple(prompts))
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = (1 − t)·x0 + t·noise [B, C, h, w]."""
-        sigma = t.to(x0)[:, None, None, None]
-        return (1 - sigma) * x0 + sigma * noise
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The flow from image to noise: noise − x0."""
-        return noise - x0
-
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
         assert cond.pooled is not None
@@ -92,9 +109,3 @@ class StableDiffusion3(FrozenPipeline):
                 return_dict=False,
             )[0]
         return prediction.to(x_t.dtype, copy=self.compiled)
-
-    def sampler(self, num_steps: int) -> FlowSampler:
-        """The pipeline's own schedule with its shift."""
-        _, height, width = self.latent_shape
-        tokens = (height // self._patch_size()) * (width // self._patch_size())
-        return FlowSampler(self.pipeline.scheduler.config, num_steps, self.device, image_tokens=tokens)

@@ -14,8 +14,8 @@ from agsm_rl.recipe import schema
 from agsm_rl.recipe.meanings import Option, about, keys_of, options_of
 from agsm_rl.recipe.options import RewardOptions, Section
 from agsm_rl.recipe.shipped import PREFIX, shipped_recipes, shipped_sweeps, title_of
-from agsm_rl.recipe.signatures import first_sentence, summary_of
 from agsm_rl.run.screen import say
+from agsm_rl.source_code import first_sentence, summary_of
 
 SHIPPED = {"recipes": shipped_recipes, "sweeps": shipped_sweeps}
 RECIPE = "recipe"

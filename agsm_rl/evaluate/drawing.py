@@ -45,10 +45,9 @@ def draw(
                 prompt=list(prompts[part]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 num_inference_steps=num_steps,
-                guidance_scale=guidance,
                 output_type="pt",
                 callback_on_step_end=partial(_step_ended, advance),
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[part]),
+                **backbone.guidance_arguments(guidance, None if negative_prompt is None else [negative_prompt] * count),
                 **backbone.call_options,
             ).images
         batches.append(images.float().cpu())

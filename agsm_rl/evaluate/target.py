@@ -126,7 +126,7 @@ def open_target(
         )
     if not target.startswith("builtin:"):
         local_or_hub(target, where="TARGET", allowed=f"a run folder, an exported adapter, or a base: {ALLOWED}")
-    return _load({"use": "stable_diffusion", "checkpoint": target} | more, where=target, check_base=check_base)
+    return _load({"use": "auto", "checkpoint": target} | more, where=target, check_base=check_base)
 
 
 def _open_run(
@@ -152,7 +152,7 @@ def _open_adapter(
 ) -> Target:
     files = find_exports(path)
     if base and len(files) == 1 and _is_foreign(files[0]):
-        block = {"use": "stable_diffusion", "checkpoint": base, "lora": str(files[0])}
+        block = {"use": "auto", "checkpoint": base, "lora": str(files[0])}
         return _load(block | more, where=str(path), check_base=check_base)
     if base is None and _is_foreign(files[0]):
         raise UserError(
@@ -166,7 +166,7 @@ def _open_adapter(
         raise UserError(
             f"{files[0]}: does not say which base it is for; add --base (builtin:shapes-sd15, or a folder)."
         )
-    block = {"use": metadata.get("backbone", "stable_diffusion"), "checkpoint": checkpoint}
+    block = {"use": metadata.get("backbone", "auto"), "checkpoint": checkpoint}
     if base is None:
         block |= _trained_on(metadata, files[0])
     return _load(block | more, where=str(path), adapter=path, allow_imports=allow_imports, check_base=check_base)

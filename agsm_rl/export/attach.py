@@ -24,10 +24,15 @@ from agsm_rl.errors import UserError
 from agsm_rl.files import check_not_special, local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
+from agsm_rl.source_code import own_options
 from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 
-BASE_OPTIONS = ("unet", "transformer", "lora", "config", "t5_length", "resolution", "dtype", "scheduler")
-"""Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them."""
+BASE_OPTIONS = (
+    *("unet", "transformer", "lora", "config", "resolution", "dtype", "scheduler"),
+    *own_options("backbones"),
+)
+"""Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them. Those
+that one kind of backbone has are among them."""
 # `pipe.load_lora_weights(folder)` looks for this name.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

@@ -18,7 +18,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe.meanings import about, keys_of, options_of
 from agsm_rl.recipe.options import RewardOptions, Section, options_model
 from agsm_rl.recipe.schema import Block, RecipeKeys, SuiteBlock, TermBlock
-from agsm_rl.recipe.signatures import first_sentence
+from agsm_rl.source_code import first_sentence
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,12 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from agsm_rl.recipe.options import Section, options_model
+from agsm_rl.source_code import passed_on
 
 SECTION = re.compile(r"\n*^Args:\n((?:[ \t].*\n?|\n)*)", re.M)
 ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): ", re.M)
@@ -91,11 +93,18 @@ def _choice(value: Any) -> str:
 
 
 def _meanings(documented: Any) -> dict[str, str]:
-    classes = documented.__mro__ if inspect.isclass(documented) else [documented]
     meanings: dict[str, str] = {}
-    for cls in reversed(classes):
+    for cls in _documents(documented):
         section = SECTION.search(inspect.cleandoc(cls.__doc__ or "") + "\n")
         _, *entries = ENTRY.split(section[1]) if section else [""]
         for names, text in zip(entries[::2], entries[1::2], strict=True):
             meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return meanings
+
+
+def _documents(documented: Any) -> Iterator[Any]:
+    """What has the documentation of a class's or function's arguments, the nearest last."""
+    for part in reversed(documented.__mro__ if inspect.isclass(documented) else [documented]):
+        constructor = vars(part).get("__init__") if inspect.isclass(part) else part
+        yield from passed_on(constructor)
+        yield part

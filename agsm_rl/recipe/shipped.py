@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agsm_rl.errors import unknown_name
 from agsm_rl.files import local_path
-from agsm_rl.recipe.signatures import first_sentence
+from agsm_rl.source_code import first_sentence
 
 PREFIX = "builtin:"
 SWEEPS = "study/"

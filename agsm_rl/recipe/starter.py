@@ -14,8 +14,8 @@ import yaml
 
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import parse_json, read_text
-from agsm_rl.recipe.signatures import summary_of
 from agsm_rl.registry import available, permission_flags
+from agsm_rl.source_code import summary_of
 
 FROM_IMAGES = ("agsm", "softrepa", "score_matching")
 """Objectives that learn from images with captions."""
@@ -87,13 +87,14 @@ def default_objectives(wishes: Wishes) -> tuple[str, ...]:
 
 
 def is_flow(checkpoint: str) -> bool:
-    """Whether it is an SD3, by its model_index.json or by its name; no hub is asked."""
+    """Whether it is a flow model, by its model_index.json or by its name; no hub is asked."""
+    from agsm_rl.backbones.kinds import is_flow_by_name, is_flow_pipeline  # diffusers takes seconds to load
+
     index = Path(checkpoint) / "model_index.json"
     if index.is_file():
         found = parse_json(read_text(index), where=str(index))
-        return isinstance(found, dict) and "StableDiffusion3" in str(found.get("_class_name"))
-    name = checkpoint.lower()
-    return any(part in name for part in ("sd3", "diffusion-3", "sd-3"))
+        return isinstance(found, dict) and is_flow_pipeline(str(found.get("_class_name")))
+    return is_flow_by_name(checkpoint)
 
 
 def starter_recipe(wishes: Wishes, file: Path) -> str:
@@ -125,7 +126,7 @@ def starter_recipe(wishes: Wishes, file: Path) -> str:
 
 
 def _backbone(checkpoint: str, *, small: bool) -> str:
-    lines = ["# The base: SD1.5, SDXL and SD3 alike.", "backbone:", "  use: stable_diffusion"]
+    lines = ["# The base; its kind is found by itself.", "backbone:", "  use: auto"]
     lines.append(f"  checkpoint: {_plain(checkpoint)}")
     if not small:
         lines.append("  # dtype: bfloat16               # half the memory, on a GPU")

@@ -84,9 +84,7 @@ class EncodingCache:
         if self._kept == "latents":
             return None
         rows = [self._text[self._caption_number[caption]] for caption in captions]
-        embeds = torch.stack([unpack(row) for row in rows]).to(device).float()
-        pooled = torch.stack([row["pooled"] for row in rows]).to(device).float() if "pooled" in rows[0] else None
-        return Cond(embeds, pooled, tuple(captions))
+        return Cond.cat([_unpacked(row, caption, device) for row, caption in zip(rows, captions, strict=True)])
 
     def _open_latents(self, backbone: Backbone, shard: Shard) -> None:
         about = {"data": self._found._fingerprint, "columns": self._image_columns, "vae": backbone.identity("images")}
@@ -184,7 +182,17 @@ def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
     if cond.pooled is not None:
         for row, pooled in zip(rows, cond.pooled.bfloat16().cpu(), strict=True):
             row["pooled"] = pooled.contiguous()
+    if cond.mask is not None:
+        for row, mask in zip(rows, cond.mask.cpu(), strict=True):
+            row["mask"] = mask.contiguous()
     return [*rows]
+
+
+def _unpacked(row: Mapping[str, Tensor], caption: str, device: torch.device) -> Cond:
+    """One caption's row, float32."""
+    pooled = row["pooled"][None].to(device).float() if "pooled" in row else None
+    mask = row["mask"][None].to(device) if "mask" in row else None
+    return Cond(unpack(row)[None].to(device).float(), pooled, (caption,), mask=mask)
 
 
 def _check_finite(encoded: Tensor, what: str, backbone: Backbone) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from attached_tokens import PROMPTS, attached, perturb, predict, rows, texts_seen
-from torch import Tensor, nn
+from torch import Tensor
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
 
@@ -301,8 +302,13 @@ def test_a_denoiser_without_cross_attention_is_refused(backbone: StableDiffusion
         block.has_cross_attention = False
     with pytest.raises(UserError, match="no down or mid block"):
         SoftTokens().attach(backbone)
-    backbone.denoiser = nn.Linear(1, 1)
-    with pytest.raises(UserError, match="Linear has no down blocks"):
+
+
+def test_a_kind_of_backbone_that_declares_no_places_takes_no_tokens(
+    backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StableDiffusion, "token_places", FrozenPipeline.token_places)
+    with pytest.raises(UserError, match="a StableDiffusionPipeline has no place for them yet; use lora"):
         SoftTokens().attach(backbone)
 
 
@@ -345,5 +351,5 @@ def test_the_tokens_are_where_the_text_is(backbone: StableDiffusion) -> None:
     text = torch.empty(2, 4, tokens._parameters["soft_tokens"].shape[-1], device="meta")
     for bank in ("positive", ("positive", "negative")):
         with tokens.using(bank):
-            tokens._timestep = torch.tensor(10, device="meta")
+            tokens._t = torch.tensor(0.01, device="meta")
             assert tokens.rows_for(text, 0).device.type == "meta"

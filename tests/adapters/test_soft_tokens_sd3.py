@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_pipelines import tiny_transformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
@@ -194,7 +194,7 @@ def test_an_export_is_taken_back_with_its_layers(sd3_backbone: StableDiffusion3)
 
 
 def test_what_does_not_fit_is_refused(sd3_backbone: StableDiffusion3) -> None:
-    with pytest.raises(UserError, match="layers: 9; this transformer has 4 joint blocks"):
+    with pytest.raises(UserError, match="layers: 9; this transformer has 4 blocks that take them"):
         SoftTokens(layers=9).attach(sd3_backbone)
     tokens = attached(sd3_backbone)
     other = {"soft_tokens": torch.zeros(2, 5, 4, 1536), "time_tokens": torch.zeros(100, 5 * 1536)}
@@ -203,9 +203,6 @@ def test_what_does_not_fit_is_refused(sd3_backbone: StableDiffusion3) -> None:
     fewer = {"soft_tokens": torch.zeros(2, 3, 4, 32), "time_tokens": torch.zeros(100, 96)}
     with pytest.raises(UserError, match=r"shape \(2, 3, 4, 32\) in the file, \(2, 4, 4, 32\) here"):
         tokens.load_export(fewer, {})
-    sd3_backbone.denoiser = nn.Linear(1, 1)
-    with pytest.raises(UserError, match="Linear has no down blocks and no joint blocks"):
-        SoftTokens().attach(sd3_backbone)
 
 
 @pytest.mark.parametrize("options", [{"places": ["down"]}, {"init": "bos"}])

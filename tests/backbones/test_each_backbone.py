@@ -130,7 +130,7 @@ def test_channels_last_changes_nothing_but_rounding(kind: str, request: pytest.F
 def test_channels_last_is_refused_for_a_transformer_and_as_another_word(
     tiny_checkpoint: Path, tiny_sd3_checkpoint: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"backbone\.memory_format: only a U-Net is made of convolutions"):
+    with pytest.raises(UserError, match=r"backbone\.memory_format: .*only a U-Net is made of convolutions"):
         load_backbone(str(tiny_sd3_checkpoint), device="cpu", memory_format="channels_last")
     with pytest.raises(UserError, match=r"backbone\.memory_format: got 'nhwc'; allowed: channels_last"):
         load_backbone(str(tiny_checkpoint), device="cpu", memory_format="nhwc")

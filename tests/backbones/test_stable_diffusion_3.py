@@ -44,7 +44,7 @@ def test_the_t5_s_length_must_be_one_that_the_pipeline_takes(tiny_sd3_checkpoint
 
 
 def test_only_sd3_has_a_t5(tiny_checkpoint: Path) -> None:
-    with pytest.raises(UserError, match="backbone.t5_length: a StableDiffusionPipeline has no T5"):
+    with pytest.raises(UserError, match="backbone.t5_length: a StableDiffusionPipeline has no such option"):
         load_backbone(str(tiny_checkpoint), device="cpu", t5_length=12)
 
 

@@ -1,0 +1,81 @@
+"""The kinds of backbones that there are: every registered class, and which of them a pipeline or a file is.
+
+A kind is declared by its class alone (`FrozenPipeline`'s class attributes) and one line in registry.py.
+"""
+
+from functools import cache
+from importlib import import_module
+from inspect import isclass
+from typing import TYPE_CHECKING, Any
+
+from agsm_rl import registry
+from agsm_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+
+STABLE_DIFFUSION = "agsm_rl.backbones.stable_diffusion:StableDiffusion"
+"""`use: stable_diffusion` takes every kind, as it did before there was `auto`, so the registry does not name it."""
+
+
+@cache
+def _builtin_kinds() -> "tuple[type[FrozenPipeline], ...]":
+    targets = [STABLE_DIFFUSION, *registry.BUILTIN["backbones"].values()]
+    found: list[Any] = []
+    for module, _, name in (target.partition(":") for target in targets):
+        found.append(getattr(import_module(module), name))
+    classes: list[Any] = [named for named in found if isclass(named)]
+    return tuple(dict.fromkeys(classes))
+
+
+def _plug_in_kinds() -> "list[type[FrozenPipeline]]":
+    """The classes of other packages that are kinds of FrozenPipeline; those that cannot be imported are left out."""
+    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
+
+    found = []
+    for name, entry in registry.available("backbones").items():
+        if entry.package != registry.HOME:
+            try:
+                loaded = registry.load("backbones", name, where="backbone.use")
+            except UserError:
+                continue
+            if isclass(loaded) and issubclass(loaded, FrozenPipeline):
+                found.append(loaded)
+    return found
+
+
+def kind_of(pipeline_class: str) -> "type[FrozenPipeline] | None":
+    """The backbone that wraps a pipeline class of that name."""
+    for kind in (*_builtin_kinds(), *_plug_in_kinds()):
+        if pipeline_class in kind.wraps:
+            return kind
+    return None
+
+
+def loadable() -> list[str]:
+    """The names of the pipeline classes that a checkpoint may be of."""
+    return [name for kind in (*_builtin_kinds(), *_plug_in_kinds()) for name in kind.loads or kind.wraps]
+
+
+def single_file_markers() -> dict[str, str]:
+    """How a tensor's name begins in a single file of each pipeline class; the most telling beginnings come first."""
+    markers = {
+        marker: name for kind in (*_builtin_kinds(), *_plug_in_kinds()) for marker, name in kind.single_files.items()
+    }
+    return dict(sorted(markers.items(), key=lambda entry: -len(entry[0])))
+
+
+def is_flow_pipeline(pipeline_class: str) -> bool:
+    """Whether pipelines of that class predict a flow."""
+    from agsm_rl.backbones.flow_pipeline import FlowPipeline
+
+    kind = kind_of(pipeline_class)
+    return kind is not None and issubclass(kind, FlowPipeline)
+
+
+def is_flow_by_name(checkpoint: str) -> bool:
+    """The same by what hub ids of the kind are usually called."""
+    from agsm_rl.backbones.flow_pipeline import FlowPipeline
+
+    flows = [kind for kind in _builtin_kinds() if issubclass(kind, FlowPipeline)]
+    return any(part in checkpoint.lower() for kind in flows for part in kind.called)
