@@ -10,9 +10,11 @@ from torch import Tensor
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
-from agsm_rl.policy import Policy, Source
+from agsm_rl.policy import Policy
 from agsm_rl.term import Term as Term
 from agsm_rl.training.anomalies import AnomalyWatch
+from agsm_rl.training.balance import GradientBalance
+from agsm_rl.training.binding import bind_sources, check_prompts
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
@@ -41,7 +43,8 @@ class Trainer:
 
     `learning_rate` is one number or one per trained adapter, {adapter: number}; None is the optimizer's own default
     (AdamW's: 1e-3, as published). `optimizer` and `schedule` are names, or {use: name, options…}, as in a recipe.
-    Gradients are clipped to `max_grad_norm` (None: not). `watch` says what is done about numbers that go wrong.
+    Gradients are clipped to `max_grad_norm` (None: not). `balance` makes weights the lengths of the terms' gradients.
+    `watch` says what is done about numbers that go wrong.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Trainer:
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float | None = 1.0,
         combine: str = "sum",
+        balance: GradientBalance | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
         watch: AnomalyWatch | None = None,
@@ -71,7 +75,7 @@ class Trainer:
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
         self.callbacks = [with_defaults(callback, Callback) for callback in callbacks]
-        self.watch = watch or AnomalyWatch()
+        self.watch, self.balance = watch or AnomalyWatch(), balance
         self.step, self.stopping = 0, False
         self.trained = [name for name in policy.adapters if any(name in (term.trains or [name]) for term in terms)]
         """Adapters that some term trains; the others are frozen, such as a LoRA that another run trained."""
@@ -86,58 +90,9 @@ class Trainer:
         for term in self.terms:
             if term.objective.old is not None:
                 policy.keep_old(term.name)
-        self.sources = self._bind_sources()
-
-    def _bind_sources(self) -> dict[str, Source]:
-        """Each source once, under its own name or that of the first term that learns from it."""
-        names = [term.name for term in self.terms]
-        if len(set(names)) < len(names):
-            raise UserError(f"objectives: two terms have the same name ({', '.join(names)}); give each a different one")
-        sources: dict[str, Source] = {}
-        for term in self.terms:
-            if not any(term.source is known for known in sources.values()):
-                name = f"sources.{term.source_name}" if term.source_name else term.name
-                term.source.bind(name, self.seed, self.processes)
-                sources[name] = term.source
-            self._check_share(term)
-        self._check_prompts(sources)
-        return sources
-
-    def _check_prompts(self, sources: Mapping[str, Source]) -> None:
-        """UserError for a term that could learn nothing from its source's prompts; a warning where prompts are cut."""
-        self._unread: set[int] = set()
+        self.sources = bind_sources(self.terms, seed, self.processes)
+        self._unread = check_prompts(self.terms, self.sources, policy.backbone, self.processes)
         """Sources whose prompts are not known before they come."""
-        known = {id(source): source.prompt_texts() for source in sources.values()}
-        for term in self.terms:
-            prompts = known[id(term.source)]
-            if prompts is None:
-                continue
-            try:
-                term.objective.check_prompts(prompts, self.policy.backbone)
-            except UserError as error:
-                raise UserError(f"{term.name}: {error}") from error
-        for name, source in sources.items():
-            prompts = known[id(source)]
-            if prompts is None:
-                self._unread.add(id(source))
-            elif self.processes.index == 0:
-                warn_of_cut_prompts(prompts, self.policy.backbone, name=name)
-
-    def _check_share(self, term: Term) -> None:
-        """UserError if a process's share of the batch cannot be used, although the whole batch could."""
-        total, count = term.source.batch_size, self.processes.count
-        share = None if total is None else total // count
-        if share is not None and term.view is not None:
-            share = term.view.batch_size(share)
-        if count == 1 or share is None:
-            return
-        try:
-            term.objective.check(share)
-        except UserError as error:
-            raise UserError(
-                f"{term.name}: on {count} processes each learns from {share} rows, a share of the batch of {total}: "
-                f"{error}; or start fewer processes"
-            ) from error
 
     def train(self, *, progress: bool = True, history: bool = True) -> TrainingResult:
         """Run up to `steps`, or until a callback sets `stopping`; the result has the adapters and each step's metrics.
@@ -211,6 +166,9 @@ class Trainer:
                 continue
             learned.append(term)
             metrics["loss"] += weight * figures["loss"]
+            if self.balance is not None:
+                metrics[f"{term.name}/balance"] = self.balance.factor(term.name, figures["grad_norm"])
+                weight *= metrics[f"{term.name}/balance"]
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
         metrics |= cosines(gradients)
         combined = self.combine(list(gradients.values()), self.seed + self.step)
@@ -305,7 +263,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact continuation needs; tensors and plain values only."""
-        return {
+        balance = {} if self.balance is None else {"balance": self.balance.state_dict()}
+        return balance | {
             "step": self.step,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -333,4 +292,6 @@ class Trainer:
             source.load_state_dict(state["sources"][name])
         if "watch" in state:  # checkpoints of earlier versions have none
             self.watch.load_state_dict(state["watch"])
+        if self.balance is not None and "balance" in state:
+            self.balance.load_state_dict(state["balance"])
         self.step = int(state["step"])

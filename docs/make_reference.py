@@ -61,6 +61,7 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
         "In a source, an objective or `evaluate`: `{name: weight}`, or `{name: {…}}` with these keys and the reward's "
         "own options: [Rewards](rewards.md).",
     ),
+    ("weights", schema.WeightKeys, ""),
     ("optimizer", schema.Optimizer, ""),
     ("evaluate", schema.Evaluate, ""),
     (

@@ -20,6 +20,7 @@ from agsm_rl.recipe.schema import Block
 from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
+from agsm_rl.training.balance import GradientBalance
 from agsm_rl.training.processes import make_accelerator
 from agsm_rl.training.stages import stage
 
@@ -57,6 +58,7 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
             betas=optimizer.betas,
             max_grad_norm=optimizer.max_grad_norm,
             combine=recipe.combine,
+            balance=GradientBalance(recipe.weights.decay) if recipe.weights.balance else None,
             accelerator=accelerator,
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         )
