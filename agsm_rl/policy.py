@@ -46,6 +46,17 @@ class Noised(NamedTuple):
     cond: Cond
 
 
+class Recorded(NamedTuple):
+    """A prediction that was made: its noise levels [B], itself [B, C, h, w], and whether it `follows` from others.
+
+    It follows from others where its x_t has a gradient, as along a path of sampling steps.
+    """
+
+    t: Tensor
+    prediction: Tensor
+    follows: bool
+
+
 class Policy:
     """A backbone with adapters attached; `live`, `ema` and `reference` are its three predictions.
 
@@ -78,6 +89,7 @@ class Policy:
         self._shadow = self._copy()
         self._old: dict[str, dict[str, Tensor]] = {}
         """The old policies, by the names of the terms that have one."""
+        self._recorded: list[Recorded] | None = None
         self.acting_for: str | None = None
         """The term whose old policy `old` and `old_weights` mean; the trainer sets it."""
 
@@ -169,7 +181,19 @@ class Policy:
             # `cond` was encoded by whichever bank was in use then, without gradients.
             encoded = self.backbone.encode_text(list(cond.prompts), gradients=True)
             cond = replace(encoded, unconditional_first=cond.unconditional_first)
-        return predict_in_form(self.backbone, adapters, x_t, t, cond)
+        prediction = predict_in_form(self.backbone, adapters, x_t, t, cond)
+        if self._recorded is not None:
+            self._recorded.append(Recorded(t, prediction, follows=x_t.requires_grad))
+        return prediction
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Recorded]]:
+        """Within the block, the list grows by each prediction that is made."""
+        self._recorded, before = [], self._recorded
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = before
 
     def using(self, bank: Bank | None) -> AbstractContextManager[None]:
         """Within the block, all adapters use this bank; None switches them off."""

@@ -17,6 +17,7 @@ from agsm_rl.training.balance import GradientBalance
 from agsm_rl.training.binding import bind_sources, check_prompts
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.defaults import with_defaults
+from agsm_rl.training.gradient_map import GradientMap, Learned
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
 from agsm_rl.training.processes import Processes, make_accelerator
@@ -44,7 +45,7 @@ class Trainer:
     `learning_rate` is one number or one per trained adapter, {adapter: number}; None is the optimizer's own default
     (AdamW's: 1e-3, as published). `optimizer` and `schedule` are names, or {use: name, options…}, as in a recipe.
     Gradients are clipped to `max_grad_norm` (None: not). `balance` makes weights the lengths of the terms' gradients.
-    `watch` says what is done about numbers that go wrong.
+    `watch` says what is done about numbers that go wrong; `gradient_map` looks where the terms agree.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
         watch: AnomalyWatch | None = None,
+        gradient_map: GradientMap | None = None,
     ) -> None:
         if not terms:
             raise UserError("objectives: the list is empty, so there is nothing to learn")
@@ -75,7 +77,7 @@ class Trainer:
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
         self.callbacks = [with_defaults(callback, Callback) for callback in callbacks]
-        self.watch, self.balance = watch or AnomalyWatch(), balance
+        self.watch, self.balance, self.gradient_map = watch or AnomalyWatch(), balance, gradient_map
         self.step, self.stopping = 0, False
         self.trained = [name for name in policy.adapters if any(name in (term.trains or [name]) for term in terms)]
         """Adapters that some term trains; the others are frozen, such as a LoRA that another run trained."""
@@ -132,7 +134,7 @@ class Trainer:
         gradients: dict[str, Gradient] = {}
         metrics: dict[str, float] = {"loss": 0.0}
         self.watch.begin_step()
-        learned: list[Term] = []
+        learned: list[Learned] = []
         for term in self.terms:
             if not term.is_due(self.step):
                 continue
@@ -164,7 +166,7 @@ class Trainer:
                 # Its source has advanced as usual, but its gradient is not applied.
                 metrics[f"{term.name}/skipped"] = 1.0
                 continue
-            learned.append(term)
+            learned.append(Learned(term, batch, share))
             metrics["loss"] += weight * figures["loss"]
             if self.balance is not None:
                 metrics[f"{term.name}/balance"] = self.balance.factor(term.name, figures["grad_norm"])
@@ -172,7 +174,9 @@ class Trainer:
             gradients[term.name] = {name: weight * value for name, value in gradient.items()}
         metrics |= cosines(gradients)
         combined = self.combine(list(gradients.values()), self.seed + self.step)
-        self._look_at_adapters(learned, combined)
+        self._look_at_adapters([item.term for item in learned], combined)
+        if self.gradient_map is not None:
+            self.gradient_map.look(self, learned)
         self.rates.set(self.optimizer, self.step)
         self._apply(combined, metrics)
         for term in self.terms:

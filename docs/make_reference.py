@@ -62,6 +62,7 @@ SECTIONS: list[tuple[str, type[Section], str]] = [
         "own options: [Rewards](rewards.md).",
     ),
     ("weights", schema.WeightKeys, ""),
+    ("gradient_map", schema.GradientMapKeys, ""),
     ("optimizer", schema.Optimizer, ""),
     ("evaluate", schema.Evaluate, ""),
     (

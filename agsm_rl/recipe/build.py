@@ -21,6 +21,7 @@ from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.balance import GradientBalance
+from agsm_rl.training.gradient_map import GradientMap
 from agsm_rl.training.processes import make_accelerator
 from agsm_rl.training.stages import stage
 
@@ -60,6 +61,7 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
             combine=recipe.combine,
             balance=GradientBalance(recipe.weights.decay) if recipe.weights.balance else None,
             accelerator=accelerator,
+            gradient_map=GradientMap(looks.every, looks.levels) if (looks := recipe.gradient_map).every else None,
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         )
 

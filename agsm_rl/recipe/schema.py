@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from agsm_rl.recipe.options import Section, Seed
-from agsm_rl.recipe.sections import CheckpointKeys, Ema, StopRule, WatchKeys, WeightKeys
+from agsm_rl.recipe.sections import CheckpointKeys, Ema, GradientMapKeys, StopRule, WatchKeys, WeightKeys
 from agsm_rl.recipe.values import Guidances, Name, NoiseRange, Rate, Weight
 from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_SAMPLING_STEPS
 
@@ -268,6 +268,7 @@ class RecipeKeys(Section):
         objectives: The terms: what to learn, from which source, with which weight.
         weights: What the terms' weights mean: factors of the losses, or lengths of the gradients.
         combine: How to combine the terms' gradients: `sum`, or TorchJD's `upgrad`, `pcgrad`, `mgda`, `cagrad`.
+        gradient_map: Whether to look where in the model the terms agree or fight, for the report.
         optimizer: The optimizer, its learning rate and its schedule.
         evaluate: Evaluation of the run. Null: none.
         sample: Grids of sample images.
@@ -289,6 +290,7 @@ class RecipeKeys(Section):
     objectives: list[TermBlock]
     weights: WeightKeys = WeightKeys()
     combine: str = "sum"
+    gradient_map: GradientMapKeys = GradientMapKeys()
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate | None = None
     sample: Samples = Samples()

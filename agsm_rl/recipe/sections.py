@@ -91,3 +91,17 @@ class WeightKeys(Section):
 
     balance: Literal["gradient_norm"] | None = None
     decay: float = Field(0.98, ge=0, lt=1)
+
+
+class GradientMapKeys(Section):
+    """Looks at where in the model, and at which noise levels, the terms of a stack agree or fight.
+
+    The training is not changed by it.
+
+    Args:
+        every: Look in one of every this many steps, at the cost of `levels + 1` more backward passes. Null: never.
+        levels: Number of ranges of equal width into which the noise levels are divided.
+    """
+
+    every: int | None = Field(None, ge=1)
+    levels: int = Field(5, ge=1, le=50)

@@ -24,6 +24,7 @@ from agsm_rl.files import write_text
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
 from agsm_rl.report.findings import Findings, find
+from agsm_rl.report.gradient_maps import gradient_maps
 from agsm_rl.report.headline import headline, reach
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.overview import Suites, overview
@@ -83,6 +84,7 @@ def render(loaded: Loaded) -> str:
         differences=recipes.differences(loaded),
         recipes=recipes.texts(loaded),
         agreement=[(run.name, sentence) for run in loaded.all_runs for sentence in run.evaluation.agreement],
+        maps=gradient_maps(loaded.all_runs),
         version=__version__,
         css=Markup(_own_file("page.css")),
         scripts=[Markup(script) for script in scripts],

@@ -14,7 +14,7 @@ from rich.text import Text
 from agsm_rl.run.display import BAR, RunDisplay, duration, fit, in_lines, make_bar
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.newest_figures import NewestFigures
-from agsm_rl.run.records import MetricsFile
+from agsm_rl.run.records import MetricsFile, append_line
 from agsm_rl.run.screen import tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer
@@ -43,6 +43,18 @@ class MetricsWriter(Callback):
             metrics["images"] = float(sum(count or 0 for count in counts))
         self.file.add(step, metrics)
         trainer.accelerator.log(metrics, step=step)
+
+
+class GradientMapWriter(Callback):
+    """Writes what each look of the trainer's gradient map saw as a line of gradient_map.jsonl."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.gradient_map
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Write the step's look, if there was one."""
+        if trainer.gradient_map is not None and trainer.gradient_map.newest is not None:
+            append_line(self.path, {"step": step} | trainer.gradient_map.newest)
 
 
 class ProgressBar(Callback):

@@ -20,14 +20,14 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.registry import permission_flags
 from agsm_rl.run import checkpoints
 
-MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "track"}
+MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "gradient_map", "track"}
 """Keys of a recipe that may be changed when a run is resumed: none of them alters the steps already made."""
 _OURS = re.compile(
-    r"recipe\.yaml|(metrics|evaluations|events)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
+    r"recipe\.yaml|(metrics|evaluations|events|gradient_map)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
     r"(?P<folder>checkpoints|adapter|adapter-best|\.adapter-best\.(new|old)|samples|evals|logs)|\.lock"
 )
 """Names that we give in a run folder; all else in it is the user's."""
-_READ_ELSEWHERE = re.compile(r"recipe\.yaml|(metrics|evaluations)\.jsonl|eval(-\w+)?\.json|adapter")
+_READ_ELSEWHERE = re.compile(r"recipe\.yaml|(metrics|evaluations|gradient_map)\.jsonl|eval(-\w+)?\.json|adapter")
 """Those that a report reads; links among the pictures are left out of the page one by one."""
 _ASIDE = re.compile(r"\.(.+)\.\d+\.new|\.tmp[A-Za-z0-9]+")
 """Names of files that we, or safetensors, write first and rename then; a kill may leave them."""
@@ -51,6 +51,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.gradient_map = self.path / "gradient_map.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.events = self.path / "events.jsonl"
         self.adapter = self.path / "adapter"

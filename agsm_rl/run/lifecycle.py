@@ -21,7 +21,7 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.run import checkpoints
 from agsm_rl.run.agreement import agreements
-from agsm_rl.run.callbacks import GracefulStop, MetricsWriter, ProgressBar
+from agsm_rl.run.callbacks import GracefulStop, GradientMapWriter, MetricsWriter, ProgressBar
 from agsm_rl.run.display import RunDisplay
 from agsm_rl.run.evaluation import Evaluator
 from agsm_rl.run.failures import ended_when_stuck, failures_named
@@ -168,7 +168,7 @@ class _Run:
                 # Metrics before the checkpoint: a run resumed from it has all its lines. The checkpoint before what
                 # takes long: a kill in an evaluation loses nothing, because the evaluation is repeated.
                 trainer.callbacks += [MetricsWriter(self.folder), evaluator.events, bar, evaluator.checkpoints]
-                trainer.callbacks += [grids]
+                trainer.callbacks += [GradientMapWriter(self.folder), grids]
                 grids.begin(trainer)
             trainer.callbacks += [evaluator]
             try:
@@ -237,7 +237,7 @@ def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[
             ) from error
     _check_same_step(trainer, folder)
     if trainer.accelerator.is_main_process:
-        for file in (folder.metrics, folder.evaluations, folder.events):
+        for file in (folder.metrics, folder.evaluations, folder.events, folder.gradient_map):
             MetricsFile(file).cut(step)
         tell(
             console,

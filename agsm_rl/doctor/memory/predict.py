@@ -140,7 +140,10 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
         for term in recipe.objectives
     ]
     sources = {name: changed(block) for name, block in recipe.sources.items()}
-    return recipe.model_copy(update={"backbone": backbone, "objectives": objectives, "sources": sources})
+    # A look of the gradient map needs no more than the step before it, and would read numbers.
+    looks = type(recipe.gradient_map)()
+    blocks = {"backbone": backbone, "objectives": objectives, "sources": sources, "gradient_map": looks}
+    return recipe.model_copy(update=blocks)
 
 
 def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal) -> None:
