@@ -58,6 +58,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "pick_score": "agsm_rl_rewards.pick_score:PickScore",
         "questions": "agsm_rl_rewards.questions:Questions",
         "ray_pool": "agsm_rl_rewards.worker.ray_pool:RayPoolReward",
+        "scenes": "agsm_rl_rewards.shapes:ScenesReward",
         "shapes": "agsm_rl_rewards.shapes:ShapesReward",
         "sharpness": "agsm_rl_rewards.sharpness:Sharpness",
         "step_aware_preference": "agsm_rl_rewards.step_aware_preference:StepAwarePreference",
@@ -87,6 +88,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "geneval": "agsm_rl.evaluate.suites.geneval:GenEval",
         "questions": "agsm_rl.evaluate.suites.questions:Questions",
         "rewards": "agsm_rl.evaluate.suites.rewards:Rewards",
+        "scenes": "agsm_rl.evaluate.suites.scenes:Scenes",
         "shapes": "agsm_rl.evaluate.suites.shapes:Shapes",
     },
     "backbones": {

@@ -1,13 +1,14 @@
-"""The judge of the shapes world as a reward: 1 for a drawing that shows its prompt and nothing else."""
+"""The judges of the drawn worlds as rewards: 1 for a drawing that shows its prompt and nothing else."""
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from agsm_rl.errors import unknown_name
-from agsm_rl.shapes.judge import Verdict, judge, matching
-from agsm_rl.shapes.world import Requirement, parse
+from agsm_rl.shapes.judge import Verdict, matching
+from agsm_rl.shapes.scenes import Requirement
+from agsm_rl.shapes.worlds import SCENES, SHAPES, World
 
 Kind = Literal["strict", "lenient", "graded"]
 WRONG_COLOR = 0.5
@@ -26,32 +27,49 @@ class ShapesReward:
     """
 
     name = "shapes"
+    world: ClassVar[World] = SHAPES
     range = (0.0, 1.0)
     licence = "Apache-2.0 (no weights)"
     differentiable = False
 
     def __init__(self, *, verdict: Kind = "strict") -> None:
         if verdict not in get_args(Kind):
-            raise unknown_name("reward 'shapes': verdict", verdict, "a verdict", get_args(Kind))
+            raise unknown_name(f"reward '{self.name}': verdict", verdict, "a verdict", get_args(Kind))
         self.verdict = verdict
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]."""
-        scores = [self._score(image, parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
+        scores = [self._score(image, self.world.parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _score(self, image: Tensor, requirement: Requirement) -> float:
-        verdict = judge(image, requirement)
+        verdict = self.world.judge(image, requirement)
         if self.verdict == "graded":
             return graded_score(verdict, requirement)
         return float(verdict.strict if self.verdict == "strict" else verdict.correct)
 
 
+class ScenesReward(ShapesReward):
+    """Whether an image of the scenes world shows its prompt: scores [B] by the judge's verdict.
+
+    Raises UserError for a prompt that does not belong to the scenes world.
+
+    Args:
+        verdict: `strict`: 1 if the image shows exactly what the prompt asks for, else 0. `lenient`: 1 if it shows that,
+            whatever else it shows; a model learns to add extras, so use it for comparison only. `graded`: denser, and 1
+            exactly where `strict` is (see `graded_score`).
+    """
+
+    name = "scenes"
+    world: ClassVar[World] = SCENES
+
+
 def graded_score(verdict: Verdict, requirement: Requirement) -> float:
     """Objects drawn as asked over all objects asked for or drawn: |asked ∩ drawn| / |asked ∪ drawn|, in [0, 1].
 
-    An object of the right shape and the wrong colour counts half; a wrong position halves the whole. Extra objects and
-    unclean blobs enlarge the denominator, so that drawing more of everything never pays. 1 if and only if `strict`.
+    An object of the right shape and the wrong colour or size counts half; a wrong position or place halves the whole.
+    Extra objects and unclean blobs enlarge the denominator, so that drawing more of everything never pays. 1 if and
+    only if `strict`.
     """
     left = list(verdict.objects)
     credit = 0.0
@@ -63,5 +81,5 @@ def graded_score(verdict: Verdict, requirement: Requirement) -> float:
         credit += len(right) + WRONG_COLOR * len(wrong)
     asked = sum(group.count for group in requirement.groups)
     score = credit / (asked + len(left) + len(verdict.rejected))
-    misplaced = requirement.relation is not None and credit == asked and not verdict.correct
+    misplaced = (requirement.relation or requirement.place) is not None and credit == asked and not verdict.correct
     return score * WRONG_PLACE if misplaced else score

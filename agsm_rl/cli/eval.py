@@ -24,7 +24,7 @@ from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
 
 SHAPES_BATCH = 50
-"""Images of the shapes world, which are small, are drawn so many at a time unless they are kept."""
+"""Images of the drawn worlds, which are small, are drawn so many at a time unless they are kept."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Drawing:
         typer.Option(metavar="TEXT", help="Added to every prompt, e.g. ', best quality'; the suite does not see it."),
     ] = ""
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels per side. Default: the base's own.")] = None
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise, and of the shapes prompts.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise, and of drawn worlds' prompts.")] = 0
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images drawn at a time. Default: shapes 50, or 8 where images are kept.")
     ] = None
@@ -91,11 +91,9 @@ class Output:
 class SuiteFlags(SuiteOptions):
     """Options of single suites."""
 
-    split: Annotated[str | None, typer.Option(help="shapes: prompts of train, validation or held_out (default).")] = (
-        None
-    )
+    split: Annotated[str | None, typer.Option(help="shapes, scenes: train, validation or held_out (default).")] = None
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="shapes: also on a base that was not trained on the shapes world.")
+        bool, typer.Option("--any-base", help="shapes, scenes: also on a base that was not trained on that world.")
     ] = False
     detector: Annotated[str | None, typer.Option(help="geneval: a Mask2Former for COCO instances.")] = None
     classifier: Annotated[str | None, typer.Option(help="geneval: a CLIP, for colours.")] = None
@@ -148,7 +146,9 @@ def evaluate(
     from agsm_rl.evaluate.evaluate_target import EvalOptions, evaluate_target
 
     granted = allowed.granted()
-    usual_batch = SHAPES_BATCH if suite == "shapes" and output.images is None else DrawingSettings.batch_size
+    usual_batch = (
+        SHAPES_BATCH if suite in ("shapes", "scenes") and output.images is None else DrawingSettings.batch_size
+    )
     settings = DrawingSettings(
         seed=drawing.seed,
         guidance=drawing.guidance,

@@ -21,7 +21,7 @@ from agsm_rl.report.figures import Figure, figures_of
 
 PROMPTS_OF = {"geneval": "GenEval"}
 """Suites that have one set of prompts: what these are called."""
-KNOWN = ("shapes", "geneval", "rewards")
+KNOWN = ("shapes", "scenes", "geneval", "rewards")
 """Suites whose rows have a known form: what does not have it is damaged."""
 NOT_RECORDED = -1.0
 """The guidance of images that another tool drew without recording it."""

@@ -18,6 +18,16 @@ VERDICTS = {"strict": "exactly right (strict)", "correct": "right (lenient)"}
 """The shapes judge's verdicts by their key in eval.json, the one that counts first."""
 VERDICTS_OF = {
     "geneval": {"correct": "right (by GenEval's rules)"},
+    "scenes": {
+        **VERDICTS,
+        "too_many": "too many objects",
+        "too_few": "too few objects",
+        "wrong_color": "a wrong colour",
+        "wrong_shape": "a wrong shape",
+        "wrong_size": "a wrong size",
+        "wrong_place": "a wrong place",
+        "unclean": "something unclean",
+    },
     "editing": {"correct": "edited, the rest kept", "changed": "edited", "kept": "the rest kept"},
 }
 """Of suites that have others."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agsm_rl.evaluate.captions import captioned_grid, stacked
 from agsm_rl.evaluate.drawing import draw, write_picture
-from agsm_rl.evaluate.suites.shapes import Shapes, suite_prompts
+from agsm_rl.evaluate.suites.shapes import Shapes
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Samples
@@ -134,11 +134,11 @@ def grid_prompts(recipe: Recipe) -> list[str]:
 
 
 def _prompts_of_suite(recipe: Recipe) -> list[str]:
-    """The first prompts of the first suite; of the shapes world, those of the grid's own seed."""
+    """The first prompts of the first suite; of a drawn world, those of the grid's own seed."""
     assert recipe.evaluate is not None
     suite = make_suites(recipe.evaluate, recipe.parts)[0].suite
     if isinstance(suite, Shapes):
-        return suite_prompts(suite.split, recipe.sample.num_images, recipe.sample.seed)
+        return suite.first_prompts(recipe.sample.num_images, recipe.sample.seed)
     rows = list(suite.prompts().values())[: recipe.sample.num_images]
     return [str(row["prompt"]) for row in rows]
 

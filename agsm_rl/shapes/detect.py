@@ -13,20 +13,12 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import expand_labels
 from torch import Tensor
 
-from agsm_rl.shapes import world
+from agsm_rl.shapes.look import SHAPES_LOOK, Look, outlines
 
 Picture = Image.Image | np.ndarray | Tensor
 
-MIN_FIT = {"circle": 0.87, "square": 0.86, "triangle": 0.85, "star": 0.80}
-"""Least soft intersection over union of a blob with its template: a little below the worst autoencoded drawing's.
-
-A circle's is high, since a square on its corner still reaches 0.85 as one; a star's is low, since an
-autoencoder rounds its tips off.
-"""
 MIN_LEAD = 0.025
 """How much better the best template must fit than the best of another shape."""
-MAX_COLOR_ERROR = 55.0
-"""Largest distance (RGB, 0-255) of a blob's colour from a named one: half that of the two nearest named colours."""
 MAX_AT_BORDER = 3
 """Pixels that a whole shape may have in the outermost row or column; drawings touch it with a tip or a circle's top."""
 MIN_AREA = 4
@@ -38,11 +30,6 @@ STEPS = 4
 """Template centres are placed on a grid of 1/STEPS pixels."""
 HALF = 12
 """Half the width of a template's patch: room for the largest radius."""
-
-_NAMES = tuple(world.COLORS)
-_BACKGROUND = np.array(world.BACKGROUND, dtype=np.float32)
-_INKS = _BACKGROUND - np.array(list(world.COLORS.values()), dtype=np.float32)
-_STRENGTH = np.linalg.norm(_INKS, axis=1)
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,8 @@ class Found:
     width: float
     height: float
     score: float
+    radius: float = 0.0
+    """The template's, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +65,17 @@ class Detection:
     rejected: tuple[Rejected, ...]
 
 
-def detect(image: Picture) -> Detection:
+def detect(image: Picture, look: Look = SHAPES_LOOK) -> Detection:
     """Clean objects and rejected blobs of one image: PIL, uint8 [H, W, 3], or float [3, H, W] in [0, 1]."""
-    ink = _BACKGROUND - as_pixels(image)
+    background = np.array(look.background, dtype=np.float32)
+    inks = background - np.array(list(look.colors.values()), dtype=np.float32)
+    strength = np.linalg.norm(inks, axis=1)
+    ink = background - as_pixels(image, look.image_size)
     # How far each pixel is on the way from the background to each named colour, and how far it is off that way.
-    cover = ink @ (_INKS / _STRENGTH[:, None] ** 2).T
-    color = np.argmax(cover * _STRENGTH, axis=-1)
-    there = np.linalg.norm(ink, axis=-1) / _STRENGTH[color]
+    cover = ink @ (inks / strength[:, None] ** 2).T
+    color = np.argmax(cover * strength, axis=-1)
+    there = np.linalg.norm(ink, axis=-1) / strength[color]
+    reader = _Reader(look, inks, ink, cover, color)
 
     objects: list[Found] = []
     rejected: list[Rejected] = []
@@ -94,7 +87,7 @@ def detect(image: Picture) -> Detection:
             continue
         mask = areas == blob.label
         explained |= mask
-        for found in _read_blob(ink, cover, color, seeds == blob.label, mask):
+        for found in reader.read_blob(seeds == blob.label, mask):
             if isinstance(found, Found):
                 objects.append(found)
             else:
@@ -103,8 +96,8 @@ def detect(image: Picture) -> Detection:
     return Detection(tuple(sorted(objects, key=lambda item: -item.score)), tuple(rejected))
 
 
-def as_pixels(image: Picture) -> np.ndarray:
-    """The image as float32 [32, 32, 3] in 0 to 255; other sizes are averaged over boxes.
+def as_pixels(image: Picture, size: int) -> np.ndarray:
+    """The image as float32 [size, size, 3] in 0 to 255; other sizes are averaged over boxes.
 
     ValueError if it is not finite: a diverged model must not read as a blank drawing.
     """
@@ -112,70 +105,82 @@ def as_pixels(image: Picture) -> np.ndarray:
         if not image.isfinite().all():
             raise ValueError("the image has values that are not finite")
         values = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255
-        if values.shape[:2] == (world.IMAGE_SIZE, world.IMAGE_SIZE):
+        if values.shape[:2] == (size, size):
             return values
         image = Image.fromarray(np.round(values).astype(np.uint8))
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     image = image.convert("RGB")
-    if image.size != (world.IMAGE_SIZE, world.IMAGE_SIZE):
-        image = image.resize((world.IMAGE_SIZE, world.IMAGE_SIZE), Image.Resampling.BOX)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32)
 
 
-def _read_blob(
-    ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray
-) -> list[Found | Rejected]:
-    """What one connected blob is: an object, several objects that touch at their tips, or nothing clean."""
-    whole = _fit(ink, cover, color, seed, mask)
-    if isinstance(whole, Found):
-        return [whole]
-    # Neighbours whose tips share a pixel: cut where the paint is thin, and believe it only if every part is clean.
-    name = int(np.bincount(color[seed]).argmax())
-    parts = label(seed & (cover[..., name] > 0.65), connectivity=1)
-    sizes = np.bincount(parts.ravel())[1:]
-    kept = [number + 1 for number, size in enumerate(sizes) if size >= MIN_AREA]
-    if len(kept) < 2:
-        return [whole]
-    territory = expand_labels(parts * np.isin(parts, kept), distance=2.5) * mask
-    fits = [_fit(ink, cover, color, parts == number, territory == number) for number in kept]
-    return list(fits) if all(isinstance(fit, Found) for fit in fits) else [whole]
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the blobs of one picture; arrays as `detect` makes them."""
+
+    look: Look
+    inks: np.ndarray
+    ink: np.ndarray
+    cover: np.ndarray
+    color: np.ndarray
+
+    def read_blob(self, seed: np.ndarray, mask: np.ndarray) -> list[Found | Rejected]:
+        """What one connected blob is: an object, several objects that touch at their tips, or nothing clean."""
+        whole = self._fit(seed, mask)
+        if isinstance(whole, Found):
+            return [whole]
+        # Neighbours whose tips share a pixel: cut where the paint is thin, and believe it only if every part is clean.
+        name = int(np.bincount(self.color[seed]).argmax())
+        parts = label(seed & (self.cover[..., name] > 0.65), connectivity=1)
+        sizes = np.bincount(parts.ravel())[1:]
+        kept = [number + 1 for number, size in enumerate(sizes) if size >= MIN_AREA]
+        if len(kept) < 2:
+            return [whole]
+        territory = expand_labels(parts * np.isin(parts, kept), distance=2.5) * mask
+        fits = [self._fit(parts == number, territory == number) for number in kept]
+        return list(fits) if all(isinstance(fit, Found) for fit in fits) else [whole]
+
+    def _fit(self, seed: np.ndarray, mask: np.ndarray) -> Found | Rejected:
+        """The template that explains a blob, or why none does. `seed`: its sure pixels; `mask`: those and the rim."""
+        look, shapes = self.look, self.look.shapes
+        name = int(np.bincount(self.color[seed]).argmax())
+        cover = self.cover[..., name]
+        paint = np.where(mask, np.clip(cover, 0, 1), 0)
+        total = float(paint.sum())
+        rows, columns = np.indices(paint.shape)
+        x, y = float((paint * (columns + 0.5)).sum() / total), float((paint * (rows + 0.5)).sum() / total)
+
+        def reject(reason: str) -> Rejected:
+            return Rejected(x, y, total, reason)
+
+        core = seed & (cover >= min(0.85, float(np.median(cover[seed]))))
+        if np.linalg.norm(self.ink[core].mean(axis=0) - self.inks[name]) > look.max_color_error:
+            return reject("its colour is unclear")
+        sure = seed & (cover > 0.5)
+        if max(sure[0].sum(), sure[-1].sum(), sure[:, 0].sum(), sure[:, -1].sum()) > MAX_AT_BORDER:
+            return reject("it is cut off by the border")
+        fits, radii = _overlaps(paint, x, y, total, shapes)
+        best, second = (int(i) for i in np.argsort(-fits)[:2])
+        if fits[best] < look.min_fit[shapes[best]]:
+            return reject("it is not a clean shape")
+        if fits[best] - fits[second] < MIN_LEAD:
+            return reject(f"it could be a {shapes[best]} or a {shapes[second]}")
+        corners = np.array(outlines(shapes[best], x, y, float(radii[best]))[0])
+        (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+        box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+        color = list(look.colors)[name]
+        return Found(shapes[best], color, *box, score=float(fits[best]), radius=float(radii[best]))
 
 
-def _fit(ink: np.ndarray, cover: np.ndarray, color: np.ndarray, seed: np.ndarray, mask: np.ndarray) -> Found | Rejected:
-    """The template that explains a blob, or why none does. `seed`: its sure pixels; `mask`: those and the soft rim."""
-    name = int(np.bincount(color[seed]).argmax())
-    paint = np.where(mask, np.clip(cover[..., name], 0, 1), 0)
-    total = float(paint.sum())
-    rows, columns = np.indices(paint.shape)
-    x, y = float((paint * (columns + 0.5)).sum() / total), float((paint * (rows + 0.5)).sum() / total)
-
-    def reject(reason: str) -> Rejected:
-        return Rejected(x, y, total, reason)
-
-    core = seed & (cover[..., name] >= min(0.85, float(np.median(cover[..., name][seed]))))
-    if np.linalg.norm(ink[core].mean(axis=0) - _INKS[name]) > MAX_COLOR_ERROR:
-        return reject("its colour is unclear")
-    sure = seed & (cover[..., name] > 0.5)
-    if max(sure[0].sum(), sure[-1].sum(), sure[:, 0].sum(), sure[:, -1].sum()) > MAX_AT_BORDER:
-        return reject("it is cut off by the border")
-    fits, radii = _overlaps(paint, x, y, total)
-    best, second = (int(i) for i in np.argsort(-fits)[:2])
-    if fits[best] < MIN_FIT[world.SHAPES[best]]:
-        return reject("it is not a clean shape")
-    if fits[best] - fits[second] < MIN_LEAD:
-        return reject(f"it could be a {world.SHAPES[best]} or a {world.SHAPES[second]}")
-    corners = np.array(world.outline(world.SHAPES[best], x, y, float(radii[best])))
-    (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
-    box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
-    return Found(world.SHAPES[best], _NAMES[name], *box, score=float(fits[best]))
-
-
-def _overlaps(paint: np.ndarray, x: float, y: float, total: float) -> tuple[np.ndarray, np.ndarray]:
+def _overlaps(
+    paint: np.ndarray, x: float, y: float, total: float, shapes: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Best soft IoU of each shape with the paint around its centre of mass, and the radius that gives it."""
     column, row = int(np.floor(x)), int(np.floor(y))
     patch = np.pad(paint, HALF)[row : row + 2 * HALF + 1, column : column + 2 * HALF + 1]
-    bank = _templates(int((x - column) * STEPS), int((y - row) * STEPS))
+    bank = _templates(int((x - column) * STEPS), int((y - row) * STEPS), shapes)
     shared = np.minimum(bank, patch).sum(axis=(-2, -1))
     either = bank.sum(axis=(-2, -1)) + total - shared
     fits = (shared / either).max(axis=2)
@@ -183,18 +188,19 @@ def _overlaps(paint: np.ndarray, x: float, y: float, total: float) -> tuple[np.n
     return fits.max(axis=1), RADII[best]
 
 
-@lru_cache(maxsize=STEPS * STEPS)
-def _templates(column: int, row: int) -> np.ndarray:
+@lru_cache(maxsize=2 * STEPS * STEPS)
+def _templates(column: int, row: int, shapes: tuple[str, ...]) -> np.ndarray:
     """Templates [shape, radius, softness, patch, patch] centred in the given cell of the sub-pixel grid."""
     from scipy.ndimage import gaussian_filter  # here: who only names the judge need not wait for it
 
     scale, width = 8, 2 * HALF + 1
     x, y = HALF + (column + 0.5) / STEPS, HALF + (row + 0.5) / STEPS
-    sharp = np.empty((len(world.SHAPES), len(RADII), width, width), dtype=np.float32)
-    for i, shape in enumerate(world.SHAPES):
+    sharp = np.empty((len(shapes), len(RADII), width, width), dtype=np.float32)
+    for i, shape in enumerate(shapes):
         for j, radius in enumerate(RADII):
             canvas = Image.new("L", (width * scale, width * scale))
-            ImageDraw.Draw(canvas).polygon(world.outline(shape, x * scale, y * scale, radius * scale), fill=255)
+            for index, corners in enumerate(outlines(shape, x * scale, y * scale, radius * scale)):
+                ImageDraw.Draw(canvas).polygon(corners, fill=0 if index else 255)
             sharp[i, j] = np.asarray(canvas.resize((width, width), Image.Resampling.BOX), dtype=np.float32) / 255
     return np.stack([gaussian_filter(sharp, (0, 0, blur, blur)) if blur else sharp for blur in SOFTNESS], axis=2)
 

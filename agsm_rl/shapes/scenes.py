@@ -5,7 +5,7 @@ Requirements are kept in GenEval's metadata form (arXiv 2310.11513), so that one
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 from typing import Any, Literal
@@ -39,20 +39,25 @@ Split = Literal["train", "validation", "held_out"]
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one `shape`; `color` None means that any colour will do."""
+    """`count` objects of one `shape`; `color` or `size` None means that any will do."""
 
     count: int
     shape: str
     color: str | None = None
+    size: str | None = field(default=None, repr=False)  # not in repr: is_held_out hashes that
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a prompt asks for: groups of objects, and for `position` where group 0 stands relative to group 1."""
+    """What a prompt asks for: groups of objects, and for `position` where group 0 stands relative to group 1.
+
+    `place` is where in the picture a single object stands; the shapes world has neither places nor sizes.
+    """
 
     tag: str
     groups: tuple[Group, ...]
     relation: str | None = None
+    place: str | None = field(default=None, repr=False)  # not in repr: is_held_out hashes that
 
     def metadata(self, prompt: str) -> dict[str, Any]:
         """GenEval's metadata row for this requirement under the given wording."""
@@ -62,10 +67,14 @@ class Requirement:
             entry: dict[str, Any] = {"class": group.shape, "count": group.count}
             if group.color:
                 entry["color"] = group.color
+            if group.size:
+                entry["size"] = group.size
             include.append(entry)
         row: dict[str, Any] = {"tag": self.tag, "include": include, "prompt": prompt}
         if self.relation:
             include[1]["position"] = [self.relation, 0]
+        if self.place:
+            include[0]["place"] = self.place
         if self.tag == "counting":
             row["exclude"] = [{"class": self.groups[0].shape, "count": self.groups[0].count + 1}]
         return row
@@ -176,7 +185,7 @@ def draw_scene(
         places = [(r + 0.5, IMAGE_SIZE - r - 0.5) for r in radii]
         drawn = rng.random((total, 2)).tolist()
         centers = [(a + (b - a) * x, a + (b - a) * y) for (a, b), (x, y) in zip(places, drawn, strict=True)]
-        if not overlap and not _apart(centers, radii):
+        if not overlap and not stands_apart(centers, radii):
             continue
         if requirement.relation and not _stands(np.subtract(centers[0], centers[1]), requirement.relation):
             continue
@@ -187,7 +196,8 @@ def draw_scene(
     raise ValueError(f"no place found for {requirement}")
 
 
-def _apart(centers: list[tuple[float, float]], radii: list[float], gap: float = 1.6) -> bool:
+def stands_apart(centers: list[tuple[float, float]], radii: list[float], gap: float = 1.6) -> bool:
+    """Whether circles of these centres and radii keep `gap` pixels between them."""
     pairs = combinations(zip(centers, radii, strict=True), 2)
     return all(math.dist(first, second) >= r + s + gap for (first, r), (second, s) in pairs)
 

@@ -1,12 +1,12 @@
 """Image-caption pairs from any data set of images, encoded to latents as they are drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from PIL import Image
 from torch import Tensor
 
-from agsm_rl.errors import unknown_name
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Batch, PairBatch, Shard
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.cache import Kept
@@ -18,6 +18,11 @@ from agsm_rl.sources.variation import Latents, Variation
 from agsm_rl.training.randomness import Draw, stream
 
 Choice = Literal["first", "random"]
+CAPTIONS_OF = {
+    "builtin:shapes": ("plain", "careful", "web"),
+    "builtin:scenes": ("plain", "careful", "careless", "coco", "mixed"),
+}
+"""How the captions of the drawn worlds may be written. (Their modules are loaded only when they are drawn.)"""
 
 
 class Pairs(Source):
@@ -27,9 +32,9 @@ class Pairs(Source):
     a batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
 
     Args:
-        dataset: `builtin:shapes`; a folder of images with metadata.jsonl or metadata.csv (`file_name`, `caption`) or
-            with a NAME.txt beside each NAME.png; a parquet file or a folder of them; a csv or jsonl table; a zip or tar
-            archive; or a name on the hub (`owner/name`).
+        dataset: `builtin:shapes` or `builtin:scenes`; a folder of images with metadata.jsonl or metadata.csv
+            (`file_name`, `caption`) or with a NAME.txt beside each NAME.png; a parquet file or a folder of them; a csv
+            or jsonl table; a zip or tar archive; or a name on the hub (`owner/name`).
         batch_size: Pairs per step, the total over all processes.
         split: Split of the data set.
         config: Configuration of a data set that has several.
@@ -46,6 +51,8 @@ class Pairs(Source):
             order.
         cache: Keep what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the
             text.
+        captions: Of a drawn world, how its captions are written (docs/data.md): `plain` (null), `careful`; of
+            `builtin:scenes` also `careless`, `coco` and `mixed`; of `builtin:shapes` also `web`.
     """
 
     gives: type[Batch] = PairBatch
@@ -68,6 +75,7 @@ class Pairs(Source):
         streaming: bool = False,
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
+        captions: str | None = None,
     ) -> None:
         if caption not in get_args(Choice):
             raise unknown_name("caption", caption, "a choice among an image's captions", get_args(Choice))
@@ -87,11 +95,28 @@ class Pairs(Source):
         )
         self.batch_size, self.cache = batch_size, self._data.cache
         self.image_column, self.caption_column, self.caption = image_column, caption_column, caption
+        self.captions = self._check_captions(dataset, captions)
+
+    @staticmethod
+    def _check_captions(dataset: str, captions: str | None) -> str:
+        """How a drawn world's captions are written; UserError for another data set or an unknown way."""
+        allowed = CAPTIONS_OF.get(dataset)
+        if captions is not None and allowed is None:
+            raise UserError(
+                f"pairs: captions: '{dataset}' has captions of its own; leave `captions` out, which is for "
+                f"{' and '.join(CAPTIONS_OF)}"
+            )
+        if captions is not None and captions not in (allowed or ()):
+            raise unknown_name("captions", captions, f"a kind of captions of {dataset}", allowed or ())
+        return captions or "plain"
+
+    def _builtins(self) -> dict[str, Callable[[str, int], Any]]:
+        return {name: _drawn(name, self.captions) for name in CAPTIONS_OF}
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Open the data set; UserError if it cannot be used."""
         self._name, self._seed = name, seed
-        columns = self._data.open(name, seed, shard, builtins={"builtin:shapes": _shapes})
+        columns = self._data.open(name, seed, shard, builtins=self._builtins())
         self._columns = find_columns(columns, self._data.name, self.image_column, self.caption_column)
         self._data.read_by(self._read, image_columns=[self._columns[0]], caption_column=self._columns[1])
 
@@ -139,7 +164,12 @@ class Pairs(Source):
         self._data.load_state_dict(state)
 
 
-def _shapes(split: str, count: int) -> Any:
-    from agsm_rl.shapes import data
+def _drawn(name: str, captions: str) -> Callable[[str, int], Any]:
+    """Draws the pairs of a world."""
 
-    return data.pairs(split, count, seed=0)
+    def draw(split: str, count: int) -> Any:
+        from agsm_rl.shapes import data
+
+        return data.pairs(split, count, seed=0, captions=captions, world=data.PAIRS[name])
+
+    return draw

@@ -3,7 +3,7 @@
 Two conventions are recognised by their columns: TRL's and Pick-a-Pic's (arXiv 2305.01569).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,9 @@ class Preferences(Source):
     their shorter side and cropped in the centre; transparent pixels become white.
 
     Args:
-        dataset: `builtin:shapes-preferences`, a folder of images with metadata, a parquet file or a folder of them, a
-            csv or jsonl table, a zip or tar archive, or a name on the hub (`owner/name`).
+        dataset: `builtin:shapes-preferences` or `builtin:scenes-preferences`, a folder of images with metadata, a
+            parquet file or a folder of them, a csv or jsonl table, a zip or tar archive, or a name on the hub
+            (`owner/name`).
         batch_size: Preferences per step, the total over all processes.
         split: Split of the data set.
         config: Configuration of a data set that has several.
@@ -108,7 +109,9 @@ class Preferences(Source):
         """Open the data set; UserError if it cannot be used."""
         self._name, self._seed = name, seed
         data = self._data
-        columns = data.open(name, seed, shard, builtins={"builtin:shapes-preferences": _shapes})
+        columns = data.open(
+            name, seed, shard, builtins={f"builtin:{name}-preferences": _drawn(name) for name in ("shapes", "scenes")}
+        )
         self._columns = find_preference_columns(columns, data.name)
         usable = None if data.streaming else self._without_ties(data.found)
         self._ties = 0 if usable is None else len(data.found) - len(usable)
@@ -208,7 +211,13 @@ def find_preference_columns(names: list[str], dataset: str) -> Columns:
     )
 
 
-def _shapes(split: str, count: int) -> Any:
-    from agsm_rl.shapes import data
+def _drawn(world: str) -> Callable[[str, int], Any]:
+    """Draws the preferences of a world."""
 
-    return data.preferences(split, count, seed=0)
+    def draw(split: str, count: int) -> Any:
+        from agsm_rl.shapes import data
+        from agsm_rl.shapes.worlds import WORLDS
+
+        return data.preferences(split, count, seed=0, world=WORLDS[world])
+
+    return draw

@@ -17,7 +17,7 @@ from agsm_rl.files import check_regular, local_or_hub
 from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.tables import TABLES, columns_of, read_lines, read_rows
 
-BUILTIN = "builtin:shapes-prompts"
+BUILTINS = ("builtin:shapes-prompts", "builtin:scenes-prompts")
 COLUMNS = ("prompt", "caption", "text", "Prompt", "Prompts")
 """Looked for in this order where no column is named."""
 LONGEST = 20_000
@@ -26,7 +26,7 @@ NOT_TEXT = (".yaml", ".yml", ".xml", ".html", ".xlsx", ".xls", ".ods", ".pdf", "
 """Files that are not lists of prompts, though some could be read as text."""
 ALLOWED = (
     f"a text file (one prompt per line), a table (jsonl, json, csv, tsv, parquet), a folder or a name on the hub "
-    f"(owner/name) that holds one, or {BUILTIN}"
+    f"(owner/name) that holds one, {BUILTINS[0]} or {BUILTINS[1]}"
 )
 RECIPE_OPTIONS = {"column": "prompt_column", "split": "prompt_split", "config": "prompt_config"}
 CLI_OPTIONS = {"column": "--prompt-column", "split": "--prompt-split", "config": "its folder in place of the whole"}
@@ -81,9 +81,9 @@ def read_prompts(
 def _builtin(prompts: str, split: str, count: int, where: str) -> list[Prompt]:
     from agsm_rl.shapes import data
 
-    if prompts != BUILTIN:
-        raise unknown_name(where, prompts, "a builtin list of prompts", [BUILTIN])
-    return [Prompt(text) for text in data.prompts(split, count, seed=0)]
+    if prompts not in BUILTINS:
+        raise unknown_name(where, prompts, "a builtin list of prompts", BUILTINS)
+    return [Prompt(text) for text in data.prompts(split, count, seed=0, world=data.PROMPTS[prompts])]
 
 
 def _text_lines(path: Path, where: str) -> list[str]:

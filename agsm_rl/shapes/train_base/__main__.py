@@ -16,27 +16,39 @@ from agsm_rl.backbones.loading import load_pipeline
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
 from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as
-from agsm_rl.shapes.train_base.layouts import LAYOUTS, Layout, make_text_tokenizer
+from agsm_rl.shapes.train_base.layouts import Layout, layouts_of, make_text_tokenizer
 from agsm_rl.shapes.train_base.stages import Settings, draw_data
 from agsm_rl.shapes.train_base.text import train_text_encoder
+from agsm_rl.shapes.train_base.words import train_by_words
+from agsm_rl.shapes.worlds import SCENES, WORLDS
 
 
 def main(
     kind: Annotated[Literal["sd15", "sdxl", "sd3"], typer.Argument(help="the pipeline's layout")],
     work: Annotated[Path, typer.Argument(help="where data, checkpoints and the log are kept")],
     out: Annotated[Path, typer.Argument(help="where the pipeline folder is written")],
+    world: Annotated[Literal["shapes", "scenes"], typer.Option(help="the drawn world")] = "shapes",
     scenes: int = Settings.scenes,
     vae_steps: int = Settings.vae_steps,
     text_steps: int = Settings.text_steps,
     denoiser_steps: int = Settings.denoiser_steps,
+    batch_size: Annotated[int, typer.Option(help="images a step", min=1)] = Settings.batch_size,
+    judge_every: Annotated[
+        int,
+        typer.Option(help="denoiser steps between two looks at validation prompts, each of which writes OUT; 0: never"),
+    ] = Settings.judge_every,
     up_text_dropout: Annotated[
         float, typer.Option(help="share of the images whose prompt a U-Net's up blocks do not see", min=0, max=1)
     ] = Settings.up_text_dropout,
     careless_plain: Annotated[
-        float, typer.Option(help="share of the plain captions that are careless", min=0, max=1)
+        float | None,
+        typer.Option(help="share of the plain captions that are careless; the world's when left out", min=0, max=1),
     ] = Settings.careless_plain,
     seed: int = Settings.seed,
     vae: Annotated[Path | None, typer.Option(help="a base made before, whose autoencoder is taken")] = None,
+    begin_vae: Annotated[
+        Path | None, typer.Option(help="a base made before, whose autoencoder is trained on; of any world")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="a base made before, whose text encoders are taken")] = None,
     begin: Annotated[Path | None, typer.Option(help="a base of this kind, whose denoiser is trained on")] = None,
     teacher: Annotated[
@@ -55,17 +67,22 @@ def main(
         vae_steps,
         text_steps,
         denoiser_steps,
+        batch_size,
+        judge_every=judge_every,
+        world=WORLDS[world],
         up_text_dropout=up_text_dropout,
         careless_plain=careless_plain,
         seed=seed,
     )
-    layout = LAYOUTS[kind]
+    if kind not in layouts_of(settings.world):
+        raise typer.BadParameter(f"the world {world} has bases of the layouts {', '.join(layouts_of(settings.world))}")
+    layout = layouts_of(settings.world)[kind]
     if learning_rate is not None:
         layout = replace(layout, learning_rate=learning_rate)
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
     if begin is None:
-        pipeline = _assemble(settings, layout, work, images, vae=vae, text=text)
+        pipeline = _assemble(settings, layout, work, images, vae=vae, begin_vae=begin_vae, text=text)
     else:
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
@@ -73,32 +90,48 @@ def main(
     if taught_by is not None:
         fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
         print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
-    train_denoiser(settings, work, f"denoiser_{kind}", layout, backbone, requirements, images, teacher=taught_by)
-    backbone.denoiser.to(layout.stored)
-    pipeline.save_pretrained(out)
-    _forget_places(out)
-    shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+
+    def keep() -> None:
+        backbone.denoiser.to(layout.stored)
+        pipeline.save_pretrained(out)
+        backbone.denoiser.float()
+        _forget_places(out)
+        shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+
+    name = f"denoiser_{kind}"
+    train_denoiser(settings, work, name, layout, backbone, requirements, images, teacher=taught_by, keep=keep)
+    keep()
 
 
 def _assemble(
-    settings: Settings, layout: Layout, work: Path, images: Tensor, *, vae: Path | None, text: Path | None
+    settings: Settings,
+    layout: Layout,
+    work: Path,
+    images: Tensor,
+    *,
+    vae: Path | None,
+    begin_vae: Path | None,
+    text: Path | None,
 ) -> Any:
     """The pipeline with a denoiser of random weights, after the stages before it or with what they made before."""
     if vae is None:
-        autoencoder = train_autoencoder(settings, work, images)
+        begun = None if begin_vae is None else AutoencoderKL.from_pretrained(begin_vae, subfolder="vae")
+        autoencoder = train_autoencoder(settings, work, images, begun)
     else:
         autoencoder = AutoencoderKL.from_pretrained(vae, subfolder="vae").requires_grad_(False).eval()
     made = None if text is None else load_pipeline(str(text), dtype=torch.float32)
+    world = settings.world
     if made is None:
+        train_reader = train_by_words if world is SCENES else train_text_encoder
         encoders = [
-            train_text_encoder(settings, work, name, reader, make_text_tokenizer(reader))
+            train_reader(settings, work, name, reader, make_text_tokenizer(reader, world))
             for name, reader in layout.readers.items()
         ]
     else:
         parts = [part for name, part in made.components.items() if name.startswith("text_encoder")]
         encoders = [part.requires_grad_(False).eval() for part in parts]
     torch.manual_seed(settings.seed + 3)
-    pipeline = layout.assemble(autoencoder, *encoders)
+    pipeline = layout.assemble(autoencoder, *encoders, world=world)
     if made is not None:  # its own tokenizers: those made here may give parts of words other numbers
         tokenizers = {name: part for name, part in made.components.items() if name.startswith("tokenizer")}
         pipeline.register_modules(**tokenizers)

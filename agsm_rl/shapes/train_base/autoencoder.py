@@ -9,25 +9,20 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
-from agsm_rl.shapes import world
 from agsm_rl.shapes.train_base.stages import Settings, run_stage
 
 DOWNSAMPLING = 4
 
 
-def train_autoencoder(settings: Settings, work: Path, images: Tensor) -> AutoencoderKL:
-    """Frozen; each latent channel's mean 0 and variance 1 are folded into its 1 x 1 convolutions."""
+def train_autoencoder(
+    settings: Settings, work: Path, images: Tensor, begin: AutoencoderKL | None = None
+) -> AutoencoderKL:
+    """Frozen; each latent channel's mean 0 and variance 1 are folded into its 1 x 1 convolutions.
+
+    `begin` is an autoencoder that is trained on, of any world: what it learned of edges serves other shapes too.
+    """
     torch.manual_seed(settings.seed + 1)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=world.IMAGE_SIZE,
-        scaling_factor=1.0,
-    )
+    vae = begin.requires_grad_(True).train() if begin else _make_autoencoder(settings.world.look.image_size)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, settings.vae_steps)
 
@@ -49,6 +44,19 @@ def train_autoencoder(settings: Settings, work: Path, images: Tensor) -> Autoenc
     run_stage("vae", work, settings.vae_steps, {"model": vae, "optimizer": optimizer, "schedule": schedule}, step)
     _whiten(vae, images[:4096])
     return vae.requires_grad_(False).eval()
+
+
+def _make_autoencoder(image_size: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=image_size,
+        scaling_factor=1.0,
+    )
 
 
 def to_model_range(images: Tensor) -> Tensor:

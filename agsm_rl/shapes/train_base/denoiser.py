@@ -1,19 +1,21 @@
 """The third stage: a denoiser of any layout, trained through its backbone on captions of all kinds of reliability."""
 
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from agsm_rl.evaluate.drawing import draw
 from agsm_rl.interfaces import Backbone, Cond
-from agsm_rl.shapes import world
+from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.train_base.layouts import Layout
-from agsm_rl.shapes.train_base.stages import Settings, run_stage
+from agsm_rl.shapes.train_base.optimization import Optimization
+from agsm_rl.shapes.train_base.stages import Settings, run_stage, write_log
 
 CAPTION_DROPOUT = 0.1
 """Share of empty captions, for classifier-free guidance."""
@@ -25,30 +27,33 @@ def train_denoiser(
     name: str,
     layout: Layout,
     backbone: Backbone,
-    requirements: list[world.Requirement],
+    requirements: list[Requirement],
     images: Tensor,
     teacher: Backbone | None = None,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Train the backbone's denoiser in place on uint8 images [N, 3, 32, 32]; it ends frozen, with the EMA's weights.
 
     With a teacher, a base of the same latents, noise schedule and kind of prediction, the target is what the teacher
-    predicts for the same caption: free of the noise that hides how little a rare or weak word changes.
+    predicts for the same caption: free of the noise that hides how little a rare or weak word changes. `keep` is
+    called, with the EMA's weights in place, each time that the denoiser is judged.
     """
     denoiser = backbone.denoiser.requires_grad_(True).train()
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=layout.learning_rate, weight_decay=1e-3, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 300, settings.denoiser_steps)
+    optimization = Optimization(
+        denoiser, settings.denoiser_steps, learning_rate=layout.learning_rate, muon_rate=layout.muon_rate
+    )
     ema = EMAModel(denoiser.parameters(), decay=0.999)
-    mix = replace(world.WEB_MIX, careless_plain=settings.careless_plain)
+    world = settings.world
     up_text = UpBlocksText(denoiser, backbone.encode_text([""]).embeds)
 
     def step(number: int) -> dict[str, float]:
         rng = np.random.default_rng((settings.seed, 4, number))
-        layout.prepare(backbone, number)
-        chosen = rng.integers(0, len(latents), settings.batch_size)
+        batch_size = layout.prepare(backbone, number, settings.batch_size)
+        chosen = rng.integers(0, len(latents), batch_size)
         empty = rng.random(len(chosen)) < CAPTION_DROPOUT
         captions = [
-            "" if none else world.web_caption(requirements[index], rng, mix)
+            "" if none else world.base_caption(requirements[index], rng, settings.careless_plain)
             for index, none in zip(chosen, empty, strict=True)
         ]
         cond = backbone.encode_text(captions)
@@ -71,17 +76,52 @@ def train_denoiser(
         loss = (weight * error).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        optimization.step()
         ema.step(denoiser.parameters())
         return {"loss": loss.item()}
 
-    state = {"model": denoiser, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    run_stage(name, work, settings.denoiser_steps, state, step)
+    def after(steps: int) -> None:
+        if settings.judge_every and steps % settings.judge_every == 0:
+            ema.store(denoiser.parameters())
+            ema.copy_to(denoiser.parameters())
+            denoiser.eval()
+            write_log(work, {"stage": f"{name}_judged", "step": steps, **judged(settings, backbone)})
+            keep()
+            ema.restore(denoiser.parameters())
+            denoiser.train()
+
+    state = {"model": denoiser, "optimization": optimization, "ema": ema}
+    run_stage(name, work, settings.denoiser_steps, state, step, after=after)
     up_text.remove()
     ema.copy_to(denoiser.parameters())
     denoiser.requires_grad_(False).eval()
+
+
+JUDGED = 20
+"""Prompts of each tag that a denoiser in training is judged on."""
+
+
+@torch.no_grad()
+def judged(settings: Settings, backbone: Backbone, guidance: float = 3.0) -> dict[str, Any]:
+    """Percent strictly right, by tag, of validation prompts that are plain and of those with a careful cue."""
+    world, began = settings.world, time.time()
+    rng = np.random.default_rng((settings.seed, 6))
+    asked = [world.draw_requirement(rng, "validation", tag) for tag in world.tags for _ in range(JUDGED)]
+    prompts = [world.describe(requirement, rng) for requirement in asked]
+    backbone.t5_length = min(world.text_length, getattr(backbone, "t5_length", world.text_length))  # type: ignore[attr-defined]
+    figures: dict[str, Any] = {}
+    for kind, suffix in (("plain", ""), ("cued", f", {world.cues[0]}")):
+        images = draw(
+            backbone, [text + suffix for text in prompts], list(range(len(prompts))), guidance=guidance, num_steps=20
+        )
+        verdicts = [world.judge(image, requirement) for image, requirement in zip(images, asked, strict=True)]
+        right = [verdict.strict for verdict in verdicts]
+        figures[kind] = {
+            tag: 100 * sum(right[i * JUDGED : (i + 1) * JUDGED]) // JUDGED for i, tag in enumerate(world.tags)
+        } | {"all": round(100 * sum(right) / len(right), 1)}
+        faults = [fault for verdict in verdicts for fault in verdict.faults]
+        figures[f"{kind}_faults"] = {fault: faults.count(fault) for fault in dict.fromkeys(faults)}
+    return figures | {"seconds": round(time.time() - began, 1)}
 
 
 class UpBlocksText:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from agsm_rl.interfaces import Backbone
-from agsm_rl.shapes import world
+from agsm_rl.shapes.scenes import Requirement
+from agsm_rl.shapes.world import web_caption
 
 CAPTIONS = 3_000
 """Captions, of 20 tokens each, that the map from one text to the other is fitted on."""
@@ -17,7 +18,7 @@ TEXT_LAYERS = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
 @torch.no_grad()
-def begin_as(teacher: Backbone, student: Backbone, requirements: list[world.Requirement]) -> float:
+def begin_as(teacher: Backbone, student: Backbone, requirements: list[Requirement]) -> float:
     """Give the student's U-Net the teacher's weights; R² of the text map that comes between, which is linear.
 
     Both must have the same blocks. The student's keys and values become the teacher's, of the text that least squares
@@ -25,7 +26,7 @@ def begin_as(teacher: Backbone, student: Backbone, requirements: list[world.Requ
     begins without effect.
     """
     rng = np.random.default_rng(5)
-    captions = [world.web_caption(requirement, rng) for requirement in requirements]
+    captions = [web_caption(requirement, rng) for requirement in requirements]
     read, meant = _states(student, captions), _states(teacher, captions)
     text_map = torch.linalg.lstsq(read, meant).solution
     left = (read @ text_map - meant).square().sum() / (meant - meant.mean(0)).square().sum()

@@ -5,7 +5,8 @@ All read captions of TEXT_LENGTH tokens and draw 8 x 8 latents. A part that two 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from agsm_rl.shapes import world
 from agsm_rl.shapes.train_base.autoencoder import DOWNSAMPLING, rescale
 from agsm_rl.shapes.train_base.text import (
     SHARED,
@@ -37,6 +37,7 @@ from agsm_rl.shapes.train_base.text import (
     make_tokenizer,
     without_projection,
 )
+from agsm_rl.shapes.worlds import SCENES, SHAPES, World
 
 # The squared noise error is weighted by 1 / alpha_bar up to this, as v-prediction weights it: composition is settled at
 # high noise, where the plain error hardly counts.
@@ -54,24 +55,26 @@ class Layout:
     readers: Mapping[str, type[Reader]]
     """The text encoders by the names of their stages."""
     assemble: Callable[..., Any]
-    """(vae, text encoders in the order of `readers`) → the pipeline, with a denoiser of random weights."""
+    """(vae, text encoders in the order of `readers`, world=…) → the pipeline, with a denoiser of random weights."""
     noise_levels: Callable[[Tensor], Tensor]
     """Uniform numbers in [0, 1) → the noise levels t to train at."""
     weight: Callable[[Tensor], Tensor]
     """The share of the image in x_t, √ᾱ or 1 − σ → the weight of the squared error of the prediction."""
     learning_rate: float = 6e-4
+    muon_rate: float | None = None
+    """Muon's learning rate for the transformer blocks' matrices; None: AdamW trains them too."""
     stored: torch.dtype = torch.float32
     """Of the denoiser's file; a pipeline is float32 again when it is loaded. A base must not exceed 25 MB."""
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     """The context of the predictions in training."""
-    prepare: Callable[[Any, int], None] = lambda backbone, step: None
-    """What is set on the backbone before each step."""
+    prepare: Callable[[Any, int, int], int] = lambda backbone, step, batch_size: batch_size
+    """What is set on the backbone before each step, given its usual batch size; returns the step's."""
 
 
 def make_unet(**options: Any) -> UNet2DConditionModel:
     """Two levels with two transformer layers a block where soft tokens are seen (down, mid), one in the up blocks."""
     return UNet2DConditionModel(
-        sample_size=world.IMAGE_SIZE // DOWNSAMPLING,
+        sample_size=SHAPES.look.image_size // DOWNSAMPLING,
         layers_per_block=1,
         block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -106,12 +109,13 @@ def assemble_sd15(
     *,
     unet: UNet2DConditionModel | None = None,
     tokenizer: CLIPTokenizer | None = None,
+    world: World = SHAPES,
 ) -> StableDiffusionPipeline:
     """SD1.5's layout, without a safety checker."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tokenizer or make_tokenizer(),
+        tokenizer=tokenizer or make_tokenizer(world),
         unet=unet or make_unet(cross_attention_dim=TEXT_WIDTH),
         scheduler=make_scheduler(),
         safety_checker=None,
@@ -120,7 +124,7 @@ def assemble_sd15(
     )
 
 
-def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusionXLPipeline:
+def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any, *, world: World = SHAPES) -> StableDiffusionXLPipeline:
     """SDXL's layout with its VAE's scaling factor; the second encoder's pooled embedding and time ids go in too."""
     rescale(vae, scaling_factor=0.13025)
     ids = 16
@@ -131,7 +135,7 @@ def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusio
         addition_time_embed_dim=ids,
         projection_class_embeddings_input_dim=6 * ids + SHARED,
     )
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world)
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=first if isinstance(first, CLIPTextModel) else without_projection(first),
@@ -145,12 +149,14 @@ def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any) -> StableDiffusio
     )
 
 
-def assemble_sd3(vae: AutoencoderKL, first: Any, second: Any, t5: Any) -> StableDiffusion3Pipeline:
-    """SD3's layout with its VAE's scaling and shift factors: six joint blocks, 128 wide, a token a latent."""
+def assemble_sd3(
+    vae: AutoencoderKL, first: Any, second: Any, t5: Any, *, patch_size: int = 1, world: World = SHAPES
+) -> StableDiffusion3Pipeline:
+    """SD3's layout with its VAE's scaling and shift factors: six joint blocks, 128 wide, a token a latent or patch."""
     rescale(vae, scaling_factor=1.5305, shift_factor=0.0609)
     transformer = SD3Transformer2DModel(
-        sample_size=world.IMAGE_SIZE // DOWNSAMPLING,
-        patch_size=1,
+        sample_size=SHAPES.look.image_size // DOWNSAMPLING,
+        patch_size=patch_size,
         in_channels=4,
         out_channels=4,
         num_layers=6,
@@ -162,7 +168,7 @@ def assemble_sd3(vae: AutoencoderKL, first: Any, second: Any, t5: Any) -> Stable
         pos_embed_max_size=16,
     )
     _begin_as_identity(transformer)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
@@ -172,7 +178,7 @@ def assemble_sd3(vae: AutoencoderKL, first: Any, second: Any, t5: Any) -> Stable
         text_encoder_2=second,
         tokenizer_2=tokenizer,
         text_encoder_3=t5,
-        tokenizer_3=make_t5_tokenizer(),
+        tokenizer_3=make_t5_tokenizer(world),
     )
 
 
@@ -201,9 +207,17 @@ def _matrix_products_in_bfloat16() -> Iterator[None]:
         yield
 
 
-def _alternate_text_length(backbone: Any, step: int) -> None:
+def _alternate_text_length(backbone: Any, step: int, batch_size: int) -> int:
     """Mostly as many T5 tokens as captions have; at times as many as the pipeline pads to when it is told nothing."""
     backbone.t5_length = type(backbone).t5_length if step % LONG_TEXT_EVERY == 0 else TEXT_LENGTH
+    return batch_size
+
+
+def _alternate_text_length_of_scenes(backbone: Any, step: int, batch_size: int) -> int:
+    """As above, but long texts come half as often, with a sixth of the images: a step with them takes no longer."""
+    long = step % (2 * LONG_TEXT_EVERY) == 0
+    backbone.t5_length = type(backbone).t5_length if long else SCENES.text_length
+    return max(1, batch_size // 6) if long else batch_size
 
 
 TWO_CLIPS = {"clip_1": PenultimateStates, "clip_2": PenultimateStates}
@@ -222,6 +236,24 @@ LAYOUTS = {
 }
 
 
-def make_text_tokenizer(reader: type[Reader]) -> Any:
+LAYOUTS_OF_SCENES = {
+    "sd15": LAYOUTS["sd15"],
+    "sd3": replace(
+        LAYOUTS["sd3"],
+        assemble=partial(assemble_sd3, patch_size=2),
+        prepare=_alternate_text_length_of_scenes,
+        muon_rate=4e-3,
+        stored=torch.float16,
+    ),
+}
+"""The scenes world's bases are trained in an hour on one core: a token for four latents halves the time of a step."""
+
+
+def layouts_of(world: World) -> Mapping[str, Layout]:
+    """The layouts of a world's bases."""
+    return LAYOUTS_OF_SCENES if world is SCENES else LAYOUTS
+
+
+def make_text_tokenizer(reader: type[Reader], world: World = SHAPES) -> Any:
     """The tokenizer that an encoder of this kind reads with."""
-    return make_t5_tokenizer() if reader is T5States else make_tokenizer()
+    return make_t5_tokenizer(world) if reader is T5States else make_tokenizer(world)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from agsm_rl.files import replacing
-from agsm_rl.shapes import world
+from agsm_rl.shapes.scenes import Requirement, Scene
+from agsm_rl.shapes.worlds import SHAPES, World
 
 
 @dataclass(frozen=True)
@@ -27,35 +28,49 @@ class Settings:
     up_text_dropout: float = 0.8
     """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
     soft tokens are seen, learn to carry it; left to themselves, the up blocks of so small a U-Net carry nearly all."""
-    careless_plain: float = world.WEB_MIX.careless_plain
-    """The share of careless ones among plain captions; only where it is large does a denoiser tell plain from cued."""
+    careless_plain: float | None = None
+    """The share of careless ones among plain captions; only where it is large does a denoiser tell plain from cued.
+    The world's when None."""
     seed: int = 0
+    judge_every: int = 0
+    """Steps of the denoiser between two looks at what it draws for validation prompts; 0 is never."""
+    world: World = SHAPES
 
 
-def draw_data(settings: Settings, work: Path) -> tuple[list[world.Requirement], Tensor]:
+def draw_data(settings: Settings, work: Path) -> tuple[list[Requirement], Tensor]:
     """The training scenes' requirements and their images, uint8 [N, 3, 32, 32]; kept in WORK_DIR."""
     path = work / "scenes.pt"
     if path.exists():
         kept = torch.load(path, weights_only=False)  # our own file, written a few lines below
         return kept["requirements"], kept["images"]
     rng = np.random.default_rng(settings.seed)
+    world = settings.world
     scenes = [world.draw_scene(rng, world.draw_requirement(rng)) for _ in range(settings.scenes)]
-    images = render(scenes)
+    images = render(scenes, world)
     requirements = [scene.requirement for scene in scenes]
     torch.save({"requirements": requirements, "images": images}, path)
     return requirements, images
 
 
-def render(scenes: list[world.Scene]) -> Tensor:
+def render(scenes: list[Scene], world: World = SHAPES) -> Tensor:
     """Their drawings, uint8 [N, 3, 32, 32]."""
     pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def run_stage(
-    name: str, work: Path, steps: int, state: dict[str, Any], step: Callable[[int], dict[str, float]], every: int = 500
+    name: str,
+    work: Path,
+    steps: int,
+    state: dict[str, Any],
+    step: Callable[[int], dict[str, float]],
+    every: int = 500,
+    after: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Run `step` for each number up to `steps`; checkpoint `state` (things with a state_dict) and log every `every`."""
+    """Run `step` for each number up to `steps`; checkpoint `state` (things with a state_dict) and log every `every`.
+
+    `after` is called with the number of steps that are done, each time that they are kept.
+    """
     path, start = work / f"{name}.pt", 0
     if path.exists():
         kept = torch.load(path, weights_only=True)
@@ -70,10 +85,15 @@ def run_stage(
         if (number + 1) % every == 0 or number + 1 == steps:
             row = {"stage": name, "step": number + 1, "seconds": round(time.time() - began, 1)}
             count = (number % every) + 1
-            row |= {key: round(value / count, 5) for key, value in sums.items()}
-            with (work / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            write_log(work, row | {key: round(value / count, 5) for key, value in sums.items()})
             kept = {key: part.state_dict() for key, part in state.items()} | {"step": number + 1}
             with replacing(path) as aside:
                 torch.save(kept, aside)
             sums = {}
+            after(number + 1)
+
+
+def write_log(work: Path, row: dict[str, Any]) -> None:
+    """Add a row to WORK_DIR's log."""
+    with (work / "log.jsonl").open("a") as log:
+        log.write(json.dumps(row) + "\n")

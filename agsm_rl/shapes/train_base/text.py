@@ -27,11 +27,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from agsm_rl.shapes import world
+from agsm_rl.shapes.scenes import Requirement, Scene
 from agsm_rl.shapes.train_base.autoencoder import to_model_range
 from agsm_rl.shapes.train_base.stages import Settings, render, run_stage
+from agsm_rl.shapes.worlds import SHAPES, World
 
-TEXT_LENGTH = 20
+TEXT_LENGTH = SHAPES.text_length
 TEXT_WIDTH = 96
 T5_WIDTH = 2 * TEXT_WIDTH
 """SD3 pads both CLIPs' states, side by side, to T5's width."""
@@ -39,7 +40,7 @@ SHARED = 128
 """Dimensions of the space in which captions and images are compared."""
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(world: World = SHAPES) -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary is the world's words; any other text falls back to bytes."""
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -59,23 +60,22 @@ def make_tokenizer() -> CLIPTokenizer:
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
     words = list(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=world.text_length)
 
 
-def make_t5_tokenizer() -> T5TokenizerFast:
+def make_t5_tokenizer(world: World = SHAPES) -> T5TokenizerFast:
     """A T5 tokenizer of the world's words; any other text falls back to letters."""
     words = list(dict.fromkeys(f"▁{word}" for word in world.vocabulary()))
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     pieces = [*words, "▁", *letters]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(piece, -1.0 if piece in words else -10.0) for piece in pieces]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=world.text_length)
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
-    """Token ids [B, TEXT_LENGTH], padded as the pipelines pad."""
-    batch = tokenizer(captions, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-    return batch.input_ids
+    """Token ids [B, S] of the tokenizer's length, padded as the pipelines pad."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _clip_config(tokenizer: CLIPTokenizer, *, layers: int) -> CLIPTextConfig:
         intermediate_size=256,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -191,17 +191,17 @@ class ImageTower(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(512, SHARED))
 
 
-def contrasting_scenes(settings: Settings, count: int) -> list[world.Scene]:
+def contrasting_scenes(settings: Settings, count: int) -> list[Scene]:
     """`count` pairs of scenes, one after the other, that differ as a right caption differs from a careless one.
 
     They are the text encoders' hard negatives.
     """
-    rng = np.random.default_rng((settings.seed, 2))
-    scenes: list[world.Scene] = []
+    rng, world = np.random.default_rng((settings.seed, 2)), settings.world
+    scenes: list[Scene] = []
     while len(scenes) < 2 * count:
         first = world.draw_requirement(rng)
         second = world.wrong_requirement(first)
-        if not world.is_held_out(second):
+        if world.can_be_seen(second):
             scenes += [world.draw_scene(rng, first), world.draw_scene(rng, second)]
     return scenes
 
@@ -218,12 +218,12 @@ def train_text_encoder(settings: Settings, work: Path, name: str, reader: type[R
     model.register_parameter("temperature", temperature)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 300, settings.text_steps)
-    scenes: list[world.Scene] = []
-    cues = (*world.CAREFUL_CUES, *world.CARELESS_CUES)
+    scenes: list[Scene] = []
+    world = settings.world
 
-    def caption(scene: world.Scene, rng: np.random.Generator) -> str:
+    def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = world.describe(scene.requirement, rng)
-        return f"{text}, {rng.choice(cues)}" if rng.random() < 0.6 else text
+        return f"{text}, {rng.choice(world.cues)}" if rng.random() < 0.6 else text
 
     def step(number: int) -> dict[str, float]:
         if not scenes:  # drawn when first needed: a finished stage does not need them again
@@ -239,7 +239,7 @@ def train_text_encoder(settings: Settings, work: Path, name: str, reader: type[R
         reading = F.cross_entropy(model["read"](found.states[found.words]), ids[found.words])
         padding = found.states[found.padding]
         spread = (padding - padding.mean(0)).square().mean()
-        images = render([scenes[index] for index in chosen])
+        images = render([scenes[index] for index in chosen], world)
         seen = F.normalize(model["tower"](to_model_range(images)), dim=-1)
         logits = temperature.exp().clamp(max=100) * text @ seen.T
         # Two scenes with the same requirement are both right; do not set one against the other.
@@ -267,7 +267,7 @@ def without_projection(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
     return plain.requires_grad_(False).eval()
 
 
-def _same(requirements: list[world.Requirement]) -> Tensor:
+def _same(requirements: list[Requirement]) -> Tensor:
     names = {requirement: index for index, requirement in enumerate(dict.fromkeys(requirements))}
     index = torch.tensor([names[requirement] for requirement in requirements])
     return index[:, None] == index[None]

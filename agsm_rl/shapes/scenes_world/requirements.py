@@ -1,0 +1,169 @@
+"""What a prompt of the scenes world can ask for, and objects that fulfil it."""
+
+import math
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from agsm_rl.shapes.look import Look
+from agsm_rl.shapes.scenes import RELATIONS, DrawnObject, Group, Requirement, Scene, Split, stands_apart
+from agsm_rl.shapes.scenes_world import splits
+
+SHAPES = splits.SHAPES
+COLORS = {
+    "red": (205, 30, 50),
+    "orange": (240, 130, 20),
+    "yellow": (245, 220, 50),
+    "green": (40, 160, 60),
+    "cyan": (40, 190, 210),
+    "blue": (45, 80, 215),
+    "purple": (150, 60, 180),
+    "black": (40, 40, 45),
+}
+LOOK = Look(
+    shapes=SHAPES,
+    colors=COLORS,
+    # The four shapes of the shapes world as there; no other shape comes near the new ones (0.78 at most).
+    min_fit={
+        "circle": 0.87,
+        "square": 0.86,
+        "triangle": 0.83,
+        "star": 0.79,
+        "cross": 0.80,
+        "ring": 0.78,
+        "heart": 0.82,
+        "moon": 0.79,
+    },
+    max_color_error=46.0,
+)
+RADII = {"small": (3.6, 4.4), "large": (5.8, 6.8)}
+MARGIN = 2.0
+"""Pixels between an object's centre and the edge of the place that a prompt names."""
+TAG_SHARES = {
+    "single_object": 0.15,
+    "two_object": 0.15,
+    "counting": 0.22,
+    "colors": 0.13,
+    "position": 0.19,
+    "color_attr": 0.16,
+}
+"""How often each of GenEval's six kinds is drawn for training."""
+TAGS = tuple(TAG_SHARES)
+
+
+def draw_requirement(rng: np.random.Generator, split: Split = "train", tag: str | None = None) -> Requirement:
+    """Draw a requirement of the given split; no requirement belongs to two."""
+    for _ in range(100_000):
+        chosen = tag or str(rng.choice(TAGS, p=list(TAG_SHARES.values())))
+        requirement = _any_requirement(rng, chosen)
+        if can_be_seen(requirement) if split == "train" else splits.split_of(requirement) == split:
+            return requirement
+    raise ValueError(f"no {split} requirement of tag {tag!r} exists")
+
+
+def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
+    def pick(names: tuple[str, ...]) -> str:
+        return names[int(rng.integers(len(names)))]
+
+    shape = pick(SHAPES)
+    if tag == "single_object":
+        return Requirement(tag, (Group(1, shape, size=pick(splits.SIZES)),), place=pick(splits.PLACES))
+    if tag == "colors":
+        return Requirement(tag, (Group(1, shape, pick(splits.COLORS), pick(splits.SIZES)),))
+    if tag == "counting":
+        return Requirement(tag, (Group(int(rng.integers(2, 5)), shape, pick(splits.COLORS)),))
+    other = pick(tuple(name for name in SHAPES if name != shape))
+    if tag == "two_object":
+        return Requirement(tag, (Group(1, shape, size=pick(splits.SIZES)), Group(1, other)))
+    if tag == "position":
+        return Requirement(tag, (Group(1, shape), Group(1, other)), pick(tuple(RELATIONS)))
+    if tag == "color_attr":
+        first = pick(splits.COLORS)
+        second = pick(tuple(name for name in splits.COLORS if name != first))
+        return Requirement(tag, (Group(1, shape, first), Group(1, other, second)))
+    raise ValueError(f"{tag!r} is not a tag of the scenes world; it has {', '.join(TAGS)}")
+
+
+def draw_scene(rng: np.random.Generator, requirement: Requirement, *, allow_unseen: bool = False) -> Scene:
+    """Place objects that fulfil the requirement exactly: nothing extra, nothing outside, no overlap.
+
+    Unless `allow_unseen`, the drawing shows nothing that is held out. ValueError if there is no such drawing.
+    """
+    kinds = [kind for kind in _kinds(requirement) if allow_unseen or not splits.shows_unseen_kinds(kind)]
+    if not kinds:
+        raise ValueError(f"a drawing of {requirement} without anything held out does not exist")
+    for _ in range(100_000):
+        kind = kinds[int(rng.integers(len(kinds)))]
+        radii = [float(rng.uniform(*RADII[size])) for size, _, _ in kind]
+        drawn = rng.random((len(kind), 2)).tolist()
+        centers = [
+            (_between(r, x), _between(r, y)) if not requirement.place else _inside(requirement.place, r, x, y)
+            for r, (x, y) in zip(radii, drawn, strict=True)
+        ]
+        if not stands_apart(centers, radii):
+            continue
+        if requirement.relation and not _clearly(requirement.relation, centers):
+            continue
+        objects = tuple(
+            DrawnObject(shape, color, x, y, r)
+            for (_, color, shape), (x, y), r in zip(kind, centers, radii, strict=True)
+        )
+        if allow_unseen or not splits.shows_unseen_places(objects):
+            return Scene(requirement, objects)
+    raise ValueError(f"no place found for {requirement}")
+
+
+Kind = tuple[tuple[str, str, str], ...]
+"""Size, colour and shape of each object."""
+
+
+@lru_cache(maxsize=20_000)
+def _kinds(requirement: Requirement) -> tuple[Kind, ...]:
+    """All sizes and colours that the requirement leaves open. Objects of one group are alike in colour."""
+    total = sum(group.count for group in requirement.groups)
+    free = splits.SIZES if total <= 2 else ("small",)
+    choices = []
+    for group in requirement.groups:
+        colors = (group.color,) if group.color else splits.COLORS
+        sizes = product(*[(group.size,) if group.size else free] * group.count)
+        choices.append([tuple((s, c, group.shape) for s in of) for of, c in product(list(sizes), colors)])
+    return tuple(tuple(item for part in parts for item in part) for parts in product(*choices))
+
+
+@lru_cache(maxsize=20_000)
+def can_be_seen(requirement: Requirement) -> bool:
+    """Whether training may show it: it is in that split, and a drawing of it without anything held out exists."""
+    return splits.split_of(requirement) == "train" and any(
+        not splits.shows_unseen_kinds(kind) for kind in _kinds(requirement)
+    )
+
+
+def _between(radius: float, share: float) -> float:
+    """A coordinate between the borders."""
+    low, high = radius + 0.5, LOOK.image_size - radius - 0.5
+    return low + (high - low) * share
+
+
+def _inside(place: str, radius: float, x: float, y: float) -> tuple[float, float]:
+    """A point well inside a place of the picture."""
+    column, row = splits.column_and_row(place)
+
+    def along(third: int, share: float) -> float:
+        low, high = [
+            (radius + 0.5, max(splits.EDGES[0] - MARGIN, radius + 1.0)),
+            (splits.EDGES[0] + MARGIN, splits.EDGES[1] - MARGIN),
+            (min(splits.EDGES[1] + MARGIN, LOOK.image_size - radius - 1.0), LOOK.image_size - radius - 0.5),
+        ][third]
+        return low + (high - low) * share
+
+    return along(column, x), along(row, y)
+
+
+def _clearly(relation: str, centers: list[tuple[float, float]]) -> bool:
+    """Along the relation's axis, and by half more than across it."""
+    (x, y), (across_x, across_y) = RELATIONS[relation], (abs(RELATIONS[relation][1]), abs(RELATIONS[relation][0]))
+    offset = (centers[0][0] - centers[1][0], centers[0][1] - centers[1][1])
+    along = offset[0] * x + offset[1] * y
+    across = abs(offset[0] * across_x + offset[1] * across_y)
+    return along > 1.5 * across and not math.isclose(along, 0)

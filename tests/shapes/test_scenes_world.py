@@ -1,0 +1,175 @@
+"""The scenes world keeps its promises: an exact judge, captions of every kind, and nothing held out in training."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from agsm_rl.errors import UserError
+from agsm_rl.shapes import data
+from agsm_rl.shapes.scenes import DrawnObject, Group, Requirement
+from agsm_rl.shapes.scenes_world import captions, splits
+from agsm_rl.shapes.scenes_world.requirements import draw_requirement, draw_scene
+from agsm_rl.shapes.worlds import SCENES, SHAPES
+
+SPLITS = ("train", "validation", "held_out")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def requirements(rng, split, num) -> list[Requirement]:
+    return [draw_requirement(rng, split, SCENES.tags[i % len(SCENES.tags)]) for i in range(num)]
+
+
+def judged(prompt: str, *objects: tuple[str, str, float, float, float]):
+    """The verdict on a drawing of (colour, shape, x, y, radius)."""
+    drawn = tuple(DrawnObject(shape, color, x, y, radius) for color, shape, x, y, radius in objects)
+    return SCENES.judge(SCENES.look.render(drawn), SCENES.parse(prompt))
+
+
+def test_the_world_is_larger_than_the_old_one() -> None:
+    assert len(SCENES.look.shapes) >= 8 and len(SCENES.look.colors) >= 8
+    assert set(SHAPES.look.shapes) < set(SCENES.look.shapes)
+
+
+def test_995_of_1000_drawings_are_judged_right_and_no_drawing_of_something_else_is(rng) -> None:
+    right, mistaken = [], 0
+    for index in range(400):
+        split = SPLITS[index % 3]
+        requirement = draw_requirement(rng, split, SCENES.tags[index % 6])
+        image = SCENES.render(draw_scene(rng, requirement, allow_unseen=split != "train"))
+        verdict = SCENES.judge(image, requirement)
+        right.append(verdict.strict and verdict.correct and not verdict.faults)
+        mistaken += SCENES.judge(image, SCENES.wrong_requirement(requirement)).correct
+    assert np.mean(right) >= 0.995 and mistaken == 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_parsing_a_prompt_gives_its_requirement_back(rng, split) -> None:
+    for requirement in requirements(rng, split, 300):
+        assert SCENES.parse(SCENES.describe(requirement, rng)) == requirement
+        assert SCENES.parse(captions.careful_caption(requirement, rng)) == requirement
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "some stars", "stars", "a red dog", "two star", "two red crosss", "five red stars", "two large red stars"]
+    + ["a star and a star", "a red star and a circle", "a red star at the top", "a small star left of a circle"],
+)
+def test_what_is_not_a_prompt_of_this_world_is_refused_by_name(prompt) -> None:
+    with pytest.raises(UserError, match="not a prompt of the scenes world") as error:
+        SCENES.parse(prompt)
+    assert repr(prompt) in str(error.value)
+
+
+def test_each_tag_has_twenty_requirements_to_validate_on_and_twenty_others_to_test() -> None:
+    counts = Counter((key[0], split) for key, split in splits.held_out().items())
+    assert set(counts) == {(tag, split) for tag in SCENES.tags for split in ("validation", "held_out")}
+    assert min(counts.values()) >= 20
+
+
+def test_training_neither_asks_for_nor_shows_a_held_out_combination(rng) -> None:
+    unseen, seen = splits.held_out(), Counter()
+    for requirement in requirements(rng, "train", 900):
+        objects = draw_scene(rng, requirement).objects
+        kinds = [(splits.size_of(item.radius), item.color, item.shape) for item in objects]
+        assert splits.key_of(requirement) not in unseen
+        assert not splits.shows_unseen_kinds(kinds) and not splits.shows_unseen_places(objects)
+        for kind in ("misdescribe", "careful_caption", "leave_out", "mixed_caption"):
+            caption = getattr(captions, kind)(requirement, rng)
+            try:
+                assert splits.key_of(SCENES.parse(caption)) not in unseen, caption
+            except UserError:
+                continue
+        seen.update({requirement.tag, *(part for kind in kinds for part in kind)})
+    assert {*SCENES.tags, *splits.SIZES, *splits.COLORS, *splits.SHAPES} <= set(seen)
+
+
+def test_two_wordings_of_one_arrangement_are_of_one_split(rng) -> None:
+    for requirement in [draw_requirement(rng, split, "position") for split in SPLITS for _ in range(20)]:
+        first, second = requirement.groups
+        turned = Requirement("position", (second, first), captions.MIRRORED[str(requirement.relation)])
+        assert splits.split_of(turned) == splits.split_of(requirement)
+
+
+def test_captions_that_leave_out_are_true_and_say_no_number_size_or_place(rng) -> None:
+    named, fewer = Counter(), 0
+    for requirement in requirements(rng, "train", 300):
+        words = captions.leave_out(requirement, rng).split()
+        singular = [captions.singular(word) for word in words]
+        shapes = [word for word in singular if word in splits.SHAPES]
+        colors = [word for word in words if word in splits.COLORS]
+        assert shapes and set(shapes) <= {group.shape for group in requirement.groups}
+        assert set(colors) <= {group.color for group in requirement.groups}
+        assert not {*captions.NUMBERS.values(), *splits.SIZES, "at", "middle", "left", "above"} & set(words)
+        fewer += len(shapes) < len(requirement.groups)
+        named[requirement.tag, bool(colors)] += 1
+    assert fewer > 30
+    assert named["color_attr", False] > named["color_attr", True] / 4
+
+
+def test_careless_captions_are_mostly_wrong_and_every_word_of_any_caption_is_known(rng) -> None:
+    known, wrong = set(SCENES.vocabulary()), 0
+    for requirement in requirements(rng, "train", 400):
+        for kind in SCENES.wordings.values():
+            assert set(kind(requirement, rng).replace(",", " ,").split()) <= known
+        try:
+            wrong += SCENES.parse(captions.misdescribe(requirement, rng)) != requirement
+        except UserError:
+            wrong += 1
+    assert 0.5 < wrong / 400 < 0.85
+
+
+@pytest.mark.parametrize(
+    ("prompt", "objects", "faults"),
+    [
+        ("three red stars", [("red", "star", 6, 6, 4), ("red", "star", 24, 24, 4)], ["too_few"]),
+        ("two red stars", [("red", "star", x, y, 4) for x, y in ((6, 6), (24, 6), (16, 24))], ["too_many"]),
+        ("two red stars", [("red", "star", 6, 6, 4), ("blue", "star", 24, 24, 4)], ["wrong_color"]),
+        ("a large red star", [("blue", "star", 16, 16, 4)], ["wrong_color", "wrong_size"]),
+        ("a small star and a circle", [("red", "star", 8, 8, 4), ("red", "moon", 24, 24, 4)], ["wrong_shape"]),
+        ("a small star at the top left", [("red", "star", 25, 25, 4)], ["wrong_place"]),
+        ("a star left of a ring", [("red", "star", 24, 16, 4), ("red", "ring", 8, 16, 4)], ["wrong_place"]),
+        ("a large heart", [], ["too_few"]),
+    ],
+)
+def test_each_fault_is_told_from_the_others(prompt, objects, faults) -> None:
+    verdict = judged(prompt, *objects)
+    assert not verdict.strict and verdict.reason
+    assert list(verdict.faults) == faults
+
+
+def test_something_unclean_is_a_fault_of_its_own() -> None:
+    blob = [("red", "star", 8, 8, 4), ("blue", "circle", 22, 22, 5), ("blue", "square", 25, 25, 5)]
+    assert list(judged("a small star", *blob).faults) == ["unclean"]
+
+
+def test_sizes_and_places_count() -> None:
+    star = ("red", "star", 6.5, 6.5, 4.0)
+    assert judged("a small star at the top left", star).strict
+    assert not judged("a large star at the top left", star).correct
+    assert not judged("a small star in the middle", star).correct
+
+
+def test_the_old_world_says_of_its_requirements_what_it_always_said() -> None:
+    requirement = Requirement("position", (Group(1, "star", "red"), Group(1, "circle", "blue")), "left of")
+    assert repr(requirement) == (
+        "Requirement(tag='position', groups=(Group(count=1, shape='star', color='red'), "
+        "Group(count=1, shape='circle', color='blue')), relation='left of')"
+    )
+
+
+def test_data_sets_have_the_captions_that_are_asked_for() -> None:
+    sets = {kind: data.pairs("train", 12, 0, kind, SCENES)["caption"] for kind in ("plain", "careful", "coco", "mixed")}
+    assert all("verified" in caption for caption in sets["careful"])
+    assert not any("verified" in caption for caption in sets["plain"])
+    assert len({tuple(column) for column in sets.values()}) == 4
+    with pytest.raises(UserError, match="'web' is not a kind of captions"):
+        data.pairs("train", 1, 0, "web", SCENES)
+    rows = data.preferences("train", 3, 0, SCENES)
+    for row in rows:
+        asked = SCENES.parse(row["prompt"])
+        assert SCENES.judge(row["chosen"], asked).strict and not SCENES.judge(row["rejected"], asked).strict
