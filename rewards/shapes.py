@@ -1,6 +1,7 @@
 """The judges of the drawn worlds as rewards: 1 for a drawing that shows its prompt and nothing else."""
 
-from typing import ClassVar, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +63,11 @@ class ScenesReward(ShapesReward):
 
     name = "scenes"
     world: ClassVar[World] = SCENES
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """UserError for a prompt outside the world, before anything is drawn."""
+        for prompt in prompts:
+            self.world.parse(prompt)
 
 
 def graded_score(verdict: Verdict, requirement: Requirement) -> float:

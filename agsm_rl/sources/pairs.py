@@ -51,7 +51,7 @@ class Pairs(Source):
             order.
         cache: Keep what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the
             text.
-        captions: Of a drawn world, how its captions are written (docs/data.md): `plain` (null), `careful`; of
+        captions: Of a drawn world, how its captions are written (docs/scenes.md): `plain` (null), `careful`; of
             `builtin:scenes` also `careless`, `coco` and `mixed`; of `builtin:shapes` also `web`.
     """
 

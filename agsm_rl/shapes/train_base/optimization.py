@@ -1,7 +1,7 @@
 """The denoiser's optimizer: AdamW for all of it, or Muon for a transformer's matrices and AdamW for the rest.
 
 Muon (Keller Jordan, 2024) turns each matrix's momentum into the nearest orthogonal one. On the scenes world's SD3 it
-reached in equal time what AdamW did not (docs/results/scenes.md).
+reached in equal time what AdamW did not (docs/scenes.md).
 """
 
 from typing import Any
