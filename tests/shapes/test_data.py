@@ -9,6 +9,7 @@ import pytest
 from agsm_rl.errors import UserError
 from agsm_rl.shapes import data, world
 from agsm_rl.shapes.judge import judge
+from agsm_rl.shapes.worlds import SHAPES
 
 
 def test_plain_and_careful_captions_describe_their_images() -> None:
@@ -32,7 +33,7 @@ def test_rows_are_fixed_by_seed_and_number_alone() -> None:
 
 
 def test_a_seed_gives_the_drawings_that_the_bases_were_trained_on() -> None:
-    scene, caption = data._pair("train", 0, 3, "plain")
+    scene, caption = data._pair(SHAPES, "train", 0, 3, "plain")
     assert caption == "a drawing of a triangle and a star"
     assert [(item.shape, item.color) for item in scene.objects] == [("triangle", "purple"), ("star", "red")]
     placed = [(item.x, item.y, item.radius) for item in scene.objects]
@@ -103,4 +104,4 @@ def test_an_unknown_split_or_kind_of_captions_is_refused_with_the_nearest() -> N
     with pytest.raises(UserError, match="Did you mean 'held_out'"):
         data.prompts("heldout", 1, seed=0)
     with pytest.raises(UserError, match="Did you mean 'careful'"):
-        data.pairs("train", 1, seed=0, captions="carefull")  # type: ignore[arg-type]
+        data.pairs("train", 1, seed=0, captions="carefull")
