@@ -43,6 +43,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     callbacks: Sequence[Callback] = (),
+    evaluate: bool = True,
     evaluate_later: Sequence[Evaluate] = (),
 ) -> Path:
     """Train a recipe (from `Recipe.from_yaml`) in a run folder, and return the folder.
@@ -53,8 +54,8 @@ def train(
         resume: Continue the run in `run_dir` from its newest good checkpoint.
         console: Where progress and summaries are printed. None is stderr.
         callbacks: Called after each step, before our own callbacks; they may set `trainer.stopping`.
-        evaluate_later: Evaluations that the caller makes afterwards, in place of the run's own comparison or samples.
-            Their suites are tried before the first step all the same.
+        evaluate: Compare base and trained, or draw samples, after the last step. False leaves that to the caller.
+        evaluate_later: Evaluations that the caller makes afterwards: what judges them is tried before the first step.
 
     Raises UserError before anything is written when the recipe or the folder cannot be used, Stopped after a signal,
     and Lost when another process of the run is gone.
@@ -87,10 +88,11 @@ def train(
             with GracefulStop(display) as stop, ended_when_stuck(folder, trainer):
                 is_main = accelerator.is_main_process
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
-                evaluator.prepare(trainer.policy.backbone.resolution, later=evaluate_later)
+                if evaluate or evaluate_later:
+                    evaluator.prepare(trainer.policy.backbone.resolution, later=evaluate_later)
                 if resume:
                     evaluator.resume(trainer, history)
-                _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=not evaluate_later)
+                _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)
     return folder.path
 
 

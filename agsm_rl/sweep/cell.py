@@ -101,6 +101,7 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         folder.path,
         resume=folder.recipe.is_file(),
         callbacks=limits,
+        evaluate=not job.evaluations,  # the sweep's evaluations are made here; without any, the run draws its samples
         evaluate_later=[Evaluate.model_validate(settings) for settings in job.evaluations],
     )
     steps = max(checkpoints.steps_in(folder.checkpoints))
