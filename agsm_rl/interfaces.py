@@ -177,7 +177,7 @@ class Backbone(Protocol):
         """Where soft tokens enter the denoiser; UserError where they cannot, or the options do not fit."""
         ...
 
-    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None) -> dict[str, Any]:
+    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None, count: int) -> dict[str, Any]:
         """Arguments with which the pipeline draws under classifier-free guidance; 1 is none."""
         ...
 

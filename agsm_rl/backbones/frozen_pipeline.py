@@ -132,8 +132,8 @@ class FrozenPipeline:
         """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""
         return {"height": self.resolution, "width": self.resolution}
 
-    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None) -> dict[str, Any]:
-        """Arguments with which the pipeline draws under classifier-free guidance of this weight; 1 is none.
+    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None, count: int) -> dict[str, Any]:
+        """Arguments with which the pipeline draws `count` pictures under classifier-free guidance; 1 is none.
 
         `negative_prompts`, one per picture, are what guidance steers away from; None is the empty prompt. Guidance that
         is an input of the denoiser is no part of it: that is an option of the kind, and `predict`'s business.
@@ -223,7 +223,7 @@ class FrozenPipeline:
     def _vae(self) -> Any:
         """The pipeline's VAE; of SDXL's, which overflows in float16, a float32 copy (the pipeline casts its own)."""
         own = self.pipeline.vae
-        if not own.config.force_upcast or own.dtype != torch.float16:
+        if not own.config.get("force_upcast") or own.dtype != torch.float16:
             return own
         made = type(own).from_config(own.config).requires_grad_(False).eval()
         made.load_state_dict(own.state_dict())

@@ -37,6 +37,7 @@ def draw(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         count = len(prompts[part])
+        negative_prompts = None if negative_prompt is None else [negative_prompt] * count
         with (
             hooked(backbone.pipeline, backbone.denoiser, backbone.adapters),
             stage(f"drawing {count} images", total=num_steps, unit="steps", worth=count) as advance,
@@ -47,7 +48,7 @@ def draw(
                 num_inference_steps=num_steps,
                 output_type="pt",
                 callback_on_step_end=partial(_step_ended, advance),
-                **backbone.guidance_arguments(guidance, None if negative_prompt is None else [negative_prompt] * count),
+                **backbone.guidance_arguments(guidance, negative_prompts, count),
                 **backbone.call_options,
             ).images
         batches.append(images.float().cpu())
