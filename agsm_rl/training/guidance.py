@@ -10,11 +10,12 @@ uses ψ⁺. The unconditional one is
 | `negative` | `same` | the same prompt under ψ⁻ |
 
 A form belongs to an adapter with two banks (soft tokens or LoRA), which keeps it in its file. Pipelines of diffusers
-predict both branches in one call, the unconditional rows first; a hook on the denoiser gives those rows their bank and
-their prompt.
+predict both branches in one call, the unconditional rows first, or each in its own, the conditional one first, and
+announce them to the denoiser (`cache_context("cond")`, `cache_context("uncond")`). A hook on the denoiser gives the
+unconditional rows their bank and their prompt.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -28,6 +29,8 @@ GuidanceBank = Literal["positive", "negative"]
 GuidancePrompt = Literal["empty", "same"]
 BANKS: tuple[GuidanceBank, ...] = ("positive", "negative")
 PROMPTS: tuple[GuidancePrompt, ...] = ("empty", "same")
+APART = ("cond", "uncond")
+"""What pipelines of diffusers call the branches that they predict in calls of their own."""
 
 
 @runtime_checkable
@@ -148,7 +151,12 @@ class GuidanceHook:
     def __init__(self, pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter]) -> None:
         self._pipeline, self._adapters = pipeline, adapters
         self._inside = ExitStack()
+        self._branch: str | None = None
+        """The branch that the pipeline has announced, of one that predicts each in a call of its own."""
+        self._is_apart = False
+        self._conditional: dict[str, Any] = {}
         self._hooks = [
+            *([_Announcements(denoiser, self._announced)] if hasattr(denoiser, "cache_context") else []),
             denoiser.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             denoiser.register_forward_hook(self._end, always_call=True),
         ]
@@ -159,7 +167,13 @@ class GuidanceHook:
             hook.remove()
         self._hooks = []
 
+    def _announced(self, branch: str | None) -> None:
+        self._branch = branch
+        self._is_apart |= branch in APART
+
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._is_apart:
+            return self._begin_apart(args, kwargs)
         text = kwargs.get("encoder_hidden_states")
         # Skip-layer guidance calls SD3's transformer once more for the conditional rows alone.
         if text is None or kwargs.get("skip_layers") is not None or not acting(self._adapters):
@@ -175,8 +189,44 @@ class GuidanceHook:
         self._inside.enter_context(unconditional_first(self._adapters, len(text)))
         return (args, _with_same_prompt(kwargs)) if prompt == "same" else None
 
+    def _begin_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin a call for one branch alone."""
+        if self._branch == "cond":
+            self._conditional = kwargs
+        if self._branch != "uncond" or not (active := acting(self._adapters)):
+            return None
+        prompt = guidance_form(self._adapters)[1]
+        for adapter in active:
+            self._inside.enter_context(adapter.using("negative"))
+        # Of the same step, so that nothing but the prompt differs between the two calls.
+        return (args, self._conditional) if prompt == "same" else None
+
     def _end(self, *_: Any) -> None:
         self._inside.close()
+
+
+class _Announcements:
+    """Tells `announced` which branch a pipeline is about to predict, until `remove`."""
+
+    def __init__(self, denoiser: Any, announced: Callable[[str | None], None]) -> None:
+        self._denoiser, self._before = denoiser, vars(denoiser).get("cache_context")
+        cache_context = denoiser.cache_context
+
+        @contextmanager
+        def noted(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            announced(name)
+            try:
+                with cache_context(name, *args, **kwargs):
+                    yield
+            finally:
+                announced(None)
+
+        denoiser.cache_context = noted
+
+    def remove(self) -> None:
+        del self._denoiser.cache_context
+        if self._before is not None:
+            self._denoiser.cache_context = self._before
 
 
 def _with_same_prompt(kwargs: dict[str, Any]) -> dict[str, Any]:
