@@ -145,6 +145,7 @@ def test_the_page_describes_what_runs_log_and_nothing_else(logged, preferences):
         [{"use": "score_matching", "source": PAIRS, "weight": 1e45}, {"use": "ddpo", "source": one_image}],
         watch={"non_finite": "skip", "zero_variance": "skip"},
         optimizer={"learning_rate": {"lora": 1e-5}},
+        weights={"balance": "gradient_norm"},
     )
     assert {name for place, name in names if place == "step"} == STEP
     assert {name for place, name in names if place == "term"} == TERM
