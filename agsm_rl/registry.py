@@ -93,6 +93,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "backbones": {
         "auto": "agsm_rl.backbones:load_backbone",
+        "sana": "agsm_rl.backbones.sana:Sana",
         "stable_diffusion": "agsm_rl.backbones:load_backbone",
         "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
     },

@@ -18,8 +18,15 @@ class FlowPipeline(FrozenPipeline):
 
     def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
-        check_scheduler(pipeline.scheduler, "shift", "FlowMatchEulerDiscreteScheduler")
-        self._num_timesteps: int = flow_scheduler(pipeline.scheduler.config).config.num_train_timesteps
+        self._num_timesteps = flow_scheduler(self._flow_config(pipeline.scheduler)).config.num_train_timesteps
+
+    def _flow_config(self, scheduler: Any) -> dict[str, Any]:
+        """The configuration of the FlowMatchEulerDiscreteScheduler on the pipeline's noise schedule.
+
+        UserError for a scheduler of another kind of diffusion.
+        """
+        check_scheduler(scheduler, "shift", "FlowMatchEulerDiscreteScheduler")
+        return dict(scheduler.config)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 − t)·x0 + t·noise [B, C, h, w]."""
@@ -32,9 +39,12 @@ class FlowPipeline(FrozenPipeline):
 
     def sampler(self, num_steps: int) -> FlowSampler:
         """The pipeline's own schedule with its shift."""
-        config = self.pipeline.scheduler.config
         return FlowSampler(
-            config, num_steps, self.device, image_tokens=self._image_tokens(), schedule=self._schedule(num_steps)
+            self._flow_config(self.pipeline.scheduler),
+            num_steps,
+            self.device,
+            image_tokens=self._image_tokens(),
+            schedule=self._schedule(num_steps),
         )
 
     def _schedule(self, num_steps: int) -> dict[str, Any]:

@@ -326,7 +326,8 @@ class FrozenPipeline:
             # One token more than is read, so that it shows whether there are more.
             for row, found in enumerate(tokenizer(prompts, truncation=True, max_length=limit + 1)["input_ids"]):
                 too_long = len(found) > limit
-                ids[row] += (*found[: limit - 1], found[-1]) if too_long else tuple(found)
+                end = (found[-1],) if self.ends_text else ()
+                ids[row] += (*found[: limit - len(end)], *end) if too_long else tuple(found)
                 is_cut[row] &= too_long
         return [Tokens(*row) for row in zip(ids, is_cut, strict=True)]
 

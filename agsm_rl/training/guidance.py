@@ -232,7 +232,7 @@ class _Announcements:
 def _with_same_prompt(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A denoiser's arguments with the conditional rows' prompt in the unconditional rows too."""
     changed = dict(kwargs)
-    for name in ("encoder_hidden_states", "pooled_projections"):
+    for name in ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"):
         if changed.get(name) is not None:
             changed[name] = _second_half_twice(changed[name])
     added = changed.get("added_cond_kwargs")
