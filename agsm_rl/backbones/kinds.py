@@ -3,6 +3,8 @@
 A kind is declared by its class alone (`FrozenPipeline`'s class attributes) and one line in registry.py.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from inspect import isclass
@@ -28,25 +30,27 @@ def _builtin_kinds() -> "tuple[type[FrozenPipeline], ...]":
     return tuple(dict.fromkeys(classes))
 
 
-def _plug_in_kinds() -> "list[type[FrozenPipeline]]":
-    """The classes of other packages that are kinds of FrozenPipeline; those that cannot be imported are left out."""
+def _kinds() -> "list[type[FrozenPipeline]]":
+    """The builtin kinds first, then those of other packages, then those that a recipe names by `module:Class`."""
     from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 
-    found = []
     for name, entry in registry.available("backbones").items():
         if entry.package != registry.HOME:
-            try:
-                loaded = registry.load("backbones", name, where="backbone.use")
-            except UserError:
-                continue
-            if isclass(loaded) and issubclass(loaded, FrozenPipeline):
-                found.append(loaded)
-    return found
+            with suppress(UserError):  # another package's, and broken
+                registry.load("backbones", name, where="backbone.use")
+    imported = [kind for kind in _descendants(FrozenPipeline) if hasattr(kind, "wraps")]
+    return list(dict.fromkeys([*_builtin_kinds(), *imported]))
+
+
+def _descendants(kind: "type[FrozenPipeline]") -> "Iterator[type[FrozenPipeline]]":
+    for child in kind.__subclasses__():
+        yield child
+        yield from _descendants(child)
 
 
 def kind_of(pipeline_class: str) -> "type[FrozenPipeline] | None":
     """The backbone that wraps a pipeline class of that name."""
-    for kind in (*_builtin_kinds(), *_plug_in_kinds()):
+    for kind in _kinds():
         if pipeline_class in kind.wraps:
             return kind
     return None
@@ -54,14 +58,12 @@ def kind_of(pipeline_class: str) -> "type[FrozenPipeline] | None":
 
 def loadable() -> list[str]:
     """The names of the pipeline classes that a checkpoint may be of."""
-    return [name for kind in (*_builtin_kinds(), *_plug_in_kinds()) for name in kind.loads or kind.wraps]
+    return [name for kind in _kinds() for name in kind.loads or kind.wraps]
 
 
 def single_file_markers() -> dict[str, str]:
     """How a tensor's name begins in a single file of each pipeline class; the most telling beginnings come first."""
-    markers = {
-        marker: name for kind in (*_builtin_kinds(), *_plug_in_kinds()) for marker, name in kind.single_files.items()
-    }
+    markers = {marker: name for kind in _kinds() for marker, name in kind.single_files.items()}
     return dict(sorted(markers.items(), key=lambda entry: -len(entry[0])))
 
 

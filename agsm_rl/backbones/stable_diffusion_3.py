@@ -24,8 +24,8 @@ class StableDiffusion3(FlowPipeline):
     """A frozen StableDiffusion3Pipeline, with its T5 or without.
 
     Args:
-        t5_length: Tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256, diffusers'
-            own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
+        t5_length: SD3: tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256,
+            diffusers' own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
     """
 
     name = "stable_diffusion_3"

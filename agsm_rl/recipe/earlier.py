@@ -25,6 +25,8 @@ from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.rewards import RewardEntry
 from agsm_rl.recipe.schema import SHORT_FORM, Block, Evaluate
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
+from agsm_rl.registry import BUILTIN
+from agsm_rl.source_code import arguments_in_source, own_options
 
 FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.yaml")
 
@@ -78,7 +80,15 @@ def with_first_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _first_defaults() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(FIRST_DEFAULTS.read_text(encoding="utf-8"))
+    content["backbones"] |= _of_backbones(content["backbones"])
     return content
+
+
+def _of_backbones(listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Every backbone has those of `auto`, and null for the options of one kind, as far as it takes them."""
+    known = dict.fromkeys(own_options("backbones")) | listed["auto"]
+    taken = {name: arguments_in_source(target) or {} for name, target in BUILTIN["backbones"].items()}
+    return {name: {key: known[key] for key in known if key in options} for name, options in taken.items()}
 
 
 def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

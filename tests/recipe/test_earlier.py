@@ -79,7 +79,7 @@ def without_first_defaults(data, first):
 
 def as_stored_before(data):
     """A complete recipe's data as if every option that has its first default had come in later."""
-    first = yaml.safe_load(FIRST_DEFAULTS.read_text())
+    first = earlier._first_defaults()
 
     def block(kind, given):
         if not isinstance(given, dict):
@@ -123,7 +123,7 @@ def as_stored_before(data):
 @pytest.fixture
 def first(monkeypatch):
     """Change first defaults: `first("adapters", "lora", rank=3)` has rank come in with 3."""
-    record = yaml.safe_load(FIRST_DEFAULTS.read_text())
+    record = deepcopy(earlier._first_defaults())
     monkeypatch.setattr(earlier, "_first_defaults", lambda: record)
 
     def change(*path, **options):
@@ -136,7 +136,7 @@ def first(monkeypatch):
 
 
 def test_every_option_has_a_first_default():
-    missing = lacking(options_of_today(), yaml.safe_load(FIRST_DEFAULTS.read_text()))
+    missing = lacking(options_of_today(), earlier._first_defaults())
     assert not missing, (
         f"new options; add each to {FIRST_DEFAULTS.name}, with the value that leaves everything as it was before it "
         f"came in:\n{yaml.safe_dump(missing, sort_keys=False)}"

@@ -1,6 +1,7 @@
 """A run that an earlier version began, whose recipe lacks options that came in later, is resumed."""
 
 import json
+from copy import deepcopy
 from io import StringIO
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_changed_default_is_refused_with_both_values(content, folder, monkeypa
 
 
 def test_the_recipe_of_an_earlier_run_gets_the_first_default_of_a_newer_option(folder, monkeypatch):
-    record = yaml.safe_load(earlier.FIRST_DEFAULTS.read_text())
+    record = deepcopy(earlier._first_defaults())
     monkeypatch.setattr(earlier, "_first_defaults", lambda: record)
     for kind, name in (("objectives", "score_matching"), ("backbones", "stable_diffusion")):
         change_options(monkeypatch, kind, name, newer=0.25)

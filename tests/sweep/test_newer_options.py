@@ -1,11 +1,11 @@
 """Options that are added after a sweep was run: its cells stay done until one is set or a default changes."""
 
 import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from newer_versions import change_options
 from sweep_parts import EVALUATE
 
@@ -40,7 +40,7 @@ def newer_version(monkeypatch):
 @pytest.fixture
 def first(monkeypatch):
     """Record the first default of a newer option."""
-    record = yaml.safe_load(earlier.FIRST_DEFAULTS.read_text())
+    record = deepcopy(earlier._first_defaults())
     monkeypatch.setattr(earlier, "_first_defaults", lambda: record)
     return lambda kind, name, **options: record[kind][name].update(options)
 
