@@ -61,9 +61,9 @@ class Sana(FlowPipeline):
         """The picture's exact size, and how much text is read."""
         return {**super().call_options, "use_resolution_binning": False, "max_sequence_length": self.text_length}
 
-    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None) -> dict[str, Any]:
+    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None, count: int) -> dict[str, Any]:
         """As usual, but the pipeline does not take None for the empty prompt."""
-        return super().guidance_arguments(guidance, "" if negative_prompts is None else negative_prompts)
+        return super().guidance_arguments(guidance, negative_prompts or [""] * count, count)
 
     def _resolution_step(self, factor: int) -> int:
         return lcm(super()._resolution_step(factor), 32)  # diffusers' pipeline draws no others

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from test_matrix import OBJECTIVES, OPTIONS, SOURCE_OF, SOURCES
-from tiny import KINDS, save_kind, tiny
+from tiny import KINDS, options_of, save_kind, tiny
 from torch import Tensor
 
 from agsm_rl import registry
@@ -42,9 +42,9 @@ def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(folder: Path) -> Backbone:
+def base(kind: str, folder: Path) -> Backbone:
     """Its backbone, with nothing attached."""
-    return load_backbone(str(folder), device="cpu")
+    return load_backbone(str(folder), **options_of(kind))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def plain(folder: Path) -> Any:
 def drawn_by(pipeline: Any, base: Backbone, guidance: float = 3.0) -> Tensor:
     """What a pipeline draws by itself."""
     seeds = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    options = base.guidance_arguments(guidance, None) | base.call_options
+    options = base.guidance_arguments(guidance, None, len(PROMPTS)) | base.call_options
     return pipeline(prompt=PROMPTS, generator=seeds, num_inference_steps=3, output_type="pt", **options).images
 
 
@@ -186,12 +186,12 @@ def test_exported_adapters_draw_the_same_on_the_plain_pipeline(folder: Path, pol
     torch.testing.assert_close(drawn_by(pipeline, base), lora_alone, rtol=1e-4, atol=1e-5)
 
 
-def test_every_objective_trains_soft_tokens_and_lora(folder: Path) -> None:
+def test_every_objective_trains_soft_tokens_and_lora(kind: str, folder: Path) -> None:
     """The matrix of test_matrix.py in one step: a stack of all objectives, and the gradient of each."""
     recipe = Recipe.from_data(
         {
             "steps": 1,
-            "backbone": {"use": "auto", "checkpoint": str(folder), "device": "cpu"},
+            "backbone": {"use": "auto", "checkpoint": str(folder), **options_of(kind)},
             "adapters": {"tokens": {"use": "soft_tokens", "num_tokens": 2}, "lora": {"use": "lora", "rank": 2}},
             "sources": {name: {"use": name} | options | small(options) for name, options in SOURCES.items()},
             "objectives": [{"use": name, "source": SOURCE_OF[name], **OPTIONS.get(name, {})} for name in OBJECTIVES],

@@ -5,7 +5,8 @@ A module is named as the backbone (`use:`) and has
 - `make()`: a pipeline with random weights, a few layers and a tokenizer of its own, whose scheduler is a
   FlowMatchEulerDiscreteScheduler, so that its parts together draw the pipeline's picture;
 - `make_full_size()`: the published configuration, called on torch's meta device;
-- `SIZE`: the denoiser's parameters there, in billions.
+- `SIZE`: the denoiser's parameters there, in billions;
+- `OPTIONS`, if the kind has options that make it faster: those that tests load it with.
 """
 
 from importlib import import_module
@@ -21,6 +22,11 @@ KINDS = sorted(module.name for module in iter_modules(__path__))
 def tiny(kind: str) -> Any:
     """The module of a kind."""
     return import_module(f"tiny.{kind}")
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """The options that tests load it with, besides its folder."""
+    return {"device": "cpu", **getattr(tiny(kind), "OPTIONS", {})}
 
 
 def save_kind(kind: str, folder: Path) -> Path:
