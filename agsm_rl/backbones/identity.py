@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-PRIVATE = ("_", "transformers_version", "torch_dtype", "dtype")
-"""Beginnings of configuration keys that say nothing about what is computed; the weights' dtype is digested itself."""
+from agsm_rl.backbones.quantized_layers import stored_tensors
+
+PRIVATE = ("_", "transformers_version", "torch_dtype", "dtype", "quantization_config")
+"""Beginnings of configuration keys that say nothing about what is computed; the weights' dtype and
+quantisation are digested themselves."""
 
 
 def digest_parts(parts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
@@ -33,9 +36,10 @@ def _digest_module(found: Any, module: Any) -> None:
     config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
     plain = {key: value for key, value in config.items() if not key.startswith(PRIVATE)}
     found.update(json.dumps(plain, sort_keys=True, default=str).encode())
-    for name, tensor in module.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for key, value in module.state_dict().items():
+        for name, tensor in stored_tensors(key, value):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _tokenizer(tokenizer: Any) -> str:

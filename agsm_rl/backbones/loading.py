@@ -33,6 +33,7 @@ from agsm_rl.backbones.parts import (
     load_whole,
     only_variant,
 )
+from agsm_rl.backbones.quantized_layers import stored_tensors
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
 
@@ -192,8 +193,9 @@ def _load_pipeline(
 def check_finite(pipeline: Any, where: str) -> None:
     """UserError naming the first weight that is not finite: all that is drawn would be noise."""
     for part, module in pipeline.components.items():
-        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if not torch.isfinite(parameter).all():
+        named = module.named_parameters() if isinstance(module, nn.Module) else ()
+        for name, tensor in (stored for entry in named for stored in stored_tensors(*entry)):
+            if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():  # float8 has none
                 raise UserError(
                     f"{where}: its {part} has weights that are not finite, first in "
                     f"'{name}'; download the file again, or use another one."

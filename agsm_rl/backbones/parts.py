@@ -21,6 +21,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from agsm_rl.backbones.empty_models import config_of, on_meta
+from agsm_rl.backbones.quantization import Quantization
+from agsm_rl.backbones.quantized_layers import train_through
 from agsm_rl.errors import UserError
 from agsm_rl.files import parse_json, read_json
 
@@ -57,7 +60,13 @@ class BadPart(ValueError):
 
 
 def load_parts(
-    source: str, replaced: Mapping[str, Any], options: Mapping[str, Any], *, variant: str | None, empty: bool
+    source: str,
+    replaced: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    variant: str | None,
+    empty: bool,
+    quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """`replaced`, and the other models of the pipeline in `source` (a folder or hub id) by their names.
 
@@ -76,7 +85,8 @@ def load_parts(
             if Path(source).is_dir():
                 _check_objects(Path(source) / name)
             if issubclass(component, nn.Module):
-                parts[name] = _load_model(component, source, name, options, where, variant=variant, empty=empty)
+                of_part = quantization if quantization and quantization.covers(name) else None
+                parts[name] = _load_model(component, source, name, options, where, variant, of_part, empty=empty)
             else:
                 parts[name] = component.from_pretrained(source, subfolder=name, **where)
     return parts
@@ -88,16 +98,17 @@ def _load_model(
     name: str,
     options: Mapping[str, Any],
     where: Mapping[str, Any],
-    *,
     variant: str | None,
+    quantization: Quantization | None,
+    *,
     empty: bool,
 ) -> Any:
-    check_config(_config_of(model_class, source, name, where), part=name)
+    check_config(config_of(model_class, source, name, where), part=name)
     if Path(source).is_dir():
         _check_files(Path(source) / name, variant)
     if empty:
-        return _on_meta(model_class, source, name, where).to(options["dtype"])
-    return load_whole(model_class, source, name, part=name, variant=variant, options=options)
+        return on_meta(model_class, source, name, where, dtype=options["dtype"], quantization=quantization)
+    return load_whole(model_class, source, name, part=name, variant=variant, options=options, quantization=quantization)
 
 
 @contextmanager
@@ -138,9 +149,22 @@ def check_object(content: Any, file: str) -> None:
 
 
 def load_whole(
-    model_class: Any, source: str, subfolder: str | None, *, part: str, variant: str | None, options: Mapping[str, Any]
+    model_class: Any,
+    source: str,
+    subfolder: str | None,
+    *,
+    part: str,
+    variant: str | None,
+    options: Mapping[str, Any],
+    quantization: Quantization | None = None,
 ) -> Any:
     """A model with every weight from its files and every tensor of the files in place; BadPart where it is not so."""
+    options = dict(options)
+    if quantization is not None:
+        where = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+        options["quantization_config"] = quantization.config(
+            model_class, on_meta(model_class, source, subfolder, where, dtype=options["dtype"])
+        )
     model, report = model_class.from_pretrained(
         source, subfolder=subfolder, variant=variant, use_safetensors=True, output_loading_info=True, **options
     )
@@ -148,6 +172,8 @@ def load_whole(
     unused = [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # CLIP files before 2023
     _refuse(f"its {part} has no place for", "tensor", unused)
     _refuse(f"its {part} has another shape than its configuration says for", "tensor", report["mismatched_keys"])
+    if quantization is not None:
+        train_through(model)
     return model
 
 
@@ -172,7 +198,7 @@ def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], 
             continue
         settings = dict(model_class.load_config(config, subfolder=name, local_files_only=local_only))
         held = convert(config=settings, checkpoint=dict(tensors))
-        needed = _on_meta(model_class, config, name, {"local_files_only": local_only}).state_dict()
+        needed = on_meta(model_class, config, name, {"local_files_only": local_only}).state_dict()
         _refuse(f"its {name} lacks", "weight", [key for key in needed if key not in held])
 
 
@@ -252,6 +278,18 @@ def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> Non
             )
 
 
+def models_of(source: str) -> dict[str, Any]:
+    """The models of the pipeline in `source` (a folder or hub id), without data, by their names."""
+    index = DiffusionPipeline.load_config(source)
+    check_index(index, replaced={})
+    classes = {name: component for name, entry in index.items() if (component := _class_of(entry)) is not None}
+    return {
+        name: on_meta(component, source, name, {})
+        for name, component in classes.items()
+        if issubclass(component, nn.Module)
+    }
+
+
 def _is_flag(entry: Any, name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether an entry of model_index.json is a setting of the pipeline's, such as `requires_safety_checker`."""
     if isinstance(entry, list | tuple):
@@ -289,23 +327,6 @@ def _class_of(entry: Any) -> Any:
         return None
     named = getattr(LIBRARIES.get(entry[0]), entry[1], None)
     return named if isinstance(named, type) and issubclass(named, COMPONENTS) else None
-
-
-def _config_of(model_class: Any, source: str, name: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    if issubclass(model_class, diffusers.ModelMixin):
-        return dict(model_class.load_config(source, subfolder=name, **where))
-    config, _ = model_class.config_class.get_config_dict(source, subfolder=name, **where)
-    return dict(config)
-
-
-def _on_meta(model_class: Any, source: str, name: str, where: Mapping[str, Any]) -> Any:
-    if issubclass(model_class, diffusers.ModelMixin):
-        config = model_class.load_config(source, subfolder=name, **where)
-        with torch.device("meta"):
-            return model_class.from_config(config)
-    config = model_class.config_class.from_pretrained(source, subfolder=name, **where)
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def _variant_of(file: Path) -> str | None:

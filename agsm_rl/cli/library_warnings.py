@@ -26,9 +26,14 @@ NOISE = (
     r"You have disabled the safety checker for ",  # no part of training
     r"Argument ``constant_liar`` is an experimental feature",  # optuna
     r"JournalStorage is experimental",  # optuna
+    r"Failed to load \S*/torchao/_C\w*\S*\.so: ",  # kernels of another GPU than this machine's, which nothing here uses
+    r"Warning: Detected no triton, on systems without Triton ",  # torchao, likewise
+    r"<enum '\w+'> is an Enum subclass and is now natively supported ",  # torch, of torchao
+    r"Unable to import `torchao` Tensor objects\. ",  # diffusers, of checkpoints that are quantised already
+    r"You are trying to set torch_dtype to torch\.float32 for integer quantization",  # diffusers; float32 is tested here
 )
 """How messages begin that are not shown."""
-OWN_HANDLERS = ("", "transformers", "diffusers", "datasets", "huggingface_hub", "optuna")
+OWN_HANDLERS = ("", "transformers", "diffusers", "datasets", "huggingface_hub", "optuna", "torch")
 """Loggers at which a message ends its way up: the root, and those of libraries that print themselves."""
 LONGEST = 400
 """Characters of a message that are shown."""

@@ -5,6 +5,8 @@ a LoRA. Pictures are drawn with the positive bank (arXiv 2605.30038), with guida
 """
 
 import errno
+import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from agsm_rl import __version__
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones.quantized_layers import quantization_of
 from agsm_rl.errors import UserError
 from agsm_rl.files import check_not_special, local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
@@ -27,8 +30,9 @@ from agsm_rl.registry import load
 from agsm_rl.source_code import own_options
 from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
 
+logger = logging.getLogger(__name__)
 BASE_OPTIONS = (
-    *("unet", "transformer", "lora", "config", "resolution", "dtype", "scheduler"),
+    *("unet", "transformer", "lora", "config", "resolution", "dtype", "scheduler", "quantize"),
     *own_options("backbones"),
 )
 """Backbone options that, with its checkpoint, identify the base an adapter was trained on; exports record them. Those
@@ -140,8 +144,28 @@ def _add_exports(
         adapter.attach(backbone)
         handle.adapters[name] = adapter
         adapter.load_export(tensors, metadata)
+        warn_of_another_base(backbone, metadata, where=f"{name}.safetensors")
         for _, parameter in adapter.named_parameters():
             parameter.requires_grad_(False)
+
+
+def warn_of_another_base(backbone: Backbone, metadata: Mapping[str, str], *, where: str) -> None:
+    """Log a warning if an adapter was trained on a base that is quantised in another way than this one."""
+    try:
+        options = json.loads(metadata["backbone_options"])
+        trained = options.get("quantize")
+    except (KeyError, ValueError, AttributeError):  # converted from elsewhere, or damaged: nothing is known
+        return
+    here = quantization_of(backbone.denoiser)
+    if trained != here:
+        logger.warning(
+            "%s: was trained on a base %s, but this one is %s: it draws other pictures than in the run. Load the base "
+            "%s.",
+            where,
+            f"quantised to {trained}" if trained else "that is not quantised",
+            f"quantised to {here}" if here else "not quantised",
+            f"with agsm_rl.backbones.quantization.pipeline_config('{trained}', …)" if trained else "unquantised",
+        )
 
 
 def _guide(
