@@ -1,8 +1,8 @@
-"""Settings with which a recipe's run fits a given memory: smaller passes, gradient checkpointing, bfloat16 weights.
+"""Settings with which a recipe's run fits a given memory, the gentlest first.
 
 Smaller passes and checkpointing do not change what is learned. Only if they are not enough are the base's weights held
-in bfloat16, which changes the base slightly. Each candidate is rehearsed (meta_device.py), so the proposal comes with a
-prediction, not an estimate.
+in bfloat16, and then quantised to 8 and 4 bits, which changes the base. Each candidate is rehearsed (meta_device.py),
+so the proposal comes with a prediction, not an estimate.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from agsm_rl.recipe.yaml_file import set_value, split_path
 
 MARGIN = 0.15
 """Share of the prediction that is kept free: predictions are accurate to about this."""
+STEPS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("gradient_checkpointing", True, (False,)),
+    ("dtype", "bfloat16", ("float32",)),
+    ("quantize", "int8", (None,)),
+    ("quantize", "nf4", (None, "int8", "fp8")),
+)
+"""Options of the backbone, what they are set to, and instead of what; the gentlest first."""
 PASSES = ("groups_per_pass", "images_per_pass", "rows_per_pass")
 
 
@@ -84,7 +91,7 @@ def _within_bytes(peak: int, budget: float) -> bool:
 
 
 def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Changes besides passes, cumulative: none; no kept graphs; gradient checkpointing; bfloat16."""
+    """Changes besides passes, cumulative: none; no kept graphs; then those of STEPS that the backbone has."""
     extra: dict[str, Any] = {}
     yield dict(extra)
     graphs = {
@@ -94,10 +101,12 @@ def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
         extra |= graphs
         yield dict(extra)
     options = recipe.backbone.options
-    # Checkpointed blocks cannot be compiled.
-    further = {} if options.get("compile") else {"gradient_checkpointing": True}
-    for name, value in (further | {"dtype": "bfloat16"}).items():
-        if options.get(name, value) in (False, "float32"):
+    for name, value, instead_of in STEPS:
+        if name == "gradient_checkpointing" and options.get("compile"):
+            continue  # checkpointed blocks cannot be compiled
+        if name == "quantize" and options.get("lora"):
+            continue  # a LoRA cannot be fused into quantised weights
+        if name in options and options[name] in instead_of:
             extra[f"backbone.{name}"] = value
             yield dict(extra)
 
