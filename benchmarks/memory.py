@@ -19,7 +19,7 @@ import torch
 import typer
 from measure import allocator_peak, resident_bytes, write_result
 
-from agsm_rl.doctor.memory.predict import lie_there, predict
+from agsm_rl.doctor.memory.predict import always_in_use, predict
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 
@@ -145,7 +145,7 @@ def measure(data: dict[str, Any]) -> dict[str, Any]:
     trainer = build_trainer(recipe)
     trainer.run_step()
     grown = resident_bytes(peak=True) - before
-    measured = allocator_peak(trainer.run_step) + sum(lie_there(trainer).values())
+    measured = allocator_peak(trainer.run_step) + sum(always_in_use(trainer).values())
     return {
         "predicted_mib": round(max(peaks.values()) / 2**20, 1),
         "measured_mib": round(measured / 2**20, 1),

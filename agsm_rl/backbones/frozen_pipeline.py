@@ -22,6 +22,7 @@ from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.backbones.options import Options, check_device
 from agsm_rl.backbones.parts import BadPart
+from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Cond, Sampler, Tokens
 from agsm_rl.source_code import takes
@@ -105,19 +106,22 @@ class FrozenPipeline:
                 f"backbone.checkpoint: '{checkpoint}' is a {found}, which {self.use} does not take; write "
                 f"`use: {other.use if other else 'auto'}`."
             )
-        empty = options.device is not None and torch.device(check_device(options.device)).type == "meta"
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        empty = torch.device(check_device(device)).type == "meta"
+        dtype = DTYPES[options.dtype]
         pipeline = load_pipeline(
             checkpoint,
-            dtype=DTYPES[options.dtype],
+            dtype=dtype,
             local_files_only=options.local_files_only,
             denoisers={"unet": options.unet, "transformer": options.transformer},
             lora=options.lora,
             config=options.config,
             empty=empty,
+            quantization=read_quantization(options.quantize, dtype=dtype, device=torch.device(device)),
         )
         if not empty:
             check_finite(pipeline, f"backbone.checkpoint: '{checkpoint}'")
-            pipeline = _moved(pipeline, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            pipeline = _moved(pipeline, device)
         self._wrap(pipeline, options.resolution, options.gradient_checkpointing)
         if options.scheduler is not None:
             self._draw_by(options.scheduler)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.backbones import kinds
+from agsm_rl.backbones.empty_models import on_meta
 from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
 from agsm_rl.backbones.parts import (
     BadPart,
@@ -33,6 +34,7 @@ from agsm_rl.backbones.parts import (
     load_whole,
     only_variant,
 )
+from agsm_rl.backbones.quantization import Quantization, check_loadable
 from agsm_rl.backbones.quantized_layers import stored_tensors
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
@@ -109,19 +111,22 @@ def load_pipeline(
     empty: bool = False,
     revision: str | None = None,
     key: str = "backbone.checkpoint",
+    quantization: Quantization | None = None,
 ) -> Any:
     """Load the checkpoint's pipeline; UserError if that fails, or if no backbone is of its kind.
 
     denoisers: for `unet` or `transformer`, a folder or hub id to take it from. lora: one to be fused into the weights.
     config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
     torch's meta device. The parts of a folder or hub id are then built from their configurations alone. revision: of
-    the hub's files. key: what names the checkpoint, for messages.
+    the hub's files. key: what names the checkpoint, for messages. quantization: of the denoiser and the text encoders.
 
     If a folder's files are all of one variant, such as fp16, that one is read. A part whose files lack a weight, or
     hold a tensor that it has no place for, is refused (parts.py).
     """
     with cache_where_unreachable(checkpoint, *(denoisers or {}).values(), lora, config):
-        return _load_pipeline(checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty, revision, key)
+        return _load_pipeline(
+            checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty, revision, key, quantization
+        )
 
 
 def _load_pipeline(
@@ -134,6 +139,7 @@ def _load_pipeline(
     empty: bool,
     revision: str | None,
     key: str,
+    quantization: Quantization | None,
 ) -> Any:
     name = find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
     kind = kinds.kind_of(name)
@@ -142,11 +148,13 @@ def _load_pipeline(
     single = Path(source).is_file()
     if config is not None and not single:
         raise UserError("backbone.config: only a single-file checkpoint needs it; leave it out.")
+    if quantization is not None:
+        check_loadable(quantization, single_file=single, lora=lora)
     if single and config is None and local_files_only:
         raise _unconfigured(where, "diffusers would ask the hub for it, in spite of local_files_only")
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local_files_only}
     parts = {
-        part: _load_denoiser(part, given, kind, name, None if single else source, options, empty=empty)
+        part: _load_denoiser(part, given, kind, name, None if single else source, options, quantization, empty=empty)
         for part, given in denoisers.items()
         if given is not None
     }
@@ -167,7 +175,7 @@ def _load_pipeline(
         else:
             variant = only_variant(Path(source) / kind.part)
             whole = options | {"revision": revision}
-            parts = load_parts(source, parts, whole, variant=variant, empty=empty)
+            parts = load_parts(source, parts, whole, variant=variant, empty=empty, quantization=quantization)
             pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, **whole, **parts)
         kind.autoencoder.check(pipeline.vae.config)
         check_noise(pipeline.scheduler)
@@ -270,6 +278,7 @@ def _load_denoiser(
     pipeline_class: str,
     base: str | None,
     options: dict[str, Any],
+    quantization: Quantization | None,
     *,
     empty: bool = False,
 ) -> Any:
@@ -286,11 +295,13 @@ def _load_denoiser(
             subfolder, config = name, model.load_config(source, subfolder=name, local_files_only=only)
         check_config(config, part=name)
         if empty:
-            with torch.device("meta"):
-                loaded = model.from_config(config).to(options["dtype"])
+            where_from = {"local_files_only": only}
+            loaded = on_meta(model, source, subfolder, where_from, dtype=options["dtype"], quantization=quantization)
         else:
             variant = only_variant(Path(source) / (subfolder or ""))
-            loaded = load_whole(model, source, subfolder, part=name, variant=variant, options=options)
+            loaded = load_whole(
+                model, source, subfolder, part=name, variant=variant, options=options, quantization=quantization
+            )
         expected = model.load_config(base, subfolder=name, local_files_only=only) if base else {}
     except _PASSED_ON:
         raise

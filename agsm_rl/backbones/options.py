@@ -47,6 +47,9 @@ class Options:
             cores take them in half precision, with the same results within rounding. Null is torch's own layout.
         scheduler: U-Nets only: `ddim` draws pictures by DDIM on the checkpoint's noise schedule, as AGSM's authors do.
             Null is the checkpoint's scheduler (PNDM for SD1.5, Euler for SDXL). Rollouts are drawn by DDIM either way.
+        quantize: Keeps the linear layers of the denoiser's blocks and of the text encoders in few bits: `int8` or `fp8`
+            (8 bits, by torchao), or `nf4` (about 4.1 bits, by bitsandbytes, on a CUDA GPU only). Adapters are trained
+            in float32 on top. Needs `pip install 'agsm-rl[quantize]'` (docs/models.md).
         compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
             pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
             compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
@@ -67,4 +70,5 @@ class Options:
     config: str | None = None
     memory_format: Literal["channels_last"] | None = None
     scheduler: Literal["ddim"] | None = None
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
     compile: Literal["default", "reduce-overhead"] | None = None

@@ -30,7 +30,7 @@ NOISE = (
     r"Warning: Detected no triton, on systems without Triton ",  # torchao, likewise
     r"<enum '\w+'> is an Enum subclass and is now natively supported ",  # torch, of torchao
     r"Unable to import `torchao` Tensor objects\. ",  # diffusers, of checkpoints that are quantised already
-    r"You are trying to set torch_dtype to torch\.float32 for integer quantization",  # diffusers; float32 is tested here
+    r"You are trying to set torch_dtype to torch\.float32 for integer quantization",  # diffusers; it works
 )
 """How messages begin that are not shown."""
 OWN_HANDLERS = ("", "transformers", "diffusers", "datasets", "huggingface_hub", "optuna", "torch")
