@@ -155,7 +155,7 @@ class GuidanceHook:
         """The branch that the pipeline has announced, of one that predicts each in a call of its own."""
         self._is_apart = False
         self._conditional: dict[str, Any] = {}
-        self._hooks = [
+        self._hooks: list[Any] = [
             *([_Announcements(denoiser, self._announced)] if hasattr(denoiser, "cache_context") else []),
             denoiser.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             denoiser.register_forward_hook(self._end, always_call=True),
