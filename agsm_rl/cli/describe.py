@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from agsm_rl.doctor.memory.fit import MARGIN, Fit
+from agsm_rl.doctor.memory.passes import drawn_alike
 from agsm_rl.doctor.memory.predict import NOT_COUNTED, Prediction, always_in_use
 from agsm_rl.export.attach import read_exports
 from agsm_rl.recipe.recipe import Recipe
@@ -61,6 +62,21 @@ def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
         f"            peaks, that included: {listed(prediction.peaks)}",
         f"            {NOT_COUNTED}",
     ]
+
+
+def costs(recipe: Recipe, prediction: Prediction | str) -> list[str]:
+    """What a draw and each term's step cost in passes through the denoiser, and which draws could be one."""
+    lines = []
+    if not isinstance(prediction, str) and prediction.passes:
+        shown = [f"{phase}: {passes}" for phase, passes in prediction.passes.items()]
+        lines = [f"passes      {shown[0]}", *(f"            {one}" for one in shown[1:])]
+        lines[-1] += " (rows through the denoiser, per draw and per step; with guidance an image is two)"
+    for first, second in drawn_alike(recipe):
+        lines.append(
+            f"share       {first} and {second} each draw images by equal rollouts: write the block once under "
+            "`sources:` and name it in both, and they learn from one draw"
+        )
+    return lines
 
 
 def proposal(fit: Fit, budget: float) -> str:

@@ -89,7 +89,7 @@ def check(
     path, granted = recipe_path(recipe), allowed.granted()
     loaded = Recipe.from_yaml(path, overrides or [], allow_imports=granted)
     # Imported after the recipe is read: a misspelt key is reported before torch and diffusers are loaded.
-    from agsm_rl.cli.describe import describe, memory, proposal
+    from agsm_rl.cli.describe import costs, describe, memory, proposal
     from agsm_rl.doctor.memory.fit import fit
     from agsm_rl.doctor.memory.predict import predict
     from agsm_rl.evaluate.measured import entries_of
@@ -100,7 +100,7 @@ def check(
     for entry in entries_of(loaded.evaluate, loaded.parts) if loaded.evaluate else []:
         entry.read_prompts()
     trainer, prediction = predict(loaded)
-    say("\n".join([describe(loaded, trainer), *memory(trainer, prediction)]))
+    say("\n".join([describe(loaded, trainer), *costs(loaded, prediction), *memory(trainer, prediction)]))
     fits = True
     if fit_vram is not None:
         if isinstance(prediction, str):

@@ -6,14 +6,16 @@ on the device at the peak of each phase. Not counted: NOT_COUNTED.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from agsm_rl.doctor.memory.meta_device import META, Rehearsal
+from agsm_rl.doctor.memory.passes import PassCounter, Passes
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Cond, Metrics
 from agsm_rl.policy import Policy
@@ -38,10 +40,12 @@ DRAWN_AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that are always in use, by name, and each phase's peak, which includes them."""
+    """Bytes that are always in use, by name, each phase's peak, which includes them, and its passes."""
 
     resident: dict[str, int]
     peaks: dict[str, int]
+    passes: dict[str, Passes] = field(default_factory=dict)
+    """Passes through the denoiser of each draw, and of each term's step."""
 
     @property
     def phase(self) -> str:
@@ -67,27 +71,32 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
         trainer = build_trainer(_for_rehearsal(recipe))
         resident = always_in_use(trainer)
         try:
-            _rehearse(trainer, recipe, rehearsal)
+            passes = _rehearse(trainer, recipe, rehearsal)
         except UserError:
             raise
         except Exception as error:  # third-party parts may fail in any way on tensors without data
             return trainer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return trainer, Prediction(resident, rehearsal.peaks or {NOTHING_DUE: sum(resident.values())})
+    peaks = rehearsal.peaks or {NOTHING_DUE: sum(resident.values())}
+    return trainer, Prediction(resident, peaks, passes)
 
 
-def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> None:
-    """Run each kind of step and image drawing once, with the state as after the first step."""
+def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> dict[str, Passes]:
+    """Run each kind of step and image drawing once, with the state as after the first step; the steps' passes."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     if not trainer.optimizer_kind.runs_on_meta:
         trainer.optimizer = _IdleOptimizer(trainer)
     trainer.optimizer.step()
     rehearsal.peaks = {}
-    _skip_repeats(trainer, rehearsal)
+    counter, passes = PassCounter(), dict[str, Passes]()
+    _skip_repeats(trainer, rehearsal, counter)
     for step in steps_to_see(trainer.terms, recipe.steps):
         trainer.step = step
         trainer.run_step()
+        passes |= counter.phases
+        counter.phases = {}
     _rehearse_pictures(trainer.policy, recipe, rehearsal)
+    return passes
 
 
 def always_in_use(trainer: Trainer) -> dict[str, int]:
@@ -146,9 +155,11 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=blocks)
 
 
-def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal) -> None:
+def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal, counter: PassCounter) -> None:
     """Run repeated work only once, and replace the rewards, whose models would otherwise be loaded."""
     _remember(trainer.policy.backbone, rehearsal)
+    counted: Any = trainer.policy.backbone
+    counted.predict = counter.counted(counted.predict, lambda: rehearsal.phase)
     sources: dict[int, Any] = {}
     names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
     holders: list[Any] = [*trainer.sources.values(), *(term.objective for term in trainer.terms)]
@@ -158,9 +169,9 @@ def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal) -> None:
     for term in trainer.terms:
         key = id(term.source)
         if key not in sources:
-            sources[key] = _Source(term.source, rehearsal, f"drawing {names[key]}")
+            sources[key] = _Source(term.source, rehearsal, counter, f"drawing {names[key]}")
         term.source = sources[key]
-        learning: Any = _Objective(term.objective, rehearsal, f"learning {term.name}")
+        learning: Any = _Objective(term.objective, rehearsal, counter, f"learning {term.name}")
         term.objective = learning
 
 
@@ -231,12 +242,12 @@ class _StandIn:
 class _Source:
     """A source whose drawing counts as a phase."""
 
-    def __init__(self, source: Any, rehearsal: Rehearsal, phase: str) -> None:
-        self._source, self._rehearsal, self._phase = source, rehearsal, phase
+    def __init__(self, source: Any, rehearsal: Rehearsal, counter: PassCounter, phase: str) -> None:
+        self._source, self._rehearsal, self._counter, self._phase = source, rehearsal, counter, phase
         self.gives, self.metrics = source.gives, source.metrics
 
     def next(self, policy: Policy) -> Batch:
-        self._rehearsal.phase = self._phase
+        self._rehearsal.phase, self._counter.repeats = self._phase, 1.0
         self._rehearsal.touch()
         batch: Batch = self._source.next(policy)
         return batch
@@ -247,18 +258,20 @@ class _Objective:
 
     old = None
 
-    def __init__(self, objective: Any, rehearsal: Rehearsal, phase: str) -> None:
-        self._objective, self._rehearsal, self._phase = objective, rehearsal, phase
+    def __init__(self, objective: Any, rehearsal: Rehearsal, counter: PassCounter, phase: str) -> None:
+        self._objective, self._rehearsal, self._counter, self._phase = objective, rehearsal, counter, phase
         self.consumes, self.check = objective.consumes, objective.check
 
     def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
         self._rehearsal.phase = self._phase
         self._rehearsal.touch()
-        parts = self._objective.split(batch)
-        done: list[int] = []
+        parts = list(self._objective.split(batch))
+        sizes = Counter(len(part) for part, _ in parts)
+        done: Counter[int] = Counter()
         for part, share in parts:
-            if done.count(len(part)) < 2:  # the second part adds to existing gradients
-                done.append(len(part))
+            if done[len(part)] < 2:  # the second part adds to existing gradients
+                done[len(part)] += 1
+                self._counter.repeats = sizes[len(part)] / min(2, sizes[len(part)])
                 yield part, share
 
     def step_of(self, part: Any) -> None:
