@@ -22,14 +22,21 @@ from agsm_rl.run.screen import say
 
 BASE = "builtin:shapes-sd15"
 WORLD = "builtin:shapes-prompts"
-ALLOWED_BASES = "a pipeline folder, a .safetensors file, a name on the hub (owner/name), or builtin:shapes-sd15"
-ALLOWED_PROMPTS = "a .txt, .jsonl, .csv or .parquet file, a name on the hub (owner/name), or builtin:shapes-prompts"
-ALLOWED_IMAGES = "a folder of images with captions, a name on the hub (owner/name), or builtin:shapes"
+REWARD_OF = {WORLD: "shapes", "builtin:scenes-prompts": "scenes"}
+"""The prompts of the drawn worlds, and their own rewards."""
+ALLOWED_BASES = (
+    "a pipeline folder, a .safetensors file, a name on the hub (owner/name), or a builtin such as builtin:shapes-sd15"
+)
+ALLOWED_PROMPTS = (
+    "a .txt, .jsonl, .csv or .parquet file, a name on the hub (owner/name), "
+    "builtin:shapes-prompts or builtin:scenes-prompts"
+)
+ALLOWED_IMAGES = "a folder of images with captions, a name on the hub (owner/name), builtin:shapes or builtin:scenes"
 
 
 def num_prompts(prompts: str | None) -> int:
     """Prompts per draw: no more than the list has; a data set on the hub is not asked. UserError for an empty list."""
-    if prompts is None or not (prompts == WORLD or Path(prompts).exists()):
+    if prompts is None or not (prompts in REWARD_OF or Path(prompts).exists()):
         return PER_DRAW
     from agsm_rl.sources.prompt_lists import read_prompts
 
@@ -59,7 +66,7 @@ def with_defaults(wishes: Wishes) -> Wishes:
     """What was neither given nor asked for: the shapes world, whose base, prompts and reward go together."""
     checkpoint, prompts, rewards = wishes.checkpoint or BASE, wishes.prompts, wishes.rewards
     if prompts is None and wishes.images is None:
-        prompts = WORLD
+        prompts = _prompts_of(checkpoint)
     if prompts is not None and not rewards:
         rewards = (_default_reward(prompts),)
     return replace(wishes, checkpoint=checkpoint, prompts=prompts, rewards=rewards)
@@ -75,7 +82,9 @@ def complete(wishes: Wishes) -> Wishes:
         if _answer("rewards or images", "rewards", _rewards_or_images) == "images":
             wishes = replace(wishes, images=_answer(f"Images ({ALLOWED_IMAGES})", "builtin:shapes", _check_images))
         else:
-            wishes = replace(wishes, prompts=_answer(f"Prompts ({ALLOWED_PROMPTS})", WORLD, _check_prompts))
+            wishes = replace(
+                wishes, prompts=_answer(f"Prompts ({ALLOWED_PROMPTS})", _prompts_of(wishes.checkpoint), _check_prompts)
+            )
     if wishes.prompts is not None and not wishes.rewards:
         say(f"Rewards: {', '.join(available('rewards'))}; or module:function of your own.")
         rewards = _answer(
@@ -94,7 +103,12 @@ def complete(wishes: Wishes) -> Wishes:
 
 
 def _default_reward(prompts: str) -> str:
-    return "shapes" if prompts == WORLD else "aesthetic"
+    return REWARD_OF.get(prompts, "aesthetic")
+
+
+def _prompts_of(checkpoint: str) -> str:
+    """The prompts of the world that a base was trained on; of the shapes world for any other base."""
+    return "builtin:scenes-prompts" if checkpoint.startswith("builtin:scenes-") else WORLD
 
 
 def _names(text: str) -> tuple[str, ...]:

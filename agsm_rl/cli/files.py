@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from agsm_rl.errors import UserError
+from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.run.screen import say
 from agsm_rl.training.limits import MAX_SEED
 
@@ -43,13 +43,18 @@ def world(
     split: Annotated[str, typer.Option(help="train, validation or held_out")] = "train",
     num_images: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of what is drawn.")] = 0,
+    name: Annotated[str, typer.Option("--world", help="shapes or scenes")] = "shapes",
 ) -> None:
-    """Write the shapes world to disk as an image folder that `datasets` reads."""
+    """Write a drawn world to disk as an image folder that `datasets` reads."""
     from agsm_rl.shapes.data import write_image_folder
+    from agsm_rl.shapes.worlds import WORLDS
+
+    if name not in WORLDS:
+        raise unknown_name("--world", name, "a drawn world", WORLDS)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"DIR {folder}: cannot be made ({error.strerror}); give another place.") from error
-    write_image_folder(folder, split, num_images, seed)
+    write_image_folder(folder, split, num_images, seed, WORLDS[name])
     say(f"{folder}: {num_images} images with captions")

@@ -169,15 +169,21 @@ def _evaluation(wishes: Wishes, *, small: bool) -> str:
     if wishes.prompts is not None:
         lines.append(f"  prompts: {_plain(wishes.prompts)}")
     measured = dict.fromkeys([*wishes.rewards, *wishes.held_out])
-    of_images = "builtin:shapes-prompts" if wishes.images == "builtin:shapes" else wishes.images
+    drawn = wishes.images in ("builtin:shapes", "builtin:scenes")
+    of_images = f"{wishes.images}-prompts" if drawn else wishes.images
     prompts = wishes.prompts or of_images  # a folder's captions are prompts
     lines += ["", "# Base against trained, on the same prompts and noise. A score is named as in `mine/NAME`, for"]
     lines += [
         "# `checkpoint: {best: mine/NAME}`. What is measured and not trained on shows whether a reward is hacked."
     ]
     if small:
-        rewards = ", ".join(f"{_plain(name)}: {_measured(name)}" for name in measured if name != "shapes")
-        lines.append(f"evaluate: {{suite: shapes, every: 250, rewards: {{{rewards}}}}}")
+        world = "scenes" if wishes.checkpoint.startswith("builtin:scenes-") else "shapes"
+        rewards = ", ".join(f"{_plain(name)}: {_measured(name)}" for name in measured if name != world)
+        block = f"rewards: {{{rewards}}}"
+        if world == "shapes":
+            lines.append(f"evaluate: {{suite: shapes, every: 250, {block}}}")
+        else:
+            lines.append(f"evaluate: {{every: 250, suites: {{scenes: {{use: scenes, {block}}}}}}}")
     elif measured:
         lines += ["evaluate:", "  every: 250", "  suites:", "    mine:", "      use: rewards"]
         lines += [f"      prompts: {_plain(prompts)}", "      num_images: 64", "      rewards:"]

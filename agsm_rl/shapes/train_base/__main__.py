@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.loading import load_pipeline
+from agsm_rl.interfaces import Backbone
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
 from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as
@@ -58,7 +60,7 @@ def main(
     learning_rate: Annotated[float | None, typer.Option(help="the denoiser's; its layout's when left out")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
-    """Train a base of the shapes world and write its pipeline folder."""
+    """Train a base of a drawn world and write its pipeline folder."""
     if begin is not None and any(part is not None for part in (vae, text, teacher)):
         raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text and --teacher")
     torch.set_num_threads(threads)
@@ -90,15 +92,7 @@ def main(
     if taught_by is not None:
         fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
         print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
-
-    def keep() -> None:
-        backbone.denoiser.to(layout.stored)
-        pipeline.save_pretrained(out)
-        backbone.denoiser.float()
-        _forget_places(out)
-        shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
-
-    name = f"denoiser_{kind}"
+    name, keep = f"denoiser_{kind}", partial(_write, pipeline, backbone, layout.stored, work, out)
     train_denoiser(settings, work, name, layout, backbone, requirements, images, teacher=taught_by, keep=keep)
     keep()
 
@@ -136,6 +130,15 @@ def _assemble(
         tokenizers = {name: part for name, part in made.components.items() if name.startswith("tokenizer")}
         pipeline.register_modules(**tokenizers)
     return pipeline
+
+
+def _write(pipeline: Any, backbone: Backbone, stored: torch.dtype, work: Path, out: Path) -> None:
+    """Write the pipeline folder with the denoiser as it is, and the log so far."""
+    backbone.denoiser.to(stored)
+    pipeline.save_pretrained(out)
+    backbone.denoiser.float()
+    _forget_places(out)
+    shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
 
 
 LOADED_FROM = ("_name_or_path", "is_local", "local_files_only")

@@ -1,7 +1,8 @@
 """The third stage: a denoiser of any layout, trained through its backbone on captions of all kinds of reliability."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,26 @@ def train_denoiser(
 
     def after(steps: int) -> None:
         if settings.judge_every and steps % settings.judge_every == 0:
-            ema.store(denoiser.parameters())
-            ema.copy_to(denoiser.parameters())
-            denoiser.eval()
-            write_log(work, {"stage": f"{name}_judged", "step": steps, **judged(settings, backbone)})
-            keep()
-            ema.restore(denoiser.parameters())
-            denoiser.train()
+            with _averaged(denoiser, ema):
+                write_log(work, {"stage": f"{name}_judged", "step": steps, **judged(settings, backbone)})
+                keep()
 
     state = {"model": denoiser, "optimization": optimization, "ema": ema}
     run_stage(name, work, settings.denoiser_steps, state, step, after=after)
     up_text.remove()
     ema.copy_to(denoiser.parameters())
     denoiser.requires_grad_(False).eval()
+
+
+@contextmanager
+def _averaged(denoiser: nn.Module, ema: EMAModel) -> Iterator[None]:
+    """Within the block, the denoiser has the EMA's weights."""
+    ema.store(denoiser.parameters())
+    ema.copy_to(denoiser.parameters())
+    denoiser.eval()
+    yield
+    ema.restore(denoiser.parameters())
+    denoiser.train()
 
 
 JUDGED = 20

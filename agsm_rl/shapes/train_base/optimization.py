@@ -50,4 +50,4 @@ class Optimization:
 def _matrices(denoiser: nn.Module) -> list[nn.Parameter]:
     """The matrices of the transformer blocks' attention and feed-forward layers."""
     named = [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.ndim == 2]
-    return [parameter for name, parameter in named if "blocks." in name and (".attn." in name or ".ff" in name)]
+    return [parameter for name, parameter in named if "blocks." in name and (".attn" in name or ".ff" in name)]
