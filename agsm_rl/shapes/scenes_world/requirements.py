@@ -24,16 +24,17 @@ COLORS = {
 LOOK = Look(
     shapes=SHAPES,
     colors=COLORS,
-    # The four shapes of the shapes world as there; no other shape comes near the new ones (0.78 at most).
+    # The four shapes of the shapes world much as there; no other shape comes near the new ones (0.76 at most, 0.72 a
+    # ring), and a ring's hole and a moon's tips are what an autoencoder loses first.
     min_fit={
         "circle": 0.87,
         "square": 0.86,
         "triangle": 0.83,
         "star": 0.79,
         "cross": 0.80,
-        "ring": 0.78,
-        "heart": 0.82,
-        "moon": 0.79,
+        "ring": 0.75,
+        "heart": 0.80,
+        "moon": 0.76,
     },
     max_color_error=46.0,
 )
