@@ -1,30 +1,29 @@
 """What all backbones share: a loaded pipeline, frozen and in evaluation mode, and its autoencoder.
 
-A kind of backbone is a subclass in a file of its own. All that is particular to it stands there, and nothing outside
-asks which kind it has (docs/guides/add-a-backbone.md).
+What a kind of backbone has of its own, and may override, is in declaration.py.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace, argument_positions
+from agsm_rl.adapters.token_places import argument_positions
 from agsm_rl.backbones import kinds
-from agsm_rl.backbones.autoencoders import Autoencoder
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.backbones.options import Options, check_device
 from agsm_rl.backbones.parts import BadPart
 from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Cond, Sampler, Tokens
+from agsm_rl.interfaces import Adapter, Tokens
 from agsm_rl.source_code import takes
 from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.precision import own_precision
@@ -50,49 +49,14 @@ def _moved(pipeline: Any, device: str | torch.device) -> Any:
         ) from error
 
 
-class FrozenPipeline:
+class FrozenPipeline(Declaration):
     """A frozen diffusers pipeline; see `interfaces.Backbone` for the convention.
 
     UserError when there is no such checkpoint, or it is a pipeline of another kind.
     """
 
-    name: str
     compiled = False
     """Whether a prediction may be overwritten by the next one (CUDA graphs), and so must be copied."""
-    use: ClassVar[str]
-    """The name by which a recipe asks for this class."""
-    wraps: ClassVar[tuple[str, ...]]
-    """The pipelines' classes: text to image first, then those that `from_pipe` makes of it."""
-    loads: ClassVar[tuple[str, ...]] = ()
-    """Those of them that a checkpoint may be of; empty: all."""
-    called: ClassVar[tuple[str, ...]] = ()
-    """Parts of what its checkpoints are called on the hub, in small letters."""
-    part: ClassVar[Literal["unet", "transformer"]]
-    """The denoiser's name in the pipeline."""
-    denoiser_class: ClassVar[str] = ""
-    """The denoiser's class in diffusers."""
-    time_argument: ClassVar[str] = "timestep"
-    """The argument of the denoiser's forward that says how noisy its input is; `level_of` reads it."""
-    interface: ClassVar[tuple[str, ...]] = (
-        *("in_channels", "cross_attention_dim"),
-        *("joint_attention_dim", "pooled_projection_dim", "caption_channels"),
-    )
-    """Sizes in the denoiser's configuration that it must share with one that replaces it."""
-    autoencoder: ClassVar[Autoencoder] = Autoencoder()
-    """The kind of its VAE."""
-    ends_text: ClassVar[bool] = True
-    """Whether its tokenizers end a text with an end token and know the longest one; language models' do not."""
-    single_files: ClassVar[Mapping[str, str]] = {}
-    """Single files in the original layout: how a tensor's name begins in those of each pipeline class, and in no other
-    kind's; the prefix `model.diffusion_model.` is left out."""
-    single_file_text: ClassVar[Mapping[str, str]] = {}
-    """Text encoders that a single file may leave out: how their tensors' names begin where it has them."""
-    without: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """By pipeline class: components and settings that are given in place of the checkpoint's."""
-    _num_timesteps = 1000
-    """Timesteps of the noise schedule, which the denoiser's time counts."""
-    drawing: ClassVar[tuple[float, int]]
-    """Guidance and steps to draw with where nothing else is said; as published."""
 
     @takes(Options)
     def __init__(self, checkpoint: str, **given: Any) -> None:
@@ -130,31 +94,6 @@ class FrozenPipeline:
         if options.compile is not None:
             self._compile(options.compile, gradient_checkpointing=options.gradient_checkpointing)
         self._check_width(checkpoint)
-
-    @property
-    def call_options(self) -> dict[str, Any]:
-        """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""
-        return {"height": self.resolution, "width": self.resolution}
-
-    def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None, count: int) -> dict[str, Any]:
-        """Arguments with which the pipeline draws `count` pictures under classifier-free guidance; 1 is none.
-
-        `negative_prompts`, one per picture, are what guidance steers away from; None is the empty prompt. Guidance that
-        is an input of the denoiser is no part of it: that is an option of the kind, and `predict`'s business.
-        """
-        return {"guidance_scale": guidance, "negative_prompt": negative_prompts}
-
-    def _draw_by(self, scheduler: str) -> None:
-        raise UserError(
-            f"backbone.scheduler: got {scheduler!r}, but a {type(self.pipeline).__name__} is drawn by the checkpoint's "
-            "own scheduler alone; leave it out."
-        )
-
-    def _lay_out(self, memory_format: str) -> None:
-        raise UserError(
-            f"backbone.memory_format: got {memory_format!r}, but only a U-Net is made of convolutions; leave it out "
-            f"for a {type(self.pipeline).__name__}."
-        )
 
     def _compile(self, mode: str, *, gradient_checkpointing: bool) -> None:
         if mode not in COMPILE_MODES:
@@ -243,28 +182,6 @@ class FrozenPipeline:
                 f"expects {wanted}; they belong to different models."
             )
 
-    def _text_width(self) -> int:
-        """D of the text that the denoiser takes."""
-        config: Any = self.denoiser.config
-        return int(config.get("joint_attention_dim") or config.get("cross_attention_dim"))
-
-    def _channels_of_latents(self) -> int:
-        """C of the latents that the denoiser is made for; where it takes them in patches, a patch has more."""
-        config: Any = self.denoiser.config
-        return int(config.in_channels)
-
-    def _usual_resolution(self, factor: int) -> int:
-        """Pixels per side where the recipe gives none."""
-        config: Any = self.denoiser.config
-        return int(config.sample_size * factor)
-
-    def _patch_size(self) -> int:
-        return 1
-
-    def _resolution_step(self, factor: int) -> int:
-        """Of what the resolution must be a multiple, for latents and for the pipeline, which draws the samples."""
-        return factor * self._patch_size()
-
     def _attention(self) -> AbstractContextManager[None]:
         """The attention of predictions, with gradients or without, since log-probabilities are compared across the two.
 
@@ -276,14 +193,6 @@ class FrozenPipeline:
         half = next(self.denoiser.parameters()).dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         return sdpa_kernel(SDPBackend.MATH) if half else nullcontext()
 
-    def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
-        """Encode prompts; each kind of pipeline does it its own way."""
-        raise NotImplementedError
-
-    def level_of(self, timestep: Tensor) -> Tensor:
-        """The noise level t in [0, 1) that `predict` was given, from what it hands the denoiser as its time."""
-        return timestep / self._num_timesteps
-
     def level_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """t of a call of the denoiser, 0-d or [B]: by `predict`, or by the pipeline itself.
 
@@ -293,29 +202,6 @@ class FrozenPipeline:
         time = torch.as_tensor(kwargs[name] if name in kwargs else args[self._time_position])
         wide = torch.float32 if time.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         return self.level_of(time.to(wide))
-
-    def token_places(self, *, layers: int | None, places: Sequence[UNetPlace] | None) -> TokenPlaces:
-        """Where soft tokens enter the denoiser (adapters/token_places.py).
-
-        `layers` and `places` are the adapter's options. UserError where they do not fit, or there are no places.
-        """
-        raise UserError(f"soft_tokens: a {type(self.pipeline).__name__} has no place for them yet; use lora.")
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of the forward process; each kind has its own."""
-        raise NotImplementedError
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` is regressed on; each kind has its own."""
-        raise NotImplementedError
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The denoiser's prediction; each kind asks its own way."""
-        raise NotImplementedError
-
-    def sampler(self, num_steps: int) -> Sampler:
-        """The schedule of rollouts; each kind has its own."""
-        raise NotImplementedError
 
     @property
     def token_limit(self) -> int:
@@ -342,10 +228,6 @@ class FrozenPipeline:
         used = [name for name in names if parts.get(name.replace("tokenizer", "text_encoder")) is not None]
         return [(parts[name], self._tokens_read(name)) for name in used]
 
-    def _tokens_read(self, tokenizer: str) -> int:
-        """How many tokens of a prompt are read by the encoder behind this tokenizer."""
-        return int(self.pipeline.components[tokenizer].model_max_length)
-
     def identity(self, of: Literal["images", "text"]) -> str:
         """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""
         prefixes: tuple[str, ...] = ("vae",)
@@ -356,6 +238,7 @@ class FrozenPipeline:
                 "backbone": self.name,
                 "t5_length": self.call_options.get("max_sequence_length"),
                 "zeros_for_empty": self.pipeline.config.get("force_zeros_for_empty_prompt"),
+                **self._text_options(),
             }
         components = self.pipeline.components.items()
         parts = {name: part for name, part in components if name.startswith(prefixes) and part is not None}
