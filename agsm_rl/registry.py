@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -127,7 +128,7 @@ def available(kind: str) -> dict[str, Entry]:
     Raises UserError if two packages register the same name: the choice must not depend on the order of installation.
     """
     entries = {name: Entry(name, target, HOME) for name, target in BUILTIN[kind].items()}
-    for point in entry_points(group=f"agsm_rl.{kind}"):
+    for point in _installed(f"agsm_rl.{kind}", tuple(sys.path)):
         entry = Entry(point.name, point.value, _package(point))
         known = entries.get(entry.name)
         if known is None:
@@ -138,6 +139,12 @@ def available(kind: str) -> dict[str, Entry]:
                 f"{entry.package} ({entry.target}); uninstall one, or have its author rename the entry point."
             )
     return dict(sorted(entries.items()))
+
+
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; looked up once for each `sys.path`, since it takes all packages' metadata."""
+    return tuple(entry_points(group=group))
 
 
 def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = ()) -> Any:

@@ -24,7 +24,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str, str]) -> N
         point = EntryPoint(name, target, "agsm_rl.objectives")
         vars(point).update(dist=Distribution(package))
         found.append(point)
-    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "agsm_rl.objectives" else [])
+    monkeypatch.setattr(registry, "_installed", lambda group, path: found if group == "agsm_rl.objectives" else ())
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)
