@@ -290,6 +290,8 @@ class PairBatch(Batch):
     """Images with their captions. `latents` [B, C, h, w]."""
 
     latents: Tensor
+    crops: Tensor | None = field(default=None, kw_only=True)
+    """How each image was cut, as `Cond` has it; None: not at all, or it is not to be told."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,9 @@ class PreferenceBatch(Batch):
 
     chosen: Tensor
     rejected: Tensor
+    chosen_crops: Tensor | None = field(default=None, kw_only=True)
+    rejected_crops: Tensor | None = field(default=None, kw_only=True)
+    """How each image was cut, as `Cond` has it; None: not at all, or it is not to be told."""
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,9 @@ class Source:
         """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""
         raise NotImplementedError
 
+    def fit_to(self, backbone: Backbone) -> None:
+        """Called once after `bind`: choose sizes that the backbone draws; UserError where an option asks for others."""
+
     def next(self, policy: Policy) -> Batch:
         """This process's share of the next batch; with no rows, in all processes alike, the term sits this step out."""
         raise NotImplementedError

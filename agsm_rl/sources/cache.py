@@ -1,7 +1,7 @@
 """The encoding cache: latents once per image and text once per caption, in bfloat16, kept on disk between runs.
 
-Latents are filed under the data set, the autoencoder and the resolution, text under the captions and the text encoders:
-a change of any of them is another folder. Nothing of a text's padding is dropped but exact zeros, because every other
+Latents are filed under the data set, the autoencoder and the sizes, text under the captions and the text encoders: a
+change of any of them is another folder. Nothing of a text's padding is dropped but exact zeros, because every other
 row of it differs from prompt to prompt, and the denoiser attends to all of them (docs/cache.md).
 """
 
@@ -18,10 +18,12 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import write_text
 from agsm_rl.interfaces import Adapter, Backbone, Cond, Shard
 from agsm_rl.sources.cache_folder import cache_folder
+from agsm_rl.sources.frames import Frames
 from agsm_rl.sources.kept_rows import Content, KeptRows
 from agsm_rl.sources.latents import fit
 from agsm_rl.sources.pictures import read_picture
 from agsm_rl.training.precision import own_precision
+from agsm_rl.training.sizes import Size, size_of
 
 FORMAT = 1
 """Part of each key: raise it when the same inputs are encoded or kept otherwise."""
@@ -63,6 +65,8 @@ class EncodingCache:
         self._image_columns, self._caption_column = image_columns, caption_column
         self._kept, self._where = kept, where
         self._backbone: Backbone | None = None
+        self.frames: Frames | None = None
+        """How each row's images are cut; None: to the backbone's own size."""
 
     def open(self, backbone: Backbone, adapters: Collection[Adapter], shard: Shard) -> None:
         """Encode what is missing for this backbone, sharing the work with all processes that do so now."""
@@ -88,6 +92,8 @@ class EncodingCache:
 
     def _open_latents(self, backbone: Backbone, shard: Shard) -> None:
         about = {"data": self._found._fingerprint, "columns": self._image_columns, "vae": backbone.identity("images")}
+        if self.frames is not None:
+            about["sizes"] = self.frames.digest
         folder = self._folder("latents", about, backbone)
         index = KeptRows(folder / "index", 1)
         index.make(lambda _: [self._index()], shard)
@@ -128,14 +134,16 @@ class EncodingCache:
         image_of = torch.empty(len(self._found), len(self._image_columns), dtype=torch.int64)
         for row, values in enumerate(self._found):
             for column, name in enumerate(self._image_columns):
-                number = numbers.setdefault(_sameness(values[name], row, column), len(numbers))
+                same = _sameness(values[name], row, column)
+                key = same if self.frames is None else (same, self.frames.size(row))
+                number = numbers.setdefault(key, len(numbers))
                 if number == len(first):
                     first.append((row, column))
                 image_of[row, column] = number
         return {"image_of": image_of, "first": torch.tensor(first, dtype=torch.int64)}
 
     def _encode_images(self, numbers: list[int], backbone: Backbone) -> list[Content]:
-        pixels: dict[int, Tensor] = {}
+        pixels: dict[Size, dict[int, Tensor]] = {}
         contents: dict[int, Content] = {}
         for number in numbers:
             row, column = self._first[number].tolist()
@@ -143,13 +151,14 @@ class EncodingCache:
             where = f"{self._where}, row {row}" + (f", column '{name}'" if len(self._image_columns) > 1 else "")
             try:
                 picture = read_picture(self._found[row][name], where)
-                pixels[number] = fit(picture, backbone.resolution)
+                size = size_of(backbone.resolution) if self.frames is None else self.frames.size(row)
+                pixels.setdefault(size, {})[number] = fit(picture, size)
             except UserError as error:
                 contents[number] = str(error)
-        if pixels:
-            latents = backbone.encode_images(torch.stack([*pixels.values()]).to(backbone.device))
+        for same_size in pixels.values():
+            latents = backbone.encode_images(torch.stack([*same_size.values()]).to(backbone.device))
             _check_finite(latents, f"{self._where}: the latents of its images", backbone)
-            for number, one in zip(pixels, latents.bfloat16().cpu(), strict=True):
+            for number, one in zip(same_size, latents.bfloat16().cpu(), strict=True):
                 contents[number] = {"latents": one.contiguous()}
         return [contents[number] for number in numbers]
 

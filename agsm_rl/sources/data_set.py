@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,14 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Cond, Shard
+from agsm_rl.interfaces import Backbone, Cond, Shard
 from agsm_rl.policy import Policy
+from agsm_rl.sources.bucket_order import BucketedRows
+from agsm_rl.sources.buckets import Crop, check_buckets
 from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
+from agsm_rl.sources.frames import Frames, buckets_for, read_sizes
 from agsm_rl.sources.images import Builtins, column_names, open_dataset
 from agsm_rl.sources.pictures import read_picture
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
+from agsm_rl.training.sizes import Size
 
+log = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
 
@@ -39,6 +45,7 @@ class DataSet(Generic[Read]):
         streaming: bool,
         shuffle_buffer: int,
         cache: Kept | None,
+        buckets: Sequence[int | tuple[int, int]] | str | None = None,
     ) -> None:
         for option, value in {
             "batch_size": batch_size,
@@ -50,7 +57,15 @@ class DataSet(Generic[Read]):
         self.name, self.where, self.batch_size = name, f"dataset '{name}'", batch_size
         self.split, self.config, self.num_rows = split, config, num_rows
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
-        self.cache = check_cache(cache, streaming=streaming)
+        self.cache, self.buckets = check_cache(cache, streaming=streaming), check_buckets(buckets)
+        if self.buckets and streaming:
+            raise UserError(
+                "buckets: the images of a streamed data set have no sizes that are known beforehand; leave out "
+                "`streaming`, or `buckets`"
+            )
+        self.frames: Frames | None = None
+        """How its images are cut to buckets, once that is known; None: all to the backbone's own size."""
+        self._to_load: dict[str, Any] | None = None
         self.batches = 0
         """Batches taken since the run began."""
 
@@ -82,8 +97,9 @@ class DataSet(Generic[Read]):
         usable: the rows to choose from, of a data set that has numbers; `is_usable` says so of a stream's row. None is
         all. UserError where fewer than a batch are left.
         """
-        self._caption_column = caption_column
+        self._caption_column, self._image_columns = caption_column, image_columns
         self._encodings: EncodingCache | None = None
+        self._usable = usable
         self._rows: Rows
         if self.streaming:
             self._rows = StreamedRows(
@@ -96,10 +112,11 @@ class DataSet(Generic[Read]):
             )
         else:
             self._rows = self._shuffled(image_columns, caption_column, usable)
+        self._read = read
         self._reader = Reader(self._rows, read, shard=self._shard, where=self.where)
 
     def _shuffled(self, image_columns: list[str], caption_column: str, usable: list[int] | None) -> ShuffledRows:
-        found, self._usable = self.found, usable
+        found = self.found
         count = len(found) if usable is None else len(usable)
         if count < self.batch_size:
             ties = f" that are not ties ({len(found) - count} are)" if count < len(found) else ""
@@ -114,12 +131,42 @@ class DataSet(Generic[Read]):
             found = found.remove_columns(_pictures(found, image_columns))
         return ShuffledRows(found, seed=self._seed, name=self._name, kept=usable)
 
+    def fit_to(self, backbone: Backbone) -> None:
+        """Sort the rows into the buckets that the backbone can draw; UserError where it cannot draw one of them."""
+        if self.buckets is None or self.frames is not None:
+            return
+        sizes = buckets_for(backbone, self.buckets, where=self._name)
+        pictures = read_sizes(self.found, self._image_columns, where=self.where, shard=self._shard)
+        self.frames = Frames(pictures, self._image_columns, sizes, batch_size=self.batch_size, usable=self._usable)
+        if self._shard.index == 0:
+            log.info("%s: rows by height x width: %s", self.where, self.frames)
+        if self._encodings is not None:
+            self._encodings.frames = self.frames
+        assert isinstance(self._rows, ShuffledRows)
+        self._rows = BucketedRows(
+            self._rows.found,
+            bucket_of=self.frames.bucket_of.tolist(),
+            batch_size=self.batch_size,
+            seed=self._seed,
+            name=self._name,
+            kept=self._usable,
+        )
+        self._reader.rows = self._rows
+        if self._to_load is not None:
+            self._rows.load_state_dict(self._to_load)
+
+    @property
+    def size(self) -> Size | None:
+        """The size of the newest batch's images; None: the backbone's own."""
+        return self.frames.size(self._rows.newest) if self.frames and isinstance(self._rows, BucketedRows) else None
+
     def take(self, policy: Policy, *, distinct: str | None = None) -> tuple[list[Read], Tensor]:
         """This process's rows of the next batch, read, and their numbers in the batch.
 
         Unreadable rows are replaced. With `distinct`, values of that column differ where possible. With a cache, the
         first batch waits until the whole data set is encoded.
         """
+        self.fit_to(policy.backbone)
         if self._encodings is not None:
             self._encodings.open(policy.backbone, policy.adapters.values(), self._shard)
         rows = self._reader.take(self.batch_size, self._own, device=policy.backbone.device, distinct=distinct)
@@ -132,6 +179,10 @@ class DataSet(Generic[Read]):
         return (
             read_picture(values[column], where) if self._encodings is None else self._encodings.latents(number, column)
         )
+
+    def crop(self, row: Row, column: str, picture: Image.Image | Tensor) -> Crop | None:
+        """How the picture in a row's column is cut; None without buckets."""
+        return None if self.frames is None else self.frames.crop(row[0], column, picture)
 
     def captions(self) -> list[str] | None:
         """All captions that it holds; None for a stream."""
@@ -161,7 +212,11 @@ class DataSet(Generic[Read]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue there; UserError where the state is of a stream and this is not, or the other way round."""
         ours = ("skipped", "batches")  # checkpoints of earlier versions lack them
-        self._rows.load_state_dict({key: value for key, value in state.items() if key not in ours})
+        rows = {key: value for key, value in state.items() if key not in ours}
+        if self.buckets is not None and self.frames is None:
+            self._to_load = rows  # until the backbone's sizes are known
+        else:
+            self._rows.load_state_dict(rows)
         self._reader.skipped, self.batches = (int(state.get(key, 0)) for key in ours)
 
 

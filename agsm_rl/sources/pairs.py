@@ -7,8 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Batch, PairBatch, Shard
+from agsm_rl.interfaces import Backbone, Batch, PairBatch, Shard
 from agsm_rl.policy import Policy, Source
+from agsm_rl.sources.buckets import Crop, crops_of
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import find_columns, read_captions
@@ -28,8 +29,9 @@ CAPTIONS_OF = {
 class Pairs(Source):
     """Batches of image-caption pairs.
 
-    Images are resized by their shorter side and cropped in the centre; transparent pixels become white. The captions of
-    a batch differ from each other where the data set allows it, because a batch's captions are each other's negatives.
+    Images are resized and cropped in the centre to the backbone's resolution; transparent pixels become white. The
+    captions of a batch differ from each other where the data set allows it, because a batch's captions are each other's
+    negatives.
 
     Args:
         dataset: `builtin:shapes` or `builtin:scenes`; a folder of images with metadata.jsonl or metadata.csv
@@ -53,6 +55,9 @@ class Pairs(Source):
             text.
         captions: Of a drawn world, how its captions are written (docs/scenes.md): `plain` (null), `careful`; of
             `builtin:scenes` also `careless`, `coco` and `mixed`; of `builtin:shapes` also `web`.
+        buckets: Sizes that images are cut to, as a list of numbers or [height, width], `[1024, [768, 1344]]`; `auto`:
+            sizes of about the area of the backbone's resolution in all shapes. Each image goes where it loses least; a
+            batch is of one size. SDXL is told each image's true size and crop. Null: the backbone's resolution.
     """
 
     gives: type[Batch] = PairBatch
@@ -76,13 +81,14 @@ class Pairs(Source):
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
         captions: str | None = None,
+        buckets: Literal["auto"] | list[int | tuple[int, int]] | None = None,
     ) -> None:
         if caption not in get_args(Choice):
             raise unknown_name("caption", caption, "a choice among an image's captions", get_args(Choice))
         self.variation = Variation(
             caption_dropout=caption_dropout, latents=latents, horizontal_flip=horizontal_flip, cache=cache
         )
-        self._data: DataSet[tuple[Image.Image | Tensor, list[str], dict[str, Any]]] = DataSet(
+        self._data: DataSet[tuple[Image.Image | Tensor, list[str], dict[str, Any], Crop | None]] = DataSet(
             dataset,
             batch_size=batch_size,
             split=split,
@@ -92,6 +98,7 @@ class Pairs(Source):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
             cache=cache,
+            buckets=buckets,
         )
         self.batch_size, self.cache = batch_size, self._data.cache
         self.image_column, self.caption_column, self.caption = image_column, caption_column, caption
@@ -120,12 +127,17 @@ class Pairs(Source):
         self._columns = find_columns(columns, self._data.name, self.image_column, self.caption_column)
         self._data.read_by(self._read, image_columns=[self._columns[0]], caption_column=self._columns[1])
 
-    def _read(self, row: Row) -> tuple[Image.Image | Tensor, list[str], dict[str, Any]]:
-        """The picture, or its kept latents; its captions; and the other columns."""
+    def fit_to(self, backbone: Backbone) -> None:
+        """Sort the images into `buckets`; UserError where the backbone cannot draw one of them."""
+        self._data.fit_to(backbone)
+
+    def _read(self, row: Row) -> tuple[Image.Image | Tensor, list[str], dict[str, Any], Crop | None]:
+        """The picture, or its kept latents; its captions; the other columns; and how the picture is cut."""
         number, values = row
         where, (image_column, caption_column) = f"{self._data.where}, row {number}", self._columns
         captions = read_captions(values[caption_column], caption_column, where)
-        return self._data.picture(row, image_column, where), captions, other_columns(values, self._columns)
+        picture = self._data.picture(row, image_column, where)
+        return picture, captions, other_columns(values, self._columns), self._data.crop(row, image_column, picture)
 
     def next(self, policy: Policy) -> PairBatch:
         """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are replaced.
@@ -134,12 +146,19 @@ class Pairs(Source):
         """
         batch = self._data.batches
         read, rows = self._data.take(policy, distinct=self._columns[1])
-        captions = [self._choose(texts, batch, row) for (_, texts, _), row in zip(read, rows.tolist(), strict=True)]
+        pictures, texts, metadata, cuts = zip(*read, strict=True)
+        captions = [self._choose(choice, batch, row) for choice, row in zip(texts, rows.tolist(), strict=True)]
         draw = Draw(self._seed, self._name, batch)
         captions = self.variation.captions(captions, draw, rows)
-        latents = self.variation.encoded([picture for picture, _, _ in read], policy.backbone, draw, rows)
-        metadata: list[Mapping[str, Any]] = [columns for _, _, columns in read]
-        return PairBatch(captions, rows, latents, cond=self._data.cond(captions, policy), metadata=metadata)
+        latents = self.variation.encoded(pictures, policy.backbone, draw, rows, size=self._data.size)
+        return PairBatch(
+            captions,
+            rows,
+            latents,
+            cond=self._data.cond(captions, policy),
+            metadata=list(metadata),
+            crops=crops_of(cuts, policy.backbone.device),
+        )
 
     def _choose(self, captions: list[str], batch: int, row: int) -> str:
         """One of an image's captions, fixed by the batch's and the row's number."""

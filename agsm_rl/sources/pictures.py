@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from agsm_rl.errors import UserError
 
@@ -21,6 +21,8 @@ SUFFIXES = frozenset(
 )
 """How the names of image files end, in lower case."""
 
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations whose upright picture has height and width exchanged."""
 STREAMED_FROM = ("hf", "zip", "tar")
 """Where the images of a streamed data set are; a row that names another address would have it asked."""
 
@@ -36,6 +38,17 @@ def read_picture(value: Any, where: str) -> Image.Image:
         raise UserError(f"{where}: its image cannot be read (it is not an image file); fix or remove it") from error
     except Exception as error:  # whatever a decoder makes of a stranger's bytes
         raise UserError(f"{where}: its image cannot be read ({error}); fix or remove it") from error
+
+
+def picture_size(value: Any, where: str) -> tuple[int, int]:
+    """Height and width of an image that `read_picture` takes, upright, from its header alone; UserError likewise."""
+    try:
+        picture = _opened(value)
+        # A PNG would be decoded as a whole to look for an orientation behind its pixels, where none is written.
+        turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+    except Exception as error:  # whatever a decoder makes of a stranger's bytes
+        raise UserError(f"{where}: its image cannot be read ({error}); fix or remove it") from error
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:

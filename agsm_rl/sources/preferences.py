@@ -5,14 +5,15 @@ Two conventions are recognised by their columns: TRL's and Pick-a-Pic's (arXiv 2
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, PreferenceBatch, Shard
+from agsm_rl.interfaces import Backbone, Batch, PreferenceBatch, Shard
 from agsm_rl.policy import Policy, Source
+from agsm_rl.sources.buckets import Crop, crops_of
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
 from agsm_rl.sources.images import read_captions
@@ -23,6 +24,8 @@ from agsm_rl.training.randomness import Draw
 
 Picture = Image.Image | Tensor
 """A picture, or the latents that a cache kept of it."""
+Cut = tuple[Picture, Crop | None]
+"""A picture, and how it is cut, with buckets."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Preferences(Source):
 
     Columns are TRL's `prompt`, `chosen`, `rejected` (a folder's metadata names the files as `chosen_file_name`,
     `rejected_file_name`), or Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, where a label of 1 prefers jpg_0 and
-    0 prefers jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them. Images are resized by
-    their shorter side and cropped in the centre; transparent pixels become white.
+    0 prefers jpg_1. Ties (0.5, or no label) are dropped; the metric `ties_dropped` counts them. Images are resized and
+    cropped in the centre to the backbone's resolution; transparent pixels become white.
 
     Args:
         dataset: `builtin:shapes-preferences` or `builtin:scenes-preferences`, a folder of images with metadata, a
@@ -69,6 +72,9 @@ class Preferences(Source):
             among themselves; 1 keeps the stream's order.
         cache: Keep what is encoded on disk for later epochs and runs (docs/cache.md): `latents`, or `all` with the
             text.
+        buckets: Sizes that images are cut to, as a list of numbers or [height, width], `[1024, [768, 1344]]`; `auto`:
+            sizes of about the area of the backbone's resolution in all shapes. Each pair goes where both lose least; a
+            batch is of one size. SDXL is told each image's true size and crop. Null: the backbone's resolution.
     """
 
     gives: type[Batch] = PreferenceBatch
@@ -88,8 +94,9 @@ class Preferences(Source):
         streaming: bool = False,
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
+        buckets: Literal["auto"] | list[int | tuple[int, int]] | None = None,
     ) -> None:
-        self._data: DataSet[tuple[str, Picture, Picture, dict[str, Any]]] = DataSet(
+        self._data: DataSet[tuple[str, Cut, Cut, dict[str, Any]]] = DataSet(
             dataset,
             batch_size=batch_size,
             split=split,
@@ -99,6 +106,7 @@ class Preferences(Source):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
             cache=cache,
+            buckets=buckets,
         )
         self.variation = Variation(
             caption_dropout=caption_dropout, latents=latents, horizontal_flip=horizontal_flip, cache=cache
@@ -122,6 +130,10 @@ class Preferences(Source):
             usable=usable,
             is_usable=self._has_preference,
         )
+
+    def fit_to(self, backbone: Backbone) -> None:
+        """Sort the preferences into `buckets`; UserError where the backbone cannot draw one of them."""
+        self._data.fit_to(backbone)
 
     def _without_ties(self, found: Any) -> list[int]:
         column = self._columns.label
@@ -151,14 +163,16 @@ class Preferences(Source):
             )
         return 0 if label == 1 else 1
 
-    def _read(self, row: Row) -> tuple[str, Picture, Picture, dict[str, Any]]:
+    def _read(self, row: Row) -> tuple[str, Cut, Cut, dict[str, Any]]:
         """The prompt, the chosen and the rejected image (or these images' kept latents), and the other columns."""
         number, values = row
         where, columns = f"{self._data.where}, row {number}", self._columns
         prompt = read_captions(values[columns.prompt], columns.prompt, where)[0]
-        first, second = (
-            self._data.picture(row, column, f"{where}, column '{column}'") for column in (columns.first, columns.second)
-        )
+        pictures = [
+            (column, self._data.picture(row, column, f"{where}, column '{column}'"))
+            for column in (columns.first, columns.second)
+        ]
+        first, second = ((picture, self._data.crop(row, column, picture)) for column, picture in pictures)
         chosen, rejected = (first, second) if self._preferred(row) == 0 else (second, first)
         return prompt, chosen, rejected, other_columns(values, str(columns).split(", "))
 
@@ -170,14 +184,27 @@ class Preferences(Source):
         draw = Draw(self._seed, self._name, self._data.batches)
         read, rows = self._data.take(policy)
         prompts = self.variation.captions([prompt for prompt, _, _, _ in read], draw, rows)
-        both = {"chosen": [picture for _, picture, _, _ in read], "rejected": [picture for _, _, picture, _ in read]}
+        both = {"chosen": [image for _, image, _, _ in read], "rejected": [image for _, _, image, _ in read]}
+        backbone, size = policy.backbone, self._data.size
         chosen, rejected = (
-            self.variation.encoded(pictures, policy.backbone, draw, rows, which=f" {which}")
-            for which, pictures in both.items()
+            self.variation.encoded(
+                [picture for picture, _ in images], backbone, draw, rows, which=f" {which}", size=size
+            )
+            for which, images in both.items()
+        )
+        chosen_crops, rejected_crops = (
+            crops_of([crop for _, crop in images], backbone.device) for images in both.values()
         )
         metadata: list[Mapping[str, Any]] = [columns for _, _, _, columns in read]
         return PreferenceBatch(
-            prompts, rows, chosen, rejected, cond=self._data.cond(prompts, policy), metadata=metadata
+            prompts,
+            rows,
+            chosen,
+            rejected,
+            cond=self._data.cond(prompts, policy),
+            metadata=metadata,
+            chosen_crops=chosen_crops,
+            rejected_crops=rejected_crops,
         )
 
     def prompt_texts(self) -> list[str] | None:

@@ -59,7 +59,7 @@ class ShuffledRows:
     """Rows of a data set that has numbers; each epoch a fresh permutation of those `kept` (None: all)."""
 
     def __init__(self, found: Any, *, seed: int, name: str, kept: list[int] | None = None) -> None:
-        self._found, self._kept = found, kept
+        self.found, self._kept = found, kept
         self._order = Order(len(found) if kept is None else len(kept), seed, name)
         self._values: dict[str, Any] = {}
 
@@ -67,20 +67,20 @@ class ShuffledRows:
         """The `own` ones of the next `count` rows; only they are read."""
         key = None if distinct is None else self._column(distinct)
         numbers = [self._number(index) for index in self._order.take(count, key)[own]]
-        return [(number, self._found[number]) for number in numbers]
+        return [(number, self.found[number]) for number in numbers]
 
     def after(self, number: int) -> Row | None:
         """The next one in the data set."""
         index = number if self._kept is None else self._kept.index(number)
         following = self._number((index + 1) % self._order.length)
-        return None if following == number else (following, self._found[following])
+        return None if following == number else (following, self.found[following])
 
     def _number(self, index: int) -> int:
         return index if self._kept is None else self._kept[index]
 
     def _column(self, name: str) -> Callable[[int], str]:
         if name not in self._values:
-            self._values[name] = self._found[name]
+            self._values[name] = self.found[name]
         return lambda index: str(self._values[name][self._number(index)])
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from agsm_rl.interfaces import Backbone
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.latents import to_latents
 from agsm_rl.training.randomness import Draw
+from agsm_rl.training.sizes import Size, latent_shape_at
 
 Latents = Literal["mode", "sample"]
 
@@ -49,16 +50,21 @@ class Variation:
         rows: Tensor,
         *,
         which: str = "",
+        size: Size | None = None,
     ) -> Tensor:
-        """Latents [B, C, h, w] of the rows' pictures; `which` tells several pictures of a row apart."""
+        """Latents [B, C, h, w] of the rows' pictures; `which` tells several pictures of a row apart.
+
+        Pictures are cut to `size`, or to the backbone's own.
+        """
         if self.horizontal_flip:
             flips = (draw.uniform(rows, purpose=f"flip{which}") < 0.5).tolist()
             pictures = [_mirrored(picture) if flip else picture for picture, flip in zip(pictures, flips, strict=True)]
         noise = None
         if self.latents == "sample":
-            like = torch.empty(len(rows), *backbone.latent_shape, device=backbone.device)
+            shape = backbone.latent_shape if size is None else latent_shape_at(backbone, size)
+            like = torch.empty(len(rows), *shape, device=backbone.device)
             noise = draw.noise_like(like, rows, purpose=f"posterior{which}")
-        return to_latents(pictures, backbone, noise=noise)
+        return to_latents(pictures, backbone, noise=noise, size=size)
 
 
 def _mirrored(picture: Image.Image | Tensor) -> Image.Image | Tensor:

@@ -129,7 +129,14 @@ class ChosenImages(View):
 
     def __call__(self, batch: PreferenceBatch) -> PairBatch:
         """The chosen images under their prompts."""
-        return PairBatch(batch.prompts, batch.rows, batch.chosen, cond=batch.cond, metadata=batch.metadata)
+        return PairBatch(
+            batch.prompts,
+            batch.rows,
+            batch.chosen,
+            cond=batch.cond,
+            metadata=batch.metadata,
+            crops=batch.chosen_crops,
+        )
 
 
 def _metadata_of(batch: Batch, rows: list[int]) -> list[Mapping[str, Any]] | None:
