@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
@@ -43,6 +43,10 @@ class Cond:
     unconditional_first: bool = False
     """Whether the first half of the rows is guidance's unconditional branch; rows that are taken out are ordinary."""
     mask: Tensor | None = None
+    crops: Tensor | None = None
+    """How each row's picture was cut, [B, 4]: its own height and width, and what was cut off at the top and left after
+    it was resized, in pixels, for models that are told (SDXL). It belongs to the picture, not the prompt. None: as if
+    the picture had been made in the size it has."""
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -52,13 +56,15 @@ class Cond:
         if self.prompts:
             numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
             prompts = tuple(self.prompts[number] for number in numbers.tolist())
-        pooled, mask = (None if part is None else part[rows] for part in (self.pooled, self.mask))
-        return Cond(self.embeds[rows], pooled, prompts, mask=mask)
+        others = (self.pooled, self.mask, self.crops)
+        pooled, mask, crops = (None if part is None else part[rows] for part in others)
+        return Cond(self.embeds[rows], pooled, prompts, mask=mask, crops=crops)
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
         """The rows of all parts, one after another; prompts only if every part has its own.
 
+        ValueError where some parts have crops and others none (`of_pictures` gives them).
         Shorter texts are padded with zeros, which the mask leaves unread.
         """
         pooled = [part.pooled for part in parts if part.pooled is not None]
@@ -68,7 +74,20 @@ class Cond:
         if any(part.mask is not None or part.embeds.shape[1] < longest for part in parts):
             mask = torch.cat([part._padded_mask(longest) for part in parts])
         embeds = torch.cat([pad(part.embeds, (0, 0, 0, longest - part.embeds.shape[1])) for part in parts])
-        return Cond(embeds, torch.cat(pooled) if pooled else None, prompts, mask=mask)
+        crops = [part.crops for part in parts if part.crops is not None]
+        if crops and len(crops) < len(parts):
+            raise ValueError("some parts say how their pictures were cut, others do not: give those `of_pictures`")
+        return Cond(
+            embeds,
+            torch.cat(pooled) if pooled else None,
+            prompts,
+            mask=mask,
+            crops=torch.cat(crops) if crops else None,
+        )
+
+    def of_pictures(self, others: Cond) -> Cond:
+        """The same prompts for other rows' pictures, row by row: it says how those were cut."""
+        return replace(self, crops=others.crops)
 
     def _padded_mask(self, longest: int) -> Tensor:
         seen = self.mask
@@ -78,8 +97,9 @@ class Cond:
 
     def expand(self, count: int) -> Cond:
         """A single row repeated `count` times, without copying."""
-        pooled, mask = (None if part is None else part.expand(count, -1) for part in (self.pooled, self.mask))
-        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count, mask=mask)
+        others = (self.pooled, self.mask, self.crops)
+        pooled, mask, crops = (None if part is None else part.expand(count, -1) for part in others)
+        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count, mask=mask, crops=crops)
 
 
 class Tokens(NamedTuple):
@@ -112,7 +132,9 @@ class Backbone(Protocol):
     pipeline: Any
     denoiser: nn.Module
     latent_shape: tuple[int, int, int]
-    resolution: int
+    """C, h and w of a picture of its resolution."""
+    resolution: int | tuple[int, int]
+    """Pixels per side, or (height, width), of what it draws; training/sizes.py changes it for a while."""
     device: torch.device
     adapters: list[Adapter]
     """The attached ones; they add and remove themselves."""
@@ -292,6 +314,11 @@ class PairBatch(Batch):
     latents: Tensor
     crops: Tensor | None = field(default=None, kw_only=True)
     """How each image was cut, as `Cond` has it; None: not at all, or it is not to be told."""
+
+    def encode_text(self, backbone: Backbone) -> Cond:
+        """The encoded prompts, with how the images were cut."""
+        cond = super().encode_text(backbone)
+        return cond if self.crops is None else replace(cond, crops=self.crops)
 
 
 @dataclass(frozen=True)

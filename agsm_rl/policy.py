@@ -180,7 +180,7 @@ class Policy:
                 raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
             # `cond` was encoded by whichever bank was in use then, without gradients.
             encoded = self.backbone.encode_text(list(cond.prompts), gradients=True)
-            cond = replace(encoded, unconditional_first=cond.unconditional_first)
+            cond = replace(encoded, unconditional_first=cond.unconditional_first, crops=cond.crops)
         prediction = predict_in_form(self.backbone, adapters, x_t, t, cond)
         if self._recorded is not None:
             self._recorded.append(Recorded(t, prediction, follows=x_t.requires_grad))

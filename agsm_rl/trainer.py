@@ -92,7 +92,7 @@ class Trainer:
         for term in self.terms:
             if term.objective.old is not None:
                 policy.keep_old(term.name)
-        self.sources = bind_sources(self.terms, seed, self.processes)
+        self.sources = bind_sources(self.terms, seed, policy.backbone, self.processes)
         self._unread = check_prompts(self.terms, self.sources, policy.backbone, self.processes)
         """Sources whose prompts are not known before they come."""
 

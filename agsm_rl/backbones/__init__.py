@@ -11,6 +11,7 @@ from agsm_rl.backbones.options import Options
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.source_code import own_options, takes
+from agsm_rl.training.sizes import Resolution
 
 if TYPE_CHECKING:
     from agsm_rl.backbones.flow_pipeline import FlowPipeline
@@ -52,7 +53,9 @@ def load_backbone(checkpoint: str, **options: Any) -> Backbone:
     return kind(checkpoint, **options)
 
 
-def backbone_of(pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False) -> Backbone:
+def backbone_of(
+    pipeline: Any, *, resolution: Resolution | None = None, gradient_checkpointing: bool = False
+) -> Backbone:
     """The backbone of a loaded pipeline, by its class; UserError for a pipeline of an unsupported kind."""
     from agsm_rl.backbones import kinds
     from agsm_rl.backbones.loading import unsupported

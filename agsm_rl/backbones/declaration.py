@@ -13,6 +13,8 @@ from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace
 from agsm_rl.backbones.autoencoders import Autoencoder
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond, Sampler
+from agsm_rl.training.limits import MAX_RESOLUTION
+from agsm_rl.training.sizes import Resolution, size_of
 
 
 class Declaration:
@@ -56,12 +58,12 @@ class Declaration:
     """Guidance and steps to draw with where nothing else is said; as published."""
     pipeline: Any
     denoiser: nn.Module
-    resolution: int
+    resolution: Resolution
 
     @property
     def call_options(self) -> dict[str, Any]:
         """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""
-        return {"height": self.resolution, "width": self.resolution}
+        return size_of(self.resolution)._asdict()
 
     def guidance_arguments(self, guidance: float, negative_prompts: list[str] | None, count: int) -> dict[str, Any]:
         """Arguments with which the pipeline draws `count` pictures under classifier-free guidance; 1 is none.
@@ -104,6 +106,10 @@ class Declaration:
     def _resolution_step(self, factor: int) -> int:
         """Of what the resolution must be a multiple, for latents and for the pipeline, which draws the samples."""
         return factor * self._patch_size()
+
+    def _longest_side(self, factor: int) -> int:
+        """Pixels of a side at most."""
+        return MAX_RESOLUTION
 
     def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """Encode prompts; each kind of pipeline does it its own way."""

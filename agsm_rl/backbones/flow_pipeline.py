@@ -11,12 +11,13 @@ from torch import Tensor
 from agsm_rl.backbones.flow import FlowSampler, flow_scheduler
 from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.backbones.parts import check_scheduler
+from agsm_rl.training.sizes import Resolution
 
 
 class FlowPipeline(FrozenPipeline):
     """A frozen pipeline whose denoiser predicts a flow."""
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+    def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         self._num_timesteps = flow_scheduler(self._flow_config(pipeline.scheduler)).config.num_train_timesteps
 

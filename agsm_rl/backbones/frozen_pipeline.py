@@ -25,8 +25,8 @@ from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
 from agsm_rl.source_code import takes
-from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.precision import own_precision
+from agsm_rl.training.sizes import Resolution, check_resolution
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = ("default", "reduce-overhead")
@@ -118,7 +118,7 @@ class FrozenPipeline(Declaration):
 
     @classmethod
     def from_pipeline(
-        cls, pipeline: Any, *, resolution: int | None = None, gradient_checkpointing: bool = False
+        cls, pipeline: Any, *, resolution: Resolution | None = None, gradient_checkpointing: bool = False
     ) -> Self:
         """The backbone of a loaded pipeline; its modules are used in place, and frozen."""
         if type(pipeline).__name__ not in cls.wraps:
@@ -127,7 +127,7 @@ class FrozenPipeline(Declaration):
         backbone._wrap(pipeline, resolution, gradient_checkpointing)
         return backbone
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+    def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         self.pipeline: Any = pipeline
         self.denoiser: nn.Module = getattr(pipeline, self.part)
         self._time_position = argument_positions(self.denoiser)[self.time_argument]
@@ -140,13 +140,15 @@ class FrozenPipeline(Declaration):
         names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
         found = {name: getattr(pipeline, name, None) for name in names}
         self.text_encoders: dict[str, nn.Module] = {name: part for name, part in found.items() if part is not None}
-        factor, multiple = pipeline.vae_scale_factor, self._resolution_step(pipeline.vae_scale_factor)
-        self.resolution = self._usual_resolution(factor) if resolution is None else resolution
-        if not multiple <= self.resolution <= MAX_RESOLUTION or self.resolution % multiple:
-            raise UserError(
-                f"backbone.resolution: got {self.resolution}; a positive multiple of {multiple} is needed, at most "
-                f"{MAX_RESOLUTION}."
-            )
+        factor = pipeline.vae_scale_factor
+        self.resolution_step, self.longest_side = self._resolution_step(factor), self._longest_side(factor)
+        size = check_resolution(
+            self._usual_resolution(factor) if resolution is None else resolution,
+            multiple=self.resolution_step,
+            largest=self.longest_side,
+            where="backbone.resolution",
+        )
+        self.resolution = size.resolution
         try:
             self.autoencoder.check(pipeline.vae.config)
         except BadPart as error:
@@ -158,7 +160,7 @@ class FrozenPipeline(Declaration):
                 f"backbone.checkpoint: the {self.part} takes {taken} channels, but the latents have "
                 f"{channels}; inpainting and depth models are not supported."
             )
-        self.latent_shape = (channels, self.resolution // factor, self.resolution // factor)
+        self.latent_shape = (channels, size.height // factor, size.width // factor)
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
 

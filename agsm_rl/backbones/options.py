@@ -31,7 +31,8 @@ class Options:
     Args:
         checkpoint: A pipeline folder, a hub id, a single .safetensors file, or a builtin base (`builtin:shapes-sd15`).
             A folder's files may all be of one variant, such as fp16.
-        resolution: Pixels per side. Null is the checkpoint's own (512 for SD1.5, 1024 for SDXL and SD3).
+        resolution: Pixels per side, or [height, width]. Null is the checkpoint's own (512 for SD1.5, 1024 for SDXL and
+            SD3).
         dtype: Data type of the frozen weights. Latents and predictions keep the caller's, float32, which the losses
             need.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less
@@ -59,7 +60,7 @@ class Options:
 
     checkpoint: str
     _: KW_ONLY
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     device: Device | None = None

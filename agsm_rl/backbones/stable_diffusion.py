@@ -18,13 +18,14 @@ from agsm_rl.backbones.parts import check_scheduler
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Cond
 from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.sizes import Resolution
 
 
 class StableDiffusion(FrozenPipeline):
     """A frozen StableDiffusionPipeline or StableDiffusionXLPipeline; options as in FrozenPipeline.
 
-    SDXL's denoiser also sees each prompt's pooled embedding (`Cond.pooled`), and time ids which say that the picture
-    was not cropped and is as large as it is drawn.
+    SDXL's denoiser also sees each prompt's pooled embedding (`Cond.pooled`), and time ids: the picture's own size, how
+    it was cropped (`Cond.crops`) and the size as drawn; by default, that it is that large and was not cropped.
     """
 
     name = "stable_diffusion"
@@ -75,7 +76,7 @@ class StableDiffusion(FrozenPipeline):
             )
         return CrossAttentionPlaces(self.denoiser, PUBLISHED_PLACES if places is None else places)
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+    def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         self._is_xl = hasattr(pipeline, "text_encoder_2")
         if self._is_xl:
@@ -153,8 +154,10 @@ class StableDiffusion(FrozenPipeline):
             return None
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[2:])
         # Original size, crop, size as drawn: what the pipeline itself says when it is told nothing.
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=x_t.device)
-        return {"text_embeds": cond.pooled.to(dtype), "time_ids": ids.expand(len(x_t), -1)}
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=x_t.device).expand(len(x_t), -1)
+        if cond.crops is not None:
+            ids = torch.cat([cond.crops.to(ids), ids[:, 4:]], dim=1)
+        return {"text_embeds": cond.pooled.to(dtype), "time_ids": ids}
 
     def sampler(self, num_steps: int) -> DDIMSampler:
         """DDIM on the pipeline's own noise schedule."""

@@ -53,11 +53,10 @@ class StableDiffusion3(FlowPipeline):
             self.t5_length = t5_length
         super().__init__(checkpoint, **options)
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
-        super()._wrap(pipeline, resolution, gradient_checkpointing)
-        largest = pipeline.transformer.config.pos_embed_max_size * pipeline.vae_scale_factor * self._patch_size()
-        if self.resolution > largest:
-            raise UserError(f"backbone.resolution: got {resolution}, but this transformer goes up to {largest}.")
+    def _longest_side(self, factor: int) -> int:
+        """As many patches as its transformer has positions for."""
+        positions: int = self.pipeline.transformer.config.pos_embed_max_size
+        return min(super()._longest_side(factor), positions * factor * self._patch_size())
 
     @property
     def call_options(self) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from agsm_rl.export.attach import read_exports
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
 from agsm_rl.trainer import Trainer
+from agsm_rl.training.sizes import size_of
 
 
 def describe(recipe: Recipe, trainer: Trainer) -> str:
     """A few lines about a recipe and a trainer built from it, which may be on the meta device."""
     backbone, policy = trainer.policy.backbone, trainer.policy
-    size_in_px = f"{backbone.resolution} x {backbone.resolution} px"
+    size_in_px = f"{size_of(backbone.resolution)} px"
     checkpoint = recipe.backbone.options.get("checkpoint")
     device = recipe.backbone.options.get("device") or trainer.accelerator.device
     lines = [f"backbone    {recipe.backbone.use}, {checkpoint}, {size_in_px}, {device}"]

@@ -14,10 +14,12 @@ from agsm_rl.cli.options import (
     GuidanceBankOption,
     GuidanceOption,
     GuidancePromptOption,
+    ResolutionOption,
     StepsOption,
     TargetArgument,
     finite,
     grouped,
+    resolution_of,
 )
 from agsm_rl.cli.results import check_output_folder
 from agsm_rl.registry import permissions
@@ -60,7 +62,7 @@ class Base:
     """The model."""
 
     base: BaseOption = None
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels per side. Default: the base's own.")] = None
+    resolution: ResolutionOption = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type of the base's weights.")
     ] = None
@@ -71,7 +73,7 @@ class Base:
 
     def backbone(self) -> dict[str, Any]:
         """The options of the backbone that are given."""
-        options = {"dtype": self.dtype, "resolution": self.resolution}
+        options = {"dtype": self.dtype, "resolution": resolution_of(self.resolution)}
         return {key: value for key, value in options.items() if value is not None}
 
 

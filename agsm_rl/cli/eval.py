@@ -15,8 +15,10 @@ from agsm_rl.cli.options import (
     GuidanceOption,
     GuidancePromptOption,
     Permissions,
+    ResolutionOption,
     StepsOption,
     grouped,
+    resolution_of,
 )
 from agsm_rl.cli.results import check_output_file, check_output_folder
 from agsm_rl.evaluate.suite_options import SuiteOptions
@@ -40,7 +42,7 @@ class Drawing:
         str,
         typer.Option(metavar="TEXT", help="Added to every prompt, e.g. ', best quality'; the suite does not see it."),
     ] = ""
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels per side. Default: the base's own.")] = None
+    resolution: ResolutionOption = None
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise, and of drawn worlds' prompts.")] = 0
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images drawn at a time. Default: shapes 50, or 8 where images are kept.")
@@ -55,7 +57,7 @@ class Drawing:
 
     def backbone(self) -> dict[str, Any]:
         """The options of the backbone that are given."""
-        options = {"dtype": self.dtype, "resolution": self.resolution}
+        options = {"dtype": self.dtype, "resolution": resolution_of(self.resolution)}
         return {key: value for key, value in options.items() if value is not None}
 
 

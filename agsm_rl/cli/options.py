@@ -134,7 +134,22 @@ GuidancePromptOption = Annotated[
         help="Prompt of guidance's unconditional branch; same needs the negative bank. Default: the adapter's."
     ),
 ]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resolution",
+        metavar="SIDE|HEIGHT,WIDTH",
+        help="Pixels per side, or height and width (768,1344). Default: own.",
+    ),
+]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, max=MAX_SAMPLING_STEPS, help="Sampling steps.")]
+
+
+def resolution_of(text: str | None) -> int | tuple[int, int] | None:
+    """The value of --resolution; UserError where it is not a size."""
+    from agsm_rl.training.sizes import parse_resolution
+
+    return None if text is None else parse_resolution(text, where="--resolution")
 
 
 @dataclass(frozen=True)

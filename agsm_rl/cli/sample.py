@@ -14,9 +14,11 @@ from agsm_rl.cli.options import (
     GuidanceBankOption,
     GuidanceOption,
     GuidancePromptOption,
+    ResolutionOption,
     StepsOption,
     TargetArgument,
     grouped,
+    resolution_of,
 )
 from agsm_rl.cli.results import check_output_folder
 from agsm_rl.errors import UserError
@@ -83,6 +85,7 @@ def sample(
     ] = Path("samples"),
     compare: Annotated[bool, typer.Option("--compare", help="Also draw with the base, from the same noise.")] = False,
     num_steps: StepsOption = None,
+    resolution: ResolutionOption = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Pictures drawn at a time.")] = 8,
     base: BaseOption = None,
     allow_import: Annotated[
@@ -114,5 +117,6 @@ def sample(
         guidance_prompt=guidance.guidance_prompt,
         compare=compare,
     )
-    opened = open_target(target, base=base, allow_imports=permissions(imports=allow_import))
+    size = {} if resolution is None else {"resolution": resolution_of(resolution)}
+    opened = open_target(target, base=base, options=size, allow_imports=permissions(imports=allow_import))
     draw_samples(opened, texts, out, options, tell=say)

@@ -18,6 +18,7 @@ from agsm_rl.training.guidance import predict_in_form
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import stream
 from agsm_rl.training.sampling import guided
+from agsm_rl.training.sizes import size_of
 from agsm_rl.training.stages import Advance, stage
 
 Method = Literal["inversion", "flowedit"]
@@ -138,13 +139,13 @@ def edit(
     seeds: Sequence[int],
     settings: EditSettings | CompleteSettings | None = None,
 ) -> Tensor:
-    """The edited images [B, 3, R, R] in [0, 1], on the CPU; R is the backbone's resolution.
+    """The edited images [B, 3, H, W] in [0, 1], on the CPU; H and W are the backbone's resolution.
 
     Adapters take part as they are switched, in guidance's unconditional branch too (training/guidance.py).
 
     Args:
         backbone: The model.
-        images: The source images [B, 3, R, R] in [0, 1].
+        images: The source images [B, 3, H, W] in [0, 1].
         source_prompts: What each of them shows.
         target_prompts: What each should show instead.
         seeds: One for each image, which fixes FlowEdit's noise; inversion draws none.
@@ -153,7 +154,7 @@ def edit(
     UserError as in `EditSettings.complete`, and for an edit that is not finite. ValueError where numbers or sizes do
     not agree.
     """
-    size = (3, backbone.resolution, backbone.resolution)
+    size = (3, *size_of(backbone.resolution))
     counts = {len(images), len(source_prompts), len(target_prompts), len(seeds)}
     if images.shape[1:] != size or len(counts) != 1:
         raise ValueError(

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
+from agsm_rl.errors import UserError
 from agsm_rl.evaluate.draw_folder import DrawingSettings
 from agsm_rl.evaluate.measure import draw_and_judge
 from agsm_rl.evaluate.suite import Judged, Result, Suite
@@ -23,6 +24,7 @@ from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.suites import MadeSuite, make_suites
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.processes import Processes
+from agsm_rl.training.sizes import Resolution, check_drawable, drawing_at
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,16 @@ class Entry:
                 suite.check(metadata)
         return prompts
 
-    def prepare(self, resolution: int) -> None:
+    def resolution(self, options: Evaluate | None) -> Resolution | None:
+        """The size that its images are drawn at; None: the backbone's own."""
+        return None if options is None or self.made.suite.keeps_size else options.resolution
+
+    def prepare(self, backbone: Backbone, options: Evaluate | None) -> None:
         """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
         first = next(iter(self.read_prompts().values()))
-        grey = new_image("RGB", (resolution, resolution), (128, 128, 128))
+        wanted = self.resolution(options) or backbone.resolution
+        size = check_drawable(backbone, wanted, where="evaluate.resolution")
+        grey = new_image("RGB", (size.width, size.height), (128, 128, 128))
         for suite in self.suites:
             suite.prepare()
             suite.judge([grey], [str(first["prompt"])], [first])
@@ -66,6 +74,12 @@ class Entry:
 def entries_of(evaluate: Evaluate, parts: Parts, place: str = "evaluate") -> list[Entry]:
     """The suites of a completed evaluation, in the recipe's order."""
     made = make_suites(evaluate, parts, place)
+    if evaluate.resolution is not None and all(item.suite.keeps_size for item in made):
+        names = ", ".join(item.name for item in made)
+        raise UserError(
+            f"{parts.at(f'{place}.resolution')}: got {evaluate.resolution}, but {names} is judged at the base's own "
+            "resolution only; leave it out, or add a suite of rewards"
+        )
     return [Entry(item, Rewards(rewards=item.rewards) if item.rewards else None) for item in made]
 
 
@@ -157,7 +171,8 @@ def measure(
         batch_size=options.batch_size,
         prompt_suffix=options.prompt_suffix,
     )
-    drawn = draw_and_judge(backbone, entry.suites, how, processes=processes, check=check, advance=advance)
+    with drawing_at(backbone, entry.resolution(options), where="evaluate.resolution"):
+        drawn = draw_and_judge(backbone, entry.suites, how, processes=processes, check=check, advance=advance)
     return from_rows(entry, guidance, drawn.judged, drawn.pictures)
 
 
@@ -185,6 +200,7 @@ def to_json(suites: Mapping[str, Sequence[Compared]], options: Evaluate, *, step
     settings |= {"bank": options.bank, "prompt_suffix": options.prompt_suffix}
     form = {"guidance_bank": options.guidance_bank, "guidance_prompt": options.guidance_prompt}
     settings |= {key: value for key, value in form.items() if value is not None}
+    settings |= {} if options.resolution is None else {"resolution": options.resolution}
     settings |= {} if step is None else {"step": step}
     content = first[0] | settings | ({"other_guidances": first[1:]} if first[1:] else {})
     if options.suites is not None:

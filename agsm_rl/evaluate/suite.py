@@ -125,6 +125,7 @@ class Suite(ABC):
         folder: Name of the folder that keeps the rows beside pictures; by default the suite's name.
         smaller_is_better: The scores, of `score_names()`, of which less is better.
         needs_prompts: Whether a row depends on the prompt; if not, a folder of pictures without prompts can be judged.
+        keeps_size: Whether its pictures are always drawn at the base's own resolution, whatever `evaluate` says.
 
     A class that runs a command, or sends pictures or keys to a host, has a static method `permissions(options)`
     (registry.py).
@@ -135,6 +136,7 @@ class Suite(ABC):
     folder: str = ""
     smaller_is_better: frozenset[str] = frozenset()
     needs_prompts: bool = True
+    keeps_size: bool = False
 
     @abstractmethod
     def prompts(self) -> Mapping[int, Metadata]:

@@ -83,6 +83,7 @@ class DiffusionDPO(Objective):
             rows=batch.rows.repeat(2),
             latents=torch.cat([batch.chosen, batch.rejected]),
             cond=Cond.cat([cond, cond]),
+            crops=_of_both(batch.chosen_crops, batch.rejected_crops),
         )
         x_t, t, target, cond = self.noised(policy, both)
 
@@ -92,3 +93,7 @@ class DiffusionDPO(Objective):
 
         reference = errors(policy.reference(x_t, t, cond))
         return diffusion_dpo_loss(*errors(policy.live(x_t, t, cond)), *reference, beta=self.beta)
+
+
+def _of_both(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
+    return None if chosen is None or rejected is None else torch.cat([chosen, rejected])

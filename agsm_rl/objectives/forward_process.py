@@ -18,6 +18,7 @@ from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import guided
+from agsm_rl.training.sizes import sampler_for
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,20 @@ class ForwardProcess(Objective):
             batch = replace(batch, rows=batch.rows[first])
         ending = f" {part.level}" if part.level else ""
         uniform = self.sampler_steps is None
-        t = policy.draw.t(batch.rows, purpose=f"t{ending}") if uniform else self._levels(policy, batch.rows)[part.level]
+        t = policy.draw.t(batch.rows, purpose=f"t{ending}") if uniform else self._levels(policy, batch)[part.level]
         return policy.noised(batch, t=t, purpose=f"noise{ending}")
 
-    def _levels(self, policy: Policy, rows: Tensor) -> Tensor:
+    def _levels(self, policy: Policy, batch: RewardedBatch) -> Tensor:
         """The sampler's levels within the term's range in an order of each row's own, [levels, B]; the first count."""
         draw, (low, high) = policy.draw, policy.draw.t_range
-        levels = policy.backbone.sampler(self.sampler_steps or 1).t.cpu()
+        levels = sampler_for(policy.backbone, self.sampler_steps or 1, batch.latents).t.cpu()
         levels = levels[(levels >= low) & (levels <= high)]
         if len(levels) < self.levels_per_image:
             raise UserError(
                 f"sampler_steps: {len(levels)} of the sampler's {self.sampler_steps} noise levels lie in the term's t "
                 f"[{low}, {high}], but levels_per_image is {self.levels_per_image}; widen t, or use fewer levels"
             )
-        keys = torch.stack([draw.uniform(rows, purpose=f"level {k}") for k in range(len(levels))])
+        keys = torch.stack([draw.uniform(batch.rows, purpose=f"level {k}") for k in range(len(levels))])
         return levels[keys.argsort(dim=0)]
 
 

@@ -145,7 +145,8 @@ class Grid:
         bank = tuple("positive" if self.is_own[place] else others for place in places.tolist())
         places = places.to(self.x_t.device)
         image = places // self.columns.shape[1]
-        found: Tensor = predict(self.x_t[image], self.t[image], self.cond[self.columns.flatten()[places]], bank=bank)
+        cond = self.cond[self.columns.flatten()[places]].of_pictures(self.cond[image])
+        found: Tensor = predict(self.x_t[image], self.t[image], cond, bank=bank)
         return found
 
     def some_negatives(self, draw: Draw, rows: Tensor, count: int) -> Tensor:

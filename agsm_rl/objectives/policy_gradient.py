@@ -17,6 +17,7 @@ from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, log_density, step_distributions
+from agsm_rl.training.sizes import sampler_for
 
 
 def clipped_policy_loss(
@@ -166,7 +167,7 @@ def rollout_steps(
     with guiding(policy.adapters.values(), batch.guidance_bank, batch.guidance_prompt):
         return step_distributions(
             predict,
-            policy.backbone.sampler(batch.num_steps),
+            sampler_for(policy.backbone, batch.num_steps, batch.trajectory),
             batch.steps,
             batch.trajectory[:, list(batch.steps)],
             *(encoded or _encode(policy, batch)),
@@ -207,7 +208,8 @@ def old_means_of(batch: RolloutBatch) -> list[Tensor]:
 
 def step_intervals(policy: Policy, batch: RolloutBatch) -> Tensor:
     """|Δt| of the batch's steps, [S], in units of t."""
-    levels = torch.cat([policy.backbone.sampler(batch.num_steps).t.cpu(), torch.zeros(1)])
+    sampler = sampler_for(policy.backbone, batch.num_steps, batch.trajectory)
+    levels = torch.cat([sampler.t.cpu(), torch.zeros(1)])
     return torch.stack([levels[k] - levels[k + 1] for k in batch.steps])
 
 

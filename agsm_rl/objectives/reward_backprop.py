@@ -6,6 +6,7 @@ Each of these steps is computed again in the backward pass (arXiv 1604.06174), s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.sampling import Predict, step_distribution
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_scores
+from agsm_rl.training.sizes import Resolution, drawing_at
 
 
 def reward_backprop_loss(rewards: Tensor) -> tuple[Tensor, Metrics]:
@@ -37,6 +39,7 @@ def draw_with_gradients(
     guidance: float,
     eta: float,
     negative_prompt: str = "",
+    resolution: Resolution | None = None,
 ) -> Tensor:
     """One image per prompt of `batch`, [B, 3, H, W] in [0, 1], drawn in `num_steps` steps from the policy's own noise.
 
@@ -44,9 +47,11 @@ def draw_with_gradients(
     the sampler's arithmetic after them. Each such step is computed again in the backward pass.
     """
     backbone, draw = policy.backbone, policy.draw
-    sampler = backbone.sampler(num_steps)
-    cond, uncond = batch.encode_text(backbone), backbone.encode_text([negative_prompt])
-    like = torch.empty(len(batch), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
+    with drawing_at(backbone, resolution):
+        sampler, shape = backbone.sampler(num_steps), backbone.latent_shape
+    cond = replace(batch.encode_text(backbone), crops=None)  # not those of the images that came with the prompts
+    uncond = backbone.encode_text([negative_prompt])
+    like = torch.empty(len(batch), *shape, device=backbone.device, dtype=cond.embeds.dtype)
 
     def step(predict: Predict, k: int, x_t: Tensor) -> Tensor:
         mean, std = step_distribution(predict, sampler, k, x_t, cond, uncond, guidance=guidance, eta=eta)
@@ -77,6 +82,7 @@ class RewardBackprop(Objective):
         negative_prompt: What guidance leads away from.
         images_per_pass: Images that are drawn and learned from at once; null is all. Fewer need less memory and give
             the same gradient.
+        resolution: Pixels per side, or [height, width], of the images. Null: the backbone's.
     """
 
     consumes: ClassVar[type[Batch]] = Batch
@@ -92,6 +98,7 @@ class RewardBackprop(Objective):
         last_steps: int | tuple[int, int] = 1,
         negative_prompt: str = "",
         images_per_pass: int | None = None,
+        resolution: int | tuple[int, int] | None = None,
     ) -> None:
         self.rewards = check_rewards(rewards)
         for one in self.rewards:
@@ -113,7 +120,7 @@ class RewardBackprop(Objective):
             )
         self.num_steps, self.guidance, self.eta = num_steps, guidance, eta
         self.fewest, self.most = fewest, most
-        self.negative_prompt, self.images_per_pass = negative_prompt, images_per_pass
+        self.negative_prompt, self.images_per_pass, self.resolution = negative_prompt, images_per_pass, resolution
 
     def split(self, batch: Batch) -> list[tuple[Batch, float]]:
         """Parts of `images_per_pass` prompts; all at once by default."""
@@ -142,6 +149,7 @@ class RewardBackprop(Objective):
             guidance=self.guidance,
             eta=self.eta,
             negative_prompt=self.negative_prompt,
+            resolution=self.resolution,
         )
 
     def _last_steps(self, draw: Draw) -> int:

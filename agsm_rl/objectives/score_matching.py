@@ -3,6 +3,7 @@
 L = mean over images of (p(x_t, t, prompt) - v)²,  with one noise and one noise level t per image.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -49,5 +50,6 @@ class ScoreMatching(Objective):
         dropped = policy.draw.uniform(batch.rows, purpose="caption dropout") < self.caption_dropout
         if dropped.any():
             rows = torch.where(dropped, len(batch), torch.arange(len(batch)))
-            cond = Cond.cat([cond, policy.backbone.encode_text([""])])[rows]
+            texts = Cond.cat([replace(cond, crops=None), policy.backbone.encode_text([""])])
+            cond = texts[rows].of_pictures(cond)
         return score_matching_loss(policy.live(x_t, t, cond), target)

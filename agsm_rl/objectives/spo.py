@@ -19,6 +19,7 @@ from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, guided, log_density, transition
+from agsm_rl.training.sizes import sampler_for
 
 
 def spo_loss(
@@ -99,7 +100,7 @@ def pair_log_probs(
 
     The authors predict twice where the two candidates begin at one state; here once.
     """
-    sampler, device = policy.backbone.sampler(batch.num_steps), batch.chosen.device
+    sampler, device = sampler_for(policy.backbone, batch.num_steps, batch.chosen), batch.chosen.device
     begins = [batch.chosen_from] if batch.same_start else [batch.chosen_from, batch.rejected_from]
     t = sampler.t.cpu()[batch.step].to(device).repeat(len(begins))
     predictions = guided(predict, torch.cat(begins), t, Cond.cat([cond] * len(begins)), uncond, batch.guidance)

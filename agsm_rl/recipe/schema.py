@@ -16,7 +16,7 @@ from pydantic import (
 
 from agsm_rl.recipe.options import Section, Seed
 from agsm_rl.recipe.sections import CheckpointKeys, Ema, GradientMapKeys, StopRule, WatchKeys, WeightKeys
-from agsm_rl.recipe.values import Guidances, Name, NoiseRange, Rate, Weight
+from agsm_rl.recipe.values import Guidances, Name, NoiseRange, PictureSize, Rate, Weight
 from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_SAMPLING_STEPS
 
 
@@ -150,6 +150,8 @@ class Evaluate(Section):
             without it. Sample grids do not use it.
         seed: Seed of the noise; the first image of prompt i has seed + i.
         batch_size: Images to draw at once; limits the memory needed. Several processes share the batches.
+        resolution: Pixels per side, or [height, width], of the images. Null: the backbone's. A drawn world, such as
+            `shapes`, is always drawn at the backbone's.
     """
 
     suites: Annotated[dict[Name, SuiteBlock], Field(min_length=1)] | None = None
@@ -166,6 +168,7 @@ class Evaluate(Section):
     prompt_suffix: str = ""
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)
+    resolution: PictureSize | None = None
 
     @field_validator("suites", mode="before")
     @classmethod
@@ -231,6 +234,7 @@ class Samples(Section):
         guidance_prompt: Prompt of that branch, `empty` or the `same`. Null: as the adapters say.
         num_steps: Denoising steps per image.
         seed: Seed of the noise; image i has seed + i.
+        resolution: Pixels per side, or [height, width], of the images. Null: the backbone's.
     """
 
     every: int = Field(100, ge=1)
@@ -244,6 +248,7 @@ class Samples(Section):
     guidance_prompt: Literal["empty", "same"] | None = None
     num_steps: int = Field(20, ge=1, le=MAX_SAMPLING_STEPS)
     seed: Seed = 0
+    resolution: PictureSize | None = None
 
     @model_validator(mode="after")
     def _columns_belong_to_a_file(self) -> Samples:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, measure, to_json
 from agsm_rl.files import write_text
+from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.rewards import directions
 from agsm_rl.recipe.schema import Evaluate
@@ -64,15 +65,16 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
-    def prepare(self, resolution: int, *, later: Sequence[Evaluate] = ()) -> None:
-        """Read the prompts and try what judges on a picture of that size, before hours are spent on training.
+    def prepare(self, backbone: Backbone, *, later: Sequence[Evaluate] = ()) -> None:
+        """Read the prompts and try what judges on a picture of the right size, before hours are spent on training.
 
         `later` are evaluations in place of the recipe's own.
         """
-        replaced = [entry for options in later for entry in entries_of(options, self.parts)]
-        for entry in replaced or self.entries:
+        replaced = [(options, entry) for options in later for entry in entries_of(options, self.parts)]
+        planned = [(self.options, entry) for entry in self.entries]
+        for options, entry in replaced or planned:
             with stage(f"preparing the suite {entry.name}"):
-                entry.prepare(resolution)
+                entry.prepare(backbone, options)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is due; after the last step `finish` does it."""

@@ -89,7 +89,7 @@ def train(
                 is_main = accelerator.is_main_process
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
                 if evaluate or evaluate_later:
-                    evaluator.prepare(trainer.policy.backbone.resolution, later=evaluate_later)
+                    evaluator.prepare(trainer.policy.backbone, later=evaluate_later)
                 if resume:
                     evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)

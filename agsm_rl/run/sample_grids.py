@@ -23,6 +23,7 @@ from agsm_rl.run.folder import RunFolder
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.trainer import Callback, Trainer
 from agsm_rl.training.guidance import guiding
+from agsm_rl.training.sizes import drawing_at
 from agsm_rl.training.stages import stage
 
 COLUMNS = 4
@@ -79,7 +80,10 @@ class SampleGrids(Callback):
     def draw(self, policy: Policy, guidance: float) -> Tensor:
         """The grid's images [B, 3, H, W] at one guidance, by the policy as it is."""
         seeds = [self.options.seed + index for index in range(len(self.prompts))]
-        with guiding(policy.adapters.values(), self.options.guidance_bank, self.options.guidance_prompt):
+        with (
+            guiding(policy.adapters.values(), self.options.guidance_bank, self.options.guidance_prompt),
+            drawing_at(policy.backbone, self.options.resolution, where="sample.resolution"),
+        ):
             return draw(policy.backbone, self.prompts, seeds, guidance=guidance, num_steps=self.options.num_steps)
 
     def _write(self, trainer: Trainer, step: int) -> None:
@@ -117,6 +121,7 @@ class SampleGrids(Callback):
 
     def _about(self, *, base: bool = False) -> dict[str, str]:
         how = {name: getattr(self.options, name) for name in ("guidance", "num_steps", "seed")}
+        how |= {} if self.options.resolution is None else {"resolution": self.options.resolution}
         how |= {"prompts": self.prompts} | ({} if base else {"export": self.export})
         form = {name: getattr(self.options, name) for name in ("guidance_bank", "guidance_prompt")}
         how |= {} if base else {name: value for name, value in form.items() if value}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.training.sizes import FORMS, Resolution, Size, check_resolution
+from agsm_rl.training.sizes import FORMS, Size, check_resolution
 
 AUTO = "auto"
 STEPS_PER_SIDE = 16
@@ -126,8 +126,3 @@ def crops_of(cuts: Sequence[Crop | None], device: torch.device) -> Tensor | None
     """The rows' crops as a batch holds them, float32 [B, 4]; None where pictures are not sorted into buckets."""
     known = [crop for crop in cuts if crop is not None]
     return torch.tensor(known, dtype=torch.float32, device=device) if known else None
-
-
-def largest(buckets: Sequence[Size] | str, base: Resolution) -> Resolution:
-    """The bucket with the most pixels, in which a step needs the most memory; of `auto`, the base's own size."""
-    return base if isinstance(buckets, str) else max(buckets, key=lambda size: size.area).resolution

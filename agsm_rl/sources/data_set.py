@@ -135,7 +135,10 @@ class DataSet(Generic[Read]):
         """Sort the rows into the buckets that the backbone can draw; UserError where it cannot draw one of them."""
         if self.buckets is None or self.frames is not None:
             return
-        sizes = buckets_for(backbone, self.buckets, where=self._name)
+        sizes, self._is_rehearsed = (
+            buckets_for(backbone, self.buckets, where=self._name),
+            backbone.device.type == "meta",
+        )
         pictures = read_sizes(self.found, self._image_columns, where=self.where, shard=self._shard)
         self.frames = Frames(pictures, self._image_columns, sizes, batch_size=self.batch_size, usable=self._usable)
         if self._shard.index == 0:
@@ -157,8 +160,13 @@ class DataSet(Generic[Read]):
 
     @property
     def size(self) -> Size | None:
-        """The size of the newest batch's images; None: the backbone's own."""
-        return self.frames.size(self._rows.newest) if self.frames and isinstance(self._rows, BucketedRows) else None
+        """The size of the newest batch's images; None: the backbone's own. A rehearsal of memory sees the largest."""
+        if self.frames is None:
+            return None
+        if self._is_rehearsed:
+            return max(self.frames.buckets, key=lambda size: size.area)
+        assert isinstance(self._rows, BucketedRows)
+        return self.frames.size(self._rows.newest)
 
     def take(self, policy: Policy, *, distinct: str | None = None) -> tuple[list[Read], Tensor]:
         """This process's rows of the next batch, read, and their numbers in the batch.

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Batch, Shard
+from agsm_rl.interfaces import Backbone, Batch, Shard
 from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
 from agsm_rl.training.scoring import WeightedReward, check_prompts
+from agsm_rl.training.sizes import Resolution, check_drawable, drawing_at
 
 Share = TypeVar("Share", bound=Batch)
 
@@ -35,6 +36,8 @@ class Draws(Source, Generic[Share]):
     rewards: Sequence[WeightedReward]
     num_prompts: int
     updates: int
+    resolution: Resolution | None = None
+    """The size of what is drawn; None: the backbone's."""
 
     def bind(self, name: str, seed: int, shard: Shard) -> None:
         """Read the prompts; UserError if there are none, or a reward cannot judge one of them."""
@@ -48,6 +51,11 @@ class Draws(Source, Generic[Share]):
         self._draws, self._pending = 0, deque[Share]()
         self._metrics: dict[str, float] = {}
 
+    def fit_to(self, backbone: Backbone) -> None:
+        """UserError where the backbone cannot draw pictures of `resolution`."""
+        if self.resolution is not None:
+            check_drawable(backbone, self.resolution, where=f"{self._name}.resolution")
+
     def prompt_texts(self) -> list[str]:
         """All prompts."""
         return self._prompts
@@ -59,7 +67,8 @@ class Draws(Source, Generic[Share]):
     def next(self, policy: Policy) -> Share:
         """The next share of the newest draw; draws anew when all shares were learned from."""
         if not self._pending:
-            self._pending.extend(self._draw(policy))
+            with drawing_at(policy.backbone, self.resolution):
+                self._pending.extend(self._draw(policy))
             self._draws += 1
         return _moved(self._pending.popleft(), policy.backbone.device)
 

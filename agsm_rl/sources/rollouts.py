@@ -97,6 +97,7 @@ class Rollouts(Draws[RewardedBatch]):
             no policy gradient is due; DiffusionNFT and AGSM do not use it.
         keep_means: Keep the means of a draw's steps, as many numbers as its path has, for objectives that compare with
             them (GRPO-Guard, Flow-DPPO). It needs `drawn_by: live` and `eta` above 0.
+        resolution: Pixels per side, or [height, width], of the images that are drawn. Null: the backbone's.
     """
 
     gives: type[Batch] = RolloutBatch
@@ -131,6 +132,7 @@ class Rollouts(Draws[RewardedBatch]):
         prompt_config: str | None = None,
         keep_graph: bool = False,
         keep_means: bool = False,
+        resolution: int | tuple[int, int] | None = None,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,
@@ -157,7 +159,7 @@ class Rollouts(Draws[RewardedBatch]):
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
-        self.prompts, self.prompt_column = prompts, prompt_column
+        self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
         self.rewards, self.keep_graph, self.keep_means = check_rewards(rewards), keep_graph, keep_means
         self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt

@@ -53,6 +53,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
         prompt_split: Split of a data set of prompts; null is its first one.
         prompt_config: Configuration of a data set of prompts that has several.
+        resolution: Pixels per side, or [height, width], of the images that are drawn. Null: the backbone's.
     """
 
     gives: type[Batch] = StepPreferenceBatch
@@ -78,6 +79,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         prompt_column: str | None = None,
         prompt_split: str | None = None,
         prompt_config: str | None = None,
+        resolution: int | tuple[int, int] | None = None,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,
@@ -107,7 +109,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
                 f"rewards.{normalised[0]}: `normalise` compares images of different prompts, but here only candidates "
                 "of one state are compared; leave it out, and set the reward's weight"
             )
-        self.prompts, self.prompt_column = prompts, prompt_column
+        self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
         self.num_prompts, self.candidates, self.num_steps = num_prompts, candidates, num_steps
         self.first_step, self.steps_per_choice, self.threshold = first_step, steps_per_choice, threshold

@@ -10,7 +10,7 @@ from agsm_rl.training.processes import Processes
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 
 
-def bind_sources(terms: Sequence[Term], seed: int, processes: Processes) -> dict[str, Source]:
+def bind_sources(terms: Sequence[Term], seed: int, backbone: Backbone, processes: Processes) -> dict[str, Source]:
     """Each source once, under its own name or that of the first term that learns from it."""
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
@@ -20,6 +20,7 @@ def bind_sources(terms: Sequence[Term], seed: int, processes: Processes) -> dict
         if not any(term.source is known for known in sources.values()):
             name = f"sources.{term.source_name}" if term.source_name else term.name
             term.source.bind(name, seed, processes)
+            term.source.fit_to(backbone)
             sources[name] = term.source
         _check_share(term, processes.count)
     return sources

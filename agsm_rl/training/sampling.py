@@ -38,7 +38,8 @@ def guided(
     """
     if scale == 1:
         return predict(x_t, t, cond)
-    both = replace(Cond.cat([uncond.expand(len(cond)), cond]), unconditional_first=True)
+    without_prompt = uncond.expand(len(cond)).of_pictures(cond)
+    both = replace(Cond.cat([without_prompt, cond]), unconditional_first=True)
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     if detach_uncond:
         without = without.detach()

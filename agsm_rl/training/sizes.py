@@ -57,8 +57,8 @@ def check_resolution(resolution: Any, *, multiple: int = 1, largest: int = MAX_R
     limit = largest // multiple * multiple
     if not all(multiple <= side <= limit and side % multiple == 0 for side in sides):
         got = resolution if isinstance(resolution, int) else list(resolution)
-        of = "a positive number" if multiple == 1 else f"a multiple of {multiple}"
-        raise UserError(f"{where}: got {got}; each side must be {of}, at most {limit}.")
+        needed = "a positive number" if multiple == 1 else f"a positive multiple of {multiple}"
+        raise UserError(f"{where}: got {got}; {needed} is needed for each side, at most {limit}.")
     return Size(*sides)
 
 
@@ -101,12 +101,12 @@ def _factor(backbone: Backbone) -> int:
 
 
 @contextmanager
-def drawing_at(backbone: Backbone, resolution: Resolution | None) -> Iterator[None]:
+def drawing_at(backbone: Backbone, resolution: Resolution | None, *, where: str = "resolution") -> Iterator[None]:
     """Within the block, the backbone's own size is this one (None: stays); what is drawn, is drawn so."""
     if resolution is None or size_of(resolution) == size_of(backbone.resolution):
         yield
         return
-    size = check_drawable(backbone, resolution, where="resolution")
+    size = check_drawable(backbone, resolution, where=where)
     before = backbone.resolution, backbone.latent_shape
     shape = latent_shape_at(backbone, size)
     try:
@@ -117,8 +117,10 @@ def drawing_at(backbone: Backbone, resolution: Resolution | None) -> Iterator[No
 
 
 def sampler_for(backbone: Backbone, num_steps: int, latents: Tensor) -> Sampler:
-    """The schedule on which pictures with such latents [..., h, w] are drawn: its shift may depend on their size."""
+    """The schedule on which pictures with such latents [..., C, h, w] are drawn: its shift may depend on their size."""
+    if tuple(latents.shape[-3:]) == tuple(backbone.latent_shape):
+        return backbone.sampler(num_steps)
     factor = _factor(backbone)
-    size = Size(*(side * factor for side in latents.shape[-2:]))
-    with drawing_at(backbone, size.resolution):
+    height, width = (side * factor for side in latents.shape[-2:])
+    with drawing_at(backbone, (height, width)):
         return backbone.sampler(num_steps)

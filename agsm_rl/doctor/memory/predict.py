@@ -25,6 +25,7 @@ from agsm_rl.recipe.schema import Block
 from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.sampling import DDIM, guided, noises_of
+from agsm_rl.training.sizes import Resolution, drawing_at
 
 NOT_COUNTED = (
     "not counted: reward models, the framework's own memory (on a GPU some 0.5 GiB of CUDA context, its kernels' "
@@ -284,16 +285,17 @@ class _Objective:
 
 def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> None:
     """Rehearse sample grids and evaluations, if the run has any."""
-    phases = {}
+    phases: dict[str, tuple[int, float, Resolution | None]] = {}
     if recipe.evaluate is not None:
         guidance = max(recipe.evaluate.guidance)
-        phases["evaluating"] = (recipe.evaluate.drawn_at_once, guidance)
+        phases["evaluating"] = (recipe.evaluate.drawn_at_once, guidance, recipe.evaluate.resolution)
     if recipe.sample.prompts is not None or recipe.evaluate is not None:
-        phases["drawing samples"] = (min(DRAWN_AT_ONCE, recipe.sample.num_images), max(recipe.sample.guidance))
+        grid = recipe.sample
+        phases["drawing samples"] = (min(DRAWN_AT_ONCE, grid.num_images), max(grid.guidance), grid.resolution)
     backbone = policy.backbone
-    for phase, (count, guidance) in phases.items():
+    for phase, (count, guidance, resolution) in phases.items():
         rehearsal.phase = phase
-        with torch.no_grad():
+        with torch.no_grad(), drawing_at(backbone, resolution):
             cond = backbone.encode_text([f"picture {index}" for index in range(count)])
             uncond = backbone.encode_text([""])
             x_t = torch.empty(count, *backbone.latent_shape, device=META)

@@ -138,6 +138,7 @@ class Shapes(Suite):
     folder = "verdicts"
     SCORES: tuple[str, ...] = ("overall", "strict")
     WORLD: ClassVar[World] = SHAPES
+    keeps_size = True
     RESULT: ClassVar[type[ShapesResult]] = ShapesResult
 
     def __init__(
