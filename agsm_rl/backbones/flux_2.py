@@ -27,6 +27,7 @@ from agsm_rl.backbones.rotary_rows import drop_from_front, put_in_front
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond, Tokens
 from agsm_rl.source_code import takes
+from agsm_rl.training.sizes import Resolution
 
 LONGEST_TEXT = 512
 PATCH = 2
@@ -103,7 +104,7 @@ class Flux2Klein(FlowPipeline):
             self.text_length = text_length
         super().__init__(checkpoint, **options)
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+    def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         channels, height, width = self.latent_shape
         self.latent_shape = (channels, height // PATCH, width // PATCH)

@@ -26,6 +26,7 @@ from agsm_rl.policy import Policy
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.training.sampling import guided
+from agsm_rl.training.sizes import drawing_at, sampler_for
 
 PROMPTS = ["a red circle", "two blue squares beside a dark green star"]
 SEEDS = [3, 4]
@@ -112,6 +113,22 @@ def test_its_parts_together_draw_the_plain_pipeline_s_picture(folder: Path, base
         prediction = guided(base.predict, x_t, t.expand(2), cond, uncond, guidance)
         x_t, std = sampler.transition(k, x_t, prediction, eta=0.0)
         assert std == 0
+    torch.testing.assert_close(base.decode(x_t), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_draws_a_wide_picture_as_the_plain_pipeline_does(folder: Path, base: Backbone) -> None:
+    before, step = (base.resolution, base.latent_shape), base.resolution_step
+    with drawing_at(base, (step, 2 * step)):
+        expected = drawn_by(plain(folder), base)
+        assert expected.shape[2:] == (step, 2 * step)
+        x_t = torch.cat([normal(1, *base.latent_shape, seed=seed) for seed in SEEDS])
+    assert (base.resolution, base.latent_shape) == before
+    assert base.encode_images(expected).shape == x_t.shape
+    cond, uncond, sampler = base.encode_text(PROMPTS), base.encode_text([""]), sampler_for(base, 3, x_t)
+    for k, t in enumerate(sampler.t):
+        prediction = guided(base.predict, x_t, t.expand(2), cond, uncond, 3.0)
+        x_t, _ = sampler.transition(k, x_t, prediction, eta=0.0)
     torch.testing.assert_close(base.decode(x_t), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
+from agsm_rl.interfaces import Cond, PairBatch
+from agsm_rl.objectives.grid import Grid, group_columns
+from agsm_rl.training.sampling import guided
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 
@@ -45,6 +48,38 @@ def test_the_denoiser_is_told_the_size_and_the_pooled_text(xl_backbone: StableDi
     assert ours["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 3
     assert torch.equal(ours["time_ids"], seen["time_ids"]) and ours["time_ids"].dtype == seen["time_ids"].dtype
     torch.testing.assert_close(ours["text_embeds"], seen["text_embeds"])
+
+
+def test_the_denoiser_is_told_how_each_picture_was_cut(xl_backbone: StableDiffusion) -> None:
+    seen = []
+    xl_backbone.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    crops = torch.tensor([[900.0, 1600.0, 0.0, 40.0], [512.0, 512.0, 8.0, 0.0]])
+    batch = PairBatch(PROMPTS[:2], torch.arange(2), torch.zeros(2, 4, 8, 12), crops=crops)
+    with torch.no_grad():
+        cond, uncond = batch.encode_text(xl_backbone), xl_backbone.encode_text([""])
+        guided(xl_backbone.predict, batch.latents, torch.full((2,), 0.5), cond, uncond, 3.0)
+    told = [[*crop, 16, 24] for crop in crops.tolist()]
+    assert seen[0].tolist() == told * 2  # both branches of guidance are of one picture
+
+
+def test_a_picture_under_others_prompts_keeps_its_crop() -> None:
+    crops, seen = torch.arange(8.0).reshape(2, 4), []
+    columns, own = group_columns(2, 2)
+    grid = Grid(
+        x_t=torch.zeros(2, 4, 2, 2),
+        t=torch.zeros(2),
+        target=torch.zeros(2, 4, 2, 2),
+        cond=Cond(torch.zeros(2, 3, 5), prompts=("a", "b"), crops=crops),
+        columns=columns,
+        own=own,
+        is_own=(True, False, False, True),
+        negatives=None,
+    )
+    grid.predict(lambda x_t, t, cond, bank: seen.append(cond) or x_t)
+    assert seen[0].prompts == ("a", "b", "a", "b")
+    assert torch.equal(seen[0].crops, crops.repeat_interleave(2, dim=0))
 
 
 def test_a_vae_that_overflows_in_float16_works_in_float32(tiny_xl_checkpoint: Path) -> None:
