@@ -212,7 +212,7 @@ def test_both_images_of_a_preference_are_of_one_shape(folder, policy):
 
 
 def test_sizes_that_a_backbone_cannot_draw_are_refused(folder, policy):
-    with pytest.raises(UserError, match=r"pairs: buckets\[1\]: got 15; each side must be a multiple of 2"):
+    with pytest.raises(UserError, match=r"pairs: buckets\[1\]: got 15; a positive multiple of 8 is needed"):
         bound(Pairs(str(folder), 4, buckets=[16, 15]), policy.backbone)
     with pytest.raises(UserError, match="streaming"):
         Pairs(str(folder), 4, buckets="auto", streaming=True)
