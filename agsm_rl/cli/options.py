@@ -139,7 +139,7 @@ ResolutionOption = Annotated[
     typer.Option(
         "--resolution",
         metavar="SIDE|HEIGHT,WIDTH",
-        help="Pixels per side, or height and width (768,1344). Default: own.",
+        help="Pixels per side, or height and width: 768,1344.",
     ),
 ]
 StepsOption = Annotated[int | None, typer.Option("--num-steps", min=1, max=MAX_SAMPLING_STEPS, help="Sampling steps.")]
