@@ -24,8 +24,6 @@ MAX_TOKENS = 1024
 """Far beyond what has been tried; a typo here would allocate all memory."""
 INITIAL_STD = 0.02
 Init = Literal["bos", "normal"]
-BASE_OF_WIDTH = {768: "SD1.5", 2048: "SDXL", 1536: "SD3"}
-BACKBONES = {"SD1.5": "stable_diffusion", "SDXL": "stable_diffusion_xl", "SD3": "stable_diffusion_3"}
 
 
 class SoftTokens:
@@ -200,14 +198,15 @@ class SoftTokens:
                     f"soft tokens: these were trained in the {' and '.join(trained_at)} blocks; set `places: "
                     f"[{', '.join(trained_at)}]`."
                 )
+        theirs, ours = metadata.get("base", ""), self._backbone.name if self._backbone else ""
         for name, parameter in self._parameters.items():
             if name not in tensors:
                 raise UserError(f"soft tokens: the file holds no tensor '{name}'; it holds: {', '.join(tensors)}.")
             got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
             if name == "soft_tokens" and got[-1:] != expected[-1:]:
                 raise UserError(
-                    f"soft tokens: these are {base_of_width(got[-1])}; this base's text is "
-                    f"{base_of_width(expected[-1])}. Tokens work only on the base they were trained on."
+                    f"soft tokens: these are {got[-1]} wide{_named(theirs)}; this base's are {expected[-1]} wide"
+                    f"{_named(ours)}. Tokens work only on the base they were trained on."
                 )
             if got != expected:
                 raise UserError(
@@ -217,6 +216,8 @@ class SoftTokens:
             raise UserError(
                 f"soft tokens: the file also holds {', '.join(sorted(extra))}, which this adapter does not have."
             )
+        if theirs and ours and theirs != ours:  # two kinds may be equally wide
+            raise UserError(f"soft tokens: these were trained on a {theirs}, this is a {ours}.")
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors[name])
 
@@ -266,9 +267,9 @@ def describe_tokens(tensors: Mapping[str, Tensor], *, base: str) -> dict[str, st
     }
 
 
-def base_of_width(width: int) -> str:
-    """The width, and the base that has it if known."""
-    return f"{width} wide ({BASE_OF_WIDTH[width]})" if width in BASE_OF_WIDTH else f"{width} wide"
+def _named(base: str) -> str:
+    """A base's name, in brackets where there is one."""
+    return f" ({base})" if base else ""
 
 
 def _forget_compiled(denoiser: Any) -> None:

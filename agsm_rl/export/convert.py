@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from agsm_rl.adapters.lora import LoRA
-from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH, TIME_ROWS, SoftTokens, describe_tokens
+from agsm_rl.adapters.soft_tokens import TIME_ROWS, SoftTokens, describe_tokens
 from agsm_rl.adapters.tensor_files import check_tensor
 from agsm_rl.adapters.token_places import PUBLISHED_PLACES
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export, write_export
 from agsm_rl.export.kohya import read_kohya, write_kohya
+from agsm_rl.export.published import BACKBONES, BASE_OF_WIDTH
 from agsm_rl.files import check_not_special, replacing
 
 Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]

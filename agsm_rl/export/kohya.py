@@ -23,10 +23,10 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.lora_config import check_alpha
 from agsm_rl.adapters.lora_export import describe_lora
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
-from agsm_rl.adapters.soft_tokens import BACKBONES, BASE_OF_WIDTH
 from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import write_export
+from agsm_rl.export.published import BACKBONES, BASE_OF_WIDTH
 
 UNET = "lora_unet_"
 PREFIXES = (UNET, "lora_te_", "lora_te1_", "lora_te2_")

@@ -265,8 +265,8 @@ def test_tokens_of_another_base_are_refused_with_its_name(backbone: StableDiffus
     tokens = attached(backbone)
     before = tokens.export()[0]
     other = {"soft_tokens": torch.zeros(2, 4, 2048), "time_tokens": torch.zeros(100, 2048)}
-    with pytest.raises(UserError, match=r"2048 wide \(SDXL\); this base's text is 32 wide"):
-        tokens.load_export(other, {})
+    with pytest.raises(UserError, match=r"2048 wide \(stable_diffusion_xl\); this base's are 32 wide"):
+        tokens.load_export(other, {"base": "stable_diffusion_xl"})
     fewer = {"soft_tokens": torch.zeros(2, 3, 32), "time_tokens": torch.zeros(100, 32)}
     with pytest.raises(UserError, match=r"shape \(2, 3, 32\) in the file, \(2, 4, 32\) here"):
         tokens.load_export(fewer, {})

@@ -198,8 +198,10 @@ def test_what_does_not_fit_is_refused(sd3_backbone: StableDiffusion3) -> None:
         SoftTokens(layers=9).attach(sd3_backbone)
     tokens = attached(sd3_backbone)
     other = {"soft_tokens": torch.zeros(2, 5, 4, 1536), "time_tokens": torch.zeros(100, 5 * 1536)}
-    with pytest.raises(UserError, match=r"1536 wide \(SD3\); this base's text is 32 wide"):
+    with pytest.raises(UserError, match=r"1536 wide; this base's are 32 wide \(stable_diffusion_3\)"):
         tokens.load_export(other, {})
+    with pytest.raises(UserError, match=r"trained on a flux, this is a stable_diffusion_3"):
+        tokens.load_export(tokens.export()[0], {"base": "flux"})
     fewer = {"soft_tokens": torch.zeros(2, 3, 4, 32), "time_tokens": torch.zeros(100, 96)}
     with pytest.raises(UserError, match=r"shape \(2, 3, 4, 32\) in the file, \(2, 4, 4, 32\) here"):
         tokens.load_export(fewer, {})
