@@ -155,6 +155,10 @@ class Backbone(Protocol):
         """Encode prompts; "" is the unconditional prompt. Gradients, where on, for adapters that change the text."""
         ...
 
+    def encode_negative(self, prompt: str) -> Cond:
+        """One row: what guidance steers away from, encoded as the pipeline encodes its negative prompt."""
+        ...
+
     @property
     def token_limit(self) -> int:
         """Tokens of a prompt that the text encoder with the longest reach reads."""

@@ -115,6 +115,10 @@ class Declaration:
         """Encode prompts; each kind of pipeline does it its own way."""
         raise NotImplementedError
 
+    def encode_negative(self, prompt: str) -> Cond:
+        """One row: what guidance steers away from; most pipelines encode it like any prompt."""
+        return self.encode_text([prompt])
+
     def level_of(self, timestep: Tensor) -> Tensor:
         """The noise level t in [0, 1) that `predict` was given, from what it hands the denoiser as its time."""
         return timestep / self._num_timesteps

@@ -141,6 +141,12 @@ class Sana(FlowPipeline):
         embeds, mask = (torch.stack(rows) for rows in zip(*(encoded[prompt] for prompt in prompts), strict=True))
         return Cond(at_least_float32(embeds), prompts=tuple(prompts), mask=mask.bool())
 
+    def encode_negative(self, prompt: str) -> Cond:
+        """Without the instruction, whatever the prompt."""
+        with torch.no_grad():
+            embeds, mask = self._encoded([prompt], None)[prompt]
+        return Cond(at_least_float32(embeds[None]), prompts=(prompt,), mask=mask[None].bool())
+
     def _encoded(self, prompts: list[str], instruction: list[str] | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Hidden states [300, D] and mask [300] of each prompt, behind the instruction or alone."""
         embeds, mask, _, _ = self.pipeline.encode_prompt(

@@ -149,7 +149,7 @@ class PolicyGradient(Objective):
 
 def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
     """The prompts [B rows] and the negative prompt [1 row]."""
-    return batch.encode_text(policy.backbone), policy.backbone.encode_text([batch.negative_prompt])
+    return batch.encode_text(policy.backbone), policy.backbone.encode_negative(batch.negative_prompt)
 
 
 def rollout_steps(

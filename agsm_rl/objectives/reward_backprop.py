@@ -50,7 +50,7 @@ def draw_with_gradients(
     with drawing_at(backbone, resolution):
         sampler, shape = backbone.sampler(num_steps), backbone.latent_shape
     cond = replace(batch.encode_text(backbone), crops=None)  # not those of the images that came with the prompts
-    uncond = backbone.encode_text([negative_prompt])
+    uncond = backbone.encode_negative(negative_prompt)
     like = torch.empty(len(batch), *shape, device=backbone.device, dtype=cond.embeds.dtype)
 
     def step(predict: Predict, k: int, x_t: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class SPO(Objective):
 
     def loss(self, policy: Policy, batch: StepPreferenceBatch) -> tuple[Tensor, Metrics]:
         """The preference loss of the batch's pairs."""
-        cond, uncond = batch.encode_text(policy.backbone), policy.backbone.encode_text([batch.negative_prompt])
+        cond, uncond = batch.encode_text(policy.backbone), policy.backbone.encode_negative(batch.negative_prompt)
         live = pair_log_probs(policy, policy.live, batch, cond, uncond)
         reference = pair_log_probs(policy, policy.reference, batch, cond, uncond)
         return spo_loss(*live, *reference, beta=self.beta, clip_range=self.clip_range, weight=batch.weight)

@@ -80,7 +80,7 @@ class CandidateDraw:
     def run(self, prompts: list[str], draw: Draw, rows: Tensor, score: Score) -> Drawn:
         """Draw and pair rows [B] by their numbers; `score` gets the first candidate of every row, then the second, …"""
         backbone, count = self.policy.backbone, self.candidates
-        cond, uncond = backbone.encode_text(prompts), backbone.encode_text([self.negative_prompt])
+        cond, uncond = backbone.encode_text(prompts), backbone.encode_negative(self.negative_prompt)
         repeated = cond[torch.arange(len(prompts)).repeat(count)]
         like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
 

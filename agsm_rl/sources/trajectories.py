@@ -191,7 +191,7 @@ def draw_trajectories(
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
-    cond, uncond = backbone.encode_text(prompts), backbone.encode_text([negative_prompt])
+    cond, uncond = backbone.encode_text(prompts), backbone.encode_negative(negative_prompt)
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
     states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
     with stage("denoising", total=num_steps, unit="steps", worth=len(prompts)) as advance:

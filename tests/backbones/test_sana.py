@@ -36,5 +36,6 @@ def test_without_the_instruction_prompts_are_encoded_as_the_pipeline_encodes_the
     assert torch.equal(cond.embeds, embeds[[0, 1, 0]]) and torch.equal(cond.mask, mask[[0, 1, 0]].bool())
     assert not torch.equal(told.encode_text(["a red circle"]).embeds, cond.embeds[:1])
     assert torch.equal(told.encode_text([""]).embeds, cond.embeds[1:2])
+    assert torch.equal(told.encode_negative("a red circle").embeds, cond.embeds[:1])
     assert told.identity("text") != bare.identity("text") and told.identity("images") == bare.identity("images")
     assert bare.call_options["complex_human_instruction"] is None
