@@ -37,6 +37,16 @@ def check_bank(bank: Bank, adapters: Collection[Adapter], *, where: str) -> None
         )
 
 
+def check_text_can_wait(backbone: Backbone, adapters: Collection[Adapter]) -> None:
+    """UserError when an adapter changes text encoders that do not stay loaded."""
+    waiting = [name for name in getattr(backbone, "waiting", ()) if name.startswith("text_encoder")]
+    if waiting and any(adapter.changes_text for adapter in adapters):
+        raise UserError(
+            "backbone.text: an adapter changes the text encoders, so that prompts must be encoded anew at each step; "
+            "leave out `text` (and `cpu_offload`), or train the denoiser only (`text_encoders: false`)"
+        )
+
+
 class Noised(NamedTuple):
     """Images under noise: `x_t` [B, C, h, w] at noise levels `t` [B], the regression `target` of its shape, `cond`."""
 
@@ -79,6 +89,7 @@ class Policy:
             raise UserError(
                 "adapters: the section is empty, so nothing would be trained; add soft_tokens, lora, or both"
             )
+        check_text_can_wait(backbone, adapters.values())
         self.backbone = backbone
         self.adapters = dict(adapters)
         self.ema_decay, self.ema_warm_up, self.ema_every = ema_decay, ema_warm_up, ema_every

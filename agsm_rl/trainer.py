@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from agsm_rl.backbones.text_cache import text_cache_of
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
 from agsm_rl.policy import Policy
 from agsm_rl.term import Term as Term
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.balance import GradientBalance
-from agsm_rl.training.binding import bind_sources, check_prompts
+from agsm_rl.training.binding import bind_sources, check_prompts, encode_prompts
 from agsm_rl.training.combine import Gradient, find_combiner
 from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.gradient_map import GradientMap, Learned
@@ -95,6 +96,8 @@ class Trainer:
         self.sources = bind_sources(self.terms, seed, policy.backbone, self.processes)
         self._unread = check_prompts(self.terms, self.sources, policy.backbone, self.processes)
         """Sources whose prompts are not known before they come."""
+        with self.accelerator.autocast():  # as in a step
+            encode_prompts(self.sources, policy.backbone, self.processes)
 
     def train(self, *, progress: bool = True, history: bool = True) -> TrainingResult:
         """Run up to `steps`, or until a callback sets `stopping`; the result has the adapters and each step's metrics.
@@ -185,6 +188,8 @@ class Trainer:
                 self.policy.update_old(term.name, old.decay_at(self.step))
         metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
+        if (cache := text_cache_of(self.policy.backbone)) is not None:
+            cache.end_step()
         return metrics
 
     def _look_at_prompts(self, term: Term, batch: Batch) -> None:

@@ -4,9 +4,9 @@ What a kind of backbone has of its own, and may override, is in declaration.py.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Self
 
 import torch
@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.adapters.token_places import argument_positions
-from agsm_rl.backbones import kinds
+from agsm_rl.backbones import kinds, placement
+from agsm_rl.backbones.attention import Attention, choose_attention
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.compiling import compile_denoiser
 from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.backbones.options import Options, check_device
 from agsm_rl.backbones.parts import BadPart
 from agsm_rl.backbones.quantization import read_quantization
+from agsm_rl.backbones.text_cache import TextCache
+from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
 from agsm_rl.source_code import takes
@@ -29,16 +33,14 @@ from agsm_rl.training.precision import own_precision
 from agsm_rl.training.sizes import Resolution, check_resolution
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = ("default", "reduce-overhead")
-RECOMPILE_LIMIT = 32
 PIXELS_AT_ONCE = 2 * 1024**2
 """How many pixels the VAE encodes at once: two images of SDXL's size, eight of SD1.5's."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _moved(pipeline: Any, device: str | torch.device) -> Any:
+def _moved(pipeline: Any, device: str | torch.device, waiting: Collection[str]) -> Any:
     try:
-        return pipeline.to(device)
+        return placement.move(pipeline, device, waiting)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -57,6 +59,11 @@ class FrozenPipeline(Declaration):
 
     compiled = False
     """Whether a prediction may be overwritten by the next one (CUDA graphs), and so must be copied."""
+    waiting: frozenset[str] = frozenset()
+    """Names of the pipeline's parts that are not on the device while the denoiser works (placement.py)."""
+    text_cache: TextCache | None = None
+    """What encodes texts in place of encoders that stay loaded (text_cache.py)."""
+    _chosen_attention: Attention | None = None
 
     @takes(Options)
     def __init__(self, checkpoint: str, **given: Any) -> None:
@@ -73,7 +80,8 @@ class FrozenPipeline(Declaration):
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         empty = torch.device(check_device(device)).type == "meta"
         dtype = DTYPES[options.dtype]
-        pipeline = load_pipeline(
+        load = partial(
+            load_pipeline,
             checkpoint,
             dtype=dtype,
             local_files_only=options.local_files_only,
@@ -83,38 +91,27 @@ class FrozenPipeline(Declaration):
             empty=empty,
             quantization=read_quantization(options.quantize, dtype=dtype, device=torch.device(device)),
         )
+        pipeline = load()
+        self.waiting = placement.waiting_parts(pipeline, options)
         if not empty:
             check_finite(pipeline, f"backbone.checkpoint: '{checkpoint}'")
-            pipeline = _moved(pipeline, device)
+            pipeline = _moved(pipeline, device, self.waiting)
         self._wrap(pipeline, options.resolution, options.gradient_checkpointing)
+        if options.allow_tf32:
+            allow_tf32(self.device)
+        placement.settle(self, options, load)
         if options.scheduler is not None:
             self._draw_by(options.scheduler)
         if options.memory_format is not None:
             self._lay_out(options.memory_format)
+        if options.attention is not None:
+            self._chosen_attention = choose_attention(self.denoiser, options.attention, self.device)
         if options.compile is not None:
-            self._compile(options.compile, gradient_checkpointing=options.gradient_checkpointing)
-        self._check_width(checkpoint)
-
-    def _compile(self, mode: str, *, gradient_checkpointing: bool) -> None:
-        if mode not in COMPILE_MODES:
-            raise unknown_name("backbone.compile", mode, "a mode of torch.compile", COMPILE_MODES)
-        if gradient_checkpointing:
-            raise UserError(
-                "backbone.compile: torch.compile cannot compile blocks that are checkpointed here; leave out compile, "
-                "or gradient_checkpointing."
+            checkpointed = options.gradient_checkpointing
+            self.compiled = compile_denoiser(
+                self.denoiser, options.compile, self.device, gradient_checkpointing=checkpointed
             )
-        if self.device.type == "meta":
-            return
-        try:
-            torch.compile(torch.nn.functional.silu, mode=mode)(torch.ones(64, device=self.device))
-        except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler fails with
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            logger.warning("backbone.compile: left out, nothing can be compiled here: %s", why)
-            return
-        # A bank, and gradients on or off, each make a variant; beyond the limit nothing more is compiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        self.denoiser.compile(mode=mode)
-        self.compiled = True
+        self._check_width(checkpoint)
 
     @classmethod
     def from_pipeline(
@@ -189,6 +186,8 @@ class FrozenPipeline(Declaration):
 
         It is plain in half precision on a CPU, where fused attention's backward pass costs more than a step's rest.
         """
+        if self._chosen_attention is not None:
+            return self._chosen_attention()
         if self.device.type != "cpu":
             return nullcontext()
         # Of the first weight: diffusers' `dtype` looks at every module, which takes a percent of a small base's step.
@@ -232,6 +231,8 @@ class FrozenPipeline(Declaration):
 
     def identity(self, of: Literal["images", "text"]) -> str:
         """A digest of all that `encode_images` or `encode_text` depends on; adapters of the text encoders are not."""
+        if of == "text" and self.text_cache is not None and self.text_cache.identity:
+            return self.text_cache.identity  # the encoders may be gone
         prefixes: tuple[str, ...] = ("vae",)
         options: dict[str, Any] = {"backbone": self.name, "resolution": self.resolution, "dtype": str(self._vae.dtype)}
         if of == "text":
@@ -242,6 +243,10 @@ class FrozenPipeline(Declaration):
                 "zeros_for_empty": self.pipeline.config.get("force_zeros_for_empty_prompt"),
                 **self._text_options(),
             }
+        elif getattr(self._vae, "use_tiling", False):
+            options["tiling"] = True
+        if is_tf32_allowed(self.device):
+            options["tf32"] = True
         components = self.pipeline.components.items()
         parts = {name: part for name, part in components if name.startswith(prefixes) and part is not None}
         return digest_parts(parts, options)

@@ -51,11 +51,25 @@ class Options:
         quantize: Keeps the linear layers of the denoiser's blocks and of the text encoders in few bits: `int8` or `fp8`
             (8 bits, by torchao), or `nf4` (about 4.1 bits, by bitsandbytes, on a CUDA GPU only). Adapters are trained
             in float32 on top. Needs `pip install 'agsm-rl[quantize]'` (docs/models.md).
-        compile: torch.compile's mode for the denoiser; `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It
-            pays on long runs: the first steps take minutes. Where nothing can be compiled (a CPU without a C++
-            compiler), a warning says so and the option is ignored. Not with gradient_checkpointing. A draw and the step
-            that learns from it round differently: for a policy gradient in half precision, let the rollouts
+        compile: torch.compile's mode for the denoiser, or `regional`: its repeated blocks one by one (diffusers'
+            compile_repeated_blocks), which compiles much faster, and also works with gradient_checkpointing.
+            `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It pays on long runs: the first steps take
+            minutes. Where nothing can be compiled (a CPU without a C++ compiler), a warning says so and the option is
+            ignored. A draw and the step that learns from it round differently: for a policy gradient in half precision,
+            let the rollouts
             `keep_graph`.
+        text: `{keep: load | offload | cache}`. `load`: the text encoders stay on the device. `offload`: they wait on
+            the CPU while they are not in use. `cache`: besides, each prompt is encoded once and kept on the disk, and
+            their weights are dropped as soon as no new prompts come. Null is `load`. Not with a LoRA on text encoders.
+        cpu_offload: `model`: the VAE and the text encoders wait on the CPU while they are not in use (as in diffusers'
+            enable_model_cpu_offload; the denoiser stays).
+        vae_slicing: Encode and decode image by image (diffusers' enable_slicing): less memory.
+        vae_tiling: Encode and decode large images tile by tile (diffusers' enable_tiling): much less memory; the tiles'
+            seams are blended, so images differ slightly.
+        attention: The attention kernel of the denoiser by diffusers' name, such as `flash`, `_flash_3`, `xformers` or
+            `native`. Null is torch's own choice. `agsm-rl check` tries it on this machine.
+        allow_tf32: Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits in place of 23. It holds
+            for the whole process.
     """
 
     checkpoint: str
@@ -72,4 +86,10 @@ class Options:
     memory_format: Literal["channels_last"] | None = None
     scheduler: Literal["ddim"] | None = None
     quantize: Literal["nf4", "int8", "fp8"] | None = None
-    compile: Literal["default", "reduce-overhead"] | None = None
+    compile: Literal["default", "reduce-overhead", "regional"] | None = None
+    text: dict[Literal["keep"], Literal["load", "offload", "cache"]] | None = None
+    cpu_offload: str | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    attention: str | None = None
+    allow_tf32: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from agsm_rl.backbones.text_cache import up_to_drawing
 from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_pictures, plan
 from agsm_rl.evaluate.suite import Asked, Judged, Row, Suite
 from agsm_rl.interfaces import Backbone
@@ -57,12 +58,10 @@ def draw_and_judge(
         advance: Called after each batch with the number of its images, on this process.
     """
     asked = plan(suites[0].prompts(), suites[0].num_images) if asked is None else asked
-    batches = [range(start, min(start + how.batch_size, len(asked))) for start in range(0, len(asked), how.batch_size)]
-    index, count = (0, 1) if processes is None else (processes.index, processes.count)
     rows: dict[int, tuple[Row, ...]] = {}
     pictures: dict[int, Image] = {}
     stop: Exception | None = None
-    for batch in batches[index::count]:
+    for batch in _batches(len(asked), how.batch_size, processes):
         try:
             check()
         except Exception as error:  # noqa: BLE001 - whatever ends the evaluation here ends it on all processes
@@ -74,7 +73,7 @@ def draw_and_judge(
         pictures |= {place: picture for place, picture in zip(batch, drawn, strict=True) if place < SHOWN}
         advance(len(batch))
     shares = [(stop, rows, pictures)]
-    if processes is not None and count > 1:
+    if processes is not None and processes.count > 1:
         shares = processes.gather_objects(shares)
     for stopped, other_rows, other_pictures in shares:
         if stopped is not None:
@@ -84,6 +83,22 @@ def draw_and_judge(
     order = sorted(range(len(asked)), key=lambda place: (asked[place].prompt_index, asked[place].number))
     judged = [[_judged(asked[place], rows[place][k]) for place in order] for k in range(len(suites))]
     return Drawing(judged, {(asked[place].prompt_index, asked[place].number): pictures[place] for place in pictures})
+
+
+def encode_prompts(
+    backbone: Backbone, suite: Suite, how: DrawingSettings, *, processes: Processes | None = None
+) -> None:
+    """Encode the prompts of this process's share of a suite, and draw nothing; for backbones with a text cache."""
+    asked = plan(suite.prompts(), suite.num_images)
+    for batch in _batches(len(asked), how.batch_size, processes):
+        with up_to_drawing(backbone):
+            draw_pictures(suite, backbone, [asked[place] for place in batch], how)
+
+
+def _batches(count: int, size: int, processes: Processes | None) -> list[range]:
+    """The places of this process's batches."""
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return batches if processes is None else batches[processes.index :: processes.count]
 
 
 def _judged(asked: Asked, row: Row) -> Judged:

@@ -164,16 +164,21 @@ def measure(
     advance: Callable[[int], None] = lambda number: None,
 ) -> Measured:
     """Draw and judge a suite with the backbone as it is, adapters on or off; see measure.draw_and_judge."""
-    how = DrawingSettings(
+    how = drawing_settings(options, guidance)
+    with drawing_at(backbone, entry.resolution(options), where="evaluate.resolution"):
+        drawn = draw_and_judge(backbone, entry.suites, how, processes=processes, check=check, advance=advance)
+    return from_rows(entry, guidance, drawn.judged, drawn.pictures)
+
+
+def drawing_settings(options: Evaluate, guidance: float) -> DrawingSettings:
+    """How an evaluation draws at one guidance."""
+    return DrawingSettings(
         seed=options.seed,
         guidance=guidance,
         num_steps=options.num_steps,
         batch_size=options.batch_size,
         prompt_suffix=options.prompt_suffix,
     )
-    with drawing_at(backbone, entry.resolution(options), where="evaluate.resolution"):
-        drawn = draw_and_judge(backbone, entry.suites, how, processes=processes, check=check, advance=advance)
-    return from_rows(entry, guidance, drawn.judged, drawn.pictures)
 
 
 def from_rows(

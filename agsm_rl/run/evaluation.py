@@ -9,7 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
-from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, measure, to_json
+from agsm_rl.backbones.text_cache import text_cache_of
+from agsm_rl.evaluate.measure import encode_prompts
+from agsm_rl.evaluate.measured import (
+    Compared,
+    Entry,
+    Measured,
+    drawing_settings,
+    drawn_as,
+    entries_of,
+    measure,
+    to_json,
+)
 from agsm_rl.files import write_text
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.recipe import Recipe
@@ -75,6 +86,16 @@ class Evaluator(Callback):
         for options, entry in replaced or planned:
             with stage(f"preparing the suite {entry.name}"):
                 entry.prepare(backbone, options)
+
+    def encode_prompts(self, trainer: Trainer) -> None:
+        """Encode the prompts before the first step, where the text encoders do not stay loaded."""
+        if self.options is None or text_cache_of(trainer.policy.backbone) is None:
+            return
+        for entry in self.entries:
+            with stage(f"encoding the prompts of the suite {entry.name}"):
+                for guidance in self.options.guidance:
+                    how = drawing_settings(self.options, guidance)
+                    encode_prompts(trainer.policy.backbone, entry.made.suite, how, processes=trainer.processes)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is due; after the last step `finish` does it."""

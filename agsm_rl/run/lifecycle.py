@@ -90,6 +90,8 @@ def train(
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
                 if evaluate or evaluate_later:
                     evaluator.prepare(trainer.policy.backbone, later=evaluate_later)
+                if evaluate:
+                    evaluator.encode_prompts(trainer)
                 if resume:
                     evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)

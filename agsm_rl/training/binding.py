@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
+from agsm_rl.backbones.text_cache import text_cache_of
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Source
 from agsm_rl.term import Term
 from agsm_rl.training.processes import Processes
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
+from agsm_rl.training.stages import stage
 
 
 def bind_sources(terms: Sequence[Term], seed: int, backbone: Backbone, processes: Processes) -> dict[str, Source]:
@@ -50,6 +52,17 @@ def check_prompts(
         elif processes.index == 0:
             warn_of_cut_prompts(prompts, backbone, name=name)
     return unread
+
+
+def encode_prompts(sources: Mapping[str, Source], backbone: Backbone, processes: Processes) -> None:
+    """Encode all prompts of the sources beforehand, where the text encoders do not stay loaded; the processes share."""
+    cache = text_cache_of(backbone)
+    if cache is not None:
+        with stage("encoding the prompts"):
+            cache.fill(
+                backbone, [text for source in sources.values() for text in source.prompt_texts() or ()], processes
+            )
+        processes.wait()
 
 
 def _check_share(term: Term, count: int) -> None:

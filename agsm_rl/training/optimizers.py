@@ -67,9 +67,11 @@ class AdamW(NamedOptimizer):
 
     def make(self, groups: Groups, *, weight_decay: float, betas: Betas) -> torch.optim.Optimizer:
         """The optimizer over these groups."""
-        fused = self.fused
-        if fused is None and all(parameter.is_cuda for group in groups for parameter in group["params"]):
+        fused, devices = self.fused, {parameter.device.type for group in groups for parameter in group["params"]}
+        if fused is None and devices == {"cuda"}:
             fused = True
+        if devices == {"meta"}:
+            fused = None  # there is no such kernel for a rehearsal, which needs none
         return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=betas, eps=self.eps, fused=fused)
 
 

@@ -166,5 +166,7 @@ def test_where_nothing_can_be_compiled_a_warning_says_so_and_all_works_as_ever(
 
 
 def test_compile_and_gradient_checkpointing_are_refused_together(tiny_checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=r"backbone\.compile: .*leave out compile, or gradient_checkpointing"):
+    with pytest.raises(
+        UserError, match=r"backbone\.compile: .*`compile: regional`.*leave out compile or checkpointing"
+    ):
         load_backbone(str(tiny_checkpoint), device="cpu", compile="default", gradient_checkpointing=True)
