@@ -69,6 +69,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "adapters": {
         "soft_tokens": "agsm_rl.adapters.soft_tokens:SoftTokens",
         "lora": "agsm_rl.adapters.lora:LoRA",
+        "lokr": "agsm_rl.adapters.lokr:LoKr",
+        "loha": "agsm_rl.adapters.loha:LoHa",
+        "oft": "agsm_rl.adapters.oft:OFT",
     },
     "sources": {
         "pairs": "agsm_rl.sources.pairs:Pairs",
@@ -111,6 +114,14 @@ NOUNS = {
     "suites": "a suite",
     "backbones": "a backbone",
 }
+
+OUT_OF_SCOPE = dict.fromkeys(
+    (("adapters", name) for name in ("full", "full_finetune", "full_finetuning", "full_fine_tuning", "finetune")),
+    "is not an adapter: full fine-tuning is out of scope, because the frozen base is also the reference and what an "
+    "export is added to. Train a LoRA of high rank, {use: lora, rank: 128}; or fine-tune with another trainer, and "
+    "give the result as backbone.checkpoint, or its denoiser as backbone.unet or backbone.transformer.",
+)
+"""What people look for that is not here, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,8 @@ def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = (
         _add_working_folder()
         return _import(name, where=where, source=f"--allow-import {name.partition(':')[0]}")
     entries = available(kind)
+    if name not in entries and (kind, name) in OUT_OF_SCOPE:
+        raise UserError(f"{where}: '{name}' {OUT_OF_SCOPE[kind, name]}")
     if name not in entries:
         raise unknown_name(where, name, NOUNS[kind], entries)
     entry = entries[name]

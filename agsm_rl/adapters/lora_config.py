@@ -1,4 +1,4 @@
-"""PEFT's description of a LoRA, in a file's metadata or in adapter_config.json, read as data.
+"""PEFT's description of an adapter, in a file's metadata or in adapter_config.json, read as data.
 
 PEFT itself imports what such a description names (`megatron_core`, `auto_mapping`) and runs its patterns as regular
 expressions. Nothing is passed on to PEFT here: we read the scale, refuse options that change what the weights mean,
@@ -8,7 +8,7 @@ and ignore the rest.
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from agsm_rl.adapters.tensor_files import parse_json
@@ -23,7 +23,6 @@ LITERAL = re.compile(r"\^?[\w.-]+")
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights alone; PiSSA and its like change them."""
 CHANGES_MEANING = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "fan_in_fan_out",
@@ -38,7 +37,7 @@ CHANGES_MEANING = (
     "kasa_config",
     "velora_config",
 )
-"""Options under which the weights mean something other than (alpha / rank)·B·A; they must be off."""
+"""Options under which the weights mean neither (alpha / rank)·B·A nor DoRA; they must be off."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,22 @@ class LoraScale:
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    rslora: bool
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], *, where: str) -> Self:
+    def from_options(
+        cls, options: Mapping[str, Any], *, where: str, kind: str = "LORA", alpha: str = "lora_alpha"
+    ) -> Self:
         """Read PEFT's options for one part of a pipeline. `where` begins the messages.
 
+        kind: PEFT's name of the adapter's type. alpha: the name of alpha among its options.
         UserError for options that are not supported, and if rank or alpha is missing, not finite or not above 0.
         """
-        kind = options.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise UserError(f"{where}: peft_type is {kind!r}; only LORA is supported.")
+        if options.get("peft_type", kind) != kind:
+            raise UserError(f"{where}: peft_type is {options['peft_type']!r}; only {kind} is supported.")
         for name in CHANGES_MEANING:
             if options.get(name):
                 raise UserError(f"{where}: {name} is {options[name]!r}; only plain LoRA is supported.")
@@ -71,21 +73,16 @@ class LoraScale:
                 f"{where}: init_lora_weights is {start!r}, which changes the base's weights too. Convert it to a plain "
                 "LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
             )
-        rslora = options.get("use_rslora") or False
-        if not isinstance(rslora, bool):
-            raise UserError(f"{where}: use_rslora is {_shown(rslora)}; it must be true or false.")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(options.get(name) or False, bool):
+                raise UserError(f"{where}: {name} is {_shown(options[name])}; it must be true or false.")
         return cls(
-            rank=_rank(options.get("r"), f"{where}: r"),
-            alpha=check_alpha(options.get("lora_alpha"), f"{where}: lora_alpha"),
-            rank_pattern={
-                name: _rank(value, f"{where}: rank_pattern['{name}']")
-                for name, value in _patterns(options, "rank_pattern", where).items()
-            },
-            alpha_pattern={
-                name: check_alpha(value, f"{where}: alpha_pattern['{name}']")
-                for name, value in _patterns(options, "alpha_pattern", where).items()
-            },
-            rslora=rslora,
+            rank=check_rank(options.get("r"), f"{where}: r"),
+            alpha=check_alpha(options.get(alpha), f"{where}: {alpha}"),
+            rank_pattern=rank_pattern(options.get("rank_pattern"), where),
+            alpha_pattern=alpha_pattern(options.get("alpha_pattern"), where),
+            rslora=bool(options.get("use_rslora")),
+            dora=bool(options.get("use_dora")),
         )
 
     def rank_of(self, layer: str) -> int:
@@ -134,15 +131,28 @@ def module_names(value: Any, what: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _rank(value: Any, what: str) -> int:
+def check_rank(value: Any, what: str) -> int:
+    """A rank; UserError unless it is an integer, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{what} is {_shown(value)}; it must be an integer, 1 or more.")
     return value
 
 
-def _patterns(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    patterns = options.get(name) or {}
-    if not isinstance(patterns, dict):
+def rank_pattern(value: Any, where: str) -> dict[str, int]:
+    """Ranks by the names of modules or ends of them; UserError for anything else."""
+    patterns = _patterns(value, "rank_pattern", where)
+    return {name: check_rank(rank, f"{where}: rank_pattern['{name}']") for name, rank in patterns.items()}
+
+
+def alpha_pattern(value: Any, where: str) -> dict[str, float]:
+    """Alphas by the names of modules or ends of them; UserError for anything else."""
+    patterns = _patterns(value, "alpha_pattern", where)
+    return {name: check_alpha(alpha, f"{where}: alpha_pattern['{name}']") for name, alpha in patterns.items()}
+
+
+def _patterns(value: Any, name: str, where: str) -> Mapping[str, Any]:
+    patterns = value or {}
+    if not isinstance(patterns, Mapping):
         raise UserError(f"{where}: {name} is {_shown(patterns)}; it must be an object of module names.")
     for pattern in patterns:
         if not LITERAL.fullmatch(pattern):
@@ -158,6 +168,8 @@ def _matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
         return default
     parts = layer.split(".")
     ends = {f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))}
+    if parts[0] in PARTS:
+        ends.add(f"^{layer.partition('.')[2]}")
     return next((value for pattern, value in patterns.items() if pattern in ends), default)
 
 

@@ -1,4 +1,4 @@
-"""Read a LoRA file from anywhere as plain low-rank additions: every tensor is used, or the file is refused.
+"""Read a LoRA or DoRA file from anywhere as low-rank additions: every tensor is used, or the file is refused.
 
 Diffusers and PEFT ignore tensors that fit no layer, import what a file's metadata names, and run its
 patterns as regular expressions. Here the file is read as data; rank and alpha that contradict each other are refused.
@@ -31,20 +31,31 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Addition:
-    """(alpha / rank)·up·down to one module's weight: down [rank, in, …], up [out, rank, …], float32."""
+    """(alpha / rank)·up·down to one module's weight: down [rank, in, …], up [out, rank, …], float32.
+
+    With DoRA's magnitude [n], the rows of the changed weight (side 0) or its columns (side 1) get these lengths.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
+    side: int = 0
 
     @property
     def rank(self) -> int:
         """The number of rows of `down`."""
         return len(self.down)
 
-    def to_weight(self, shape: torch.Size) -> Tensor:
-        """The addition to a weight of this shape, [out, in] or a convolution's [out, in, height, width]."""
-        return (self.up.flatten(1) @ self.down.flatten(1) * (self.alpha / self.rank)).reshape(shape)
+    def applied(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] or a convolution's [out, in, height, width] with the addition, in float32."""
+        added = self.up.flatten(1) @ self.down.flatten(1) * (self.alpha / self.rank)
+        changed = weight.float() + added.reshape(weight.shape).to(weight.device)
+        if self.magnitude is None:
+            return changed
+        others = tuple(side for side in range(weight.ndim) if side != self.side)
+        lengths = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
+        return changed * (self.magnitude.to(weight.device).reshape(lengths.shape) / lengths)
 
 
 @dataclass
@@ -88,7 +99,7 @@ def read_lora(file: Path, *, where: str) -> LoraFile:
 
     A layer's scale comes from an `alpha` tensor, the file's metadata or PEFT's adapter_config.json next to the file;
     without any of these, alpha is the rank, as in diffusers and kohya's scripts.
-    UserError for tensors of other methods (DoRA, LoHa, …), incomplete layers, numbers that are not finite, and ranks or
+    UserError for tensors of other methods (LoHa, LoKr, …), incomplete layers, numbers that are not finite, and ranks or
     alphas that contradict each other.
     """
     try:
@@ -121,7 +132,7 @@ def _by_layer(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, 
         layers[layer][role] = tensor
     if methods := {method for name in tensors if (method := method_of(name))}:
         raise UserError(
-            f"{where}: the file is not a plain LoRA but holds {', '.join(sorted(methods))} "
+            f"{where}: the file is not a LoRA but holds {', '.join(sorted(methods))} "
             f"({_first(name for name in tensors if method_of(name))}); this is not supported. Fuse it into a base with "
             "the tool it was made with, and give that base as the checkpoint."
         )
@@ -143,6 +154,7 @@ def _addition(layer: str, roles: Mapping[str, Tensor], scales: "_Scales", where:
             f"{where}: '{layer}' has weights of shapes {tuple(down.shape)} and {tuple(up.shape)}; they must be "
             "(rank, in) and (out, rank), with a rank of 1 or more."
         )
+    scales.check_dora(layer, bool({"magnitude", "dora_scale"} & {*roles}))
     stated = None
     if "alpha" in roles:
         if roles["alpha"].numel() != 1:
@@ -150,7 +162,30 @@ def _addition(layer: str, roles: Mapping[str, Tensor], scales: "_Scales", where:
                 f"{where}: '{layer}.alpha' has shape {tuple(roles['alpha'].shape)}; it must be a single number."
             )
         stated = check_alpha(roles["alpha"].item(), f"{where}: '{layer}.alpha'")
-    return Addition(down, up, scales.alpha(layer, rank, stated))
+    magnitude, side = _magnitude(layer, roles, where)
+    return Addition(down, up, scales.alpha(layer, rank, stated), magnitude, side)
+
+
+def _magnitude(layer: str, roles: Mapping[str, Tensor], where: str) -> tuple[Tensor | None, int]:
+    """DoRA's lengths [n] of a layer's rows (side 0) or columns (side 1), if it has any.
+
+    PEFT writes those of rows, as [out] or [1, out, 1, …]. LyCORIS and kohya write rows as [out, 1, …] and columns as
+    [1, in, …].
+    """
+    lengths = roles.get("magnitude", roles.get("dora_scale"))
+    if lengths is None:
+        return None, 0
+    rows, columns = len(roles["up"]), roles["down"].shape[1]
+    of_peft = ([rows], [1, rows, *[1] * (lengths.ndim - 2)])
+    of_kohya = ([rows, *[1] * (lengths.ndim - 1)],)
+    if list(lengths.shape) in (of_peft if "magnitude" in roles else of_kohya):
+        return lengths.float().flatten(), 0
+    if "dora_scale" in roles and list(lengths.shape) == [1, columns, *[1] * (lengths.ndim - 2)]:
+        return lengths.float().flatten(), 1
+    raise UserError(
+        f"{where}: '{layer}' has DoRA lengths of shape {tuple(lengths.shape)}; they must be those of its weight's "
+        f"rows, {(rows, 1)}, or columns, {(1, columns)}."
+    )
 
 
 class _Scales:
@@ -201,6 +236,15 @@ class _Scales:
         if not alphas:
             self._check_kohya(layer, rank)
         return alphas[0][1] if alphas else float(rank)
+
+    def check_dora(self, layer: str, has_lengths: bool) -> None:
+        """UserError if a description says that a layer is DoRA's, and its lengths are missing."""
+        for source, parts in self._descriptions:
+            scale, _ = _of_part(parts, layer.removeprefix(PEFT_PREFIX))
+            if scale is not None and scale.dora and not has_lengths:
+                raise UserError(
+                    f"{self._where}: use_dora is True in {source}, but '{layer}' has no lora_magnitude_vector."
+                )
 
     def warn_of_unused(self, layers: Iterable[str]) -> None:
         """Warn of ranks and alphas that a description gives to layers that the file does not have."""

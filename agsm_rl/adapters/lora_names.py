@@ -7,7 +7,8 @@
 | kohya, OneTrainer | `lora_unet_down_blocks_0_…`, `lora_te1_…` | `lora_down.weight`, `lora_up.weight`, `alpha` |
 | ComfyUI | `diffusion_model.input_blocks.1.1.…` | either |
 
-A name is looked up in the model, not rewritten by rules: it fits one module of one part, or it is reported.
+DoRA's lengths are `lora_magnitude_vector` in PEFT's form and `dora_scale` in kohya's. A name is looked up in the
+model, not rewritten by rules: it fits one module of one part, or it is reported.
 """
 
 import re
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 
 Role = str
-"""A tensor's role in its layer: down (A), up (B) or alpha."""
+"""A tensor's role in its layer: down (A), up (B), alpha, or DoRA's magnitude or dora_scale."""
 ROLES = (
     (re.compile(r"(.+)\.lora_A(?:\.[A-Za-z0-9]+)?\.weight"), "down"),
     (re.compile(r"(.+)\.lora_B(?:\.[A-Za-z0-9]+)?\.weight"), "up"),
@@ -25,10 +26,11 @@ ROLES = (
     (re.compile(r"(.+)\.lora_up\.weight"), "up"),
     (re.compile(r"(.+?)(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight"), "down"),
     (re.compile(r"(.+?)(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight"), "up"),
+    (re.compile(r"(.+)\.lora_magnitude_vector(?:\.[A-Za-z0-9]+)?(?:\.weight)?"), "magnitude"),
+    (re.compile(r"(.+)\.dora_scale"), "dora_scale"),
     (re.compile(r"(.+)\.alpha"), "alpha"),
 )
 OTHER_METHODS = {
-    "DoRA": r"\.dora_scale|\.lora_magnitude_vector",
     "LoHa": r"\.hada_",
     "LoKr": r"\.lokr_",
     "IA3": r"\.ia3_",
@@ -38,7 +40,7 @@ OTHER_METHODS = {
     "differences of whole weights": r"\.diff(_b)?$",
     "embeddings": r"string_to_param|emb_params|\.lora_embedding_",
 }
-"""Adapters other than plain LoRA, by the names of their tensors."""
+"""Adapters other than LoRA and DoRA, by the names of their tensors."""
 PEFT_PREFIX = "base_model.model."
 DOTTED_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """Prefixes of a denoiser's layers besides `unet.` and `transformer.`."""

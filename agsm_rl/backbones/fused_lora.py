@@ -34,7 +34,7 @@ def fuse_lora(pipeline: Any, file: Path, *, where: str) -> None:
         for module, addition in additions.items():
             weight = parts[part].get_parameter(f"{module}.weight")
             if not weight.is_meta:
-                weight.copy_(weight.float() + addition.to_weight(weight.shape).to(weight.device))
+                weight.copy_(addition.applied(weight))
 
 
 def lora_parts(pipeline: Any) -> dict[str, nn.Module]:

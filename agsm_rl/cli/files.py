@@ -15,13 +15,16 @@ from agsm_rl.training.limits import MAX_SEED
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A run, an exported adapter, published .pth tokens, or a LoRA of kohya's."),
+        typer.Argument(
+            metavar="IN", help="A run, an exported adapter, published .pth tokens, or a LoRA, LoHa or LoKr of kohya's."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; for .pth tokens, a folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file; a folder for .pth tokens and PEFT.")],
     to: Annotated[
-        Literal["agsm-rl", "agsm", "softrepa", "kohya"] | None,
+        Literal["agsm-rl", "agsm", "softrepa", "kohya", "peft"] | None,
         typer.Option(
-            help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: a LoRA for ComfyUI and A1111. "
+            help="agsm-rl: for attach(). agsm, softrepa: .pth tokens. kohya: a LoRA, LoHa or LoKr "
+            "for ComfyUI and A1111. peft: a folder for PEFT. "
             "Default: agsm-rl for a file; for a folder agsm, or softrepa if there is only one bank."
         ),
     ] = None,

@@ -10,7 +10,7 @@ Soft tokens are published as two PyTorch files. Reading them runs no code:
 The metadata records how the authors' code uses them: only the down blocks see SoftREPA's SD1.5 tokens, and guidance on
 SDXL uses AGSM's negative bank for its unconditional branch.
 
-kohya.py handles LoRA in kohya's form. `pipe.load_lora_weights` reads both that form and our own files directly.
+kohya.py handles LoRA, LoHa and LoKr in kohya's and LyCORIS' form, peft_folder.py writes PEFT's own.
 """
 
 import errno
@@ -26,20 +26,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.soft_tokens import TIME_ROWS, SoftTokens, describe_tokens
 from agsm_rl.adapters.tensor_files import check_tensor
 from agsm_rl.adapters.token_places import PUBLISHED_PLACES
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import find_exports, read_export, write_export
-from agsm_rl.export.kohya import read_kohya, write_kohya
+from agsm_rl.export.kohya import ALPHA, read_kohya, write_kohya
+from agsm_rl.export.peft_folder import write_peft
 from agsm_rl.export.published import BACKBONES, BASE_OF_WIDTH
 from agsm_rl.files import check_not_special, replacing
 
-Form = Literal["agsm-rl", "agsm", "softrepa", "kohya"]
+Form = Literal["agsm-rl", "agsm", "softrepa", "kohya", "peft"]
 NAMES = {"softrepa": ("dc_tokens.pth", "dc_t_tokens.pth"), "agsm": ("soft_tokens.pth", "soft_t_tokens.pth")}
 """The files of each form: tokens and time rows. Published files may have a prefix, as in `sd1.5_dc_tokens.pth`."""
 POSITIVE_ALONE = "{}: has two banks; this form holds one, and gets the positive one, which draws."
+OF_PEFT = (*ALPHA, "oft")
+"""The kinds of adapter that PEFT makes."""
 
 
 def convert(
@@ -51,7 +54,8 @@ def convert(
       and writes a .safetensors file for `attach`; a LoRA's also works with `pipe.load_lora_weights`.
     - `agsm` and `softrepa` read a run folder, an adapter folder or an exported file, and write a folder with the two
       token files. SoftREPA's form has one bank, and gets the positive one.
-    - `kohya` reads the same, and writes the positive bank to a .safetensors file.
+    - `kohya` reads the same, and writes the positive bank of a LoRA, LoHa or LoKr to a .safetensors file.
+    - `peft` reads the same, and writes the positive bank of any adapter of PEFT's to a folder for each changed model.
 
     Args:
         source: What to convert.
@@ -81,13 +85,17 @@ def convert(
             write_export(out, tensors, metadata)
         return [out]
     if form == "kohya":
-        tensors, metadata = _export_of(source, LoRA.kind, tell)
-        if LoRA.from_export(tensors, metadata).banks == 2:
-            tell(POSITIVE_ALONE.format(source))
+        tensors, metadata = _export_of(source, tuple(ALPHA), tell)
+        _tell_of_second_bank(tensors, source, tell)
         with _writing(out):
             write_kohya(tensors, metadata, out)
         return [out]
-    tensors, metadata = _export_of(source, SoftTokens.kind, tell)
+    if form == "peft":
+        tensors, metadata = _export_of(source, OF_PEFT, tell)
+        _tell_of_second_bank(tensors, source, tell)
+        with _writing(out):
+            return write_peft(tensors, metadata, out)
+    tensors, metadata = _export_of(source, (SoftTokens.kind,), tell)
     banks = SoftTokens.from_export(tensors, metadata).banks
     form = form or ("agsm" if banks == 2 else "softrepa")
     if form == "softrepa" and banks == 2:
@@ -223,19 +231,29 @@ def _read(file: Path) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _export_of(source: Path, kind: str, tell: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The only exported adapter of a kind in a run folder, an adapter folder or a file.
+def _tell_of_second_bank(tensors: dict[str, Tensor], source: Path, tell: Callable[[str], None]) -> None:
+    if any(name.startswith(NEGATIVE_PREFIX) for name in tensors):
+        tell(POSITIVE_ALONE.format(source))
+
+
+def _export_of(
+    source: Path, kinds: tuple[str, ...], tell: Callable[[str], None]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The only exported adapter of these kinds in a run folder, an adapter folder or a file.
 
     `tell` is called for each of the others, which the form cannot hold.
     """
     exports = {file: read_export(file) for file in find_exports(source)}
-    matches = [export for export in exports.values() if export[1]["kind"] == kind]
+    matches = [export for export in exports.values() if export[1]["kind"] in kinds]
     if len(matches) != 1:
         contents = ", ".join(f"{file.name} ({export[1]['kind']})" for file, export in exports.items())
+        wanted = " or ".join(f"'{kind}'" for kind in kinds)
+        hint = " PEFT's OFT has no other form than PEFT's own: --to peft." if "oft" in contents else ""
         raise UserError(
-            f"{source}: has {len(matches)} adapters of kind '{kind}', but must have exactly one. It holds: {contents}."
+            f"{source}: has {len(matches)} adapters of kind {wanted}, but must have exactly one. It holds: {contents}."
+            f"{hint if 'lora' in kinds and 'oft' not in kinds else ''}"
         )
     for file, (_, metadata) in exports.items():
-        if metadata["kind"] != kind:
+        if metadata["kind"] not in kinds:
             tell(f"{file}: is left out ({metadata['kind']}); this form has no place for it.")
     return matches[0]

@@ -79,7 +79,7 @@ def test_each_form_is_read_to_the_same_additions_at_a_scale_of_one(form, unet, t
     assert {*placed} == {"unet"} and placed["unet"].keys() == made.keys()
     for module, (down, up) in made.items():
         addition = placed["unet"][module]
-        assert torch.equal(addition.to_weight(torch.Size((len(up), down.shape[1]))), up @ down)
+        assert torch.equal(addition.applied(torch.zeros(len(up), down.shape[1])), up @ down)
 
 
 def peft_file(folder: Path, made: dict[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
@@ -137,7 +137,7 @@ def test_ranks_and_alphas_of_layers_that_are_there_need_no_word(unet, tmp_path, 
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"r": 4}, "has rank 2, but adapter_config.json says rank 4"),
         ({"r": 0}, "r is 0; it must be an integer"),
-        ({"use_dora": True}, "use_dora is True; only plain LoRA"),
+        ({"use_dora": True}, "use_dora is True in adapter_config.json, but .* no lora_magnitude_vector"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights"),
         ({"modules_to_save": ["conv_out"]}, "modules_to_save is"),
@@ -229,8 +229,11 @@ REFUSED = {
         "half of a la",
     ),
     "an alpha alone": (with_more("lora_unet_conv_in.alpha", torch.tensor(1.0)), "half of a layer.*lora_unet_conv_in"),
-    "DoRA, kohya's": (with_more(f"{FLAT}.dora_scale", torch.ones(64, 1)), "not a plain LoRA but holds DoRA"),
-    "DoRA, PEFT's": (with_more("unet.a.lora_magnitude_vector", torch.ones(64)), "holds DoRA"),
+    "DoRA of another width": (
+        with_more(f"{FLAT}.dora_scale", torch.ones(3, 1)),
+        r"DoRA lengths of shape \(3, 1\); .*rows",
+    ),
+    "DoRA's lengths alone": (with_more("unet.a.lora_magnitude_vector", torch.ones(64)), "half of a layer.*unet.a"),
     "LoHa": (with_more(f"{FLAT}.hada_w1_a", torch.ones(2, 2)), "holds LoHa"),
     "LoKr": (with_more(f"{FLAT}.lokr_w1", torch.ones(2, 2)), "holds LoKr"),
     "Tucker's form": (with_more(f"{FLAT}.lora_mid.weight", torch.ones(2, 2)), "holds LoCon in Tucker's form"),
@@ -292,7 +295,7 @@ def test_convolutions_are_added_as_convolutions(unet, tmp_path):
     addition = read_lora(file, where="x").place({"unet": unet}, where="x")["unet"]["mid_block.resnets.0.conv1"]
     x = torch.randn(1, 64, 5, 5)
     wanted = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down, padding=1), up)
-    got = torch.nn.functional.conv2d(x, addition.to_weight(module.weight.shape), padding=1)
+    got = torch.nn.functional.conv2d(x, addition.applied(torch.zeros_like(module.weight)), padding=1)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import attach, read_export, save_adapters
 from agsm_rl.export.convert import convert
+from agsm_rl.export.kohya_layers import HADA
 
 
 def test_kohya_s_lora_draws_the_same_picture_through_diffusers(exported, tmp_path, each_checkpoint):
@@ -131,17 +132,16 @@ def test_kohya_s_text_encoders_may_have_more_layers_than_attention(tmp_path):
         (kohya_layer("lora_te_text_model_encoder_layers_0_mlp_fc1"), "a U-Net .*in kohya's form.*holds lora_te_text_"),
         (kohya_layer(f"{MID}q") | kohya_layer("lora_te3_encoder_block_0_layer_0_SelfAttention_q"), "holds lora_te3_"),
         (kohya_layer(f"{MID}q") | kohya_layer("lora_te_text_model_odd"), "cannot place"),
-        (kohya_layer(f"{MID}q", dora_scale=torch.ones(1)), f"holds {MID}q.*pipe.load_lora_weights"),
+        (kohya_layer(f"{MID}q", dora_scale=torch.ones(1, 2048)), r"dora_scale has shape \(1, 2048\); only lengths"),
+        (kohya_layer(f"{MID}q", dora_scale=torch.ones(8, 1)) | kohya_layer(f"{MID}k"), "all must have it, or none"),
+        (kohya_layer(f"{MID}q") | {f"{MID}k.{name}": torch.ones(2, 2) for name in HADA}, "several kinds .loha, lora."),
+        ({f"{MID}q.oft_blocks": torch.ones(2, 4, 4)}, rf"holds {MID}q \(OFT\)"),
         ({f"{MID}q.lora_down.weight": torch.ones(2, 8)}, f"holds {MID}q"),
-        (
-            kohya_layer(f"{MID}q") | kohya_layer(f"{MID}k", rank=3),
-            r"\[\(2, 4.0\), \(3, 4.0\)\]; they must all be equal",
-        ),
         (kohya_layer("lora_unet_middle_block_7_x"), "diffusers cannot place"),
         (kohya_layer(f"{MID}q", alpha=torch.tensor(float("inf"))), "alpha' holds numbers that are not finite"),
         (kohya_layer(f"{MID}q", alpha=torch.tensor(-1.0)), "alpha' is -1.0; it must be a finite number above 0"),
         (kohya_layer(f"{MID}q", alpha=torch.ones(2)), r"alpha' is \(2,\); it must be"),
-        (kohya_layer(f"{MID}q", rank=0), f"the rank of {MID}q is 0"),
+        (kohya_layer(f"{MID}q", rank=0), f"'{MID}q': its rank is 0"),
         (
             kohya_layer(f"{MID}q", **{"lora_up.weight": torch.full((8, 2), 1e300, dtype=torch.float64)}),
             "up.weight' holds numbers",
