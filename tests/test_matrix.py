@@ -76,6 +76,22 @@ ADAPTERS = {
     "both": {"tokens": {"use": "soft_tokens", "num_tokens": 2}, "lora": {"use": "lora", "rank": 2}},
 }
 
+OTHER_ADAPTERS = {
+    "dora": {"use": "lora", "rank": 2, "use_dora": True},
+    "rslora": {"use": "lora", "rank": 2, "alpha": 2, "use_rslora": True},
+    "lokr": {"use": "lokr", "rank": 2, "banks": 2},
+    "loha": {"use": "loha", "rank": 2},
+    "oft": {"use": "oft", "oft_block_size": 8},
+}
+"""Adapters with LoRA's interface, each trained by the objective named for it: objectives see predictions only."""
+TRAINED_BY = {
+    "dora": "ddpo",
+    "rslora": "diffusion_dpo",
+    "lokr": "agsm",
+    "loha": "diffusion_nft",
+    "oft": "reward_backprop",
+}
+
 
 @pytest.fixture
 def train_one_step(tiny_checkpoint):
@@ -126,6 +142,11 @@ def test_every_objective_and_source_has_its_line_here():
 def test_every_objective_trains_every_kind_of_adapter(train_one_step, objective, adapters):
     metrics = train_one_step([objective], ADAPTERS[adapters])
     assert metrics["loss"] == metrics[f"{objective}/loss"] and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("adapter", OTHER_ADAPTERS)
+def test_every_other_adapter_is_trained(train_one_step, adapter):
+    train_one_step([TRAINED_BY[adapter]], {adapter: OTHER_ADAPTERS[adapter]})
 
 
 @pytest.mark.parametrize(("first", "second"), combinations(OBJECTIVES, 2))

@@ -104,6 +104,10 @@ def card_text(run: Path, files: list[Path], *, licence: str | None = None, pictu
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", ignore_metadata_errors=True))
 
 
+RANKED = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+"""Kinds of adapter that have a rank."""
+
+
 def _tags(recipe: Mapping[str, Any], kinds: Mapping[str, str], base: str | None) -> list[str]:
     tags = ["text-to-image", "diffusers", "agsm-rl", *dict.fromkeys(kind.replace("_", "-") for kind in kinds.values())]
     tags += dict.fromkeys(term["use"].replace("_", "-") for term in recipe["objectives"])
@@ -113,8 +117,11 @@ def _tags(recipe: Mapping[str, Any], kinds: Mapping[str, str], base: str | None)
 def _adapters(recipe: Mapping[str, Any]) -> list[str]:
     words = []
     for block in recipe["adapters"].values():
-        if block["use"] == "lora":
-            words.append(f"A LoRA of rank {block.get('rank')}")
+        if block["use"] in RANKED:
+            form = "DoRA" if block.get("use_dora") else RANKED[block["use"]]
+            words.append(f"A {form} of rank {block.get('rank')}")
+        elif block["use"] == "oft":
+            words.append(f"OFT in blocks of {block.get('oft_block_size')}")
         elif block["use"] == "soft_tokens":
             words.append(f"{block.get('num_tokens')} soft tokens per layer")
         else:
