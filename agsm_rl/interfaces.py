@@ -140,6 +140,8 @@ class Backbone(Protocol):
     """The attached ones; they add and remove themselves."""
     text_encoders: dict[str, nn.Module]
     """The pipeline's text encoders that a LoRA can change, by their names in it; not SD3's T5."""
+    lora_targets: tuple[str, ...]
+    """Ends of the names of the denoiser's modules that LoRA and its like change by default."""
 
     @property
     def drawing(self) -> tuple[float, int]:
