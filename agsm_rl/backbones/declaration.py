@@ -53,7 +53,7 @@ class Declaration:
     without: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By pipeline class: components and settings that are given in place of the checkpoint's."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the denoiser's modules that LoRA and its like change by default, as diffusers' scripts do."""
+    """Ends of the names of the denoiser's modules that LoRA changes by default, as in diffusers' scripts."""
     _num_timesteps = 1000
     """Timesteps of the noise schedule, which the denoiser's time counts."""
     drawing: ClassVar[tuple[float, int]]
