@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import AfterValidator
 
+from agsm_rl.training.sizes import PictureSize
+
 
 def check_device(device: str | torch.device) -> str | torch.device:
     """`device` if torch knows such a device; ValueError otherwise. Whether this machine has one is not checked."""
@@ -74,7 +76,7 @@ class Options:
 
     checkpoint: str
     _: KW_ONLY
-    resolution: int | tuple[int, int] | None = None
+    resolution: PictureSize | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     device: Device | None = None

@@ -22,7 +22,7 @@ from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.sampling import Predict, step_distribution
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_scores
-from agsm_rl.training.sizes import Resolution, drawing_at
+from agsm_rl.training.sizes import PictureSize, Resolution, drawing_at
 
 
 def reward_backprop_loss(rewards: Tensor) -> tuple[Tensor, Metrics]:
@@ -98,7 +98,7 @@ class RewardBackprop(Objective):
         last_steps: int | tuple[int, int] = 1,
         negative_prompt: str = "",
         images_per_pass: int | None = None,
-        resolution: int | tuple[int, int] | None = None,
+        resolution: PictureSize | None = None,
     ) -> None:
         self.rewards = check_rewards(rewards)
         for one in self.rewards:

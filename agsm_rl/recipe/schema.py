@@ -16,8 +16,9 @@ from pydantic import (
 
 from agsm_rl.recipe.options import Section, Seed
 from agsm_rl.recipe.sections import CheckpointKeys, Ema, GradientMapKeys, StopRule, WatchKeys, WeightKeys
-from agsm_rl.recipe.values import Guidances, Name, NoiseRange, PictureSize, Rate, Weight
+from agsm_rl.recipe.values import Guidances, Name, NoiseRange, Rate, Weight
 from agsm_rl.training.limits import MAX_BATCH, MAX_IMAGES, MAX_SAMPLING_STEPS
+from agsm_rl.training.sizes import PictureSize
 
 
 def _source(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from agsm_rl.training.limits import MAX_NUMBER, MAX_RESOLUTION
+from agsm_rl.training.limits import MAX_NUMBER
 
 
 def _schedule(value: Any) -> Any:
@@ -49,7 +49,4 @@ Rate = Annotated[float, Field(gt=0, le=1e6)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 Guidances = Annotated[list[Guidance], Field(min_length=1), BeforeValidator(_several)]
 """One or several."""
-Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
-PictureSize = Side | tuple[Side, Side]
-"""Pixels per side, or height and width."""
 NoiseRange = Annotated[tuple[float, float], AfterValidator(_range)]

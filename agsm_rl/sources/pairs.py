@@ -17,6 +17,7 @@ from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
 from agsm_rl.sources.variation import Latents, Variation
 from agsm_rl.training.randomness import Draw, stream
+from agsm_rl.training.sizes import Buckets
 
 Choice = Literal["first", "random"]
 CAPTIONS_OF = {
@@ -81,7 +82,7 @@ class Pairs(Source):
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
         captions: str | None = None,
-        buckets: Literal["auto"] | list[int | tuple[int, int]] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         if caption not in get_args(Choice):
             raise unknown_name("caption", caption, "a choice among an image's captions", get_args(Choice))

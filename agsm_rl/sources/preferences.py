@@ -5,7 +5,7 @@ Two conventions are recognised by their columns: TRL's and Pick-a-Pic's (arXiv 2
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -21,6 +21,7 @@ from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
 from agsm_rl.sources.variation import Latents, Variation
 from agsm_rl.training.randomness import Draw
+from agsm_rl.training.sizes import Buckets
 
 Picture = Image.Image | Tensor
 """A picture, or the latents that a cache kept of it."""
@@ -94,7 +95,7 @@ class Preferences(Source):
         streaming: bool = False,
         shuffle_buffer: int = 1000,
         cache: Kept | None = None,
-        buckets: Literal["auto"] | list[int | tuple[int, int]] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         self._data: DataSet[tuple[str, Cut, Cut, dict[str, Any]]] = DataSet(
             dataset,

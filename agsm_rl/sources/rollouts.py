@@ -36,6 +36,7 @@ from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
+from agsm_rl.training.sizes import PictureSize
 from agsm_rl.training.stages import stage
 
 
@@ -132,7 +133,7 @@ class Rollouts(Draws[RewardedBatch]):
         prompt_config: str | None = None,
         keep_graph: bool = False,
         keep_means: bool = False,
-        resolution: int | tuple[int, int] | None = None,
+        resolution: PictureSize | None = None,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,

@@ -16,6 +16,7 @@ from agsm_rl.sources.trajectories import StepNoise, check_latents, check_negativ
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_sum
+from agsm_rl.training.sizes import PictureSize
 from agsm_rl.training.stages import stage
 from agsm_rl.training.step_scoring import States, scores_of_states
 
@@ -79,7 +80,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         prompt_column: str | None = None,
         prompt_split: str | None = None,
         prompt_config: str | None = None,
-        resolution: int | tuple[int, int] | None = None,
+        resolution: PictureSize | None = None,
     ) -> None:
         positive = {
             "num_prompts": num_prompts,

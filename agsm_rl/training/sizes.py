@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator
 
 from agsm_rl.errors import UserError
 from agsm_rl.training.limits import MAX_RESOLUTION
@@ -21,6 +23,31 @@ if TYPE_CHECKING:
 Resolution = int | tuple[int, int]
 """As options write it: pixels per side, or (height, width)."""
 FORMS = "pixels per side, such as 768, or [height, width], such as [768, 1344] for a wide picture"
+
+
+def _is_size(value: Any) -> bool:
+    sides = [value] if isinstance(value, int) else value
+    if not isinstance(sides, list | tuple) or (sides is value and len(sides) != 2):
+        return False
+    return all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+
+
+def _size_option(value: Any) -> Any:
+    if value is not None and not _is_size(value):
+        raise ValueError(f"got {value!r:.60}; a size is {FORMS}")
+    return value
+
+
+def _buckets_option(value: Any) -> Any:
+    if value is None or value == "auto" or isinstance(value, list | tuple):
+        return value
+    raise ValueError(f"got {value!r:.60}; write auto, or a list of sizes, each {FORMS}")
+
+
+PictureSize = Annotated[int | tuple[int, int], BeforeValidator(_size_option)]
+"""The type of such an option."""
+Buckets = Annotated[Literal["auto"] | list[PictureSize], BeforeValidator(_buckets_option)]
+"""The type of the option `buckets` (sources/buckets.py)."""
 
 
 class Size(NamedTuple):
@@ -50,10 +77,9 @@ def size_of(resolution: Resolution) -> Size:
 
 def check_resolution(resolution: Any, *, multiple: int = 1, largest: int = MAX_RESOLUTION, where: str) -> Size:
     """The size that an option asks for; UserError unless both sides are multiples of `multiple`, at most `largest`."""
-    sides = [resolution, resolution] if isinstance(resolution, int) else resolution
-    is_pair = isinstance(sides, list | tuple) and len(sides) == 2
-    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+    if not _is_size(resolution):
         raise UserError(f"{where}: got {resolution!r}; a size is {FORMS}.")
+    sides = [resolution, resolution] if isinstance(resolution, int) else resolution
     limit = largest // multiple * multiple
     if not all(multiple <= side <= limit and side % multiple == 0 for side in sides):
         got = resolution if isinstance(resolution, int) else list(resolution)

@@ -33,6 +33,8 @@ NOT_COUNTED = (
 )
 STEPS_LOOKED_AT = 10_000
 """Steps of a run that are searched for terms that are due together."""
+PICTURES = {"evaluating": "evaluate.resolution", "drawing samples": "sample.resolution"}
+"""The phases in which pictures are drawn, and the key of their size."""
 NOTHING_DUE = "steps in which no term is due"
 """The phase name for a run that neither draws nor learns."""
 DRAWN_AT_ONCE = 50
@@ -295,7 +297,7 @@ def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> 
     backbone = policy.backbone
     for phase, (count, guidance, resolution) in phases.items():
         rehearsal.phase = phase
-        with torch.no_grad(), drawing_at(backbone, resolution):
+        with torch.no_grad(), drawing_at(backbone, resolution, where=PICTURES[phase]):
             cond = backbone.encode_text([f"picture {index}" for index in range(count)])
             uncond = backbone.encode_text([""])
             x_t = torch.empty(count, *backbone.latent_shape, device=META)
