@@ -39,9 +39,11 @@ def _size_option(value: Any) -> Any:
 
 
 def _buckets_option(value: Any) -> Any:
-    if value is None or value == "auto" or isinstance(value, list | tuple):
+    if value is None or value == "auto":
         return value
-    raise ValueError(f"got {value!r:.60}; write auto, or a list of sizes, each {FORMS}")
+    if not isinstance(value, list | tuple) or not all(_is_size(item) for item in value):
+        raise ValueError(f"got {value!r:.60}; write auto, or a list of sizes, each {FORMS}")
+    return value
 
 
 PictureSize = Annotated[int | tuple[int, int], BeforeValidator(_size_option)]
