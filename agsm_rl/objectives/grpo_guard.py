@@ -51,9 +51,9 @@ class GRPOGuard(FlowGRPO):
     def __init__(
         self,
         *,
-        clip_range: float = 1e-5,
+        clip_range: float = 2e-6,
         reweight: bool = True,
-        kl_weight: float = 0.04,
+        kl_weight: float = 0.0,
         kl: Literal["exact", "published"] = "exact",
         detach_unconditional: bool = False,
         timestep_fraction: float = 1.0,
