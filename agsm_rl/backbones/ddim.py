@@ -33,7 +33,8 @@ class DDIMSampler:
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
         # The middle of a timestep's interval: no rounding can turn it into its neighbour.
         middles = [(timestep + 0.5) / self.scheduler.config.num_train_timesteps for timestep in self.timesteps]
-        self.t = torch.tensor(middles, device=device)
+        # Of a model without data the noise levels are known all the same: terms choose among them.
+        self.t = torch.tensor(middles, device="cpu" if device.type == "meta" else device)
 
     def transition(self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:
         """Mean [B, C, H, W] and standard deviation σ (0-d) of step `k`, both on x_t's device and of its dtype.

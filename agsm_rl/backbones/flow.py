@@ -95,7 +95,8 @@ class FlowSampler:
         scheduler.set_timesteps(**options)
         self.sigmas: Tensor = scheduler.sigmas
         """Noise levels [K + 1], float32 on the CPU, the last one 0."""
-        self.t = self.sigmas[:-1].to(device)
+        # Of a model without data the noise levels are known all the same: terms choose among them.
+        self.t = self.sigmas[:-1] if device.type == "meta" else self.sigmas[:-1].to(device)
 
     def transition(
         self, k: int, x_t: Tensor, prediction: Tensor, *, eta: float, noise: str = "ddim"

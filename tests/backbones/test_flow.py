@@ -108,3 +108,7 @@ def test_what_cannot_be_is_refused() -> None:
         sampler(4).transition(0, torch.zeros(1), torch.zeros(1), eta=1.2)
     with pytest.raises(UserError, match="DDIMScheduler, has no shift"):
         flow_scheduler({"_class_name": "DDIMScheduler"})
+
+
+def test_without_data_the_noise_levels_are_known() -> None:
+    assert torch.equal(FlowSampler(SD3, 5, torch.device("meta"), image_tokens=16).t, sampler(5).t)
