@@ -99,6 +99,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "auto": "agsm_rl.backbones:load_backbone",
         "sana": "agsm_rl.backbones.sana:Sana",
         "stable_diffusion": "agsm_rl.backbones:load_backbone",
+        "flux": "agsm_rl.backbones.flux:Flux",
         "flux_2": "agsm_rl.backbones.flux_2:Flux2Klein",
         "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
     },
