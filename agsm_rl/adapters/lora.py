@@ -29,8 +29,8 @@ class LoRA(PeftAdapter):
         alpha_pattern: Likewise for alpha.
         banks: 1 uses the same bank for positive and negative prompts; 2 gives the negative prompts a separate bank.
         target_modules: Name suffixes of the denoiser's modules to change. The default is the attention projections, as
-            in diffusers' scripts and DDPO; where a kind of model has other names for them, it is those. It leaves out
-            those of SD3's text stream (add_q_proj, add_k_proj, add_v_proj, to_add_out).
+            in diffusers' scripts and DDPO; FLUX.2 adds its fused ones, for which write longer names (attn.to_q, …) to
+            leave them out. It leaves out those of SD3's text stream (add_q_proj, add_k_proj, add_v_proj, to_add_out).
         text_encoders: Also change the attention projections of the CLIPs, with the same rank and alpha. Prompts are
             then re-encoded for each prediction. Layers that do not affect the output (the last of SDXL's first CLIP)
             are left out. SD3's T5 is never changed: `pipe.load_lora_weights` cannot load a LoRA for it.

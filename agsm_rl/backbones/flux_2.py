@@ -108,6 +108,10 @@ class Flux2Klein(FlowPipeline):
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         channels, height, width = self.latent_shape
         self.latent_shape = (channels, height // PATCH, width // PATCH)
+        # Single-stream blocks fuse their projections, and their to_out is not a list: as in diffusers' own script.
+        single = range(pipeline.transformer.config.num_single_layers)
+        outputs = [f"single_transformer_blocks.{block}.attn.to_out" for block in single]
+        self.lora_targets = (*type(self).lora_targets, "to_qkv_mlp_proj", *outputs)
 
     @property
     def call_options(self) -> dict[str, Any]:

@@ -203,6 +203,14 @@ def test_exported_adapters_draw_the_same_on_the_plain_pipeline(folder: Path, pol
     torch.testing.assert_close(drawn_by(pipeline, base), lora_alone, rtol=1e-4, atol=1e-5)
 
 
+def test_lora_changes_every_block_by_default(base: Backbone) -> None:
+    places = LoRA().places(base)
+    names = [name for name, _ in base.denoiser.named_modules()]
+    blocks = {".".join(name.split(".")[:2]) for name in names if name.split(".")[1:2] and name.split(".")[1].isdigit()}
+    assert blocks
+    assert not [block for block in blocks if not any(place.startswith(f"{block}.") for place in places)]
+
+
 def test_every_objective_trains_soft_tokens_and_lora(kind: str, folder: Path) -> None:
     """The matrix of test_matrix.py in one step: a stack of all objectives, and the gradient of each."""
     recipe = Recipe.from_data(
