@@ -71,6 +71,8 @@ class Layout:
     """What is stored beside it, of how many elements and of which dtype, for a number of rows and columns."""
     converted_in: torch.dtype | None = None
     """The dtype in which a weight is scaled before it is converted to the input's; None is the input's."""
+    products: int = 1
+    """Outputs that are in memory at once: 2 where the product is scaled, or the bias added, into another tensor."""
 
 
 def _nf4_scales(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -89,8 +91,10 @@ def _int8_scales(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
 
 
 LAYOUTS = {
-    "int8": Layout(torch.int8, scales=_int8_scales),
-    "fp8": Layout(torch.int8, converted_in=torch.float32),  # int8, for nothing to be cast to a weight's dtype
+    "int8": Layout(torch.int8, scales=_int8_scales, products=2),
+    "fp8": Layout(
+        torch.int8, converted_in=torch.float32, products=2
+    ),  # int8, for nothing to be cast to a weight's dtype
     "nf4": Layout(torch.uint8, per_byte=2, scales=_nf4_scales),
 }
 
@@ -114,7 +118,12 @@ class EmptyQuantizedLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             result: Tensor = _EmptyFrozenLinear.apply(input, self)
             return result
-        return functional.linear(input, self.dequantize(input.dtype), self.bias)
+        return self.output(input)
+
+    def output(self, input: Tensor) -> Tensor:
+        """`forward`'s, without a gradient."""
+        result = functional.linear(input, self.dequantize(input.dtype), self.bias)
+        return result if self.layout.products == 1 else result * 1.0
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A weight in floating point, made by way of as much memory as the library takes."""
@@ -126,7 +135,7 @@ class _EmptyFrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: EmptyQuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.dequantize(x.dtype), layer.bias)
+        return layer.output(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,8 +2,8 @@
 
 The real trainer, objectives and backbone run, so nothing is modelled twice. torch's FakeTensorMode and MemTracker do
 the same but do not work here: a fake integer has no value, while integers select rows, and MemTracker rejects a model
-that is called twice in a step. Here integers and booleans computed from known values stay real, on the CPU; only
-floating-point tensors on the meta device are counted.
+that is called twice in a step. Here integers and booleans computed from known values stay real, on the CPU, and so does
+what is computed from them alone, such as a mask. They are counted like the tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Rehearsal(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options: dict[str, Any] = dict(kwargs or {})
+        exact = False
         on_meta = [tensor.is_meta for tensor in _tensors((*args, *options.values()))]
         result = None
         if any(on_meta):
@@ -54,13 +55,17 @@ class Rehearsal(TorchDispatchMode):
             if result is None and func in QUICK and not options:
                 result = QUICK[func](*args)
         else:
-            _keep_exact(func, args, options)
+            exact = _keep_exact(func, args, options)
         if result is None:
             result = func(*args, **options)
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
-            if tensor.is_meta:
+            if tensor.is_meta or exact or (not any(on_meta) and self._are_counted((*args, *options.values()))):
                 self._count(tensor)
         return result
+
+    def _are_counted(self, values: Iterable[Any]) -> bool:
+        """Whether a value is one of the tensors that would be on the run's device."""
+        return any(tensor.untyped_storage()._cdata in self._known for tensor in _tensors(values))
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -217,10 +222,10 @@ def _as_row_indices(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
     return rows
 
 
-def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Keep exact tensors that would be created on, or moved to, the meta device from known values on the CPU."""
+def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Keep tensors exact that would be created on, or moved to, the meta device from known values on the CPU."""
     if options.get("device") is None or torch.device(options["device"]) != META:
-        return
+        return False
     dtype = options.get("dtype")
     source = next(_tensors(args), None)
     if dtype is None and source is not None:
@@ -231,6 +236,7 @@ def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> No
         exact = func.name().startswith("aten::arange") and all(isinstance(value, int) for value in args)
     if exact:
         options["device"] = CPU
+    return exact
 
 
 def _answer(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
