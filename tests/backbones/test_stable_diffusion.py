@@ -216,5 +216,5 @@ def test_pictures_are_drawn_by_ddim_where_it_is_asked_for(tiny_checkpoint: Path,
     assert isinstance(own.pipeline.scheduler, DDIMScheduler) and not own.pipeline.scheduler.config.clip_sample
     asked = StableDiffusion(str(tiny_checkpoint), device="cpu", scheduler="ddim")
     assert torch.equal(asked.pipeline.scheduler.alphas_cumprod, own.pipeline.scheduler.alphas_cumprod)
-    with pytest.raises(UserError, match="flow model has no DDIM"):
+    with pytest.raises(UserError, match="drawn by the checkpoint's own scheduler alone; leave it out"):
         load_backbone(str(tiny_sd3_checkpoint), device="cpu", scheduler="ddim")
