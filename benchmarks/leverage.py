@@ -93,7 +93,8 @@ def main(
 
     trained = SoftTokens(num_tokens=num_tokens, banks=1, jitter=jitter) if adapter == "soft_tokens" else LoRA(rank=8)
     policy = Policy(load_backbone(base, t5_length=t5_length), {adapter: trained}, ema_decay=0.99)
-    term = Term(CueDistillation(), Pairs("builtin:shapes", 32, num_images=8000), name="distillation")
+    world = "scenes" if "scenes" in Path(base).name else "shapes"
+    term = Term(CueDistillation(), Pairs(f"builtin:{world}", 32, num_images=8000), name="distillation")
     trainer = Trainer(policy, [term], steps=steps, seed=seed, learning_rate=learning_rate)
     while trainer.step < steps:
         metrics = trainer.run_step()
@@ -102,16 +103,19 @@ def main(
     if out is not None:
         save_adapters(policy.adapters, out, metadata={"checkpoint": base})
     for scale in guidance:
-        report(policy, num_images, scale, split, adapted=steps > 0)
+        report(policy, num_images, scale, split, adapted=steps > 0, world=world)
 
 
-def report(policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool) -> None:
+def report(
+    policy: Policy, num_images: int, guidance: float, split: str, *, adapted: bool, world: str = "shapes"
+) -> None:
     """Print table rows: strict / lenient % correct for plain and cued prompts, and for plain ones with the adapter."""
     from agsm_rl.evaluate.draw_folder import DrawingSettings
     from agsm_rl.evaluate.measure import draw_and_judge
+    from agsm_rl.evaluate.suites.scenes import Scenes
     from agsm_rl.evaluate.suites.shapes import Shapes, compare
 
-    suite = Shapes(split=split, num_images=num_images)
+    suite = (Scenes if world == "scenes" else Shapes)(split=split, num_images=num_images)
 
     def judged(cue: str) -> ShapesResult:
         how = DrawingSettings(guidance=guidance, num_steps=20, batch_size=50, prompt_suffix=cue)

@@ -200,6 +200,15 @@ def _shifted(uniform: Tensor) -> Tensor:
     return FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
 
 
+def _mostly_between(uniform: Tensor) -> Tensor:
+    """Logit-normal noise levels, as SD3 was trained with: five sixths between 0.3 and 0.9, where shapes are settled.
+
+    Where the objects go, at nearly pure noise, a transformer learns in a few thousand steps; to draw a clean shape
+    wherever it goes takes most of the training.
+    """
+    return torch.sigmoid(0.7 + 1.1 * torch.special.ndtri(uniform))
+
+
 @contextmanager
 def _matrix_products_in_bfloat16() -> Iterator[None]:
     """Five times as fast for a transformer's products on a CPU that has them."""
@@ -241,6 +250,7 @@ LAYOUTS_OF_SCENES = {
     "sd3": replace(
         LAYOUTS["sd3"],
         assemble=partial(assemble_sd3, patch_size=2),
+        noise_levels=_mostly_between,
         prepare=_alternate_text_length_of_scenes,
         muon_rate=4e-3,
         stored=torch.float16,
