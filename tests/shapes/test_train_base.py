@@ -18,6 +18,7 @@ from agsm_rl.shapes.train_base.inheritance import begin_as
 from agsm_rl.shapes.train_base.layouts import LAYOUTS
 from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_t5_tokenizer, make_tokenizer, tokenize
 from agsm_rl.shapes.world import careful_caption, draw_requirement, vocabulary
+from agsm_rl.shapes.worlds import SCENES
 
 CLASSES = {
     "sd15": "StableDiffusionPipeline",
@@ -63,6 +64,30 @@ def test_a_base_is_trained_on_from_where_another_ended(tiny_checkpoint, tmp_path
     for part in ("vae", "text_encoder"):
         kept = getattr(further, part).state_dict()
         assert all(torch.equal(value, kept[key]) for key, value in getattr(begun, part).state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_base_of_the_scenes_world_is_judged_and_written_while_it_is_trained(tmp_path):
+    vae = ["--begin-vae", find_checkpoint("builtin:shapes-sd15"), "--batch-size", "4"]
+    run_script(
+        "sd3",
+        tmp_path / "work",
+        tmp_path / "out",
+        1,
+        "--world",
+        "scenes",
+        "--judge-every",
+        "1",
+        "--judge-prompts",
+        "1",
+        *vae,
+    )
+    log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    (row,) = [row for row in log if row["stage"] == "denoiser_sd3_judged"]
+    assert set(row["plain"]) == set(row["cued"]) == {*SCENES.tags, "all"}
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.transformer.config.patch_size == 2
+    assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in SCENES.vocabulary())
 
 
 def test_a_unet_that_inherits_draws_as_its_teacher_though_other_encoders_read_the_prompt():

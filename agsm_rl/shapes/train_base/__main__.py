@@ -15,6 +15,7 @@ from torch import Tensor
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.loading import load_pipeline
 from agsm_rl.interfaces import Backbone
+from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
 from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as
@@ -39,6 +40,9 @@ def main(
         int,
         typer.Option(help="denoiser steps between two looks at validation prompts, each of which writes OUT; 0: never"),
     ] = Settings.judge_every,
+    judge_prompts: Annotated[int, typer.Option(help="prompts of each tag in such a look", min=1)] = (
+        Settings.judge_prompts
+    ),
     up_text_dropout: Annotated[
         float, typer.Option(help="share of the images whose prompt a U-Net's up blocks do not see", min=0, max=1)
     ] = Settings.up_text_dropout,
@@ -71,16 +75,13 @@ def main(
         denoiser_steps,
         batch_size,
         judge_every=judge_every,
+        judge_prompts=judge_prompts,
         world=WORLDS[world],
         up_text_dropout=up_text_dropout,
         careless_plain=careless_plain,
         seed=seed,
     )
-    if kind not in layouts_of(settings.world):
-        raise typer.BadParameter(f"the world {world} has bases of the layouts {', '.join(layouts_of(settings.world))}")
-    layout = layouts_of(settings.world)[kind]
-    if learning_rate is not None:
-        layout = replace(layout, learning_rate=learning_rate)
+    layout = _layout(settings, kind, learning_rate)
     work.mkdir(parents=True, exist_ok=True)
     requirements, images = draw_data(settings, work)
     if begin is None:
@@ -88,13 +89,25 @@ def main(
     else:
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
-    taught_by = None if teacher is None else backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
-    if taught_by is not None:
-        fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
-        print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
+    taught_by = None if teacher is None else _begin_as(teacher, backbone, requirements)
     name, keep = f"denoiser_{kind}", partial(_write, pipeline, backbone, layout.stored, work, out)
     train_denoiser(settings, work, name, layout, backbone, requirements, images, teacher=taught_by, keep=keep)
     keep()
+
+
+def _layout(settings: Settings, kind: str, learning_rate: float | None) -> Layout:
+    layouts = layouts_of(settings.world)
+    if kind not in layouts:
+        raise typer.BadParameter(f"the world {settings.world.name} has bases of the layouts {', '.join(layouts)}")
+    return layouts[kind] if learning_rate is None else replace(layouts[kind], learning_rate=learning_rate)
+
+
+def _begin_as(teacher: Path, backbone: Backbone, requirements: list[Requirement]) -> Backbone:
+    """The teacher, whose weights the backbone's U-Net begins with."""
+    taught_by = backbone_of(load_pipeline(str(teacher), dtype=torch.float32))
+    fitted = begin_as(taught_by, backbone, requirements[:CAPTIONS])
+    print(f"the teacher's text, made of the student's: R² {fitted:.3f}")
+    return taught_by
 
 
 def _assemble(

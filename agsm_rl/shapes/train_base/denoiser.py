@@ -105,16 +105,12 @@ def _averaged(denoiser: nn.Module, ema: EMAModel) -> Iterator[None]:
     denoiser.train()
 
 
-JUDGED = 20
-"""Prompts of each tag that a denoiser in training is judged on."""
-
-
 @torch.no_grad()
 def judged(settings: Settings, backbone: Backbone, guidance: float = 3.0) -> dict[str, Any]:
     """Percent strictly right, by tag, of validation prompts that are plain and of those with a careful cue."""
-    world, began = settings.world, time.time()
+    world, each, began = settings.world, settings.judge_prompts, time.time()
     rng = np.random.default_rng((settings.seed, 6))
-    asked = [world.draw_requirement(rng, "validation", tag) for tag in world.tags for _ in range(JUDGED)]
+    asked = [world.draw_requirement(rng, "validation", tag) for tag in world.tags for _ in range(each)]
     prompts = [world.describe(requirement, rng) for requirement in asked]
     backbone.t5_length = min(world.text_length, getattr(backbone, "t5_length", world.text_length))  # type: ignore[attr-defined]
     figures: dict[str, Any] = {}
@@ -125,7 +121,7 @@ def judged(settings: Settings, backbone: Backbone, guidance: float = 3.0) -> dic
         verdicts = [world.judge(image, requirement) for image, requirement in zip(images, asked, strict=True)]
         right = [verdict.strict for verdict in verdicts]
         figures[kind] = {
-            tag: 100 * sum(right[i * JUDGED : (i + 1) * JUDGED]) // JUDGED for i, tag in enumerate(world.tags)
+            tag: 100 * sum(right[i * each : (i + 1) * each]) // each for i, tag in enumerate(world.tags)
         } | {"all": round(100 * sum(right) / len(right), 1)}
         faults = [fault for verdict in verdicts for fault in verdict.faults]
         figures[f"{kind}_faults"] = {fault: faults.count(fault) for fault in dict.fromkeys(faults)}

@@ -1,4 +1,4 @@
-"""The three layouts of an embedded base: which parts each pipeline has, and how they are put together.
+"""The layouts of an embedded base: which parts each pipeline has, and how they are put together.
 
 All read captions of TEXT_LENGTH tokens and draw 8 x 8 latents. A part that two layouts have is trained once.
 """

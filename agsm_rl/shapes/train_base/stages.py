@@ -34,6 +34,8 @@ class Settings:
     seed: int = 0
     judge_every: int = 0
     """Steps of the denoiser between two looks at what it draws for validation prompts; 0 is never."""
+    judge_prompts: int = 20
+    """Prompts of each tag in such a look."""
     world: World = SHAPES
 
 
