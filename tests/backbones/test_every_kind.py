@@ -5,6 +5,7 @@ Each kind's tiny pipeline is loaded once; a test leaves it as it found it.
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of, load_backbone
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
+from agsm_rl.backbones.text_cache import up_to_drawing
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.export.attach import attach, save_adapters
 from agsm_rl.interfaces import Backbone
@@ -130,6 +132,27 @@ def test_it_draws_a_wide_picture_as_the_plain_pipeline_does(folder: Path, base: 
         prediction = guided(base.predict, x_t, t.expand(2), cond, uncond, 3.0)
         x_t, _ = sampler.transition(k, x_t, prediction, eta=0.0)
     torch.testing.assert_close(base.decode(x_t), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_reads_and_draws_the_same_without_its_text_encoders(
+    kind: str, folder: Path, base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("AGSM_RL_CACHE", str(tmp_path))
+    kept = load_backbone(str(folder), **options_of(kind), text={"keep": "cache"}, vae_slicing=True, vae_tiling=True)
+    kept.text_cache.fill(kept, PROMPTS, SimpleNamespace(index=0, count=1))
+    with up_to_drawing(kept):
+        drawn(kept)
+    batches = (PROMPTS, PROMPTS[::-1], PROMPTS[1:], [""], ["", PROMPTS[0]])
+    conds = [(kept.encode_text(batch), base.encode_text(batch)) for batch in batches]
+    kept.text_cache.encoders.free()
+    conds += [(kept.encode_text(batch), base.encode_text(batch)) for batch in batches]
+    for one, other in conds:
+        assert one.prompts == other.prompts and torch.equal(one.embeds, other.embeds)
+        parts = [(one.pooled, other.pooled), (one.mask, other.mask)]
+        assert all(a is b is None or torch.equal(a, b) for a, b in parts)
+    torch.testing.assert_close(drawn(kept), drawn(base), rtol=1e-4, atol=1e-5)  # slices of its VAE round differently
+    assert "loaded again" not in caplog.text
 
 
 def test_adapters_that_are_off_leave_the_plain_pipeline_bit_for_bit(folder: Path, policy: Policy) -> None:
