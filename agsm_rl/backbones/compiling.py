@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from agsm_rl.errors import UserError, unknown_name
 
@@ -32,6 +33,7 @@ def compile_denoiser(denoiser: Any, mode: str, device: torch.device, *, gradient
             "they cannot be compiled one by one; write `compile: default`, or leave it out."
         )
     if device.type == "meta":
+        _look_for_compiler()
         return False
     mode_of_torch = "default" if mode == REGIONAL else mode
     try:
@@ -47,6 +49,21 @@ def compile_denoiser(denoiser: Any, mode: str, device: torch.device, *, gradient
     else:
         denoiser.compile(mode=mode_of_torch)
     return True
+
+
+def _look_for_compiler() -> None:
+    """Warn where a run on this machine would find no compiler; nothing is compiled."""
+    if torch.cuda.is_available():
+        why = "" if has_triton() else "Triton is not installed, or does not know this GPU"
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler  # imports much
+
+        try:
+            why = "" if get_cpp_compiler() else "there is no C++ compiler"
+        except Exception as error:  # noqa: BLE001 - whatever a missing compiler is reported by
+            why = (str(error) or type(error).__name__).splitlines()[0]
+    if why:
+        logger.warning("backbone.compile: will be left out, nothing can be compiled here: %s", why)
 
 
 def _repeated(denoiser: Any) -> list[str]:

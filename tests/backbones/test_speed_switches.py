@@ -7,12 +7,15 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch._inductor import config as inductor_config
 
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.attention import choose_attention
+from agsm_rl.doctor.memory.predict import Prediction, predict
 from agsm_rl.errors import UserError
 from agsm_rl.policy import Policy
+from agsm_rl.recipe.recipe import Recipe
 
 
 def test_a_kernel_of_torchs_own_gives_the_same_predictions(each_checkpoint: Path) -> None:
@@ -80,6 +83,23 @@ def test_blocks_compiled_one_by_one_learn_the_same_under_gradient_checkpointing(
     torch.compiler.reset()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_check_tries_the_switches_and_predicts_the_memory_with_all_of_them(tiny_checkpoint: Path, caplog) -> None:
+    backbone = {"use": "auto", "checkpoint": str(tiny_checkpoint), "attention": "_native_math", "compile": "regional"}
+    backbone |= {"gradient_checkpointing": True, "vae_slicing": True, "vae_tiling": True, "cpu_offload": "model"}
+    content = {
+        "steps": 2,
+        "backbone": backbone | {"text": {"keep": "cache"}, "allow_tf32": True},
+        "adapters": {"lora": {"use": "lora", "rank": 2}},
+        "optimizer": {"use": "adamw", "fused": True},
+        "objectives": [{"use": "agsm", "source": {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4}}],
+    }
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        _, prediction = predict(Recipe.from_data(content, where="recipe.yaml"))
+    assert isinstance(prediction, Prediction), prediction
+    assert "backbone.compile: will be left out, nothing can be compiled here: " in caplog.text
+    assert "backbone.allow_tf32: without effect" in caplog.text
 
 
 def test_tf32_says_that_it_has_no_effect_on_a_cpu(tiny_checkpoint: Path, caplog) -> None:

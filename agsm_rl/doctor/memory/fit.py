@@ -102,8 +102,8 @@ def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
         yield dict(extra)
     options = recipe.backbone.options
     for name, value, instead_of in STEPS:
-        if name == "gradient_checkpointing" and options.get("compile"):
-            continue  # checkpointed blocks cannot be compiled
+        if name == "gradient_checkpointing" and options.get("compile") not in (None, "regional"):
+            continue  # a denoiser whose blocks are checkpointed cannot be compiled as a whole
         if name == "quantize" and options.get("lora"):
             continue  # a LoRA cannot be fused into quantised weights
         if name in options and options[name] in instead_of:
