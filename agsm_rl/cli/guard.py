@@ -29,7 +29,7 @@ BUG = (
 LOWER = {
     "train": "the batch_size of a source, or what goes through the model at once (sample_batch_size, groups_per_pass "
     "and the other *_per_pass options); `agsm-rl check RECIPE --fit-vram GB` proposes settings that fit",
-    "sample": "--batch-size, the number of images that are drawn at a time",
+    "sample": "--batch-size, the number of images that are drawn at a time, or --resolution",
     "edit": "--resolution, or edit in --dtype bfloat16",
     "eval": "--batch-size, --num-images or --resolution, or draw in --dtype bfloat16",
     "report": "the number of runs in one report",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +23,6 @@ from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
 from agsm_rl.training.sizes import Size
 
-log = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
 
@@ -141,8 +140,8 @@ class DataSet(Generic[Read]):
         )
         pictures = read_sizes(self.found, self._image_columns, where=self.where, shard=self._shard)
         self.frames = Frames(pictures, self._image_columns, sizes, batch_size=self.batch_size, usable=self._usable)
-        if self._shard.index == 0:
-            log.info("%s: rows by height x width: %s", self.where, self.frames)
+        if self._shard.index == 0 and not self._is_rehearsed:
+            print(f"agsm-rl: {self.where}: rows of each bucket, height x width: {self.frames}", file=sys.stderr)
         if self._encodings is not None:
             self._encodings.frames = self.frames
         assert isinstance(self._rows, ShuffledRows)

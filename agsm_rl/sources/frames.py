@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from math import ceil
 from typing import Any
@@ -22,8 +21,6 @@ from agsm_rl.sources.cache_folder import cache_folder
 from agsm_rl.sources.kept_rows import KeptRows
 from agsm_rl.sources.pictures import picture_size
 from agsm_rl.training.sizes import Size, can_draw, check_drawable, size_of, step_of
-
-log = logging.getLogger(__name__)
 
 AT_ONCE = 1000
 """Rows of the data set whose sizes are kept together."""
