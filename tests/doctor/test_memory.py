@@ -71,9 +71,9 @@ def _kept(trainer):
     yield from trainer.policy.state_dict()["ema"].values()
 
 
-def assert_close(recipe):
+def assert_close(recipe, within=0.15):
     predicted, real = predict(recipe)[1].peak, measured(recipe)
-    assert predicted == pytest.approx(real, rel=0.15), f"predicted {predicted}, measured {real}"
+    assert predicted == pytest.approx(real, rel=within), f"predicted {predicted}, measured {real}"
     return predicted
 
 
@@ -118,6 +118,15 @@ def test_the_peak_is_predicted_on_each_kind_of_base(make_recipe, request, kind):
     checkpoint = request.getfixturevalue({"sdxl": "tiny_xl_checkpoint", "sd3": "tiny_sd3_checkpoint"}[kind])
     adapters = {"lora": {"use": "lora", "rank": 2}}
     assert_close(make_recipe("diffusion_nft", ROLLOUTS, checkpoint=checkpoint, adapters=adapters))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"use": "lora", "rank": 4, "use_dora": True}, {"use": "oft", "oft_block_size": 8}],
+    ids=["dora", "oft"],
+)
+def test_the_peak_is_predicted_for_adapters_that_do_more_than_add(make_recipe, adapter):
+    assert_close(make_recipe("score_matching", PAIRS, adapters={"x": adapter}), within=0.05)
 
 
 def test_rewards_are_not_asked_and_weights_are_not_read(make_recipe, monkeypatch):
