@@ -48,9 +48,9 @@ def peft_scale(scale: LoraScale, part: str, layers: Mapping[str, str], *, alpha:
     layers: the modules by their names in the model; the values are their names in files.
     """
     first = LoraScale(scale.rank, scale.alpha, rslora=scale.rslora)
-    options = {"r": first.rank_of(""), alpha: first.alpha_of("")}
+    options: dict[str, Any] = {"r": first.rank_of(""), alpha: first.alpha_of("")}
     names = {name: f"{part}.{in_files}" for name, in_files in layers.items()}
-    different = {
+    different: dict[str, dict[str, float]] = {
         "rank_pattern": {name: scale.rank_of(layer) for name, layer in names.items()},
         "alpha_pattern": {name: scale.alpha_of(layer) for name, layer in names.items()},
     }
