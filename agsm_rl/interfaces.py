@@ -9,7 +9,7 @@ begins at 1); tensors are float32 unless loaded otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
@@ -26,6 +26,8 @@ Bank = Literal["positive", "negative"]
 Banks = tuple[Bank, ...]
 """One bank per row of a prediction."""
 Metrics = dict[str, Tensor]
+Combine = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+"""Guidance's (uncond, cond, scale, t) → prediction, for branches [B, C, h, w] at noise levels `t` [B]."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Cond:
     """How each row's picture was cut, [B, 4]: its own height and width, and what was cut off at the top and left after
     it was resized, in pixels, for models that are told (SDXL). It belongs to the picture, not the prompt. None: as if
     the picture had been made in the size it has."""
+    combine: Combine | None = field(default=None, compare=False, repr=False)
+    """How the model's own pipeline combines guidance's branches; None: uncond + scale · (cond − uncond)."""
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -58,7 +62,7 @@ class Cond:
             prompts = tuple(self.prompts[number] for number in numbers.tolist())
         others = (self.pooled, self.mask, self.crops)
         pooled, mask, crops = (None if part is None else part[rows] for part in others)
-        return Cond(self.embeds[rows], pooled, prompts, mask=mask, crops=crops)
+        return Cond(self.embeds[rows], pooled, prompts, mask=mask, crops=crops, combine=self.combine)
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
@@ -83,6 +87,7 @@ class Cond:
             prompts,
             mask=mask,
             crops=torch.cat(crops) if crops else None,
+            combine=parts[0].combine,
         )
 
     def of_pictures(self, others: Cond) -> Cond:
@@ -99,7 +104,8 @@ class Cond:
         """A single row repeated `count` times, without copying."""
         others = (self.pooled, self.mask, self.crops)
         pooled, mask, crops = (None if part is None else part.expand(count, -1) for part in others)
-        return Cond(self.embeds.expand(count, -1, -1), pooled, self.prompts * count, mask=mask, crops=crops)
+        embeds = self.embeds.expand(count, -1, -1)
+        return Cond(embeds, pooled, self.prompts * count, mask=mask, crops=crops, combine=self.combine)
 
 
 class Tokens(NamedTuple):

@@ -13,6 +13,7 @@ from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace
 from agsm_rl.backbones.autoencoders import Autoencoder
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond, Sampler
+from agsm_rl.training.guidance import Branches
 from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.sizes import Resolution, size_of
 
@@ -54,6 +55,8 @@ class Declaration:
     """By pipeline class: components and settings that are given in place of the checkpoint's."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the denoiser's modules that LoRA changes by default, as in diffusers' scripts."""
+    branches: ClassVar[Branches] = Branches()
+    """Which rows of a call of the denoiser its pipeline gives guidance's unconditional branch."""
     _num_timesteps = 1000
     """Timesteps of the noise schedule, which the denoiser's time counts."""
     drawing: ClassVar[tuple[float, int]]

@@ -39,7 +39,7 @@ def draw(
         count = len(prompts[part])
         negative_prompts = None if negative_prompt is None else [negative_prompt] * count
         with (
-            hooked(backbone.pipeline, backbone.denoiser, backbone.adapters),
+            hooked(backbone),
             stage(f"drawing {count} images", total=num_steps, unit="steps", worth=count) as advance,
         ):
             images = backbone.pipeline(

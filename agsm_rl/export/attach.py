@@ -28,7 +28,7 @@ from agsm_rl.files import check_not_special, local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
 from agsm_rl.source_code import own_options
-from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, choose_form
+from agsm_rl.training.guidance import GuidanceBank, GuidanceHook, GuidancePrompt, Guides, branches_of, choose_form
 
 logger = logging.getLogger(__name__)
 BASE_OPTIONS = (
@@ -95,7 +95,7 @@ def attach(
                 "without weights. Attach first, then offload; or use enable_model_cpu_offload()."
             )
         _add_exports(handle, backbone, exports, ())
-        _guide(handle, pipeline, backbone.denoiser, guidance_bank, guidance_prompt)
+        _guide(handle, pipeline, backbone, guidance_bank, guidance_prompt)
     return handle
 
 
@@ -169,13 +169,13 @@ def warn_of_another_base(backbone: Backbone, metadata: Mapping[str, str], *, whe
 
 
 def _guide(
-    handle: Handle, pipeline: Any, denoiser: nn.Module, bank: GuidanceBank | None, prompt: GuidancePrompt | None
+    handle: Handle, pipeline: Any, backbone: Backbone, bank: GuidanceBank | None, prompt: GuidancePrompt | None
 ) -> None:
     """Apply guidance as requested, or as the files say, until the handle is detached."""
     adapters = list(handle.adapters.values())
     choose_form(adapters, bank, prompt)
     if any(isinstance(adapter, Guides) for adapter in adapters):
-        handle._guidance = GuidanceHook(pipeline, denoiser, adapters)
+        handle._guidance = GuidanceHook(pipeline, backbone.denoiser, adapters, branches_of(backbone))
 
 
 def find_exports(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ announce them to the denoiser (`cache_context("cond")`, `cache_context("uncond")
 unconditional rows their bank and their prompt.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -29,6 +29,7 @@ GuidanceBank = Literal["positive", "negative"]
 GuidancePrompt = Literal["empty", "same"]
 BANKS: tuple[GuidanceBank, ...] = ("positive", "negative")
 PROMPTS: tuple[GuidancePrompt, ...] = ("empty", "same")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 APART = ("cond", "uncond")
 """What pipelines of diffusers call the branches that they predict in calls of their own."""
 
@@ -122,9 +123,9 @@ def acting(adapters: Collection[Adapter]) -> list[Adapter]:
 
 
 @contextmanager
-def unconditional_first(adapters: Collection[Adapter], rows: int) -> Iterator[None]:
-    """Within the block, the first half of a prediction's rows is the unconditional branch, under its adapters' bank."""
-    banks: list[Bank] = ["negative" if row < rows // 2 else "positive" for row in range(rows)]
+def unconditional(adapters: Collection[Adapter], rows: Sequence[bool]) -> Iterator[None]:
+    """Within the block, these of a prediction's rows are the unconditional branch, under its adapters' bank."""
+    banks: list[Bank] = ["negative" if row else "positive" for row in rows]
     with ExitStack() as stack:
         for adapter in acting(adapters):
             stack.enter_context(adapter.using(tuple(banks)))
@@ -141,15 +142,44 @@ def predict_in_form(backbone: Backbone, adapters: Collection[Adapter], x_t: Tens
     if guidance_form(adapters)[1] == "same":
         conditional = torch.arange(len(cond) // 2, len(cond))
         cond = cond[torch.cat([conditional, conditional])]
-    with unconditional_first(adapters, len(x_t)):
+    half = len(x_t) // 2
+    with unconditional(adapters, [True] * half + [False] * half):
         return backbone.predict(x_t, t, cond)
+
+
+class Branches:
+    """How a pipeline gives its denoiser both branches in one call: the unconditional rows first, by keyword.
+
+    A backbone whose pipeline does it in another way declares a subclass as `branches`.
+    """
+
+    def unconditional(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool] | None:
+        """Which rows of a call are unconditional; None if it is not a call of both branches."""
+        text = kwargs.get("encoder_hidden_states")
+        # Skip-layer guidance calls SD3's transformer once more for the conditional rows alone.
+        if text is None or kwargs.get("skip_layers") is not None:
+            return None
+        return [row < len(text) // 2 for row in range(len(text))]
+
+    def same_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The call's arguments with the conditional rows' prompt in the unconditional rows too."""
+        changed = dict(kwargs)
+        for name in ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"):
+            if changed.get(name) is not None:
+                changed[name] = _second_half_twice(changed[name])
+        added = changed.get("added_cond_kwargs")
+        if added and "text_embeds" in added:
+            changed["added_cond_kwargs"] = added | {"text_embeds": _second_half_twice(added["text_embeds"])}
+        return args, changed
 
 
 class GuidanceHook:
     """The hook on a pipeline's denoiser; `remove` takes it off. It does nothing in calls without guidance."""
 
-    def __init__(self, pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter]) -> None:
-        self._pipeline, self._adapters = pipeline, adapters
+    def __init__(
+        self, pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter], branches: Branches | None = None
+    ) -> None:
+        self._pipeline, self._adapters, self._branches = pipeline, adapters, branches or Branches()
         self._inside = ExitStack()
         self._branch: str | None = None
         """The branch that the pipeline has announced, of one that predicts each in a call of its own."""
@@ -174,9 +204,8 @@ class GuidanceHook:
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_apart:
             return self._begin_apart(args, kwargs)
-        text = kwargs.get("encoder_hidden_states")
-        # Skip-layer guidance calls SD3's transformer once more for the conditional rows alone.
-        if text is None or kwargs.get("skip_layers") is not None or not acting(self._adapters):
+        rows = self._branches.unconditional(self._pipeline, args, kwargs) if acting(self._adapters) else None
+        if rows is None:
             return None
         if not hasattr(self._pipeline, "_guidance_scale"):
             raise UserError(
@@ -186,8 +215,8 @@ class GuidanceHook:
         if not self._pipeline.do_classifier_free_guidance:
             return None
         prompt = guidance_form(self._adapters)[1]
-        self._inside.enter_context(unconditional_first(self._adapters, len(text)))
-        return (args, _with_same_prompt(kwargs)) if prompt == "same" else None
+        self._inside.enter_context(unconditional(self._adapters, rows))
+        return self._branches.same_prompt(args, kwargs) if prompt == "same" else None
 
     def _begin_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for one branch alone."""
@@ -229,16 +258,9 @@ class _Announcements:
             self._denoiser.cache_context = self._before
 
 
-def _with_same_prompt(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A denoiser's arguments with the conditional rows' prompt in the unconditional rows too."""
-    changed = dict(kwargs)
-    for name in ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"):
-        if changed.get(name) is not None:
-            changed[name] = _second_half_twice(changed[name])
-    added = changed.get("added_cond_kwargs")
-    if added and "text_embeds" in added:
-        changed["added_cond_kwargs"] = added | {"text_embeds": _second_half_twice(added["text_embeds"])}
-    return changed
+def branches_of(backbone: Backbone) -> Branches | None:
+    """What a backbone declares as `branches`, if it does."""
+    return getattr(backbone, "branches", None)
 
 
 def _second_half_twice(rows: Tensor) -> Tensor:
@@ -247,12 +269,12 @@ def _second_half_twice(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def hooked(pipeline: Any, denoiser: nn.Module, adapters: Collection[Adapter]) -> Iterator[None]:
-    """Within the block, the pipeline's pictures are guided as the adapters say."""
-    if not acting(adapters):
+def hooked(backbone: Backbone) -> Iterator[None]:
+    """Within the block, the pictures of the backbone's pipeline are guided as its adapters say."""
+    if not acting(backbone.adapters):
         yield
         return
-    hook = GuidanceHook(pipeline, denoiser, adapters)
+    hook = GuidanceHook(backbone.pipeline, backbone.denoiser, backbone.adapters, branches_of(backbone))
     try:
         yield
     finally:

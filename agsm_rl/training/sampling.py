@@ -34,7 +34,8 @@ def guided(
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
 
     `uncond` has one row. A policy's adapters may predict that branch with ψ⁻ (training/guidance.py). Scale 1 is the
-    conditional branch alone and costs half. `detach_uncond`: gradients flow through the conditional branch alone.
+    conditional branch alone and costs half. `detach_uncond`: gradients flow through the conditional branch alone. A
+    model whose pipeline guides in another way says so in `uncond.combine`.
     """
     if scale == 1:
         return predict(x_t, t, cond)
@@ -43,6 +44,8 @@ def guided(
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     if detach_uncond:
         without = without.detach()
+    if uncond.combine is not None:
+        return uncond.combine(without, with_prompt, scale, t)
     return without + scale * (with_prompt - without)
 
 
