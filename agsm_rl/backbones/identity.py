@@ -46,4 +46,6 @@ def _tokenizer(tokenizer: Any) -> str:
     """Its rules and vocabulary; padding and truncation are left out, because each call sets them anew."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules |= {"padding": None, "truncation": None, "longest": tokenizer.model_max_length}
+    if tokenizer.chat_template:  # a language model's, which says what goes around a prompt
+        rules["chat"] = tokenizer.chat_template
     return json.dumps(rules | {"padded_with": tokenizer.pad_token}, sort_keys=True)
