@@ -79,10 +79,10 @@ def plain(folder: Path) -> Any:
 
 
 def drawn_by(pipeline: Any, base: Backbone, guidance: float = 3.0) -> Tensor:
-    """What a pipeline draws by itself."""
+    """What a pipeline draws by itself; some write into the list of prompts that they are given."""
     seeds = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     options = base.guidance_arguments(guidance, None, len(PROMPTS)) | base.call_options
-    return pipeline(prompt=PROMPTS, generator=seeds, num_inference_steps=3, output_type="pt", **options).images
+    return pipeline(prompt=list(PROMPTS), generator=seeds, num_inference_steps=3, output_type="pt", **options).images
 
 
 def drawn(base: Backbone, guidance: float = 3.0) -> Tensor:
