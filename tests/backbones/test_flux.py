@@ -37,7 +37,7 @@ def noise(backbone: Flux, seed: int) -> Tensor:
 def test_both_kinds_of_guidance_draw_the_pipeline_s_pictures_bit_for_bit(folder: Path) -> None:
     drawn = []
     for embedded, guidance in ((3.5, 1.0), (1.5, 1.0), (1.5, 3.0)):
-        flux = Flux(str(folder), embedded_guidance=embedded, **options_of("flux"))
+        flux = Flux(str(folder), embedded_guidance=embedded, resolution=(16, 24), **options_of("flux"))
         drawn.append(draw(flux, PROMPTS, [3, 4], guidance=guidance, num_steps=4))
         cond, uncond = flux.encode_text(PROMPTS), flux.encode_text(["", ""])
         x_t, sampler = torch.cat([noise(flux, seed) for seed in (3, 4)]), flux.sampler(4)

@@ -16,6 +16,7 @@ from agsm_rl.evaluate.drawing import draw
 from agsm_rl.policy import Policy
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.sampling import guided
+from agsm_rl.training.sizes import drawing_at
 
 PROMPTS = ["a red circle", "two blue squares"]
 TEXT = OPTIONS["text_length"]
@@ -44,10 +45,11 @@ def test_text_images_and_every_step_are_the_pipeline_s_bit_for_bit(klein: Flux2K
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(klein.encode_images(images), pipeline._encode_vae_image(2 * images - 1, None))
     cond = klein.encode_text(PROMPTS)
-    for guidance, negative in ((1.0, ""), (3.0, ""), (3.0, "dull")):
-        drawn = draw(klein, PROMPTS, [3, 4], guidance=guidance, num_steps=4, negative_prompt=negative or None)
+    for guidance, negative, size in ((1.0, "", 16), (3.0, "", (16, 24)), (3.0, "dull", 16)):
+        with drawing_at(klein, size):
+            drawn = draw(klein, PROMPTS, [3, 4], guidance=guidance, num_steps=4, negative_prompt=negative or None)
+            x_t, sampler = torch.cat([noise(klein, seed) for seed in (3, 4)]), klein.sampler(4)
         uncond = klein.encode_text([negative]).expand(2)
-        x_t, sampler = torch.cat([noise(klein, seed) for seed in (3, 4)]), klein.sampler(4)
         for k, t in enumerate(sampler.t):
             flow = klein.predict(x_t, t.expand(2), cond)
             if guidance > 1:  # in two calls, as the pipeline, since a batch of both rounds differently
@@ -117,6 +119,9 @@ def test_what_is_read_of_a_prompt_has_the_chat_around_it_and_is_cut_at_text_leng
     spoken = klein.pipeline.tokenizer.decode(short.ids)
     assert spoken.startswith("<|im_start|>user\nred<|im_end|>") and spoken.endswith("</think>\n\n")
     assert not short.is_cut and long.is_cut and len(long.ids) == klein.token_limit == TEXT
+    before = klein.identity("text")
+    klein.pipeline.tokenizer.chat_template += "again"
+    assert klein.identity("text") != before
 
 
 def test_a_distilled_checkpoint_draws_without_guidance_alone(klein: Flux2Klein) -> None:
