@@ -1,7 +1,7 @@
-"""The nouns that everything else is made of: read this module first, then policy.py.
+"""The nouns that everything else is made of: read this module first, then bases.py and policy.py.
 
 An objective never knows which backbone, adapter or source it got, and the trainer never knows which objective runs:
-they meet only through the protocols and batch types here and the policy, sources, views and objectives of policy.py.
+they meet only through the protocols and batch types here and in the base classes of bases.py.
 Images are float [B, 3, H, W] in [0, 1]; noise levels `t` are float [B] in [0, 1), 0 being clean (a flow's sampler
 begins at 1); tensors are float32 unless loaded otherwise.
 """

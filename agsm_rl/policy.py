@@ -1,22 +1,22 @@
-"""The policy, which is trained, and the base classes of all that acts on it: sources, views and objectives.
+"""The policy, which is trained: a frozen backbone, its adapters, and a shadow of their parameters (their EMA).
 
-A policy is a frozen backbone, its adapters, and a shadow of the adapters' parameters (their EMA). Sources draw batches
-from it, views select from a batch, objectives turn a batch into a loss. A class that inherits from Source, View or
-Objective defines only what differs from their defaults; any other class is given the defaults that it lacks.
+The base classes of what acts on it, in bases.py, can be imported from here too.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from agsm_rl.bases import Objective as Objective
+from agsm_rl.bases import Source as Source
+from agsm_rl.bases import View as View
 from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Batch, Cond, Metrics, PairBatch, Shard
+from agsm_rl.interfaces import Adapter, Backbone, Bank, Banks, Cond, PairBatch
 from agsm_rl.training.guidance import predict_in_form
-from agsm_rl.training.old_policy import OldPolicy
 from agsm_rl.training.randomness import Draw
 
 
@@ -101,6 +101,8 @@ class Policy:
         self._old: dict[str, dict[str, Tensor]] = {}
         """The old policies, by the names of the terms that have one."""
         self._recorded: list[Recorded] | None = None
+        self._teachers: dict[str, list[Adapter]] = {}
+        self._always_off = ExitStack()
         self.acting_for: str | None = None
         """The term whose old policy `old` and `old_weights` mean; the trainer sets it."""
 
@@ -164,6 +166,19 @@ class Policy:
         with self.switched_off():
             return self._predict_as_now(x_t, t, cond)
 
+    def add_teacher(self, name: str, adapters: Collection[Adapter]) -> None:
+        """Keep attached adapters for `teacher` alone: everywhere else they are off, and they are not trained."""
+        check_text_can_wait(self.backbone, adapters)
+        self._teachers[name] = list(adapters)
+        for adapter in adapters:
+            self._always_off.enter_context(adapter.using(None))
+
+    @torch.no_grad()
+    def teacher(self, name: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The prediction of the base with a teacher's adapters in place of this policy's; no gradient."""
+        with self.switched_off(), using(self._teachers[name], "positive"):
+            return self._predict_as_now(x_t, t, cond, self._teachers[name])
+
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, bank: Bank | Banks) -> Tensor:
         """In one pass, or one per bank if rows use different banks and an adapter cannot mix them."""
         if isinstance(bank, str):
@@ -183,9 +198,11 @@ class Policy:
         order = [row for mine in rows.values() for row in mine]
         return found[sorted(range(len(order)), key=order.__getitem__)]
 
-    def _predict_as_now(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The backbone's prediction; prompts are encoded again if an adapter changes the text encoders."""
-        adapters = self.adapters.values()
+    def _predict_as_now(
+        self, x_t: Tensor, t: Tensor, cond: Cond, adapters: Collection[Adapter] | None = None
+    ) -> Tensor:
+        """The backbone's prediction; prompts are encoded again if an adapter, by default any of ours, changes texts."""
+        adapters = self.adapters.values() if adapters is None else adapters
         if any(adapter.changes_text for adapter in adapters):
             if len(cond.prompts) != len(cond):
                 raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
@@ -294,115 +311,3 @@ class Policy:
         for term, shadow in self._old.items():
             for name, tensor in shadow.items():
                 tensor.copy_(state["old"][term][name])
-
-
-class Source:
-    """Where batches come from. On-policy sampling is just a source."""
-
-    gives: type[Batch]
-    batch_size: int | None = None
-    """Rows of a batch over all processes; None if it is not known beforehand."""
-    cache: Literal["latents", "all"] | None = None
-    """Which encodings are kept: latents, or all (the text too)."""
-    images_per_prompt: int | None = None
-    """Images drawn for each prompt; None for a source that draws none."""
-    updates: int = 1
-    """Steps that learn from one draw, each from its share of the images."""
-    keep_means: bool | None = None
-    """Whether its rollouts keep their steps' means; None for a source that does not say."""
-    noise: Literal["flow_sde", "cps", "ddim"] | None = None
-    """Form of its steps' noise; None for a source that does not say, or that follows the backbone."""
-    rewards: Sequence[Any] = ()
-    """The WeightedRewards by which it scores what it draws."""
-    guidance_bank: Bank | None = None
-    guidance_prompt: Literal["empty", "same"] | None = None
-    """The form of guidance in which it draws (training/guidance.py); None: as the adapters say."""
-
-    def bind(self, name: str, seed: int, shard: Shard) -> None:
-        """Called once before the first batch: the source's name in the run, the run's seed, this process's share."""
-        raise NotImplementedError
-
-    def fit_to(self, backbone: Backbone) -> None:
-        """Called once after `bind`: choose sizes that the backbone draws; UserError where an option asks for others."""
-
-    def next(self, policy: Policy) -> Batch:
-        """This process's share of the next batch; with no rows, in all processes alike, the term sits this step out."""
-        raise NotImplementedError
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the newest batch, such as its rewards; none by default."""
-        return {}
-
-    def prompt_texts(self) -> list[str] | None:
-        """All prompts that it can give, once it is bound; None, the default, where they are not known beforehand."""
-        return None
-
-    def unlearned(self) -> int:
-        """Shares of the newest draw that have not been learned from yet.
-
-        A checkpoint is written by one process and does not hold the other processes' shares.
-        """
-        return 0
-
-    def images_drawn(self) -> int | None:
-        """Images drawn since the run began, over all processes; None for a source that draws none."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs: tensors and plain values only."""
-        raise NotImplementedError
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        raise NotImplementedError
-
-
-class View:
-    """What one term sees of a batch that several terms share: some of its rows, or another batch made from them."""
-
-    consumes: ClassVar[type[Batch]]
-    gives: ClassVar[type[Batch]]
-
-    def check(self, source: Source) -> None:
-        """UserError for a source that would always leave the view empty; by default, any source works."""
-
-    def batch_size(self, total: int) -> int | None:
-        """Rows that remain of `total`; None, the default, if that depends on the batch."""
-        return None
-
-    def __call__(self, batch: Any) -> Batch:
-        """This process's part, seen through the view; with no rows, the term sits this step out."""
-        raise NotImplementedError
-
-
-class Objective:
-    """What is learned: a batch in, a 0-d loss with gradients and 0-d metrics out."""
-
-    consumes: ClassVar[type[Batch]]
-    draws_t: ClassVar[bool] = True
-    """Whether it takes noise levels from `policy.draw`; if not, a term's `t` is refused."""
-    rewards: Sequence[Any] = ()
-    """The WeightedRewards that it scores images by itself."""
-    old: OldPolicy | None = None
-    """How its old policy follows the trained parameters; None: `policy.old` is the EMA."""
-
-    def check(self, batch_size: int) -> None:
-        """UserError if a batch of this many rows cannot be used; called when the recipe is read."""
-
-    def check_source(self, source: Source) -> None:
-        """UserError for a source whose batches lack what is learned from; called when the recipe is read."""
-
-    def check_prompts(self, prompts: list[str], backbone: Backbone) -> None:
-        """UserError where nothing can be learned from a source of these prompts; called before the first step."""
-
-    def split(self, batch: Any) -> list[tuple[Any, float]]:
-        """Parts to learn from one after another, each with its share of the loss (they add up to 1)."""
-        return [(batch, 1.0)]
-
-    def step_of(self, part: Any) -> int | None:
-        """The denoising step that a part is of, for comparing the steps' gradients; None: of no single one."""
-        return None
-
-    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
-        """The loss over a part of a batch."""
-        raise NotImplementedError

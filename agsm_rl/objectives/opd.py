@@ -2,12 +2,13 @@
 
 With μ and μ_T a step's means under the live policy and under the teacher, and σ the standard deviation of its noise,
     L = mean over images and steps of  ‖μ − μ_T‖² / (2σ²),
-the divergence of the two steps' Gaussians, whose gradient needs no sampled ratio. The teacher is the base, as it draws
-with a better prompt or with guidance: what prompt engineering and guidance do for the base, the policy learns to do
-without them. Squares are means over latent elements.
+the divergence of the two steps' Gaussians, whose gradient needs no sampled ratio. The teacher is the base with other
+adapters, which a reward has trained, with a better prompt, or with guidance: what these do for it, the policy learns to
+do without them. Squares are means over latent elements.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,8 @@ class OPD(PolicyGradient):
     """On-policy distillation on rollouts, whose rewards are only measured.
 
     Args:
+        teacher: A run folder, or exported adapters of the same base, with which the teacher predicts. Null: the base
+            alone.
         prompt_suffix: What the teacher reads after each prompt, such as ", best quality".
         guidance: Guidance scale of the teacher. Null: that of the rollouts, with which the policy draws.
         timestep_fraction: Share f of each image's steps in (0, 1] that is learned from. Published: 1.
@@ -32,6 +35,7 @@ class OPD(PolicyGradient):
     def __init__(
         self,
         *,
+        teacher: str | None = None,
         prompt_suffix: str = "",
         guidance: float | None = None,
         timestep_fraction: float = 1.0,
@@ -45,12 +49,13 @@ class OPD(PolicyGradient):
             images_per_pass=images_per_pass,
             steps_per_pass=steps_per_pass,
         )
-        if not prompt_suffix and guidance is None:
+        if teacher is None and not prompt_suffix and guidance is None:
             raise UserError(
-                "opd: without `prompt_suffix` and `guidance`, the teacher is the base as it is, and nothing is "
-                "learned; give one of them, e.g. `prompt_suffix: ', best quality'`, or use `anchor` to stay close to it"
+                "opd: without `teacher`, `prompt_suffix` and `guidance`, the teacher is the base as it is, and nothing "
+                "is learned; give one of them, e.g. `prompt_suffix: ', best quality'`, or use `anchor` to stay close "
+                "to it"
             )
-        self.prompt_suffix, self.guidance = prompt_suffix, guidance
+        self.teacher, self.prompt_suffix, self.guidance = teacher, prompt_suffix, guidance
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The mean divergence of the batch's steps from the teacher's.
@@ -69,4 +74,5 @@ class OPD(PolicyGradient):
         prompts = [prompt + self.prompt_suffix for prompt in batch.prompts]
         guidance = batch.guidance if self.guidance is None else self.guidance
         asked = replace(batch, prompts=prompts, cond=None, guidance=guidance)
-        return [mean for mean, _ in rollout_steps(policy, policy.reference, asked)]
+        predict = policy.reference if self.teacher is None else partial(policy.teacher, self.teacher)
+        return [mean for mean, _ in rollout_steps(policy, predict, asked)]

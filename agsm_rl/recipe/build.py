@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.errors import MistakesSoFar, UserError
-from agsm_rl.export.attach import find_exports, start_from
+from agsm_rl.export.attach import attach_to_backbone, find_exports, start_from
 from agsm_rl.files import local_or_hub
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
@@ -43,6 +43,11 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     with _located(parts.where):
         ema = recipe.ema
         policy = Policy(backbone, adapters, ema_decay=ema.decay, ema_warm_up=ema.warm_up, ema_every=ema.every)
+    for index, term in enumerate(terms):
+        if term.objective.teacher is not None:
+            with _located(parts.at(f"objectives[{index}].teacher")):
+                taught = attach_to_backbone(backbone, term.objective.teacher, allow_imports=parts.allow_imports)
+                policy.add_teacher(term.objective.teacher, taught.adapters.values())
     if fresh and recipe.start_from is not None:
         with _located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)
@@ -81,6 +86,10 @@ def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
     if fresh and recipe.start_from is not None:
         with mistakes.collected(), _located(parts.at("start_from")):
             find_exports(Path(recipe.start_from))
+    for index, term in enumerate(recipe.objectives):
+        if isinstance(term.options.get("teacher"), str):
+            with mistakes.collected(), _located(parts.at(f"objectives[{index}].teacher")):
+                find_exports(Path(term.options["teacher"]))
     mistakes.raise_any()
 
 
