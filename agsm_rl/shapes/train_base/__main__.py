@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agsm_rl.backbones import backbone_of
@@ -150,8 +151,16 @@ def _write(pipeline: Any, backbone: Backbone, stored: torch.dtype, work: Path, o
     backbone.denoiser.to(stored)
     pipeline.save_pretrained(out)
     backbone.denoiser.float()
+    _name_as_published(out / "text_encoder" / "model.safetensors")
     _forget_places(out)
     shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
+
+
+def _name_as_published(file: Path) -> None:
+    """Give a CLIPTextModel's weights the names that every version of transformers reads; 5 leaves their prefix out."""
+    weights = load_file(file)
+    if "embeddings.token_embedding.weight" in weights:
+        save_file({f"text_model.{name}": part for name, part in weights.items()}, file, metadata={"format": "pt"})
 
 
 LOADED_FROM = ("_name_or_path", "is_local", "local_files_only")
