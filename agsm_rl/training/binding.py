@@ -57,12 +57,12 @@ def check_prompts(
 def encode_prompts(sources: Mapping[str, Source], backbone: Backbone, processes: Processes) -> None:
     """Encode all prompts of the sources beforehand, where the text encoders do not stay loaded; the processes share."""
     cache = text_cache_of(backbone)
-    if cache is not None:
-        with stage("encoding the prompts"):
-            cache.fill(
-                backbone, [text for source in sources.values() for text in source.prompt_texts() or ()], processes
-            )
-        processes.wait()
+    if cache is None:
+        return
+    asking = [source for source in sources.values() if source.cache != "all"]  # the others bring their text along
+    with stage("encoding the prompts"):
+        cache.fill(backbone, [text for source in asking for text in source.prompt_texts() or ()], processes)
+    processes.wait()
 
 
 def _check_share(term: Term, count: int) -> None:
