@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agsm_rl.backbones.text_store import AT_ONCE, LENGTHS, Entry
+from agsm_rl.backbones.text_store import LENGTHS, Entry
 from agsm_rl.interfaces import Cond
 
 if TYPE_CHECKING:
@@ -30,20 +30,19 @@ class CondTexts:
         unique = list(dict.fromkeys(prompts))
         rows = [{"text": text} for text in unique]
         entries = self._cache.entries(
-            rows, {"count": len(unique)}, lambda numbers: self._encode([unique[n] for n in numbers], len(unique) == 1)
+            rows, {"count": len(unique)}, lambda numbers: self._encode([unique[n] for n in numbers], len(unique))
         )
         conds = {text: self._cond(text, entry) for text, entry in zip(unique, entries, strict=True)}
         return Cond.cat([conds[prompt] for prompt in prompts])
 
-    def _encode(self, texts: list[str], alone: bool) -> list[Entry]:
-        if alone:
-            return self._run(texts)
+    def _encode(self, texts: list[str], count: int) -> list[Entry]:
+        least, most = self._cache.company(count)
         if len(texts) <= 2 or not self._pads_alike():
-            return [self._run([text, _other(text)])[0] for text in texts]  # in company, and padded as it would be alone
+            most = 1  # each by itself, with short ones: padded as it would be alone
         entries: list[Entry] = []
-        for begin in range(0, len(texts), AT_ONCE):
-            part = texts[begin : begin + AT_ONCE]
-            entries += self._run([*part, _other(part[0])] if len(part) == 1 else part)[: len(part)]
+        for begin in range(0, len(texts), most):
+            part = texts[begin : begin + most]
+            entries += self._run(at_least(least, part))[: len(part)]
         return entries
 
     def _pads_alike(self) -> bool:
@@ -63,8 +62,10 @@ class CondTexts:
         return Cond(embeds, pooled, (text,), mask=mask)
 
 
-def _other(text: str) -> str:
-    return "" if text else "a"
+def at_least(count: int, texts: list[str]) -> list[str]:
+    """The texts, followed by short ones if they are fewer than `count` (4 at most)."""
+    others = [text for text in ("", "a", "b", "c", "d") if text not in texts]
+    return [*texts, *others[: max(0, count - len(texts))]]
 
 
 def _part(values: Tensor | None, row: int) -> tuple[str, Tensor | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from agsm_rl.backbones.text_store import AT_ONCE, LENGTHS, Entry
+from agsm_rl.backbones.text_store import LENGTHS, Entry
 
 if TYPE_CHECKING:
     from agsm_rl.backbones.text_cache import TextCache
@@ -106,15 +106,13 @@ class PipelineTexts:
         return self._cache.entries(rows, settings, lambda numbers: self._encode(half, numbers))
 
     def _encode(self, half: _Half, numbers: list[int]) -> list[Entry]:
-        if half.count == 1:
-            return [self._run(half, numbers)[0]]
+        least, most = self._cache.company(half.count)
         if len(numbers) <= 2 or not self._pads_alike(half):
-            # Twice the same: in company, and padded as it would be alone.
-            return [self._run(half, [number, number])[0] for number in numbers]
+            most = 1  # each by itself, repeated: padded as it would be alone
         entries: list[Entry] = []
-        for begin in range(0, len(numbers), AT_ONCE):
-            part = numbers[begin : begin + AT_ONCE]
-            entries += self._run(half, part * 2 if len(part) == 1 else part)[: len(part)]
+        for begin in range(0, len(numbers), most):
+            part = numbers[begin : begin + most]
+            entries += self._run(half, [*part, *[part[0]] * (least - len(part))])[: len(part)]
         return entries
 
     def _pads_alike(self, half: _Half) -> bool:

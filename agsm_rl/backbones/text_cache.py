@@ -2,8 +2,9 @@
 
 Texts are encoded in two places, which are both replaced on one backbone and its pipeline: `encode_text`, for training
 (cond_texts.py), and the pipeline's `encode_prompt`, for drawing (pipeline_texts.py). A text gets the numbers of an
-ordinary call wherever the encoders give it the same numbers in every batch. On a CPU they do, except that a text alone
-may round differently, so there it is kept apart. A GPU may round differently for every batch size, so there it is not.
+ordinary call wherever the encoders give it the same numbers in every batch. A GPU may round differently for every batch
+size. On a CPU, a product with one row, two or three rows, or more rows rounds differently (the projection of a CLIP),
+so there a text is kept for each of the three.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 
-from agsm_rl.backbones.cond_texts import CondTexts
+from agsm_rl.backbones.cond_texts import CondTexts, at_least
 from agsm_rl.backbones.pipeline_texts import PipelineTexts
 from agsm_rl.backbones.residency import TextEncoders
 from agsm_rl.backbones.text_store import AT_ONCE, Entry, TextStore
 from agsm_rl.interfaces import Backbone, Shard
+
+COMPANIES = ((1, 1), (2, 2), (4, AT_ONCE))
+"""Numbers of texts, at least and at most, among which a text is encoded on a CPU with the same rounding."""
 
 
 class _Known(Exception):
@@ -88,15 +92,15 @@ class TextCache:
     def _key(self, row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         device = self.encoders.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        alone = settings["count"] == 1 and self._keeps_alone
-        return self._store.key(
-            {**row, **settings, "count": None, "encoders": self.identity, "autocast": autocast, "alone": alone}
-        )
+        company = self.company(settings["count"])
+        of = {"encoders": self.identity, "autocast": autocast, "company": company}
+        return self._store.key({**row, **settings, "count": None, **of})
 
-    @property
-    def _keeps_alone(self) -> bool:
-        """Whether a text that is encoded alone is kept apart from the same text in company."""
-        return self.encoders.device.type == "cpu"
+    def company(self, count: int) -> tuple[int, int]:
+        """With how many texts those of a call with `count` are encoded: at least, and at most."""
+        if self.encoders.device.type != "cpu":
+            return 1, AT_ONCE
+        return max(one for one in COMPANIES if one[0] <= count)
 
     def end_step(self) -> None:
         """After a step without new texts, drop the encoders' weights, where the cache frees them."""
@@ -107,10 +111,11 @@ class TextCache:
     def fill(self, backbone: Backbone, texts: Sequence[str], shard: Shard) -> None:
         """Encode this process's share of the texts, as far as they are not in the store yet."""
         unique = list(dict.fromkeys(texts))[shard.index :: shard.count]
-        batches = [unique[begin : begin + AT_ONCE] for begin in range(0, len(unique), AT_ONCE)]
-        if unique and len(batches[-1]) == 1:
-            batches[-1] = [*batches[-1], "" if unique[-1] else "a"]  # in company
-        batches += [[text] for text in unique] if self._keeps_alone else []
+        batches = [
+            at_least(least, unique[begin : begin + most])
+            for least, most in {self.company(count) for count in (1, 2, AT_ONCE)}
+            for begin in range(0, len(unique), most)
+        ]
         is_reported = False
         self._only_new = True
         try:
