@@ -48,6 +48,7 @@ class Flux(FlowPipeline):
     denoiser_class = "FluxTransformer2DModel"
     loads = ("FluxPipeline",)
     wraps = (*loads, "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    called = ("flux.1", "flux-1", "flux1")
     drawing = (1.0, 28)  # the pipeline's own
     t5_length = LONGEST_TEXT
     embedded_guidance: float | None = None

@@ -91,9 +91,9 @@ class Flux2Klein(FlowPipeline):
     denoiser_class = "Flux2Transformer2DModel"
     loads = ("Flux2KleinPipeline",)
     wraps = (*loads, "Flux2KleinInpaintPipeline")
+    called = ("flux.2", "flux-2", "flux2")
     autoencoder = PatchStatistics()
     ends_text = False
-    drawing = (4.0, 50)  # as in the model card, and the pipeline's own
     text_length = LONGEST_TEXT
 
     @takes(Options)
@@ -112,6 +112,11 @@ class Flux2Klein(FlowPipeline):
         single = range(pipeline.transformer.config.num_single_layers)
         outputs = [f"single_transformer_blocks.{block}.attn.to_out" for block in single]
         self.lora_targets = (*type(self).lora_targets, "to_qkv_mlp_proj", *outputs)
+
+    @property
+    def drawing(self) -> tuple[float, int]:  # type: ignore[override]
+        """As in the model cards: guidance 4 and 50 steps; distilled, 4 steps without guidance."""
+        return (1.0, 4) if self.pipeline.config.is_distilled else (4.0, 50)
 
     @property
     def call_options(self) -> dict[str, Any]:

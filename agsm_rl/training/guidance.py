@@ -212,7 +212,7 @@ class GuidanceHook:
                 "guidance_bank: negative works only in the pipeline that the adapter is attached to, and another one "
                 "(made by from_pipe, or a call of the denoiser alone) is drawing; attach to that pipeline."
             )
-        if not self._pipeline.do_classifier_free_guidance:
+        if not getattr(self._pipeline, "do_classifier_free_guidance", False):  # FLUX.1's says it by its calls alone
             return None
         prompt = guidance_form(self._adapters)[1]
         self._inside.enter_context(unconditional(self._adapters, rows))
@@ -220,15 +220,14 @@ class GuidanceHook:
 
     def _begin_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for one branch alone."""
-        if self._branch == "cond":
-            self._conditional = kwargs
+        conditional, self._conditional = self._conditional, kwargs if self._branch == "cond" else {}
         if self._branch != "uncond" or not (active := acting(self._adapters)):
             return None
         prompt = guidance_form(self._adapters)[1]
         for adapter in active:
             self._inside.enter_context(adapter.using("negative"))
         # Of the same step, so that nothing but the prompt differs between the two calls.
-        return (args, self._conditional) if prompt == "same" else None
+        return (args, conditional) if prompt == "same" else None
 
     def _end(self, *_: Any) -> None:
         self._inside.close()

@@ -125,8 +125,9 @@ def test_what_is_read_of_a_prompt_has_the_chat_around_it_and_is_cut_at_text_leng
 
 
 def test_a_distilled_checkpoint_draws_without_guidance_alone(klein: Flux2Klein) -> None:
+    assert klein.drawing == (4.0, 50)
     klein.pipeline.register_to_config(is_distilled=True)
-    assert klein.guidance_arguments(1.0, None, 2) == {"guidance_scale": 1.0}
+    assert klein.drawing == (1.0, 4) and klein.guidance_arguments(1.0, None, 2) == {"guidance_scale": 1.0}
     with pytest.raises(UserError, match=r"guidance: 4, but this FLUX.2 is distilled"):
         klein.guidance_arguments(4.0, None, 2)
 
