@@ -157,7 +157,7 @@ def test_a_file_that_is_not_ours_is_refused_with_what_to_do(tiny_checkpoint: Pat
     with pytest.raises(UserError, match="Did you mean 'soft_tokens'"):
         attach(pipeline, file)
     with pytest.raises(UserError, match="supported: StableDiffusionPipeline"):
-        attach(object.__new__(type("FluxPipeline", (), {"components": {}})), _tokens(tmp_path, width=32))
+        attach(object.__new__(type("PixArtAlphaPipeline", (), {"components": {}})), _tokens(tmp_path, width=32))
 
 
 def test_adapters_of_another_base_leave_the_pipeline_as_it_was(tiny_checkpoint: Path, exported: Path) -> None:

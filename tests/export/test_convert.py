@@ -85,7 +85,7 @@ def test_tokens_of_a_known_width_belong_to_their_base(base, width, backbone, tmp
     assert tensors["soft_tokens"].shape == (1, *layers, 4, width)
     assert tensors["time_tokens"].shape == (100, width * math.prod(layers))
     assert metadata["base"] == BACKBONES[base]
-    told = "were trained on SD3" if base == "SD3" else rf"{width} wide \({base}\)"
+    told = "on another kind of model, such as SD3" if base == "SD3" else rf"{width} wide \({BACKBONES[base]}\)"
     with pytest.raises(UserError, match=told):
         attach(backbone.pipeline, file)
 
