@@ -59,7 +59,7 @@ class CondTexts:
     def _cond(self, text: str, entry: Entry) -> Cond:
         embeds, pooled, mask = (_whole(part, self._backbone.device) for part in entry)
         assert embeds is not None
-        return Cond(embeds, pooled, (text,), mask=mask)
+        return Cond(embeds, pooled, (text,), mask=mask, combine=getattr(self._backbone, "combine", None))
 
 
 def at_least(count: int, texts: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from agsm_rl.adapters.token_places import TokenPlaces, UNetPlace
 from agsm_rl.backbones.autoencoders import Autoencoder
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Cond, Sampler
+from agsm_rl.interfaces import Combine, Cond, Sampler
 from agsm_rl.training.guidance import Branches
 from agsm_rl.training.limits import MAX_RESOLUTION
 from agsm_rl.training.sizes import Resolution, size_of
@@ -77,6 +77,14 @@ class Declaration:
         is an input of the denoiser is no part of it: that is an option of the kind, and `predict`'s business.
         """
         return {"guidance_scale": guidance, "negative_prompt": negative_prompts}
+
+    @property
+    def combine(self) -> Combine | None:
+        """How the pipeline makes one prediction of guidance's two branches, which `encode_text` gives its `Cond`.
+
+        None: uncond + scale · (cond − uncond).
+        """
+        return None
 
     def _draw_by(self, scheduler: str) -> None:
         raise UserError(

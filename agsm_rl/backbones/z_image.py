@@ -18,7 +18,7 @@ from agsm_rl.adapters.token_places import BlockCall, StreamPlaces, UNetPlace, no
 from agsm_rl.backbones.flow_pipeline import FlowPipeline
 from agsm_rl.backbones.options import Options
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Cond, Tokens
+from agsm_rl.interfaces import Combine, Cond, Tokens
 from agsm_rl.source_code import takes
 from agsm_rl.training.guidance import Arguments, Branches
 from agsm_rl.training.precision import at_least_float32
@@ -104,6 +104,11 @@ class ZImage(FlowPipeline):
         """The pipeline's guidance g is cond + g · (cond − uncond): one less than here, and 0 is none."""
         return {"guidance_scale": guidance - 1, "negative_prompt": negative_prompts}
 
+    @property
+    def combine(self) -> Combine:
+        """The pipeline's guidance, in the forms of the options."""
+        return partial(_guide, longest=self.cfg_normalization, until=self.cfg_truncation)
+
     def _patch_size(self) -> int:
         return PATCH
 
@@ -125,18 +130,16 @@ class ZImage(FlowPipeline):
         return StreamPlaces(transformer.layers, layers, width=width, stream="x", lengthen=_append, shorten=_drop)
 
     def encode_text(self, prompts: list[str], *, gradients: bool = False) -> Cond:
-        """Qwen3's last hidden states but one [B, S, D] of the prompts as chat messages, float32, and their mask.
+        """Qwen3's last hidden states but one [B, S, D] of the prompts as chat messages, float32.
 
-        Equal prompts are encoded once. As in the pipeline, each is padded to 512 tokens for Qwen3, and no padding is
-        kept.
+        Equal prompts are encoded once. As in the pipeline, each is padded to 512 tokens for Qwen3, and that padding is
+        dropped.
         """
         unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts]
         texts = [self._as_chat(prompt) for prompt in unique]
         read = self.pipeline.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
-        longest = max(sum(seen) for seen in read["attention_mask"])
         ids, masks = (torch.tensor(read[name], device=self.device) for name in ("input_ids", "attention_mask"))
-        states = []
+        states: list[Tensor] = []
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             for part, seen in zip(ids.split(TEXTS_AT_ONCE), masks.bool().split(TEXTS_AT_ONCE), strict=True):
                 result = self.pipeline.text_encoder(
@@ -145,10 +148,12 @@ class ZImage(FlowPipeline):
                     output_hidden_states=True,
                     use_cache=False,
                 )
-                states.append(result.hidden_states[-2][:, :longest])
-            embeds = at_least_float32(torch.cat(states)[rows])
-        guide = partial(_guide, longest=self.cfg_normalization, until=self.cfg_truncation)
-        return Cond(embeds, prompts=tuple(prompts), mask=masks.bool()[rows, :longest], combine=guide)
+                states += result.hidden_states[-2].split(1)
+        conds = {
+            prompt: Cond(at_least_float32(state[:, : sum(seen)]), prompts=(prompt,), combine=self.combine)
+            for prompt, state, seen in zip(unique, states, read["attention_mask"], strict=True)
+        }
+        return Cond.cat([conds[prompt] for prompt in prompts])
 
     def read_tokens(self, prompts: list[str]) -> list[Tokens]:
         """What is read of each prompt, chat marks included."""
