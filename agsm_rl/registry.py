@@ -102,6 +102,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "flux": "agsm_rl.backbones.flux:Flux",
         "flux_2": "agsm_rl.backbones.flux_2:Flux2Klein",
         "stable_diffusion_3": "agsm_rl.backbones.stable_diffusion_3:StableDiffusion3",
+        "qwen_image": "agsm_rl.backbones.qwen_image:QwenImage",
         "z_image": "agsm_rl.backbones.z_image:ZImage",
     },
 }
