@@ -265,10 +265,10 @@ def test_a_batch_that_processes_cannot_share_is_refused():
         bound(Preferences("builtin:shapes-preferences", 3), shard=FixedShard(0, 2))
 
 
-def test_an_unknown_builtin_is_refused_with_the_one_there_is():
+def test_an_unknown_builtin_is_refused_with_those_there_are():
     with pytest.raises(
         UserError,
-        match="'builtin:shapes' is not a builtin data set of this source; allowed: builtin:shapes-preferences",
+        match="not a builtin data set of this source; allowed: builtin:scenes-preferences, builtin:shapes-preferences",
     ):
         bound(Preferences("builtin:shapes", 2))
 
