@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -96,9 +97,8 @@ def proposal(fit: Fit, budget: float) -> str:
 
 def settings(changes: Mapping[str, Any]) -> str:
     """A recipe's changes as command-line options."""
-    return " ".join(
-        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
-    )
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
 
 
 def listed(rows: Mapping[str, int]) -> str:

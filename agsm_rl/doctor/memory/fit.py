@@ -7,7 +7,8 @@ so the proposal comes with a prediction, not an estimate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,10 @@ MARGIN = 0.15
 """Share of the prediction that is kept free: predictions are accurate to about this."""
 STEPS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gradient_checkpointing", True, (False,)),
+    ("text", {"keep": "cache"}, (None, {"keep": "load"}, {"keep": "offload"})),
+    ("cpu_offload", "model", (None,)),
     ("dtype", "bfloat16", ("float32",)),
+    ("vae_tiling", True, (False,)),
     ("quantize", "int8", (None,)),
     ("quantize", "nf4", (None, "int8", "fp8")),
 )
@@ -43,26 +47,37 @@ def fit(recipe: Recipe, prediction: Prediction, budget: float) -> Fit:
     """The gentlest changes that make the run fit `budget` bytes with MARGIN to spare.
 
     `prediction`: that of the unchanged recipe. Passes are halved where the peak is, until the run fits. If passes of 1
-    are not enough, gradient checkpointing is added, then bfloat16.
+    are not enough, STEPS are taken one after another, and those that turn out not to be needed are taken back.
     """
     if _within(prediction, budget):
         return Fit({}, prediction, True)
     knobs = _knobs(recipe, recipe.parts)
     smallest = {path: 1 for paths in knobs.values() for path in paths}
+    known: dict[str, Prediction] = {}
 
     def try_out(changes: Mapping[str, Any]) -> Prediction:
-        result = predict(changed(recipe, changes))[1]
-        if isinstance(result, str):
-            raise UserError(f"{recipe.parts.where}: the memory cannot be predicted ({result})")
-        return result
+        key = json.dumps(changes, sort_keys=True)
+        if key not in known:
+            result = predict(changed(recipe, changes))[1]
+            if isinstance(result, str):
+                raise UserError(f"{recipe.parts.where}: the memory cannot be predicted ({result})")
+            known[key] = result
+        return known[key]
 
-    least = Fit({}, prediction, False)
+    least, refused = Fit({}, prediction, False), set[str]()
     for extra in _extras(recipe):
-        candidate = try_out(extra | smallest)
+        extra = {path: value for path, value in extra.items() if path not in refused}
+        try:
+            candidate = try_out(extra | smallest)
+        except UserError:
+            if "backbone.vae_tiling" not in extra:
+                raise
+            refused.add("backbone.vae_tiling")  # this autoencoder has none
+            continue
         least = min(least, Fit(extra | smallest, candidate, False), key=lambda fit: fit.prediction.peak)
         if not _within(candidate, budget):
             continue
-        chosen: dict[str, Any] = dict(extra)
+        chosen = _needed(extra, lambda changes: _within(try_out(changes | smallest), budget))
         while not _within(candidate := try_out(chosen), budget):
             before = dict(chosen)
             for phase, peak in candidate.peaks.items():
@@ -72,6 +87,16 @@ def fit(recipe: Recipe, prediction: Prediction, budget: float) -> Fit:
                 chosen |= smallest  # known to fit
         return Fit(chosen, candidate, True)
     return least
+
+
+def _needed(extra: Mapping[str, Any], fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Those of the changes without which it does not fit, the last ones that were added kept longest."""
+    needed = dict(extra)
+    for path in [*extra][:-1]:
+        without = {name: value for name, value in needed.items() if name != path}
+        if fits(without):
+            needed = without
+    return needed
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -106,6 +131,8 @@ def _extras(recipe: Recipe) -> Iterator[dict[str, Any]]:
             continue  # a denoiser whose blocks are checkpointed cannot be compiled as a whole
         if name == "quantize" and options.get("lora"):
             continue  # a LoRA cannot be fused into quantised weights
+        if name in ("text", "cpu_offload") and _changes_text(recipe):
+            continue  # its prompts are encoded anew for each prediction
         if name in options and options[name] in instead_of:
             extra[f"backbone.{name}"] = value
             yield dict(extra)
@@ -131,6 +158,10 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
     if recipe.evaluate is not None:
         knobs["evaluating"] = {"evaluate.batch_size": recipe.evaluate.drawn_at_once}
     return {phase: {path: size for path, size in paths.items() if size > 1} for phase, paths in knobs.items()}
+
+
+def _changes_text(recipe: Recipe) -> bool:
+    return any(block.options.get("text_encoders") for block in recipe.adapters.values())
 
 
 def _sources(recipe: Recipe) -> dict[str, Block]:

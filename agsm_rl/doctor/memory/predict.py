@@ -7,7 +7,7 @@ on the device at the peak of each phase. Not counted: NOT_COUNTED.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from agsm_rl.doctor.memory.meta_device import META, Rehearsal
 from agsm_rl.doctor.memory.passes import PassCounter, Passes
+from agsm_rl.doctor.memory.waiting import let_wait, waiting_sizes
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Cond, Metrics
 from agsm_rl.policy import Policy
@@ -72,9 +73,10 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
         return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
     with Rehearsal() as rehearsal:
         trainer = build_trainer(_for_rehearsal(recipe))
-        resident = always_in_use(trainer)
+        waiting = waiting_sizes(trainer.policy.backbone, recipe.backbone.options)
+        resident = always_in_use(trainer, waiting)
         try:
-            passes = _rehearse(trainer, recipe, rehearsal)
+            passes = _rehearse(trainer, recipe, rehearsal, waiting)
         except UserError:
             raise
         except Exception as error:  # third-party parts may fail in any way on tensors without data
@@ -83,7 +85,7 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
     return trainer, Prediction(resident, peaks, passes)
 
 
-def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> dict[str, Passes]:
+def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal, waiting: Mapping[str, int]) -> dict[str, Passes]:
     """Run each kind of step and image drawing once, with the state as after the first step; the steps' passes."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -93,6 +95,7 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> dict[st
     rehearsal.peaks = {}
     counter, passes = PassCounter(), dict[str, Passes]()
     _skip_repeats(trainer, rehearsal, counter)
+    let_wait(trainer.policy.backbone, waiting, rehearsal)
     for step in steps_to_see(trainer.terms, recipe.steps):
         trainer.step = step
         trainer.run_step()
@@ -102,10 +105,11 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> dict[st
     return passes
 
 
-def always_in_use(trainer: Trainer) -> dict[str, int]:
-    """Bytes that are always in use: weights, adapters, gradients, optimiser, EMA."""
+def always_in_use(trainer: Trainer, waiting: Collection[str] = ()) -> dict[str, int]:
+    """Bytes that are always in use: weights, adapters, gradients, optimiser, EMA; parts that wait elsewhere are not."""
     adapter_tensors = {id(tensor): tensor for tensor in trainer.policy.parameters().values()}
-    modules = [part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
+    components = trainer.policy.backbone.pipeline.components.items()
+    modules = [part for name, part in components if isinstance(part, nn.Module) and name not in waiting]
     frozen = {
         id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in adapter_tensors
     }
