@@ -46,11 +46,11 @@ QUANTISED = (None, "nf4")
 
 def recipe(checkpoint: Path, method: str, quantize: str | None, prompts: Path) -> Recipe:
     """The method at rank 32 with the smallest passes: bfloat16, checkpointing, prompts encoded once."""
-    source: dict[str, Any] = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 4}
+    source: dict[str, Any] = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 2, "num_images": 2}
     term: dict[str, Any] = {"group_size": 2, "groups_per_pass": 1}
     if method != "agsm":
-        source = {"use": "rollouts", "prompts": str(prompts), "rewards": {"brightness": 1.0}, "num_prompts": 2}
-        source |= {"images_per_prompt": 4, "num_steps": 10, "guidance": 4.0, "sample_batch_size": 1}
+        source = {"use": "rollouts", "prompts": str(prompts), "rewards": {"brightness": 1.0}, "num_prompts": 1}
+        source |= {"images_per_prompt": 2, "num_steps": 4, "guidance": 4.0, "sample_batch_size": 1}
         term = {"images_per_pass": 1} if method == "ddpo" else {"rows_per_pass": 1}
     backbone = {"use": "auto", "checkpoint": str(checkpoint), "device": "cpu", "dtype": "bfloat16"}
     backbone |= {"gradient_checkpointing": True, "text": {"keep": "cache"}, "quantize": quantize}

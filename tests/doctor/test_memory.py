@@ -3,10 +3,13 @@
 import pytest
 import torch
 from measure import allocator_peak
+from tiny import KINDS, options_of, save_kind
 
+from agsm_rl.backbones.quantized_layers import stored_tensors
 from agsm_rl.doctor.memory.fit import MARGIN, changed, fit
 from agsm_rl.doctor.memory.meta_device import Rehearsal
 from agsm_rl.doctor.memory.predict import Prediction, predict, steps_to_see
+from agsm_rl.doctor.memory.waiting import bytes_of
 from agsm_rl.export.attach import save_adapters
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
@@ -62,7 +65,10 @@ def _kept(trainer):
         part for part in trainer.policy.backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)
     ]
     own = {id(parameter) for parameter in trainer.parameters.values()}
-    yield from (tensor for part in modules for tensor in (*part.parameters(), *part.buffers()) if id(tensor) not in own)
+    frozen = [entry for part in modules for entry in (*part.named_parameters(), *part.named_buffers())]
+    for name, tensor in frozen:
+        if id(tensor) not in own:
+            yield from (stored for _, stored in stored_tensors(name, tensor))
     for parameter in trainer.parameters.values():
         yield parameter
         if parameter.grad is not None:
@@ -118,6 +124,53 @@ def test_the_peak_is_predicted_on_each_kind_of_base(make_recipe, request, kind):
     checkpoint = request.getfixturevalue({"sdxl": "tiny_xl_checkpoint", "sd3": "tiny_sd3_checkpoint"}[kind])
     adapters = {"lora": {"use": "lora", "rank": 2}}
     assert_close(make_recipe("diffusion_nft", ROLLOUTS, checkpoint=checkpoint, adapters=adapters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_peak_is_predicted_on_the_newer_kinds_within_5_percent(make_recipe, tmp_path, kind):
+    adapters = {"lora": {"use": "lora", "rank": 2}, "tokens": {"use": "soft_tokens"}}
+    backbone = {"use": "auto", **options_of(kind)}
+    assert_close(
+        make_recipe("agsm", PAIRS, checkpoint=save_kind(kind, tmp_path), adapters=adapters, backbone=backbone),
+        within=0.05,
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_peak_on_a_base_in_few_bits_is_predicted_within_5_percent(make_recipe, tiny_sd3_checkpoint, kind):
+    pytest.importorskip("torchao")
+    backbone = {"use": "auto", "quantize": kind, "gradient_checkpointing": kind == "fp8", "t5_length": 20}
+    adapters = {"lora": {"use": "lora", "rank": 2}}
+    recipe = make_recipe("agsm", PAIRS, checkpoint=tiny_sd3_checkpoint, adapters=adapters, backbone=backbone)
+    assert_close(recipe, within=0.05)
+
+
+def test_parts_that_wait_on_the_cpu_are_counted_only_while_they_work(make_recipe, tiny_sd3_checkpoint):
+    def predicted(**options):
+        backbone = {"use": "auto", "t5_length": 20} | options
+        return predict(make_recipe("score_matching", PAIRS, checkpoint=tiny_sd3_checkpoint, backbone=backbone))
+
+    trainer, loaded = predicted()
+    parts = trainer.policy.backbone.pipeline.components
+    sizes = {name: bytes_of(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    for options, waiting in (({"text": {"keep": "cache"}}, texts), ({"cpu_offload": "model"}, texts + sizes["vae"])):
+        _, found = predicted(**options)
+        learning = "learning score_matching"
+        assert loaded.peaks[learning] - found.peaks[learning] == waiting
+        assert loaded.resident["frozen weights"] - found.resident["frozen weights"] == waiting
+        assert found.peaks["encoding texts"] > sum(found.resident.values()) + texts
+
+
+def test_caches_and_few_bits_are_proposed_where_nothing_gentler_suffices(make_recipe, tiny_sd3_checkpoint):
+    backbone = {"use": "auto", "t5_length": 20, "dtype": "bfloat16", "gradient_checkpointing": True}
+    recipe = make_recipe("score_matching", PAIRS, checkpoint=tiny_sd3_checkpoint, backbone=backbone, rows_per_pass=1)
+    now = predict(recipe)[1]
+    least = fit(recipe, now, 1000)
+    assert not least.fits and least.changes["backbone.text"] == {"keep": "cache"}
+    found = fit(recipe, now, least.prediction.peak * (1 + MARGIN) + 1)
+    assert found.fits and found.changes["backbone.quantize"] == "nf4"
+    assert predict(changed(recipe, found.changes))[1].peak == found.prediction.peak < now.peak
 
 
 @pytest.mark.parametrize(
