@@ -1,10 +1,10 @@
 """The predictions in docs/models.md: what each model needs in training, by method and by quantisation.
 
-    python benchmarks/models.py [sd15 sdxl sd3 sana …]     predicts these models (all), keeps the figures of the others
-    python benchmarks/models.py --table                    only writes the table into docs/models.md again
+    python benchmarks/model_memory.py [sd15 sana …]     predicts these models (all), keeps the figures of the others
+    python benchmarks/model_memory.py --table           only writes the table into docs/models.md again
 
 Each model is its published configuration, without weights (config_only.py); nothing is measured. The figures go to
-benchmarks/results/models.json.
+benchmarks/results/model_memory.json.
 """
 
 import json
@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))  # where each newer kind keeps its published configuration
 from tiny import KINDS, tiny  # noqa: E402
 
-RESULTS, PAGE = HERE / "results" / "models.json", HERE.parent / "docs" / "models.md"
-BEGIN, END = "<!-- made by benchmarks/models.py -->", "<!-- end -->"
+RESULTS, PAGE = HERE / "results" / "model_memory.json", HERE.parent / "docs" / "models.md"
+BEGIN, END = "<!-- made by benchmarks/model_memory.py -->", "<!-- end -->"
 CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141)
 """GB of memory of the usual cards."""
 NAMES = {
