@@ -21,6 +21,7 @@ from agsm_rl.backbones.flow_pipeline import FlowPipeline
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Combine, Cond, Tokens
 from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.sizes import Resolution
 
 TEXT_LENGTH = 512
 """Tokens of the text that the transformer sees: the pipeline's default."""
@@ -42,7 +43,7 @@ class QwenImage(FlowPipeline):
     ends_text = False
     drawing = (4.0, 50)  # the pipeline's own
 
-    def _wrap(self, pipeline: Any, resolution: int | None, gradient_checkpointing: bool) -> None:
+    def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
         if pipeline.transformer.config.guidance_embeds:
             raise UserError(
