@@ -83,3 +83,9 @@ def test_allowing_a_module_does_not_allow_others_with_the_same_prefix():
 def test_listing_names_imports_no_torch():
     code = "import sys; from agsm_rl.registry import available; available('objectives'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_full_fine_tuning_is_refused_with_what_to_do_instead():
+    for name in ("full", "full_finetune"):
+        with pytest.raises(UserError, match=r"adapters.x.use: .* out of scope.*rank: 128.*backbone.unet"):
+            registry.load("adapters", name, where="adapters.x.use")

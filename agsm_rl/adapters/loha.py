@@ -30,6 +30,7 @@ class LoHa(PeftAdapter):
 
     kind: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
+    needs_weights = True
 
     def __init__(
         self,

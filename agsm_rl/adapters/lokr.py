@@ -35,6 +35,7 @@ class LoKr(PeftAdapter):
 
     kind: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    needs_weights = True
 
     def __init__(
         self,

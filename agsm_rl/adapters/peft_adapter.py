@@ -44,6 +44,8 @@ class PeftAdapter:
     title: ClassVar[str]
     """Its name in messages."""
     mixes_banks: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    """Whether it makes whole weights, which a layer must have in their own shape: not packed in 4 bits."""
     only_adds: bool = True
     """Whether it adds to a layer's output, so that it shares layers with others in any order."""
 
@@ -131,6 +133,7 @@ class PeftAdapter:
         self._denoiser_targets = self._targets_on(backbone)
         self._models = self._find_models(backbone)
         self._check_sharing()
+        self._check_weights()
         taken = {name for model in self._models.values() for name in getattr(model, "peft_config", {})}
         self._names = [free_name(bank, taken) for bank in BANKS[: self.banks]]
         # PEFT would put the adapters of a meta-device base on the CPU.
@@ -199,6 +202,19 @@ class PeftAdapter:
                         f"{self.kind}: {part}.{name} already has an adapter ({others}). DoRA and OFT do not add to a "
                         "layer's output but change it, so what they do together would depend on their order. Give one "
                         "of them other `target_modules`."
+                    )
+
+    def _check_weights(self) -> None:
+        """UserError for layers whose weights are packed, if this kind of adapter cannot do with that."""
+        for part, model in self._models.items() if self.needs_weights else ():
+            for name in self._targeted(part):
+                layer: Any = model.get_submodule(name)
+                weight = getattr(layer, "weight", None)
+                whole = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+                if isinstance(layer, nn.Linear) and weight is not None and tuple(weight.shape) != whole:
+                    raise UserError(
+                        f"{self.kind}: the weight of {part}.{name} is packed in few bits, and a {self.title} needs it "
+                        "in its own shape. Use `lora`, or another `backbone.quantize`."
                     )
 
     def _targets(self, part: str) -> tuple[str, ...]:

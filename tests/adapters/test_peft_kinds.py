@@ -134,6 +134,15 @@ def test_kinds_that_add_share_layers_in_any_order_and_others_are_refused_there(b
     assert torch.equal(predict(backbone), base) and anatomy(backbone) == parts
 
 
+def test_weights_packed_in_few_bits_are_refused_before_anything_changes(backbone: StableDiffusion) -> None:
+    parts = anatomy(backbone)
+    layer = backbone.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1), requires_grad=False)  # as bitsandbytes
+    with pytest.raises(UserError, match=r"lokr: the weight of unet.mid_block.*to_q is packed in few bits.*Use `lora`"):
+        LoKr().attach(backbone)
+    assert anatomy(backbone) == parts
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
