@@ -69,6 +69,8 @@ def _kept(trainer):
     for name, tensor in frozen:
         if id(tensor) not in own:
             yield from (stored for _, stored in stored_tensors(name, tensor))
+    for part in modules:  # tables of rotary positions, which are no buffers
+        yield from (held for module in part.modules() for held in vars(module).values() if torch.is_tensor(held))
     for parameter in trainer.parameters.values():
         yield parameter
         if parameter.grad is not None:
