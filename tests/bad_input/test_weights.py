@@ -58,8 +58,8 @@ BASES = {
         ["text", "48", "32"],
     ),
     "a pipeline of another kind": (
-        lambda base: (base / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-        ["FluxPipeline", "supported", "StableDiffusionPipeline"],
+        lambda base: (base / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}'),
+        ["PixArtAlphaPipeline", "supported", "StableDiffusionPipeline"],
     ),
     "an index that is no JSON": (lambda base: (base / "model_index.json").write_text("{"), ["cannot be loaded"]),
     "no index": (lambda base: (base / "model_index.json").unlink(), ["model_index.json"]),
