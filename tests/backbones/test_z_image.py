@@ -7,9 +7,13 @@ import pytest
 import torch
 from tiny import save_kind
 
+from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.adapters.token_places import BlockCall, argument_positions
 from agsm_rl.backbones.z_image import ZImage, _append
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.drawing import draw
+from agsm_rl.policy import Policy
+from agsm_rl.training.guidance import guiding
 from agsm_rl.training.sampling import guided
 
 PROMPTS = ["a red circle", "two blue squares above a green triangle"]
@@ -83,6 +87,23 @@ def test_soft_tokens_are_seen_and_stand_where_the_model_counts_from(make) -> Non
     assert call.get("x")[0, :, 0].tolist() == [0, 0, 0, 1, 1]
     origin = torch.zeros(2, 3, dtype=torch.int32)
     assert torch.equal(call.get("freqs_cis")[0], embed(torch.cat([positions, origin])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["empty", "same"])
+def test_guidance_from_the_negative_bank_is_drawn_as_it_is_predicted(make, prompt: Any) -> None:
+    backbone, tokens = make(), SoftTokens(guidance_bank="negative", guidance_prompt=prompt)
+    policy = Policy(backbone, {"tokens": tokens})
+    for _, value in tokens.named_parameters():
+        value.data += torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    drawn = draw(backbone, PROMPTS, [3, 4], guidance=3.0, num_steps=2)
+    cond, uncond = backbone.encode_text(PROMPTS), backbone.encode_text([""])
+    x_t, sampler = torch.cat([noise(backbone, 3), noise(backbone, 4)]), backbone.sampler(2)
+    for k, t in enumerate(sampler.t):
+        x_t, _ = sampler.transition(k, x_t, guided(policy.live, x_t, t.expand(2), cond, uncond, 3.0), eta=0.0)
+    torch.testing.assert_close(backbone.decode(x_t), drawn, rtol=1e-4, atol=1e-5)
+    with guiding([tokens], "positive", "empty"):
+        assert not torch.allclose(draw(backbone, PROMPTS, [3, 4], guidance=3.0, num_steps=2), drawn, atol=1e-3)
 
 
 def test_turbo_is_drawn_in_8_steps_without_guidance(make) -> None:
