@@ -6,13 +6,13 @@ import pytest
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.loading import BUILTINS
 from agsm_rl.evaluate.drawing import draw
-from agsm_rl.shapes import world
-from agsm_rl.shapes.judge import judge
+from agsm_rl.shapes.worlds import SCENES, WORLDS
 
 BASES = {
     "shapes-sd15": diffusers.StableDiffusionPipeline,
     "shapes-sdxl": diffusers.StableDiffusionXLPipeline,
     "shapes-sd3": diffusers.StableDiffusion3Pipeline,
+    "scenes-sd3": diffusers.StableDiffusion3Pipeline,
 }
 LARGEST = 25_000_000
 
@@ -36,7 +36,11 @@ def test_a_base_is_a_small_pipeline_folder_that_diffusers_loads_alone(name):
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_draws_most_single_shapes_as_asked(name):
     backbone = load_backbone(f"builtin:{name}", device="cpu")
+    world = WORLDS[name.partition("-")[0]]
     prompts = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")]
+    if world is SCENES:
+        places = ("left", "right", "top")
+        prompts = [f"a large {shape} at the {place}" for place in places for shape in ("moon", "cross")]
     images = draw(backbone, prompts, list(range(len(prompts))), guidance=3.0, num_steps=20)
-    right = [judge(image, world.parse(prompt)).correct for image, prompt in zip(images, prompts, strict=True)]
+    right = [world.judge(image, world.parse(prompt)).correct for image, prompt in zip(images, prompts, strict=True)]
     assert sum(right) >= 4, dict(zip(prompts, right, strict=True))
