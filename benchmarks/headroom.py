@@ -17,7 +17,8 @@ import typer
 from agsm_rl.backbones import load_backbone
 from agsm_rl.evaluate.draw_folder import DrawingSettings
 from agsm_rl.evaluate.measure import draw_and_judge
-from agsm_rl.evaluate.suites.scenes import Scenes, ScenesResult, SceneVerdict
+from agsm_rl.evaluate.suites.scenes import Scenes, ScenesResult
+from agsm_rl.evaluate.suites.shapes import ImageVerdict
 from agsm_rl.shapes.judge import FAULTS
 from agsm_rl.shapes.scenes_world.splits import key_of
 from agsm_rl.shapes.worlds import SCENES
@@ -79,7 +80,7 @@ def difference(before: ScenesResult, after: ScenesResult) -> list[str]:
 
 
 def bootstrapped(
-    pairs: Sequence[tuple[SceneVerdict, SceneVerdict]], rng: np.random.Generator
+    pairs: Sequence[tuple[ImageVerdict, ImageVerdict]], rng: np.random.Generator
 ) -> tuple[float, np.ndarray]:
     """The mean difference of strict verdicts, and of resamples whose units are requirements."""
     clusters: dict[object, list[int]] = {}

@@ -41,7 +41,7 @@ def train_denoiser(
     """
     denoiser = backbone.denoiser.requires_grad_(True).train()
     if layout.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
     optimization = Optimization(
         denoiser, settings.denoiser_steps, learning_rate=layout.learning_rate, muon_rate=layout.muon_rate
