@@ -33,10 +33,11 @@ def allowed_attention() -> list[str]:
     return [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
 
 
-def choose_attention(denoiser: Any, name: str, device: torch.device) -> Attention:
+def choose_attention(denoiser: Any, name: str, device: torch.device, *, masked: bool = False) -> Attention:
     """Have the denoiser use a kernel; UserError for one that it cannot use, or that fails on this machine.
 
-    A denoiser on the meta device is checked for the device that a run would use.
+    masked: whether the denoiser masks texts' padding, which flash attention cannot. A denoiser on the meta device is
+    checked for the device that a run would use.
     """
     if name.endswith("_hub"):
         raise UserError(
@@ -61,11 +62,12 @@ def choose_attention(denoiser: Any, name: str, device: torch.device) -> Attentio
         return nullcontext() if kernel is None else sdpa_kernel(kernel)
 
     def run(query: Tensor) -> Tensor:
+        mask = torch.ones(1, 1, 1, query.shape[1], dtype=torch.bool, device=query.device) if masked else None
         if chooses:
-            return dispatch_attention_fn(query, query, query, backend=AttentionBackendName(name))
+            return dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))
         with attention():
             heads = query.transpose(1, 2)
-            return scaled_dot_product_attention(heads, heads, heads)
+            return scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
 
     _try_out(run, name, device, next(denoiser.parameters()).dtype)
     return attention

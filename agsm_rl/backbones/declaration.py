@@ -46,6 +46,8 @@ class Declaration:
     """The kind of its VAE."""
     ends_text: ClassVar[bool] = True
     """Whether its tokenizers end a text with an end token and know the longest one; language models' do not."""
+    masks_text: ClassVar[bool] = False
+    """Whether `encode_text` gives a mask, which not every attention kernel can heed."""
     single_files: ClassVar[Mapping[str, str]] = {}
     """Single files in the original layout: how a tensor's name begins in those of each pipeline class, and in no other
     kind's; the prefix `model.diffusion_model.` is left out."""

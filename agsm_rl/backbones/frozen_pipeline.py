@@ -105,7 +105,9 @@ class FrozenPipeline(Declaration):
         if options.memory_format is not None:
             self._lay_out(options.memory_format)
         if options.attention is not None:
-            self._chosen_attention = choose_attention(self.denoiser, options.attention, self.device)
+            self._chosen_attention = choose_attention(
+                self.denoiser, options.attention, self.device, masked=self.masks_text
+            )
         if options.compile is not None:
             checkpointed = options.gradient_checkpointing
             self.compiled = compile_denoiser(

@@ -41,6 +41,7 @@ class QwenImage(FlowPipeline):
     interface = ("in_channels", "out_channels", "joint_attention_dim", "guidance_embeds")
     autoencoder = ChannelStatistics(channels="z_dim", frames=True)
     ends_text = False
+    masks_text = True
     drawing = (4.0, 50)  # the pipeline's own
 
     def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:

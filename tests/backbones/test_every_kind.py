@@ -188,6 +188,10 @@ def test_adapters_are_told_the_noise_level_whatever_the_model_s_own_time_is(base
     torch.testing.assert_close(seen, base.sampler(3).t)
 
 
+def test_it_says_whether_its_texts_are_masked(base: Backbone) -> None:
+    assert base.masks_text == (base.encode_text(PROMPTS).mask is not None)
+
+
 def test_a_row_does_not_depend_on_its_neighbour_s_text(policy: Policy) -> None:
     base, x_t, t = policy.backbone, normal(2, *policy.backbone.latent_shape), torch.tensor([0.2, 0.7])
     with torch.no_grad():

@@ -53,6 +53,9 @@ def test_a_denoiser_that_asks_diffusers_for_its_kernel_is_given_it() -> None:
     kernels = {module.processor._attention_backend for module in denoiser.modules() if hasattr(module, "processor")}
     assert kernels == {AttentionBackendName._NATIVE_MATH}
     assert _AttentionBackendRegistry.get_active_backend() == before  # other models keep theirs
+    choose_attention(denoiser, "_native_flash", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"'_native_flash' does not work on cpu .*mask` is not supported"):
+        choose_attention(denoiser, "_native_flash", torch.device("cpu"), masked=True)
     with pytest.raises(UserError, match=r"backbone\.attention: .*sageattention.*Or leave it out"):
         choose_attention(denoiser, "sage", torch.device("cpu"))
 
