@@ -4,7 +4,6 @@ A kind is declared by its class alone (`FrozenPipeline`'s class attributes) and 
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from inspect import isclass
@@ -34,12 +33,21 @@ def _kinds() -> "list[type[FrozenPipeline]]":
     """The builtin kinds first, then those of other packages, then those that a recipe names by `module:Class`."""
     from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 
-    for name, entry in registry.available("backbones").items():
-        if entry.package != registry.HOME:
-            with suppress(UserError):  # another package's, and broken
-                registry.load("backbones", name, where="backbone.use")
+    import_from_packages()
     imported = [kind for kind in _descendants(FrozenPipeline) if hasattr(kind, "wraps")]
     return list(dict.fromkeys([*_builtin_kinds(), *imported]))
+
+
+def import_from_packages() -> list[str]:
+    """Import the kinds of other packages; what is wrong with those that cannot be imported."""
+    mistakes = []
+    for name, entry in registry.available("backbones").items():
+        if entry.package != registry.HOME:
+            try:
+                registry.load("backbones", name, where=f"backbone '{name}'")
+            except UserError as error:
+                mistakes.append(str(error))
+    return mistakes
 
 
 def _descendants(kind: "type[FrozenPipeline]") -> "Iterator[type[FrozenPipeline]]":

@@ -97,7 +97,8 @@ def find_kind(
 
 def unsupported(where: str, kind: str) -> UserError:
     """The error for a pipeline that no backbone supports."""
-    return UserError(f"{where} is a {kind}; supported: {', '.join(kinds.loadable())}.")
+    missing = "".join(f"\nNot looked at: {mistake}" for mistake in kinds.import_from_packages())
+    return UserError(f"{where} is a {kind}; supported: {', '.join(kinds.loadable())}.{missing}")
 
 
 def load_pipeline(

@@ -18,9 +18,11 @@ from tiny_pipelines import clip_config, make_sd3, tiny_transformer, tiny_unet
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from agsm_rl import registry
 from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import load_backbone
+from agsm_rl.backbones.loading import unsupported
 from agsm_rl.backbones.stable_diffusion_3 import StableDiffusion3
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.target import open_target
@@ -328,3 +330,11 @@ def test_a_v_prediction_folder_is_one_by_its_scheduler_alone(tiny_checkpoint: Pa
     x_t, v = backbone.add_noise(x0, noise, t), backbone.target(x0, noise, t)
     a = ((2 * v + x_t) / 5)[0, 0, 0, 0]  # v = 2a - s and x_t = a + 2s
     torch.testing.assert_close(a * x_t - (1 - a**2).sqrt() * v, x0)
+
+
+def test_a_broken_package_is_named_where_its_kind_may_be_the_one_that_is_missing(monkeypatch):
+    entries = registry.available("backbones") | {"mine": registry.Entry("mine", "no_such_module:Mine", "my-package")}
+    monkeypatch.setattr(registry, "available", lambda kind: entries)
+    message = str(unsupported("backbone.checkpoint: 'x'", "MinePipeline"))
+    assert "is a MinePipeline; supported: StableDiffusionPipeline" in message
+    assert "Not looked at: backbone 'mine'" in message and "no_such_module" in message
