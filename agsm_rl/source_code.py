@@ -107,12 +107,15 @@ def takes(*others: type, every: str | None = None) -> Callable[[Function], Funct
     return decorate
 
 
-def passed_on(function: Any) -> list[Any]:
-    """The classes whose arguments a function `takes`, imported; their docstrings say what they mean."""
+def passed_on(function: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The classes whose arguments a function `takes`, imported; their docstrings say what they mean.
+
+    The registered ones by the names that they are registered under, and the others.
+    """
     others, every = getattr(function, "__passed_on__", ((), None))
-    targets = [target.partition(":") for target in BUILTIN[every].values()] if every else []
-    named = [getattr(import_module(module), name) for module, _, name in targets]
-    return [*(part for part in named if inspect.isclass(part)), *others]
+    targets = {name: target.partition(":") for name, target in BUILTIN[every].items()} if every else {}
+    named = {name: getattr(import_module(module), part) for name, (module, _, part) in targets.items()}
+    return {name: part for name, part in named.items() if inspect.isclass(part)}, list(others)
 
 
 def _arguments(module: str, name: str, farthest: int) -> dict[str, tuple[Any, Any]] | None:

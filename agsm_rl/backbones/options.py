@@ -58,8 +58,7 @@ class Options:
             `reduce-overhead` uses CUDA graphs (not yet tried on a GPU). It pays on long runs: the first steps take
             minutes. Where nothing can be compiled (a CPU without a C++ compiler), a warning says so and the option is
             ignored. A draw and the step that learns from it round differently: for a policy gradient in half precision,
-            let the rollouts
-            `keep_graph`.
+            let the rollouts `keep_graph`.
         text: `{keep: load | offload | cache}`. `load`: the text encoders stay on the device. `offload`: they wait on
             the CPU while they are not in use. `cache`: besides, each prompt is encoded once and kept on the disk, and
             their weights are dropped as soon as no new prompts come. Null is `load`. Not with a LoRA on text encoders.

@@ -32,9 +32,9 @@ class Sana(FlowPipeline):
     """A frozen SanaPipeline.
 
     Args:
-        text_length: SANA: rows of text that the transformer sees of a prompt, padding included (diffusers'
+        text_length: Rows of text that the transformer sees of a prompt, padding included (diffusers'
             max_sequence_length). Null is 300, as published.
-        human_instruction: SANA: put diffusers' instruction to enhance the prompt before it. Null is true, as the
+        human_instruction: Put diffusers' instruction to enhance the prompt before it. Null is true, as the
             pipeline draws; false, as SANA's authors post-train, makes encoding several times as fast.
     """
 
@@ -47,6 +47,7 @@ class Sana(FlowPipeline):
     called = ("sana",)
     autoencoder = NoPosterior()
     ends_text = False
+    masks_text = True
     drawing = (4.5, 20)  # diffusers' defaults
     text_length = 300
     human_instruction = True
@@ -92,7 +93,8 @@ class Sana(FlowPipeline):
         return int(self.pipeline.transformer.config.caption_channels)
 
     def _tokens_read(self, tokenizer: str) -> int:
-        return self.text_length - 1  # the first row is BOS's, the next one the end of the instruction
+        # The first row is BOS's; behind the instruction, the next one is its end.
+        return self.text_length - 1 if self.human_instruction else self.text_length
 
     def _flow_config(self, scheduler: Any) -> dict[str, Any]:
         """Published checkpoints come with a DPM-Solver on a flow's noise levels, with the shift `flow_shift`."""

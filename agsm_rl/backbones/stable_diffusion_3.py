@@ -24,7 +24,7 @@ class StableDiffusion3(FlowPipeline):
     """A frozen StableDiffusion3Pipeline, with its T5 or without.
 
     Args:
-        t5_length: SD3: tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256,
+        t5_length: Tokens that the T5 reads, padding included (diffusers' max_sequence_length). Null is 256,
             diffusers' own. Fewer are faster; a plain pipeline must be given the same number to draw the same picture.
     """
 

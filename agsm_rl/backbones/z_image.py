@@ -38,7 +38,7 @@ class Lists(Branches):
     def unconditional(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool] | None:
         """The second half of the rows, but of steps that the pipeline does not guide (`cfg_truncation`)."""
         until = getattr(pipeline, "_cfg_truncation", None)
-        if len(args) < 3 or (until is not None and until <= 1 and args[1][0] > until):
+        if len(args) < 3 or (until is not None and until <= 1 and float(args[1][0]) > until):
             return None
         return [row >= len(args[2]) // 2 for row in range(len(args[2]))]
 
@@ -67,6 +67,7 @@ class ZImage(FlowPipeline):
     time_argument = "t"
     interface = ("in_channels", "cap_feat_dim", "all_patch_size", "all_f_patch_size")
     ends_text = False
+    masks_text = True
     branches = Lists()
     cfg_normalization: float | None = None
     cfg_truncation: float | None = None

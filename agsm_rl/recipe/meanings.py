@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -93,18 +93,29 @@ def _choice(value: Any) -> str:
 
 
 def _meanings(documented: Any) -> dict[str, str]:
+    """By argument; what is nearest to the class or function counts."""
     meanings: dict[str, str] = {}
-    for cls in _documents(documented):
-        section = SECTION.search(inspect.cleandoc(cls.__doc__ or "") + "\n")
-        _, *entries = ENTRY.split(section[1]) if section else [""]
-        for names, text in zip(entries[::2], entries[1::2], strict=True):
-            meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    for part in reversed(documented.__mro__ if inspect.isclass(documented) else [documented]):
+        kinds, others = passed_on(vars(part).get("__init__") if inspect.isclass(part) else part)
+        meanings |= _meanings_by_kind(kinds)
+        for documenting in (*others, part):
+            meanings |= _documented(documenting)
     return meanings
 
 
-def _documents(documented: Any) -> Iterator[Any]:
-    """What has the documentation of a class's or function's arguments, the nearest last."""
-    for part in reversed(documented.__mro__ if inspect.isclass(documented) else [documented]):
-        constructor = vars(part).get("__init__") if inspect.isclass(part) else part
-        yield from passed_on(constructor)
-        yield part
+def _meanings_by_kind(kinds: Mapping[str, Any]) -> dict[str, str]:
+    """What the options of single kinds mean to each of them, since kinds may share a name but not its default."""
+    meanings: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        for option, text in _documented(kind).items():
+            meanings.setdefault(option, []).append(f"`{name}`: {text}")
+    return {option: " ".join(texts) for option, texts in meanings.items()}
+
+
+def _documented(part: Any) -> dict[str, str]:
+    section = SECTION.search(inspect.cleandoc(part.__doc__ or "") + "\n")
+    _, *entries = ENTRY.split(section[1]) if section else [""]
+    meanings: dict[str, str] = {}
+    for names, text in zip(entries[::2], entries[1::2], strict=True):
+        meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return meanings

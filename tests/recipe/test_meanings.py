@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
+from agsm_rl.backbones import load_backbone
 from agsm_rl.recipe.meanings import about, in_words, options_of
 
 
@@ -43,6 +44,12 @@ def test_options_are_explained_by_the_class_then_by_its_bases():
         "high": "Its bounds.",
         "seed": "Random seed. Null: the recipe's seed.",
     }
+
+
+def test_an_option_that_several_kinds_have_is_explained_for_each():
+    meanings = {option.name: option.meaning for option in options_of(load_backbone, where="here")}
+    assert meanings["text_length"].startswith("`sana`: Rows of text") and " `flux_2`: " in meanings["text_length"]
+    assert meanings["dtype"].startswith("Data type of the frozen weights")
 
 
 def test_an_undocumented_option_has_an_empty_meaning():
