@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
@@ -72,5 +73,6 @@ def make_full_size() -> Any:
         upsample_block_type="interpolate",
         scaling_factor=0.41407,
     )
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    with torch.device("cpu"):  # which it moves its noise levels to
+        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(make_tokenizer(), Gemma2Model(Gemma2Config()), vae, SanaTransformer2DModel(), scheduler)
