@@ -49,7 +49,6 @@ class Flux(FlowPipeline):
     loads = ("FluxPipeline",)
     wraps = (*loads, "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     called = ("flux.1", "flux-1", "flux1")
-    drawing = (1.0, 28)  # the pipeline's own
     t5_length = LONGEST_TEXT
     embedded_guidance: float | None = None
     drawn_guidance: float | None = None
@@ -93,6 +92,11 @@ class Flux(FlowPipeline):
                 )
             if not 0 <= value < float("inf"):
                 raise UserError(f"backbone.{name}: {value:g}; it must be 0 or more (published: {PUBLISHED_GUIDANCE}).")
+
+    @property
+    def drawing(self) -> tuple[float, int]:  # type: ignore[override]
+        """The pipeline's own; [schnell] is drawn in 4 steps, as in its model card."""
+        return (1.0, 28 if self.pipeline.transformer.config.guidance_embeds else 4)
 
     @property
     def call_options(self) -> dict[str, Any]:

@@ -106,6 +106,12 @@ class Flux2Klein(FlowPipeline):
 
     def _wrap(self, pipeline: Any, resolution: Resolution | None, gradient_checkpointing: bool) -> None:
         super()._wrap(pipeline, resolution, gradient_checkpointing)
+        chat = len(pipeline.tokenizer(self._as_chats([""]))["input_ids"][0])
+        if self.text_length <= chat:
+            raise UserError(
+                f"backbone.text_length: got {self.text_length}, but the chat around a prompt takes {chat} tokens, so "
+                f"none of the prompt would be read; give more, up to {LONGEST_TEXT}."
+            )
         channels, height, width = self.latent_shape
         self.latent_shape = (channels, height // PATCH, width // PATCH)
         # Single-stream blocks fuse their projections, and their to_out is not a list: as in diffusers' own script.

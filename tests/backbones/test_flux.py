@@ -87,7 +87,7 @@ def test_pictures_may_be_drawn_at_another_embedded_guidance_than_is_trained(fold
 def test_a_checkpoint_without_embedded_guidance_has_none_and_refuses_one(flux: Flux) -> None:
     flux.pipeline.transformer = tiny_transformer(guidance_embeds=False)
     schnell = Flux.from_pipeline(flux.pipeline)
-    assert "guidance_scale" not in schnell.call_options
+    assert "guidance_scale" not in schnell.call_options and schnell.drawing == (1.0, 4)
     with torch.no_grad():
         assert schnell.predict(noise(schnell, 1), LEVELS[:1], schnell.encode_text(PROMPTS[:1])).isfinite().all()
     schnell.embedded_guidance = 3.5

@@ -135,3 +135,5 @@ def test_a_distilled_checkpoint_draws_without_guidance_alone(klein: Flux2Klein) 
 def test_a_text_length_that_the_model_does_not_read_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.text_length: got 513; 1 to 512"):
         Flux2Klein(str(folder), device="cpu", text_length=513)
+    with pytest.raises(UserError, match=r"backbone\.text_length: got 4, but the chat around a prompt takes \d+ tokens"):
+        Flux2Klein(str(folder), device="cpu", text_length=4)
