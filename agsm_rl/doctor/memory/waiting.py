@@ -47,14 +47,17 @@ def let_wait(backbone: Backbone, sizes: Mapping[str, int], rehearsal: Rehearsal)
 def _during(backbone: Any, method: str, size: int, rehearsal: Rehearsal, *, phase: str | None = None) -> None:
     call: Callable[..., Any] = getattr(backbone, method)
 
+    stays = False
+
     def coming(*args: Any, **options: Any) -> Any:
+        nonlocal stays
         before, rehearsal.phase = rehearsal.phase, phase or rehearsal.phase
-        rehearsal.now += size
+        rehearsal.now += 0 if stays else size
         rehearsal.touch()
         result = call(*args, **options)
-        # The autoencoder stays for the backward pass: its weights are counted until the end of the rehearsal.
-        learned = isinstance(result, Tensor) and torch.is_grad_enabled() and result.requires_grad
-        rehearsal.now -= 0 if learned else size
+        # The autoencoder stays for the backward pass: its weights are counted, once, until its next use without one.
+        stays = isinstance(result, Tensor) and torch.is_grad_enabled() and result.requires_grad
+        rehearsal.now -= 0 if stays else size
         rehearsal.phase = before
         return result
 
