@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from agsm_rl.adapters.lora_config import METADATA_KEY, module_names
+from agsm_rl.adapters.lora_config import METADATA_KEY, LoraScale, module_names
 from agsm_rl.adapters.lora_export import TEXT_PREFIX, describe_adapter, export_configs, exported_name
 from agsm_rl.adapters.lora_files import NEGATIVE_PREFIX
 from agsm_rl.adapters.peft_layers import (
@@ -48,6 +48,8 @@ class PeftAdapter:
     """Whether it makes whole weights, which a layer must have in their own shape: not packed in 4 bits."""
     only_adds: bool = True
     """Whether it adds to a layer's output, so that it shares layers with others in any order."""
+    scale: LoraScale | None = None
+    """Rank and alpha by layer, of the kinds that have them."""
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class PeftAdapter:
             raise RuntimeError(f"this {self.title} is already attached; detach it first")
         self._denoiser_targets = self._targets_on(backbone)
         self._models = self._find_models(backbone)
+        self._check_patterns()
         self._check_sharing()
         self._check_weights()
         taken = {name for model in self._models.values() for name in getattr(model, "peft_config", {})}
@@ -190,6 +193,16 @@ class PeftAdapter:
                 f"that can take a LoRA: {', '.join(text_encoders) or 'none'}."
             )
         return {_denoiser_name(backbone): denoiser} | {name: text_encoders[name] for name in self._text_targets}
+
+    def _check_patterns(self) -> None:
+        """UserError for a rank or an alpha of layers that are not changed, such as one with a typo in its name."""
+        layers = [f"{part}.{name}" for part in self._models for name in self._targeted(part).values()]
+        if self.scale is not None and (unused := self.scale.unused(layers)):
+            option = "rank_pattern" if unused[0] in self.scale.rank_pattern else "alpha_pattern"
+            raise UserError(
+                f"{self.kind}.{option}: no module that the {self.title} changes has a name that ends in '{unused[0]}'; "
+                f"the first of them is {layers[0]}."
+            )
 
     def _check_sharing(self) -> None:
         """UserError for layers with another adapter if the two act differently by their order."""
