@@ -60,7 +60,7 @@ class BucketOrder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue there; UserError where the state is of other buckets."""
         waiting = state.get("waiting")
-        if waiting is None or len(waiting) != len(self._waiting):
+        if waiting is None or len(waiting) != len(self._waiting) or not self._are_of_their_buckets(waiting):
             raise UserError(
                 "checkpoint: its data set had other `buckets` than this recipe's; use the run's recipe and data"
             )
@@ -68,6 +68,11 @@ class BucketOrder:
         self._waiting = {
             bucket: [int(row) for row in rows] for bucket, rows in zip(self._waiting, waiting, strict=True)
         }
+
+    def _are_of_their_buckets(self, waiting: Sequence[Sequence[int]]) -> bool:
+        """Whether these rows, one list per bucket, are where they wait in this order too."""
+        places = [(row, bucket) for bucket, rows in zip(self._waiting, waiting, strict=True) for row in rows]
+        return all(0 <= row < len(self.bucket_of) and self.bucket_of[row] == bucket for row, bucket in places)
 
 
 class BucketedRows(ShuffledRows):

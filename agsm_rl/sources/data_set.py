@@ -72,6 +72,7 @@ class DataSet(Generic[Read]):
         """Open it for a source called `name` in the run, and return its columns' names."""
         self._own = own_share(self.batch_size, shard, name)
         self._name, self._seed, self._shard = name, seed, shard
+        self.frames = self._to_load = None
         self.found = open_dataset(
             self.name,
             split=self.split,

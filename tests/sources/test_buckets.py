@@ -91,6 +91,8 @@ def test_the_order_continues_exactly_where_its_state_was_taken():
     assert begun + taken(second, 7) == whole
     with pytest.raises(UserError, match="other `buckets`"):
         second.load_state_dict({"position": 3})
+    with pytest.raises(UserError, match="other `buckets`"):
+        second.load_state_dict({"position": 3, "waiting": [[7], [], []]})  # row 7 is of the second bucket now
 
 
 def test_captions_of_a_batch_differ_where_the_bucket_allows_it():
