@@ -130,7 +130,7 @@ def _factor(backbone: Backbone) -> int:
 
 @contextmanager
 def drawing_at(backbone: Backbone, resolution: Resolution | None, *, where: str = "resolution") -> Iterator[None]:
-    """Within the block, the backbone's own size is this one (None: stays); what is drawn, is drawn so."""
+    """Within the block, the backbone draws at this size; None leaves its own. UserError if it cannot."""
     if resolution is None or size_of(resolution) == size_of(backbone.resolution):
         yield
         return
