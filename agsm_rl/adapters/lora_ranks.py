@@ -34,8 +34,8 @@ def scale_of_options(
         check_alpha(alpha, f"{kind}.alpha")
     if rslora and alpha is None:
         raise UserError(
-            f"{kind}.use_rslora: needs `alpha`, which it divides by the rank's square root; without it the scale is 1, "
-            f"with rsLoRA or not. `alpha: {rank**0.5:.3g}` gives this rank a scale of 1."
+            f"{kind}.use_rslora: needs `alpha`, which it divides by the rank's square root; with the default, the "
+            f"rank, the scale would grow with the rank. `alpha: {rank**0.5:.3g}` gives this rank a scale of 1."
         )
     return LoraScale(
         rank, rank if alpha is None else alpha, rank_pattern(ranks, kind), alpha_pattern(alphas, kind), rslora

@@ -197,7 +197,9 @@ class PeftAdapter:
     def _check_patterns(self) -> None:
         """UserError for a rank or an alpha of layers that are not changed, such as one with a typo in its name."""
         layers = [f"{part}.{name}" for part in self._models for name in self._targeted(part).values()]
-        if self.scale is not None and (unused := self.scale.unused(layers)):
+        if self._of_export or self.scale is None:  # `load_export` says so of a file for another base
+            return
+        if unused := self.scale.unused(layers):
             option = "rank_pattern" if unused[0] in self.scale.rank_pattern else "alpha_pattern"
             raise UserError(
                 f"{self.kind}.{option}: no module that the {self.title} changes has a name that ends in '{unused[0]}'; "

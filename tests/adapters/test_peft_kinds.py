@@ -162,9 +162,7 @@ def test_options_that_cannot_be_are_refused(make: Any, message: str) -> None:
 
 def test_a_rank_or_an_alpha_of_no_layer_is_refused(backbone: StableDiffusion) -> None:
     parts = anatomy(backbone)
-    with pytest.raises(
-        UserError, match=r"lora.rank_pattern: no .* ends in 'to_kk'; the first of them is unet\."
-    ):
+    with pytest.raises(UserError, match=r"lora.rank_pattern: no .* ends in 'to_kk'; the first of them is unet\."):
         LoRA(rank_pattern={"to_k": 2, "to_kk": 2}).attach(backbone)
     with pytest.raises(UserError, match=r"loha.alpha_pattern: .* ends in 'conv1'"):
         LoHa(alpha_pattern={"conv1": 2}).attach(backbone)
