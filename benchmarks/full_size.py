@@ -24,11 +24,19 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from measure import resident_bytes, write_result
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from agsm_rl import Policy, Term, Trainer
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
+from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
 from agsm_rl.objectives.flow_grpo import FlowGRPO
@@ -76,6 +84,17 @@ def vae(**options: Any) -> AutoencoderKL:
     )
 
 
+def t5_xxl() -> T5EncoderModel:
+    """T5 v1.1 XXL's encoder."""
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
+def t5_tokenizer() -> Any:
+    """The drawn world's words."""
+    return AutoTokenizer.from_pretrained(find_checkpoint("builtin:shapes-sd3"), subfolder="tokenizer_3")
+
+
 def make_sd15() -> StableDiffusionPipeline:
     """Stable Diffusion 1.5, whose sizes are diffusers' defaults."""
     return StableDiffusionPipeline(
@@ -117,8 +136,8 @@ def make_sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def make_sd3() -> StableDiffusion3Pipeline:
-    """24 joint blocks, without the T5 (4.7 billion parameters); diffusers fills its 256 rows with zeros."""
+def make_sd3(*, t5: bool = False) -> StableDiffusion3Pipeline:
+    """24 joint blocks. Without the T5 (4.7 billion parameters), diffusers fills its 256 rows with zeros."""
     transformer = SD3Transformer2DModel(
         sample_size=128,
         patch_size=2,
@@ -143,8 +162,8 @@ def make_sd3() -> StableDiffusion3Pipeline:
         tokenizer=tokenizer(),
         text_encoder_2=clip(1280, 32, 20, projection=1280, act="gelu"),
         tokenizer_2=tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5_xxl() if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
     )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ benchmarks/results/model_memory.json.
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from config_only import write_folder
-from full_size import MAKERS
+from full_size import MAKERS, make_sd3
 
 from agsm_rl.doctor.memory.fit import MARGIN
 from agsm_rl.doctor.memory.predict import predict
@@ -40,6 +41,8 @@ NAMES = {
     "flux": "FLUX.1 [dev]",
     "qwen_image": "Qwen-Image",
 }
+MODELS = {**MAKERS, "sd3": partial(make_sd3, t5=True)}
+"""Those that are no kind of tests/tiny."""
 METHODS = {"agsm": "AGSM", "ddpo": "DDPO-class", "diffusion_nft": "NFT-class"}
 QUANTISED = (None, "nf4")
 
@@ -71,7 +74,7 @@ def figures(kind: str) -> dict[str, Any]:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a red star\na blue circle beside two green squares\n")
         with torch.device("meta"):
-            pipeline = MAKERS[kind]() if kind in MAKERS else tiny(kind).make_full_size()
+            pipeline = MODELS[kind]() if kind in MODELS else tiny(kind).make_full_size()
         checkpoint = write_folder(pipeline, Path(folder) / kind)
         denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
         found: dict[str, Any] = {"billions": sum(weight.numel() for weight in denoiser.parameters()) / 1e9}
@@ -119,7 +122,7 @@ def main(
 ) -> None:
     """Predict, and write the table."""
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for kind in [] if table else kinds or [kind for kind in NAMES if kind in MAKERS or kind in KINDS]:
+    for kind in [] if table else kinds or [kind for kind in NAMES if kind in MODELS or kind in KINDS]:
         results[kind] = figures(kind)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(put_in(PAGE.read_text(), make_table(results)))
