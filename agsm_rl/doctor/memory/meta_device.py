@@ -224,8 +224,8 @@ def _as_row_indices(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 def _keep_exact(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """Keep tensors exact that would be created on, or moved to, the meta device from known values on the CPU."""
-    if options.get("device") is None or torch.device(options["device"]) != META:
-        return False
+    if options.get("device") is None or torch.device(options["device"]) != META or func is aten.empty.memory_format:
+        return False  # nothing is known of what was never filled: weights in few bits are so, and large
     dtype = options.get("dtype")
     source = next(_tensors(args), None)
     if dtype is None and source is not None:
