@@ -5,7 +5,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from agsm_rl.adapters.lora_ranks import check_alphas, options_of_export, peft_scale, scale_of_options, scales_of_export
+from agsm_rl.adapters.lora_ranks import (
+    LoraScale,
+    check_alphas,
+    options_of_export,
+    peft_scale,
+    scale_of_options,
+    scales_of_export,
+)
 from agsm_rl.adapters.peft_adapter import TARGETS, PeftAdapter
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
 
@@ -30,6 +37,7 @@ class LoHa(PeftAdapter):
 
     kind: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
+    scale: LoraScale
     needs_weights = True
 
     def __init__(

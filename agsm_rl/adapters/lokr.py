@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from agsm_rl.adapters.lora_export import common_option
-from agsm_rl.adapters.lora_ranks import check_alphas, options_of_export, peft_scale, scale_of_options, scales_of_export
+from agsm_rl.adapters.lora_ranks import (
+    LoraScale,
+    check_alphas,
+    options_of_export,
+    peft_scale,
+    scale_of_options,
+    scales_of_export,
+)
 from agsm_rl.adapters.peft_adapter import TARGETS, PeftAdapter
 from agsm_rl.errors import UserError
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
@@ -35,6 +42,7 @@ class LoKr(PeftAdapter):
 
     kind: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    scale: LoraScale
     needs_weights = True
 
     def __init__(

@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from agsm_rl.adapters.lora_export import layers_of
-from agsm_rl.adapters.lora_ranks import check_alphas, options_of_export, peft_scale, scale_of_options, scales_of_export
+from agsm_rl.adapters.lora_ranks import (
+    LoraScale,
+    check_alphas,
+    options_of_export,
+    peft_scale,
+    scale_of_options,
+    scales_of_export,
+)
 from agsm_rl.adapters.peft_adapter import TARGETS, PeftAdapter
 from agsm_rl.adapters.peft_layers import MAGNITUDE
 from agsm_rl.errors import UserError
@@ -42,6 +49,7 @@ class LoRA(PeftAdapter):
 
     kind: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
+    scale: LoraScale
 
     def __init__(
         self,
