@@ -10,7 +10,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from agsm_rl.adapters.loha import LoHa
+    from agsm_rl.adapters.lokr import LoKr
     from agsm_rl.adapters.lora import LoRA
+    from agsm_rl.adapters.oft import OFT
     from agsm_rl.adapters.soft_tokens import SoftTokens
     from agsm_rl.backbones import load_backbone
     from agsm_rl.errors import UserError
@@ -48,7 +51,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapters.loha": ("LoHa",),
+    "adapters.lokr": ("LoKr",),
     "adapters.lora": ("LoRA",),
+    "adapters.oft": ("OFT",),
     "adapters.soft_tokens": ("SoftTokens",),
     "backbones": ("load_backbone",),
     "errors": ("UserError",),
@@ -102,8 +108,11 @@ __all__ = [
     "FlowGRPO",
     "GRPOGuard",
     "InPO",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "NonzeroAdvantages",
+    "OFT",
     "OPD",
     "Objective",
     "Pairs",

@@ -203,8 +203,9 @@ def uncompiled(denoiser: Any) -> Any:
 
 
 def argument_positions(module: nn.Module) -> dict[str, int]:
-    """The positions of the arguments of a module's forward."""
-    return {name: number for number, name in enumerate(inspect.signature(module.forward).parameters)}
+    """The positions of the arguments of a module's forward; of the module itself where torch.compile has wrapped it."""
+    forward = getattr(module, "_orig_mod", module).forward
+    return {name: number for number, name in enumerate(inspect.signature(forward).parameters)}
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

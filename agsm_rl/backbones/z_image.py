@@ -27,6 +27,8 @@ TEXT_LENGTH = 512
 """Tokens that are read of a prompt with its chat marks: the pipeline's default."""
 TURBO_SHIFT = 3.0
 """How far Turbo's scheduler shifts its noise levels; the base's shifts by 6."""
+WITHOUT_MASK = {"full_attention": None, "sliding_attention": None}
+"""For Qwen3: each kind of its layers sees everything."""
 TEXTS_AT_ONCE = 8
 """Prompts that are encoded in one pass: the hidden states of all 36 layers are kept until its end."""
 PATCH = 2
@@ -145,7 +147,7 @@ class ZImage(FlowPipeline):
             for part, seen in zip(ids.split(TEXTS_AT_ONCE), masks.bool().split(TEXTS_AT_ONCE), strict=True):
                 result = self.pipeline.text_encoder(
                     input_ids=part,
-                    attention_mask=None if seen.is_meta else seen,  # transformers would ask what it holds
+                    attention_mask=WITHOUT_MASK if seen.is_meta else seen,  # transformers would ask what it holds
                     output_hidden_states=True,
                     use_cache=False,
                 )

@@ -202,8 +202,10 @@ def test_a_truncated_checkpoint_is_the_users_error(tiny_checkpoint: Path, tmp_pa
 
 def test_an_unsupported_pipeline_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     index = json.loads((tiny_checkpoint / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "AuraFlowPipeline"}))
+    with pytest.raises(
+        UserError, match="AuraFlowPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline"
+    ):
         StableDiffusion(str(tmp_path))
     with pytest.raises(UserError, match="is a dict; supported"):
         backbone_of({})

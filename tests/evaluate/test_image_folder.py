@@ -138,7 +138,7 @@ def test_a_folder_is_continued_when_the_backbone_or_the_scheduler_has_a_newer_op
     # As an earlier diffusers would have left it; and from here on, the backbone is a later version's.
     del pinned["scheduler"]["thresholding"]
     (tmp_path / "drawing.json").write_text(json.dumps(pinned))
-    change_options(monkeypatch, "backbones", "stable_diffusion", newer=0.0)
+    change_options(monkeypatch, "backbones", "auto", newer=0.0)
     options = {"device": "cpu", "newer": 0.0}
     draw(open_target(str(tiny_checkpoint), options=options), tmp_path, num_images=2)
     assert len(contents(tmp_path)) == 2

@@ -8,6 +8,7 @@ import agsm_rl_rewards
 
 FOLDER = Path(agsm_rl_rewards.__file__).parent
 ALLOWED = {"agsm_rl", "agsm_rl.errors", "agsm_rl.files", "agsm_rl.shapes.judge", "agsm_rl.shapes.world"}
+ALLOWED |= {"agsm_rl.shapes.worlds", "agsm_rl.shapes.scenes"}
 """`agsm_rl` is for `from agsm_rl import registry`, by which ray_pool finds the reward that it is to run."""
 
 

@@ -187,7 +187,7 @@ def test_any_number_of_processes_has_the_rows_and_pictures_of_one(backbone, own,
         assert several.judged == one.judged and several.pictures == one.pictures
 
 
-def test_rewards_beside_a_suite_look_at_every_prompt_before_anything_is_drawn(own):
+def test_rewards_beside_a_suite_look_at_every_prompt_before_anything_is_drawn(backbone, own):
     class Picky:
         name, differentiable = "picky", False
 
@@ -204,7 +204,7 @@ def test_rewards_beside_a_suite_look_at_every_prompt_before_anything_is_drawn(ow
     beside.__dict__["_models"] = {"picky": Picky()}
     suite = Rewards(rewards=[sharpness], prompts="mine.jsonl")
     with pytest.raises(UserError, match="'two birds' likes blue"):
-        Entry(MadeSuite("mine", suite, []), beside).prepare(32)
+        Entry(MadeSuite("mine", suite, []), beside).prepare(backbone, None)
 
 
 def test_what_stops_one_process_s_evaluation_stops_all(backbone, own):

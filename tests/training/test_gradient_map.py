@@ -87,7 +87,10 @@ def test_a_run_writes_a_line_for_each_look(tiny_checkpoint, tmp_path):
             "steps": 3,
             "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
             "adapters": {"lora": {"use": "lora", "rank": 2}},
-            "objectives": [{"use": "score_matching", "source": pairs}, {"use": "agsm", "source": pairs}],
+            "objectives": [
+                {"use": "score_matching", "source": pairs},
+                {"use": "agsm", "group_size": 2, "source": pairs},
+            ],
             "gradient_map": {"every": 2, "levels": 2},
             "sample": {"num_images": 1, "num_steps": 1},
             "track": [],
