@@ -247,8 +247,9 @@ def _is_the_base(other: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
 
 
 def _loaded(drawing: Mapping[str, Any]) -> dict[str, Any]:
-    """What a backbone was loaded from; `use` may say the same in two ways, and what is null is not said by all."""
-    return {key: value for key, value in drawing.get("backbone", {}).items() if value is not None and key != "use"}
+    """What a backbone was loaded from; `use` may say the same in two ways, and what is null or off need not be said."""
+    block = drawing.get("backbone", {})
+    return {key: value for key, value in block.items() if value not in (None, False) and key != "use"}
 
 
 def _guidance(entry: Mapping[str, Any]) -> float:
