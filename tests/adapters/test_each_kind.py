@@ -98,7 +98,11 @@ def test_under_bfloat16_autocast_predictions_stay_close_and_gradients_float32(ea
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
-def test_a_compiled_denoiser_does_the_same_before_during_and_after(each_checkpoint: Path, how: str) -> None:
+def test_a_compiled_denoiser_does_the_same_before_during_and_after(
+    each_checkpoint: Path, tiny_checkpoint: Path, how: str
+) -> None:
+    if how == "wrapped" and each_checkpoint != tiny_checkpoint:
+        pytest.skip("one kind is enough: wrapping depends on torch alone")
     backbone = load_backbone(str(each_checkpoint), device="cpu")
     before = predict(backbone)
     adapters = attached(backbone, "tokens")

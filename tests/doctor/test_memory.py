@@ -6,6 +6,7 @@ from measure import allocator_peak
 from tiny import KINDS, options_of, save_kind
 
 from agsm_rl.backbones.quantized_layers import stored_tensors
+from agsm_rl.doctor.memory import fit as fitting
 from agsm_rl.doctor.memory.fit import MARGIN, changed, fit
 from agsm_rl.doctor.memory.meta_device import Rehearsal
 from agsm_rl.doctor.memory.predict import Prediction, predict, steps_to_see
@@ -221,13 +222,15 @@ def test_several_steps_a_pass_are_predicted_and_taken_back_where_they_do_not_fit
     assert found.fits and found.changes["objectives.0.steps_per_pass"] == 2
 
 
-def test_what_is_1_already_is_no_proposal(make_recipe):
+def test_what_is_1_already_is_no_proposal(make_recipe, monkeypatch):
+    monkeypatch.setattr(fitting, "STEPS", ())
     recipe = make_recipe("ddpo", ROLLOUTS | {"sample_batch_size": 4})
     own = predict(recipe)[1]
     assert "objectives.0.steps_per_pass" not in fit(recipe, own, 1000).changes
 
 
-def test_checkpointing_is_not_proposed_beside_compile(make_recipe):
+def test_checkpointing_is_not_proposed_beside_compile(make_recipe, monkeypatch):
+    monkeypatch.setattr(fitting, "STEPS", fitting.STEPS[:1])
     recipe = make_recipe("agsm", PAIRS, group_size=2, backbone={"compile": "default"})
     assert "backbone.gradient_checkpointing" not in fit(recipe, predict(recipe)[1], 1000).changes
 
@@ -246,7 +249,9 @@ def test_of_a_flow_s_kept_graph_the_step_without_noise_is_no_part(make_recipe, t
     assert_close(recipe)
 
 
-def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe):
+def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe, monkeypatch):
+    some = [step for step in fitting.STEPS if step[0] in ("gradient_checkpointing", "dtype")]
+    monkeypatch.setattr(fitting, "STEPS", tuple(some))
     recipe = make_recipe("agsm", PAIRS, group_size=2)
     own = predict(recipe)[1]
     found = fit(recipe, own, 1000)
