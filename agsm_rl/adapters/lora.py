@@ -77,7 +77,7 @@ class LoRA(PeftAdapter):
             guidance_bank=guidance_bank,
             guidance_prompt=guidance_prompt,
         )
-        self.only_adds = not use_dora
+        self.only_adds, self.needs_weights = not use_dora, use_dora
 
     def _config(self, part: str, targets: Sequence[str], layers: Mapping[str, str]) -> Any:
         from peft import LoraConfig  # a recipe is checked before PEFT is loaded, which takes seconds

@@ -44,7 +44,7 @@ class PeftAdapter:
     title: ClassVar[str]
     """Its name in messages."""
     mixes_banks: ClassVar[bool] = False
-    needs_weights: ClassVar[bool] = False
+    needs_weights: bool = False
     """Whether it makes whole weights, which a layer must have in their own shape: not packed in 4 bits."""
     only_adds: bool = True
     """Whether it adds to a layer's output, so that it shares layers with others in any order."""
@@ -229,7 +229,7 @@ class PeftAdapter:
                 if isinstance(layer, nn.Linear) and weight is not None and tuple(weight.shape) != whole:
                     raise UserError(
                         f"{self.kind}: the weight of {part}.{name} is packed in few bits, and a {self.title} needs it "
-                        "in its own shape. Use `lora`, or another `backbone.quantize`."
+                        "in its own shape. Use `lora` without `use_dora`, or another `backbone.quantize`."
                     )
 
     def _targets(self, part: str) -> tuple[str, ...]:

@@ -138,8 +138,9 @@ def test_weights_packed_in_few_bits_are_refused_before_anything_changes(backbone
     parts = anatomy(backbone)
     layer = backbone.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1), requires_grad=False)  # as bitsandbytes
-    with pytest.raises(UserError, match=r"lokr: the weight of unet.mid_block.*to_q is packed in few bits.*Use `lora`"):
-        LoKr().attach(backbone)
+    for adapter in (LoKr(), LoRA(use_dora=True)):
+        with pytest.raises(UserError, match=r"the weight of unet.mid_block.*to_q is packed in few bits.*Use `lora`"):
+            adapter.attach(backbone)
     assert anatomy(backbone) == parts
 
 
