@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from agsm_rl.adapters.lora_export import common_option
-from agsm_rl.adapters.peft_adapter import TARGETS, PeftAdapter
+from agsm_rl.adapters.peft_adapter import PeftAdapter
 from agsm_rl.errors import UserError
-from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt
+from agsm_rl.source_code import takes
 
 OPTIONS = ("oft_block_size", "block_share", "use_cayley_neumann")
 MAX_BLOCK = 4096
@@ -26,46 +26,27 @@ class OFT(PeftAdapter):
         block_share: Give all blocks of a layer the same rotation: fewest parameters.
         use_cayley_neumann: Approximate each rotation by five terms of a series, as PEFT does by default; the exact
             one needs a matrix inverse for each prediction.
-        banks: 1 uses the same bank for positive and negative prompts; 2 gives the negative prompts a separate bank.
-        target_modules: Name suffixes of the denoiser's modules to change, as for `lora`.
-        text_encoders: Also change the attention projections of the CLIPs, as for `lora`.
-        guidance_bank: Bank of guidance's unconditional branch, as for `lora`.
-        guidance_prompt: Prompt of that branch, as for `lora`.
     """
 
     kind: ClassVar[str] = "oft"
     title: ClassVar[str] = "OFT"
+    config_class: ClassVar[str] = "OFTConfig"
     only_adds = False
 
+    @takes(PeftAdapter)
     def __init__(
         self,
         *,
         oft_block_size: int = 32,
         block_share: bool = False,
         use_cayley_neumann: bool = True,
-        banks: int = 1,
-        target_modules: tuple[str, ...] = TARGETS,
-        text_encoders: bool = False,
-        guidance_bank: GuidanceBank = "positive",
-        guidance_prompt: GuidancePrompt = "empty",
+        **common: Any,
     ) -> None:
         if not 2 <= oft_block_size <= MAX_BLOCK:
             raise UserError(f"oft.oft_block_size: {oft_block_size}; allowed: 2 to {MAX_BLOCK}.")
         self.oft_block_size, self.block_share = oft_block_size, block_share
         self.use_cayley_neumann = use_cayley_neumann
-        super().__init__(
-            banks=banks,
-            target_modules=target_modules,
-            text_encoders=text_encoders,
-            seed=0,
-            guidance_bank=guidance_bank,
-            guidance_prompt=guidance_prompt,
-        )
-
-    def _config(self, part: str, targets: Sequence[str], layers: Mapping[str, str]) -> Any:
-        from peft import OFTConfig
-
-        return OFTConfig(**self._described(part, targets, layers))
+        super().__init__(**common)
 
     def _described(self, part: str, targets: Sequence[str], layers: Mapping[str, str]) -> dict[str, Any]:
         return {"target_modules": list(targets), "r": 0} | {name: getattr(self, name) for name in OPTIONS}

@@ -38,11 +38,28 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class PeftAdapter:
-    """An adapter whose layers PEFT makes. A kind of it names itself and gives PEFT's options (`_config`)."""
+    """An adapter whose layers PEFT makes. A kind of it names itself and PEFT's class, and gives its options.
+
+    Args:
+        banks: 1 uses the same bank for positive and negative prompts; 2 gives the negative prompts a separate bank.
+        target_modules: Name suffixes of the denoiser's modules to change. The default is the attention projections, as
+            in diffusers' scripts and DDPO; FLUX.2 adds its fused ones, for which write longer names (attn.to_q, …) to
+            leave them out. It leaves out those of SD3's text stream (add_q_proj, add_k_proj, add_v_proj, to_add_out).
+        text_encoders: Also change the attention projections of the CLIPs, with the same options. Prompts are then
+            re-encoded for each prediction. Layers that do not affect the output (the last of SDXL's first CLIP) are
+            left out. SD3's T5 is never changed: `pipe.load_lora_weights` cannot load adapters for it.
+        guidance_bank: Bank of guidance's unconditional branch wherever pictures are drawn with this adapter; kept in
+            the exported file. `negative` needs `banks: 2`, and is not for `text_encoders: true`.
+        guidance_prompt: Prompt of that branch, `empty`, or with `guidance_bank: negative` also the `same` prompt.
+    """
 
     kind: ClassVar[str]
     title: ClassVar[str]
     """Its name in messages."""
+    config_class: ClassVar[str]
+    """The name of PEFT's class of its options."""
+    seed: int = 0
+    """Seed of the initial values, for kinds that draw any."""
     mixes_banks: ClassVar[bool] = False
     needs_weights: bool = False
     """Whether it makes whole weights, which a layer must have in their own shape: not packed in 4 bits."""
@@ -54,16 +71,15 @@ class PeftAdapter:
     def __init__(
         self,
         *,
-        banks: int,
-        target_modules: Sequence[str],
-        text_encoders: bool,
-        seed: int,
-        guidance_bank: GuidanceBank,
-        guidance_prompt: GuidancePrompt,
+        banks: int = 1,
+        target_modules: tuple[str, ...] = TARGETS,
+        text_encoders: bool = False,
+        guidance_bank: GuidanceBank = "positive",
+        guidance_prompt: GuidancePrompt = "empty",
     ) -> None:
         if banks not in (1, 2):
             raise UserError(f"{self.kind}.banks: {banks}; allowed: 1, 2.")
-        self.banks, self.seed = banks, seed
+        self.banks = banks
         self.target_modules = tuple(target_modules)
         self.changes_text = text_encoders
         self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
@@ -85,7 +101,9 @@ class PeftAdapter:
 
         layers: those modules' names in the model, and by which name a file calls them.
         """
-        raise NotImplementedError
+        import peft  # a recipe is checked before PEFT is loaded, which takes seconds
+
+        return getattr(peft, self.config_class)(**self._described(part, targets, layers))
 
     def _prepared(self, layer: Any, bank: str) -> None:
         """Called for each new layer and bank, whose parameters are in float32 by then."""

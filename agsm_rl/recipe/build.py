@@ -36,18 +36,19 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     """
     check_places(recipe, fresh=fresh)
     accelerator = accelerator or make_accelerator()
-    parts, optimizer = recipe.parts, recipe.optimizer
+    parts, optimizer, looks = recipe.parts, recipe.optimizer, recipe.gradient_map
     terms = build_terms(recipe)
     backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))
     adapters = parts.adapters(recipe)
     with _located(parts.where):
         ema = recipe.ema
         policy = Policy(backbone, adapters, ema_decay=ema.decay, ema_warm_up=ema.warm_up, ema_every=ema.every)
-    for index, term in enumerate(terms):
-        if term.objective.teacher is not None:
+    teachers = {term.objective.teacher: index for index, term in enumerate(terms)}  # once, whoever learns from it
+    for teacher, index in teachers.items():
+        if teacher is not None:
             with _located(parts.at(f"objectives[{index}].teacher")):
-                taught = attach_to_backbone(backbone, term.objective.teacher, allow_imports=parts.allow_imports)
-                policy.add_teacher(term.objective.teacher, taught.adapters.values())
+                taught = attach_to_backbone(backbone, teacher, allow_imports=parts.allow_imports)
+                policy.add_teacher(teacher, taught.adapters.values())
     if fresh and recipe.start_from is not None:
         with _located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)
@@ -66,7 +67,7 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
             combine=recipe.combine,
             balance=GradientBalance(recipe.weights.decay) if recipe.weights.balance else None,
             accelerator=accelerator,
-            gradient_map=GradientMap(looks.every, looks.levels) if (looks := recipe.gradient_map).every else None,
+            gradient_map=None if looks.every is None else GradientMap(looks.every, looks.levels),
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         )
 

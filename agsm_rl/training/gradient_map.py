@@ -80,15 +80,17 @@ class GradientMap:
         ]
         policy.draw = Draw(trainer.seed, term.name, trainer.step, t_range=term.t)
         policy.acting_for = term.name
-        seen = False
+        seen, whole = False, True
         for part, weight in term.objective.split(item.batch) if len(item.batch) else ():
             if getattr(part, "graph", None) is not None:
-                continue  # it was drawn with the gradients that the step has used up
+                whole = False  # it was drawn with the gradients that the step has used up
+                break
             with policy.recording() as recorded, trainer.accelerator.autocast():
                 loss, _ = term.objective.loss(policy, part)
             rows = [row for row in recorded if row.prediction.requires_grad]
             if not rows or any(row.follows for row in rows):
-                continue
+                whole = False
+                break
             seen = True
             outputs = [row.prediction for row in rows]
             sent = torch.autograd.grad(
@@ -98,7 +100,7 @@ class GradientMap:
                 masks = [self._in_level(row.t, level) for row in rows]
                 if any(mask.any() for mask in masks):
                     _add(total, parameters, outputs, [_masked(*pair) for pair in zip(sent, masks, strict=True)])
-        if not trainer.processes.numbers(float(seen)).any():
+        if not trainer.processes.numbers(float(seen)).any() or not trainer.processes.numbers(float(whole)).all():
             return []
         return [
             dict(zip(total, trainer.processes.mean(list(total.values())), strict=True)) if total else {}
