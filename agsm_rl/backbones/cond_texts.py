@@ -1,17 +1,13 @@
 """The texts that a backbone encodes for training: its `encode_text` answers from the text cache, prompt by prompt."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from agsm_rl.backbones.text_cache import TextCache, at_least
 from agsm_rl.backbones.text_store import LENGTHS, Entry
 from agsm_rl.interfaces import Cond
-
-if TYPE_CHECKING:
-    from agsm_rl.backbones.text_cache import TextCache
 
 FLOAT32 = "float32"
 """The form of a part that is kept in half precision, because that holds its float32 numbers exactly."""
@@ -60,12 +56,6 @@ class CondTexts:
         embeds, pooled, mask = (_whole(part, self._backbone.device) for part in entry)
         assert embeds is not None
         return Cond(embeds, pooled, (text,), mask=mask, combine=getattr(self._backbone, "combine", None))
-
-
-def at_least(count: int, texts: list[str]) -> list[str]:
-    """The texts, followed by short ones if they are fewer than `count` (4 at most)."""
-    others = [text for text in ("", "a", "b", "c", "d") if text not in texts]
-    return [*texts, *others[: max(0, count - len(texts))]]
 
 
 def _part(values: Tensor | None, row: int) -> tuple[str, Tensor | None]:

@@ -4,22 +4,18 @@ A call is taken apart into its prompts and its negative prompts, which are encod
 is put together from them.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from agsm_rl.backbones.text_cache import TextCache
 from agsm_rl.backbones.text_store import LENGTHS, Entry
-
-if TYPE_CHECKING:
-    from agsm_rl.backbones.text_cache import TextCache
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")

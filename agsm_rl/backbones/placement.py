@@ -14,8 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from agsm_rl.backbones.cond_texts import CondTexts
 from agsm_rl.backbones.options import Options
 from agsm_rl.backbones.parts import load_parts, only_variant
+from agsm_rl.backbones.pipeline_texts import PipelineTexts
 from agsm_rl.backbones.residency import TextEncoders, rests_on_cpu, works_on
 from agsm_rl.backbones.text_cache import TextCache
 from agsm_rl.backbones.text_store import FORMAT, TextStore
@@ -79,7 +81,9 @@ def settle(backbone: FrozenPipeline, options: Options, load: Callable[[], Any]) 
         store = TextStore(cache_folder() / f"prompts-{identity}-{FORMAT}")
         store.describe({"kind": "prompts", "backbone": backbone.name, "of": options.checkpoint, "encoders": identity})
     encoders = TextEncoders(parts, backbone.device, lambda: _loaded_again(options, [*parts], load))
-    backbone.text_cache = TextCache(backbone, encoders, store, identity=identity, frees=place == "cache")
+    backbone.text_cache = TextCache(encoders, store, identity=identity, frees=place == "cache")
+    PipelineTexts(backbone.text_cache, backbone.pipeline)
+    CondTexts(backbone.text_cache, backbone)
 
 
 def _text_parts(pipeline: Any) -> set[str]:

@@ -7,16 +7,12 @@ size. On a CPU, a product with one row, two or three rows, or more rows rounds d
 so there a text is kept for each of the three.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
-from agsm_rl.backbones.cond_texts import CondTexts, at_least
-from agsm_rl.backbones.pipeline_texts import PipelineTexts
 from agsm_rl.backbones.residency import TextEncoders
 from agsm_rl.backbones.text_store import AT_ONCE, Entry, TextStore
 from agsm_rl.interfaces import Backbone, Shard
@@ -34,21 +30,19 @@ class _Encoded(Exception):
 
 
 class TextCache:
-    """Encodes the texts of a backbone, each once.
+    """Encodes the texts that CondTexts and PipelineTexts ask for, each once.
 
     encoders: what encodes them. identity: of the encoders (`Backbone.identity("text")`). frees: whether their weights
     are dropped while no new texts come.
     """
 
-    def __init__(self, backbone: Any, encoders: TextEncoders, store: TextStore, *, identity: str, frees: bool) -> None:
+    def __init__(self, encoders: TextEncoders, store: TextStore, *, identity: str, frees: bool) -> None:
         self.encoders, self.identity, self._store, self._frees = encoders, identity, store, frees
         self.is_encoding = False
         self.encoded = 0
         """Texts that were encoded so far, because they were not in the store."""
         self._encoded_before = -1
         self._only_new = False
-        PipelineTexts(self, backbone.pipeline)
-        CondTexts(self, backbone)
 
     def entries(
         self,
@@ -130,6 +124,12 @@ class TextCache:
                         is_reported = True
         finally:
             self._only_new = False
+
+
+def at_least(count: int, texts: list[str]) -> list[str]:
+    """The texts, followed by short ones if they are fewer than `count` (4 at most)."""
+    others = [text for text in ("", "a", "b", "c", "d") if text not in texts]
+    return [*texts, *others[: max(0, count - len(texts))]]
 
 
 def text_cache_of(backbone: Backbone) -> TextCache | None:
