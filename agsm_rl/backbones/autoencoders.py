@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agsm_rl.backbones.parts import BadPart
+from agsm_rl.backbones.model_index import BadPart
 
 
 class Posterior(NamedTuple):

@@ -6,17 +6,9 @@ from typing import Any
 import diffusers
 import torch
 
-from agsm_rl.backbones.quantization import Quantization
-
 
 def on_meta(
-    model_class: Any,
-    source: str,
-    name: str | None,
-    where: Mapping[str, Any],
-    *,
-    dtype: torch.dtype = torch.float32,
-    quantization: Quantization | None = None,
+    model_class: Any, source: str, name: str | None, where: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> Any:
     """A model from its configuration; `name`: its folder in that of a pipeline."""
     folder = {} if name is None else {"subfolder": name}
@@ -28,8 +20,6 @@ def on_meta(
         config = model_class.config_class.from_pretrained(source, **folder, **where)
         with torch.device("meta"):
             model = model_class(config).to(dtype)
-    if quantization is not None:
-        quantization.empty(model)
     return model
 
 

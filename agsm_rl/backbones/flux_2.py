@@ -21,8 +21,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from agsm_rl.adapters.token_places import StreamPlaces, UNetPlace, no_unet, uncompiled
 from agsm_rl.backbones.autoencoders import Autoencoder, Posterior, is_finite
 from agsm_rl.backbones.flow_pipeline import FlowPipeline
+from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options
-from agsm_rl.backbones.parts import BadPart
 from agsm_rl.backbones.rotary_rows import drop_from_front, put_in_front
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Cond, Tokens

@@ -21,8 +21,8 @@ from agsm_rl.backbones.compiling import compile_denoiser
 from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.identity import digest_parts
 from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
+from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options, check_device
-from agsm_rl.backbones.parts import BadPart
 from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.backbones.text_cache import TextCache
 from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed

@@ -21,13 +21,11 @@ from torch import nn
 from agsm_rl.backbones import kinds
 from agsm_rl.backbones.empty_models import on_meta
 from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
+from agsm_rl.backbones.model_index import BadPart, check_index, check_object
 from agsm_rl.backbones.parts import (
-    BadPart,
     check_complete,
     check_config,
-    check_index,
     check_noise,
-    check_object,
     check_single_file,
     check_tokenizers,
     load_parts,
@@ -297,7 +295,9 @@ def _load_denoiser(
         check_config(config, part=name)
         if empty:
             where_from = {"local_files_only": only}
-            loaded = on_meta(model, source, subfolder, where_from, dtype=options["dtype"], quantization=quantization)
+            loaded = on_meta(model, source, subfolder, where_from, dtype=options["dtype"])
+            if quantization is not None:
+                quantization.empty(loaded)
         else:
             variant = only_variant(Path(source) / (subfolder or ""))
             loaded = load_whole(

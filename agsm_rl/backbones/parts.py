@@ -5,38 +5,25 @@ place for, with a warning at most. Here every weight of a part must come from it
 have a place, the files must be safetensors, and a configuration may not name code or kernels to be fetched.
 """
 
-import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.backbones.empty_models import config_of, on_meta
+from agsm_rl.backbones.model_index import BadPart, check_index, check_object, class_of
 from agsm_rl.backbones.quantization import Quantization
 from agsm_rl.backbones.quantized_layers import train_through
 from agsm_rl.errors import UserError
 from agsm_rl.files import parse_json, read_json
 
-NEEDED = ("vae", "unet", "transformer", "scheduler")
-"""Parts without which no pipeline draws."""
-LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-COMPONENTS = (
-    nn.Module,
-    diffusers.SchedulerMixin,
-    transformers.PreTrainedTokenizerBase,
-    transformers.ImageProcessingMixin,
-    transformers.FeatureExtractionMixin,
-)
 FOREIGN_KEYS = {
     "auto_map": "code of its own",
     "custom_pipelines": "code of its own",
@@ -53,10 +40,6 @@ CONFIGURATIONS = (
 HUB_OPTIONS = ("local_files_only", "revision")
 """Options of from_pretrained that say which files of the hub are read."""
 ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
-
-
-class BadPart(ValueError):
-    """What is wrong with one part of a pipeline, for the message that names the pipeline."""
 
 
 def load_parts(
@@ -78,7 +61,7 @@ def load_parts(
     index = DiffusionPipeline.load_config(source, **where)
     check_index(index, replaced=replaced)
     for name, entry in index.items():
-        component = _class_of(entry)
+        component = class_of(entry)
         if name in replaced or component is None:
             continue
         with _named(f"its {name} ({entry[1]})", source):
@@ -107,7 +90,10 @@ def _load_model(
     if Path(source).is_dir():
         _check_files(Path(source) / name, variant)
     if empty:
-        return on_meta(model_class, source, name, where, dtype=options["dtype"], quantization=quantization)
+        model = on_meta(model_class, source, name, where, dtype=options["dtype"])
+        if quantization is not None:
+            quantization.empty(model)
+        return model
     return load_whole(model_class, source, name, part=name, variant=variant, options=options, quantization=quantization)
 
 
@@ -140,12 +126,6 @@ def _check_objects(folder: Path) -> None:
             except UserError as error:
                 raise BadPart(f"its {folder.name} cannot be loaded: {error} Take another copy.") from error
             check_object(content, f"{folder.name}/{name}")
-
-
-def check_object(content: Any, file: str) -> None:
-    """BadPart for the content of a JSON file that is not an object."""
-    if not isinstance(content, Mapping):
-        raise BadPart(f"its {file} holds {json.dumps(content):.60}, but must be a JSON object; take another copy.")
 
 
 def load_whole(
@@ -192,7 +172,7 @@ def check_single_file(source: str, config: str, *, replaced: Mapping[str, Any], 
         names = list(file.keys())
         tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     for name, entry in DiffusionPipeline.load_config(config, local_files_only=local_only).items():
-        model_class = _class_of(entry)
+        model_class = class_of(entry)
         convert = SINGLE_FILE_LOADABLE_CLASSES.get(entry[1], {}).get("checkpoint_mapping_fn") if model_class else None
         if convert is None or name in replaced:
             continue
@@ -252,51 +232,6 @@ def check_scheduler(scheduler: Any, key: str, example: str) -> None:
         )
 
 
-def check_index(index: Mapping[str, Any], *, replaced: Mapping[str, Any]) -> None:
-    """BadPart for a model_index.json with a component that is not an ordinary class of diffusers or transformers.
-
-    diffusers before 0.41 imports any library that is named there. Those that are `replaced` are not loaded.
-    """
-    check_object(index, "model_index.json")
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    parameters = inspect.signature(pipeline_class).parameters if isinstance(pipeline_class, type) else {}
-    needed = [name for name in NEEDED if name in parameters]
-    if "text_encoder_2" not in parameters:  # pipelines of several encoders do without some
-        needed += [name for name in ("text_encoder", "tokenizer") if name in parameters]
-    for name in {**index, **dict.fromkeys(needed)}:
-        entry = index.get(name)
-        if name.startswith("_") or name in replaced:
-            continue
-        if entry is None or isinstance(entry, list | tuple) and entry and set(entry) == {None}:
-            if name in needed:
-                raise BadPart(f"model_index.json names no {name}, which its pipeline needs; take a complete copy.")
-        elif not _is_flag(entry, name, parameters) and _class_of(entry) is None:
-            raise BadPart(
-                f"its {name} is {entry!r:.100} in model_index.json, but must be [library, class], as in "
-                '["diffusers", "AutoencoderKL"]; models, schedulers, tokenizers and image processors of diffusers and '
-                "transformers are loaded, and no other code."
-            )
-
-
-def models_of(source: str) -> dict[str, Any]:
-    """The models of the pipeline in `source` (a folder or hub id), without data, by their names."""
-    index = DiffusionPipeline.load_config(source)
-    check_index(index, replaced={})
-    classes = {name: component for name, entry in index.items() if (component := _class_of(entry)) is not None}
-    return {
-        name: on_meta(component, source, name, {})
-        for name, component in classes.items()
-        if issubclass(component, nn.Module)
-    }
-
-
-def _is_flag(entry: Any, name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether an entry of model_index.json is a setting of the pipeline's, such as `requires_safety_checker`."""
-    if isinstance(entry, list | tuple):
-        return False
-    return name not in parameters or isinstance(parameters[name].default, bool) or name == "add_watermarker"
-
-
 def check_config(config: Mapping[str, Any], *, part: str) -> None:
     """BadPart for a configuration that names code, kernels or a quantisation."""
     for key, meaning in FOREIGN_KEYS.items():
@@ -319,14 +254,6 @@ def _refuse(what: str, noun: str, names: Iterable[str]) -> None:
     names = sorted(str(name) for name in names)
     if names:
         raise BadPart(f"{what} {len(names)} {noun}{'s' if len(names) > 1 else ''}, first '{names[0]}'.")
-
-
-def _class_of(entry: Any) -> Any:
-    """The class of a component in model_index.json, if it is one of COMPONENTS of a library that we load."""
-    if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
-        return None
-    named = getattr(LIBRARIES.get(entry[0]), entry[1], None)
-    return named if isinstance(named, type) and issubclass(named, COMPONENTS) else None
 
 
 def _variant_of(file: Path) -> str | None:

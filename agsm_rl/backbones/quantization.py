@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import nn
 
+from agsm_rl.backbones.model_index import models_of
 from agsm_rl.backbones.quantized_layers import count_as_quantized
 from agsm_rl.errors import UserError, unknown_name
 
@@ -143,8 +144,6 @@ def pipeline_config(kind: Quantize, checkpoint: str, *, dtype: torch.dtype) -> d
     The pipeline is the same, bit for bit: exported adapters can be attached to it. `checkpoint`: the pipeline's folder
     or hub id; `dtype`: that of the pipeline.
     """
-    from agsm_rl.backbones.parts import models_of
-
     quantization = Quantization(kind, dtype)
     parts = {name: part for name, part in models_of(checkpoint).items() if quantization.covers(name)}
     return diffusers.PipelineQuantizationConfig(

@@ -14,7 +14,7 @@ from bad_input import assert_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from agsm_rl.backbones.parts import BadPart, check_index
+from agsm_rl.backbones.model_index import BadPart, check_index
 from agsm_rl.compat.trl import DefaultDDPOStableDiffusionPipeline
 from agsm_rl.errors import UserError
 from agsm_rl.sweep.executors import run_job
