@@ -43,14 +43,15 @@ def load_backbone(checkpoint: str, **options: Any) -> Backbone:
     from agsm_rl.backbones.loading import find_kind
 
     found = find_kind(checkpoint, local_files_only=options.get("local_files_only", False))
-    kind = kinds.kind_of(found)
+    kind: Any = kinds.kind_of(found)
     assert kind is not None  # find_kind says so
     taken = signature(kind).parameters
     foreign = {name for name in own_options("backbones") if name not in taken}
     for name in sorted(foreign & options.keys()):
         if options.pop(name) is not None:
             raise UserError(f"backbone.{name}: a {found} has no such option; leave it out.")
-    return kind(checkpoint, **options)
+    backbone: Backbone = kind(checkpoint, **options)
+    return backbone
 
 
 def backbone_of(
@@ -60,10 +61,13 @@ def backbone_of(
     from agsm_rl.backbones import kinds
     from agsm_rl.backbones.loading import unsupported
 
-    kind = kinds.kind_of(type(pipeline).__name__)
+    kind: Any = kinds.kind_of(type(pipeline).__name__)
     if kind is None:
         raise unsupported("pipeline", type(pipeline).__name__)
-    return kind.from_pipeline(pipeline, resolution=resolution, gradient_checkpointing=gradient_checkpointing)
+    backbone: Backbone = kind.from_pipeline(
+        pipeline, resolution=resolution, gradient_checkpointing=gradient_checkpointing
+    )
+    return backbone
 
 
 __all__ = ["FlowPipeline", "FrozenPipeline", "StableDiffusion", "StableDiffusion3", "backbone_of", "load_backbone"]

@@ -1,26 +1,24 @@
 """The kinds of backbones that there are: every registered class, and which of them a pipeline or a file is.
 
-A kind is declared by its class alone (`FrozenPipeline`'s class attributes) and one line in registry.py.
+A kind is declared by its class alone (declaration.py) and one line in registry.py.
 """
 
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from inspect import isclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agsm_rl import registry
+from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 
 STABLE_DIFFUSION = "agsm_rl.backbones.stable_diffusion:StableDiffusion"
 """`use: stable_diffusion` takes every kind, as it did before there was `auto`, so the registry does not name it."""
 
 
 @cache
-def _builtin_kinds() -> "tuple[type[FrozenPipeline], ...]":
+def _builtin_kinds() -> tuple[type[Declaration], ...]:
     targets = [STABLE_DIFFUSION, *registry.BUILTIN["backbones"].values()]
     found: list[Any] = []
     for module, _, name in (target.partition(":") for target in targets):
@@ -29,12 +27,10 @@ def _builtin_kinds() -> "tuple[type[FrozenPipeline], ...]":
     return tuple(dict.fromkeys(classes))
 
 
-def _kinds() -> "list[type[FrozenPipeline]]":
+def _kinds() -> list[type[Declaration]]:
     """The builtin kinds first, then those of other packages, then those that a recipe names by `module:Class`."""
-    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
-
     import_from_packages()
-    imported = [kind for kind in _descendants(FrozenPipeline) if hasattr(kind, "wraps")]
+    imported = [kind for kind in _descendants(Declaration) if hasattr(kind, "wraps")]
     return list(dict.fromkeys([*_builtin_kinds(), *imported]))
 
 
@@ -50,13 +46,13 @@ def import_from_packages() -> list[str]:
     return mistakes
 
 
-def _descendants(kind: "type[FrozenPipeline]") -> "Iterator[type[FrozenPipeline]]":
+def _descendants(kind: type[Declaration]) -> Iterator[type[Declaration]]:
     for child in kind.__subclasses__():
         yield child
         yield from _descendants(child)
 
 
-def kind_of(pipeline_class: str) -> "type[FrozenPipeline] | None":
+def kind_of(pipeline_class: str) -> type[Declaration] | None:
     """The backbone that wraps a pipeline class of that name."""
     for kind in _kinds():
         if pipeline_class in kind.wraps:
@@ -75,17 +71,9 @@ def single_file_markers() -> dict[str, str]:
     return dict(sorted(markers.items(), key=lambda entry: -len(entry[0])))
 
 
-def is_flow_pipeline(pipeline_class: str) -> bool:
-    """Whether pipelines of that class predict a flow."""
-    from agsm_rl.backbones.flow_pipeline import FlowPipeline
-
-    kind = kind_of(pipeline_class)
-    return kind is not None and issubclass(kind, FlowPipeline)
-
-
-def is_flow_by_name(checkpoint: str) -> bool:
-    """The same by what hub ids of the kind are usually called."""
-    from agsm_rl.backbones.flow_pipeline import FlowPipeline
-
-    flows = [kind for kind in _builtin_kinds() if issubclass(kind, FlowPipeline)]
-    return any(part in checkpoint.lower() for kind in flows for part in kind.called)
+def kind_by_name(checkpoint: str) -> type[Declaration] | None:
+    """The builtin backbone whose hub ids are usually called so."""
+    for kind in _builtin_kinds():
+        if any(part in checkpoint.lower() for part in kind.called):
+            return kind
+    return None

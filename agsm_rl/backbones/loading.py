@@ -6,7 +6,7 @@ LoRA fused in, so that post-training begins at published weights (Diffusion-DPO'
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.backbones import kinds
+from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.empty_models import on_meta
 from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
 from agsm_rl.backbones.model_index import BadPart, check_index, check_object
@@ -36,9 +37,6 @@ from agsm_rl.backbones.quantization import Quantization, check_loadable
 from agsm_rl.backbones.quantized_layers import stored_tensors
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
-
-if TYPE_CHECKING:
-    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 
 BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
 DENOISER = "model.diffusion_model."
@@ -273,7 +271,7 @@ def _text_encoders_beside(
 def _load_denoiser(
     name: str,
     given: str,
-    kind: "type[FrozenPipeline]",
+    kind: type[Declaration],
     pipeline_class: str,
     base: str | None,
     options: dict[str, Any],

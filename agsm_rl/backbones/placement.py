@@ -4,17 +4,16 @@ While the denoiser works, the parts in `waiting_parts` are not on its device; th
 denoiser itself always stays: it is trained through, so its weights are needed until the end of the backward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from agsm_rl.backbones.cond_texts import CondTexts
+from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.backbones.options import Options
 from agsm_rl.backbones.parts import load_parts, only_variant
 from agsm_rl.backbones.pipeline_texts import PipelineTexts
@@ -23,9 +22,6 @@ from agsm_rl.backbones.text_cache import TextCache
 from agsm_rl.backbones.text_store import FORMAT, TextStore
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.sources.cache_folder import cache_folder
-
-if TYPE_CHECKING:
-    from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 
 TextPlace = Literal["load", "offload", "cache"]
 """Where text encoders are while they are not in use."""
@@ -65,8 +61,8 @@ def move(pipeline: Any, device: str | torch.device, waiting: Collection[str]) ->
     return pipeline
 
 
-def settle(backbone: FrozenPipeline, options: Options, load: Callable[[], Any]) -> None:
-    """Have the parts of a loaded backbone wait, and its autoencoder work, as the options say.
+def settle(backbone: Any, options: Options, load: Callable[[], Any]) -> None:
+    """Have the parts of a loaded FrozenPipeline wait, and its autoencoder work, as the options say.
 
     `load` loads the whole pipeline again, on the CPU.
     """
@@ -93,8 +89,6 @@ def _text_parts(pipeline: Any) -> set[str]:
 
 def _loaded_again(options: Options, names: list[str], load: Callable[[], Any]) -> dict[str, nn.Module]:
     """The text encoders alone where the checkpoint has files for each part; else those of the whole pipeline."""
-    from agsm_rl.backbones.loading import find_checkpoint
-
     source = find_checkpoint(options.checkpoint)
     if Path(source).is_file() or options.lora is not None or options.quantize is not None:
         pipeline = load()
@@ -106,7 +100,7 @@ def _loaded_again(options: Options, names: list[str], load: Callable[[], Any]) -
     return load_parts(source, others, {"dtype": dtype, **where}, variant=variant, empty=False)
 
 
-def _set_up_vae(backbone: FrozenPipeline, options: Options) -> None:
+def _set_up_vae(backbone: Any, options: Options) -> None:
     switches = {"vae_slicing": "enable_slicing", "vae_tiling": "enable_tiling"}
     asked = [name for name in switches if getattr(options, name)]
     if not asked and not options.cpu_offload:

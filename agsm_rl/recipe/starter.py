@@ -88,13 +88,15 @@ def default_objectives(wishes: Wishes) -> tuple[str, ...]:
 
 def is_flow(checkpoint: str) -> bool:
     """Whether it is a flow model, by its model_index.json or by its name; no hub is asked."""
-    from agsm_rl.backbones.kinds import is_flow_by_name, is_flow_pipeline  # diffusers takes seconds to load
+    from agsm_rl.backbones import FlowPipeline, kinds  # diffusers takes seconds to load
 
     index = Path(checkpoint) / "model_index.json"
     if index.is_file():
-        found = parse_json(read_text(index), where=str(index))
-        return isinstance(found, dict) and is_flow_pipeline(str(found.get("_class_name")))
-    return is_flow_by_name(checkpoint)
+        content = parse_json(read_text(index), where=str(index))
+        kind = kinds.kind_of(str(content.get("_class_name"))) if isinstance(content, dict) else None
+    else:
+        kind = kinds.kind_by_name(checkpoint)
+    return kind is not None and issubclass(kind, FlowPipeline)
 
 
 def starter_recipe(wishes: Wishes, file: Path) -> str:
