@@ -73,7 +73,25 @@ class NoPosterior(Autoencoder):
         return latents / vae.config.scaling_factor
 
 
-class ChannelStatistics(Autoencoder):
+class Standardised(Autoencoder):
+    """Latents less their mean, over their spread, channel by channel; each kind says where those stand."""
+
+    def scale(self, latents: Tensor, vae: Any) -> Tensor:
+        """(latents − mean) / std."""
+        mean, std = self._statistics(latents, vae)
+        return (latents - mean) / std
+
+    def unscale(self, latents: Tensor, vae: Any) -> Tensor:
+        """latents · std + mean."""
+        mean, std = self._statistics(latents, vae)
+        return latents * std + mean
+
+    def _statistics(self, latents: Tensor, vae: Any) -> tuple[Tensor, Tensor]:
+        """The mean and the standard deviation [1, C, 1, 1], of the latents' dtype and on their device."""
+        raise NotImplementedError
+
+
+class ChannelStatistics(Standardised):
     """Normalised channel by channel by `latents_mean` and `latents_std`; `frames`: of videos [B, C, T, h, w], T = 1."""
 
     def __init__(self, *, channels: str = "latent_channels", frames: bool = False) -> None:
@@ -96,24 +114,14 @@ class ChannelStatistics(Autoencoder):
         posterior = super().encode(vae, pixels[:, :, None] if self._frames else pixels)
         return Posterior(*(part[:, :, 0] for part in posterior if part is not None)) if self._frames else posterior
 
-    def scale(self, latents: Tensor, vae: Any) -> Tensor:
-        """(latents − mean) / std."""
-        mean, std = self._statistics(latents, vae)
-        return (latents - mean) / std
-
-    def unscale(self, latents: Tensor, vae: Any) -> Tensor:
-        """latents · std + mean."""
-        mean, std = self._statistics(latents, vae)
-        return latents * std + mean
-
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Of the only frame."""
         pixels = super().decode(vae, latents[:, :, None] if self._frames else latents)
         return pixels[:, :, 0] if self._frames else pixels
 
-    def _statistics(self, latents: Tensor, vae: Any) -> list[Tensor]:
-        names = ("latents_mean", "latents_std")
-        return [torch.tensor(vae.config[name]).view(1, -1, 1, 1).to(latents) for name in names]
+    def _statistics(self, latents: Tensor, vae: Any) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
+        return mean.view(1, -1, 1, 1).to(latents), std.view(1, -1, 1, 1).to(latents)
 
 
 def check_scale(config: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from agsm_rl.adapters.token_places import StreamPlaces, UNetPlace, no_unet, uncompiled
-from agsm_rl.backbones.autoencoders import Autoencoder, Posterior, is_finite
+from agsm_rl.backbones.autoencoders import Posterior, Standardised, is_finite
 from agsm_rl.backbones.flow_pipeline import FlowPipeline
 from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options
@@ -37,7 +37,7 @@ TEXTS_AT_ONCE = 8
 """Prompts that are encoded in one pass, since all hidden states of all layers are kept until its end."""
 
 
-class PatchStatistics(Autoencoder):
+class PatchStatistics(Standardised):
     """FLUX.2's: its latents in patches, each channel of a patch normalised by the batch norm's running statistics."""
 
     def channels(self, config: Any) -> int:
@@ -57,16 +57,6 @@ class PatchStatistics(Autoencoder):
         mode, mean, std = super().encode(vae, pixels)
         assert std is not None
         return Posterior(*(pixel_unshuffle(part, PATCH) for part in (mode, mean, std)))
-
-    def scale(self, latents: Tensor, vae: Any) -> Tensor:
-        """(latents − mean) / std."""
-        mean, std = self._statistics(latents, vae)
-        return (latents - mean) / std
-
-    def unscale(self, latents: Tensor, vae: Any) -> Tensor:
-        """latents · std + mean."""
-        mean, std = self._statistics(latents, vae)
-        return latents * std + mean
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Of patches."""
