@@ -29,7 +29,7 @@ from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
 from agsm_rl.source_code import takes
-from agsm_rl.training.precision import own_precision
+from agsm_rl.training.precision import own_precision, widest_float
 from agsm_rl.training.sizes import Resolution, check_resolution
 
 logger = logging.getLogger(__name__)
@@ -203,8 +203,7 @@ class FrozenPipeline(Declaration):
         """
         name = self.time_argument
         time = torch.as_tensor(kwargs[name] if name in kwargs else args[self._time_position])
-        wide = torch.float32 if time.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        return self.level_of(time.to(wide))
+        return self.level_of(time.to(widest_float(time.device)))
 
     @property
     def token_limit(self) -> int:

@@ -17,7 +17,7 @@ from agsm_rl.backbones.frozen_pipeline import FrozenPipeline
 from agsm_rl.backbones.parts import check_scheduler
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Cond
-from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32, widest_float
 from agsm_rl.training.sizes import Resolution
 
 
@@ -123,8 +123,9 @@ class StableDiffusion(FrozenPipeline):
     def timesteps(self, t: Tensor) -> Tensor:
         """The network's timesteps ⌊1000·t⌋ [B] for noise levels t [B] in [0, 1)."""
         # n / 1000 in float32 may lie just below n / 1000; a thousandth of a timestep is far above that error.
-        wide = torch.float32 if t.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        return (t.to(wide) * self._num_timesteps + 1e-3).floor().long().clamp(0, self._num_timesteps - 1)
+        return (
+            (t.to(widest_float(t.device)) * self._num_timesteps + 1e-3).floor().long().clamp(0, self._num_timesteps - 1)
+        )
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = √ᾱ·x0 + √(1 − ᾱ)·noise [B, C, h, w]."""

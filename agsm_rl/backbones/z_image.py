@@ -21,7 +21,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Combine, Cond, Tokens
 from agsm_rl.source_code import takes
 from agsm_rl.training.guidance import Arguments, Branches
-from agsm_rl.training.precision import at_least_float32
+from agsm_rl.training.precision import at_least_float32, widest_float
 
 TEXT_LENGTH = 512
 """Tokens that are read of a prompt with its chat marks: the pipeline's default."""
@@ -39,8 +39,10 @@ class Lists(Branches):
 
     def unconditional(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool] | None:
         """The second half of the rows, but of steps that the pipeline does not guide (`cfg_truncation`)."""
-        until = getattr(pipeline, "_cfg_truncation", None)
-        if len(args) < 3 or (until is not None and until <= 1 and float(args[1][0]) > until):
+        if len(args) < 3:
+            return None
+        past = _is_past(args[1], getattr(pipeline, "_cfg_truncation", None))
+        if past is not None and past[0]:
             return None
         return [row >= len(args[2]) // 2 for row in range(len(args[2]))]
 
@@ -195,6 +197,13 @@ def _reversed(t: Tensor) -> Tensor:
     return (1000 - t.float() * 1000) / 1000
 
 
+def _is_past(time: Tensor, until: float | None) -> Tensor | None:
+    """Which rows the pipeline no longer guides at the transformer's time [B], bool [B]; None: it guides at any time."""
+    if until is None or until > 1:
+        return None
+    return time.to(widest_float(time.device)) > until  # the pipeline compares Python's numbers
+
+
 def _captions(cond: Cond, dtype: torch.dtype) -> list[Tensor]:
     """Each row's text [S_i, D], without the padding at its end; the meta device knows no lengths."""
     embeds = cond.embeds.to(dtype)
@@ -211,9 +220,8 @@ def _guide(
     if longest is not None:
         length, limit = _norms(guided), longest * _norms(cond)
         guided = torch.where(length > limit, guided * (limit / length), guided)
-    if until is not None and until <= 1:
-        guided = torch.where(_reversed(t)[:, None, None, None] > until, cond, guided)
-    return guided
+    past = _is_past(_reversed(t), until)
+    return guided if past is None else torch.where(past[:, None, None, None], cond, guided)
 
 
 def _norms(predictions: Tensor) -> Tensor:

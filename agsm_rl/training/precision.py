@@ -11,6 +11,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, in which noise levels are compared; float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def own_precision(device: torch.device) -> AbstractContextManager[object]:
     """Within the block, operations on the device keep their tensors' own precision, whatever the run's."""
     if not torch.amp.is_autocast_available(device.type):

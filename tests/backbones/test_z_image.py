@@ -62,6 +62,13 @@ def test_guided_steps_are_the_pipeline_s_bit_for_bit(make, guidance: float, form
     assert forms.items() <= backbone.call_options.items()
 
 
+def test_an_exact_tie_ends_guidance_as_in_the_pipeline(make) -> None:
+    uncond, cond = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    t = torch.tensor([0.7, 0.75])  # 1 - t is 0.3 and 0.25; in float32, 0.3 is a little above Python's
+    guided = make(cfg_truncation=0.3).combine(uncond, cond, 3.0, t)
+    assert guided[:, 0, 0, 0].tolist() == [1, 3]
+
+
 @torch.no_grad()
 def test_a_prompt_is_read_as_a_chat_message_and_its_padding_is_dropped(make) -> None:
     backbone = make()
