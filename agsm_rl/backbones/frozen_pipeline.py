@@ -70,11 +70,11 @@ class FrozenPipeline(Declaration):
         options = Options(checkpoint, **given)
         if options.dtype not in DTYPES:
             raise unknown_name("backbone.dtype", options.dtype, "a dtype", DTYPES)
-        found = find_kind(checkpoint, local_files_only=options.local_files_only)
-        if found not in self.wraps:
-            other = kinds.kind_of(found)
+        pipeline_class = find_kind(checkpoint, local_files_only=options.local_files_only)
+        if pipeline_class not in self.wraps:
+            other = kinds.kind_of(pipeline_class)
             raise UserError(
-                f"backbone.checkpoint: '{checkpoint}' is a {found}, which {self.use} does not take; write "
+                f"backbone.checkpoint: '{checkpoint}' is a {pipeline_class}, which {self.use} does not take; write "
                 f"`use: {other.use if other else 'auto'}`."
             )
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +83,7 @@ class FrozenPipeline(Declaration):
         load = partial(
             load_pipeline,
             checkpoint,
+            pipeline_class=pipeline_class,
             dtype=dtype,
             local_files_only=options.local_files_only,
             denoisers={"unet": options.unet, "transformer": options.transformer},

@@ -109,6 +109,7 @@ def load_pipeline(
     revision: str | None = None,
     key: str = "backbone.checkpoint",
     quantization: Quantization | None = None,
+    pipeline_class: str | None = None,
 ) -> Any:
     """Load the checkpoint's pipeline; UserError if that fails, or if no backbone is of its kind.
 
@@ -116,18 +117,21 @@ def load_pipeline(
     config: for a single file, the pipeline folder or hub id that says how its parts are built. empty: on
     torch's meta device. The parts of a folder or hub id are then built from their configurations alone. revision: of
     the hub's files. key: what names the checkpoint, for messages. quantization: of the denoiser and the text encoders.
+    pipeline_class: its name, where `find_kind` has told it already.
 
     If a folder's files are all of one variant, such as fp16, that one is read. A part whose files lack a weight, or
     hold a tensor that it has no place for, is refused (parts.py).
     """
     with cache_where_unreachable(checkpoint, *(denoisers or {}).values(), lora, config):
+        name = pipeline_class or find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
         return _load_pipeline(
-            checkpoint, dtype, local_files_only, denoisers or {}, lora, config, empty, revision, key, quantization
+            checkpoint, name, dtype, local_files_only, denoisers or {}, lora, config, empty, revision, key, quantization
         )
 
 
 def _load_pipeline(
     checkpoint: str,
+    name: str,
     dtype: torch.dtype,
     local_files_only: bool,
     denoisers: Mapping[str, str | None],
@@ -138,7 +142,6 @@ def _load_pipeline(
     key: str,
     quantization: Quantization | None,
 ) -> Any:
-    name = find_kind(checkpoint, local_files_only=local_files_only, revision=revision, key=key)
     kind = kinds.kind_of(name)
     assert kind is not None
     source, where = find_checkpoint(checkpoint, key), f"{key}: '{checkpoint}'"
