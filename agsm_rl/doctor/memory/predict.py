@@ -73,7 +73,7 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
         return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
     with Rehearsal() as rehearsal:
         trainer = build_trainer(_for_rehearsal(recipe))
-        waiting = waiting_sizes(trainer.policy.backbone, recipe.backbone.options)
+        waiting = waiting_sizes(trainer.policy.backbone)
         resident = always_in_use(trainer, waiting)
         try:
             passes = _rehearse(trainer, recipe, rehearsal, waiting)

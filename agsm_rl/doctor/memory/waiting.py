@@ -18,13 +18,9 @@ ENCODING = "encoding texts"
 """The phase in which text encoders that wait elsewhere are on the device."""
 
 
-def waiting_sizes(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the parts that wait, by their names in the pipeline, for the options of a recipe's backbone."""
-    from agsm_rl.backbones.options import Options
-    from agsm_rl.backbones.placement import waiting_parts
-
-    asked = Options("", text=options.get("text"), cpu_offload=options.get("cpu_offload"))
-    return {name: bytes_of(getattr(backbone.pipeline, name)) for name in waiting_parts(backbone.pipeline, asked)}
+def waiting_sizes(backbone: Backbone) -> dict[str, int]:
+    """Bytes of the parts that wait, by their names in the pipeline."""
+    return {name: bytes_of(getattr(backbone.pipeline, name)) for name in getattr(backbone, "waiting", ())}
 
 
 def bytes_of(part: nn.Module) -> int:
