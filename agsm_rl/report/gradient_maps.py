@@ -65,7 +65,8 @@ def _of_run(run: Run) -> list[PairMap]:
     edges, blocks = looks[-1]["edges"], looks[-1]["blocks"]
     looks = [look for look in looks if look["edges"] == edges and look["blocks"] == blocks]
     levels = [f"{low:.2g} to {high:.2g}" for low, high in zip(edges, edges[1:], strict=False)]
-    found = []
+    lengths = _lengths(run)
+    maps = []
     for pair in dict.fromkeys(name for look in looks for name in look["cosines"]):
         first, _, second = pair.partition("/")
         seen = [look["cosines"][pair] for look in looks if pair in look["cosines"]]
@@ -74,9 +75,9 @@ def _of_run(run: Run) -> list[PairMap]:
             (block, [Cell(_number(table[level, column])) for level in range(len(levels))])
             for column, block in enumerate(blocks)
         ]
-        advice = _advice_on_levels(table, edges, first, second) + _advice_on_lengths(run, first, second)
-        found.append(PairMap(run.name, first, second, len(seen), levels, rows, advice))
-    return found
+        advice = _advice_on_levels(table, edges, first, second) + _advice_on_lengths(lengths, first, second)
+        maps.append(PairMap(run.name, first, second, len(seen), levels, rows, advice))
+    return maps
 
 
 def _is_whole(row: Mapping[str, Any]) -> bool:
@@ -122,22 +123,27 @@ def _advice_on_levels(table: np.ndarray[Any, Any], edges: Sequence[float], first
     return [f"{first} and {second} fight at noise levels {where} alone: keep one of them out by `t: [low, high]`."]
 
 
-def _advice_on_lengths(run: Run, first: str, second: str) -> list[str]:
-    """What to do about gradients of very different length, weights included."""
+def _lengths(run: Run) -> dict[str, float]:
+    """The median length of each term's gradient, weights included; without terms whose weight is a schedule."""
+    steps = read_rows(RunFolder(run.path).metrics)
     lengths = {}
-    for term in (first, second):
+    for term in run.recipe.get("objectives", []):
+        name, weight = term.get("name"), term.get("weight", 1.0)
         values = [
-            row[f"{term}/grad_norm"] * row.get(f"{term}/balance", 1.0)
-            for row in read_rows(RunFolder(run.path).metrics)
-            if isinstance(row.get(f"{term}/grad_norm"), int | float)
+            step[f"{name}/grad_norm"] * step.get(f"{name}/balance", 1.0)
+            for step in steps
+            if isinstance(step.get(f"{name}/grad_norm"), int | float)
         ]
-        weight = next(
-            (one.get("weight", 1.0) for one in run.recipe.get("objectives", []) if one.get("name") == term), None
-        )
-        if not values or not isinstance(weight, int | float):
-            return []
-        lengths[term] = abs(weight) * float(np.median(values))
-    short, long = sorted(lengths, key=lengths.__getitem__)
+        if values and isinstance(weight, int | float):
+            lengths[name] = abs(weight) * float(np.median(values))
+    return lengths
+
+
+def _advice_on_lengths(lengths: Mapping[str, float], first: str, second: str) -> list[str]:
+    """What to do about gradients of very different length."""
+    if first not in lengths or second not in lengths:
+        return []
+    short, long = sorted((first, second), key=lengths.__getitem__)
     if lengths[short] <= 0 or lengths[long] < UNEQUAL * lengths[short]:
         return []
     return [

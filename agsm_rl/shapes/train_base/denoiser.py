@@ -68,11 +68,7 @@ def train_denoiser(
         one = torch.ones(len(x0), 1, 1, 1)
         weight = layout.weight(backbone.add_noise(one, torch.zeros_like(one), t).flatten())
         x_t = backbone.add_noise(x0, noise, t)
-        if teacher is None:
-            target = backbone.target(x0, noise, t)
-        else:
-            with torch.no_grad():
-                target = teacher.predict(x_t, t, teacher.encode_text(captions))
+        target = backbone.target(x0, noise, t) if teacher is None else _predicted(teacher, x_t, t, captions)
         with layout.precision():
             prediction = backbone.predict(x_t, t, cond)
         error = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -96,15 +92,23 @@ def train_denoiser(
     denoiser.requires_grad_(False).eval()
 
 
+@torch.no_grad()
+def _predicted(teacher: Backbone, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+    """What the teacher predicts for the captions."""
+    return teacher.predict(x_t, t, teacher.encode_text(captions))
+
+
 @contextmanager
 def _averaged(denoiser: nn.Module, ema: EMAModel) -> Iterator[None]:
     """Within the block, the denoiser has the EMA's weights."""
     ema.store(denoiser.parameters())
     ema.copy_to(denoiser.parameters())
     denoiser.eval()
-    yield
-    ema.restore(denoiser.parameters())
-    denoiser.train()
+    try:
+        yield
+    finally:
+        ema.restore(denoiser.parameters())
+        denoiser.train()
 
 
 @torch.no_grad()
