@@ -13,11 +13,12 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Cond, Shard
 from agsm_rl.policy import Policy
-from agsm_rl.sources.bucket_order import BucketedRows
+from agsm_rl.sources.bucket_order import BucketOrder
 from agsm_rl.sources.buckets import Crop, check_buckets
 from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.frames import Frames, buckets_for, read_sizes
 from agsm_rl.sources.images import Builtins, column_names, open_dataset
+from agsm_rl.sources.order import Order
 from agsm_rl.sources.pictures import read_picture
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
@@ -129,32 +130,23 @@ class DataSet(Generic[Read]):
                 found, image_columns=image_columns, caption_column=caption_column, kept=self.cache, where=self.where
             )
             found = found.remove_columns(_pictures(found, image_columns))
-        return ShuffledRows(found, seed=self._seed, name=self._name, kept=usable)
+        return ShuffledRows(found, Order(count, self._seed, self._name), kept=usable)
 
     def fit_to(self, backbone: Backbone) -> None:
         """Sort the rows into the buckets that the backbone can draw; UserError where it cannot draw one of them."""
         if self.buckets is None or self.frames is not None:
             return
-        sizes, self._is_rehearsed = (
-            buckets_for(backbone, self.buckets, where=self._name),
-            backbone.device.type == "meta",
-        )
+        sizes = buckets_for(backbone, self.buckets, where=self._name)
+        self._is_rehearsed = backbone.device.type == "meta"
         pictures = read_sizes(self.found, self._image_columns, where=self.where, shard=self._shard)
         self.frames = Frames(pictures, self._image_columns, sizes, batch_size=self.batch_size, usable=self._usable)
         if self._shard.index == 0 and not self._is_rehearsed:
             print(f"agsm-rl: {self.where}: rows of each bucket, height x width: {self.frames}", file=sys.stderr)
         if self._encodings is not None:
             self._encodings.frames = self.frames
+        bucket_of = self.frames.bucket_of if self._usable is None else self.frames.bucket_of[self._usable]
         assert isinstance(self._rows, ShuffledRows)
-        self._rows = BucketedRows(
-            self._rows.found,
-            bucket_of=self.frames.bucket_of.tolist(),
-            batch_size=self.batch_size,
-            seed=self._seed,
-            name=self._name,
-            kept=self._usable,
-        )
-        self._reader.rows = self._rows
+        self._rows.order = BucketOrder(bucket_of.tolist(), self._seed, self._name)
         if self._to_load is not None:
             self._rows.load_state_dict(self._to_load)
 
@@ -165,7 +157,7 @@ class DataSet(Generic[Read]):
             return None
         if self._is_rehearsed:
             return max(self.frames.buckets, key=lambda size: size.area)
-        assert isinstance(self._rows, BucketedRows)
+        assert isinstance(self._rows, ShuffledRows)
         return self.frames.size(self._rows.newest)
 
     def take(self, policy: Policy, *, distinct: str | None = None) -> tuple[list[Read], Tensor]:

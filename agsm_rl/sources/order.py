@@ -1,6 +1,7 @@
 """An endless, seeded order over the rows of a data set, the same however many processes read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,18 @@ class Order:
                 seen.add(key(row))
             rows.append(row)
         return rows
+
+    def after(self, row: int) -> int | None:
+        """The row that follows in the data set; None if there is no other."""
+        return None if self.length == 1 else (row + 1) % self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the data set was read."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue there."""
+        self.position = int(state["position"])
 
     def _at(self, position: int) -> int:
         epoch, index = divmod(position, self.length)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Shard
+from agsm_rl.sources.bucket_order import BucketOrder
 from agsm_rl.sources.order import Order
 from agsm_rl.training.randomness import stream
 
@@ -56,24 +57,30 @@ def check_divides(what: str, total: int, shard: Shard, name: str) -> None:
 
 
 class ShuffledRows:
-    """Rows of a data set that has numbers; each epoch a fresh permutation of those `kept` (None: all)."""
+    """Rows of a data set that has numbers, in a given order, which may be replaced before the first batch.
 
-    def __init__(self, found: Any, *, seed: int, name: str, kept: list[int] | None = None) -> None:
-        self.found, self._kept = found, kept
-        self._order = Order(len(found) if kept is None else len(kept), seed, name)
+    The order counts the rows `kept` (None: all). `newest` is the number of a row of the newest batch.
+    """
+
+    def __init__(self, found: Any, order: Order | BucketOrder, *, kept: list[int] | None = None) -> None:
+        self.found, self.order, self._kept = found, order, kept
+        self.newest = 0
         self._values: dict[str, Any] = {}
 
     def take(self, count: int, own: slice, *, distinct: str | None = None) -> list[Row]:
         """The `own` ones of the next `count` rows; only they are read."""
         key = None if distinct is None else self._column(distinct)
-        numbers = [self._number(index) for index in self._order.take(count, key)[own]]
+        numbers = [self._number(index) for index in self.order.take(count, key)[own]]
+        self.newest = numbers[0]
         return [(number, self.found[number]) for number in numbers]
 
     def after(self, number: int) -> Row | None:
-        """The next one in the data set."""
-        index = number if self._kept is None else self._kept.index(number)
-        following = self._number((index + 1) % self._order.length)
-        return None if following == number else (following, self.found[following])
+        """The one that the order has after it."""
+        index = self.order.after(number if self._kept is None else self._kept.index(number))
+        if index is None:
+            return None
+        following = self._number(index)
+        return following, self.found[following]
 
     def _number(self, index: int) -> int:
         return index if self._kept is None else self._kept[index]
@@ -85,13 +92,13 @@ class ShuffledRows:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the data set was read."""
-        return {"position": self._order.position}
+        return self.order.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the kept position; UserError where the state is a stream's."""
+        """Continue there; UserError where the state is a stream's, or of other buckets."""
         if "position" not in state:
             raise UserError("checkpoint: its data set was streamed, this recipe's is not; use the run's recipe")
-        self._order.position = int(state["position"])
+        self.order.load_state_dict(state)
 
 
 class StreamedRows:

@@ -71,12 +71,12 @@ def test_a_picture_is_cut_in_the_centre_and_its_crop_says_where():
 BUCKET_OF = [0] * 7 + [1] * 5 + [2] * 2
 
 
-def taken(order: BucketOrder, count: int) -> list[list[int]]:
-    return [order.take() for _ in range(count)]
+def taken(order: BucketOrder, count: int, *, batch_size: int) -> list[list[int]]:
+    return [order.take(batch_size) for _ in range(count)]
 
 
 def test_each_batch_is_of_one_bucket_and_each_row_comes_equally_often():
-    batches = taken(BucketOrder(BUCKET_OF, batch_size=2, seed=0, name="x"), 70)
+    batches = taken(BucketOrder(BUCKET_OF, seed=0, name="x"), 70, batch_size=2)
     assert all(len({BUCKET_OF[row] for row in batch}) == 1 for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
     assert sorted(counts) == list(range(len(BUCKET_OF)))
@@ -84,11 +84,11 @@ def test_each_batch_is_of_one_bucket_and_each_row_comes_equally_often():
 
 
 def test_the_order_continues_exactly_where_its_state_was_taken():
-    whole = taken(BucketOrder(BUCKET_OF, batch_size=3, seed=5, name="x"), 12)
-    first, second = (BucketOrder(BUCKET_OF, batch_size=3, seed=5, name="x") for _ in range(2))
-    begun = taken(first, 5)
+    whole = taken(BucketOrder(BUCKET_OF, seed=5, name="x"), 12, batch_size=3)
+    first, second = (BucketOrder(BUCKET_OF, seed=5, name="x") for _ in range(2))
+    begun = taken(first, 5, batch_size=3)
     second.load_state_dict(first.state_dict())
-    assert begun + taken(second, 7) == whole
+    assert begun + taken(second, 7, batch_size=3) == whole
     with pytest.raises(UserError, match="other `buckets`"):
         second.load_state_dict({"position": 3})
     with pytest.raises(UserError, match="other `buckets`"):
@@ -97,8 +97,8 @@ def test_the_order_continues_exactly_where_its_state_was_taken():
 
 def test_captions_of_a_batch_differ_where_the_bucket_allows_it():
     captions = ["a", "a", "b", "c", "c", "d", "e", *"xxxxx", *"yz"]
-    order = BucketOrder(BUCKET_OF, batch_size=2, seed=1, name="x")
-    batches = [order.take(lambda row: captions[row]) for _ in range(40)]
+    order = BucketOrder(BUCKET_OF, seed=1, name="x")
+    batches = [order.take(2, lambda row: captions[row]) for _ in range(40)]
     for batch in batches:
         same = len({captions[row] for row in batch}) == 1
         assert same == (BUCKET_OF[batch[0]] == 1)  # that bucket has one caption only
