@@ -29,6 +29,8 @@ from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_tokenizer
 TEXT_WIDTH = 32
 XL_WIDTH, XL_POOLED = 32 + 24, 24
 SD3_WIDTH, SD3_POOLED = 32, 16 + 24
+FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+"""FLUX.1's, which Z-Image has too."""
 
 
 def clip_config(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH, projection: int = 16) -> CLIPTextConfig:
@@ -109,6 +111,19 @@ def tiny_vae(channels: int = 4, **options: Any) -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=16,
         **options,
+    )
+
+
+def full_size_flux_vae() -> AutoencoderKL:
+    """FLUX.1's, as in Tongyi-MAI/Z-Image's vae/config.json."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        **FLUX_VAE,
     )
 
 

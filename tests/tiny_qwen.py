@@ -13,8 +13,10 @@ WORDS = (
 """Words that are one token each; other text falls back to bytes. Qwen-Image's template is 34 tokens, as published."""
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+"""What Qwen3's own template makes of a single message without tools."""
 WIDTH = 32
 """Of the hidden states."""
 
@@ -56,4 +58,19 @@ def tiny_qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
             max_position_embeddings=40960,
             eos_token_id=tokenizer.eos_token_id,
         )
+    )
+
+
+def qwen3_4b() -> Qwen3Config:
+    """As in Qwen/Qwen3-4B's config.json; Z-Image and FLUX.2 [klein] 4B read their text with it."""
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
     )

@@ -20,11 +20,9 @@ class KeptRows:
     """
 
     def __init__(self, suite: Suite) -> None:
-        self.suite = suite
-        self._digest = cache(sha256)
+        self.suite, digest = suite, cache(sha256)
         self._parts = [
-            (part, Measurements(part.folder, part.how, of_today=part.of_today, digest=self._digest))
-            for part in suite.parts()
+            (part, Measurements(part.folder, part.how, of_today=part.of_today, digest=digest)) for part in suite.parts()
         ]
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:

@@ -52,11 +52,11 @@ class Entry:
                 suite.check(metadata)
         return prompts
 
-    def resolution(self, options: Evaluate | None) -> Resolution | None:
+    def resolution(self, options: Evaluate) -> Resolution | None:
         """The size that its images are drawn at; None: the backbone's own."""
-        return None if options is None or self.made.suite.keeps_size else options.resolution
+        return None if self.made.suite.keeps_size else options.resolution
 
-    def prepare(self, backbone: Backbone, options: Evaluate | None) -> None:
+    def prepare(self, backbone: Backbone, options: Evaluate) -> None:
         """Read the prompts, load what judges and have it judge a grey picture; UserError for what is missing."""
         first = next(iter(self.read_prompts().values()))
         wanted = self.resolution(options) or backbone.resolution

@@ -64,7 +64,7 @@ class Evaluator(Callback):
         is_main: bool = True,
     ) -> None:
         self.folder, self.console, self.export, self.check = folder, console, recipe.export, check
-        self.options, self.parts, self.is_main = recipe.evaluate, recipe.parts, is_main
+        self.options, self.is_main = recipe.evaluate, is_main
         self.entries: list[Entry] = entries_of(recipe.evaluate, recipe.parts) if recipe.evaluate else []
         self.roles = {name: "trained" if trained else "held_out" for name, trained in directions(recipe).items()}
         self.scores = ScoreHistory(recipe)
@@ -76,16 +76,10 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
-    def prepare(self, backbone: Backbone, *, later: Sequence[Evaluate] = ()) -> None:
-        """Read the prompts and try what judges on a picture of the right size, before hours are spent on training.
-
-        `later` are evaluations in place of the recipe's own.
-        """
-        replaced = [(options, entry) for options in later for entry in entries_of(options, self.parts)]
-        planned = [(self.options, entry) for entry in self.entries]
-        for options, entry in replaced or planned:
-            with stage(f"preparing the suite {entry.name}"):
-                entry.prepare(backbone, options)
+    def prepare(self, backbone: Backbone) -> None:
+        """Try what judges, before hours are spent on training."""
+        if self.options is not None:
+            prepare_suites(self.entries, self.options, backbone)
 
     def encode_prompts(self, trainer: Trainer) -> None:
         """Encode the prompts before the first step, where the text encoders do not stay loaded."""
@@ -248,6 +242,13 @@ class Evaluator(Callback):
         content |= {"ended_by": self.ended.to_json()} if self.ended else {}
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.eval, json.dumps(content, indent=1) + "\n")
+
+
+def prepare_suites(entries: Sequence[Entry], options: Evaluate, backbone: Backbone) -> None:
+    """Read the prompts of an evaluation, and try what judges on a picture of the right size; UserError if it cannot."""
+    for entry in entries:
+        with stage(f"preparing the suite {entry.name}"):
+            entry.prepare(backbone, options)
 
 
 def _joined(measured: list[Measured]) -> tuple[dict[str, float], dict[str, Any]]:

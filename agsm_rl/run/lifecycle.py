@@ -16,6 +16,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from rich.console import Console
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.measured import entries_of
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
@@ -23,7 +24,7 @@ from agsm_rl.run import checkpoints
 from agsm_rl.run.agreement import agreements
 from agsm_rl.run.callbacks import GracefulStop, GradientMapWriter, MetricsWriter, ProgressBar
 from agsm_rl.run.display import RunDisplay
-from agsm_rl.run.evaluation import Evaluator
+from agsm_rl.run.evaluation import Evaluator, prepare_suites
 from agsm_rl.run.failures import ended_when_stuck, failures_named
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.records import MetricsFile
@@ -88,10 +89,11 @@ def train(
             with GracefulStop(display) as stop, ended_when_stuck(folder, trainer):
                 is_main = accelerator.is_main_process
                 evaluator = Evaluator(folder, recipe, console, check=stop.check, is_main=is_main)
-                if evaluate or evaluate_later:
-                    evaluator.prepare(trainer.policy.backbone, later=evaluate_later)
                 if evaluate:
+                    evaluator.prepare(trainer.policy.backbone)
                     evaluator.encode_prompts(trainer)
+                for options in evaluate_later:
+                    prepare_suites(entries_of(options, recipe.parts), options, trainer.policy.backbone)
                 if resume:
                     evaluator.resume(trainer, history)
                 _Run(recipe, folder, trainer, evaluator, grids, stop, display).run(evaluate=evaluate)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 from PIL import Image, ImageDraw
 
@@ -14,6 +15,9 @@ from agsm_rl.shapes import scenes
 from agsm_rl.shapes.scenes import DrawnObject
 
 Polygon = list[tuple[float, float]]
+
+SCALE = 8
+"""How many times larger a drawing is drawn."""
 
 
 @dataclass(frozen=True)
@@ -25,27 +29,23 @@ class Look:
         colors: Its colours by name, RGB from 0 to 255.
         min_fit: Least soft intersection over union of a blob with its template, by shape (detect.py).
         max_color_error: Largest distance (RGB) of a blob's colour from a named one: half that of the nearest two.
-        image_size: Width and height of a drawing in pixels.
-        background: The colour behind the objects.
     """
 
     shapes: tuple[str, ...]
     colors: Mapping[str, tuple[int, int, int]]
     min_fit: Mapping[str, float]
     max_color_error: float
-    image_size: int = scenes.IMAGE_SIZE
-    background: tuple[int, int, int] = scenes.BACKGROUND
+    image_size: ClassVar[int] = scenes.IMAGE_SIZE
+    """Width and height of a drawing in pixels."""
+    background: ClassVar[tuple[int, int, int]] = scenes.BACKGROUND
+    """The colour behind the objects."""
 
-    def __hash__(self) -> int:
-        return hash((self.shapes, tuple(self.colors.items()), self.image_size, self.background))
-
-    def render(self, objects: Sequence[DrawnObject], scale: int = 8) -> Image.Image:
-        """The RGB drawing of objects, antialiased by drawing `scale` times larger."""
-        size = (self.image_size * scale, self.image_size * scale)
-        canvas = Image.new("RGB", size, self.background)
+    def render(self, objects: Sequence[DrawnObject]) -> Image.Image:
+        """The RGB drawing of objects, antialiased by drawing them larger."""
+        canvas = Image.new("RGB", (self.image_size * SCALE, self.image_size * SCALE), self.background)
         pen = ImageDraw.Draw(canvas)
         for item in objects:
-            polygons = outlines(item.shape, item.x * scale, item.y * scale, item.radius * scale)
+            polygons = outlines(item.shape, item.x * SCALE, item.y * SCALE, item.radius * SCALE)
             for index, corners in enumerate(polygons):
                 pen.polygon(corners, fill=self.background if index else self.colors[item.color])
         return canvas.resize((self.image_size, self.image_size), Image.Resampling.BOX)

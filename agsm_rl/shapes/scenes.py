@@ -1,4 +1,4 @@
-"""The scenes of the shapes world: what a prompt can ask for, objects that fulfil it, and their drawing.
+"""The scenes of the shapes world: what a prompt can ask for, objects that fulfil it, and their outlines.
 
 Requirements are kept in GenEval's metadata form (arXiv 2310.11513), so that one idea of a checker serves both worlds.
 """
@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 32
 SHAPES = ("circle", "square", "triangle", "star")
@@ -223,14 +222,3 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
     else:
         raise ValueError(f"{shape!r} is not a shape; there are {', '.join(SHAPES)}")
     return [(float(x + r * np.cos(a)), float(y + r * np.sin(a))) for a, r in zip(angles, radii, strict=True)]
-
-
-def render(scene: Scene | tuple[DrawnObject, ...], scale: int = 8) -> Image.Image:
-    """The RGB drawing, 32 x 32, antialiased by drawing `scale` times larger."""
-    objects = scene.objects if isinstance(scene, Scene) else scene
-    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUND)
-    pen = ImageDraw.Draw(canvas)
-    for item in objects:
-        corners = outline(item.shape, item.x * scale, item.y * scale, item.radius * scale)
-        pen.polygon(corners, fill=COLORS[item.color])
-    return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)

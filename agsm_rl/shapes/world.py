@@ -1,15 +1,17 @@
 """The shapes world: scenes of 1-5 coloured shapes, their drawings, and captions that are careful or careless.
 
 It stands in for a web-scale data set: everything is drawn from a seed, nothing is downloaded. This module holds the
-captions; the scenes and their drawings, which scenes.py makes, can be had from here too.
+captions; the scenes (scenes.py) and their drawings (look.py) can be had from here too.
 """
 
 import re
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from agsm_rl.errors import UserError
+from agsm_rl.shapes.look import SHAPES_LOOK
 from agsm_rl.shapes.scenes import (
     BACKGROUND,
     COLORS,
@@ -28,7 +30,6 @@ from agsm_rl.shapes.scenes import (
     is_held_out,
     is_unseen_combination,
     outline,
-    render,
 )
 
 __all__ = [
@@ -96,6 +97,11 @@ VAGUE_SHARE = 0.1
 VAGUE = ("some shapes", "shapes", "a drawing", "a picture of some things")
 # How often a caption with a careless cue belongs to another picture altogether.
 MISPLACED_SHARE = 0.7
+
+
+def render(scene: Scene | tuple[DrawnObject, ...]) -> Image.Image:
+    """The RGB drawing, 32 x 32."""
+    return SHAPES_LOOK.render(scene.objects if isinstance(scene, Scene) else scene)
 
 
 def vocabulary() -> list[str]:

@@ -5,7 +5,7 @@ A world is what a data set, a judge, a suite and the training of a base need to 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -82,9 +82,6 @@ class World:
         """Whether an image shows what a requirement asks for."""
         return judge_picture(image, requirement, self.look)
 
-    def __reduce__(self) -> Any:
-        return find_world, (self.name,)
-
 
 def _shapes_caption(requirement: Requirement, rng: np.random.Generator, careless_plain: float | None) -> str:
     mix = shapes_world.WEB_MIX
@@ -134,8 +131,3 @@ SCENES = World(
     vocabulary=scenes_captions.vocabulary,
 )
 WORLDS = {world.name: world for world in (SHAPES, SCENES)}
-
-
-def find_world(name: str) -> World:
-    """The world of a name; KeyError if there is none."""
-    return WORLDS[name]

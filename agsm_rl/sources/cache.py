@@ -8,6 +8,7 @@ row of it differs from prompt to prompt, and the denoiser attends to all of them
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -88,7 +89,10 @@ class EncodingCache:
         if self._kept == "latents":
             return None
         rows = [self._text[self._caption_number[caption]] for caption in captions]
-        return Cond.cat([_unpacked(row, caption, device) for row, caption in zip(rows, captions, strict=True)])
+        cond = Cond.cat([_unpacked(row, caption) for row, caption in zip(rows, captions, strict=True)])
+        pooled = None if cond.pooled is None else cond.pooled.to(device).float()
+        mask = None if cond.mask is None else cond.mask.to(device)
+        return replace(cond, embeds=cond.embeds.to(device).float(), pooled=pooled, mask=mask)
 
     def _open_latents(self, backbone: Backbone, shard: Shard) -> None:
         about = {"data": self._found._fingerprint, "columns": self._image_columns, "vae": backbone.identity("images")}
@@ -197,11 +201,10 @@ def _encode_text(captions: list[str], backbone: Backbone) -> list[Content]:
     return [*rows]
 
 
-def _unpacked(row: Mapping[str, Tensor], caption: str, device: torch.device) -> Cond:
-    """One caption's row, float32."""
-    pooled = row["pooled"][None].to(device).float() if "pooled" in row else None
-    mask = row["mask"][None].to(device) if "mask" in row else None
-    return Cond(unpack(row)[None].to(device).float(), pooled, (caption,), mask=mask)
+def _unpacked(row: Mapping[str, Tensor], caption: str) -> Cond:
+    """One caption's row, bfloat16 on the CPU."""
+    pooled, mask = (row[name][None] if name in row else None for name in ("pooled", "mask"))
+    return Cond(unpack(row)[None], pooled, (caption,), mask=mask)
 
 
 def _check_finite(encoded: Tensor, what: str, backbone: Backbone) -> None:

@@ -19,6 +19,7 @@ from agsm_rl.export.attach import read_export
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.reward_specs import RewardSpec
+from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.suites import MadeSuite
 from agsm_rl.report.load import load
 from agsm_rl.report.pictures import pictures
@@ -204,7 +205,7 @@ def test_rewards_beside_a_suite_look_at_every_prompt_before_anything_is_drawn(ba
     beside.__dict__["_models"] = {"picky": Picky()}
     suite = Rewards(rewards=[sharpness], prompts="mine.jsonl")
     with pytest.raises(UserError, match="'two birds' likes blue"):
-        Entry(MadeSuite("mine", suite, []), beside).prepare(backbone, None)
+        Entry(MadeSuite("mine", suite, []), beside).prepare(backbone, Evaluate())
 
 
 def test_what_stops_one_process_s_evaluation_stops_all(backbone, own):

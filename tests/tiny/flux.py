@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tiny_pipelines import TEXT_WIDTH, clip_config, tiny_t5, tiny_vae
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tiny_pipelines import FLUX_VAE, TEXT_WIDTH, clip_config, full_size_flux_vae, tiny_t5, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from agsm_rl.shapes.train_base.text import make_tokenizer
@@ -34,7 +34,7 @@ def make() -> FluxPipeline:
     t5, t5_tokenizer = tiny_t5()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=tiny_vae(**FLUX_VAE),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
         text_encoder_2=t5,
@@ -48,18 +48,7 @@ def make_full_size() -> FluxPipeline:
     t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        vae=full_size_flux_vae(),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         ),

@@ -8,43 +8,25 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from tiny_qwen import CHAT, qwen3_4b
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 SIZE = 3.88
 OPTIONS = {"text_length": 96}
 """The chat around a prompt takes 62 tokens."""
-KLEIN_BASE_4B: dict[str, dict[str, Any]] = {
-    "transformer": {
-        "num_layers": 5,
-        "num_single_layers": 20,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 7680,
-        "guidance_embeds": False,
-    },
-    "text_encoder": {
-        "vocab_size": 151936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
+KLEIN_BASE_4B: dict[str, Any] = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
 }
-"""The published sizes: the transformer's as in DiffSynth-Studio (diffsynth/configs/model_configs.py) and in Black
-Forest Labs' Klein4BParams, Qwen3-4B's as in its config.json. What is not named, and the VAE: the classes' defaults."""
+"""The transformer's published sizes, as in DiffSynth-Studio (diffsynth/configs/model_configs.py) and in Black Forest
+Labs' Klein4BParams. What is not named, and the VAE: the classes' defaults."""
 TEXT_WIDTH = 16
 READ_LAYERS = (9, 18, 27)
 """The layers of its text encoder that the pipeline reads, so that even a tiny one needs 28 of them."""
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-"""What Qwen3's own template makes of a single message without tools."""
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
@@ -133,7 +115,7 @@ def make_full_size() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=AutoencoderKLFlux2(),
-        text_encoder=Qwen3ForCausalLM(Qwen3Config(**KLEIN_BASE_4B["text_encoder"])),
+        text_encoder=Qwen3ForCausalLM(qwen3_4b()),
         tokenizer=tiny_tokenizer(),
-        transformer=Flux2Transformer2DModel(**KLEIN_BASE_4B["transformer"]),
+        transformer=Flux2Transformer2DModel(**KLEIN_BASE_4B),
     )

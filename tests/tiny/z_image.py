@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from tiny_pipelines import tiny_vae
-from tiny_qwen import WIDTH, tiny_qwen3, tiny_qwen_tokenizer
-from transformers import Qwen3Config, Qwen3Model
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from tiny_pipelines import FLUX_VAE, full_size_flux_vae, tiny_vae
+from tiny_qwen import WIDTH, qwen3_4b, tiny_qwen3, tiny_qwen_tokenizer
+from transformers import Qwen3Model
 
 SIZE = 6.15
-VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
-"""FLUX.1's, as published."""
 
 
 def tiny_transformer(**changes: Any) -> ZImageTransformer2DModel:
@@ -32,7 +30,7 @@ def make() -> ZImagePipeline:
     tokenizer = tiny_qwen_tokenizer()
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=tiny_vae(16, **VAE),
+        vae=tiny_vae(16, **FLUX_VAE),
         text_encoder=tiny_qwen3(tokenizer),
         tokenizer=tokenizer,
         transformer=tiny_transformer(),
@@ -40,33 +38,11 @@ def make() -> ZImagePipeline:
 
 
 def make_full_size() -> ZImagePipeline:
-    """The published sizes, which are the defaults of diffusers' transformer.
-
-    The text encoder's and the VAE's are those of Tongyi-MAI/Z-Image's text_encoder/config.json and vae/config.json.
-    """
-    text = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
+    """The published sizes, which are the defaults of diffusers' transformer; FLUX.1's VAE and Qwen3-4B."""
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            **VAE,
-        ),
-        text_encoder=Qwen3Model(text),
+        vae=full_size_flux_vae(),
+        text_encoder=Qwen3Model(qwen3_4b()),
         tokenizer=tiny_qwen_tokenizer(),
         transformer=ZImageTransformer2DModel(),
     )
