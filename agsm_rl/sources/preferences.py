@@ -23,6 +23,7 @@ from agsm_rl.sources.variation import Latents, Variation
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.sizes import Buckets
 
+BUILTINS = ("builtin:shapes-preferences", "builtin:scenes-preferences")
 Picture = Image.Image | Tensor
 """A picture, or the latents that a cache kept of it."""
 Cut = tuple[Picture, Crop | None]
@@ -118,9 +119,7 @@ class Preferences(Source):
         """Open the data set; UserError if it cannot be used."""
         self._name, self._seed = name, seed
         data = self._data
-        columns = data.open(
-            name, seed, shard, builtins={f"builtin:{name}-preferences": _drawn(name) for name in ("shapes", "scenes")}
-        )
+        columns = data.open(name, seed, shard, builtins={builtin: _drawn(builtin) for builtin in BUILTINS})
         self._columns = find_preference_columns(columns, data.name)
         usable = None if data.streaming else self._without_ties(data.found)
         self._ties = 0 if usable is None else len(data.found) - len(usable)
@@ -239,13 +238,12 @@ def find_preference_columns(names: list[str], dataset: str) -> Columns:
     )
 
 
-def _drawn(world: str) -> Callable[[str, int], Any]:
+def _drawn(name: str) -> Callable[[str, int], Any]:
     """Draws the preferences of a world."""
 
     def draw(split: str, count: int) -> Any:
         from agsm_rl.shapes import data
-        from agsm_rl.shapes.worlds import WORLDS
 
-        return data.preferences(split, count, seed=0, world=WORLDS[world])
+        return data.preferences(split, count, seed=0, world=data.PREFERENCES[name])
 
     return draw

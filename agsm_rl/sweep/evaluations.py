@@ -173,8 +173,6 @@ def _evaluation_settings(options: Evaluate, entry: Entry, guidance: float, *, ad
         left_out.add("bank")  # the base has none, and the positive one is the default
     if not adapted:
         left_out |= {"guidance_bank", "guidance_prompt"}
-    if options.resolution is None:
-        left_out.add("resolution")
     settings = options.model_dump(mode="json", exclude=left_out) | {"guidance": guidance}
     if options.suites is not None:
         block = {key: value for key, value in settings["suites"][entry.name].items() if key != "final_only"}
