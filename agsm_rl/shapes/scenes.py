@@ -186,7 +186,7 @@ def draw_scene(
         centers = [(a + (b - a) * x, a + (b - a) * y) for (a, b), (x, y) in zip(places, drawn, strict=True)]
         if not overlap and not stands_apart(centers, radii):
             continue
-        if requirement.relation and not _stands(np.subtract(centers[0], centers[1]), requirement.relation):
+        if requirement.relation and not stands_clearly(requirement.relation, *centers):
             continue
         objects = (
             DrawnObject(shape, color, x, y, r) for (shape, color), (x, y), r in zip(kinds, centers, radii, strict=True)
@@ -201,10 +201,11 @@ def stands_apart(centers: list[tuple[float, float]], radii: list[float], gap: fl
     return all(math.dist(first, second) >= r + s + gap for (first, r), (second, s) in pairs)
 
 
-def _stands(offset: np.ndarray, relation: str) -> bool:
-    """Clearly in that direction: along its axis, and by half more than across it."""
-    direction = np.array(RELATIONS[relation])
-    along, across = float(offset @ direction), float(np.abs(offset @ direction[::-1]))
+def stands_clearly(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Whether `first` is in that direction from `second`: along its axis, and by half more than across it."""
+    right, down = RELATIONS[relation]
+    x, y = first[0] - second[0], first[1] - second[1]
+    along, across = (right * x, abs(y)) if right else (down * y, abs(x))
     return along > 1.5 * across
 
 

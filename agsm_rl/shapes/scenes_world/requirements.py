@@ -1,13 +1,12 @@
 """What a prompt of the scenes world can ask for, and objects that fulfil it."""
 
-import math
 from functools import lru_cache
 from itertools import product
 
 import numpy as np
 
 from agsm_rl.shapes.look import Look
-from agsm_rl.shapes.scenes import RELATIONS, DrawnObject, Group, Requirement, Scene, Split, stands_apart
+from agsm_rl.shapes.scenes import RELATIONS, DrawnObject, Group, Requirement, Scene, Split, stands_apart, stands_clearly
 from agsm_rl.shapes.scenes_world import splits
 
 SHAPES = splits.SHAPES
@@ -104,7 +103,7 @@ def draw_scene(rng: np.random.Generator, requirement: Requirement, *, allow_unse
         ]
         if not stands_apart(centers, radii):
             continue
-        if requirement.relation and not _clearly(requirement.relation, centers):
+        if requirement.relation and not stands_clearly(requirement.relation, *centers):
             continue
         objects = tuple(
             DrawnObject(shape, color, x, y, r)
@@ -159,12 +158,3 @@ def _inside(place: str, radius: float, x: float, y: float) -> tuple[float, float
         return low + (high - low) * share
 
     return along(column, x), along(row, y)
-
-
-def _clearly(relation: str, centers: list[tuple[float, float]]) -> bool:
-    """Along the relation's axis, and by half more than across it."""
-    (x, y), (across_x, across_y) = RELATIONS[relation], (abs(RELATIONS[relation][1]), abs(RELATIONS[relation][0]))
-    offset = (centers[0][0] - centers[1][0], centers[0][1] - centers[1][1])
-    along = offset[0] * x + offset[1] * y
-    across = abs(offset[0] * across_x + offset[1] * across_y)
-    return along > 1.5 * across and not math.isclose(along, 0)
