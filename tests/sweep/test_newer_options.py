@@ -103,6 +103,22 @@ def test_a_newer_option_whose_default_changed_later_changes_the_settings(sweep, 
     assert sweep(evaluate=EVALUATE[:1], set={"objectives.0.newer": 0.0})[1] == []
 
 
+def test_measurements_from_before_an_evaluation_had_sizes_are_not_repeated(sweep, measured):
+    sweep(evaluate=EVALUATE[:1])
+    measured.clear()
+    kept = [file for file in Path("runs/mine").rglob("*-guidance*.json") if "settings" in json.loads(file.read_text())]
+    for number, file in enumerate(kept):
+        content = json.loads(file.read_text())
+        del content["settings"]["how"]["resolution"]
+        file.unlink()
+        older = file.with_name(f"{file.name.rpartition('-')[0]}-{number:012d}.json")
+        older.write_text(json.dumps(content))
+        if (pictures := file.with_suffix("")).exists():
+            pictures.rename(older.with_suffix(""))
+    sweep(evaluate=[EVALUATE[0] | {"guidance": [*EVALUATE[0]["guidance"], 2.0]}])
+    assert len(kept) == 2 and measured == [(EVALUATE[0]["split"], adapted) for adapted in (True, False)]
+
+
 def test_measurements_are_not_repeated_when_options_are_added(sweep, measured, newer_version):
     sweep(evaluate=REWARDED)
     measured.clear()
