@@ -16,7 +16,8 @@ def make_pipeline(size: Size, device: str) -> Any:
     if size == "embedded":
         return load_pipeline(EMBEDDED, dtype=torch.float32).to(device)
     torch.manual_seed(0)
-    pipeline = make_sd15()
+    with torch.device(device):  # a GPU draws weights faster than they travel to it
+        pipeline = make_sd15()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

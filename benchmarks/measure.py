@@ -154,6 +154,8 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device.startswith("cuda")
+        if self.on_gpu:
+            torch.cuda.init()  # its counters exist only then
         self.before = torch.cuda.memory_allocated() if self.on_gpu else resident_bytes()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
