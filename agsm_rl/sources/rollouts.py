@@ -74,6 +74,9 @@ class Rollouts(Draws[RewardedBatch]):
             [0, 5], move: random}` (Flow-GRPO-Fast). `range`: the steps [first, end) that it stays in; by default the
             first half. `move`: `random`, another place for each draw, or a number n: a step further every n draws, and
             at the end back to the first (MixGRPO, arXiv 2507.21802: size 4, move 25).
+        same_latent: All images of a prompt begin from the same noise, so that only the steps' noise tells them apart
+            (flow_grpo's `sample.same_latent`; MixGRPO). It suits an `sde_window`, whose few steps then answer for all
+            differences in reward. It needs `eta` above 0.
         drawn_by: `live`, the parameters being trained, or `ema`, whose path is not kept: a policy gradient's ratios to
             it would leave the clip range at once, and nothing would be learned. `old`: the old policy of the first
             term that learns from them and has one (`old` of `diffusion_nft`); of none, the EMA.
@@ -121,6 +124,7 @@ class Rollouts(Draws[RewardedBatch]):
         noise_level: float | None = None,
         eta: float = 1.0,
         sde_window: Mapping[str, Any] | None = None,
+        same_latent: bool = False,
         drawn_by: Literal["live", "ema", "old"] = "live",
         updates: int = 1,
         advantages: str | dict[str, str] = "history",
@@ -159,6 +163,11 @@ class Rollouts(Draws[RewardedBatch]):
         )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
+        if same_latent and eta == 0:
+            raise UserError(
+                "same_latent: true, but with `eta: 0` nothing else is random, and all images of a prompt would be the "
+                "same; set `eta` above 0, or leave same_latent out"
+            )
         check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
         self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
@@ -169,7 +178,7 @@ class Rollouts(Draws[RewardedBatch]):
         self.negative_prompt, self.noise, self.noise_level = negative_prompt, noise, noise_level
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
-        self.sample_batch_size, self.drawn_by = sample_batch_size, drawn_by
+        self.sample_batch_size, self.drawn_by, self.same_latent = sample_batch_size, drawn_by, same_latent
         self.advantages, self.group_std = compared_with, group_std
         self.batch_size = num_prompts * images_per_prompt // updates
         """Images that a step of the trainer learns from."""
@@ -224,6 +233,7 @@ class Rollouts(Draws[RewardedBatch]):
                         guidance=self.guidance,
                         noise=noise,
                         negative_prompt=self.negative_prompt,
+                        starts=part // self.images_per_prompt * self.images_per_prompt if self.same_latent else None,
                         keep_path=self.keep_path,
                         graph=graph,
                         means=kept,
@@ -234,8 +244,7 @@ class Rollouts(Draws[RewardedBatch]):
                         images = policy.backbone.decode(drawn[0][:, -1])
                     scoring.add(images, asked, columns)
                     advance(len(asked))
-            trajectory = torch.cat([part[0] for part in parts])
-            log_probs = torch.cat([part[1] for part in parts])
+            trajectory, log_probs = (torch.cat(several) for several in zip(*parts, strict=True))
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
             self._metrics["x0_norm"] = check_latents(
                 latents, prompts, self._shard, name=self._name, first=not self._draws

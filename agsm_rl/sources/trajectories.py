@@ -180,20 +180,22 @@ def draw_trajectories(
     guidance: float,
     noise: StepNoise,
     negative_prompt: str = "",
+    starts: Tensor | None = None,
     keep_path: bool = True,
     graph: KeptGraph | None = None,
     means: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample from the live policy: states [B, K + 1, C, h, w] from noise to image, and log-probabilities [B, K].
 
-    Without `keep_path`, the finished images' latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with
-    gradients from its mean to the parameters; none go from one step to another. Its mean is added to `means`.
+    Images begin from the noise of the rows `starts` [B], else from their own. Without `keep_path`, the finished images'
+    latents alone, [B, 1, C, h, w]. Each step is added to a `graph`, with gradients from its mean to the parameters, but
+    none from one step to another. Its mean is added to `means`.
     """
     backbone = policy.backbone
     sampler = backbone.sampler(num_steps)
     cond, uncond = backbone.encode_text(prompts), backbone.encode_negative(negative_prompt)
     like = torch.empty(len(prompts), *backbone.latent_shape, device=backbone.device, dtype=cond.embeds.dtype)
-    states, log_probs = [draw.noise_like(like, rows, purpose="start")], []
+    states, log_probs = [draw.noise_like(like, rows if starts is None else starts, purpose="start")], []
     with stage("denoising", total=num_steps, unit="steps", worth=len(prompts)) as advance:
         for k in range(num_steps):
             x_t, level = states[-1], noise.at(k)

@@ -75,6 +75,22 @@ def test_a_window_works_with_ddim_steps_too(policy, make_rollouts):
     assert batch.steps == (0, 1) and batch.log_probs[:, 2:].count_nonzero() == 0
 
 
+def test_images_of_a_prompt_can_begin_alike_and_part_in_the_window(draw):
+    batch = draw(same_latent=True, sde_window={"size": 1, "range": [1, 2]}, sample_batch_size=3)
+    states = [batch.trajectory[batch.groups == group] for group in batch.groups.unique()]
+    assert len(states) > 1 and not torch.equal(states[0][0, 0], states[1][0, 0])
+    for own in states:
+        for other in own[1:]:
+            assert torch.equal(own[0, 0], other[0])
+            torch.testing.assert_close(own[0, 1], other[1])
+            assert not torch.allclose(own[0, 2], other[2], atol=1e-2)
+
+
+def test_images_that_begin_alike_need_noise_on_their_way(make_rollouts):
+    with pytest.raises(UserError, match="same_latent: true, but with `eta: 0` nothing else is random"):
+        make_rollouts(same_latent=True, eta=0.0)
+
+
 def test_a_random_window_reaches_every_place_in_its_range_and_is_fixed_by_the_seed():
     window = SDEWindow({"size": 2, "range": [1, 5]}, 10)
     drawn = [window.at(0, "own", draws) for draws in range(40)]
