@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
-# Nothing else is imported here: under `python -m agsm_rl` the current folder, which may be a stranger's, is still on
-# the path, and a `typing.py` in it would run. `__main__` takes it off.
+# No more than that, which Python has loaded by itself, is imported here: under `python -m agsm_rl` the current folder,
+# which may be a stranger's, is still on the path, and a `typing.py` in it would run. `__main__` takes it off.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
     from agsm_rl.trainer import Callback, Trainer
 
 __version__ = "0.1.0"
+
+# libgomp reads it when torch is loaded: an idle thread spins for a fraction of a millisecond before it sleeps, not for
+# several, in which it would keep other threads, and other processes, from the core. threads.py does the rest.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {
     "adapters.loha": ("LoHa",),

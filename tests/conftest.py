@@ -1,6 +1,9 @@
-"""Tiny pipelines, and policies and sources on them, as fixtures."""
+"""Tiny pipelines, and policies and sources on them, as fixtures; and one thread, so that results repeat bit for bit."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils._triton import has_triton
 
+from agsm_rl import threads
 from agsm_rl.errors import UserError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def compile_denoiser(denoiser: Any, mode: str, device: torch.device, *, gradient
         why = (str(error) or type(error).__name__).splitlines()[0]
         logger.warning("backbone.compile: left out, nothing can be compiled here: %s", why)
         return False
+    threads.hold()  # torch would compile everything again for another number of threads
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if mode == REGIONAL:
         denoiser._repeated_blocks = _repeated(denoiser)

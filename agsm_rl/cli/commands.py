@@ -26,6 +26,7 @@ from agsm_rl.cli.serve_reward import serve_reward
 from agsm_rl.cli.share import card, push
 from agsm_rl.cli.training import check, doctor, sweep, train
 from agsm_rl.run.screen import say
+from agsm_rl.threads import follow_free_cores
 
 COMMANDS = {
     "init": init,
@@ -76,5 +77,6 @@ def _before_all(
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
+    follow_free_cores()
     for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(variable, "1")

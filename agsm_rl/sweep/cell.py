@@ -18,6 +18,7 @@ from typing import Any
 import typer
 from filelock import FileLock
 
+from agsm_rl import threads
 from agsm_rl.errors import UserError
 from agsm_rl.files import write_text
 from agsm_rl.recipe.recipe import Recipe
@@ -155,6 +156,7 @@ def _end_with_parent() -> None:
 
 def main(job: Path) -> None:
     """Run the cell of a job file. It stops when stdin is closed."""
+    threads.follow_free_cores()
     without_loading_bars()
     _end_with_parent()
     try:

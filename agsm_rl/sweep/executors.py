@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol
 
 from agsm_rl_rewards.worker.ray_cluster import import_ray, start_ray
 
+from agsm_rl.threads import MODE, is_followed
+
 SHOWN_LINES = 5
 """Lines of a failed cell's log that are shown."""
 KEEP_FREED_MEMORY = {
@@ -79,7 +81,7 @@ class LocalExecutor:
 
     def submit(self, job: Path, log: Path) -> Future[Outcome]:
         """Run the cell of a job file."""
-        return self._pool.submit(run_job, job, log, self.threads, self._read)
+        return self._pool.submit(run_job, job, log, self.threads, self._read, follow=is_followed())
 
     def stop(self) -> None:
         """Tell all running cells to end; each writes a checkpoint first."""
@@ -98,12 +100,19 @@ def threads_per_worker(workers: int) -> int:
     return max(1, cores // workers)
 
 
-def run_job(job: Path, log: Path, threads: int, lifeline: int | None = None, cwd: str | None = None) -> Outcome:
-    """Run a cell in a process and wait for it; its output is appended to `log`."""
+def run_job(
+    job: Path, log: Path, threads: int, lifeline: int | None = None, cwd: str | None = None, *, follow: bool = False
+) -> Outcome:
+    """Run a cell in a process and wait for it; its output is appended to `log`.
+
+    follow: with fewer threads while cores are taken (agsm_rl/threads.py).
+    """
     # OMP_NUM_THREADS as the user set it is an upper limit.
     given = os.environ.get("OMP_NUM_THREADS", "")
     allowed = min(threads, int(given)) if given.isdigit() and int(given) else threads
-    environment = KEEP_FREED_MEMORY | os.environ | {"OMP_NUM_THREADS": str(allowed), "PYTHONUNBUFFERED": "1"}
+    mode = {MODE: "auto" if follow else "fixed"}
+    environment = KEEP_FREED_MEMORY | os.environ | mode
+    environment |= {"OMP_NUM_THREADS": str(allowed), "PYTHONUNBUFFERED": "1"}
     started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -154,7 +163,9 @@ class RayExecutor:
 
     def submit(self, job: Path, log: Path) -> Future[Outcome]:
         """Run the cell of a job file somewhere on the cluster."""
-        reference = self._run.remote(job.absolute(), log.absolute(), self.threads, None, os.getcwd())
+        reference = self._run.remote(
+            job.absolute(), log.absolute(), self.threads, None, os.getcwd(), follow=is_followed()
+        )
         self._running.append(reference)
         future: Future[Outcome] = reference.future()
         return future

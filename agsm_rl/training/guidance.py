@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from agsm_rl import threads
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Backbone, Bank, Cond
 
@@ -137,6 +138,7 @@ def predict_in_form(backbone: Backbone, adapters: Collection[Adapter], x_t: Tens
 
     Rows that are guidance's unconditional branch (`cond.unconditional_first`) are predicted as the adapters say.
     """
+    threads.adjust()
     if not cond.unconditional_first:
         return backbone.predict(x_t, t, cond)
     if guidance_form(adapters)[1] == "same":
