@@ -41,6 +41,9 @@ ROWS = (
     Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
     Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),
     Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.9"),
+    Row("busy_neighbour", "quiet", "Following free cores, quiet machine: times as long as torch by itself", "≤ 1.05"),
+    Row("busy_neighbour", "busy", "— beside one busy process: times as long as torch by itself when quiet", "≤ 2.5"),
+    Row("busy_neighbour", "busy, before", "— torch by itself, beside one busy process: times as long as when quiet"),
     Row("stack_embedded_cpu", "pairs", "AGSM on pairs + DDPO, nothing shared: share of the sum of the two"),
 )
 FULL_SIZES = tuple(f"full_size_{kind}_{device}" for kind in ("sd15", "sdxl", "sd3") for device in ("cpu", "cuda"))
