@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from full_size import make_sd15
+from full_size_models import make_sd15
 
 from agsm_rl.backbones.loading import load_pipeline
 

@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import torch
 import typer
-from full_size import clip, make_sd3, make_sd15
+from full_size_models import clip, make_sd3, make_sd15
 from measure import write_result
 from PIL import Image
 from torch import Tensor, nn

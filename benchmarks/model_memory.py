@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from config_only import write_folder
-from full_size import MAKERS, make_sd3
+from full_size_models import MAKERS, make_sd3
 
 from agsm_rl.doctor.memory.fit import MARGIN
 from agsm_rl.doctor.memory.predict import predict

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import typer
-from full_size import make_sd3
+from full_size_models import make_sd3
 from measure import write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
