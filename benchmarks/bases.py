@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from full_size_models import make_sd15
+from full_size_models import make_on
 
 from agsm_rl.backbones.loading import load_pipeline
 
@@ -16,10 +16,7 @@ def make_pipeline(size: Size, device: str) -> Any:
     if size == "embedded":
         return load_pipeline(EMBEDDED, dtype=torch.float32).to(device)
     torch.manual_seed(0)
-    with torch.device(device):  # a GPU draws weights faster than they travel to it
-        pipeline = make_sd15()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return make_on("sd15", device, torch.float32)
 
 
 def resolution_of(size: Size, device: str) -> int | None:

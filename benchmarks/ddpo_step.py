@@ -25,7 +25,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.objectives.ddpo import DDPO
-from agsm_rl.sources.prompt_lists import BUILTIN, read_prompts
+from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rollouts import Rollouts
 
 TRL_WORKER = Path(__file__).with_name("trl_worker.py")
@@ -91,7 +91,7 @@ def main(
     settings = {
         "checkpoint": find_checkpoint(checkpoint),
         "device": device,
-        "prompts": list(dict.fromkeys(prompt.text for prompt in read_prompts(BUILTIN)))[:images],
+        "prompts": list(dict.fromkeys(prompt.text for prompt in read_prompts("builtin:shapes-prompts")))[:images],
         "num_steps": num_steps,
         "guidance": guidance,
         "sample_batch_size": sample_batch_size,

@@ -1,94 +1,164 @@
-"""One AGSM step and one DDPO draw and update at a published model's real size, with random weights.
+"""One step of AGSM, a policy gradient and DiffusionNFT at a published model's real size, with random weights.
 
     python benchmarks/full_size.py sd15 | sdxl | sd3 [--resolution 512] [--dtype bfloat16] [--device cuda]
+    python benchmarks/full_size.py flux --layers 2 --device cuda        a newer kind at its real width, two blocks deep
 
-It shows that nothing depends on the small sizes of the embedded bases, and what a step costs in seconds and memory. The
-figures go to benchmarks/results/full_size_<kind>_<device>.json. Weights are random, so do not expect pictures.
+It shows that nothing depends on the small sizes of the embedded bases, what a step costs in seconds and memory, and how
+much memory `check` predicts for the same recipe. On a GPU, the allocator is compared with that; on a CPU only with
+`--allocator`, which takes a further step under the profiler. The figures go to
+benchmarks/results/full_size_<kind>_<device>.json. Weights are random, so do not expect pictures.
 """
 
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
+import measure
 import torch
 import typer
-from agsm_rl_rewards.brightness import Brightness
-from full_size_models import MAKERS
-from measure import resident_bytes, write_result
+from config_only import write_folder
+from full_size_models import KINDS, PUBLISHED, make_on, make_toy
 
-from agsm_rl import Policy, Term, Trainer
-from agsm_rl.adapters.soft_tokens import SoftTokens
-from agsm_rl.backbones import backbone_of
-from agsm_rl.objectives.agsm import AGSM
-from agsm_rl.objectives.ddpo import DDPO
-from agsm_rl.objectives.flow_grpo import FlowGRPO
-from agsm_rl.policy import Objective, Source
-from agsm_rl.sources.pairs import Pairs
-from agsm_rl.sources.rollouts import Rollouts
+from agsm_rl.backbones import frozen_pipeline
+from agsm_rl.doctor.memory.predict import always_in_use, predict
+from agsm_rl.recipe.build import build_trainer
+from agsm_rl.recipe.recipe import Recipe
+from agsm_rl.trainer import Trainer
+
+GIB = 2**30
+POLICY_GRADIENTS = {"sd15": "ddpo", "sdxl": "ddpo"}
+"""Flow-GRPO for the kinds that are not named."""
 
 
-class Meter:
-    """Measures seconds and peak memory."""
+def recipe_of(term: str, backbone: dict[str, Any], *, batch_size: int, images: int, num_steps: int) -> Recipe:
+    """A recipe with one term: AGSM over captioned images with two prompts each, another over images that it draws."""
+    source: dict[str, Any] = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": batch_size}
+    options: dict[str, Any] = {"group_size": 2}
+    if term == "agsm":
+        source |= {"num_images": 4 * batch_size}
+    else:
+        source = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}}
+        source |= {"num_prompts": images // 2, "images_per_prompt": 2, "num_steps": num_steps, "guidance": 1.0}
+        source |= {"advantages": "group", "sample_batch_size": 1}
+        options = {}
+    return Recipe.from_data(
+        {
+            "steps": 2,
+            "backbone": {"use": "auto", **backbone},
+            "adapters": {"tokens": {"use": "soft_tokens", "num_tokens": 4}},
+            "objectives": [{"use": term, "source": source, **options}],
+            "track": [],
+        }
+    )
 
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device.startswith("cuda")
 
-    def run(self, what: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        """Run `what` once and measure it; on a CPU, the peak is the process's since its start, weights included."""
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+@contextmanager
+def in_memory(pipeline: Any) -> Iterator[None]:
+    """Within the block, a backbone gets this pipeline where it would load weights; on the meta device it loads."""
+    load = frozen_pipeline.load_pipeline
+
+    def given(checkpoint: str, *, empty: bool = False, **options: Any) -> Any:
+        return load(checkpoint, empty=True, **options) if empty else pipeline
+
+    with patch.object(frozen_pipeline, "load_pipeline", given):
+        yield
+
+
+def step_cost(trainer: Trainer, device: str, *, warmup: int, repeats: int) -> dict[str, Any]:
+    """Median seconds of a step and peak memory; on a CPU, the peak is the process's, its libraries included."""
+    for _ in range(warmup):
+        trainer.run_step()
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds: list[float] = []
+    metrics: dict[str, float] = {}
+    for _ in range(repeats):
+        if on_gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        metrics = what()
-        if self.on_gpu:
+        metrics = trainer.run_step()
+        if on_gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        bytes_ = torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes(peak=True)
-        figures = {key: round(value, 6) for key, value in metrics.items() if "/" in key}
-        return {"seconds": round(seconds, 2), "peak_gib": round(bytes_ / 2**30, 2), "metrics": figures}
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else measure.resident_bytes(peak=True)
+    figures = {key: round(value, 6) for key, value in metrics.items() if "/" in key}
+    median = statistics.median(seconds)
+    return {"seconds": round(median, 2 if median > 1 else 4), "peak_gib": round(peak / GIB, 3), "metrics": figures}
+
+
+def compare(recipe: Recipe, pipeline: Any, device: str, *, allocator: bool, **counts: int) -> dict[str, Any]:
+    """What a step of the recipe costs, and the memory predicted for it."""
+    _, prediction = predict(recipe)
+    with in_memory(pipeline):
+        trainer = build_trainer(recipe)
+    cost = step_cost(trainer, device, **counts)
+    measured = cost["peak_gib"] if device.startswith("cuda") else None
+    if allocator and measured is None:
+        measured = (measure.allocator_peak(trainer.run_step) + sum(always_in_use(trainer).values())) / GIB
+    if isinstance(prediction, str):
+        cost["no_prediction"] = prediction
+    else:
+        steps = [peak for phase, peak in prediction.peaks.items() if phase.startswith(("drawing ", "learning "))]
+        cost["predicted_gib"] = round(max(steps) / GIB, 3)
+        if measured is not None:
+            cost |= {"allocated_gib": round(measured, 3), "predicted/allocated": round(max(steps) / GIB / measured, 3)}
+    for adapter in list(trainer.policy.backbone.adapters):
+        adapter.detach()
+    return cost
 
 
 def main(
-    kind: Annotated[Literal["sd15", "sdxl", "sd3"], typer.Argument()],
+    kind: Annotated[str, typer.Argument(help=f"of {', '.join(KINDS)}")],
     resolution: Annotated[int | None, typer.Option(help="default: the model's own")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="type of the frozen weights")] = "float32",
     device: str = "cpu",
+    terms: Annotated[list[str] | None, typer.Option(help="default: agsm, and ddpo or flow_grpo")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="blocks of each part; newer kinds need it")] = None,
+    toy: Annotated[bool, typer.Option(help="the shipped or a tiny model of this kind, for a trial")] = False,
+    gradient_checkpointing: bool = True,
     batch_size: Annotated[int, typer.Option(min=2, help="images for AGSM, with two prompts each")] = 2,
-    images: Annotated[int, typer.Option(min=2, help="images per draw for DDPO")] = 2,
-    num_steps: Annotated[int, typer.Option(min=1, help="sampling steps for DDPO")] = 2,
+    images: Annotated[int, typer.Option(min=2, help="images per draw for the others")] = 2,
+    num_steps: Annotated[int, typer.Option(min=1, help="sampling steps for the others")] = 2,
+    warmup: Annotated[int, typer.Option(min=0)] = 0,
+    repeats: Annotated[int, typer.Option(min=1)] = 1,
+    allocator: Annotated[bool, typer.Option(help="on a CPU: measure the allocator's peak too")] = False,
+    results: Path = measure.RESULTS,
 ) -> None:
-    """Run both and record what they cost."""
+    """Run the terms one after the other and record what they cost."""
+    if kind not in KINDS or (kind not in PUBLISHED and layers is None and not toy):
+        raise typer.BadParameter(f"{kind}: one of {', '.join(KINDS)}; those after {PUBLISHED[-1]} need --layers")
     torch.manual_seed(0)
-    pipeline = MAKERS[kind]().to(device)
-    if dtype != "float32":
-        pipeline.to(getattr(torch, dtype))
-    backbone = backbone_of(pipeline, resolution=resolution, gradient_checkpointing=True)
-    policy = Policy(backbone, {"tokens": SoftTokens(num_tokens=4)})
-    flow = kind == "sd3"
-    drawn = Rollouts(
-        "builtin:shapes-prompts", [(Brightness(), 1.0)], num_prompts=images // 2, images_per_prompt=2,
-        num_steps=num_steps, guidance=1.0, advantages="group", sample_batch_size=1,
-    )  # fmt: skip
-    learned: dict[str, tuple[Objective, Source]] = {
-        "agsm": (AGSM(group_size=2), Pairs("builtin:shapes", batch_size, num_images=8)),
-        "flow_grpo" if flow else "ddpo": (FlowGRPO() if flow else DDPO(), drawn),
-    }
-    meter, steps = Meter(device), {}
-    for name, (objective, source) in learned.items():
-        trainer = Trainer(policy, [Term(objective, source, name=name)], steps=1)
-        steps[name] = meter.run(trainer.run_step)
-        print(name, steps[name], flush=True)
-        # Write after each, so that its figures survive if the next one, which takes minutes on a CPU, is interrupted.
-        write_result(
-            f"full_size_{kind}_{device.partition(':')[0]}",
-            what=f"random {kind} at full size, {backbone.resolution} px, {dtype}, gradient checkpointing, 4 tokens; "
-            f"AGSM: {batch_size} images x 2 prompts; policy gradient: {images} images x {num_steps} sampling steps",
-            device=device,
-            denoiser_parameters=sum(parameter.numel() for parameter in backbone.denoiser.parameters()),
-            trained_parameters=sum(parameter.numel() for parameter in policy.parameters().values()),
-            latents=list(backbone.latent_shape),
-            steps=steps,
-        )
+    of_torch = getattr(torch, dtype)
+    pipeline = make_toy(kind, device, of_torch) if toy else make_on(kind, device, of_torch, layers=layers)
+    terms = terms or ["agsm", POLICY_GRADIENTS.get(kind, "flow_grpo")]
+    size = "tiny" if toy else f"{layers} blocks deep" if layers else "at full size"
+    what = f"random {kind} {size}, {f'{resolution} px, ' if resolution else ''}{dtype}, "
+    what += f"{'gradient checkpointing, ' if gradient_checkpointing else ''}4 tokens; "
+    what += f"AGSM: {batch_size} images x 2 prompts; others: {images} images x {num_steps} sampling steps"
+    steps: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = {"checkpoint": str(write_folder(pipeline, Path(folder) / kind)), "device": device, "dtype": dtype}
+        backbone |= {"resolution": resolution, "gradient_checkpointing": gradient_checkpointing}
+        denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+        for term in terms:
+            recipe = recipe_of(term, backbone, batch_size=batch_size, images=images, num_steps=num_steps)
+            steps[term] = compare(recipe, pipeline, device, allocator=allocator, warmup=warmup, repeats=repeats)
+            print(term, steps[term], flush=True)
+            # Write after each, so that its figures survive if the next one, which takes minutes on a CPU, is cut off.
+            measure.write_result(
+                f"full_size_{kind}_{device.partition(':')[0]}",
+                what=what,
+                device=device,
+                results=results,
+                denoiser_parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+                steps=steps,
+            )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 The configurations are those of stable-diffusion-v1-5, stable-diffusion-xl-base-1.0 and stable-diffusion-3-medium.
 """
 
+import sys
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -24,9 +28,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from agsm_rl.backbones.loading import find_checkpoint
+from agsm_rl.backbones.loading import find_checkpoint, load_pipeline
 from agsm_rl.shapes.train_base.layouts import make_scheduler
 from agsm_rl.shapes.train_base.text import make_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where each newer kind keeps its published configuration
+from tiny import KINDS as NEWER  # noqa: E402
+from tiny import tiny  # noqa: E402
 
 TEXT_LENGTH = 77
 
@@ -150,3 +158,59 @@ def make_sd3(*, t5: bool = False) -> StableDiffusion3Pipeline:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": make_sd15, "sdxl": make_sdxl, "sd3": make_sd3}
+PUBLISHED = tuple(MAKERS)
+KINDS = (*PUBLISHED, *NEWER)
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers", "num_hidden_layers", "depth")
+"""Names of the number of blocks in configurations of diffusers and transformers."""
+
+
+def make_on(kind: str, device: str, dtype: torch.dtype, *, layers: int | None = None) -> Any:
+    """A pipeline with random weights drawn on the device; with `layers`, a newer kind of that depth and real width."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device if kind in MAKERS else "meta"):
+            pipeline = MAKERS[kind]() if kind in MAKERS else tiny(kind).make_full_size()
+        if kind not in MAKERS:
+            assert layers is not None
+            with torch.device(device):
+                make_shallow(pipeline, layers)
+    finally:
+        torch.set_default_dtype(before)
+    scheduler = pipeline.scheduler
+    pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config))  # whose tables stay on the CPU
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)
+
+
+def make_shallow(pipeline: Any, layers: int) -> None:
+    """Replace the parts of a pipeline without weights by ones with random weights, at most `layers` blocks deep."""
+    for name, part in list(pipeline.components.items()):
+        if not isinstance(part, torch.nn.Module):
+            continue
+        if hasattr(part, "save_config"):  # of diffusers
+            config = {key: value for key, value in part.config.items() if not key.startswith("_")}
+            depths = {key: min(layers, config[key]) for key in DEPTHS if key in config and name != "vae"}
+            made = type(part).from_config(config | depths)
+        else:
+            sizes = deepcopy(part.config)
+            for each in (sizes, *(getattr(sizes, f"{of}_config", None) for of in ("text", "vision"))):
+                cut_depth(each, layers)
+            made = type(part)(sizes)
+        pipeline.register_modules(**{name: made})
+
+
+def cut_depth(config: Any, layers: int) -> None:
+    """Limit the number of blocks of one of transformers' configurations (None is none)."""
+    for key in DEPTHS:
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, min(layers, getattr(config, key)))
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def make_toy(kind: str, device: str, dtype: torch.dtype) -> Any:
+    """The shipped base of this kind, or a tiny pipeline of a newer one."""
+    pipeline = load_pipeline(f"builtin:shapes-{kind}", dtype=dtype) if kind in MAKERS else tiny(kind).make()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)

@@ -19,7 +19,7 @@ import agsm_rl
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import backbone_of
 from agsm_rl.export.attach import save_adapters
-from agsm_rl.sources.prompt_lists import BUILTIN, read_prompts
+from agsm_rl.sources.prompt_lists import read_prompts
 
 
 def export_tokens(pipeline: Any, folder: Path, num_tokens: int) -> None:
@@ -45,7 +45,7 @@ def main(
     pipeline = make_pipeline(size, device)
     if device == "cuda":
         pipeline.to(torch.bfloat16)
-    prompts = list(dict.fromkeys(prompt.text for prompt in read_prompts(BUILTIN)))[:images]
+    prompts = list(dict.fromkeys(prompt.text for prompt in read_prompts("builtin:shapes-prompts")))[:images]
     side = resolution_of(size, device)
     options = {"height": side, "width": side, "num_inference_steps": num_steps, "guidance_scale": guidance}
 

@@ -1,9 +1,10 @@
 """Write the tables in README.md from results/*.json: `python benchmarks/table.py`.
 
-Measurements that have not been made yet have empty cells.
+Measurements that have not been made yet have empty cells. `python benchmarks/table.py RESULT.json` prints one result.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,23 @@ ROWS = (
     Row("agsm_step_embedded_cpu_cache", "step", "— ours from the encoding cache"),
     Row("agsm_step_embedded_cpu_options", "step", "— ours from the cache, in bfloat16, compiled"),
     Row("agsm_step_embedded_cpu", "flops", "— its FLOPs: times fewer"),
-    Row("agsm_step_embedded_cpu", "memory", "— its peak memory: share of the published"),
+    Row("agsm_step_embedded_cpu", "memory", "— its peak memory: share of the published", "≤ 0.7"),
+    Row("agsm_step_embedded_cpu_negatives_1", "step", "— with `negatives: 1`: times faster", "≥ 2"),
+    Row("agsm_step_embedded_cpu_negatives_1", "memory", "— with `negatives: 1`, its peak memory: share"),
+    Row("ceiling_embedded_cpu", "float32, 2 threads", "— its products: share of this machine's ceiling", "≥ 0.8"),
+    Row("ceiling_embedded_cpu", "float32, 2 threads: reachable", "— a step of nothing but its products: times faster"),
+    Row("ceiling_embedded_cpu", "float32, 2 threads: cores busy", "— processor cores busy: share of the published"),
     Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
     Row("agsm_step_sd15_cpu", "memory", "— its peak memory: share of the published"),
     Row("agsm_step_sd15_cuda", "step", "AGSM step, SD1.5's size, 512 px, GPU: times faster", "≥ 2"),
     Row("agsm_step_sd15_cuda", "memory", "— its peak memory: share of the published", "≤ 0.55"),
     Row("agsm_step_sd15_cuda", "peak", "— its share of the GPU's bf16 peak", "≥ 0.5"),
+    Row("ceiling_sd15_cuda", "bfloat16", "— its products: share of this GPU's ceiling"),
+    Row("agsm_step_sd15_cuda_regional", "step", "— with `compile: regional`: times faster"),
+    Row("agsm_step_sd15_cuda_regional", "peak", "— with `compile: regional`, its share of the GPU's bf16 peak"),
+    Row("agsm_step_sd15_cuda_graphs", "step", "— with `compile: reduce-overhead` (CUDA graphs): times faster"),
+    Row("agsm_step_sd15_cuda_graphs", "peak", "— with `compile: reduce-overhead`, its share of the GPU's bf16 peak"),
+    Row("agsm_step_sd15_cuda_negatives_1", "step", "— with `negatives: 1`: times faster"),
     Row("ddpo_step_embedded_cpu", "step", "DDPO, embedded base, CPU: times TRL's images per second", "≥ 1.5"),
     Row("ddpo_step_embedded_cpu", "memory", "— its peak memory: share of TRL's"),
     Row("ddpo_step_embedded_cpu_keep_graph", "step", "— with `keep_graph`: times TRL's images per second"),
@@ -40,24 +52,42 @@ ROWS = (
     Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images per second"),
     Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
     Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),
-    Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.9"),
     Row("busy_neighbour", "quiet", "Following free cores, quiet machine: times as long as torch by itself", "≤ 1.05"),
     Row("busy_neighbour", "busy", "— beside one busy process: times as long as torch by itself when quiet", "≤ 2.5"),
     Row("busy_neighbour", "busy, before", "— torch by itself, beside one busy process: times as long as when quiet"),
+    Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.8"),
     Row("stack_embedded_cpu", "pairs", "AGSM on pairs + DDPO, nothing shared: share of the sum of the two"),
+    Row("goals_cpu", "main job", "The main job, `recipes/agsm_plus_ddpo.yaml`, base evaluated too", "≤ 360 s"),
+    Row("goals_cpu", "check", "`agsm-rl check` on it", "≤ 3 s"),
 )
 FULL_SIZES = tuple(f"full_size_{kind}_{device}" for kind in ("sd15", "sdxl", "sd3") for device in ("cpu", "cuda"))
+SHALLOW = tuple(f"full_size_{kind}_cuda" for kind in ("flux", "flux_2", "z_image", "qwen_image", "sana"))
+"""Newer kinds, two blocks deep."""
 
 
 def make_tables(results: Path) -> str:
-    """Both tables as Markdown."""
+    """The tables as Markdown."""
     lines = ["| | goal | ratio [95 %] | ours | other | machine |", "|---|---|---|---|---|---|"]
     for row in ROWS:
         lines.append(_line([row.words, row.goal, *_cells(_read(results, row.result), row.comparison)]))
-    lines += ["", "| full size | term | seconds | peak GiB | what | machine |", "|---|---|---|---|---|---|"]
-    for name in FULL_SIZES:
+    heads = ("full size", "term", "seconds", "peak GiB", "predicted GiB", "predicted/allocated", "what", "machine")
+    lines += ["", _line(list(heads)), "|" + "---|" * len(heads)]
+    for name in FULL_SIZES + SHALLOW:
         lines += _full_size(name, _read(results, name))
     return "\n".join(lines) + "\n"
+
+
+def goals(results: Path) -> list[str]:
+    """A line for each measurement that was made and has a goal: what it reached, and whether that is enough."""
+    lines = []
+    for row in ROWS:
+        figures = (_read(results, row.result) or {}).get("comparisons", {}).get(row.comparison)
+        if row.goal and figures is not None:
+            value = figures.get("ratio", figures["ours"])
+            sign, limit = row.goal.split()[:2]
+            reached = value >= float(limit) if sign == "≥" else value <= float(limit)
+            lines.append(f"{'reached    ' if reached else 'NOT reached'} {value:8.3g} {row.goal:8} {row.words}")
+    return lines
 
 
 def _read(results: Path, name: str) -> dict[str, Any] | None:
@@ -75,8 +105,8 @@ def _cells(result: dict[str, Any] | None, comparison: str) -> list[str]:
     if result is None or figures is None:
         return [""] * 4
     interval = f" [{figures['low']:.3g}, {figures['high']:.3g}]" if "low" in figures else ""
-    amounts = [_amount(figures[side], figures["unit"]) for side in ("ours", "other")]
-    return [f"{figures['ratio']:.3g}{interval}", *amounts, result["machine"]]
+    amounts = [_amount(figures[side], figures["unit"]) if side in figures else "" for side in ("ours", "other")]
+    return [f"{figures['ratio']:.3g}{interval}" if "ratio" in figures else "", *amounts, result["machine"]]
 
 
 def _amount(number: float, unit: str) -> str:
@@ -90,13 +120,18 @@ def _amount(number: float, unit: str) -> str:
 
 
 def _full_size(name: str, result: dict[str, Any] | None) -> list[str]:
-    label = name.removeprefix("full_size_").replace("_", ", ")
+    label = ", ".join(name.removeprefix("full_size_").rsplit("_", 1))
     if result is None:
-        return [_line([label, *[""] * 5])]
-    return [
-        _line([label, term, f"{step['seconds']:g}", f"{step['peak_gib']:g}", result["what"], result["machine"]])
-        for term, step in result["steps"].items()
-    ]
+        return [_line([label, *[""] * 7])]
+    lines = []
+    for term, step in result["steps"].items():
+        memory = [_number(step.get(key)) for key in ("peak_gib", "predicted_gib", "predicted/allocated")]
+        lines.append(_line([label, term, _number(step["seconds"]), *memory, result["what"], result["machine"]]))
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
 
 
 def put_in(text: str, tables: str) -> str:
@@ -105,8 +140,24 @@ def put_in(text: str, tables: str) -> str:
     return f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"
 
 
+def say(file: Path) -> str:
+    """A result in a few lines."""
+    result = json.loads(file.read_text())
+    lines = []
+    for name in result.get("comparisons", {}):
+        ratio, ours, other, _ = _cells(result, name)
+        lines.append(f"    {name or 'share'}: {ratio} ({ours}, other {other or 'none'})")
+    for name, step in result.get("steps", {}).items():
+        share = step.get("predicted/allocated", "not compared")
+        lines.append(f"    {name}: {step['seconds']:g} s, {step['peak_gib']:g} GiB; predicted/allocated: {share}")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Rewrite README.md."""
+    """Rewrite README.md, or print a result."""
+    if len(sys.argv) == 2:
+        print(say(Path(sys.argv[1])))
+        return
     readme = HERE / "README.md"
     readme.write_text(put_in(readme.read_text(), make_tables(HERE / "results")))
 

@@ -1,0 +1,58 @@
+"""benchmarks/gpu.sh runs once, on a machine that is not at hand: its commands are held to the scripts' options here."""
+
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import goals
+import pytest
+import table
+import typer
+
+SCRIPT = Path(table.HERE) / "gpu.sh"
+
+
+def listing(*arguments: str) -> list[list[str]]:
+    """The words of each part: name, seconds, result, script, arguments."""
+    done = subprocess.run(["bash", str(SCRIPT), "--list", *arguments], capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parse(script: str, arguments: list[str]) -> None:
+    """Parse a script's arguments without running it; click's UsageError where it has no such option."""
+    app = typer.Typer(add_completion=False)
+    app.command()(import_module(script.removesuffix(".py")).main)
+    typer.main.get_command(app).make_context(script, list(arguments))
+
+
+@pytest.mark.parametrize("size", ["full", "toy"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_part_is_a_command_that_its_script_takes(size, device):
+    parts = listing("--size", size, "--device", device)
+    assert len({name for name, *_ in parts}) == len(parts) > 10
+    for _, _, _, script, *arguments in parts:
+        parse(script, [*arguments, "--results", "results"])
+
+
+def test_the_trial_has_the_parts_of_the_measurement_in_the_same_order():
+    assert [name for name, *_ in listing()] == [name for name, *_ in listing("--size", "toy", "--device", "cpu")]
+
+
+def test_the_parts_fill_every_line_of_the_table_that_waits_for_a_gpu():
+    results = {result for _, _, result, *_ in listing()}
+    rows = {row.result for row in table.ROWS if row.result.partition("_cuda")[1]}
+    assert rows | {name for name in (*table.FULL_SIZES, *table.SHALLOW) if name.endswith("_cuda")} <= results
+
+
+def test_one_part_can_be_chosen_and_an_unknown_one_is_refused():
+    assert [name for name, *_ in listing("--only", "ddpo")] == ["ddpo"]
+    done = subprocess.run(["bash", str(SCRIPT), "--list", "--only", "dppo"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--only dppo: one of agsm " in done.stderr
+
+
+@pytest.mark.parametrize("name", goals.PARTS)
+def test_every_goal_is_measured_by_a_command_that_its_script_takes(name):
+    part = goals.PARTS[name]
+    for arguments in (part.arguments, part.toy):
+        parse(part.script, [*arguments.split(), "--results", "results"])
