@@ -84,6 +84,10 @@ def sample(
         Path, typer.Option("-o", help="Folder for the pictures; those that are there are kept, new ones get a number.")
     ] = Path("samples"),
     compare: Annotated[bool, typer.Option("--compare", help="Also draw with the base, from the same noise.")] = False,
+    captions: Annotated[
+        bool,
+        typer.Option("--captions", help="Also write metadata.jsonl with the prompts: the folder is then a data set."),
+    ] = False,
     num_steps: StepsOption = None,
     resolution: ResolutionOption = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Pictures drawn at a time.")] = 8,
@@ -116,6 +120,7 @@ def sample(
         guidance_bank=guidance.guidance_bank,
         guidance_prompt=guidance.guidance_prompt,
         compare=compare,
+        captions=captions,
     )
     size = {} if resolution is None else {"resolution": resolution_of(resolution)}
     opened = open_target(target, base=base, options=size, allow_imports=permissions(imports=allow_import))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class SampleOptions:
     guidance_bank: GuidanceBank | None = None
     guidance_prompt: GuidancePrompt | None = None
     compare: bool = False
+    captions: bool = False
+    """Also write each picture's prompt, so that the folder is a data set of image-caption pairs."""
 
 
 class _Picture(NamedTuple):
@@ -56,6 +59,8 @@ def draw_samples(
     UserError, before anything is drawn, for `compare` with a base, and for a negative prompt that would have no effect.
     """
     pictures = _pictures(prompts, options)
+    if options.compare and options.captions:
+        raise UserError("--captions: with --compare the data set would hold the base's pictures too; leave one out.")
     check_negative_prompt(target, options)
     kinds = ("base", "trained") if options.compare else ("",)
     if options.compare and target.handle is None:
@@ -71,11 +76,19 @@ def draw_samples(
             for picture, image in _drawn(target, pictures, options):
                 path = out / f"{picture.stem}{'-base' if kind == 'base' else ''}{suffix}.png"
                 write_picture(to_picture(image), path)
+                if options.captions:
+                    _add_caption(path, picture.prompt)
                 tell(str(path))
                 if len(kept[kind]) < MAX_IN_GRID // len(kinds):
                     kept[kind].append(image)
     if len(pictures) * len(kinds) > 1:
         tell(str(_write_grid(kept, pictures, out / f"grid{suffix}.jpg", options)))
+
+
+def _add_caption(picture: Path, prompt: str) -> None:
+    """A row for the picture in its folder's metadata.jsonl, where `datasets` and a source `pairs` look for captions."""
+    with (picture.parent / "metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"file_name": picture.name, "caption": prompt}, ensure_ascii=False) + "\n")
 
 
 def check_negative_prompt(target: Target, options: SampleOptions) -> None:

@@ -5,6 +5,7 @@ If all compared rewards are equal, the advantage is exactly 0: a division must n
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,16 +17,35 @@ Histories = dict[str, deque[float]]
 """Each prompt's newest rewards."""
 
 
+@dataclass(frozen=True)
+class AdvantageForm:
+    """What rollouts' `advantages` mean."""
+
+    by: Literal["history", "group"]
+    """What a reward is compared with."""
+    std: Literal["group", "global"]
+    """Whose standard deviation it is divided by."""
+    transform: Literal["exponential"] | None = None
+    """What is made of the normalised reward."""
+
+    def finished(self, advantages: Tensor, clip: float) -> Tensor:
+        """Normalised rewards [N] transformed and clipped to ± `clip`."""
+        worth = 1 - torch.exp(-advantages) if self.transform == "exponential" else advantages
+        return worth.clamp(-clip, clip)
+
+
 def check_advantages(
     given: str | Mapping[str, str], *, images_per_prompt: int, history: int, min_history: int
-) -> tuple[str, Literal["group", "global"]]:
-    """What rollouts' `advantages` mean: `history` or `group`, and whose standard deviation; UserError if nothing."""
+) -> AdvantageForm:
+    """What rollouts' `advantages` mean; UserError if nothing."""
     options = {"by": given} if isinstance(given, str) else dict(given)
     for name in options:
-        if name not in ("by", "std"):
-            raise unknown_name("advantages", name, "one of its options", ("by", "std"))
-    by, std = options.get("by", "group"), options.get("std", "group")
-    if by not in ("history", "group"):
+        if name not in ("by", "std", "transform"):
+            raise unknown_name("advantages", name, "one of its options", ("by", "std", "transform"))
+    by, std, transform = options.get("by", "group"), options.get("std", "group"), options.get("transform")
+    if transform not in (None, "exponential"):
+        raise unknown_name("advantages.transform", transform, "a transform of advantages", ("exponential",))
+    if by != "history" and by != "group":
         raise unknown_name("advantages", by, "a way to normalise rewards", ("history", "group"))
     if by == "history" and history < min_history:
         raise UserError(
@@ -39,11 +59,9 @@ def check_advantages(
         )
     if by == "history" and "std" in options:
         raise UserError("advantages.std: it belongs to `by: group`, but `by` is history; leave std out")
-    if std == "global":
-        return by, "global"
-    if std != "group":
+    if std != "group" and std != "global":
         raise unknown_name("advantages.std", std, "a standard deviation", ("group", "global"))
-    return by, "group"
+    return AdvantageForm(by, std, None if transform is None else "exponential")
 
 
 def normalised_by_prompt(

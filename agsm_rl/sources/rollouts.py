@@ -83,7 +83,8 @@ class Rollouts(Draws[RewardedBatch]):
         updates: Steps of the trainer that learn from each draw, each from its own share of the images.
         advantages: What a reward is compared with. `history`: the newest rewards of its prompt, as DDPO does; `group`:
             the rewards of the prompt's images of this draw alone, as GRPO does. `{by: group, std: global}` divides by
-            the standard deviation of all rewards of the draw, as Flow-GRPO's configurations for SD3.5 do.
+            the standard deviation of all rewards of the draw, as Flow-GRPO's configurations for SD3.5 do. With
+            `transform: exponential`, an image counts by 1 − exp(−A): DDRL's λ (arXiv 2512.04332) but for the constant.
         advantage_clip: Advantages are clipped to ± this.
         history: For `advantages: history`: how many rewards of each prompt are remembered.
         min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
@@ -158,7 +159,7 @@ class Rollouts(Draws[RewardedBatch]):
         check_negative_prompt(negative_prompt, guidance)
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
-        compared_with, group_std = check_advantages(
+        self.advantages = check_advantages(
             advantages, images_per_prompt=images_per_prompt, history=history, min_history=min_history
         )
         if (num_prompts * images_per_prompt) % updates:
@@ -179,7 +180,6 @@ class Rollouts(Draws[RewardedBatch]):
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
         self.advantage_clip, self.history, self.min_history = advantage_clip, history, min_history
         self.sample_batch_size, self.drawn_by, self.same_latent = sample_batch_size, drawn_by, same_latent
-        self.advantages, self.group_std = compared_with, group_std
         self.batch_size = num_prompts * images_per_prompt // updates
         """Images that a step of the trainer learns from."""
         self.keep_path = eta > 0 and drawn_by == "live"
@@ -299,20 +299,18 @@ class Rollouts(Draws[RewardedBatch]):
         if any(one.weight and one.normalise == "raw" for one in self.rewards):
             return worth, self._advantages(worth, prompts)
         self._metrics["zero_variance"] = float(_all_equal(worth))
-        return worth, self._clipped(normalised_over_all(worth))
+        return worth, self.advantages.finished(normalised_over_all(worth), self.advantage_clip)
 
     def _advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """Normalised rewards of all processes, [N] in the order of `prompts`."""
         self._metrics["zero_variance"] = float(_all_equal(rewards))
-        return self._clipped(self._normalised(rewards, prompts, self._histories))
+        normalised = self._normalised(rewards, prompts, self._histories)
+        return self.advantages.finished(normalised, self.advantage_clip)
 
     def _normalised(self, rewards: Tensor, prompts: list[str], histories: Histories) -> Tensor:
-        if self.advantages == "group":
-            return normalised_by_group(rewards, prompts, std=self.group_std)
+        if self.advantages.by == "group":
+            return normalised_by_group(rewards, prompts, std=self.advantages.std)
         return normalised_by_prompt(rewards, prompts, histories, history=self.history, min_history=self.min_history)
-
-    def _clipped(self, advantages: Tensor) -> Tensor:
-        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def metrics(self) -> dict[str, float]:
         """Of the newest draw, over all processes.

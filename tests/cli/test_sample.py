@@ -1,5 +1,7 @@
 """`agsm-rl sample`: many prompts, the base beside, negative prompts, and nothing that is there is overwritten."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from agsm_rl import UserError, attach, save_adapters
 from agsm_rl.cli.commands import app
 from agsm_rl.evaluate.captions import captioned_grid
+from agsm_rl.sources.pairs import Pairs
 
 
 @pytest.fixture
@@ -60,6 +63,21 @@ def test_a_file_of_prompts_is_drawn_prompt_by_prompt(sample, tiny_checkpoint, tm
     assert max(high for _, high in Image.eval(alone, lambda x: x).getextrema()) > 0
     difference = [abs(a - b) for a, b in zip(alone.tobytes(), many.tobytes(), strict=True)]
     assert max(difference) <= 1  # a batch of four rounds differently from a batch of one
+
+
+def test_with_captions_the_folder_is_a_data_set_that_later_pictures_join(sample, tiny_checkpoint, tmp_path, backbone):
+    for prompt, number in (("a red star", 2), ("a blue circle, drawn", 1)):
+        drawn = sample(tiny_checkpoint, prompt, "-n", number, "-o", "out", "--captions", "--guidance", 1)
+        assert drawn.exit_code == 0, drawn.output
+    source = Pairs("out", batch_size=3)
+    source.bind("pairs", 0, SimpleNamespace(index=0, count=1))
+    source.fit_to(backbone)
+    assert sorted(source.prompt_texts()) == ["a blue circle, drawn", "a red star", "a red star"]
+
+
+def test_a_data_set_is_not_mixed_with_the_pictures_of_the_base(sample, adapter, tmp_path):
+    assert_refused(sample(adapter, "a red star", "--compare", "--captions", "-o", "out"), "--captions", "--compare")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_base_is_drawn_beside_from_the_same_noise(sample, adapter, tiny_checkpoint, tmp_path):

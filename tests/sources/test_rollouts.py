@@ -69,6 +69,19 @@ def test_advantages_are_clipped(make_rollouts):
     assert source._advantages(torch.tensor([0.0, 0.0, 0.0, 9.0]), list("abcd")).max() == 1
 
 
+def test_an_exponential_transform_keeps_the_order_and_bounds_the_good(make_rollouts):
+    """λ of DDRL (arXiv 2512.04332) plus 1: at most 1 for the best, clipped for the worst, 0 for equal rewards."""
+    form = {"by": "group", "transform": "exponential"}
+    rewards, prompts = torch.tensor([0.0, 1.0, 2.0, 5.0, 3.0, 3.0]), ["a"] * 4 + ["b"] * 2
+    plain = make_rollouts(bind=True, advantages="group")._advantages(rewards, prompts)
+    found = make_rollouts(bind=True, advantages=form)._advantages(rewards, prompts)
+    torch.testing.assert_close(found, 1 - torch.exp(-plain))
+    assert found.max() < 1 and found[4:].abs().max() == 0
+    assert torch.equal(found[:4].argsort(), rewards[:4].argsort())
+    clipped = make_rollouts(bind=True, advantages=form, advantage_clip=0.5)._advantages(rewards, prompts)
+    assert clipped.min() == -0.5 and clipped.max() == 0.5
+
+
 def test_equal_rewards_give_no_advantage_and_are_named(make_rollouts):
     source = make_rollouts(bind=True)
     assert source._advantages(torch.ones(4), list("aabb")).abs().max() == 0
@@ -129,6 +142,7 @@ def test_a_reward_that_returns_nonsense_is_named(value, message):
         ({"updates": 3}, "updates 3 does not divide"),
         ({"rewards": []}, "rewards"),
         ({"advantages": "grup"}, "'grup' is not a way to normalise rewards.*Did you mean 'group'"),
+        ({"advantages": {"by": "group", "transform": "exp"}}, "'exp' is not a transform.*allowed: exponential"),
         ({"advantages": "group", "images_per_prompt": 1}, "images_per_prompt: got 1.*advantages: history"),
         ({"history": 8}, "history: got 8, but min_history is 16"),
     ],
