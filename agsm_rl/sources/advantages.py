@@ -45,7 +45,7 @@ def check_advantages(
     by, std, transform = options.get("by", "group"), options.get("std", "group"), options.get("transform")
     if transform not in (None, "exponential"):
         raise unknown_name("advantages.transform", transform, "a transform of advantages", ("exponential",))
-    if by != "history" and by != "group":
+    if by not in ("history", "group"):
         raise unknown_name("advantages", by, "a way to normalise rewards", ("history", "group"))
     if by == "history" and history < min_history:
         raise UserError(
@@ -59,9 +59,13 @@ def check_advantages(
         )
     if by == "history" and "std" in options:
         raise UserError("advantages.std: it belongs to `by: group`, but `by` is history; leave std out")
-    if std != "group" and std != "global":
+    if std not in ("group", "global"):
         raise unknown_name("advantages.std", std, "a standard deviation", ("group", "global"))
-    return AdvantageForm(by, std, None if transform is None else "exponential")
+    return AdvantageForm(
+        "group" if by == "group" else "history",
+        "global" if std == "global" else "group",
+        None if transform is None else "exponential",
+    )
 
 
 def normalised_by_prompt(
