@@ -107,7 +107,7 @@ class Objective:
     rewards: Sequence[Any] = ()
     """The WeightedRewards that it scores images by itself."""
     teacher: str | None = None
-    """The run or exported adapters whose prediction `policy.teacher` gives under that name."""
+    """The run, exported adapters or checkpoint whose prediction `policy.teacher` gives under that name."""
     old: OldPolicy | None = None
     """How its old policy follows the trained parameters; None: `policy.old` is the EMA."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from agsm_rl.backbones.same_space import check_same_space
 from agsm_rl.bases import Objective as Objective
 from agsm_rl.bases import Source as Source
 from agsm_rl.bases import View as View
@@ -101,7 +102,7 @@ class Policy:
         self._old: dict[str, dict[str, Tensor]] = {}
         """The old policies, by the names of the terms that have one."""
         self._recorded: list[Recorded] | None = None
-        self._teachers: dict[str, list[Adapter]] = {}
+        self._teachers: dict[str, list[Adapter] | Backbone] = {}
         self._always_off = ExitStack()
         self.acting_for: str | None = None
         """The term whose old policy `old` and `old_weights` mean; the trainer sets it."""
@@ -173,11 +174,30 @@ class Policy:
         for adapter in adapters:
             self._always_off.enter_context(adapter.using(None))
 
+    def add_teacher_base(self, name: str, backbone: Backbone) -> None:
+        """Keep another checkpoint for `teacher` alone; UserError where it is not of this base's latents and noise."""
+        check_same_space(self.backbone, backbone)
+        self._teachers[name] = backbone
+
+    def backbones(self) -> list[Backbone]:
+        """The base and the checkpoints that teach."""
+        return [self.backbone, *(taught for taught in self._teachers.values() if not isinstance(taught, list))]
+
+    def backbone_of_teacher(self, name: str) -> Backbone:
+        """What encodes texts for that teacher: the checkpoint itself, or the base that its adapters are on."""
+        taught = self._teachers[name]
+        return self.backbone if isinstance(taught, list) else taught
+
     @torch.no_grad()
     def teacher(self, name: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The prediction of the base with a teacher's adapters in place of this policy's; no gradient."""
-        with self.switched_off(), using(self._teachers[name], "positive"):
-            return self._predict_as_now(x_t, t, cond, self._teachers[name])
+        """A teacher's prediction, of texts that `backbone_of_teacher` encoded: of a checkpoint, or of the base with the
+        teacher's adapters in place of this policy's; no gradient.
+        """
+        taught = self._teachers[name]
+        if not isinstance(taught, list):
+            return taught.predict(x_t, t, cond)
+        with self.switched_off(), using(taught, "positive"):
+            return self._predict_as_now(x_t, t, cond, taught)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, bank: Bank | Banks) -> Tensor:
         """In one pass, or one per bank if rows use different banks and an adapter cannot mix them."""

@@ -2,9 +2,9 @@
 
 With μ and μ_T a step's means under the live policy and under the teacher, and σ the standard deviation of its noise,
     L = mean over images and steps of  ‖μ − μ_T‖² / (2σ²),
-the divergence of the two steps' Gaussians, whose gradient needs no sampled ratio. The teacher is the base with other
-adapters, which a reward has trained, with a better prompt, or with guidance: what these do for it, the policy learns to
-do without them. Squares are means over latent elements.
+the divergence of the two steps' Gaussians, whose gradient needs no sampled ratio. The teacher is another checkpoint of
+the base's kind, or the base with other adapters, which a reward has trained, with a better prompt, or with guidance:
+what these do for it, the policy learns to do without them. Squares are means over latent elements.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Metrics, RolloutBatch
+from agsm_rl.interfaces import Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.flow_grpo import step_kl
 from agsm_rl.objectives.policy_gradient import PolicyGradient, rollout_steps
 from agsm_rl.policy import Policy
@@ -25,8 +25,9 @@ class OPD(PolicyGradient):
     """On-policy distillation on rollouts, whose rewards are only measured.
 
     Args:
-        teacher: A run folder, or exported adapters of the same base, with which the teacher predicts. Null: the base
-            alone.
+        teacher: A run folder, or exported adapters of the same base, with which the teacher predicts; or another
+            checkpoint of the base's kind with the same latents and noise (a hub id, a pipeline folder, a .safetensors
+            file, or a builtin), which is loaded beside the base. Null: the base alone.
         prompt_suffix: What the teacher reads after each prompt, such as ", best quality".
         guidance: Guidance scale of the teacher. Null: that of the rollouts, with which the policy draws.
         timestep_fraction: Share f of each image's steps in (0, 1] that is learned from. Published: 1.
@@ -56,6 +57,8 @@ class OPD(PolicyGradient):
                 "to it"
             )
         self.teacher, self.prompt_suffix, self.guidance = teacher, prompt_suffix, guidance
+        self._read_for: tuple[object, ...] = ()
+        self._read: tuple[Cond, Cond] | None = None
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The mean divergence of the batch's steps from the teacher's.
@@ -71,8 +74,20 @@ class OPD(PolicyGradient):
     @torch.no_grad()
     def _teacher_means(self, policy: Policy, batch: RolloutBatch) -> list[Tensor]:
         """The teacher's means [B, C, h, w] of the batch's steps."""
-        prompts = [prompt + self.prompt_suffix for prompt in batch.prompts]
         guidance = batch.guidance if self.guidance is None else self.guidance
-        asked = replace(batch, prompts=prompts, cond=None, guidance=guidance)
         predict = policy.reference if self.teacher is None else partial(policy.teacher, self.teacher)
-        return [mean for mean, _ in rollout_steps(policy, predict, asked)]
+        encoded = self._encoded_for_teacher(policy, batch)
+        return [mean for mean, _ in rollout_steps(policy, predict, replace(batch, guidance=guidance), encoded)]
+
+    def _encoded_for_teacher(self, policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
+        """The prompts [B rows] and the negative prompt [1 row] as the teacher reads them.
+
+        They are encoded for a pass's first steps and kept for the others: parts of the same images share `prompts`.
+        """
+        backbone = policy.backbone if self.teacher is None else policy.backbone_of_teacher(self.teacher)
+        of = (backbone, batch.prompts, batch.negative_prompt)
+        if self._read is None or any(one is not other for one, other in zip(of, self._read_for, strict=True)):
+            prompts = [prompt + self.prompt_suffix for prompt in batch.prompts]
+            texts = replace(batch, prompts=prompts, cond=None).encode_text(backbone)
+            self._read, self._read_for = (texts, backbone.encode_negative(batch.negative_prompt)), of
+        return self._read

@@ -10,13 +10,14 @@ from accelerate import Accelerator
 
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.errors import MistakesSoFar, UserError
-from agsm_rl.export.attach import attach_to_backbone, find_exports, start_from
+from agsm_rl.export.attach import find_exports, start_from
 from agsm_rl.files import local_or_hub
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
+from agsm_rl.recipe.teachers import add_teachers, check_teacher
 from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
@@ -43,12 +44,7 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     with _located(parts.where):
         ema = recipe.ema
         policy = Policy(backbone, adapters, ema_decay=ema.decay, ema_warm_up=ema.warm_up, ema_every=ema.every)
-    teachers = {term.objective.teacher: index for index, term in enumerate(terms)}  # once, whoever learns from it
-    for teacher, index in teachers.items():
-        if teacher is not None:
-            with _located(parts.at(f"objectives[{index}].teacher")):
-                taught = attach_to_backbone(backbone, teacher, allow_imports=parts.allow_imports)
-                policy.add_teacher(teacher, taught.adapters.values())
+    add_teachers(policy, recipe, terms)
     if fresh and recipe.start_from is not None:
         with _located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)
@@ -89,8 +85,8 @@ def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
             find_exports(Path(recipe.start_from))
     for index, term in enumerate(recipe.objectives):
         if isinstance(term.options.get("teacher"), str):
-            with mistakes.collected(), _located(parts.at(f"objectives[{index}].teacher")):
-                find_exports(Path(term.options["teacher"]))
+            with mistakes.collected():
+                check_teacher(recipe, term.options["teacher"], f"objectives[{index}].teacher")
     mistakes.raise_any()
 
 

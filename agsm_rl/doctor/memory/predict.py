@@ -7,7 +7,7 @@ on the device at the peak of each phase. Not counted: NOT_COUNTED.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,10 +73,9 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
         return trainer, f"backbone '{recipe.backbone.use}' takes no `device: meta`"
     with Rehearsal() as rehearsal:
         trainer = build_trainer(_for_rehearsal(recipe))
-        waiting = waiting_sizes(trainer.policy.backbone)
-        resident = always_in_use(trainer, waiting)
+        resident = always_in_use(trainer)
         try:
-            passes = _rehearse(trainer, recipe, rehearsal, waiting)
+            passes = _rehearse(trainer, recipe, rehearsal)
         except UserError:
             raise
         except Exception as error:  # third-party parts may fail in any way on tensors without data
@@ -85,7 +84,7 @@ def predict(recipe: Recipe) -> tuple[Trainer, Prediction | str]:
     return trainer, Prediction(resident, peaks, passes)
 
 
-def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal, waiting: Mapping[str, int]) -> dict[str, Passes]:
+def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal) -> dict[str, Passes]:
     """Run each kind of step and image drawing once, with the state as after the first step; the steps' passes."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -95,7 +94,8 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal, waiting: M
     rehearsal.peaks = {}
     counter, passes = PassCounter(), dict[str, Passes]()
     _skip_repeats(trainer, rehearsal, counter)
-    let_wait(trainer.policy.backbone, waiting, rehearsal)
+    for backbone in trainer.policy.backbones():
+        let_wait(backbone, waiting_sizes(backbone), rehearsal)
     for step in steps_to_see(trainer.terms, recipe.steps):
         trainer.step = step
         trainer.run_step()
@@ -105,24 +105,29 @@ def _rehearse(trainer: Trainer, recipe: Recipe, rehearsal: Rehearsal, waiting: M
     return passes
 
 
-def always_in_use(trainer: Trainer, waiting: Collection[str] = ()) -> dict[str, int]:
+def always_in_use(trainer: Trainer) -> dict[str, int]:
     """Bytes that are always in use: weights, adapters, gradients, optimiser, EMA; parts that wait elsewhere are not."""
     adapter_tensors = {id(tensor): tensor for tensor in trainer.policy.parameters().values()}
-    components = trainer.policy.backbone.pipeline.components.items()
-    modules = [part for name, part in components if isinstance(part, nn.Module) and name not in waiting]
-    frozen = {
-        id(t): t for part in modules for t in [*part.parameters(), *part.buffers()] if id(t) not in adapter_tensors
-    }
+    base, *teachers = (_weights_here(backbone) for backbone in trainer.policy.backbones())
+    frozen = {key: tensor for key, tensor in base.items() if key not in adapter_tensors}
     old_policies = sum(term.objective.old is not None for term in trainer.terms)
     adapters, trained = size_of(adapter_tensors.values()), size_of(trainer.parameters.values())
     return {
         "frozen weights": size_of(frozen.values()),
+        **({"teachers": sum(size_of(weights.values()) for weights in teachers)} if teachers else {}),
         "adapters": adapters,
         "gradients": trained,
         type(trainer.optimizer_kind).__name__: trainer.optimizer_kind.state_bytes(list(trainer.parameters.values())),
         "EMA": adapters,
         **({"old policies": adapters * old_policies} if old_policies else {}),
     }
+
+
+def _weights_here(backbone: Backbone) -> dict[int, Tensor]:
+    """The weights and buffers of the parts that do not wait elsewhere, by their ids."""
+    components, waiting = backbone.pipeline.components.items(), getattr(backbone, "waiting", ())
+    modules = [part for name, part in components if isinstance(part, nn.Module) and name not in waiting]
+    return {id(tensor): tensor for part in modules for tensor in (*part.parameters(), *part.buffers())}
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -164,9 +169,10 @@ def _for_rehearsal(recipe: Recipe) -> Recipe:
 
 def _skip_repeats(trainer: Trainer, rehearsal: Rehearsal, counter: PassCounter) -> None:
     """Run repeated work only once, and replace the rewards, whose models would otherwise be loaded."""
-    _remember(trainer.policy.backbone, rehearsal)
-    counted: Any = trainer.policy.backbone
-    counted.predict = counter.counted(counted.predict, lambda: rehearsal.phase)
+    for backbone in trainer.policy.backbones():
+        _remember(backbone, rehearsal)
+        counted: Any = backbone
+        counted.predict = counter.counted(counted.predict, lambda: rehearsal.phase)
     sources: dict[int, Any] = {}
     names = {id(source): name.removeprefix("sources.") for name, source in trainer.sources.items()}
     holders: list[Any] = [*trainer.sources.values(), *(term.objective for term in trainer.terms)]
