@@ -158,9 +158,9 @@ def test_a_run_that_is_resumed_with_its_teacher_loaded_anew_is_the_uninterrupted
 def test_check_counts_a_teacher_s_weights_and_passes(make_recipe, other_checkpoint):
     alone, taught = predict(make_recipe(other_checkpoint))[1], predict(make_recipe(other_checkpoint, guidance=3.0))[1]
     assert alone.resident["teachers"] == alone.resident["frozen weights"]
-    # 2 images of 2 noisy steps: the policy's passes, and the teacher's, once or twice.
-    assert (alone.passes["learning opd"].forward, taught.passes["learning opd"].forward) == (8, 12)
-    assert alone.passes["learning opd"].backward == 4
+    # 2 images of 3 noisy steps: the policy's passes, and the teacher's, once or twice.
+    assert (alone.passes["learning opd"].forward, taught.passes["learning opd"].forward) == (12, 18)
+    assert alone.passes["learning opd"].backward == 6
 
 
 @pytest.mark.parametrize(
