@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with it: images, a copy of COCO, pictures of the base, a list of prompts. The hub may be asked."""
+    """A working folder with it: images, a copy of COCO, pictures of the base, prompts. The hub may be asked."""
     for folder in ("photos", "data/coco_train2017", "data/base_images"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("prompts", "test_prompts", "coco_val_captions"):
