@@ -19,7 +19,7 @@ from agsm_rl.backbones.attention import Attention, choose_attention
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.compiling import compile_denoiser
 from agsm_rl.backbones.declaration import Declaration
-from agsm_rl.backbones.identity import digest_parts
+from agsm_rl.backbones.identity import digest_base, digest_parts
 from agsm_rl.backbones.loading import check_finite, find_kind, load_pipeline, unsupported
 from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options, check_device
@@ -252,6 +252,16 @@ class FrozenPipeline(Declaration):
         components = self.pipeline.components.items()
         parts = {name: part for name, part in components if name.startswith(prefixes) and part is not None}
         return digest_parts(parts, options)
+
+    def drawing_identity(self) -> str:
+        """A digest of the weights and settings that decide what is drawn with all adapters off, sizes aside."""
+        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+        options: dict[str, Any] = {"backbone": self.name, "pipeline": type(self.pipeline).__name__}
+        options |= {"dtype": str(self.pipeline.dtype), "tf32": is_tf32_allowed(self.device)}
+        if self.text_cache is not None and self.text_cache.identity:  # the encoders may be gone
+            parts = {name: part for name, part in parts.items() if not name.startswith("text_encoder")}
+            options["text"] = self.text_cache.identity
+        return digest_base(parts, options)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, noise: Tensor | None = None) -> Tensor:

@@ -1,12 +1,13 @@
-"""What an encoding depends on, as a digest: weights, configuration, tokenizers. Not where they were loaded from.
+"""What an encoding or a drawing depends on, as a digest: weights, configuration, tokenizers; not where they come from.
 
-Encodings that are kept on disk are filed under it, so that another checkpoint under the same name is not mistaken for
-the first, and the same weights in another folder are recognised.
+Encodings and figures that are kept on disk are filed under it, so that another checkpoint under the same name is not
+mistaken for the first, and the same weights in another folder are recognised.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,14 +33,57 @@ def digest_parts(parts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     return found.hexdigest()[:32]
 
 
-def _digest_module(found: Any, module: Any) -> None:
-    config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
-    plain = {key: value for key, value in config.items() if not key.startswith(PRIVATE)}
-    found.update(json.dumps(plain, sort_keys=True, default=str).encode())
+def digest_base(parts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """A digest of a whole pipeline's parts, schedulers among them, as they are with all of PEFT's adapters off."""
+    found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode())
+    for name in sorted(parts):
+        part = parts[name]
+        found.update(f"{name}: {type(part).__name__}".encode())
+        if isinstance(part, nn.Module):
+            found.update(_plain_config(part).encode())
+            for key, value in sorted(_without_adapters(part)):
+                _digest_tensor(found, key, value)
+        elif hasattr(part, "backend_tokenizer"):
+            found.update(_tokenizer(part).encode())
+        elif hasattr(part, "config"):
+            found.update(_plain_config(part).encode())
+    return found.hexdigest()[:32]
+
+
+def _without_adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The module's tensors under the names that they have without PEFT's layers around them."""
+    held: tuple[str, ...] = ()
+    wrapped: list[str] = []
+    if "peft" in sys.modules:  # otherwise nothing can have been added, and importing it takes seconds
+        from agsm_rl.adapters.peft_layers import tuner_layers
+
+        layers = tuner_layers(module)
+        held = tuple(f"{name}.{attribute}." for name, layer in layers for attribute in layer.adapter_layer_names)
+        wrapped = [f"{name}.base_layer." for name, _ in reversed(layers)]  # the innermost of nested layers first
     for key, value in module.state_dict().items():
-        for name, tensor in stored_tensors(key, value):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if key.startswith(held):
+            continue
+        for prefix in wrapped:
+            if key.startswith(prefix):
+                key = prefix.removesuffix("base_layer.") + key.removeprefix(prefix)
+        yield key, value
+
+
+def _digest_module(found: Any, module: Any) -> None:
+    found.update(_plain_config(module).encode())
+    for key, value in module.state_dict().items():
+        _digest_tensor(found, key, value)
+
+
+def _digest_tensor(found: Any, key: str, value: Any) -> None:
+    for name, tensor in stored_tensors(key, value):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _plain_config(part: Any) -> str:
+    config = part.config if isinstance(part.config, Mapping) else part.config.to_dict()
+    return json.dumps({k: v for k, v in config.items() if not k.startswith(PRIVATE)}, sort_keys=True, default=str)
 
 
 def _tokenizer(tokenizer: Any) -> str:

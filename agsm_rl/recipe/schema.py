@@ -153,6 +153,8 @@ class Evaluate(Section):
         batch_size: Images to draw at once; limits the memory needed. Several processes share the batches.
         resolution: Pixels per side, or [height, width], of the images. Null: the backbone's. A drawn world, such as
             `shapes`, is always drawn at the backbone's.
+        keep_base: Keep the base's figures in the cache, and read those that an earlier run or sweep has kept there for
+            the same base and settings. False: measure the base again.
     """
 
     suites: Annotated[dict[Name, SuiteBlock], Field(min_length=1)] | None = None
@@ -170,6 +172,7 @@ class Evaluate(Section):
     seed: Seed = 0
     batch_size: int = Field(50, ge=1, le=MAX_BATCH)
     resolution: PictureSize | None = None
+    keep_base: bool = True
 
     @field_validator("suites", mode="before")
     @classmethod

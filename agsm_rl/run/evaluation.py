@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.backbones.text_cache import text_cache_of
+from agsm_rl.evaluate.kept_base import KeptBase
 from agsm_rl.evaluate.measure import encode_prompts
 from agsm_rl.evaluate.measured import (
     Compared,
@@ -74,7 +75,13 @@ class Evaluator(Callback):
         self.checkpoints = CheckpointWriter(folder, recipe, self.scores)
         self.file = MetricsFile(folder.evaluations)
         self._base: dict[tuple[str, float], Measured] = {}
+        self._kept_base = self._make_kept_base(recipe)
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
+
+    def _make_kept_base(self, recipe: Recipe) -> KeptBase | None:
+        if recipe.evaluate is None:
+            return None
+        return KeptBase(recipe.backbone, recipe.evaluate, recipe.parts, tell=self._tell, check=self.check)
 
     def prepare(self, backbone: Backbone) -> None:
         """Try what judges, before hours are spent on training."""
@@ -204,11 +211,18 @@ class Evaluator(Callback):
         return base, trained
 
     def _base_of(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
-        """The base's measurement, which depends on the base and the evaluation only, and is made once per run."""
+        """The base's measurement, which depends on the base and the evaluation only; made or read once per run."""
         key = (entry.name, guidance)
         if key not in self._base:
-            with trainer.policy.switched_off():
-                self._base[key] = self._measure(trainer, options, entry, guidance, "base")
+            assert self._kept_base is not None
+
+            def measure() -> Measured:
+                with trainer.policy.switched_off():
+                    return self._measure(trainer, options, entry, guidance, "base")
+
+            self._base[key] = self._kept_base.measured(
+                trainer.policy.backbone, entry, guidance, measure, processes=trainer.processes
+            )
         return self._base[key]
 
     def _measure(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float, model: str) -> Measured:

@@ -184,6 +184,7 @@ def _settings(recipe: Recipe) -> str:
         return ""
     data = recipe.evaluate.model_dump(mode="json") | {"export": recipe.export}
     data |= {"guidance": data["guidance"][0]}
-    for irrelevant in ("every", "batch_size", *(["resolution"] if recipe.evaluate.resolution is None else [])):
+    newer = ["resolution"] if recipe.evaluate.resolution is None else []
+    for irrelevant in ("every", "batch_size", "keep_base", *newer):
         data.pop(irrelevant)
     return str(sorted(data.items(), key=lambda item: item[0]))

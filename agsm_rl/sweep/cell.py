@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from agsm_rl import threads
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.kept_files import read_kept
 from agsm_rl.files import write_text
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Evaluate
@@ -32,7 +33,7 @@ from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.budget import images_taken
 from agsm_rl.sweep.evaluations import CellEvaluations
 from agsm_rl.sweep.job import Job
-from agsm_rl.sweep.kept import Trained, read_kept
+from agsm_rl.sweep.kept import Trained
 from agsm_rl.sweep.settings import Settings, same_training
 from agsm_rl.trainer import Callback, Trainer
 

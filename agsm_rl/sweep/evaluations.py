@@ -6,23 +6,28 @@ first cell that needs it measures it; others wait for that cell and read its fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.drawing import write_picture
-from agsm_rl.evaluate.image_folder import open_picture
+from agsm_rl.evaluate.base_settings import WITHOUT_EFFECT
 from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, from_rows, measure, to_json
+from agsm_rl.evaluate.kept_base import KeptBase
+from agsm_rl.evaluate.kept_measurements import (
+    measurement_file,
+    read_measurement,
+    same_label,
+    settings_in,
+    write_measurement,
+)
+from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, measure, to_json
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.evaluate.suite import Judged
-from agsm_rl.evaluate.suites.shapes import ShapesResult
 from agsm_rl.export.attach import Handle, attach
 from agsm_rl.files import write_text
 from agsm_rl.policy import check_bank
@@ -33,10 +38,6 @@ from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.run.agreement import agreements, agreements_to_json
 from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.sweep.kept import JudgedMeasurement, Measurement, read_kept, warn_damaged
-
-WITHOUT_EFFECT = {"device", "gradient_checkpointing"}
-"""Options of a backbone that do not change the images it draws."""
 
 
 class CellEvaluations:
@@ -93,35 +94,35 @@ class CellEvaluations:
         """The measurement with these settings, read from its file if that exists and is intact."""
         settings = {"model": model, "how": _evaluation_settings(options, entry, guidance, adapted=adapted)}
         text = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
-        key = hashlib.sha256(json.dumps([text, settings["how"]], sort_keys=True).encode()).hexdigest()[:12]
         label = options.split if entry.made.alone else f"{options.split}-{entry.name}"
-        file = folder / f"{label}-guidance{guidance:g}-{key}.json"
+        file = measurement_file(folder, label, guidance, text, settings["how"])
         folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if adapted else FileLock(file.with_suffix(".lock")):
-            kept = _read(file, entry, guidance)
+            kept = read_measurement(file, entry, guidance)
             kept = kept or self._measured_by_earlier_version(file, settings, entry, guidance, adapted=adapted)
             if kept is not None:
                 return kept
             print(f"{'trained' if adapted else 'base'}: {label}, guidance {guidance:g}", flush=True)
-            measured = self._measure(options, entry, guidance, adapted=adapted)
-            for row, image in measured.pictures.items():
-                write_picture(image, _pictures(file) / f"{row:04d}.png")
-            judged = [[_row(item) for item in rows] for rows in measured.judged]
-            write_text(file, json.dumps({"settings": settings, "judged": judged} | measured.to_json()) + "\n")
+            measured = self._made(options, entry, guidance, adapted=adapted)
+            write_measurement(file, settings, measured)
             return measured
+
+    def _made(self, options: Evaluate, entry: Entry, guidance: float, *, adapted: bool) -> Measured:
+        """A measurement that the sweep has not; the base's may be in the cache that runs share."""
+        if adapted:
+            return self._measure(options, entry, guidance, adapted=True)
+        cached = KeptBase(self.recipe.backbone, options, self.recipe.parts, tell=lambda line: print(line, flush=True))
+        measure = partial(self._measure, options, entry, guidance, adapted=False)
+        return cached.measured(self._model(adapted=False), entry, guidance, measure)
 
     def _measured_by_earlier_version(
         self, file: Path, now: dict[str, Any], entry: Entry, guidance: float, *, adapted: bool
     ) -> Measured | None:
         """A measurement of an earlier version: its settings lack newer options, but mean the same."""
-        for earlier in sorted(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.json")):
-            if earlier == file:
-                continue
-            then = (read_kept(earlier, JudgedMeasurement, warn=False) or read_kept(earlier, Measurement)).get(
-                "settings"
-            )
+        for earlier in same_label(file):
+            then = settings_in(earlier)
             if then is not None and self._of_today(then, entry, adapted=adapted) == now:
-                return _read(earlier, entry, guidance)
+                return read_measurement(earlier, entry, guidance)
         return None
 
     def _of_today(self, then: dict[str, Any], entry: Entry, *, adapted: bool) -> dict[str, Any] | None:
@@ -168,7 +169,7 @@ def _backbone_settings(backbone: Block) -> list[Any]:
 
 def _evaluation_settings(options: Evaluate, entry: Entry, guidance: float, *, adapted: bool) -> dict[str, Any]:
     """The settings of an evaluation that affect a suite's result at one guidance."""
-    left_out = {"guidance", "every", "batch_size"}
+    left_out = {"guidance", "every", "batch_size", "keep_base"}
     if not adapted or options.bank == "positive":
         left_out.add("bank")  # the base has none, and the positive one is the default
     if not adapted:
@@ -208,38 +209,3 @@ def figures(suites: list[Compared], options: Evaluate, *, trained: bool) -> dict
 def _score(part: Interval) -> dict[str, float | None]:
     bounds = {name: getattr(part, name) for name in ("low", "high")}
     return {"value": part.value} | {name: value if math.isfinite(value) else None for name, value in bounds.items()}
-
-
-def _row(item: Judged) -> dict[str, Any]:
-    return {
-        "prompt_index": item.prompt_index,
-        "number": item.number,
-        "metadata": dict(item.metadata),
-        "row": item.row,
-    }
-
-
-def _pictures(file: Path) -> Path:
-    """The folder of a measurement's images."""
-    return file.with_suffix("")
-
-
-def _read(file: Path, entry: Entry, guidance: float) -> Measured | None:
-    """The measurement in a file; None if there is no file, or if it or one of its images is damaged."""
-    content = read_kept(file, JudgedMeasurement, warn=False) or read_kept(file, Measurement)
-    if not content:
-        return None
-    try:
-        pictures = {int(path.stem): open_picture(path) for path in sorted(_pictures(file).glob("*.png"))}
-        if not pictures:
-            raise ValueError("its images are missing")
-        if "judged" not in content:
-            result = ShapesResult.from_json(content)
-            return Measured(entry, guidance, result, content["rewards"], pictures)
-        judged = [[Judged(**row) for row in rows] for rows in content["judged"]]
-        measured = from_rows(entry, guidance, judged, {})
-        measured.pictures = pictures
-        return measured
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        warn_damaged(file, f"{type(error).__name__}: {error}")
-        return None

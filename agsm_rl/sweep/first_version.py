@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.kept_files import read_kept
 from agsm_rl.files import read_json, write_text
 from agsm_rl.recipe.yaml_file import read_yaml
-from agsm_rl.sweep.kept import Result, Trained, read_kept
+from agsm_rl.sweep.kept import Result, Trained
 from agsm_rl.sweep.settings import Settings
 
 HEADER = "# Fully resolved: every default is written out. `seed: null` in a block means the recipe's seed.\n"

@@ -10,10 +10,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.kept_files import read_kept, warn_damaged
 from agsm_rl.files import write_text
 from agsm_rl.recipe.options import explain
 from agsm_rl.recipe.yaml_file import read_yaml
-from agsm_rl.sweep.kept import Result, read_kept, warn_damaged
+from agsm_rl.sweep.kept import Result
 from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.settings import Settings, same_settings
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.kept_files import warn_damaged
 from agsm_rl.files import check_contained, check_kinds, write_text
 from agsm_rl.recipe.earlier import read_earlier
 from agsm_rl.recipe.recipe import Recipe
@@ -27,7 +28,6 @@ from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
 from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import Job
-from agsm_rl.sweep.kept import warn_damaged
 from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
 

@@ -77,14 +77,15 @@ def test_metrics_that_are_damaged_or_gone_do_not_stop_a_finished_cell(trained):
 
 
 def test_a_damaged_measurement_is_repeated_with_the_same_result(sweep, measured):
-    sweep(name="mine", evaluate=EVALUATE[:1])
+    evaluate = [EVALUATE[0] | {"keep_base": False}]
+    sweep(name="mine", evaluate=evaluate)
     before = json.loads((cell("mine-seed0") / "cell.json").read_text())
     assert len(measured) == 2
     for file in (next((cell("mine-seed0") / "evals").glob("*.json")), next((RUN / "base").glob("*.json"))):
         (cell("mine-seed0") / "cell.json").unlink()
         measured.clear()
         file.write_text('{"suite": "shapes"}')
-        assert sweep(name="mine", evaluate=EVALUATE[:1])[0].count("done") == 1
+        assert sweep(name="mine", evaluate=evaluate)[0].count("done") == 1
         assert len(measured) == 1
         assert json.loads((cell("mine-seed0") / "cell.json").read_text()) == before
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from agsm_rl.evaluate.drawing import to_picture, write_picture
+from agsm_rl.evaluate.kept_files import read_kept
+from agsm_rl.evaluate.kept_measurements import Measurement, read_measurement
 from agsm_rl.evaluate.measured import Measured, entries_of
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Evaluate
-from agsm_rl.sweep import evaluations
-from agsm_rl.sweep.kept import Measurement, Result, Trained, read_kept
+from agsm_rl.sweep.kept import Result, Trained
 
 TRAINED = {"settings": {}, "recipe": "0", "steps": 2, "images": 8, "seconds": 1.5}
 FIGURES = {"split": "held_out", "guidance": 1.0, "num_images": 4, "strict": 0.5, "overall": 0.5}
@@ -79,11 +80,11 @@ def test_a_measurement_without_its_images_is_repeated(tmp_path, caplog):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(MEASUREMENT))
     (entry,) = entries_of(Evaluate(), Parts(where="recipe"))
-    assert evaluations._read(file, entry, 1.0) is None
+    assert read_measurement(file, entry, 1.0) is None
     pictures = tmp_path / "x"
     pictures.mkdir()
     (pictures / "0000.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
-    assert evaluations._read(file, entry, 1.0) is None
+    assert read_measurement(file, entry, 1.0) is None
     assert caplog.text.count("x.json: is damaged") == 2
     write_picture(to_picture(torch.zeros(3, 8, 8)), pictures / "0000.png")
-    assert isinstance(evaluations._read(file, entry, 1.0), Measured)
+    assert isinstance(read_measurement(file, entry, 1.0), Measured)

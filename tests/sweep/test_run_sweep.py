@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from making_runs import write_run
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sweep_parts import EVALUATE
 
 from agsm_rl.errors import UserError
@@ -93,11 +93,19 @@ def test_the_base_is_measured_once_for_all_cells_with_the_same_settings(sweep, m
         ("validation", True),
         ("held_out", True),
     ]
+    measured.clear()
+    sweep(name="another", evaluate=EVALUATE[:1])
+    another = RUN.with_name("another")
+    assert measured == [("validation", True)]  # the base's figures come from the cache
+    assert json.loads((another / "sweep.json").read_text())["base"] == summary()["base"][:1]
+    assert len([*another.glob("base/*/*.png")]) == 6  # and are in the sweep's own folder too
 
 
 def test_cells_with_another_base_measure_that_base(sweep, measured, recipe, tiny_checkpoint, tmp_path):
     other = tmp_path / "other"
-    other.symlink_to(tiny_checkpoint)
+    shutil.copytree(tiny_checkpoint, other)
+    file = other / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     sweep(axes={"backbone.checkpoint": [str(tiny_checkpoint), str(other)]}, evaluate=EVALUATE[:1])
     assert measured == [("validation", True), ("validation", False)] * 2
     assert {row["backbone"] for row in summary()["base"]} == {str(tiny_checkpoint), str(other)}

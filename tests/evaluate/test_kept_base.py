@@ -1,0 +1,220 @@
+"""What the kept figures of a base depend on, and what processes that need the same ones do."""
+
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.oft import OFT
+from agsm_rl.adapters.soft_tokens import SoftTokens
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate import kept_base
+from agsm_rl.evaluate.base_settings import NotKept, base_settings, identity_of
+from agsm_rl.evaluate.kept_base import KeptBase
+from agsm_rl.evaluate.measured import Entry, Measured, entries_of, measure
+from agsm_rl.policy import Policy
+from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.schema import Block, Evaluate
+
+BLOCK = Block.model_validate({"use": "stable_diffusion", "checkpoint": "here", "device": "cpu"})
+PARTS = Parts(where="test", allow_imports=["mine"])
+
+
+def settings(backbone, *, block: Block = BLOCK, guidance: float = 1.0, **evaluate) -> dict:
+    options = Evaluate.model_validate({"num_images": 2, "num_steps": 1, "batch_size": 2} | evaluate)
+    (entry,) = entries_of(options, PARTS)
+    return base_settings(identity_of(backbone), backbone, block, entry, options, guidance, PARTS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"lora": LoRA(rank=2, banks=2), "tokens": SoftTokens(num_tokens=2)},
+        lambda: {"lora": LoRA(rank=2, use_dora=True, text_encoders=True)},
+        lambda: {"oft": OFT()},
+        lambda: {"one": LoRA(rank=2), "two": LoRA(rank=2)},
+    ],
+    ids=["LoRA and tokens", "DoRA on text encoders", "OFT", "two on a layer"],
+)
+def test_adapters_do_not_change_what_a_base_is(backbone, make):
+    before = identity_of(backbone)
+    policy = Policy(backbone, make())
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(1.0)
+    assert identity_of(backbone) == before
+
+
+def test_every_weight_and_the_schedule_are_part_of_what_a_base_is(make_backbone):
+    plain, found = identity_of(make_backbone()), set()
+    for part in ("unet", "vae", "text_encoder"):
+        backbone = make_backbone()
+        with torch.no_grad():
+            next(getattr(backbone.pipeline, part).parameters()).view(-1)[0] += 1
+        found.add(identity_of(backbone))
+    backbone = make_backbone()
+    backbone.pipeline.scheduler.register_to_config(beta_end=0.03)
+    assert len({plain, *found, identity_of(backbone)}) == 5
+
+
+def test_the_same_weights_in_another_folder_are_the_same_base(backbone):
+    elsewhere = Block.model_validate({**BLOCK.model_dump(), "checkpoint": "there", "device": None})
+    assert settings(backbone) == settings(backbone, block=elsewhere)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"num_images": 3},
+        {"num_steps": 2},
+        {"guidance": 2.0},
+        {"split": "validation"},
+        {"batch_size": 1},
+        {"prompt_suffix": ", best"},
+        {"rewards": ["brightness"]},
+        {"rewards": {"b": {"use": "jpeg_compressibility"}}},
+        {"block": Block.model_validate({**BLOCK.model_dump(), "vae_slicing": True})},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_may_change_a_figure_changes_the_settings(backbone, change):
+    assert settings(backbone, **change) != settings(backbone)
+
+
+def test_the_trained_model_s_options_do_not_matter(backbone):
+    trained = {"every": 7, "bank": "negative", "guidance_bank": "negative", "keep_base": False}
+    assert settings(backbone, **trained) == settings(backbone)
+
+
+def test_a_file_that_an_option_names_is_known_by_its_time_and_prompts_by_their_text(backbone, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    shutil.copyfile(tmp_path / "p.txt", tmp_path / "q.txt")
+
+    def on(prompts: str) -> dict:
+        rewards = {"s": {"use": "sharpness"}}
+        return settings(backbone, suites={"mine": {"use": "rewards", "prompts": prompts, "rewards": rewards}})
+
+    first = on(str(tmp_path / "p.txt"))
+    assert on(str(tmp_path / "q.txt")) == first
+    (tmp_path / "p.txt").write_text("a dog\n")
+    assert on(str(tmp_path / "p.txt")) != first
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def grey(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_figures_by_code_of_the_user_s_or_of_another_host_are_not_kept(backbone, mine):
+    with pytest.raises(NotKept, match="mine:grey is code of your own, which may change"):
+        settings(backbone, rewards={"grey": {"use": "mine:grey"}})
+
+
+def make_kept(options: Evaluate, said: list[str], **more) -> KeptBase:
+    return KeptBase(BLOCK, options, PARTS, tell=said.append, **more)
+
+
+@pytest.fixture
+def evaluation() -> tuple[Evaluate, Entry]:
+    options = Evaluate.model_validate({"num_images": 2, "num_steps": 1, "batch_size": 2, "guidance": 1.0})
+    return options, entries_of(options, PARTS)[0]
+
+
+def test_a_run_waits_for_another_that_measures_the_same_base(backbone, evaluation, monkeypatch):
+    monkeypatch.setattr(kept_base, "POLL", 0.01)
+    options, entry = evaluation
+    measures, held, checked = [], threading.Event(), threading.Event()
+
+    def slowly() -> Measured:
+        held.set()
+        assert checked.wait(60)
+        measures.append("first")
+        return measure(backbone, entry, options, 1.0)
+
+    first = threading.Thread(target=lambda: make_kept(options, []).measured(backbone, entry, 1.0, slowly))
+    first.start()
+    assert held.wait(60)
+    said: list[str] = []
+    second = make_kept(options, said, check=lambda: checked.set() if said else None)
+    kept = second.measured(backbone, entry, 1.0, lambda: measures.append("second"))
+    first.join()
+    assert measures == ["first"] and kept.judged[0] and len(kept.pictures) == 2
+    assert "waiting for another run" in said[0] and "are read from" in said[1]
+
+
+def test_what_interrupts_the_wait_ends_it(backbone, evaluation, monkeypatch, tmp_path):
+    monkeypatch.setattr(kept_base, "POLL", 0.01)
+    options, entry = evaluation
+    places: list[Path] = []
+    original = KeptBase._place
+
+    def noting(self, *arguments):
+        place = original(self, *arguments)
+        places.append(place[0])
+        return place
+
+    monkeypatch.setattr(KeptBase, "_place", noting)
+    make_kept(options, []).measured(backbone, entry, 1.0, lambda: measure(backbone, entry, options, 1.0))
+    places[0].unlink()
+    looks = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 2:
+            raise UserError("a signal")
+
+    with FileLock(places[0].with_suffix(".lock")), pytest.raises(UserError, match="a signal"):
+        make_kept(options, [], check=check).measured(backbone, entry, 1.0, lambda: None)
+
+
+class Shared:
+    """One of two processes in threads of one program, which exchange objects."""
+
+    count = 2
+
+    def __init__(self, index: int, given: list, barrier: threading.Barrier) -> None:
+        self.index, self.given, self.barrier = index, given, barrier
+
+    def gather_objects(self, values: list) -> list:
+        self.given[self.index] = values[0]
+        self.barrier.wait(60)
+        everyone = list(self.given)
+        self.barrier.wait(60)
+        return everyone
+
+
+def test_all_processes_have_what_the_first_one_reads_and_measure_together_what_is_missing(
+    backbone, evaluation, monkeypatch, tmp_path
+):
+    options, entry = evaluation
+    made = measure(backbone, entry, options, 1.0)
+    given, barrier, asked = [None, None], threading.Barrier(2), []
+
+    def of(index: int, results: dict) -> None:
+        def measured_here() -> Measured:
+            asked.append(index)
+            return made
+
+        kept = make_kept(options, [])
+        results[index] = kept.measured(backbone, entry, 1.0, measured_here, processes=Shared(index, given, barrier))
+
+    for expected in ([0, 1], []):
+        asked.clear()
+        results: dict[int, Measured] = {}
+        threads = [threading.Thread(target=of, args=(index, results)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(asked) == expected
+        assert results[0].judged == results[1].judged == made.judged
+        assert results[0].pictures == results[1].pictures == made.pictures
