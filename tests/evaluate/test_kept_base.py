@@ -1,9 +1,9 @@
 """What the kept figures of a base depend on, and what processes that need the same ones do."""
 
+import json
 import shutil
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from agsm_rl.evaluate.measured import Entry, Measured, entries_of, measure
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Evaluate
+from agsm_rl.sources.cache_folder import cache_folder
 
 BLOCK = Block.model_validate({"use": "stable_diffusion", "checkpoint": "here", "device": "cpu"})
 PARTS = Parts(where="test", allow_imports=["mine"])
@@ -129,6 +130,65 @@ def evaluation() -> tuple[Evaluate, Entry]:
     return options, entries_of(options, PARTS)[0]
 
 
+@pytest.fixture
+def measured(backbone, evaluation):
+    """Ask for the base's measurement; returns it, what was said, and whether it was made."""
+
+    def measured(**changes) -> tuple[Measured, list[str], bool]:
+        made: list[bool] = []
+        said: list[str] = []
+        options = Evaluate.model_validate({**evaluation[0].model_dump(exclude_unset=True), **changes})
+        (entry,) = entries_of(options, PARTS)
+
+        def make() -> Measured:
+            made.append(True)
+            return measure(backbone, entry, options, options.guidance[0])
+
+        return make_kept(options, said).measured(backbone, entry, options.guidance[0], make), said, bool(made)
+
+    return measured
+
+
+def test_a_kept_measurement_is_the_one_that_was_made(measured):
+    made, said, is_made = measured()
+    assert is_made and not said
+    kept, said, is_made = measured()
+    assert not is_made and len(said) == 1
+    assert "the base's figures of shapes, measured earlier with the same settings, are read from" in said[0]
+    assert kept.to_json() == made.to_json() and kept.pictures == made.pictures and kept.judged == made.judged
+    assert measured(guidance=2.0)[2] and measured(keep_base=False)[2]
+
+
+@pytest.mark.parametrize("damage", ["a verdict", "another picture", "no picture", "half"])
+def test_a_damaged_entry_is_made_again_and_said(measured, caplog, damage):
+    before = measured()[0]
+    (file,) = cache_folder().glob("figures-*/shapes-guidance1-*.json")
+    text, picture = file.read_text(), file.with_suffix("") / "0001.png"
+    if damage == "a verdict":
+        content = json.loads(text)
+        content["judged"][0][0]["row"]["correct"] ^= True
+        file.write_text(json.dumps(content))
+    elif damage == "half":
+        file.write_text(text[: len(text) // 2])
+    elif damage == "another picture":
+        shutil.copyfile(picture.with_name("0000.png"), picture)
+    else:
+        picture.unlink()
+    after, _, is_made = measured()
+    assert is_made and caplog.text.count(f"{file}: is damaged") == 1
+    assert after.to_json() == before.to_json()
+    assert not measured()[2]
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(measured, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AGSM_RL_CACHE", str(tmp_path / "file/cache"))
+    kept, said, is_made = measured()
+    assert is_made and kept.judged[0] and len(said) == 1
+    assert "the base's figures are not kept for other runs:" in said[0]
+    assert "set AGSM_RL_CACHE to another folder" in said[0]
+
+
 def test_a_run_waits_for_another_that_measures_the_same_base(backbone, evaluation, monkeypatch):
     monkeypatch.setattr(kept_base, "POLL", 0.01)
     options, entry = evaluation
@@ -151,20 +211,12 @@ def test_a_run_waits_for_another_that_measures_the_same_base(backbone, evaluatio
     assert "waiting for another run" in said[0] and "are read from" in said[1]
 
 
-def test_what_interrupts_the_wait_ends_it(backbone, evaluation, monkeypatch, tmp_path):
+def test_what_interrupts_the_wait_ends_it(backbone, evaluation, measured, monkeypatch):
     monkeypatch.setattr(kept_base, "POLL", 0.01)
     options, entry = evaluation
-    places: list[Path] = []
-    original = KeptBase._place
-
-    def noting(self, *arguments):
-        place = original(self, *arguments)
-        places.append(place[0])
-        return place
-
-    monkeypatch.setattr(KeptBase, "_place", noting)
-    make_kept(options, []).measured(backbone, entry, 1.0, lambda: measure(backbone, entry, options, 1.0))
-    places[0].unlink()
+    measured()
+    (file,) = cache_folder().glob("figures-*/shapes-*.json")
+    file.unlink()
     looks = []
 
     def check() -> None:
@@ -172,7 +224,7 @@ def test_what_interrupts_the_wait_ends_it(backbone, evaluation, monkeypatch, tmp
         if len(looks) > 2:
             raise UserError("a signal")
 
-    with FileLock(places[0].with_suffix(".lock")), pytest.raises(UserError, match="a signal"):
+    with FileLock(file.with_suffix(".lock")), pytest.raises(UserError, match="a signal"):
         make_kept(options, [], check=check).measured(backbone, entry, 1.0, lambda: None)
 
 
