@@ -27,7 +27,7 @@ from agsm_rl.files import local_path
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.rewards import in_evaluation
-from agsm_rl.recipe.schema import Block, Evaluate, SuiteBlock
+from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block, Evaluate, SuiteBlock
 
 FORMAT = 1
 """Raise it when the same settings come to mean other figures."""
@@ -75,7 +75,7 @@ def base_settings(
         "num_steps": options.num_steps,
         "guidance": guidance,
         "prompt_suffix": options.prompt_suffix,
-        "batch_size": options.batch_size,
+        "batch_size": options.batch_size or UNKNOWN_BATCH,
         "resolution": entry.resolution(options) or backbone.resolution,
         "device": _device(backbone.device),
         "versions": versions() | _installed(),

@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 from PIL.Image import Image
 from rich.console import Console
+from torch import Tensor
 
 from agsm_rl import __version__
 from agsm_rl.errors import UserError
@@ -172,8 +173,13 @@ def draw_pictures(
     suite: Suite, backbone: Backbone, asked: Sequence[Asked | Drawn], how: DrawingSettings
 ) -> list[Image]:
     """One batch of a suite's pictures, as a user would save them; `guidance` and `num_steps` must be given."""
+    return [to_picture(image) for image in draw_batch(suite, backbone, asked, how)]
+
+
+def draw_batch(suite: Suite, backbone: Backbone, asked: Sequence[Asked | Drawn], how: DrawingSettings) -> Tensor:
+    """The same as images [B, 3, H, W] in [0, 1] on the CPU."""
     assert how.guidance is not None and how.num_steps is not None
-    images = suite.draw(
+    return suite.draw(
         backbone,
         [item.prompt + how.prompt_suffix for item in asked],
         [seed_of(how.seed, item.prompt_index, item.number) for item in asked],
@@ -181,7 +187,6 @@ def draw_pictures(
         guidance=how.guidance,
         num_steps=how.num_steps,
     )
-    return [to_picture(image) for image in images]
 
 
 def read_pinned(folder: Path) -> dict[str, Any] | None:

@@ -34,7 +34,6 @@ class KeptBase:
 
     Args:
         block: The backbone's in the recipe.
-        options: The evaluation. With `keep_base: false`, everything is measured and nothing is kept.
         parts: Loads the recipe's suites and rewards.
         tell: Prints a line.
         check: Called while another run measures; may raise Interrupted.
@@ -43,13 +42,12 @@ class KeptBase:
     def __init__(
         self,
         block: Block,
-        options: Evaluate,
         parts: Parts,
         *,
         tell: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.block, self.options, self.parts, self.tell, self.check = block, options, parts, tell, check
+        self.block, self.parts, self.tell, self.check = block, parts, tell, check
         self._base = ""
         self._said: set[str] = set()
 
@@ -57,13 +55,17 @@ class KeptBase:
         self,
         backbone: Backbone,
         entry: Entry,
+        options: Evaluate,
         guidance: float,
         measure: Callable[[], Measured],
         *,
         processes: Processes | None = None,
     ) -> Measured:
-        """The base's measurement: read, or made by `measure`. All processes of a run must call this."""
-        place = self._place(backbone, entry, guidance) if self.options.keep_base else None
+        """The base's measurement: read, or made by `measure`. All processes of a run must call this.
+
+        With `keep_base: false`, it is made and not kept.
+        """
+        place = self._place(backbone, entry, options, guidance) if options.keep_base else None
         if place is None:
             return measure()
         file, settings = place
@@ -79,17 +81,19 @@ class KeptBase:
                     self._write(file, settings, kept)
             return kept
 
-    def _place(self, backbone: Backbone, entry: Entry, guidance: float) -> tuple[Path, dict[str, Any]] | None:
+    def _place(
+        self, backbone: Backbone, entry: Entry, options: Evaluate, guidance: float
+    ) -> tuple[Path, dict[str, Any]] | None:
         """The measurement's file and its settings; None where it is not kept."""
         try:
             self._base = self._base or identity_of(backbone)
             of_base = (self._base, backbone, self.block)
-            settings = base_settings(*of_base, entry, self.options, guidance, self.parts)
+            settings = base_settings(*of_base, entry, options, guidance, self.parts)
         except NotKept as reason:
             self._say(f"the base's figures of {entry.name} are not kept for other runs: {reason}")
             return None
         folder = cache_folder() / f"figures-{self._base}-{FORMAT}"
-        return measurement_file(folder, self.options.blocks[entry.name].use, guidance, settings), settings
+        return measurement_file(folder, options.blocks[entry.name].use, guidance, settings), settings
 
     def _read(self, file: Path, entry: Entry, guidance: float, processes: Processes | None) -> Measured | None:
         """The kept measurement as the first process sees it, on all processes."""

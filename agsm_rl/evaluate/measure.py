@@ -1,21 +1,30 @@
 """Draws a suite's prompts and judges the pictures as they come: the one way in which anything drawn is measured.
 
 Whole batches are shared over the processes, so that each image is drawn in the same company, and is the same to the
-bit, for any number of them. The rows are exchanged at the end: every process has the whole measurement.
+bit, for any number of them. The rows are exchanged at the end: every process has the whole measurement. While a GPU
+draws a batch, a thread judges the one before; on a CPU both would compete for the same cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from agsm_rl.backbones.text_cache import up_to_drawing
-from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_pictures, plan
+from agsm_rl.evaluate.draw_folder import DrawingSettings, draw_batch, draw_pictures, plan
+from agsm_rl.evaluate.drawing import to_picture
 from agsm_rl.evaluate.suite import Asked, Judged, Row, Suite
 from agsm_rl.interfaces import Backbone
+from agsm_rl.training.in_flight import InFlight
 from agsm_rl.training.processes import Processes
 from agsm_rl.training.stages import stage
 
@@ -61,17 +70,30 @@ def draw_and_judge(
     rows: dict[int, tuple[Row, ...]] = {}
     pictures: dict[int, Image] = {}
     stop: Exception | None = None
-    for batch in _batches(len(asked), how.batch_size, processes):
-        try:
-            check()
-        except Exception as error:  # noqa: BLE001 - whatever ends the evaluation here ends it on all processes
-            stop = error
-            break
-        part = [asked[place] for place in batch]
-        drawn = draw_pictures(suites[0], backbone, part, how)
-        rows |= dict(zip(batch, _judge(suites, part, drawn), strict=True))
-        pictures |= {place: picture for place, picture in zip(batch, drawn, strict=True) if place < SHOWN}
-        advance(len(batch))
+    waiting: deque[tuple[range, Future[Seen]]] = deque()
+
+    def collect(most: int) -> None:
+        """Take what was judged, until `most` batches are left."""
+        while len(waiting) > most:
+            batch, seen = waiting[0][0], waiting.popleft()[1].result()
+            rows.update(zip(batch, seen.rows, strict=True))
+            pictures.update((place, seen.pictures[n]) for n, place in enumerate(batch) if place < SHOWN)
+            advance(len(batch))
+
+    beside = backbone.device.type != "cpu"
+    with _judging(backbone.device) if beside else nullcontext(_done) as submit:
+        for batch in _batches(len(asked), how.batch_size, processes):
+            try:
+                check()
+            except Exception as error:  # noqa: BLE001 - whatever ends the evaluation here ends it on all processes
+                stop = error
+                break
+            part = [asked[place] for place in batch]
+            images = draw_batch(suites[0], backbone, part, how)
+            waiting.append((batch, submit(partial(_see, suites, part, images, shown=not beside))))
+            collect(1 if beside else 0)
+        else:
+            collect(0)
     shares = [(stop, rows, pictures)]
     if processes is not None and processes.count > 1:
         shares = processes.gather_objects(shares)
@@ -105,12 +127,44 @@ def _judged(asked: Asked, row: Row) -> Judged:
     return Judged(asked.prompt_index, asked.number, asked.metadata, row)
 
 
-def _judge(suites: Sequence[Suite], asked: Sequence[Asked], pictures: Sequence[Image]) -> list[tuple[Row, ...]]:
-    """Each picture's rows, one of each suite."""
+@dataclass(frozen=True)
+class Seen:
+    """A batch as it was judged: the pictures, and each one's rows, one of each suite."""
+
+    pictures: list[Image]
+    rows: list[tuple[Row, ...]]
+
+
+Submit = Callable[[Callable[[], Seen]], "Future[Seen]"]
+
+
+@contextmanager
+def _judging(device: torch.device) -> Iterator[Submit]:
+    """What judges batches in a thread beside the one that draws."""
+    grad = torch.is_grad_enabled()  # this and the device are each thread's own
+
+    def as_here(call: Callable[[], Seen]) -> Seen:
+        with torch.set_grad_enabled(grad), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return call()
+
+    with InFlight("judge") as thread:
+        yield lambda call: thread.submit(partial(as_here, call))
+
+
+def _done(call: Callable[[], Seen]) -> Future[Seen]:
+    future: Future[Seen] = Future()
+    future.set_result(call())
+    return future
+
+
+def _see(suites: Sequence[Suite], asked: Sequence[Asked], images: Tensor, *, shown: bool) -> Seen:
+    """Judge a batch of images [B, 3, H, W] as a user would save them; `shown` as a stage, in the main thread only."""
+    pictures = [to_picture(image) for image in images]
     prompts: list[str] = [item.prompt for item in asked]
     metadata: list[Mapping[str, Any]] = [item.metadata for item in asked]
     judged = []
     for suite in suites:
-        with stage(f"judging {len(pictures)} images by {suite.name}", worth=len(pictures)):
+        what = f"judging {len(pictures)} images by {suite.name}"
+        with stage(what, worth=len(pictures)) if shown else nullcontext():
             judged.append(suite.judge(pictures, prompts, metadata))
-    return list(zip(*judged, strict=True))
+    return Seen(pictures, list(zip(*judged, strict=True)))

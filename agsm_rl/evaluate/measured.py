@@ -20,7 +20,7 @@ from agsm_rl.evaluate.suites.rewards import Rewards, RewardsResult
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.policy import using
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.schema import Evaluate
+from agsm_rl.recipe.schema import UNKNOWN_BATCH, Evaluate
 from agsm_rl.recipe.suites import MadeSuite, make_suites
 from agsm_rl.training.guidance import guiding
 from agsm_rl.training.processes import Processes
@@ -176,7 +176,7 @@ def drawing_settings(options: Evaluate, guidance: float) -> DrawingSettings:
         seed=options.seed,
         guidance=guidance,
         num_steps=options.num_steps,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or UNKNOWN_BATCH,
         prompt_suffix=options.prompt_suffix,
     )
 

@@ -110,6 +110,10 @@ def _measured_rewards(value: Any) -> Any:
 MeasuredRewards = Annotated[list[str] | dict[str, dict[str, Any] | None], BeforeValidator(_measured_rewards)]
 
 
+UNKNOWN_BATCH = 24
+"""Images that an evaluation draws at once on a CPU, and where a GPU's memory cannot be predicted."""
+
+
 class SuiteBlock(Block):
     """A suite in `evaluate.suites`. The suite's own options, such as `num_images`, go beside these keys.
 
@@ -150,7 +154,8 @@ class Evaluate(Section):
         prompt_suffix: Text appended to each prompt for both models (", best quality"). Images are judged by the prompt
             without it. Sample grids do not use it.
         seed: Seed of the noise; the first image of prompt i has seed + i.
-        batch_size: Images to draw at once; limits the memory needed. Several processes share the batches.
+        batch_size: Images to draw at once. Null: on a GPU as many as its free memory holds, 64 at most; on a CPU 24.
+            Several processes share the batches.
         resolution: Pixels per side, or [height, width], of the images. Null: the backbone's. A drawn world, such as
             `shapes`, is always drawn at the backbone's.
         keep_base: Keep the base's figures in the cache, and read those that an earlier run or sweep has kept there for
@@ -170,7 +175,7 @@ class Evaluate(Section):
     guidance_prompt: Literal["empty", "same"] | None = None
     prompt_suffix: str = ""
     seed: Seed = 0
-    batch_size: int = Field(50, ge=1, le=MAX_BATCH)
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)] | None = None
     resolution: PictureSize | None = None
     keep_base: bool = True
 
@@ -205,8 +210,9 @@ class Evaluate(Section):
     @property
     def drawn_at_once(self) -> int:
         """Images of the largest batch, as far as the recipe tells."""
+        most = self.batch_size or UNKNOWN_BATCH
         known = [block.options.get("num_images") for block in self.blocks.values()]
-        return min(self.batch_size, max(number or self.batch_size for number in known))
+        return min(most, max(number or most for number in known))
 
     @property
     def blocks(self) -> dict[str, SuiteBlock]:

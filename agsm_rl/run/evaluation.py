@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from agsm_rl.backbones.text_cache import text_cache_of
+from agsm_rl.evaluate.batch_size import BatchSizes
 from agsm_rl.evaluate.kept_base import KeptBase
 from agsm_rl.evaluate.measure import encode_prompts
 from agsm_rl.evaluate.measured import (
@@ -75,13 +76,9 @@ class Evaluator(Callback):
         self.checkpoints = CheckpointWriter(folder, recipe, self.scores)
         self.file = MetricsFile(folder.evaluations)
         self._base: dict[tuple[str, float], Measured] = {}
-        self._kept_base = self._make_kept_base(recipe)
+        self._kept_base = KeptBase(recipe.backbone, recipe.parts, tell=self._tell, check=check)
+        self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
-
-    def _make_kept_base(self, recipe: Recipe) -> KeptBase | None:
-        if recipe.evaluate is None:
-            return None
-        return KeptBase(recipe.backbone, recipe.evaluate, recipe.parts, tell=self._tell, check=self.check)
 
     def prepare(self, backbone: Backbone) -> None:
         """Try what judges, before hours are spent on training."""
@@ -95,7 +92,7 @@ class Evaluator(Callback):
         for entry in self.entries:
             with stage(f"encoding the prompts of the suite {entry.name}"):
                 for guidance in self.options.guidance:
-                    how = drawing_settings(self.options, guidance)
+                    how = drawing_settings(self._sized(trainer, self.options, entry, guidance), guidance)
                     encode_prompts(trainer.policy.backbone, entry.made.suite, how, processes=trainer.processes)
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
@@ -197,9 +194,10 @@ class Evaluator(Callback):
 
     def _compare(self, trainer: Trainer, entry: Entry, guidance: float) -> Compared:
         assert self.options is not None
-        base = self._base_of(trainer, self.options, entry, guidance)
-        with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), self.options):
-            trained = self._measure(trainer, self.options, entry, guidance, f"step {trainer.step}")
+        options = self._sized(trainer, self.options, entry, guidance)
+        base = self._base_of(trainer, options, entry, guidance)
+        with trainer.policy.exported(self.export), drawn_as(trainer.policy.adapters.values(), options):
+            trained = self._measure(trainer, options, entry, guidance, f"step {trainer.step}")
         figures, place = trained.figures(), f"eval/guidance_{guidance:g}"
         if self.is_main:
             name = {} if entry.made.alone else {"suite": entry.name}
@@ -210,18 +208,22 @@ class Evaluator(Callback):
         trainer.accelerator.log(logged, step=trainer.step)
         return base, trained
 
+    def _sized(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Evaluate:
+        """The evaluation with the number of images that are drawn at once."""
+        of_run = (trainer.policy.backbone, entry.resolution(options), guidance, trainer.processes)
+        return options.model_copy(update={"batch_size": self._batch_sizes.choose(options.batch_size, *of_run)})
+
     def _base_of(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
         """The base's measurement, which depends on the base and the evaluation only; made or read once per run."""
         key = (entry.name, guidance)
         if key not in self._base:
-            assert self._kept_base is not None
 
             def measure() -> Measured:
                 with trainer.policy.switched_off():
                     return self._measure(trainer, options, entry, guidance, "base")
 
             self._base[key] = self._kept_base.measured(
-                trainer.policy.backbone, entry, guidance, measure, processes=trainer.processes
+                trainer.policy.backbone, entry, options, guidance, measure, processes=trainer.processes
             )
         return self._base[key]
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.base_settings import WITHOUT_EFFECT
+from agsm_rl.evaluate.batch_size import BatchSizes
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.kept_base import KeptBase
 from agsm_rl.evaluate.kept_measurements import (
@@ -55,6 +56,7 @@ class CellEvaluations:
         self.base_figures: list[dict[str, Any]] = []
         self._backbone: Any = None
         self._handle: Handle | None = None
+        self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
 
     def write(self, options: Evaluate, name: str, *, step: int, pictures: bool) -> list[dict[str, Any]]:
         """Measure base and trained model at each guidance, write the run folder's file `name`, return the figures."""
@@ -111,9 +113,11 @@ class CellEvaluations:
         """A measurement that the sweep has not; the base's may be in the cache that runs share."""
         if adapted:
             return self._measure(options, entry, guidance, adapted=True)
-        cached = KeptBase(self.recipe.backbone, options, self.recipe.parts, tell=lambda line: print(line, flush=True))
+        cached = KeptBase(self.recipe.backbone, self.recipe.parts, tell=lambda line: print(line, flush=True))
         measure = partial(self._measure, options, entry, guidance, adapted=False)
-        return cached.measured(self._model(adapted=False), entry, guidance, measure)
+        return cached.measured(
+            self._model(adapted=False), entry, self._sized(options, entry, guidance), guidance, measure
+        )
 
     def _measured_by_earlier_version(
         self, file: Path, now: dict[str, Any], entry: Entry, guidance: float, *, adapted: bool
@@ -148,7 +152,12 @@ class CellEvaluations:
             drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."),
             progress(what, total=entry.made.suite.num_images) as advance,
         ):
-            return measure(backbone, entry, options, guidance, advance=advance)
+            return measure(backbone, entry, self._sized(options, entry, guidance), guidance, advance=advance)
+
+    def _sized(self, options: Evaluate, entry: Entry, guidance: float) -> Evaluate:
+        """The evaluation with the number of images that are drawn at once."""
+        size = self._batch_sizes.choose(options.batch_size, self._backbone, entry.resolution(options), guidance)
+        return options.model_copy(update={"batch_size": size})
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone with or without the run's adapters; it is loaded when it is first needed."""

@@ -22,6 +22,7 @@ from agsm_rl.recipe.parts import Parts
 from agsm_rl.sweep.board import rank, shown_value
 from agsm_rl.sweep.plan import Cell, Plan, make_cell
 from agsm_rl.sweep.runner import Runner
+from agsm_rl.sweep.settings import what_it_measures
 from agsm_rl.sweep.spec import Axis
 
 DIGITS = 4
@@ -126,6 +127,7 @@ def _check_settings(study: Any, runner: Runner) -> None:
     search = {key: given["search"].get(key) for key in ("maximise", "split", "guidance")}
     now = {key: given.get(key) for key in ("recipe", "set", "axes", "seeds", "budget", "evaluate")} | {"search": search}
     now = json.loads(json.dumps(now, default=str))
+    now["evaluate"] = [what_it_measures(data) for data in now["evaluate"]]
     kept = study.user_attrs.get(SETTINGS)
     if kept is not None:
         kept = kept | {"evaluate": _of_today(kept["evaluate"], runner.plan)}
@@ -141,7 +143,8 @@ def _check_settings(study: Any, runner: Runner) -> None:
 def _of_today(evaluations: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
     """Evaluations of an earlier version, completed with the options that were added since."""
     parts = Parts(where=f"{plan.folder}: search.log", allow_imports=plan.allow_imports)
-    return [evaluation_of_today(data, parts).model_dump(mode="json", exclude={"every"}) for data in evaluations]
+    today = [evaluation_of_today(data, parts).model_dump(mode="json", exclude={"every"}) for data in evaluations]
+    return [what_it_measures(data) for data in today]
 
 
 def _retry(study: Any, trials: list[Any]) -> None:

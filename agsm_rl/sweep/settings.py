@@ -63,7 +63,12 @@ def same_settings(now: Settings, then: Settings, *, allow_imports: Collection[st
         evaluations = [evaluation_of_today(data, parts).model_dump(mode="json") for data in then.evaluations]
     except (UserError, ValueError):  # names an option or a reward that no longer exists
         return False
-    return now.evaluations == evaluations
+    return [what_it_measures(data) for data in now.evaluations] == [what_it_measures(data) for data in evaluations]
+
+
+def what_it_measures(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's section without the keys that say only how its figures come about."""
+    return {key: value for key, value in evaluation.items() if key not in ("batch_size", "keep_base")}
 
 
 def same_training(now: Settings, then: Settings, *, allow_imports: Collection[str] = ()) -> bool:

@@ -27,7 +27,8 @@ PARTS = Parts(where="test", allow_imports=["mine"])
 
 
 def settings(backbone, *, block: Block = BLOCK, guidance: float = 1.0, **evaluate) -> dict:
-    options = Evaluate.model_validate({"num_images": 2, "num_steps": 1, "batch_size": 2} | evaluate)
+    size = {} if "suites" in evaluate else {"num_images": 2}
+    options = Evaluate.model_validate({"num_steps": 1, "batch_size": 2} | size | evaluate)
     (entry,) = entries_of(options, PARTS)
     return base_settings(identity_of(backbone), backbone, block, entry, options, guidance, PARTS)
 
@@ -120,8 +121,8 @@ def test_figures_by_code_of_the_user_s_or_of_another_host_are_not_kept(backbone,
         settings(backbone, rewards={"grey": {"use": "mine:grey"}})
 
 
-def make_kept(options: Evaluate, said: list[str], **more) -> KeptBase:
-    return KeptBase(BLOCK, options, PARTS, tell=said.append, **more)
+def make_kept(said: list[str], **more) -> KeptBase:
+    return KeptBase(BLOCK, PARTS, tell=said.append, **more)
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def measured(backbone, evaluation):
             made.append(True)
             return measure(backbone, entry, options, options.guidance[0])
 
-        return make_kept(options, said).measured(backbone, entry, options.guidance[0], make), said, bool(made)
+        return make_kept(said).measured(backbone, entry, options, options.guidance[0], make), said, bool(made)
 
     return measured
 
@@ -200,12 +201,12 @@ def test_a_run_waits_for_another_that_measures_the_same_base(backbone, evaluatio
         measures.append("first")
         return measure(backbone, entry, options, 1.0)
 
-    first = threading.Thread(target=lambda: make_kept(options, []).measured(backbone, entry, 1.0, slowly))
+    first = threading.Thread(target=lambda: make_kept([]).measured(backbone, entry, options, 1.0, slowly))
     first.start()
     assert held.wait(60)
     said: list[str] = []
-    second = make_kept(options, said, check=lambda: checked.set() if said else None)
-    kept = second.measured(backbone, entry, 1.0, lambda: measures.append("second"))
+    second = make_kept(said, check=lambda: checked.set() if said else None)
+    kept = second.measured(backbone, entry, options, 1.0, lambda: measures.append("second"))
     first.join()
     assert measures == ["first"] and kept.judged[0] and len(kept.pictures) == 2
     assert "waiting for another run" in said[0] and "are read from" in said[1]
@@ -225,7 +226,7 @@ def test_what_interrupts_the_wait_ends_it(backbone, evaluation, measured, monkey
             raise UserError("a signal")
 
     with FileLock(file.with_suffix(".lock")), pytest.raises(UserError, match="a signal"):
-        make_kept(options, [], check=check).measured(backbone, entry, 1.0, lambda: None)
+        make_kept([], check=check).measured(backbone, entry, options, 1.0, lambda: None)
 
 
 class Shared:
@@ -256,8 +257,10 @@ def test_all_processes_have_what_the_first_one_reads_and_measure_together_what_i
             asked.append(index)
             return made
 
-        kept = make_kept(options, [])
-        results[index] = kept.measured(backbone, entry, 1.0, measured_here, processes=Shared(index, given, barrier))
+        kept = make_kept([])
+        results[index] = kept.measured(
+            backbone, entry, options, 1.0, measured_here, processes=Shared(index, given, barrier)
+        )
 
     for expected in ([0, 1], []):
         asked.clear()

@@ -12,6 +12,7 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.report.page import write_report
 from agsm_rl.run.lifecycle import train
 
+PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 8}
 EVALUATE = {"every": 1, "num_images": 3, "num_steps": 1, "guidance": [1.0, 2.0], "rewards": ["brightness"]}
 
 
@@ -25,9 +26,7 @@ def run(tiny_checkpoint, tmp_path, monkeypatch):
                 "steps": 2,
                 "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
                 "adapters": {"lora": {"use": "lora", "rank": 2}},
-                "objectives": [
-                    {"use": "score_matching", "source": {"use": "pairs", "dataset": "builtin:shapes", "num_images": 8}}
-                ],
+                "objectives": [{"use": "score_matching", "source": PAIRS}],
                 "optimizer": {"learning_rate": 0.03},
                 "evaluate": EVALUATE | changes,
                 "sample": {"prompts": ["a red star"], "num_images": 1, "num_steps": 1},

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agsm_rl.doctor.memory.drawing import rehearse_drawing
 from agsm_rl.doctor.memory.meta_device import META, Rehearsal
 from agsm_rl.doctor.memory.passes import PassCounter, Passes
 from agsm_rl.doctor.memory.waiting import let_wait, waiting_sizes
@@ -25,8 +26,8 @@ from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
 from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
-from agsm_rl.training.sampling import DDIM, guided, noises_of
-from agsm_rl.training.sizes import Resolution, drawing_at
+from agsm_rl.training.sampling import DDIM, noises_of
+from agsm_rl.training.sizes import Resolution
 
 NOT_COUNTED = (
     "not counted: reward models, the framework's own memory (on a GPU some 0.5 GiB of CUDA context, its kernels' "
@@ -304,13 +305,6 @@ def _rehearse_pictures(policy: Policy, recipe: Recipe, rehearsal: Rehearsal) -> 
     if recipe.sample.prompts is not None or recipe.evaluate is not None:
         grid = recipe.sample
         phases["drawing samples"] = (min(DRAWN_AT_ONCE, grid.num_images), max(grid.guidance), grid.resolution)
-    backbone = policy.backbone
     for phase, (count, guidance, resolution) in phases.items():
         rehearsal.phase = phase
-        with torch.no_grad(), drawing_at(backbone, resolution, where=PICTURES[phase]):
-            cond = backbone.encode_text([f"picture {index}" for index in range(count)])
-            uncond = backbone.encode_text([""])
-            x_t = torch.empty(count, *backbone.latent_shape, device=META)
-            t = torch.empty(count, device=META)
-            x_t = x_t - guided(backbone.predict, x_t, t, cond, uncond, guidance)
-            backbone.decode(x_t)
+        rehearse_drawing(policy.backbone, count, guidance, resolution, where=PICTURES[phase])

@@ -1,0 +1,77 @@
+"""How many pictures an evaluation draws at once where the recipe leaves it open: as fits a GPU, and a CPU's caches.
+
+On a GPU the memory of one picture is found by a rehearsal without data (doctor/memory), once for a size and guidance.
+A result depends on the size of its batch by rounding only: each picture has its own noise.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from agsm_rl.interfaces import Backbone
+from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block
+from agsm_rl.training.processes import Processes
+from agsm_rl.training.sizes import Resolution
+
+log = logging.getLogger(__name__)
+MOST = 64
+"""On a GPU, more at once take no less time for each."""
+SHARE = 0.8
+"""Of the free memory that may be used: predictions are accurate to about 15 %."""
+
+
+class BatchSizes:
+    """Chooses batch sizes for a backbone of the block `block`; what was found is remembered."""
+
+    def __init__(self, block: Block, parts: Parts) -> None:
+        self.block, self.parts = block, parts
+        self._bytes: dict[tuple[Resolution, bool], float] = {}
+
+    def choose(
+        self,
+        given: int | None,
+        backbone: Backbone,
+        resolution: Resolution | None,
+        guidance: float,
+        processes: Processes | None = None,
+    ) -> int:
+        """The size that is `given`, or the one that fits; all processes of a run must call this, and get the same."""
+        if given is not None:
+            return given
+        if backbone.device.type != "cuda":
+            return UNKNOWN_BATCH
+        size = self._fitting(backbone.device, resolution or backbone.resolution, guidance)
+        if processes is not None and processes.count > 1:
+            size = int(processes.numbers(float(size)).min())
+        return size
+
+    def _fitting(self, device: torch.device, resolution: Resolution, guidance: float) -> int:
+        each = self._bytes_of_one(resolution, guidance)
+        if each is None:
+            return UNKNOWN_BATCH
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return fitting(each, torch.cuda.mem_get_info(device)[0] + held)
+
+    def _bytes_of_one(self, resolution: Resolution, guidance: float) -> float | None:
+        """What each further picture takes; None where it cannot be predicted."""
+        key = (resolution, guidance > 1)
+        if key not in self._bytes:
+            from agsm_rl.doctor.memory.drawing import bytes_of_one
+
+            try:
+                self._bytes[key] = bytes_of_one(self.block, self.parts, resolution, guidance)
+            except Exception as error:  # noqa: BLE001 - other people's parts may fail in any way without data
+                log.warning("evaluate.batch_size: %d, because memory cannot be predicted (%s)", UNKNOWN_BATCH, error)
+                return None
+        return self._bytes[key]
+
+
+def fitting(each: float, free: float) -> int:
+    """The largest power of two, MOST at most, of pictures of `each` bytes that fit SHARE of the `free` ones."""
+    size = 1
+    while size < MOST and 2 * size * each <= SHARE * free:
+        size *= 2
+    return size
