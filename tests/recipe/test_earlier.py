@@ -157,7 +157,7 @@ def test_an_option_that_a_stored_recipe_lacks_has_its_first_default_whatever_tod
 
     first("recipe", export="ema")
     first("recipe", "optimizer", weight_decay=0.5)
-    first("evaluate", batch_size=3)
+    first("evaluate", num_steps=3)
     first("term", offset=1)
     first("objectives", "agsm", gamma_positive=0.25)
     first("backbones", "stable_diffusion", dtype="bfloat16")
@@ -169,7 +169,7 @@ def test_an_option_that_a_stored_recipe_lacks_has_its_first_default_whatever_tod
 
     recipe = recipe_of_today(stored, where="")
     agsm, matching = recipe.objectives
-    assert (recipe.export, recipe.optimizer.weight_decay, recipe.evaluate.batch_size) == ("ema", 0.5, 3)
+    assert (recipe.export, recipe.optimizer.weight_decay, recipe.evaluate.num_steps) == ("ema", 0.5, 3)
     assert (agsm.offset, agsm.options["gamma_positive"]) == (1, 0.25)
     assert recipe.backbone.options["dtype"] == "bfloat16"
     assert recipe.adapters["lora"].options["rank"] == 3

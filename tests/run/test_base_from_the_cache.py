@@ -13,17 +13,17 @@ from agsm_rl.report.page import write_report
 from agsm_rl.run.lifecycle import train
 
 PAIRS = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 8}
-EVALUATE = {"every": 1, "num_images": 3, "num_steps": 1, "guidance": [1.0, 2.0], "rewards": ["brightness"]}
+EVALUATE = {"num_images": 3, "num_steps": 1, "guidance": [1.0, 2.0], "rewards": ["brightness"]}
 
 
 @pytest.fixture
 def run(tiny_checkpoint, tmp_path, monkeypatch):
-    """Train two steps, evaluated after each; returns the folder, what was printed, and how often the base was drawn."""
+    """Train a step and evaluate; returns the folder, what was printed, and how often the base was drawn."""
 
     def run(name: str, **changes):
         recipe = Recipe.from_data(
             {
-                "steps": 2,
+                "steps": 1,
                 "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
                 "adapters": {"lora": {"use": "lora", "rank": 2}},
                 "objectives": [{"use": "score_matching", "source": PAIRS}],
@@ -43,7 +43,7 @@ def run(tiny_checkpoint, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(measured, "draw_and_judge", noting)
             folder = train(recipe, tmp_path / name, console=Console(file=screen, width=1000))
-        assert len(drawn) - sum(drawn) == 4  # the trained model: twice, at two guidances
+        assert len(drawn) - sum(drawn) == 2  # the trained model, at two guidances
         return folder, screen.getvalue(), sum(drawn)
 
     return run
