@@ -5,7 +5,8 @@
 A step is recorded operator by operator. Each distinct call (operator, shapes, strides) is then repeated alone, with its
 data in the caches, and its best time counts as often as the step calls it. The sum over matrix products, convolutions
 and attention is the time below which no step that computes them can go; `reachable` is how many times faster than the
-published loop a step would be that took no other time at all. SD1.5's size on a CPU is recorded on tensors without
+published loop a step would be that took no other time at all. With one thread, CPU seconds count, which other work on
+the machine does not stretch; with more, keep the machine quiet. SD1.5's size on a CPU is recorded on tensors without
 data, for one row of 512 px, and no step is timed.
 """
 
@@ -92,16 +93,20 @@ def made(value: Any) -> Any:
 
 
 def best_seconds(run: Callable[[], Any], device: str) -> float:
-    """The best time of a call: of at least two calls and 20 ms of them or, on a GPU, of three times ten in a row."""
+    """The best time of a call: of at least two calls and 20 ms of them or, on a GPU, of three times ten in a row.
+
+    CPU seconds with one thread, else wall-clock seconds.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     run()
     if device != "cpu":
         ten = measure.timed(lambda: [run() for _ in range(10)], device)
         return min(ten().wall for _ in range(3)) / 10
-    best, ends = float("inf"), time.perf_counter() + 0.02
+    best, ends = float("inf"), clock() + 0.02
     while True:
-        began = time.perf_counter()
+        began = clock()
         run()
-        now = time.perf_counter()
+        now = clock()
         best = min(best, now - began)
         if now > ends:
             return best
@@ -187,8 +192,10 @@ def against_the_step(found: dict[str, Any], sides: Sides, device: str, repeats: 
     names = ("ours", "published")
     runs = {name: measure.timed(lambda name=name: sides.run(name), device) for name in names}
     taken = measure.interleave(runs, repeats=repeats, warmup=2)
-    step = measure.compare_seconds(taken["ours"], taken["published"])
     busy = {name: sum(run.cpu for run in taken[name]) / sum(run.wall for run in taken[name]) for name in names}
+    if device == "cpu" and torch.get_num_threads() == 1:
+        taken = {name: [measure.Seconds(run.cpu, run.cpu) for run in runs] for name, runs in taken.items()}
+    step = measure.compare_seconds(taken["ours"], taken["published"])
     achieved, products = found["flops"] / step["ours"], found["products_seconds"]
     return {
         "": measure.compare_amounts(achieved, found["ceiling_flops_a_second"], unit="FLOPs a second"),

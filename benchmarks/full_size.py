@@ -1,7 +1,7 @@
 """One step of AGSM, a policy gradient and DiffusionNFT at a published model's real size, with random weights.
 
     python benchmarks/full_size.py sd15 | sdxl | sd3 [--resolution 512] [--dtype bfloat16] [--device cuda]
-    python benchmarks/full_size.py flux --layers 2 --device cuda        a newer kind at its real width, two blocks deep
+    python benchmarks/full_size.py flux sana --layers 2 --device cuda   newer kinds at their real width, two blocks deep
 
 It shows that nothing depends on the small sizes of the embedded bases, what a step costs in seconds and memory, and how
 much memory `check` predicts for the same recipe. On a GPU, the allocator is compared with that; on a CPU only with
@@ -9,11 +9,14 @@ much memory `check` predicts for the same recipe. On a GPU, the allocator is com
 benchmarks/results/full_size_<kind>_<device>.json. Weights are random, so do not expect pictures.
 """
 
+import gc
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from unittest.mock import patch
@@ -25,7 +28,7 @@ from config_only import write_folder
 from full_size_models import KINDS, PUBLISHED, make_on, make_toy
 
 from agsm_rl.backbones import frozen_pipeline
-from agsm_rl.doctor.memory.predict import always_in_use, predict
+from agsm_rl.doctor.memory.predict import Prediction, always_in_use, predict
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.trainer import Trainer
@@ -92,9 +95,18 @@ def step_cost(trainer: Trainer, device: str, *, warmup: int, repeats: int) -> di
     return {"seconds": round(median, 2 if median > 1 else 4), "peak_gib": round(peak / GIB, 3), "metrics": figures}
 
 
+def prediction_of(recipe: Recipe) -> Prediction | str:
+    """The memory predicted for the recipe, or why there is no prediction; the step is worth measuring without it."""
+    try:
+        return predict(recipe)[1]
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+
+
 def compare(recipe: Recipe, pipeline: Any, device: str, *, allocator: bool, **counts: int) -> dict[str, Any]:
     """What a step of the recipe costs, and the memory predicted for it."""
-    _, prediction = predict(recipe)
+    prediction = prediction_of(recipe)
+    gc.collect()  # the term before
     with in_memory(pipeline):
         trainer = build_trainer(recipe)
     cost = step_cost(trainer, device, **counts)
@@ -113,8 +125,66 @@ def compare(recipe: Recipe, pipeline: Any, device: str, *, allocator: bool, **co
     return cost
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how."""
+
+    resolution: int | None
+    dtype: str
+    device: str
+    terms: list[str] | None
+    layers: int | None
+    toy: bool
+    gradient_checkpointing: bool
+    batch_size: int
+    images: int
+    num_steps: int
+    warmup: int
+    repeats: int
+    allocator: bool
+    results: Path
+
+    def describe(self, kind: str) -> str:
+        """What is measured, in words."""
+        size = "tiny" if self.toy else f"{self.layers} blocks deep" if self.layers else "at full size"
+        pixels = f"{self.resolution} px, " if self.resolution else ""
+        checkpointing = "gradient checkpointing, " if self.gradient_checkpointing else ""
+        return (
+            f"random {kind} {size}, {pixels}{self.dtype}, {checkpointing}4 tokens; AGSM: {self.batch_size} images x 2 "
+            f"prompts; others: {self.images} images x {self.num_steps} sampling steps"
+        )
+
+
+def measure_kind(kind: str, settings: Settings) -> None:
+    """Run the terms on one kind of model, one after the other, and record what they cost."""
+    torch.manual_seed(0)
+    device, dtype = settings.device, getattr(torch, settings.dtype)
+    pipeline = make_toy(kind, device, dtype) if settings.toy else make_on(kind, device, dtype, layers=settings.layers)
+    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    steps: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_folder(pipeline, Path(folder) / kind)
+        backbone = {"checkpoint": str(checkpoint), "device": device, "dtype": settings.dtype}
+        backbone |= {"resolution": settings.resolution, "gradient_checkpointing": settings.gradient_checkpointing}
+        sizes = {key: getattr(settings, key) for key in ("batch_size", "images", "num_steps")}
+        counts = {key: getattr(settings, key) for key in ("warmup", "repeats")}
+        for term in settings.terms or ["agsm", POLICY_GRADIENTS.get(kind, "flow_grpo")]:
+            recipe = recipe_of(term, backbone, **sizes)
+            steps[term] = compare(recipe, pipeline, device, allocator=settings.allocator, **counts)
+            print(kind, term, steps[term], flush=True)
+            # Write after each, so that its figures survive if the next one, which takes minutes on a CPU, is cut off.
+            measure.write_result(
+                f"full_size_{kind}_{device.partition(':')[0]}",
+                what=settings.describe(kind),
+                device=device,
+                results=settings.results,
+                denoiser_parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+                steps=steps,
+            )
+
+
 def main(
-    kind: Annotated[str, typer.Argument(help=f"of {', '.join(KINDS)}")],
+    kinds: Annotated[list[str], typer.Argument(help=f"of {', '.join(KINDS)}")],
     resolution: Annotated[int | None, typer.Option(help="default: the model's own")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="type of the frozen weights")] = "float32",
     device: str = "cpu",
@@ -130,35 +200,24 @@ def main(
     allocator: Annotated[bool, typer.Option(help="on a CPU: measure the allocator's peak too")] = False,
     results: Path = measure.RESULTS,
 ) -> None:
-    """Run the terms one after the other and record what they cost."""
-    if kind not in KINDS or (kind not in PUBLISHED and layers is None and not toy):
-        raise typer.BadParameter(f"{kind}: one of {', '.join(KINDS)}; those after {PUBLISHED[-1]} need --layers")
-    torch.manual_seed(0)
-    of_torch = getattr(torch, dtype)
-    pipeline = make_toy(kind, device, of_torch) if toy else make_on(kind, device, of_torch, layers=layers)
-    terms = terms or ["agsm", POLICY_GRADIENTS.get(kind, "flow_grpo")]
-    size = "tiny" if toy else f"{layers} blocks deep" if layers else "at full size"
-    what = f"random {kind} {size}, {f'{resolution} px, ' if resolution else ''}{dtype}, "
-    what += f"{'gradient checkpointing, ' if gradient_checkpointing else ''}4 tokens; "
-    what += f"AGSM: {batch_size} images x 2 prompts; others: {images} images x {num_steps} sampling steps"
-    steps: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        backbone = {"checkpoint": str(write_folder(pipeline, Path(folder) / kind)), "device": device, "dtype": dtype}
-        backbone |= {"resolution": resolution, "gradient_checkpointing": gradient_checkpointing}
-        denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-        for term in terms:
-            recipe = recipe_of(term, backbone, batch_size=batch_size, images=images, num_steps=num_steps)
-            steps[term] = compare(recipe, pipeline, device, allocator=allocator, warmup=warmup, repeats=repeats)
-            print(term, steps[term], flush=True)
-            # Write after each, so that its figures survive if the next one, which takes minutes on a CPU, is cut off.
-            measure.write_result(
-                f"full_size_{kind}_{device.partition(':')[0]}",
-                what=what,
-                device=device,
-                results=results,
-                denoiser_parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
-                steps=steps,
-            )
+    """Measure each kind; one that fails is reported, and the next one measured."""
+    settings = Settings(
+        resolution, dtype, device, terms, layers, toy, gradient_checkpointing, batch_size, images, num_steps, warmup,
+        repeats, allocator, results,
+    )  # fmt: skip
+    for kind in kinds:
+        if kind not in KINDS or (kind not in PUBLISHED and layers is None and not toy):
+            raise typer.BadParameter(f"{kind}: one of {', '.join(KINDS)}; those after {PUBLISHED[-1]} need --layers")
+    failed = []
+    for kind in kinds:
+        try:
+            measure_kind(kind, settings)
+        except Exception:  # noqa: BLE001
+            traceback.print_exc()
+            failed.append(kind)
+    if failed:
+        print(f"failed: {', '.join(failed)}", flush=True)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

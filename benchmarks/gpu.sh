@@ -41,49 +41,45 @@ case $size in full | toy) ;; *) echo "--size $size: full or toy" >&2; exit 2 ;; 
 case $device in cuda | cpu) ;; *) echo "--device $device: cuda or cpu" >&2; exit 2 ;; esac
 [[ $budget =~ ^[0-9]+$ ]] || { echo "--budget $budget: a whole number of seconds" >&2; exit 2; }
 
-# ---- the parts: NAME SECONDS RESULT SCRIPT ARGUMENTS, in the order of what they are worth -------------------------
-newer="flux flux_2 z_image qwen_image sana"
+# ---- the parts: NAME SECONDS SCRIPT ARGUMENTS, in the order of what they are worth -------------------------
+newer="z_image qwen_image flux sana flux_2"
 parts() {
     if [ "$size" = full ]; then
         local steps="--dtype bfloat16 --device $device --warmup 1 --repeats 3"
         local agsm="agsm_step.py --size sd15 --device $device"
-        echo "agsm 150 agsm_step_sd15_$device $agsm --warmup 3 --repeats 15"
-        echo "sd3 75 full_size_sd3_$device full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $steps"
-        echo "sdxl 75 full_size_sdxl_$device full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $steps"
-        echo "sd15 60 full_size_sd15_$device full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $steps"
-        echo "regional 100 agsm_step_sd15_${device}_regional $agsm --compile regional --tag _regional --no-memory" \
+        echo "agsm 150 $agsm --warmup 3 --repeats 15"
+        echo "sd3 75 full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $steps"
+        echo "sdxl 75 full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $steps"
+        echo "sd15 60 full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $steps"
+        echo "regional 100 $agsm --compile regional --tag _regional --no-memory" \
             "--warmup 4 --repeats 9"
-        echo "sampling 75 sampling_sd15_$device sampling.py --size sd15 --device $device --warmup 1 --repeats 7"
-        echo "ddpo 90 ddpo_step_embedded_$device ddpo_step.py --device $device --repeats 5"
-        echo "graphs 150 agsm_step_sd15_${device}_graphs $agsm --compile reduce-overhead --tag _graphs --no-memory" \
+        echo "sampling 75 sampling.py --size sd15 --device $device --warmup 1 --repeats 7"
+        echo "ddpo 90 ddpo_step.py --device $device --repeats 5"
+        echo "graphs 150 $agsm --compile reduce-overhead --tag _graphs --no-memory" \
             "--warmup 6 --repeats 9"
-        echo "negatives 60 agsm_step_sd15_${device}_negatives_1 $agsm --agsm negatives=1 --tag _negatives_1 --no-memory" \
+        echo "negatives 60 $agsm --agsm negatives=1 --tag _negatives_1 --no-memory" \
             "--warmup 2 --repeats 9"
-        echo "ceiling 60 ceiling_sd15_$device ceiling.py --size sd15 --device $device --dtype bfloat16 --repeats 5"
-        for kind in $newer; do
-            echo "$kind 45 full_size_${kind}_$device full_size.py $kind --layers 2 --resolution 512 --terms agsm" \
-                "--terms flow_grpo $steps"
-        done
+        echo "ceiling 60 ceiling.py --size sd15 --device $device --dtype bfloat16 --repeats 5"
+        echo "newer 150 full_size.py $newer --layers 2 --resolution 512 --terms agsm" \
+            "--terms flow_grpo $steps"
     else
         local once="--repeats 1 --warmup 1" toy="--toy --device $device --warmup 1 --allocator"
         local agsm="agsm_step.py --size embedded --device $device --images 4"
         [ "$device" = cuda ] && toy="--toy --device $device --warmup 1"
-        echo "agsm 900 agsm_step_embedded_$device $agsm $once"
-        echo "sd3 900 full_size_sd3_$device full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $toy"
-        echo "sdxl 900 full_size_sdxl_$device full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $toy"
-        echo "sd15 900 full_size_sd15_$device full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $toy"
-        echo "regional 900 agsm_step_embedded_${device}_regional $agsm --compile regional --tag _regional --no-memory" \
+        echo "agsm 900 $agsm $once"
+        echo "sd3 900 full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $toy"
+        echo "sdxl 900 full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $toy"
+        echo "sd15 900 full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $toy"
+        echo "regional 900 $agsm --compile regional --tag _regional --no-memory" \
             "--half $once"
-        echo "sampling 900 sampling_embedded_$device sampling.py --device $device --images 1 --num-steps 2 $once"
-        echo "ddpo 900 ddpo_step_embedded_$device ddpo_step.py --device $device --images 2 --num-steps 2 $once"
-        echo "graphs 900 agsm_step_embedded_${device}_graphs $agsm --compile reduce-overhead --tag _graphs --no-memory" \
+        echo "sampling 900 sampling.py --device $device --images 1 --num-steps 2 $once"
+        echo "ddpo 900 ddpo_step.py --device $device --images 2 --num-steps 2 $once"
+        echo "graphs 900 $agsm --compile reduce-overhead --tag _graphs --no-memory" \
             "$once"
-        echo "negatives 900 agsm_step_embedded_${device}_negatives_1 $agsm --agsm negatives=1 --tag _negatives_1" \
+        echo "negatives 900 $agsm --agsm negatives=1 --tag _negatives_1" \
             "--no-memory $once"
-        echo "ceiling 900 ceiling_embedded_$device ceiling.py --device $device --dtype bfloat16 --repeats 1"
-        for kind in $newer; do
-            echo "$kind 900 full_size_${kind}_$device full_size.py $kind --terms agsm --terms flow_grpo $toy"
-        done
+        echo "ceiling 900 ceiling.py --device $device --dtype bfloat16 --repeats 1"
+        echo "newer 900 full_size.py $newer --terms agsm --terms flow_grpo $toy"
     fi
 }
 names=" $(parts | cut -d' ' -f1 | tr '\n' ' ')"
@@ -97,8 +93,8 @@ wanted() {
     return 1
 }
 if [ $list = 1 ]; then
-    parts | while read -r name seconds result command; do
-        wanted "$name" && echo "$name $seconds $result $command"
+    parts | while read -r name seconds command; do
+        wanted "$name" && echo "$name $seconds $command"
     done
     exit 0
 fi
@@ -193,7 +189,7 @@ note() { # NAME SECONDS STATUS WORDS: a line, and the same for programs
     echo "$1: $4, $2 s"
     printf '{"part": "%s", "seconds": %d, "status": %d}\n' "$1" "$2" "$3" >>"$results/gpu_parts.jsonl"
 }
-while read -r name seconds result command <&3; do
+while read -r name seconds command <&3; do
     wanted "$name" || continue
     left=$((budget - (SECONDS - began)))
     [ "$left" -gt 5 ] || { note "$name" 0 124 "left out, no time left"; failed=1; continue; }
@@ -220,7 +216,9 @@ while read -r name seconds result command <&3; do
     esac
     [ $status = 0 ] || failed=1
     note "$name" "$took" "$status" "$how"
-    [ "$results/$result.json" -nt "$work/$name.began" ] && "$python" "$here/table.py" "$results/$result.json"
+    for file in "$results"/*.json; do
+        [ "$file" -nt "$work/$name.began" ] && "$python" "$here/table.py" "$file"
+    done
 done 3< <(parts)
 echo "$((SECONDS - began)) s in all; results in $results, output in $work"
 if [ "$results" = "$here/results" ]; then "$python" "$here/table.py"; fi

@@ -143,7 +143,7 @@ def put_in(text: str, tables: str) -> str:
 def say(file: Path) -> str:
     """A result in a few lines."""
     result = json.loads(file.read_text())
-    lines = []
+    lines = [f"  {file.stem}"]
     for name in result.get("comparisons", {}):
         ratio, ours, other, _ = _cells(result, name)
         lines.append(f"    {name or 'share'}: {ratio} ({ours}, other {other or 'none'})")

@@ -55,6 +55,7 @@ def test_one_result_is_said_in_a_line_for_each_of_its_figures(tmp_path):
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"machine": "a GPU", "comparisons": {"step": COMPARISON}, "steps": steps}))
     assert table.say(file).splitlines() == [
+        "  result",
         "    step: 1.5 [1.4, 1.6] (0.1 s, other 0.15 s)",
         "    agsm: 0.5 s, 20 GiB; predicted/allocated: 0.95",
     ]
