@@ -33,6 +33,12 @@ ROWS = (
     Row("agsm_step_embedded_cpu_negatives_1", "memory", "— with `negatives: 1`, its peak memory: share"),
     Row("ceiling_embedded_cpu", "float32, 2 threads", "— its products: share of this machine's ceiling", "≥ 0.8"),
     Row("ceiling_embedded_cpu", "float32, 2 threads: reachable", "— a step of nothing but its products: times faster"),
+    Row("ceiling_embedded_cpu", "float32, 1 thread", "— its products: share of one core's ceiling, one thread"),
+    Row(
+        "ceiling_embedded_cpu",
+        "float32, 1 thread: reachable",
+        "— a step of nothing but its products, one thread: times faster",
+    ),
     Row("ceiling_embedded_cpu", "float32, 2 threads: cores busy", "— processor cores busy: share of the published"),
     Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
     Row("agsm_step_sd15_cpu", "memory", "— its peak memory: share of the published"),
@@ -115,7 +121,7 @@ def _amount(number: float, unit: str) -> str:
     if unit == "FLOPs":
         return f"{number / 1e9:.4g} GFLOPs"
     if unit == "FLOPs a second":
-        return f"{number / 1e12:.4g} TFLOPs per second"
+        return f"{number / 1e12:.4g} TFLOPs per second" if number >= 1e12 else f"{number / 1e9:.3g} GFLOPs per second"
     return f"{number:.3g} {unit}"
 
 
