@@ -54,11 +54,22 @@ class Drawing:
     guidance_bank: GuidanceBankOption = None
     guidance_prompt: GuidancePromptOption = None
     base: BaseOption = None
+    backbone_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backbone",
+            metavar="NAME=VALUE",
+            help="Any other option of the backbone (`agsm-rl list stable_diffusion`), e.g. scheduler=ddim. Repeatable.",
+        ),
+    ] = None
 
     def backbone(self) -> dict[str, Any]:
         """The options of the backbone that are given."""
+        from agsm_rl.evaluate.choose import named_values
+
         options = {"dtype": self.dtype, "resolution": resolution_of(self.resolution)}
-        return {key: value for key, value in options.items() if value is not None}
+        given = {key: value for key, value in options.items() if value is not None}
+        return named_values(self.backbone_option or (), flag="--backbone") | given
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def make_suite(
     if num_images is not None and "num_images" not in takes:
         raise UserError(f"--num-images: the suite {suite} decides how many images it draws; leave the option out.")
     options = {name: value for name, value in given.given().items() if name not in ARGUMENTS}
-    options |= _parsed(given.option or ())
+    options |= named_values(given.option or (), flag="--option")
     options |= {} if num_images is None else {"num_images": num_images}
     options |= {} if "seed" not in takes else {"seed": seed} | options
     run = _evaluation_of_run(Path(target)) if "rewards" in takes else None
@@ -91,14 +91,14 @@ def _check_required(suite: str, takes: Mapping[str, inspect.Parameter], options:
             raise UserError(f"--suite {suite}: needs {how}; `agsm-rl list {suite}` says what it is.")
 
 
-def _parsed(given: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts; values are YAML."""
+def named_values(given: Sequence[str], *, flag: str) -> dict[str, Any]:
+    """`NAME=VALUE` texts of a repeatable option; values are YAML. UserError for another form."""
     options = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise UserError(f"--option {text:.200}: write --option NAME=VALUE.")
-        options[key] = parse_yaml(value, where=f"--option {key}")
+            raise UserError(f"{flag} {text:.200}: write {flag} NAME=VALUE.")
+        options[key] = parse_yaml(value, where=f"{flag} {key}")
     return options
 
 

@@ -22,6 +22,8 @@ __all__ = ["EvalOptions", "evaluate_target"]
 
 OF_TARGET = ("bank", "guidance_bank", "guidance_prompt")
 """Settings that a target to compare with is not drawn by."""
+OWN_FLAGS = ("dtype", "resolution")
+"""Options of the backbone that have flags of their own; the others are given by --backbone."""
 SETTINGS = ("seed", "guidance", "num_steps", "prompt_suffix", "bank", "resolution")
 """What decided the images, of what is also under `drawing`."""
 
@@ -124,7 +126,7 @@ def _without_effect(options: EvalOptions, *, exists: bool, draws: bool) -> list[
     of_target = {name: getattr(drawing, name) != getattr(usual, name) for name in OF_TARGET}
     of_target |= {"base": options.base is not None}
     of_any = {name: getattr(drawing, name) is not None for name in ("guidance", "num_steps")}
-    of_any |= dict.fromkeys(options.backbone, True)
+    of_any |= {name if name in OWN_FLAGS else "backbone": True for name in options.backbone}
     unused = (of_target if exists else {}) | (of_any if not draws else {})
     return [name for name, is_given in unused.items() if is_given]
 

@@ -263,7 +263,12 @@ def test_shares_of_a_target_to_compare_with_need_a_folder_too(runner, tiny_check
 @pytest.mark.parametrize(
     "given",
     [("--guidance", 7), ("--num-steps", 30), ("--bank", "negative"), ("--guidance-bank", "negative"), ("--base", "x")]
-    + [("--dtype", "float16"), ("--resolution", 64), ("--against", "builtin:shapes-sd15", "--bank", "negative")],
+    + [
+        ("--dtype", "float16"),
+        ("--resolution", 64),
+        ("--backbone", "scheduler=ddim"),
+        ("--against", "builtin:shapes-sd15", "--bank", "negative"),
+    ],
 )
 def test_options_of_drawing_are_refused_for_images_that_are_drawn(runner, tmp_path, given):
     (tmp_path / "im/00000/samples").mkdir(parents=True)
@@ -271,6 +276,17 @@ def test_options_of_drawing_are_refused_for_images_that_are_drawn(runner, tmp_pa
     (tmp_path / "im/00000/metadata.jsonl").write_text('{"prompt": "a red star"}')
     result = runner("eval", tmp_path / "im", *given)
     assert result.exit_code == 2 and "has no effect" in result.stderr and given[-2] in result.stderr, result.output
+
+
+def test_the_backbone_s_other_options_are_given_on_the_command_line(runner, tiny_checkpoint, tmp_path):
+    few = ("--num-images", 2, "--num-steps", 1, "--any-base", "--json", tmp_path / "eval.json")
+    done = runner("eval", tiny_checkpoint, "--backbone", "scheduler=ddim", *few)
+    assert done.exit_code == 0, done.output
+    drawing = json.loads((tmp_path / "eval.json").read_text())["drawing"]
+    assert drawing["scheduler"]["class"] == "DDIMScheduler" and drawing["backbone"]["scheduler"] == "ddim"
+    for given, word in (("schedule=ddim", "schedule"), ("ddim", "--backbone ddim: write --backbone NAME=VALUE")):
+        refused = runner("eval", tiny_checkpoint, "--backbone", given, *few)
+        assert refused.exit_code == 2 and word in refused.stderr, refused.output
 
 
 def test_a_number_of_images_that_a_suite_does_not_take_is_refused(runner, tiny_checkpoint, tmp_path, monkeypatch):
