@@ -26,7 +26,13 @@ SUITES = {
 }
 """What is measured for each table."""
 REWARDS: dict[str, Any] = {"image_reward": {}, "clip_score": {}, "hpsv2": {"version": "2.1"}, "pick_score": {}}
-TOY_REWARDS: dict[str, Any] = dict(zip(REWARDS, ({"use": "brightness"}, {"use": "sharpness"}) * 2, strict=True))
+TOY_REWARDS = {
+    "brightness": "image_reward",
+    "sharpness": "clip_score",
+    "jpeg_compressibility": "hpsv2",
+    "jpeg_incompressibility": "pick_score",
+}
+"""Rewards without weights, and whose column each fills in a toy run."""
 NUM_CAPTIONS, NUM_GENEVAL = 5000, 2212
 TOY_IMAGES, TOY_STEPS = 6, 2
 
@@ -53,7 +59,6 @@ MODELS = {
         num_steps=30,
         resolution=512,
         backbone=("scheduler=ddim", "allow_tf32=true"),
-        batch_size=8,
     ),
     "sdxl": Model(
         checkpoint="stabilityai/stable-diffusion-xl-base-1.0",
@@ -292,6 +297,7 @@ def all_parts(place: Place, *, tables: Sequence[str], arms: Sequence[str], seeds
 
 def write_rewards(place: Place) -> None:
     """The file that names the rewards to measure."""
-    text = yaml.safe_dump(TOY_REWARDS if place.toy else REWARDS, sort_keys=False)
+    named = dict.fromkeys(TOY_REWARDS, {}) if place.toy else REWARDS
+    text = yaml.safe_dump(named, sort_keys=False)
     place.rewards.parent.mkdir(parents=True, exist_ok=True)
     place.rewards.write_text(text, encoding="utf-8")

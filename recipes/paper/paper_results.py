@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from paper_plan import ARMS, HERE, NUM_CAPTIONS, NUM_GENEVAL, SUITES, TABLES, Place
+from paper_plan import ARMS, HERE, NUM_CAPTIONS, NUM_GENEVAL, SUITES, TABLES, TOY_REWARDS, Place
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agsm_rl import __version__
@@ -156,7 +156,7 @@ def _scores(content: dict[str, Any], suite: str, seed: int) -> Iterator[tuple[st
     if suite == "geneval":
         # Images of one prompt are alike, so the interval is over prompts where there is one.
         rows["overall"] = content.get("over_prompts", {}) | {"score": content["overall"]}
-    for name, row in rows.items():
+    for name, row in ((TOY_REWARDS.get(name, name), row) for name, row in rows.items()):
         scale = SCALES.get(name, 1.0)
         bounds = {key: None if row.get(key) is None else scale * row[key] for key in ("low", "high")}
         yield name, Score(seed=seed, value=scale * row["score"], images=images, **bounds)

@@ -2,7 +2,7 @@
 
     python recipes/paper/reproduce.py run --dry-run --gpu H100         every command, its memory and its time
     python recipes/paper/reproduce.py run --table coco --model sd15    runs them; run again, it continues
-    python recipes/paper/reproduce.py run --toy --out build/toy        all of it in minutes, at toy size, on a CPU
+    python recipes/paper/reproduce.py run --toy --out build/toy        the same at toy size, on a CPU
     python recipes/paper/reproduce.py data COCO                        COCO's folders in the form that is needed
     python recipes/paper/reproduce.py check results.json               may they stand beside the published figures?
     python recipes/paper/reproduce.py table results.json               published beside measured

@@ -53,6 +53,10 @@ def test_a_run_in_which_no_term_is_due_needs_what_lies_there(make_recipe):
     assert found.phase == "steps in which no term is due"
 
 
+def test_a_run_on_samples_of_the_vae_s_posterior_is_predicted(make_recipe):
+    assert_close(make_recipe("agsm", PAIRS | {"latents": "sample"}))
+
+
 def measured(recipe):
     """Bytes at the peak of a step: what lies there, and what the CPU's allocator was asked for in torch's profile."""
     trainer = build_trainer(recipe)

@@ -55,6 +55,13 @@ def test_every_row_of_the_published_tables_has_an_arm_and_every_recipe_is_used()
     assert set(paper_costs.read()["recipes"]) == set(RECIPES)
 
 
+def test_the_page_has_the_table_of_the_recorded_costs_and_its_links_lead_to_files():
+    text = paper_costs.PAGE.read_text(encoding="utf-8")
+    assert text == paper_costs.with_table(text), "run `reproduce.py costs`"
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+    assert [link for link in links if "://" not in link and not (HERE / link).exists()] == []
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_draws_as_the_measurements_do(recipe):
     """The base is drawn by eval's options, the run by its recipe's: they must be the same."""
@@ -137,7 +144,7 @@ def test_the_toy_run_trains_measures_and_collects_and_a_second_one_finds_all_don
     run_reproduce(arguments)
     assert "agsm-rl" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        reproduce.main([*arguments, "--base", "sd15=builtin:shapes-sd15"])
+        reproduce.main([word.replace(str(tiny_checkpoint), "builtin:shapes-sd15") for word in arguments])
     assert "was made by another command" in capsys.readouterr().err
 
 

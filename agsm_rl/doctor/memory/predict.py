@@ -198,8 +198,9 @@ def _remember(backbone: Backbone, rehearsal: Rehearsal) -> None:
     def predicting(x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         return None if torch.is_grad_enabled() else (x_t.shape, x_t.dtype, cond.embeds.shape, banks())
 
-    def coding(values: Tensor) -> Any:
-        return None if torch.is_grad_enabled() and values.requires_grad else (values.shape, values.dtype)
+    def coding(values: Tensor, *, noise: Tensor | None = None) -> Any:
+        learns = torch.is_grad_enabled() and values.requires_grad
+        return None if learns else (values.shape, values.dtype, noise is None)
 
     keys: dict[str, Any] = {"predict": predicting, "decode": coding, "encode_images": coding}
     for name, key in keys.items():
