@@ -83,6 +83,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     "views": {
         "best_images": "agsm_rl.sources.views:BestImages",
         "best_against_worst": "agsm_rl.sources.views:BestAgainstWorst",
+        "images_above": "agsm_rl.sources.views:ImagesAbove",
+        "varied_groups": "agsm_rl.sources.views:VariedGroups",
         "nonzero_advantages": "agsm_rl.sources.views:NonzeroAdvantages",
         "chosen_images": "agsm_rl.sources.views:ChosenImages",
     },

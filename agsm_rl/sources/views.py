@@ -18,7 +18,8 @@ from agsm_rl.policy import Source, View
 class BestImages(View):
     """The images with the largest advantages as image-prompt pairs; the best of each prompt come first.
 
-    If fewer images than the share are good enough, the term skips the step, so that AGSM's groups stay complete.
+    If fewer images than the share are good enough, the term skips the step, so that AGSM's groups stay complete. Of n
+    images per prompt, a share of 1/n is best-of-n.
 
     Args:
         share: Share of the batch to pass on, in (0, 1].
@@ -52,13 +53,70 @@ class BestImages(View):
         order = sorted(good, key=lambda row: (place[row], -float(batch.advantages[row])))
         wanted = self.batch_size(len(batch))
         chosen = order[:wanted] if len(order) >= wanted else []
-        index = torch.tensor(chosen, dtype=torch.long)
-        return PairBatch(
-            [batch.prompts[row] for row in chosen],
-            batch.rows[index],
-            batch.latents[index],
-            metadata=_metadata_of(batch, chosen),
-        )
+        return _pairs_of(batch, chosen)
+
+
+class ImagesAbove(View):
+    """All images that are good enough, as image-prompt pairs, however many those are; the best come first.
+
+    Score matching on them is fine-tuning on what the reward accepts. The term skips a step in which there are none.
+
+    Args:
+        reward: Images whose reward is below it are left out.
+        advantage: Images whose advantage is below it are left out; 0 is what is usual for the prompt.
+        multiple_of: Pass on so many images or a multiple of it, and leave out the worst ones; AGSM needs its
+            `group_size`.
+    """
+
+    consumes: ClassVar[type[Batch]] = RewardedBatch
+    gives: ClassVar[type[Batch]] = PairBatch
+
+    def __init__(self, *, reward: float | None = None, advantage: float | None = None, multiple_of: int = 1) -> None:
+        if reward is None and advantage is None:
+            raise UserError("images_above: neither `reward` nor `advantage` is given, so all images would pass")
+        if multiple_of < 1:
+            raise UserError(f"multiple_of: got {multiple_of}, but it must be 1 or more")
+        self.reward, self.advantage, self.multiple_of = reward, advantage, multiple_of
+
+    def __call__(self, batch: RewardedBatch) -> PairBatch:
+        """The good rows in the order of their advantages, earlier ones first where those tie."""
+        limits = ((batch.rewards, self.reward), (batch.advantages, self.advantage))
+        if batch.rewards.is_meta:  # in a rehearsal, which has no numbers, all may be good
+            limits = ()
+        good = [
+            row
+            for row in range(len(batch))
+            if all(limit is None or float(values[row]) >= limit for values, limit in limits)
+        ]
+        best_first = sorted(good, key=lambda row: -float(batch.advantages[row]))
+        return _pairs_of(batch, best_first[: len(good) // self.multiple_of * self.multiple_of])
+
+
+class VariedGroups(View):
+    """The images of prompts whose images differ in reward, for objectives that learn from finished images.
+
+    A prompt whose images are all worth the same, as often with a reward of 0 or 1, teaches a comparison nothing; here
+    it is no part of the mean. It is judged by the images of the prompt that the step has: with `updates`, its share. A
+    policy gradient takes `nonzero_advantages` for that. The term skips a step in which no prompt's images differ.
+    """
+
+    consumes: ClassVar[type[Batch]] = RewardedBatch
+    gives: ClassVar[type[Batch]] = RewardedBatch
+
+    def check(self, source: Source) -> None:
+        """UserError if no prompt has two images in a step."""
+        _check_compares(source)
+
+    def __call__(self, batch: RewardedBatch) -> RewardedBatch:
+        """The rows of the groups that differ, in their order."""
+        if batch.rewards.is_meta:  # in a rehearsal, which has no numbers, they may be all
+            return batch
+        keys = list(batch.prompts) if batch.groups is None else batch.groups.tolist()
+        rewards: dict[object, set[float]] = {}
+        for key, reward in zip(keys, batch.rewards.tolist(), strict=True):
+            rewards.setdefault(key, set()).add(reward)
+        kept = [row for row, key in enumerate(keys) if len(rewards[key]) > 1]
+        return batch.select(torch.tensor(kept, dtype=torch.long))
 
 
 class BestAgainstWorst(View):
@@ -72,12 +130,7 @@ class BestAgainstWorst(View):
 
     def check(self, source: Source) -> None:
         """UserError if no prompt has two images in a step."""
-        images, updates = source.images_per_prompt, source.updates
-        if images is not None and images <= updates:
-            raise UserError(
-                f"a step has at most one image per prompt (images_per_prompt {images}, updates {updates}), so there is "
-                f"nothing to compare; give at least {2 * updates} images_per_prompt"
-            )
+        _check_compares(source)
 
     def __call__(self, batch: RewardedBatch) -> PreferenceBatch:
         """One pair per prompt."""
@@ -137,6 +190,27 @@ class ChosenImages(View):
             metadata=batch.metadata,
             crops=batch.chosen_crops,
         )
+
+
+def _check_compares(source: Source) -> None:
+    """UserError for a source that has no two images of a prompt in a step."""
+    images, updates = source.images_per_prompt, source.updates
+    if images is not None and images <= updates:
+        raise UserError(
+            f"a step has at most one image per prompt (images_per_prompt {images}, updates {updates}), so there is "
+            f"nothing to compare; give at least {2 * updates} images_per_prompt"
+        )
+
+
+def _pairs_of(batch: RewardedBatch, rows: list[int]) -> PairBatch:
+    """These rows as image-prompt pairs, in this order."""
+    index = torch.tensor(rows, dtype=torch.long)
+    return PairBatch(
+        [batch.prompts[row] for row in rows],
+        batch.rows[index],
+        batch.latents[index],
+        metadata=_metadata_of(batch, rows),
+    )
 
 
 def _metadata_of(batch: Batch, rows: list[int]) -> list[Mapping[str, Any]] | None:

@@ -1,5 +1,7 @@
 """Views: what one term sees of a batch that several terms share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import PreferenceBatch, RewardedBatch
 from agsm_rl.objectives.agsm import AGSM
 from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.objectives.dgpo import DGPO
 from agsm_rl.objectives.diffusion_dpo import DiffusionDPO
+from agsm_rl.objectives.diffusion_nft import DiffusionNFT
 from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.recipe.recipe import Recipe
-from agsm_rl.sources.views import BestAgainstWorst, BestImages, NonzeroAdvantages
+from agsm_rl.sources.views import BestAgainstWorst, BestImages, ImagesAbove, NonzeroAdvantages, VariedGroups
 from agsm_rl.trainer import Term, Trainer
 from agsm_rl.training.randomness import Draw
 
@@ -38,6 +42,45 @@ def test_too_few_good_images_leave_no_rows_rather_than_a_broken_group():
     batch = rewarded([0.0, 0.0, 0.0, 1.0], ["a", "a", "b", "b"], advantages=[-1.0, -1.0, -1.0, 1.0])
     assert len(BestImages(share=0.5)(batch)) == 0
     assert len(BestImages(share=0.25)(batch)) == 1
+
+
+def test_a_share_of_one_nth_is_the_best_of_n():
+    batch = rewarded([0.1, 0.9, 0.5, 0.4, 0.2, 0.3], ["a"] * 3 + ["b"] * 3)
+    assert BestImages(share=1 / 3, min_advantage=-5.0)(batch).rows.tolist() == [11, 13]
+
+
+def test_all_images_above_a_threshold_pass_however_many():
+    batch = rewarded([0.9, 0.5, 0.1, 0.7], ["a", "a", "b", "b"], advantages=[1.0, -1.0, -0.5, 2.0])
+    assert ImagesAbove(reward=0.5)(batch).rows.tolist() == [13, 10, 11]
+    assert ImagesAbove(advantage=0.0)(batch).rows.tolist() == [13, 10]
+    assert ImagesAbove(reward=0.8, advantage=0.0)(batch).prompts == ["a"]
+    assert ImagesAbove(reward=0.5, multiple_of=2)(batch).rows.tolist() == [13, 10]
+    assert len(ImagesAbove(reward=1.0)(batch)) == 0
+    with pytest.raises(UserError, match="neither `reward` nor `advantage`"):
+        ImagesAbove()
+
+
+def test_a_prompt_whose_images_are_all_worth_the_same_is_left_out_whole():
+    batch = rewarded([1.0, 1.0, 0.0, 1.0, 1.0, 0.0], ["a", "a", "b", "b", "b", "a"])
+    assert len(VariedGroups()(batch)) == 6
+    batch = replace(batch, groups=torch.tensor([0, 0, 1, 1, 1, 2]))  # the last one is of another draw of its prompt
+    kept = VariedGroups()(batch)
+    assert kept.rows.tolist() == [12, 13, 14] and kept.groups.tolist() == [1, 1, 1]
+    assert len(VariedGroups()(rewarded([1.0, 1.0], ["a", "a"]))) == 0
+
+
+def test_objectives_on_finished_images_learn_from_the_prompts_that_are_left(make_policy, make_rollouts):
+    """The same gradient as from these images alone; a step without any is sat out."""
+    policy = make_policy()
+    batch = make_rollouts(bind=True).next(policy)
+    batch.rewards.copy_(torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    kept = VariedGroups()(batch)
+    assert kept.prompts == batch.prompts[2:]
+    for objective in (DGPO(), DiffusionNFT()):
+        loss, _ = objective.loss(policy, kept)
+        torch.testing.assert_close(loss, objective.loss(policy, batch.select(torch.tensor([2, 3])))[0])
+    with pytest.raises(UserError, match="dgpo: view: a step has at most one image per prompt"):
+        Term(DiffusionNFT(), make_rollouts(updates=2), name="dgpo", view=VariedGroups())
 
 
 def test_the_best_is_set_against_the_worst_of_its_prompt_and_ties_are_left_out():
