@@ -101,7 +101,9 @@ class Sides:
             self.pixels, self.prompts = captioned_images(images, self.policy.backbone.resolution)
         if only is None:
             few = size == "sd15"
-            self.disagreement = self._checked(AGSM(group_size=2) if few else objective, 2 if few else images)
+            # With all negatives: with some, ours learns the same only on average.
+            checked = AGSM(group_size=2 if few else group_size, **options["agsm"] | {"negatives": None})
+            self.disagreement = self._checked(checked, 2 if few else images)
             self.published.group_size = group_size
         if only != "published":
             source = Pairs("builtin:shapes", images, **({"num_images": 16 * images} | options["pairs"]))
