@@ -83,10 +83,13 @@ def make_tables(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def goals(results: Path) -> list[str]:
-    """A line for each measurement that was made and has a goal: what it reached, and whether that is enough."""
+def goals(results: Path, *, since: float = 0.0) -> list[str]:
+    """A line for each measurement that has a goal and was made `since`: what it reached, and whether that is enough."""
     lines = []
     for row in ROWS:
+        file = results / f"{row.result}.json"
+        if file.is_file() and file.stat().st_mtime < since:
+            continue
         figures = (_read(results, row.result) or {}).get("comparisons", {}).get(row.comparison)
         if row.goal and figures is not None:
             value = figures.get("ratio", figures["ours"])
