@@ -21,7 +21,7 @@ import measure
 import torch
 import typer
 from agsm_step import Sides
-from bases import Size
+from bases import Size, options_of
 from full_size_models import TEXT_LENGTH
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,9 +162,9 @@ def record_row(dtype: torch.dtype) -> Counter[Call]:
     return Counter({call: count for call, count in recorder.calls.items() if kind_of_call(call) != OTHER})
 
 
-def make_sides(size: Size, device: str, dtype: str) -> Sides:
+def make_sides(size: Size, device: str, dtype: str, agsm: dict[str, Any]) -> Sides:
     """Ours and the published loop; on a CPU, bfloat16 is for both."""
-    options: dict[str, Any] = {"backbone": {}, "agsm": {}, "pairs": {}, "half": dtype == "bfloat16"}
+    options: dict[str, Any] = {"backbone": {}, "agsm": agsm, "pairs": {}, "half": dtype == "bfloat16"}
     sides = Sides(size, device, ROWS, PROMPTS, **options)
     if device == "cpu" and dtype == "bfloat16":
         parts = sides.published.pipeline
@@ -210,6 +210,8 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Annotated[list[str], typer.Option(help=f"of {', '.join(DTYPES)}; several")] = ["float32"],  # noqa: B006
     threads: Annotated[list[int], typer.Option(help="on a CPU: thread counts to measure; default: torch's")] = [],  # noqa: B006
+    agsm: Annotated[list[str], typer.Option(help="key=value for our objective")] = [],  # noqa: B006
+    tag: Annotated[str, typer.Option(help="suffix of the result's name, for measurements with other options")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="steps of either side")] = 9,
     results: Path = measure.RESULTS,
 ) -> None:
@@ -220,7 +222,7 @@ def main(
         if name not in DTYPES:
             raise typer.BadParameter(f"--dtype {name}: one of {', '.join(DTYPES)}")
         of_torch = getattr(torch, name)
-        sides = None if row else make_sides(size, device, name)
+        sides = None if row else make_sides(size, device, name, options_of(agsm))
         if sides is None:
             calls = record_row(of_torch)
         else:
@@ -239,7 +241,7 @@ def main(
             figures[label] = found
             print(label, found, flush=True)
     measure.write_result(
-        f"ceiling_{size}_{device}",
+        f"ceiling_{size}_{device}{tag}",
         what="one row of SD1.5 at 512 px, forward twice and backward once"
         if row
         else f"AGSM's step, {ROWS} images x {PROMPTS} prompts",

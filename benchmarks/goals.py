@@ -49,6 +49,12 @@ PARTS = {
         90,
     ),
     "ceiling": Part("ceiling.py", "--threads 1 --threads 2 --repeats 5", "--threads 1 --repeats 1", 90),
+    "ceiling negatives 1": Part(
+        "ceiling.py",
+        "--agsm negatives=1 --tag _negatives_1 --repeats 3",
+        "--agsm negatives=1 --tag _negatives_1 --threads 1 --repeats 1",
+        60,
+    ),
     "ddpo": Part("ddpo_step.py", "--repeats 7", "--repeats 1 --images 2 --num-steps 2", 110),
     "stack": Part("stack.py", "--repeats 3", "--repeats 1 --warmup 0 --num-prompts 4", 100),
     "sampling": Part("sampling.py", "--repeats 13 --warmup 1", "--repeats 1 --warmup 0 --images 1 --num-steps 2", 80),

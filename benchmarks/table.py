@@ -40,6 +40,17 @@ ROWS = (
         "— a step of nothing but its products, one thread: times faster",
     ),
     Row("ceiling_embedded_cpu", "float32, 2 threads: cores busy", "— processor cores busy: share of the published"),
+    Row(
+        "ceiling_embedded_cpu_negatives_1",
+        "float32, 2 threads",
+        "— with `negatives: 1`, its products: share of the ceiling",
+        "≥ 0.8",
+    ),
+    Row(
+        "ceiling_embedded_cpu_negatives_1",
+        "float32, 2 threads: reachable",
+        "— with `negatives: 1`, a step of nothing but its products: times faster",
+    ),
     Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
     Row("agsm_step_sd15_cpu", "memory", "— its peak memory: share of the published"),
     Row("agsm_step_sd15_cuda", "step", "AGSM step, SD1.5's size, 512 px, GPU: times faster", "≥ 2"),
