@@ -164,7 +164,8 @@ def main(
         measure.write_result("goals_cpu", what=what, device="cpu", results=results, comparisons=figures)
     if results == measure.RESULTS:
         table.main()
-    print(*table.goals(results, since=since), sep="\n")
+    if not toy:
+        print(*table.goals(results, since=since), sep="\n")
     print(f"{time.monotonic() - began:.0f} s in all; the parts' output is in {folder}")
     shutil.rmtree(folder / "run", ignore_errors=True)
 
