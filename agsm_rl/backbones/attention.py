@@ -4,6 +4,7 @@ Newer denoisers ask diffusers for a kernel (`set_attention_backend`). Older ones
 attention themselves: of diffusers' names, they can do those of torch's own kernels.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -31,6 +32,18 @@ Attention = Callable[[], AbstractContextManager[None]]
 def allowed_attention() -> list[str]:
     """diffusers' names, without kernels that are fetched from the hub."""
     return [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
+
+
+def remember_signatures(denoiser: Any) -> None:
+    """Spare diffusers from inspecting the signature of each attention's processor at each call.
+
+    In a U-Net with small pictures that takes more time than many of the attention's products. `inspect` returns the
+    signature that it finds at a function in place of looking for it.
+    """
+    for kind in {type(processor) for processor in getattr(denoiser, "attn_processors", {}).values()}:
+        call: Any = kind.__call__
+        if not hasattr(call, "__signature__"):
+            call.__signature__ = inspect.signature(call)
 
 
 def choose_attention(denoiser: Any, name: str, device: torch.device, *, masked: bool = False) -> Attention:

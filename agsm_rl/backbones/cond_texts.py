@@ -17,7 +17,8 @@ class CondTexts:
     """Replaces `encode_text` of a backbone, on this instance only."""
 
     def __init__(self, cache: TextCache, backbone: Any) -> None:
-        self._cache, self._backbone, self._plain = cache, backbone, backbone.encode_text
+        self._cache, self._backbone = cache, backbone
+        self._plain = type(backbone).encode_text.__get__(backbone)  # without what else stands before it
         self._is_padded: bool | None = None
         backbone.encode_text = self
 

@@ -140,7 +140,7 @@ class Flux(FlowPipeline):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
         assert cond.pooled is not None
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         patches = pixel_unshuffle(x_t.to(dtype), PATCH)
         height, width = patches.shape[-2:]
         told = self.embedded_guidance

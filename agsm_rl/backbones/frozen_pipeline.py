@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agsm_rl.adapters.token_places import argument_positions
 from agsm_rl.backbones import kinds, placement
-from agsm_rl.backbones.attention import Attention, choose_attention
+from agsm_rl.backbones.attention import Attention, choose_attention, remember_signatures
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
 from agsm_rl.backbones.compiling import compile_denoiser
 from agsm_rl.backbones.declaration import Declaration
@@ -25,6 +25,7 @@ from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options, check_device
 from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.backbones.text_cache import TextCache
+from agsm_rl.backbones.text_memory import TextMemory
 from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
@@ -163,6 +164,8 @@ class FrozenPipeline(Declaration):
         self.latent_shape = (channels, size.height // factor, size.width // factor)
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
+        remember_signatures(self.denoiser)
+        TextMemory(self)
 
     @cached_property
     def _vae(self) -> Any:
@@ -193,9 +196,18 @@ class FrozenPipeline(Declaration):
             return self._chosen_attention()
         if self.device.type != "cpu":
             return nullcontext()
-        # Of the first weight: diffusers' `dtype` looks at every module, which takes a percent of a small base's step.
-        half = next(self.denoiser.parameters()).dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        half = self._dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         return sdpa_kernel(SDPBackend.MATH) if half else nullcontext()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the denoiser's first weight; diffusers' `dtype` looks at every module: 1 % of a small base's step."""
+        first = next(self.denoiser.parameters()).dtype
+        if first.is_floating_point:
+            return first
+        denoiser: Any = self.denoiser
+        dtype: torch.dtype = denoiser.dtype
+        return dtype
 
     def level_of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """t of a call of the denoiser, 0-d or [B]: by `predict`, or by the pipeline itself.

@@ -162,7 +162,7 @@ class Sana(FlowPipeline):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         with self._attention():
             prediction = self.denoiser(
                 x_t.to(dtype),

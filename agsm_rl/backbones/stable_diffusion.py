@@ -139,7 +139,7 @@ class StableDiffusion(FrozenPipeline):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The U-Net's prediction [B, C, h, w], in x_t's dtype."""
-        dtype = self.pipeline.unet.dtype
+        dtype = self._dtype
         with self._attention():
             prediction = self.denoiser(
                 x_t.to(dtype),

@@ -98,7 +98,7 @@ class StableDiffusion3(FlowPipeline):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
         assert cond.pooled is not None
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         with self._attention():
             prediction = self.denoiser(
                 hidden_states=x_t.to(dtype),

@@ -6,6 +6,7 @@ images of a group), shared by all its prompts, and one noise level per step, sha
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 NoisePer = Literal["image", "group"]
 TOKENIZED_AT_ONCE = 256
+PROMPTS_HELD = 100_000
 
 
 class Groups:
@@ -34,6 +36,8 @@ class Groups:
         check_at_least_one("groups_per_pass", per_pass)
         self.size, self.per_pass, self.noise = size, per_pass, noise
         self._warned = False
+        self._read_by: Backbone | None = None
+        self._read: dict[str, tuple[int, ...]] = {}
 
     def check(self, batch_size: int) -> None:
         """UserError unless the batch is whole groups."""
@@ -56,10 +60,20 @@ class Groups:
             "or use score_matching, which needs no other captions"
         )
 
+    def _ids(self, prompts: list[str], backbone: Backbone) -> list[tuple[int, ...]]:
+        """What the text encoders read of the prompts; those of the newest batches are held."""
+        if backbone is not self._read_by or len(self._read) > PROMPTS_HELD:
+            self._read_by, self._read = backbone, {}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._read]
+        if new:
+            read = backbone.read_tokens(new)
+            self._read |= {prompt: tokens.ids for prompt, tokens in zip(new, read, strict=True)}
+        return [self._read[prompt] for prompt in prompts]
+
     def _negatives(self, prompts: list[str], columns: Tensor, backbone: Backbone) -> Tensor | None:
         """Which prompts of each image's group, [B, P] on the CPU, differ from its own; None where all others do."""
         numbers: dict[tuple[int, ...], int] = {}
-        same = torch.tensor([numbers.setdefault(tokens.ids, len(numbers)) for tokens in backbone.read_tokens(prompts)])
+        same = torch.tensor([numbers.setdefault(ids, len(numbers)) for ids in self._ids(prompts, backbone)])
         if len(numbers) == len(prompts):
             return None
         negatives = same[columns] != same[:, None]
@@ -143,11 +157,21 @@ class Grid:
     def _at(self, predict: Any, places: Tensor, others: Bank) -> Tensor:
         """Predictions at places of the flattened grid, [places, C, h, w]."""
         bank = tuple("positive" if self.is_own[place] else others for place in places.tolist())
+        whole = len(places) == self.columns.numel()
+        found: Tensor = predict(*(self._all_rows if whole else self._rows(places)), bank=bank)
+        return found
+
+    @cached_property
+    def _all_rows(self) -> tuple[Tensor, Tensor, Cond]:
+        """The whole grid's rows: long prompts take much memory, so that they are repeated once for all predictions."""
+        return self._rows(torch.arange(self.columns.numel()))
+
+    def _rows(self, places: Tensor) -> tuple[Tensor, Tensor, Cond]:
+        """x_t, t and prompts of places of the flattened grid."""
         places = places.to(self.x_t.device)
         image = places // self.columns.shape[1]
         cond = self.cond[self.columns.flatten()[places]].of_pictures(self.cond[image])
-        found: Tensor = predict(self.x_t[image], self.t[image], cond, bank=bank)
-        return found
+        return self.x_t[image], self.t[image], cond
 
     def some_negatives(self, draw: Draw, rows: Tensor, count: int) -> Tensor:
         """`count` of each image's negatives (all, if it has fewer) at random, [B, P] on the CPU."""

@@ -17,6 +17,7 @@ from agsm_rl.sources.bucket_order import BucketOrder
 from agsm_rl.sources.buckets import Crop, check_buckets
 from agsm_rl.sources.cache import EncodingCache, Kept, check_cache
 from agsm_rl.sources.frames import Frames, buckets_for, read_sizes
+from agsm_rl.sources.held_latents import HeldLatents
 from agsm_rl.sources.images import Builtins, column_names, open_dataset
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.pictures import read_picture
@@ -65,6 +66,8 @@ class DataSet(Generic[Read]):
             )
         self.frames: Frames | None = None
         """How its images are cut to buckets, once that is known; None: all to the backbone's own size."""
+        self.held: HeldLatents | None = None
+        """Latents that were encoded before; None: nothing is held, such as of a stream, whose rows have no numbers."""
         self._to_load: dict[str, Any] | None = None
         self.batches = 0
         """Batches taken since the run began."""
@@ -167,6 +170,8 @@ class DataSet(Generic[Read]):
         first batch waits until the whole data set is encoded.
         """
         self.fit_to(policy.backbone)
+        if self.held is not None:
+            self.held.open(policy.backbone)
         if self._encodings is not None:
             self._encodings.open(policy.backbone, policy.adapters.values(), self._shard)
         rows = self._reader.take(self.batch_size, self._own, device=policy.backbone.device, distinct=distinct)
@@ -174,11 +179,12 @@ class DataSet(Generic[Read]):
         return rows, torch.arange(self._own.start, self._own.stop)
 
     def picture(self, row: Row, column: str, where: str) -> Image.Image | Tensor:
-        """The picture in a row's column, or its kept latents."""
+        """The picture in a row's column, or its kept or held latents."""
         number, values = row
-        return (
-            read_picture(values[column], where) if self._encodings is None else self._encodings.latents(number, column)
-        )
+        if self._encodings is not None:
+            return self._encodings.latents(number, column)
+        held = None if self.held is None else self.held.get((number, column))
+        return read_picture(values[column], where) if held is None else held
 
     def crop(self, row: Row, column: str, picture: Image.Image | Tensor) -> Crop | None:
         """How the picture in a row's column is cut; None without buckets."""

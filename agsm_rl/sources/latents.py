@@ -19,19 +19,25 @@ def to_latents(
     noise: Tensor | None = None,
     size: Size | None = None,
 ) -> Tensor:
-    """Pictures encoded by the backbone, or the latents that a cache gave in their place. Float32 [B, C, h, w].
+    """Pictures encoded by the backbone, or the latents that are there in their place. Float32 [B, C, h, w].
 
     Pictures are cut to `size`, or to the backbone's own. With standard normal `noise` [B, C, h, w], samples of the
     VAE's posterior instead of its mean.
     """
-    kept = [picture for picture in pictures if isinstance(picture, Tensor)]
-    if kept:
-        return torch.stack(kept).to(backbone.device).float()
+    kept = {row: picture for row, picture in enumerate(pictures) if isinstance(picture, Tensor)}
+    if len(kept) == len(pictures):
+        return torch.stack([*kept.values()]).to(backbone.device).float()
     size = size_of(backbone.resolution) if size is None else size
-    pixels = torch.stack([fit(picture, size) for picture in pictures if not isinstance(picture, Tensor)])
-    if noise is None:
-        return backbone.encode_images(pixels.to(backbone.device))
-    return backbone.encode_images(pixels.to(backbone.device), noise=noise)
+    fitted = [fit(picture, size) for picture in pictures if not isinstance(picture, Tensor)]
+    # As many as without latents: an encoder may round batches of another size otherwise.
+    pixels = torch.stack([*fitted, *fitted[:1] * len(kept)]).to(backbone.device)
+    if noise is not None:
+        return backbone.encode_images(pixels, noise=noise)
+    encoded = backbone.encode_images(pixels)
+    if not kept:
+        return encoded
+    rest = iter(encoded)
+    return torch.stack([kept[row].to(pixels) if row in kept else next(rest) for row in range(len(pictures))])
 
 
 def fit(picture: Image.Image, resolution: Resolution) -> Tensor:

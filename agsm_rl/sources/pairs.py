@@ -12,6 +12,7 @@ from agsm_rl.policy import Policy, Source
 from agsm_rl.sources.buckets import Crop, crops_of
 from agsm_rl.sources.cache import Kept
 from agsm_rl.sources.data_set import DataSet
+from agsm_rl.sources.held_latents import HeldLatents
 from agsm_rl.sources.images import find_columns, read_captions
 from agsm_rl.sources.other_columns import other_columns
 from agsm_rl.sources.rows import Row
@@ -89,7 +90,7 @@ class Pairs(Source):
         self.variation = Variation(
             caption_dropout=caption_dropout, latents=latents, horizontal_flip=horizontal_flip, cache=cache
         )
-        self._data: DataSet[tuple[Image.Image | Tensor, list[str], dict[str, Any], Crop | None]] = DataSet(
+        self._data: DataSet[tuple[int, Image.Image | Tensor, list[str], dict[str, Any], Crop | None]] = DataSet(
             dataset,
             batch_size=batch_size,
             split=split,
@@ -101,6 +102,8 @@ class Pairs(Source):
             cache=cache,
             buckets=buckets,
         )
+        if self.variation.is_fixed and not streaming and cache is None:
+            self._data.held = HeldLatents()
         self.batch_size, self.cache = batch_size, self._data.cache
         self.image_column, self.caption_column, self.caption = image_column, caption_column, caption
         self.captions = self._check_captions(dataset, captions)
@@ -132,13 +135,14 @@ class Pairs(Source):
         """Sort the images into `buckets`; UserError where the backbone cannot draw one of them."""
         self._data.fit_to(backbone)
 
-    def _read(self, row: Row) -> tuple[Image.Image | Tensor, list[str], dict[str, Any], Crop | None]:
-        """The picture, or its kept latents; its captions; the other columns; and how the picture is cut."""
+    def _read(self, row: Row) -> tuple[int, Image.Image | Tensor, list[str], dict[str, Any], Crop | None]:
+        """The row's number; the picture, or its latents; its captions; the other columns; how the picture is cut."""
         number, values = row
         where, (image_column, caption_column) = f"{self._data.where}, row {number}", self._columns
         captions = read_captions(values[caption_column], caption_column, where)
         picture = self._data.picture(row, image_column, where)
-        return picture, captions, other_columns(values, self._columns), self._data.crop(row, image_column, picture)
+        crop = self._data.crop(row, image_column, picture)
+        return number, picture, captions, other_columns(values, self._columns), crop
 
     def next(self, policy: Policy) -> PairBatch:
         """The next pairs of this process, latents encoded by the policy's backbone; unreadable rows are replaced.
@@ -147,11 +151,13 @@ class Pairs(Source):
         """
         batch = self._data.batches
         read, rows = self._data.take(policy, distinct=self._columns[1])
-        pictures, texts, metadata, cuts = zip(*read, strict=True)
+        numbers, pictures, texts, metadata, cuts = zip(*read, strict=True)
         captions = [self._choose(choice, batch, row) for choice, row in zip(texts, rows.tolist(), strict=True)]
         draw = Draw(self._seed, self._name, batch)
         captions = self.variation.captions(captions, draw, rows)
         latents = self.variation.encoded(pictures, policy.backbone, draw, rows, size=self._data.size)
+        if self._data.held is not None:
+            self._data.held.hold([(number, self._columns[0]) for number in numbers], latents)
         return PairBatch(
             captions,
             rows,

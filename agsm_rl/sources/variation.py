@@ -35,6 +35,11 @@ class Variation:
             raise UserError("cache: all keeps no empty prompt, which `caption_dropout` needs; write `cache: latents`")
         self.caption_dropout, self.latents, self.horizontal_flip = caption_dropout, latents, horizontal_flip
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether an image has the same latents each time."""
+        return self.latents == "mode" and not self.horizontal_flip
+
     def captions(self, captions: list[str], draw: Draw, rows: Tensor) -> list[str]:
         """The captions of the rows with these numbers, some of them left out."""
         if not self.caption_dropout:

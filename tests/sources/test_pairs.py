@@ -9,6 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 from agsm_rl.errors import UserError
+from agsm_rl.sources import data_set
 from agsm_rl.sources.latents import fit
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.pairs import Pairs
@@ -249,3 +250,30 @@ def test_a_share_of_captions_is_replaced_by_the_empty_prompt(policy, make_pairs)
 def test_options_of_latents_and_captions_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Pairs("builtin:shapes", **options)
+
+
+def test_later_epochs_neither_read_nor_encode_images_and_have_the_same_latents(policy, make_pairs, monkeypatch):
+    held, anew = bound(make_pairs(num_images=6)), bound(make_pairs(num_images=6))
+    anew._data.held = None
+    for _ in range(3):  # two epochs of 6 rows, four at a time: one batch is half new
+        assert torch.equal(held.next(policy).latents, anew.next(policy).latents)
+    monkeypatch.setattr(policy.backbone, "encode_images", None)
+    monkeypatch.setattr(data_set, "read_picture", None)
+    assert held.next(policy).latents.shape == (4, *policy.backbone.latent_shape)
+
+
+def test_latents_that_change_each_time_are_not_held(make_pairs):
+    assert make_pairs(horizontal_flip=True)._data.held is None
+    assert make_pairs(latents="sample")._data.held is None
+    assert make_pairs(streaming=True)._data.held is None
+
+
+def test_another_backbone_encodes_the_images_itself(make_policy, make_pairs, monkeypatch):
+    source, other = bound(make_pairs(num_images=4)), make_policy()
+    source.next(make_policy())
+    encode, encoded = other.backbone.encode_images, []
+    monkeypatch.setattr(
+        other.backbone, "encode_images", lambda images: (encoded.append(len(images)), encode(images))[1]
+    )
+    source.next(other)
+    assert encoded == [4]

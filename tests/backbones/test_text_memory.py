@@ -1,0 +1,72 @@
+"""Prompts that come again are not encoded again, and get the numbers of an encoding."""
+
+import torch
+
+from agsm_rl.adapters.lora import LoRA
+from agsm_rl.backbones import load_backbone, text_memory
+from agsm_rl.objectives.ddpo import DDPO
+from agsm_rl.policy import Policy
+
+PROMPTS = ["a red star", "two blue circles of a kind", "green", "a ring"]
+
+
+def counting(backbone, monkeypatch) -> list[list[str]]:
+    """The calls of the backbone's own `encode_text` from now on."""
+    plain, asked = backbone.encode_text.plain, []
+    monkeypatch.setattr(
+        backbone.encode_text, "plain", lambda texts, **options: (asked.append(texts), plain(texts, **options))[1]
+    )
+    return asked
+
+
+def test_prompts_that_come_again_have_the_same_encoding_bit_for_bit(each_checkpoint):
+    backbone = load_backbone(str(each_checkpoint), device="cpu")
+    expected = backbone.encode_text.plain(PROMPTS[::-1])
+    backbone.encode_text(PROMPTS)
+    found = backbone.encode_text(PROMPTS[::-1])
+    assert torch.equal(found.embeds, expected.embeds)
+    assert found.prompts == expected.prompts
+    assert (found.pooled is None) == (expected.pooled is None)
+    assert found.pooled is None or torch.equal(found.pooled, expected.pooled)
+    assert (found.mask is None) == (expected.mask is None)
+
+
+def test_what_is_done_to_an_encoding_is_not_done_to_the_next(backbone):
+    before = backbone.encode_text(PROMPTS).embeds.clone()
+    backbone.encode_text(PROMPTS).embeds.zero_()
+    assert torch.equal(backbone.encode_text(PROMPTS).embeds, before)
+
+
+def test_draws_and_what_is_learned_from_them_encode_each_prompt_once(
+    backbone, make_adapters, make_rollouts, monkeypatch
+):
+    policy, objective = Policy(backbone, make_adapters()), DDPO(steps_per_pass=2)
+    backbone.encode_text(PROMPTS)  # so that it is known how texts are padded
+    asked = counting(backbone, monkeypatch)
+    source = make_rollouts(bind=True, guidance=3.0, num_prompts=3)
+    for _ in range(2):
+        for part, _ in objective.split(batch := source.next(policy)):
+            objective.loss(policy, part)
+    texts = [text for call in asked for text in set(call)]
+    assert sorted(texts) == sorted(set(texts))
+    assert {*batch.prompts, ""} <= set(texts)
+
+
+def test_the_oldest_are_forgotten_when_there_is_no_more_room(backbone, monkeypatch):
+    backbone.encode_text(PROMPTS)
+    monkeypatch.setattr(text_memory, "IN_MEMORY", backbone.encode_text(PROMPTS[:1]).embeds.nbytes)
+    backbone.encode_text(["a moon"])
+    asked = counting(backbone, monkeypatch)
+    backbone.encode_text(["a moon"])
+    assert asked == []
+    backbone.encode_text(PROMPTS)
+    assert asked == [PROMPTS]
+
+
+def test_prompts_are_encoded_anew_while_an_adapter_changes_the_text_encoders(backbone):
+    policy = Policy(backbone, {"lora": LoRA(rank=2, text_encoders=True)})
+    before = backbone.encode_text(PROMPTS).embeds
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.5)
+    assert not torch.equal(backbone.encode_text(PROMPTS).embeds, before)
