@@ -124,6 +124,13 @@ class Objective:
         """Parts to learn from one after another, each with its share of the loss (they add up to 1)."""
         return [(batch, 1.0)]
 
+    detach_unconditional: bool = False
+    """Whether gradients of guided predictions flow through the conditional branch alone."""
+
+    def takes_graph(self, rows: int) -> bool:
+        """Whether it learns from the graph of a draw of so many rows, where one was kept, as it would without."""
+        return False
+
     def step_of(self, part: Any) -> int | None:
         """The denoising step that a part is of, for comparing the steps' gradients; None: of no single one."""
         return None

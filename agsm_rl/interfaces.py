@@ -67,6 +67,8 @@ class Cond:
     prompts: tuple[str, ...] = ()
     unconditional_first: bool = False
     """Whether the first half of the rows is guidance's unconditional branch; rows that are taken out are ordinary."""
+    unconditional_detached: bool = False
+    """Whether that half is predicted without gradients, and so without what they would take; `unconditional_first`."""
     mask: Tensor | None = None
     crops: Tensor | None = None
     """How each row's picture was cut, [B, 4]: its own height and width, and what was cut off at the top and left after

@@ -106,6 +106,8 @@ class Policy:
         self._always_off = ExitStack()
         self.acting_for: str | None = None
         """The term whose old policy `old` and `old_weights` mean; the trainer sets it."""
+        self.graph_for: Objective | None = None
+        """What learns in this step from the graph of a source's draw, if anything does; the trainer sets it."""
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
@@ -228,7 +230,12 @@ class Policy:
                 raise ValueError("a Cond without its prompts: encode_text gives one, indexing and cat keep them")
             # `cond` was encoded by whichever bank was in use then, without gradients.
             encoded = self.backbone.encode_text(list(cond.prompts), gradients=True)
-            cond = replace(encoded, unconditional_first=cond.unconditional_first, crops=cond.crops)
+            cond = replace(
+                encoded,
+                unconditional_first=cond.unconditional_first,
+                unconditional_detached=cond.unconditional_detached,
+                crops=cond.crops,
+            )
         prediction = predict_in_form(self.backbone, adapters, x_t, t, cond)
         if self._recorded is not None:
             self._recorded.append(Recorded(t, prediction, follows=x_t.requires_grad))

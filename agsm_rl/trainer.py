@@ -11,7 +11,7 @@ from torch import Tensor
 from agsm_rl.backbones.text_cache import text_cache_of
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
-from agsm_rl.policy import Policy
+from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.term import Term as Term
 from agsm_rl.training.anomalies import AnomalyWatch
 from agsm_rl.training.balance import GradientBalance
@@ -145,6 +145,7 @@ class Trainer:
             if id(term.source) not in batches:
                 owners = (other for other in self.terms if other.source is term.source and other.objective.old)
                 self.policy.acting_for = next((owner.name for owner in owners), None)
+                self.policy.graph_for = self._takes_graph(term.source)
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
                     batches[id(term.source)] = term.source.next(self.policy)
@@ -191,6 +192,13 @@ class Trainer:
         if (cache := text_cache_of(self.policy.backbone)) is not None:
             cache.end_step()
         return metrics
+
+    def _takes_graph(self, source: Source) -> Objective | None:
+        """The first objective that is due and learns from the graph of the whole of a draw, if there is one."""
+        rows = (source.batch_size or 0) // self.processes.count
+        due = (term for term in self.terms if term.source is source and term.is_due(self.step))
+        whole = (term.objective for term in due if term.view is None)
+        return next((objective for objective in whole if objective.takes_graph(rows)), None)
 
     def _look_at_prompts(self, term: Term, batch: Batch) -> None:
         if id(term.source) in self._unread:

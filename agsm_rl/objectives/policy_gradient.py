@@ -69,8 +69,6 @@ class PolicyGradient(Objective):
     """
 
     consumes: ClassVar[type[Batch]] = RolloutBatch
-    detach_unconditional: bool = False
-    """Whether gradients of guided predictions flow through the conditional branch alone."""
     draws_t: ClassVar[bool] = False
 
     def __init__(
@@ -128,14 +126,20 @@ class PolicyGradient(Objective):
         """The denoising step that a part is of; None if it is of several."""
         return part.steps[0] if len(part.steps) == 1 else None
 
+    def takes_graph(self, rows: int) -> bool:
+        """As long as its passes are as large as the draw's: a step of all images each."""
+        return self.steps_per_pass == 1 and (self.images_per_pass or rows) >= rows
+
     def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
         """`rollout_steps` under `policy.live`, taken from the draw where it kept their graph."""
-        if batch.graph is not None and self.detach_unconditional:
+        graph = batch.graph
+        differs = graph is not None and graph.detach_uncond != self.detach_unconditional
+        if graph is not None and differs and graph.is_asked_for and self.detach_unconditional:
             raise UserError(
                 "detach_unconditional: true, but the rollouts' `keep_graph` records gradients through both branches; "
                 "leave one of the two out"
             )
-        kept = None if batch.graph is None else batch.graph.take(batch.steps, batch.rows)
+        kept = None if graph is None or differs else graph.take(batch.steps, batch.rows)
         return self.steps_under(policy, policy.live, batch) if kept is None else kept
 
     def steps_under(self, policy: Policy, predict: Predict, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:

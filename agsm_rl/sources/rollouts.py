@@ -32,7 +32,7 @@ from agsm_rl.sources.trajectories import (
     draw_trajectories,
 )
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guiding
-from agsm_rl.training.kept_graph import KeptGraph
+from agsm_rl.training.kept_graph import KeptGraph, Room
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
@@ -100,6 +100,11 @@ class Rollouts(Draws[RewardedBatch]):
             predicts the memory). It needs `updates: 1`, `drawn_by: live` and `eta` above 0. Of several policy gradients
             on one source, only the first that learns in a step gains: put it first. Every draw pays for it, also where
             no policy gradient is due; DiffusionNFT and AGSM do not use it.
+        graph_memory: Share of the free memory, in [0, 1), that the draw's graph may take without `keep_graph`: learning
+            is then faster, and the same. That is so where a policy gradient is due that learns from all images in one
+            pass per step (no `images_per_pass`, `steps_per_pass` or view), the process draws all its images at once
+            (`sample_batch_size`), and what `keep_graph` needs is given. What the graph takes is measured at the first
+            step that has one. 0: never.
         keep_means: Keep the means of a draw's steps, as many numbers as its path has, for objectives that compare with
             them (GRPO-Guard, Flow-DPPO). It needs `drawn_by: live` and `eta` above 0.
         resolution: Pixels per side, or [height, width], of the images that are drawn. Null: the backbone's.
@@ -137,6 +142,7 @@ class Rollouts(Draws[RewardedBatch]):
         prompt_split: str | None = None,
         prompt_config: str | None = None,
         keep_graph: bool = False,
+        graph_memory: float = 0.5,
         keep_means: bool = False,
         resolution: PictureSize | None = None,
     ) -> None:
@@ -169,6 +175,8 @@ class Rollouts(Draws[RewardedBatch]):
                 "same_latent: true, but with `eta: 0` nothing else is random, and all images of a prompt would be the "
                 "same; set `eta` above 0, or leave same_latent out"
             )
+        if not 0 <= graph_memory < 1:
+            raise UserError(f"graph_memory: got {graph_memory}, but it must lie in [0, 1)")
         check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
         self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
@@ -182,6 +190,7 @@ class Rollouts(Draws[RewardedBatch]):
         self.sample_batch_size, self.drawn_by, self.same_latent = sample_batch_size, drawn_by, same_latent
         self.batch_size = num_prompts * images_per_prompt // updates
         """Images that a step of the trainer learns from."""
+        self.graph_memory = graph_memory
         self.keep_path = eta > 0 and drawn_by == "live"
         if not self.keep_path:
             self.gives = RewardedBatch
@@ -196,6 +205,8 @@ class Rollouts(Draws[RewardedBatch]):
         check_divides("num_prompts * images_per_prompt / updates, which is", self.batch_size, shard, name)
         self._histories: Histories = {}
         self._own_histories: dict[str, Histories] = {}
+        self._room: Room | None = None
+        self._has_room = True
 
     def _draw(self, policy: Policy) -> list[RewardedBatch]:
         batch = self._drawn(policy)
@@ -213,7 +224,7 @@ class Rollouts(Draws[RewardedBatch]):
         sampler = policy.backbone.sampler(self.num_steps)
         noise = self._step_noise(sampler)
         steps = noise.noisy_steps(sampler, self.num_steps)
-        graph = KeptGraph(rows, steps) if self.keep_graph else None
+        graph = self._graph(policy, rows, steps)
         parts, means = [], []
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
@@ -273,6 +284,19 @@ class Rollouts(Draws[RewardedBatch]):
             means=torch.cat(means) if means else None,
         )
 
+    def _graph(self, policy: Policy, rows: Tensor, steps: tuple[int, ...]) -> KeptGraph | None:
+        """What keeps the draw's graph: if it is asked for, or, where it changes no number, as long as there is room."""
+        taker = policy.graph_for
+        detach = taker is not None and taker.detach_unconditional
+        if self.keep_graph:
+            return KeptGraph(rows, steps, detach_uncond=detach)
+        is_same = taker is not None and self._has_room and self.updates == 1 and len(rows) <= self.sample_batch_size
+        if not (is_same and self.keep_path and steps and self.graph_memory and policy.backbone.device.type != "meta"):
+            return None
+        if self._room is None:
+            self._room = Room(self.graph_memory, policy.backbone.denoiser)
+        return KeptGraph(rows, steps, room=self._room, detach_uncond=detach)
+
     def _step_noise(self, sampler: Sampler) -> StepNoise:
         window = None if self.sde_window is None else self.sde_window.at(self._seed, self._name, self._draws)
         return choose_noise(
@@ -326,6 +350,7 @@ class Rollouts(Draws[RewardedBatch]):
         return super().state_dict() | {
             "histories": _plain(self._histories),
             "own_histories": {name: _plain(histories) for name, histories in self._own_histories.items()},
+            "keeps_no_graph": not self._has_room or (self._room is not None and self._room.fits is False),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -335,6 +360,7 @@ class Rollouts(Draws[RewardedBatch]):
         # Checkpoints of earlier versions have none: their rewards were all raw.
         own = state.get("own_histories", {})
         self._own_histories = {name: self._continued(histories) for name, histories in own.items()}
+        self._has_room = not state.get("keeps_no_graph", False)
 
     def _restored(self, kept: Mapping[str, Any]) -> RewardedBatch:
         # Checkpoints of earlier versions hold the path of what the EMA drew too.

@@ -199,9 +199,18 @@ def draw_trajectories(
     with stage("denoising", total=num_steps, unit="steps", worth=len(prompts)) as advance:
         for k in range(num_steps):
             x_t, level = states[-1], noise.at(k)
-            with nullcontext() if graph is None else torch.enable_grad():
+            with nullcontext() if graph is None else graph.recording(k, backbone.device):
                 mean, std = step_distribution(
-                    policy.live, sampler, k, x_t, cond, uncond, guidance=guidance, eta=level, noise=noise.form
+                    policy.live,
+                    sampler,
+                    k,
+                    x_t,
+                    cond,
+                    uncond,
+                    guidance=guidance,
+                    eta=level,
+                    noise=noise.form,
+                    detach_uncond=graph is not None and graph.detach_uncond,
                 )
             if graph is not None:
                 graph.add(k, mean, std)

@@ -145,6 +145,10 @@ def predict_in_form(backbone: Backbone, adapters: Collection[Adapter], x_t: Tens
         conditional = torch.arange(len(cond) // 2, len(cond))
         cond = cond[torch.cat([conditional, conditional])]
     half = len(x_t) // 2
+    if cond.unconditional_detached and torch.is_grad_enabled():
+        with torch.no_grad(), unconditional(adapters, [True] * half):
+            without = backbone.predict(x_t[:half], t[:half], cond[:half])
+        return torch.cat([without, backbone.predict(x_t[half:], t[half:], cond[half:])])
     with unconditional(adapters, [True] * half + [False] * half):
         return backbone.predict(x_t, t, cond)
 

@@ -34,13 +34,15 @@ def guided(
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale · (cond − uncond), both branches in one batch.
 
     `uncond` has one row. A policy's adapters may predict that branch with ψ⁻ (training/guidance.py). Scale 1 is the
-    conditional branch alone and costs half. `detach_uncond`: gradients flow through the conditional branch alone. A
-    model whose pipeline guides in another way says so in `uncond.combine`.
+    conditional branch alone and costs half. `detach_uncond`: gradients flow through the conditional branch alone, and
+    nothing is computed or held for those of the other. A model whose pipeline guides in another way says so in
+    `uncond.combine`.
     """
     if scale == 1:
         return predict(x_t, t, cond)
     without_prompt = uncond.expand(len(cond)).of_pictures(cond)
-    both = replace(Cond.cat([without_prompt, cond]), unconditional_first=True)
+    both = Cond.cat([without_prompt, cond])
+    both = replace(both, unconditional_first=True, unconditional_detached=detach_uncond)
     without, with_prompt = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     if detach_uncond:
         without = without.detach()
@@ -60,10 +62,11 @@ def step_distribution(
     guidance: float,
     eta: float,
     noise: str = DDIM,
+    detach_uncond: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean [B, C, h, w] and standard deviation (0-d) of the sampler's step k from x_t [B, C, h, w]."""
     t = sampler.t[k].to(x_t.device).expand(len(x_t))
-    prediction = guided(predict, x_t, t, cond, uncond, guidance)
+    prediction = guided(predict, x_t, t, cond, uncond, guidance, detach_uncond=detach_uncond)
     return transition(sampler, k, x_t, prediction, eta=eta, noise=noise)
 
 

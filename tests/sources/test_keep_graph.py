@@ -12,6 +12,7 @@ from agsm_rl.objectives.flow_grpo import FlowGRPO
 from agsm_rl.policy import Policy
 from agsm_rl.sources.views import BestImages
 from agsm_rl.trainer import Term, Trainer
+from agsm_rl.training import kept_graph
 
 
 @pytest.fixture
@@ -82,6 +83,97 @@ def test_no_prediction_is_computed_a_second_time(policy, make_rollouts, monkeypa
     monkeypatch.setattr(policy.backbone, "predict", None)
     monkeypatch.setattr(policy.backbone, "encode_text", None)
     assert gradient(policy, DDPO(), batch).norm() > 0
+
+
+def with_room(policy, make_rollouts, monkeypatch, free, *, objective=DDPO(), **options):  # noqa: B008
+    """A draw that a policy gradient is to learn from, on a machine with so many free bytes."""
+    policy.graph_for = objective
+    monkeypatch.setattr(kept_graph, "free_memory", lambda device: free)
+    return make_rollouts(bind=True, guidance=3.0, advantages="group", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"sde_window": {"size": 2, "range": [1, 4]}}], ids=["all steps", "window"])
+def test_a_graph_that_there_is_room_for_is_kept_and_gives_the_same_gradient_bit_for_bit(
+    each_backbone, make_moved, make_rollouts, monkeypatch, options
+):
+    policy = make_moved(each_backbone)
+    kept = with_room(policy, make_rollouts, monkeypatch, 2**40, **options).next(policy)
+    anew = make_rollouts(bind=True, guidance=3.0, advantages="group", graph_memory=0.0, **options).next(policy)
+    assert anew.graph is None and kept.graph.holds(kept.steps)
+    assert torch.equal(anew.trajectory, kept.trajectory)
+    expected = gradient(policy, DDPO(), anew)
+    monkeypatch.setattr(policy.backbone, "predict", None)
+    assert torch.equal(gradient(policy, DDPO(), kept), expected) and expected.norm() > 0
+
+
+def test_a_kept_graph_of_the_conditional_branch_has_the_gradient_through_that_alone(
+    each_backbone, make_moved, make_rollouts, monkeypatch
+):
+    policy, objective = make_moved(each_backbone), FlowGRPO(kl_weight=0.0, detach_unconditional=True)
+    kept = with_room(policy, make_rollouts, monkeypatch, 2**40, objective=objective).next(policy)
+    anew = make_rollouts(bind=True, guidance=3.0, advantages="group", graph_memory=0.0).next(policy)
+    torch.testing.assert_close(kept.trajectory, anew.trajectory)
+    expected = gradient(policy, objective, anew)
+    assert kept.graph.holds(kept.steps)
+    assert (gradient(policy, objective, kept) - expected).norm() < 1e-5 * expected.norm()
+    assert not kept.graph.holds(kept.steps)
+
+
+def test_an_objective_of_both_branches_leaves_the_graph_of_one_alone(policy, make_rollouts, monkeypatch):
+    detaching = FlowGRPO(kl_weight=0.0, detach_unconditional=True)
+    kept = with_room(policy, make_rollouts, monkeypatch, 2**40, objective=detaching).next(policy)
+    assert gradient(policy, DDPO(), kept).norm() > 0
+    assert kept.graph.holds(kept.steps)
+
+
+def test_a_run_that_had_no_room_keeps_no_graph_after_a_resume(policy, make_rollouts, monkeypatch):
+    source = with_room(policy, make_rollouts, monkeypatch, 2**10)
+    source.next(policy)
+    resumed = with_room(policy, make_rollouts, monkeypatch, 2**40)
+    resumed.load_state_dict(source.state_dict())
+    assert resumed.next(policy).graph is None
+    assert resumed.state_dict()["keeps_no_graph"]
+
+
+def test_no_graph_is_kept_where_there_is_no_room_and_that_is_measured_once(policy, make_rollouts, monkeypatch):
+    source = with_room(policy, make_rollouts, monkeypatch, 2**10)
+    assert not source.next(policy).graph.holds((0,))
+    monkeypatch.setattr(kept_graph, "free_memory", None)
+    assert not source.next(policy).graph.holds((0,))
+
+
+def test_what_a_graph_takes_grows_with_the_steps_that_have_noise(policy, make_rollouts, monkeypatch):
+    def kept(free, **options):
+        batch = with_room(policy, make_rollouts, monkeypatch, free, num_steps=8, **options).next(policy)
+        return batch.graph.holds(batch.steps)
+
+    enough = next(2**power for power in range(10, 40) if kept(2**power, sde_window={"size": 1}))
+    assert not kept(enough)
+
+
+def test_steps_without_noise_are_drawn_without_a_graph(policy, make_rollouts, monkeypatch):
+    live, with_graph = policy.live, []
+    monkeypatch.setattr(policy, "live", lambda *args: (with_graph.append(torch.is_grad_enabled()), live(*args))[1])
+    make_rollouts(bind=True, keep_graph=True, sde_window={"size": 2, "range": [1, 3]}).next(policy)
+    assert with_graph == [False, True, True, False]
+
+
+def test_a_draw_keeps_a_graph_only_for_a_term_that_learns_from_all_of_it(make_policy, make_rollouts, monkeypatch):
+    monkeypatch.setattr(kept_graph, "free_memory", lambda device: 2**40)
+
+    def graph(objective, **options):
+        source, seen = make_rollouts(**options), []
+        trainer = Trainer(make_policy(), [Term(objective, source, name="term")], steps=1)
+        draw = source.next
+        monkeypatch.setattr(source, "next", lambda policy: (seen.append(draw(policy)), seen[0])[1])
+        trainer.run_step()
+        return seen[0].graph
+
+    assert graph(DDPO()) is not None
+    assert graph(DDPO(images_per_pass=2)) is None
+    assert graph(DDPO(), sample_batch_size=2) is None
+    assert graph(DDPO(), graph_memory=0.0) is None
+    assert graph(AGSM(group_size=2)) is None
 
 
 def test_terms_that_share_a_kept_draw_learn_as_without(make_policy, make_rollouts):

@@ -259,7 +259,7 @@ class _Source:
 
     def __init__(self, source: Any, rehearsal: Rehearsal, counter: PassCounter, phase: str) -> None:
         self._source, self._rehearsal, self._counter, self._phase = source, rehearsal, counter, phase
-        self.gives, self.metrics = source.gives, source.metrics
+        self.gives, self.metrics, self.batch_size = source.gives, source.metrics, source.batch_size
 
     def next(self, policy: Policy) -> Batch:
         self._rehearsal.phase, self._counter.repeats = self._phase, 1.0
@@ -276,6 +276,7 @@ class _Objective:
     def __init__(self, objective: Any, rehearsal: Rehearsal, counter: PassCounter, phase: str) -> None:
         self._objective, self._rehearsal, self._counter, self._phase = objective, rehearsal, counter, phase
         self.consumes, self.check = objective.consumes, objective.check
+        self.takes_graph, self.detach_unconditional = objective.takes_graph, objective.detach_unconditional
 
     def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
         self._rehearsal.phase = self._phase
