@@ -1,9 +1,9 @@
 """What a command costs: memory as `agsm-rl check` predicts it, and time as an estimate from counted FLOPs.
 
     seconds = FLOPs / (SHARE · the GPU's peak)
-Both come from the published configurations at full size on torch's meta device (benchmarks/full_size.py), where tensors
-have shapes and no memory: no weights are needed and nothing is measured. `count` makes the figures, costs.json keeps
-them. A product of [m, k] and [k, n] counts 2·m·k·n. Not counted: reward models, detectors, data loading.
+Both come from the published configurations at full size on torch's meta device (benchmarks/full_size_models.py), where
+tensors have shapes and no memory: no weights are needed and nothing is measured. `count` makes the figures, costs.json
+keeps them. A product of [m, k] and [k, n] counts 2·m·k·n. Not counted: reward models, detectors, data loading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,10 @@ def full_size(name: str, folder: Path) -> tuple[Any, Path]:
     if benchmarks not in sys.path:
         sys.path.append(benchmarks)
     from config_only import write_folder
-    from full_size import MAKERS, make_sd3
+    from full_size_models import MAKERS, make_sd3
 
     with torch.device("meta"):
-        pipeline = partial(make_sd3, t5=True)() if name == "sd3" else MAKERS[name]()
+        pipeline = make_sd3(t5=True) if name == "sd3" else MAKERS[name]()
     return pipeline, write_folder(pipeline, folder)
 
 
