@@ -29,6 +29,13 @@ def report(
             "of one file, the file's name with .html.",
         ),
     ] = None,
+    primary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="A study's primary endpoints, one for each question; p-values are adjusted for their number.",
+        ),
+    ] = None,
 ) -> None:
     """Compare runs in one HTML file that needs no network: scores, differences, curves, images, recipes."""
     from agsm_rl.report.page import is_report, write_report
@@ -42,7 +49,7 @@ def report(
             raise UserError(f"-o {file}: this is one of the files to report; give another file.")
     if file.exists() and not is_report(file):
         raise UserError(f"{file}: exists and was not written by `agsm-rl report`; choose another file by -o.")
-    write_report(runs, file)
+    write_report(runs, file, primary)
     say(str(file))
 
 

@@ -12,7 +12,12 @@ import yaml
 from agsm_rl.errors import UserError
 from agsm_rl.files import read_text
 
-KEYS = {"recipe": "seed, steps, backbone", "sweep": "recipe, axes, seeds", "job": "cell, run, recipe"}
+KEYS = {
+    "recipe": "seed, steps, backbone",
+    "sweep": "recipe, axes, seeds",
+    "job": "cell, run, recipe",
+    "study": "endpoints",
+}
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
 """Aliases counted as often as they are used: ten lines of YAML can otherwise stand for billions of values."""

@@ -6,11 +6,13 @@
     runs.py        one run folder, one file of `agsm-rl eval --json`, one sweep
     load.py        these as variants, suite by suite; what cannot be compared is refused
     views.py       the guidance at which models are compared
+    requirements.py  what prompts ask for, which decides what resembles what
     compare.py     scores and paired differences with intervals
     findings.py    all of them, each estimated once
     history.py     metrics.jsonl and evaluations.jsonl → curves
     pictures.py    the single images with what they are worth
     recipes.py     the resolved recipes and what differs
+    endpoints.py   a study's primary endpoints, adjusted by Holm
     headline.py    what came out, in one sentence
     overview.py    every score in one table
     texts.py       figures as text

@@ -7,8 +7,9 @@ nothing can be read from is named in a note, and a file of a known form that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from agsm_rl.errors import UserError
 from agsm_rl.files import read_json
+from agsm_rl.report.compare import Layout
 from agsm_rl.report.eval_rows import Image, Judged, Score, images_of, judged_of, scores_of
 from agsm_rl.report.figures import Figure, figures_of
+from agsm_rl.report.requirements import requirements_of
 
 PROMPTS_OF = {"geneval": "GenEval"}
 """Suites that have one set of prompts: what these are called."""
@@ -64,6 +67,16 @@ class EvalFile:
     def tags(self) -> tuple[str, ...]:
         """Each image's tag."""
         return tuple(image.tag for image in self.images)
+
+    @cached_property
+    def requirements(self) -> tuple[Hashable, ...] | None:
+        """Each image's requirement; None for prompts outside the drawn worlds."""
+        return requirements_of(self.suite, self.prompts)
+
+    @property
+    def layout(self) -> Layout:
+        """What the images are of. A prompt outside the drawn worlds is its own requirement."""
+        return Layout(self.tags, self.tag_names, self.prompts, self.requirements or self.prompts)
 
     @property
     def guidances(self) -> list[float]:

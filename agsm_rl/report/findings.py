@@ -62,7 +62,7 @@ def find(loaded: Loaded, views: list[GuidanceView]) -> Findings:
         for key, quantity in quantities.items()
         if len(key) == 3 and not quantity.share and len(quantity.marks) == 1
     }
-    for key, value in estimate(quantities, evaluation.tags, evaluation.tag_names, evaluation.prompts).items():
+    for key, value in estimate(quantities, evaluation.layout).items():
         if len(key) == 2:
             found.scores[key] = value
         else:

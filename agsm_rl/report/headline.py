@@ -12,8 +12,6 @@ from agsm_rl.report.views import BASE, OWN, GuidanceView, scores_on_validation
 
 MAX_LISTED = 4
 """Up to this many figures are listed in the sentence; more are summarised."""
-ENOUGH_SEEDS = 5
-"""With fewer seeds, the interval itself is rough."""
 
 
 def headline(loaded: Loaded, views: list[GuidanceView], findings: Findings) -> str:
@@ -63,18 +61,19 @@ def reach(loaded: Loaded) -> str:
     each = " per variant" if len(counts) > 1 else ""
     suffix = f" with “{evaluation.prompt_suffix}” appended" if evaluation.prompt_suffix else ""
     on = f"{_prompts(evaluation)} prompts" if _prompts(evaluation) else "prompts"
+    kinds = evaluation.requirements
+    units = f" ({len(set(kinds))} requirements)" if kinds else ""
     drawn = (
-        f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {on}{suffix}, the same noise for all "
-        f"models; {seeds} training seed{plural}{each}."
+        f"{len(evaluation.prompts)} images of {len(set(evaluation.prompts))} {on}{units}{suffix}, the same noise for "
+        f"all models; {seeds} training seed{plural}{each}."
     )
-    over_what = "images" if all(score.share for score in evaluation.scores.values()) else "images or their prompts"
+    over_what = "requirements" if kinds else "prompts"
     if max(counts) == 1:
         return f"{drawn} The 95 % intervals are over {over_what} only: another training seed may differ by more."
-    over = "The 95 % intervals are over training seeds and prompts (bootstrap)"
+    over = f"The 95 % intervals are over {over_what} and training seeds"
     if min(counts) == 1:
         over += f"; for variants with one seed they are over {over_what} only"
-    rough = f"; with fewer than {ENOUGH_SEEDS} seeds they are rough" if min(counts) < ENOUGH_SEEDS else ""
-    return f"{drawn} {over}{rough}."
+    return f"{drawn} {over}."
 
 
 def _without_base(loaded: Loaded, view: GuidanceView, findings: Findings, name: str, what: str) -> str:

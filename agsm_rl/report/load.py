@@ -117,10 +117,17 @@ def load(paths: Sequence[Path]) -> Loaded:
     if sweeps and len(paths) > 1:
         raise UserError(f"{sweeps[0]}: is a sweep; give either one sweep, or run folders, not both.")
     if sweeps:
-        title, runs, cells = read_sweep(paths[0])
-    else:
-        runs, cells = _named([run for path in paths for run in read_runs(path)]), []
-        title = ", ".join(dict.fromkeys(run.variant for run in runs))
+        return _loaded(*read_sweep(paths[0]))
+    return load_runs([run for path in paths for run in read_runs(path)])
+
+
+def load_runs(runs: Sequence[Run]) -> Loaded:
+    """The same of runs that have been read; runs whose recipes differ only in the seed are one variant."""
+    named = _named(list(runs))
+    return _loaded(", ".join(dict.fromkeys(run.variant for run in named)), named, [])
+
+
+def _loaded(title: str, runs: Sequence[Run], cells: Sequence[SweepCell]) -> Loaded:
     check_comparable(runs)
     loaded = Loaded(title, tuple(runs), tuple(cells), "", _variants(runs), (), ())
     return loaded.of(loaded.suites[0]) if loaded.suites else loaded

@@ -23,6 +23,7 @@ from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.files import write_text
 from agsm_rl.report import history, recipes
 from agsm_rl.report.compare import Estimate
+from agsm_rl.report.endpoints import Answer, answers
 from agsm_rl.report.findings import Findings, find
 from agsm_rl.report.gradient_maps import gradient_maps
 from agsm_rl.report.headline import headline, reach
@@ -40,10 +41,15 @@ GENERATOR = b'<meta name="generator" content="agsm-rl '
 """Near the beginning of every report."""
 
 
-def write_report(paths: Sequence[Path], out: Path) -> None:
-    """Write the report of run folders, or of one sweep's folder; UserError when they cannot be compared."""
+def write_report(paths: Sequence[Path], out: Path, primary: Path | None = None) -> None:
+    """Write the report of run folders, or of one sweep's folder; UserError when they cannot be compared.
+
+    `primary` is a file of a study's primary endpoints, which the report then answers.
+    """
+    loaded = load(paths)
+    answered = [] if primary is None else answers(primary, loaded)
     # A name or a prompt may hold half a character, which no file can.
-    text = render(load(paths)).encode("utf-8", "backslashreplace").decode()
+    text = render(loaded, answered).encode("utf-8", "backslashreplace").decode()
     try:
         write_text(out, text)
     except OSError as error:
@@ -58,7 +64,7 @@ def is_report(file: Path) -> bool:
         return GENERATOR in opened.read(2000)
 
 
-def render(loaded: Loaded) -> str:
+def render(loaded: Loaded, answered: Sequence[Answer] = ()) -> str:
     """The page's text."""
     suites = {name: _of_suite(loaded.of(name)) for name in loaded.suites}
     first, views, found = suites[loaded.suites[0]] if suites else (loaded, [], Findings())
@@ -71,6 +77,7 @@ def render(loaded: Loaded) -> str:
         headline=headline(first, views, found),
         reach=reach(first),
         notes=_notes(loaded),
+        answers=answered,
         overview=overview(loaded, suites),
         data=_in_json(page_data(loaded, suites)),
         plain=_plain(first, views, found),

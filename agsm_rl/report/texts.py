@@ -29,7 +29,7 @@ def change_text(score: Score, part: Interval) -> str:
 
 def signed(value: float) -> str:
     """A difference of shares in percentage points, with its sign."""
-    rounded = round(100 * value, 1) + 0.0  # avoid −0.0
+    rounded = round(round(100 * value, 9), 1) + 0.0  # the same on every machine; no −0.0
     return f"{rounded:+.1f}".replace("-", "−")
 
 

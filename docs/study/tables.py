@@ -1,8 +1,13 @@
-"""The tables of README.md beside this, by the report's own estimates: `python docs/study/tables.py [SWEEP ...]`.
+"""The figures of the study's pages, by the report's own estimates: `python docs/study/tables.py [SWEEP ...]`.
 
-It reads the cells as the archives unpack them: `for one in docs/study/*.tar.xz; do tar xf $one -C docs/study; done`. A
-table's comment in the page, `<!-- table ... -->`, says in YAML what is in it; what follows up to `<!-- end -->` is
-written anew.
+It reads the cells as the archives unpack them: `for one in docs/study/*.tar.xz; do tar xf $one -C docs/study; done`.
+What stands between these comments is written anew, in README.md beside this and in the pages that quote it:
+
+    <!-- table ... -->      up to <!-- end -->: a table; the comment says in YAML what is in it
+    <!-- endpoints FILE --> up to <!-- end -->: the answers to a file of primary endpoints (agsm_rl/report/endpoints.py)
+    <!-- figure NAME -->    up to <!-- / -->: one figure in a sentence; figures.yaml says which
+
+A table:
 
     sweep: whose cells a bare name means; another's are written `sweep/variant`
     rows:  label by variant, what is in brackets at its end only here; each variant's scores, and what they are above
@@ -15,6 +20,7 @@ written anew.
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +28,26 @@ import numpy as np
 import yaml
 from statsmodels.stats.weightstats import DescrStatsW
 
+from agsm_rl.errors import UserError
 from agsm_rl.evaluate.intervals import Interval
-from agsm_rl.report.compare import Estimate
+from agsm_rl.report.compare import Estimate, Quantity, estimate
+from agsm_rl.report.endpoints import answers, load_variants
 from agsm_rl.report.findings import find
-from agsm_rl.report.load import load
+from agsm_rl.report.load import Loaded
+from agsm_rl.report.runs import read_runs
 from agsm_rl.report.texts import signed
-from agsm_rl.report.views import BASE, OWN, GuidanceView, make_views
+from agsm_rl.report.views import BASE, OWN, GuidanceView, base_values, make_views
 
 HERE = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = ("docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md")
+"""Where the figures are quoted, from the project's folder."""
+BLOCK = re.compile(r"(<!-- (table|endpoints)\s(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figure (\S+) -->).*?(<!-- / -->)", re.DOTALL)
 BRACKETS = re.compile(r" \([^)]*\)$")
 """What a label says beside the name."""
 VERDICT, TAG = "strict", "counting"
 
-
-def cells_of(name: str, sweep: str) -> list[Path]:
-    """The finished cells of `variant`, or of `sweep/variant`."""
-    elsewhere, _, variant = name.rpartition("/")
-    place = HERE / (elsewhere or sweep) / "cells"
-    found = [file.parent for file in sorted(place.glob(f"{variant}-seed*/cell.json"))]
-    if not found:
-        raise SystemExit(f"{place}: has no finished cell of {variant}; unpack {elsewhere or sweep}.tar.xz here first.")
-    return found
+load_cells = partial(load_variants, HERE, read=cache(read_runs))
 
 
 class Table:
@@ -51,17 +55,12 @@ class Table:
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self.labels: dict[str, str] = {BASE: "base"} | asked["rows"]
-        cells = {name: cells_of(name, asked["sweep"]) for name in asked["rows"] if name != BASE}
-        loaded = load([cell for several in cells.values() for cell in several])
+        loaded, self.names = load_cells(asked["sweep"], [name for name in asked["rows"] if name != BASE])
         self.tag_names = loaded.evaluation.tag_names
         self.views = make_views(loaded)[0]
         self.found = find(loaded, self.views)
-        by_cells = {tuple(run.path for run in one.runs): one for one in loaded.variants}
-        for name, several in cells.items():
-            if tuple(several) not in by_cells:
-                raise SystemExit(f"{name}: its cells' recipes differ in more than the seed.")
-        self.variants = {name: by_cells[tuple(several)] for name, several in cells.items()}
-        self.names = {BASE: BASE} | {name: variant.name for name, variant in self.variants.items()}
+        by_name = {variant.name: variant for variant in loaded.variants}
+        self.variants = {name: by_name[called] for name, called in self.names.items() if name != BASE}
 
     def lines(self, asked: Mapping[str, Any]) -> list[str]:
         """All that is asked for, as Markdown."""
@@ -91,7 +90,7 @@ class Table:
                 row += [f"{view.guidance[self.names[name]]:g}"] if view.key == OWN else []
                 row.append(_share(score))
                 row += _points(self._minus(view, name)) if name else ["", ""]
-            row += [f"{100 * self.found.score(VERDICT, view, self.names[name]).overall.value:.1f}" for view in others]
+            row += [_percent(self.found.score(VERDICT, view, self.names[name]).overall.value) for view in others]
             row += [self._reward(name, first.guidances[0], one) for one in rewards]
             rows.append(row)
         return _markdown(
@@ -125,8 +124,7 @@ class Table:
             row = [self.labels[name], str(len(self.variants[name].runs))]
             for reward in rewards:
                 found = [_gain(run.evaluation, reward) for run in self.variants[name].runs]
-                low, high = DescrStatsW(found).tconfint_mean() if len(found) > 1 else (np.nan, np.nan)
-                row.append(" ".join([_signed(np.mean(found)), f"[{_signed(low)}, {_signed(high)}]"]))
+                row.append(_with_bounds(found))
                 row.append(", ".join(_signed(one) for one in found))
             rows.append(row)
         return _markdown(head, rows)
@@ -148,10 +146,68 @@ class Table:
         return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
 
 
+def figure(asked: Mapping[str, Any]) -> str:
+    """One figure in points with its interval, or a score in percent.
+
+    `variant` and `minus` (the base, if not given) of `sweep`, at `guidance`, in a `tag`, if given; `score: true` is
+    what the variant reaches. `gain: REWARD` is the difference of its means, over seeds. `bases: [one, other]` is the
+    base beside one variant minus that beside another.
+    """
+    if "bases" in asked:
+        return _points_of(bases_differ(asked["bases"], asked["sweep"], str(asked["guidance"])))
+    names = [name for name in (asked["variant"], asked.get("minus", BASE)) if name != BASE]
+    loaded, called = load_cells(asked["sweep"], names)
+    if "gain" in asked:
+        return gained_more(loaded, [called[name] for name in names], asked["gain"])
+    view = _view(loaded, str(asked["guidance"]))
+    found, one = find(loaded, [view]), called[asked["variant"]]
+    if asked.get("score"):
+        return _percent(found.score(VERDICT, view, one).overall.value)
+    change = found.difference(VERDICT, view, one, called[asked.get("minus", BASE)])
+    assert change is not None, f"{names}: no seed in common"
+    return _points_of(change.tags[asked["tag"]] if "tag" in asked else change.overall)
+
+
+def gained_more(loaded: Loaded, names: Sequence[str], reward: str) -> str:
+    """What one variant's seeds gained of a reward above what another's did, seed by seed, with Student's interval."""
+    by_seed = {one.name: {run.seed: _gain(run.evaluation, reward) for run in one.runs} for one in loaded.variants}
+    one, other = (by_seed[name] for name in names)
+    changes = [one[seed] - other[seed] for seed in one if seed in other]
+    return _with_bounds(changes)
+
+
+def bases_differ(variants: Sequence[str], sweep: str, guidance: str) -> Interval:
+    """What the base beside one variant's runs scores above the base beside another's, on the same prompts and noise."""
+    values = []
+    for name in variants:
+        loaded, _ = load_cells(sweep, [name])
+        values.append(base_values(loaded, loaded.runs[0], float(guidance), VERDICT)[None])
+    change = {0: Quantity(values[0], values[1])}
+    return estimate(change, loaded.evaluation.layout)[0].overall
+
+
+def endpoints(file: Path) -> list[str]:
+    """A row a question."""
+    rows = [
+        [answer.endpoint.question, answer.what, str(answer.seeds), *answer.figures, answer.verdict]
+        for answer in answers(file)
+    ]
+    return ["", *_markdown(["question", "endpoint", "seeds", "difference", "p", "Holm", ""], rows), ""]
+
+
+def _view(loaded: Loaded, guidance: str) -> GuidanceView:
+    return next(view for view in make_views(loaded)[0] if view.key == guidance)
+
+
 def _gain(evaluation: Any, reward: str) -> float:
     """How much larger a run's mean reward is than the base's, on the same prompts and noise, at the first guidance."""
     guidance = evaluation.guidances[0]
     return float(evaluation.trained[guidance].rewards[reward] - evaluation.base[guidance].rewards[reward])
+
+
+def _with_bounds(by_seed: Sequence[float]) -> str:
+    low, high = DescrStatsW(by_seed).tconfint_mean() if len(by_seed) > 1 else (np.nan, np.nan)
+    return f"{_signed(float(np.mean(by_seed)))} [{_signed(low)}, {_signed(high)}]"
 
 
 def _signed(value: float) -> str:
@@ -163,34 +219,64 @@ def _at(view: GuidanceView) -> str:
 
 
 def _share(part: Interval) -> str:
-    return f"{100 * part.value:.1f} [{100 * part.low:.1f}, {100 * part.high:.1f}]"
+    return f"{_percent(part.value)} [{_percent(part.low)}, {_percent(part.high)}]"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 9):.1f}"  # a tie falls alike on every machine
 
 
 def _points(change: Estimate) -> list[str]:
-    return [
-        f"{signed(part.value)} [{signed(part.low)}, {signed(part.high)}]" for part in (change.overall, change.tags[TAG])
-    ]
+    return [_points_of(part) for part in (change.overall, change.tags[TAG])]
+
+
+def _points_of(part: Interval) -> str:
+    return f"{signed(part.value)} [{signed(part.low)}, {signed(part.high)}]"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
+def sweeps_of(block: re.Match[str]) -> set[str]:
+    """The sweeps that a block's or a figure's cells are of; of endpoints, none are known before they are read."""
+    if block.re is FIGURE:
+        return {_figures()[block[2]]["sweep"]}
+    return {yaml.safe_load(block[3])["sweep"]} if block[2] == "table" else set()
+
+
+def _figures() -> dict[str, Any]:
+    return dict(yaml.safe_load((HERE / "figures.yaml").read_text(encoding="utf-8")))
+
+
+def written(block: re.Match[str]) -> str:
+    """A block or a figure with its content made anew."""
+    if block.re is FIGURE:
+        return f"{block[1]}{figure(_figures()[block[2]])}{block[3]}"
+    if block[2] == "endpoints":
+        return "\n".join([block[1].rstrip(), *endpoints(HERE / block[3].strip()), block[4]])
+    asked = yaml.safe_load(block[3])
+    return "\n".join([block[1].rstrip(), *Table(asked).lines(asked), block[4]])
+
+
 def main(only: Sequence[str]) -> None:
-    """Write the tables of these sweeps, or all."""
-    page = HERE / "README.md"
-    text = page.read_text(encoding="utf-8")
-    sweeps = {yaml.safe_load(block[2])["sweep"] for block in BLOCK.finditer(text)}
+    """Write the figures of these sweeps, or all."""
+    pages = [file for name in PAGES if (file := HERE.parents[1] / name).is_file()]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    blocks = [block for text in texts.values() for kind in (BLOCK, FIGURE) for block in kind.finditer(text)]
+    sweeps = {sweep for block in blocks for sweep in sweeps_of(block)}
     if unknown := set(only) - sweeps:
-        raise SystemExit(f"{page}: has no table of {', '.join(sorted(unknown))}; it has {', '.join(sorted(sweeps))}.")
+        known = ", ".join(sorted(sweeps))
+        raise SystemExit(f"no page has a figure of {', '.join(sorted(unknown))}; there are figures of {known}.")
 
-    def written(block: re.Match[str]) -> str:
-        asked = yaml.safe_load(block[2])
-        if only and asked["sweep"] not in only:
-            return block[0]
-        return "\n".join([block[1].rstrip(), *Table(asked).lines(asked), block[3]])
+    def anew(block: re.Match[str]) -> str:
+        return written(block) if not only or sweeps_of(block) & set(only) else block[0]
 
-    page.write_text(BLOCK.sub(written, text), encoding="utf-8")
+    for page, text in texts.items():
+        try:
+            page.write_text(FIGURE.sub(anew, BLOCK.sub(anew, text)), encoding="utf-8")
+        except UserError as mistake:
+            raise SystemExit(f"{page}: {mistake}") from mistake
 
 
 if __name__ == "__main__":

@@ -34,19 +34,28 @@ def test_every_difference_equals_that_of_the_verdicts_image_by_image(sweep):
         assert value == pytest.approx(mean(by_seed), abs=2e-6) and low <= value <= high
 
 
-def test_with_one_seed_the_report_repeats_eval_json_and_says_that_intervals_are_over_images(tmp_path):
-    run = write_run(tmp_path / "mine", scores={1.0: (0.3, 0.6)})
+def test_with_one_seed_the_report_has_eval_jsons_scores_and_says_that_intervals_are_over_requirements(tmp_path):
+    kinds = [f"{number} {name}" for number in ("two", "three", "four") for name in ("red stars", "stars", "circles")]
+    prompts = [f"{wording}{kind}" for wording in ("", "a photo of ") for kind in kinds]
+    run = write_run(tmp_path / "mine", prompts=prompts, scores={1.0: (0.3, 0.6)})
     content = json.loads((run / "eval.json").read_text())
     # As watching.py adds it; written here from the verdicts alone.
     found = page(run)
     (strict,) = [one for one in found.suite["estimates"] if one["score"] == "strict" and not one["base"]]
     kept = content["strict"]
-    assert strict["overall"] == pytest.approx([kept["overall"], kept["low"], kept["high"]], abs=1e-6)
+    assert strict["overall"][0] == pytest.approx(kept["overall"], abs=1e-6)
     for tag, row in kept["tags"].items():
-        assert strict["tags"][tag] == pytest.approx([row["score"], row["low"], row["high"]], abs=1e-6)
-    assert "1 training seed" in found.text and "over images only" in found.text
+        value, low, high = strict["tags"][tag]
+        assert value == pytest.approx(row["score"], abs=1e-6) and 0 <= low <= value <= high <= 1
+    assert "18 held-out prompts (9 requirements)" in found.text
+    assert "1 training seed" in found.text and "over requirements only" in found.text
     told = f"from {100 * content['base']['strict']['overall']:.1f} to {100 * kept['overall']:.1f} %"
-    assert "mine raises the share of images that are exactly right " + told in found.text
+    assert f" the share of images that are exactly right {told}" in found.text
+
+
+def test_prompts_outside_the_drawn_worlds_count_by_themselves(tmp_path):
+    text = page(write_run(tmp_path / "mine", prompts=["a bench", "a dog on a bench"] * 9)).text
+    assert "over prompts only" in text and "requirements" not in text.partition("training seed")[0]
 
 
 def test_without_validation_no_guidance_is_called_best_and_all_are_shown(sweep):

@@ -7,11 +7,11 @@ import pytest
 from making_runs import by_rewards, evaluation, rewards_entry, with_suites, write_run
 from PIL import Image
 from reading_pages import page
+from statsmodels.stats.weightstats import DescrStatsW
 from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
 from agsm_rl.errors import UserError
-from agsm_rl.evaluate.intervals import mean_over_prompts
 from agsm_rl.report.load import load
 
 SHAPES = evaluation([f"a drawing of number {number}" for number in range(24)], {1.0: (0.3, 0.5)}, 0)
@@ -22,8 +22,9 @@ def of_prompts(entry: dict, reward: str) -> np.ndarray:
     return np.array([np.mean(row["scores"][reward]) for row in entry["images"]])
 
 
-def numbers(part) -> list[float]:
-    return [part.value, part.low, part.high]
+def over_prompts(values: np.ndarray) -> list[float]:
+    """The mean with Student's interval."""
+    return [values.mean(), *DescrStatsW(values).tconfint_mean()]
 
 
 def the(found: list[dict], **how) -> dict:
@@ -31,7 +32,7 @@ def the(found: list[dict], **how) -> dict:
     return one
 
 
-def test_a_rewards_suite_is_compared_with_the_intervals_of_the_evaluation(tmp_path):
+def test_a_rewards_suite_is_compared_by_means_over_prompts_with_students_interval(tmp_path):
     entry = by_rewards()
     found = page(with_suites(write_run(tmp_path / "mine"), {"own": [entry]}))
     assert found.suite["name"] == "own (rewards)" and found.suite["tags"] == {}
@@ -39,9 +40,9 @@ def test_a_rewards_suite_is_compared_with_the_intervals_of_the_evaluation(tmp_pa
     for reward in ("sharpness", "brightness"):
         after, before = of_prompts(entry, reward), of_prompts(entry["base"], reward)
         reached = the(found.suite["estimates"], score=reward, base=False)
-        assert reached["overall"] == pytest.approx(numbers(mean_over_prompts(after)), rel=1e-4)
+        assert reached["overall"] == pytest.approx(over_prompts(after), rel=1e-4)
         change = the(found.suite["differences"], score=reward, base=True)
-        assert change["overall"] == pytest.approx(numbers(mean_over_prompts(after - before)), rel=1e-4, abs=1e-6)
+        assert change["overall"] == pytest.approx(over_prompts(after - before), rel=1e-4, abs=1e-6)
     assert "On 12 prompts, at guidance 1 mine raises mean sharpness from" in found.text
     assert "24 images of 12 prompts" in found.text
 

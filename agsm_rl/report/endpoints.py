@@ -1,0 +1,182 @@
+"""A study's primary endpoints: one difference for each question, written down before the runs, corrected by Holm.
+
+    endpoints:
+      - question: Does DDPO add to AGSM?
+        variant: agsm_plus_ddpo      # of the sweep below, or sweep/variant of another one
+        minus: agsm                  # default: the base
+        sweep: complementarity       # its folder beside this file; default: the sweep that is reported
+        guidance: own                # own (as chosen on validation prompts) or a number; default: the first view
+        suite: shapes                # default: the first
+        score: strict                # default: the suite's first
+        tag: counting                # default: the mean over tags (of numbers: over prompts)
+
+All p-values of a file are adjusted together (Holm, Scandinavian Journal of Statistics 1979, by statsmodels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from agsm_rl.errors import UserError
+from agsm_rl.evaluate.intervals_clustered import Clustered
+from agsm_rl.recipe.options import Section, explain
+from agsm_rl.recipe.yaml_file import read_yaml
+from agsm_rl.report.eval_rows import Score
+from agsm_rl.report.findings import find
+from agsm_rl.report.load import Loaded, load_runs
+from agsm_rl.report.runs import Run, read_runs
+from agsm_rl.report.texts import change_text
+from agsm_rl.report.views import BASE, OWN, make_views
+
+LEVEL = 0.05
+
+
+class Endpoint(Section):
+    """What one question is answered by."""
+
+    question: str
+    variant: str
+    minus: str = BASE
+    sweep: str | None = None
+    guidance: float | str | None = None
+    suite: str | None = None
+    score: str | None = None
+    tag: str | None = None
+
+
+class Study(Section):
+    """A study's endpoints."""
+
+    endpoints: list[Endpoint]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An endpoint with its estimate and Holm's p-value."""
+
+    endpoint: Endpoint
+    what: str
+    score: Score
+    seeds: int
+    change: Clustered
+    holm: float
+
+    @property
+    def figures(self) -> tuple[str, str, str]:
+        """The difference with its interval, its p-value, and Holm's."""
+        return change_text(self.score, self.change), p_text(self.change.p_value), p_text(self.holm)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the study tells the two apart."""
+        if not self.holm < LEVEL:
+            return "not told apart"
+        return "more" if self.change.value > 0 else "less"
+
+
+def read_study(file: Path) -> list[Endpoint]:
+    """The endpoints in a file; UserError says what is wrong with it."""
+    try:
+        study = Study.model_validate(read_yaml(file, "study"))
+    except ValidationError as error:
+        raise explain(error, where=f"{file}: ") from error
+    if not study.endpoints:
+        raise UserError(f"{file}: endpoints: is empty; give at least one, or leave the file out.")
+    return study.endpoints
+
+
+def answers(file: Path, reported: Loaded | None = None) -> list[Answer]:
+    """The answers to a file's questions. `reported`: what a bare variant means where no sweep is named."""
+    found, endpoints = [], read_study(file)
+    for place, endpoint in enumerate(endpoints):
+        where = f"{file}: endpoints[{place}]"
+        found.append(_estimated(endpoint, _loaded(endpoint, file, reported, where), where))
+    adjusted = holm([change.p_value for _, _, _, change in found])
+    return [
+        Answer(endpoint, what, score, seeds, change, p)
+        for endpoint, (what, score, seeds, change), p in zip(endpoints, found, adjusted, strict=True)
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted so that no more than one study in twenty finds anything where there is nothing."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def p_text(p: float) -> str:
+    """0.012; "< 0.001" below that."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+
+
+def cells_of(folder: Path, sweep: str | None, name: str) -> list[Path]:
+    """The finished cells of `variant` of a sweep's folder beside others, or of `sweep/variant`."""
+    elsewhere, _, variant = name.rpartition("/")
+    place = folder / (elsewhere or sweep or "") / "cells"
+    found = [file.parent for file in sorted(place.glob(f"{variant}-seed*/cell.json"))]
+    if not found:
+        raise UserError(f"{place}: has no finished cell of {variant}; run the sweep, or unpack its archive there.")
+    return found
+
+
+def load_variants(
+    folder: Path, sweep: str | None, names: Sequence[str], read: Callable[[Path], Sequence[Run]] = read_runs
+) -> tuple[Loaded, dict[str, str]]:
+    """These variants' finished cells together, and what each is called there; `read` may keep what it has read."""
+    cells = {name: cells_of(folder, sweep, name) for name in names}
+    loaded = load_runs([run for several in cells.values() for cell in several for run in read(cell)])
+    by_cells = {tuple(run.path for run in one.runs): one.name for one in loaded.variants}
+    for name, several in cells.items():
+        if tuple(several) not in by_cells:
+            raise UserError(f"{name}: its cells' recipes differ in more than the seed.")
+    return loaded, {BASE: BASE} | {name: by_cells[tuple(several)] for name, several in cells.items()}
+
+
+def _loaded(endpoint: Endpoint, file: Path, reported: Loaded | None, where: str) -> tuple[Loaded, Mapping[str, str]]:
+    names = [name for name in (endpoint.variant, endpoint.minus) if name != BASE]
+    if endpoint.sweep is not None or any("/" in name for name in names):
+        return load_variants(file.parent, endpoint.sweep, names)
+    if reported is None:
+        raise UserError(f"{where}: names no sweep; add `sweep:`, the name of its folder beside this file.")
+    known = [variant.name for variant in reported.all_variants]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}: {name!r} is not a variant here; there are {', '.join(known)}.")
+    return reported, {name: name for name in (BASE, *names)}
+
+
+def _estimated(
+    endpoint: Endpoint, source: tuple[Loaded, Mapping[str, str]], where: str
+) -> tuple[str, Score, int, Clustered]:
+    """What is compared in words, its score, the number of common seeds, and the difference."""
+    loaded, names = source
+    if endpoint.suite is not None:
+        _check(endpoint.suite, loaded.suites, f"{where}.suite")
+        loaded = loaded.of(endpoint.suite)
+    scores, tags = loaded.evaluation.scores, loaded.evaluation.tag_names
+    key = endpoint.score or next(iter(scores))
+    _check(key, list(scores), f"{where}.score")
+    views = make_views(loaded)[0]
+    wanted = views[0].key if endpoint.guidance is None else endpoint.guidance
+    wanted = f"{wanted:g}" if isinstance(wanted, float) else wanted
+    _check(wanted, [view.key for view in views], f"{where}.guidance")
+    view = next(view for view in views if view.key == wanted)
+    if endpoint.tag is not None:
+        _check(endpoint.tag, list(tags), f"{where}.tag")
+    one, other = names[endpoint.variant], names[endpoint.minus]
+    found = find(loaded, [view]).difference(key, view, one, other)
+    if found is None:
+        raise UserError(f"{where}: {endpoint.variant} and {endpoint.minus or 'the base'} have no seed in common.")
+    at = "each at its own guidance" if view.key == OWN else f"guidance {view.key}"
+    what = f"{endpoint.variant} minus {endpoint.minus or 'the base'}, {endpoint.tag or scores[key].label}, {at}"
+    return what, scores[key], len(found.by_seed), found.tags[endpoint.tag] if endpoint.tag else found.overall
+
+
+def _check(name: str, known: Sequence[str], where: str) -> None:
+    if name not in known:
+        raise UserError(f"{where}: got {name!r}; there are {', '.join(known)}.")
