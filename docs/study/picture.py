@@ -3,8 +3,9 @@
 # ///
 """The study's main picture, by the report's own estimates: `python docs/study/picture.py SWEEP OUT.png`.
 
-Left: score against guidance. Right: what AGSM adds to each other objective, and what that one adds to AGSM, every model
-at the guidance that was chosen on validation prompts.
+Left: score against guidance, without intervals, because those of single models say nothing about differences. Right:
+what AGSM adds to each other objective in counting (the tag with the most requirements among those where anything is
+gained), and what that one adds to AGSM, every model at the guidance that was chosen on validation prompts.
 """
 
 import sys
@@ -19,7 +20,7 @@ from agsm_rl.report.findings import find
 from agsm_rl.report.load import load
 from agsm_rl.report.views import BASE, make_views
 
-VERDICT = "strict"
+VERDICT, TAG = "strict", "counting"
 CURVES = {
     BASE: ("base", "#6b7280", "o"),
     "ddpo": ("DDPO", "#56b4e9", "v"),
@@ -47,10 +48,7 @@ def main(sweep: str, out: str) -> None:
         scores = [found.score(VERDICT, view, name).overall for view in at]
         x = [view.guidance[name] + 0.03 * (place - 3) for view in at]
         y = [100 * one.value for one in scores]
-        bars = [[100 * (one.value - one.low) for one in scores], [100 * (one.high - one.value) for one in scores]]
-        left.errorbar(
-            x, y, yerr=bars, color=colour, marker=marker, markersize=5, linewidth=1.4, elinewidth=0.8, label=label
-        )
+        left.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
     left.set_xticks([view.guidance[BASE] for view in at])
     left.set_xlabel("classifier-free guidance")
     left.set_ylabel("exactly right (held-out), mean over tags, %")
@@ -62,14 +60,14 @@ def main(sweep: str, out: str) -> None:
         rows.append((f"{label} adds to AGSM", found.difference(VERDICT, own, stack, "agsm"), "#0072b2"))
     for place, (label, change, colour) in enumerate(rows):
         assert change is not None, f"{label}: no seed in common"
-        part = change.overall
+        part = change.tags[TAG]
         right.plot([100 * part.low, 100 * part.high], [-place, -place], color=colour, linewidth=2.2)
         right.plot([100 * part.value], [-place], "o", color=colour)
         words = f"{100 * part.value:+.1f} [{100 * part.low:+.1f}, {100 * part.high:+.1f}]".replace("-", "−")
         right.annotate(words, (1.01, -place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     right.axvline(0, color="#6b7280", linewidth=0.8)
     right.set_yticks([-place for place in range(len(rows))], [label for label, _, _ in rows], fontsize=9)
-    right.set_xlabel("points, stack minus the one alone, 95 % interval")
+    right.set_xlabel(f"points in {TAG}, stack minus the one alone, 95 % interval")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
