@@ -13,7 +13,7 @@ from agsm_rl.errors import unknown_name
 from agsm_rl.recipe import schema
 from agsm_rl.recipe.meanings import Option, about, keys_of, options_of
 from agsm_rl.recipe.options import RewardOptions, Section
-from agsm_rl.recipe.shipped import PREFIX, shipped_recipes, shipped_sweeps, title_of
+from agsm_rl.recipe.shipped import PREFIX, header_of, shipped_recipes, shipped_sweeps
 from agsm_rl.run.screen import say
 from agsm_rl.source_code import first_sentence, summary_of
 
@@ -88,7 +88,18 @@ def _names_of(kind: str) -> list[dict[str, str]]:
         return [{"name": key.name, "about": first_sentence(key.meaning)} for key in keys_of(schema.RecipeKeys)]
     if kind in SHIPPED:
         shipped = SHIPPED[kind]().items()
-        return [{"name": PREFIX + name, "target": str(file), "about": title_of(file)} for name, file in shipped]
+        headers = [(name, file, header_of(file)) for name, file in shipped]
+        return [
+            {
+                "name": PREFIX + name,
+                "target": str(file),
+                "about": header.title,
+                "hardware": header.hardware,
+                "time": header.time,
+                "result": header.result,
+            }
+            for name, file, header in headers
+        ]
     return [
         {"name": entry.name, "target": entry.target, "package": entry.package, "about": summary_of(entry.target)}
         for entry in registry.available(kind).values()
@@ -100,6 +111,8 @@ def _print_names(names: dict[str, list[dict[str, str]]], as_json: bool) -> None:
         say(json.dumps(names, indent=1))
         return
     for kind, rows in names.items():
+        if kind == "recipes":
+            say("what each recipe and sweep shows and costs, in a table: docs/recipes.md, or --json")
         width = max((len(row["name"]) for row in rows), default=0) + 2
         say(f"{kind}:")
         for row in rows:

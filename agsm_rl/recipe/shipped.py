@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -25,11 +27,48 @@ def shipped_sweeps() -> dict[str, Path]:
     return {name: file for name, file in _shipped().items() if name.startswith(SWEEPS)}
 
 
+NOT_MEASURED = "not measured by us"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the comment at the top of a recipe or sweep says of it."""
+
+    title: str
+    """Its first sentence: what the recipe shows."""
+    hardware: str
+    time: str
+    """Empty where nothing is said, because nothing was measured."""
+    result: str
+
+
+def header_of(file: Path) -> Header:
+    """The header of a recipe or sweep: lines `# Key: text`, each continued by lines that are indented."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = [line.removeprefix("#") for line in takewhile(lambda line: line.startswith("#"), lines)]
+    said: dict[str, str] = {}
+    key = ""
+    for line in comment:
+        found = re.match(r" ([A-Z][\w ]+):\s+(.*)", line)
+        if found:
+            key = found[1]
+            said[key] = found[2].strip()
+        elif key and line.startswith("   "):
+            said[key] += " " + line.strip()
+        else:
+            key = ""
+    together = said.get("Time and result", "")
+    elsewhere = f"in {said['Study']}" if "Study" in said else NOT_MEASURED
+    result = said.get("Result", together or elsewhere).rstrip(".")
+    if NOT_MEASURED in result.lower() and "ublished" in result:
+        result = f"{NOT_MEASURED}; published figures in its header"
+    title = first_sentence("\n".join(line.strip() for line in comment))
+    return Header(title, said.get("Hardware", ""), "" if together else said.get("Time", ""), result)
+
+
 def title_of(file: Path) -> str:
     """The first sentence of the comment at the top of a recipe or sweep."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    comment = takewhile(lambda line: line.startswith("#"), lines)
-    return first_sentence("\n".join(line.lstrip("# ") for line in comment))
+    return header_of(file).title
 
 
 def _shipped() -> dict[str, Path]:

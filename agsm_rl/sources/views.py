@@ -80,9 +80,9 @@ class ImagesAbove(View):
 
     def __call__(self, batch: RewardedBatch) -> PairBatch:
         """The good rows in the order of their advantages, earlier ones first where those tie."""
-        limits = ((batch.rewards, self.reward), (batch.advantages, self.advantage))
+        limits = [(batch.rewards, self.reward), (batch.advantages, self.advantage)]
         if batch.rewards.is_meta:  # in a rehearsal, which has no numbers, all may be good
-            limits = ()
+            limits = []
         good = [
             row
             for row in range(len(batch))
