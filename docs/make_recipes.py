@@ -1,6 +1,6 @@
 """Writes the table of recipes, docs/recipes.md and recipes/README.md: `python docs/make_recipes.py`.
 
-It is made from the comments at the top of the recipes: to change a row, change that. A test (test_recipes_page.py) fails
+It is made from the comments at the top of the recipes: to change a row, change that. A test in tests/docs fails
 while a page is not what this script writes.
 """
 
