@@ -69,7 +69,7 @@ def base_settings(
         "backbone": [block.use, {key: value for key, value in block.options.items() if key not in left_out}],
         "suite": _suite(suite, parts),
         "prompts": hashlib.sha256(json.dumps(prompts, sort_keys=True, default=str).encode()).hexdigest(),
-        "files": _files(suite.model_dump(mode="json")),
+        "files": files_named(suite.model_dump(mode="json")),
         "num_images": entry.made.suite.num_images,
         "seed": options.seed,
         "num_steps": options.num_steps,
@@ -138,13 +138,13 @@ def _digest_sources(found: Any, folder: Path) -> None:
         found.update(file.read_bytes())
 
 
-def _files(options: Any) -> dict[str, Any]:
+def files_named(options: Any) -> dict[str, Any]:
     """Names, sizes and times of the files and folders that a suite's options name, its prompts' aside."""
     kept: dict[str, Any] = {}
     for text in _texts(options):
         with suppress(OSError, UserError, ValueError):
             path = local_path(text)
-            if path.exists():
+            if path.name and path.exists():  # an empty text would be the working folder
                 inside = sorted(path.rglob("*")) if path.is_dir() else [path]
                 stats = [(str(file.relative_to(path)), file.stat()) for file in inside if file.is_file()]
                 listed = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -7,12 +7,14 @@ A result depends on the size of its batch by rounding only: each picture has its
 from __future__ import annotations
 
 import logging
+from math import ceil
 
 import torch
 
+from agsm_rl.evaluate.measured import Entry
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block
+from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block, Evaluate
 from agsm_rl.training.processes import Processes
 from agsm_rl.training.sizes import Resolution
 
@@ -32,20 +34,21 @@ class BatchSizes:
 
     def choose(
         self,
-        given: int | None,
+        options: Evaluate,
         backbone: Backbone,
-        resolution: Resolution | None,
+        entry: Entry,
         guidance: float,
         processes: Processes | None = None,
     ) -> int:
-        """The size that is `given`, or the one that fits; all processes of a run must call this, and get the same."""
-        if given is not None:
-            return given
-        if backbone.device.type != "cuda":
-            return UNKNOWN_BATCH
-        size = self._fitting(backbone.device, resolution or backbone.resolution, guidance)
+        """The size that is given, or the one that fits; all processes of a run must call this, and get the same."""
+        if options.batch_size is not None:
+            return options.batch_size
+        size = UNKNOWN_BATCH
+        if backbone.device.type == "cuda":
+            size = self._fitting(backbone.device, entry.resolution(options) or backbone.resolution, guidance)
         if processes is not None and processes.count > 1:
             size = int(processes.numbers(float(size)).min())
+            size = shared_out(size, entry.made.suite.num_images, processes.count)
         return size
 
     def _fitting(self, device: torch.device, resolution: Resolution, guidance: float) -> int:
@@ -67,6 +70,13 @@ class BatchSizes:
                 log.warning("evaluate.batch_size: %d, because memory cannot be predicted (%s)", UNKNOWN_BATCH, error)
                 return None
         return self._bytes[key]
+
+
+def shared_out(size: int, num_images: int, processes: int) -> int:
+    """The size, halved until there is a batch for each process."""
+    while size > 1 and ceil(num_images / size) < processes:
+        size //= 2
+    return size
 
 
 def fitting(each: float, free: float) -> int:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from agsm_rl.evaluate.base_settings import FORMAT, NotKept, base_settings, identity_of
 from agsm_rl.evaluate.kept_measurements import measurement_file, read_measurement, write_measurement
 from agsm_rl.evaluate.measured import Entry, Measured, from_rows
-from agsm_rl.files import write_text
+from agsm_rl.files import MAX_BYTES, write_text
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Evaluate
@@ -147,6 +147,9 @@ class KeptBase:
                 note = {"kind": "figures of a base", "of": self.block.options.get("checkpoint"), "use": self.block.use}
                 write_text(about, json.dumps(note | {"base": settings["base"]}, indent=1) + "\n")
             write_measurement(file, settings, measured)
+            if file.stat().st_size > MAX_BYTES:
+                file.unlink()
+                self._say(f"the base's figures are not kept for other runs: they take more than {MAX_BYTES:,} bytes")
         except OSError as error:
             self._say(
                 f"the base's figures are not kept for other runs: {file.parent} cannot be written "

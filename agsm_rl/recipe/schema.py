@@ -155,7 +155,7 @@ class Evaluate(Section):
             without it. Sample grids do not use it.
         seed: Seed of the noise; the first image of prompt i has seed + i.
         batch_size: Images to draw at once. Null: on a GPU as many as its free memory holds, 64 at most; on a CPU 24.
-            Several processes share the batches.
+            Several processes share the batches (null: at least one for each).
         resolution: Pixels per side, or [height, width], of the images. Null: the backbone's. A drawn world, such as
             `shapes`, is always drawn at the backbone's.
         keep_base: Keep the base's figures in the cache, and read those that an earlier run or sweep has kept there for

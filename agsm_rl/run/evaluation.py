@@ -210,8 +210,8 @@ class Evaluator(Callback):
 
     def _sized(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Evaluate:
         """The evaluation with the number of images that are drawn at once."""
-        of_run = (trainer.policy.backbone, entry.resolution(options), guidance, trainer.processes)
-        return options.model_copy(update={"batch_size": self._batch_sizes.choose(options.batch_size, *of_run)})
+        size = self._batch_sizes.choose(options, trainer.policy.backbone, entry, guidance, trainer.processes)
+        return options.model_copy(update={"batch_size": size})
 
     def _base_of(self, trainer: Trainer, options: Evaluate, entry: Entry, guidance: float) -> Measured:
         """The base's measurement, which depends on the base and the evaluation only; made or read once per run."""

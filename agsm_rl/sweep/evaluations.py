@@ -57,6 +57,7 @@ class CellEvaluations:
         self._backbone: Any = None
         self._handle: Handle | None = None
         self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
+        self._kept_base = KeptBase(recipe.backbone, recipe.parts, tell=partial(print, flush=True))
 
     def write(self, options: Evaluate, name: str, *, step: int, pictures: bool) -> list[dict[str, Any]]:
         """Measure base and trained model at each guidance, write the run folder's file `name`, return the figures."""
@@ -113,9 +114,8 @@ class CellEvaluations:
         """A measurement that the sweep has not; the base's may be in the cache that runs share."""
         if adapted:
             return self._measure(options, entry, guidance, adapted=True)
-        cached = KeptBase(self.recipe.backbone, self.recipe.parts, tell=lambda line: print(line, flush=True))
         measure = partial(self._measure, options, entry, guidance, adapted=False)
-        return cached.measured(
+        return self._kept_base.measured(
             self._model(adapted=False), entry, self._sized(options, entry, guidance), guidance, measure
         )
 
@@ -156,7 +156,7 @@ class CellEvaluations:
 
     def _sized(self, options: Evaluate, entry: Entry, guidance: float) -> Evaluate:
         """The evaluation with the number of images that are drawn at once."""
-        size = self._batch_sizes.choose(options.batch_size, self._backbone, entry.resolution(options), guidance)
+        size = self._batch_sizes.choose(options, self._backbone, entry, guidance)
         return options.model_copy(update={"batch_size": size})
 
     def _model(self, *, adapted: bool) -> Any:

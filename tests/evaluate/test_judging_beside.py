@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from agsm_rl.doctor.memory.drawing import bytes_of_one
-from agsm_rl.evaluate.batch_size import MOST, BatchSizes, fitting
+from agsm_rl.evaluate.batch_size import MOST, BatchSizes, fitting, shared_out
 from agsm_rl.evaluate.draw_folder import DrawingSettings
 from agsm_rl.evaluate.measure import draw_and_judge
+from agsm_rl.evaluate.measured import entries_of
 from agsm_rl.evaluate.suite import Suite
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block
+from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block, Evaluate
 
 HOW = DrawingSettings(guidance=1.0, num_steps=1, batch_size=2)
 
@@ -98,9 +99,20 @@ def test_the_batch_is_the_largest_power_of_two_that_fits_a_share_of_the_free_mem
     assert fitting(1.0, free) == size
 
 
+@pytest.mark.parametrize(("processes", "size"), [(1, 64), (4, 64), (5, 32), (16, 8), (1000, 1)])
+def test_there_is_a_batch_for_each_process(processes, size):
+    assert shared_out(64, 200, processes) == size
+
+
 def test_on_a_cpu_the_batch_is_the_given_or_the_usual_one():
-    sizes = BatchSizes(Block.model_validate({"use": "stable_diffusion"}), Parts(where="test"))
-    assert sizes.choose(None, on("cpu"), None, 1.0) == UNKNOWN_BATCH and sizes.choose(3, on("cuda"), None, 1.0) == 3
+    parts = Parts(where="test")
+    sizes = BatchSizes(Block.model_validate({"use": "stable_diffusion"}), parts)
+
+    def choose(**given) -> int:
+        options = Evaluate.model_validate(given)
+        return sizes.choose(options, on("cpu"), entries_of(options, parts)[0], 1.0)
+
+    assert choose() == UNKNOWN_BATCH and choose(batch_size=3) == 3
 
 
 def test_each_picture_s_memory_grows_with_its_size_and_with_guidance(tiny_checkpoint):

@@ -14,7 +14,7 @@ from agsm_rl.adapters.oft import OFT
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate import kept_base
-from agsm_rl.evaluate.base_settings import NotKept, base_settings, identity_of
+from agsm_rl.evaluate.base_settings import NotKept, base_settings, files_named, identity_of
 from agsm_rl.evaluate.kept_base import KeptBase
 from agsm_rl.evaluate.measured import Entry, Measured, entries_of, measure
 from agsm_rl.policy import Policy
@@ -99,13 +99,20 @@ def test_a_file_that_an_option_names_is_known_by_its_time_and_prompts_by_their_t
     shutil.copyfile(tmp_path / "p.txt", tmp_path / "q.txt")
 
     def on(prompts: str) -> dict:
-        rewards = {"s": {"use": "sharpness"}}
-        return settings(backbone, suites={"mine": {"use": "rewards", "prompts": prompts, "rewards": rewards}})
+        suite = {"use": "rewards", "prompts": str(tmp_path / prompts), "rewards": {"s": {"use": "sharpness"}}}
+        return settings(backbone, suites={"mine": suite})
 
-    first = on(str(tmp_path / "p.txt"))
-    assert on(str(tmp_path / "q.txt")) == first
+    first = on("p.txt")
+    assert on("q.txt") == first
     (tmp_path / "p.txt").write_text("a dog\n")
-    assert on(str(tmp_path / "p.txt")) != first
+    assert on("p.txt") != first
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.png").write_text("1")
+    options = {"reference": str(tmp_path / "photos"), "prompts": str(tmp_path / "p.txt"), "rewards": {"a": {"b": ""}}}
+    named = files_named(options)
+    assert list(named) == [options["reference"]] and files_named(options) == named
+    (tmp_path / "photos/one.png").write_text("12")
+    assert files_named(options) != named
 
 
 @pytest.fixture
