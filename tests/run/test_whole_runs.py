@@ -175,7 +175,8 @@ def every_objective(tiny_checkpoint, tmp_path_factory):
             {"use": "reward_backprop", **backprop, "source": {"use": "prompts", "prompts": "builtin:shapes-prompts"}},
         ],
         "sample": {"every": 100, "num_images": 1, "num_steps": 2, "prompts": ["a red star"]},
-        "evaluate": {"num_images": 5, "num_steps": 2, "batch_size": 1, "guidance": [2.0], "rewards": ["sharpness"]},
+        "evaluate": {"num_images": 5, "num_steps": 2, "batch_size": 1, "guidance": [2.0]}
+        | {"rewards": ["sharpness"], "keep_base": False},  # each run draws the base
         "track": [],
     }
     path = folder / "recipe.yaml"

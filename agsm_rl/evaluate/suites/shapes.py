@@ -145,6 +145,7 @@ class Shapes(Suite):
         self, *, split: Split | None = None, num_images: NumImages = 600, seed: Seed = 0, any_base: bool = False
     ) -> None:
         self.split, self.num_images, self.seed, self.any_base = split or "held_out", num_images, seed, any_base
+        self._drawn: dict[tuple[str, int, int], list[str]] = {}
 
     def score_names(self) -> Sequence[str]:
         """`overall` and `strict`."""
@@ -162,7 +163,10 @@ class Shapes(Suite):
 
     def first_prompts(self, num_images: int, seed: int) -> list[str]:
         """So many prompts of the split, drawn with a seed."""
-        return suite_prompts(self.split, num_images, seed, self.WORLD)
+        key = (self.split, num_images, seed)
+        if key not in self._drawn:
+            self._drawn[key] = suite_prompts(self.split, num_images, seed, self.WORLD)
+        return list(self._drawn[key])
 
     def check(self, metadata: Metadata) -> None:
         """UserError for a prompt outside the world."""
