@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 MAIN_JOB = "recipes/agsm_plus_ddpo.yaml"
 STARTS = 5
+MAIN_JOB_BOUND = 600.0
+"""Seconds that the main job may take whatever is left of the budget."""
 
 
 @dataclass(frozen=True)
@@ -96,22 +98,43 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def check_seconds(log: Path, *, starts: int, bound: float) -> tuple[float, str]:
-    """The median wall-clock seconds of `check`, and what was wrong."""
+def check(folder: Path, *, toy: bool, bound: float) -> tuple[list[float], str]:
+    """The wall-clock seconds of several starts of `check`, and what was wrong."""
     taken = []
-    for _ in range(starts):
-        seconds, wrong = run([sys.executable, "-m", "agsm_rl", "check", MAIN_JOB], seconds=bound, log=log)
+    for _ in range(1 if toy else STARTS):
+        command = [sys.executable, "-m", "agsm_rl", "check", MAIN_JOB]
+        seconds, wrong = run(command, seconds=bound, log=folder / "check.txt")
         if wrong:
-            return 0.0, wrong
+            return [], wrong
         taken.append(seconds)
-    return statistics.median(taken), ""
+    return taken, ""
 
 
-def main_job_seconds(folder: Path, log: Path, *, toy: bool, bound: float) -> tuple[float, str]:
+def main_job(folder: Path, *, toy: bool, bound: float) -> tuple[list[float], str]:
     """The seconds of the main job with an empty cache, so that it also evaluates the base, and what was wrong."""
     small = ["--set", "steps=2", "--set", "evaluate.num_images=4", "--set", "evaluate.guidance=[1.0]"] if toy else []
     command = [sys.executable, "-m", "agsm_rl", "train", MAIN_JOB, "--run-dir", str(folder / "run"), *small]
-    return run(command, seconds=bound, log=log, AGSM_RL_CACHE=str(folder / "cache"))
+    cache = {"AGSM_RL_CACHE": str(folder / "cache")}
+    seconds, wrong = run(command, seconds=max(MAIN_JOB_BOUND, bound), log=folder / "main_job.txt", **cache)
+    return [seconds], wrong
+
+
+COMMANDS = {"check": check, "main job": main_job}
+WHAT = {
+    "check": f"the median of {STARTS} starts of `agsm-rl check {MAIN_JOB}`",
+    "main job": f"`agsm-rl train {MAIN_JOB}` with an empty cache",
+}
+
+
+def measure_command(name: str, folder: Path, results: Path, *, toy: bool, bound: float) -> None:
+    """Time a command and write its result."""
+    began, cpu = time.perf_counter(), children_cpu()
+    taken, wrong = COMMANDS[name](folder, toy=toy, bound=bound)
+    report(name, time.perf_counter() - began, wrong)
+    if not wrong:
+        figures = amount(statistics.median(taken), (children_cpu() - cpu) / len(taken))
+        words = {"what": WHAT[name], "device": "cpu", "results": results}
+        measure.write_result(f"{name.replace(' ', '_')}_cpu", **words, comparisons={name: figures})
 
 
 def prepare_trl(log: Path) -> str:
@@ -129,46 +152,33 @@ def report(name: str, seconds: float, wrong: str) -> None:
 
 def main(
     budget: Annotated[float, typer.Option(help="seconds for all parts; environments are made before")] = 720.0,
-    only: Annotated[list[str], typer.Option(help=f"of {', '.join(PARTS)}, check, main job")] = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help=f"of {', '.join((*PARTS, *COMMANDS))}")] = [],  # noqa: B006
     toy: Annotated[bool, typer.Option(help="a trial of every part, with results in a temporary folder")] = False,
     results: Path = measure.RESULTS,
 ) -> None:
     """Measure all, write the table and print what was reached."""
-    chosen = only or [*PARTS, "check", "main job"]
-    unknown = set(chosen) - {*PARTS, "check", "main job"}
+    known = [*PARTS, *COMMANDS]
+    chosen = only or known
+    unknown = sorted(set(chosen) - set(known))
     if unknown:
-        raise typer.BadParameter(f"--only {sorted(unknown)[0]}: one of {', '.join(PARTS)}, check, main job")
+        raise typer.BadParameter(f"--only {unknown[0]}: one of {', '.join(known)}")
     folder = Path(tempfile.mkdtemp(prefix="goals-"))
     results = folder / "results" if toy else results
     results.mkdir(parents=True, exist_ok=True)
     if "ddpo" in chosen and (wrong := prepare_trl(folder / "environments.txt")):
         print(f"environments: {wrong}; what is compared with other trainers will fail", flush=True)
-    ends = time.monotonic() + budget
+    began, since = time.monotonic(), time.time()
 
     def bound(seconds: float) -> float:
-        return max(1.0, min(seconds, ends - time.monotonic()))
+        return max(1.0, min(seconds, began + budget - time.monotonic()))
 
-    began, since = time.monotonic(), time.time()
     for name in [name for name in PARTS if name in chosen]:
         part = PARTS[name]
         words = [*(part.toy if toy else part.arguments).split(), "--results", str(results)]
-        log = folder / f"{name.replace(' ', '_')}.txt"
-        limit = bound(900 if toy else part.seconds)
+        log, limit = folder / f"{name.replace(' ', '_')}.txt", bound(900 if toy else part.seconds)
         report(name, *run([sys.executable, str(HERE / part.script), *words], seconds=limit, log=log))
-    figures: dict[str, Any] = {}
-    if "check" in chosen:
-        seconds, wrong = check_seconds(
-            folder / "check.txt", starts=1 if toy else STARTS, bound=bound(900 if toy else 60)
-        )
-        report("check", seconds, wrong)
-        figures |= {} if wrong else {"check": amount(seconds)}
-    if "main job" in chosen:
-        seconds, wrong = main_job_seconds(folder, folder / "main_job.txt", toy=toy, bound=max(600.0, bound(900)))
-        report("main job", seconds, wrong)
-        figures |= {} if wrong else {"main job": amount(seconds, children_cpu() - before)}
-    if figures:
-        what = f"the median of {STARTS} starts of `check`, and one main job with an empty cache, both of {MAIN_JOB}"
-        measure.write_result("goals_cpu", what=what, device="cpu", results=results, comparisons=figures)
+    for name in [name for name in COMMANDS if name in chosen]:
+        measure_command(name, folder, results, toy=toy, bound=bound(900))
     if results == measure.RESULTS:
         table.main()
     if not toy:

@@ -74,8 +74,8 @@ ROWS = (
     Row("busy_neighbour", "busy, before", "— torch by itself, beside one busy process: times as long as when quiet"),
     Row("stack_embedded_cpu", "rollouts", "AGSM + DDPO sharing rollouts: share of the sum of the two", "≤ 0.8"),
     Row("stack_embedded_cpu", "pairs", "AGSM on pairs + DDPO, nothing shared: share of the sum of the two"),
-    Row("goals_cpu", "main job", "The main job, `recipes/agsm_plus_ddpo.yaml`, base evaluated too", "≤ 360 s"),
-    Row("goals_cpu", "check", "`agsm-rl check` on it", "≤ 3 s"),
+    Row("main_job_cpu", "main job", "The main job, `recipes/agsm_plus_ddpo.yaml`, base evaluated too", "≤ 360 s"),
+    Row("check_cpu", "check", "`agsm-rl check` on it", "≤ 3 s"),
 )
 FULL_SIZES = tuple(f"full_size_{kind}_{device}" for kind in ("sd15", "sdxl", "sd3") for device in ("cpu", "cuda"))
 SHALLOW = tuple(f"full_size_{kind}_cuda" for kind in ("flux", "flux_2", "z_image", "qwen_image", "sana"))

@@ -38,8 +38,9 @@ def test_amounts_are_written_in_their_units(tmp_path):
 
 
 def test_a_goal_is_reached_on_the_side_that_its_sign_says(tmp_path):
-    figures = {"main job": {"unit": "s", "ours": 400.0}, "check": {"unit": "s", "ours": 2.9}}
-    (tmp_path / "goals_cpu.json").write_text(json.dumps({"machine": "two cores", "comparisons": figures}))
+    for name, seconds in {"main job": 400.0, "check": 2.9}.items():
+        figures = {name: {"unit": "s", "ours": seconds}}
+        (tmp_path / f"{name.replace(' ', '_')}_cpu.json").write_text(json.dumps({"comparisons": figures}))
     (tmp_path / "agsm_step_embedded_cpu.json").write_text(json.dumps({"comparisons": {"step": COMPARISON}}))
     step, job, check = table.goals(tmp_path)
     assert table.goals(tmp_path, since=time.time() + 60) == []
@@ -48,7 +49,7 @@ def test_a_goal_is_reached_on_the_side_that_its_sign_says(tmp_path):
 
 def test_an_amount_without_another_side_leaves_the_cells_of_the_ratio_and_the_other_empty(tmp_path):
     figures = {"main job": {"unit": "s", "ours": 321.0}}
-    (tmp_path / "goals_cpu.json").write_text(json.dumps({"machine": "two cores", "comparisons": figures}))
+    (tmp_path / "main_job_cpu.json").write_text(json.dumps({"machine": "two cores", "comparisons": figures}))
     assert line_of(table.make_tables(tmp_path), "The main job")[2:] == ["", "321 s", "", "two cores"]
 
 
