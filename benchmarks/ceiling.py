@@ -187,6 +187,12 @@ def summary(kinds: dict[str, dict[str, float]], peak: float) -> dict[str, Any]:
     }
 
 
+def rates(found: dict[str, Any]) -> dict[str, Any]:
+    """The rate of the step's products, at best, as a share of that of a large matrix product."""
+    rate, large = found["ceiling_flops_a_second"], found["large_product_flops_a_second"]
+    return measure.compare_amounts(rate, large, unit="FLOPs a second")
+
+
 def against_the_step(found: dict[str, Any], sides: Sides, device: str, repeats: int) -> dict[str, dict[str, Any]]:
     """Our step's share of the ceiling, what could be reached, and how many cores are busy, as comparisons."""
     names = ("ours", "published")
@@ -235,6 +241,7 @@ def main(
                 torch.set_num_threads(count)
             label = f"{name}, {count} thread{'s' * (count > 1)}" if count else name
             found = summary(replay(calls, device), large_product(of_torch, device))
+            comparisons[f"{label}: shapes"] = rates(found)
             if sides is not None:
                 compared = against_the_step(found, sides, device, repeats)
                 comparisons |= {f"{label}{what}": comparison for what, comparison in compared.items()}

@@ -54,7 +54,7 @@ PARTS = {
     "ceiling": Part("ceiling.py", "--threads 1 --threads 2 --repeats 5", "--threads 1 --repeats 1", 90),
     "ceiling negatives 1": Part(
         "ceiling.py",
-        "--agsm negatives=1 --tag _negatives_1 --repeats 3",
+        "--agsm negatives=1 --tag _negatives_1 --threads 2 --repeats 3",
         "--agsm negatives=1 --tag _negatives_1 --threads 1 --repeats 1",
         60,
     ),
@@ -167,6 +167,7 @@ def main(
     results.mkdir(parents=True, exist_ok=True)
     if "ddpo" in chosen and (wrong := prepare_trl(folder / "environments.txt")):
         print(f"environments: {wrong}; what is compared with other trainers will fail", flush=True)
+    print(f"{measure.machine()}, load {os.getloadavg()[0]:.1f}", flush=True)
     began, since = time.monotonic(), time.time()
 
     def bound(seconds: float) -> float:

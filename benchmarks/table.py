@@ -51,6 +51,12 @@ ROWS = (
         "float32, 2 threads: reachable",
         "— with `negatives: 1`, a step of nothing but its products: times faster",
     ),
+    Row(
+        "ceiling_embedded_cpu",
+        "float32, 1 thread: shapes",
+        "— its products at best: share of a large product's rate, one thread",
+    ),
+    Row("ceiling_sd15_cpu", "float32, 1 thread: shapes", "— the same for SD1.5 at 512 px"),
     Row("agsm_step_sd15_cpu", "step", "AGSM step, SD1.5's size, small latents, CPU: times faster"),
     Row("agsm_step_sd15_cpu", "memory", "— its peak memory: share of the published"),
     Row("agsm_step_sd15_cuda", "step", "AGSM step, SD1.5's size, 512 px, GPU: times faster", "≥ 2"),
