@@ -33,6 +33,8 @@ from agsm_rl.report.texts import change_text
 from agsm_rl.report.views import BASE, OWN, make_views
 
 LEVEL = 0.05
+Read = Callable[[Path], Sequence[Run]]
+"""Reads a run folder; it may keep what it has read."""
 
 
 class Endpoint(Section):
@@ -89,12 +91,12 @@ def read_study(file: Path) -> list[Endpoint]:
     return study.endpoints
 
 
-def answers(file: Path, reported: Loaded | None = None) -> list[Answer]:
+def answers(file: Path, reported: Loaded | None = None, read: Read = read_runs) -> list[Answer]:
     """The answers to a file's questions. `reported`: what a bare variant means where no sweep is named."""
     found, endpoints = [], read_study(file)
     for place, endpoint in enumerate(endpoints):
         where = f"{file}: endpoints[{place}]"
-        found.append(_estimated(endpoint, _loaded(endpoint, file, reported, where), where))
+        found.append(_estimated(endpoint, _loaded(endpoint, file, reported, where, read), where))
     adjusted = holm([change.p_value for _, _, _, change in found])
     return [
         Answer(endpoint, what, score, seeds, change, p)
@@ -125,9 +127,9 @@ def cells_of(folder: Path, sweep: str | None, name: str) -> list[Path]:
 
 
 def load_variants(
-    folder: Path, sweep: str | None, names: Sequence[str], read: Callable[[Path], Sequence[Run]] = read_runs
+    folder: Path, sweep: str | None, names: Sequence[str], read: Read = read_runs
 ) -> tuple[Loaded, dict[str, str]]:
-    """These variants' finished cells together, and what each is called there; `read` may keep what it has read."""
+    """These variants' finished cells together, and what each is called there."""
     cells = {name: cells_of(folder, sweep, name) for name in names}
     loaded = load_runs([run for several in cells.values() for cell in several for run in read(cell)])
     by_cells = {tuple(run.path for run in one.runs): one.name for one in loaded.variants}
@@ -137,10 +139,12 @@ def load_variants(
     return loaded, {BASE: BASE} | {name: by_cells[tuple(several)] for name, several in cells.items()}
 
 
-def _loaded(endpoint: Endpoint, file: Path, reported: Loaded | None, where: str) -> tuple[Loaded, Mapping[str, str]]:
+def _loaded(
+    endpoint: Endpoint, file: Path, reported: Loaded | None, where: str, read: Read
+) -> tuple[Loaded, Mapping[str, str]]:
     names = [name for name in (endpoint.variant, endpoint.minus) if name != BASE]
     if endpoint.sweep is not None or any("/" in name for name in names):
-        return load_variants(file.parent, endpoint.sweep, names)
+        return load_variants(file.parent, endpoint.sweep, names, read)
     if reported is None:
         raise UserError(f"{where}: names no sweep; add `sweep:`, the name of its folder beside this file.")
     known = [variant.name for variant in reported.all_variants]

@@ -47,7 +47,8 @@ BRACKETS = re.compile(r" \([^)]*\)$")
 """What a label says beside the name."""
 VERDICT, TAG = "strict", "counting"
 
-load_cells = partial(load_variants, HERE, read=cache(read_runs))
+read_cell = cache(read_runs)
+load_cells = partial(load_variants, HERE, read=read_cell)
 
 
 class Table:
@@ -190,7 +191,7 @@ def endpoints(file: Path) -> list[str]:
     """A row a question."""
     rows = [
         [answer.endpoint.question, answer.what, str(answer.seeds), *answer.figures, answer.verdict]
-        for answer in answers(file)
+        for answer in answers(file, read=read_cell)
     ]
     return ["", *_markdown(["question", "endpoint", "seeds", "difference", "p", "Holm", ""], rows), ""]
 

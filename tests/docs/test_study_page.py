@@ -16,9 +16,9 @@ from agsm_rl.sweep.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
-PAGES = ["docs/study/tables.py", "docs/study/figures.yaml"]
+PAGES = ["docs/study/tables.py", "docs/study/figures.yaml", "docs/study/questions.yaml"]
 PAGES += ["docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md"]
-ROWS = re.compile(r"(<!-- table\n.*?-->\n).*?(?=<!-- end -->)", re.DOTALL)
+ROWS = re.compile(r"(<!-- (?:table|endpoints)\s.*?-->\n).*?(?=<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure \S+ -->).*?(<!-- / -->)")
 SWEEPS = sorted({file.name.removesuffix(".tar.xz") for file in STUDY.glob("*.tar.xz")} - {"negative_bank"})
 NEWER = [("objectives", "agsm"), ("objectives", "ddpo"), ("objectives", "diffusion_nft"), ("sources", "pairs")]
