@@ -111,3 +111,11 @@ def test_every_finding_stands_in_the_study():
     intervals = re.findall(r"[+−]\d+\.\d \[[^]]+\]", README)
     assert len(intervals) >= 4
     assert [interval for interval in intervals if interval not in plain_study] == []
+
+
+def test_a_finding_claims_a_difference_only_where_its_interval_excludes_zero():
+    findings = re.findall(r"^\d\. \*\*(.*?)\*\*(.*)$", README.partition("## Four findings")[2], re.M)
+    assert len(findings) == 4
+    for claim, rest in findings:
+        low, high = (float(one.replace("−", "-")) for one in re.findall(r"\[([^,]+), ([^\]]+)\]", rest)[0])
+        assert ("no visible difference" in claim) == (low <= 0 <= high), claim
