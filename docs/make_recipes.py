@@ -96,7 +96,8 @@ def row(file: Path, recipes: str, docs: str) -> str:
     """A recipe's row."""
     name, header = file.relative_to(RECIPES).as_posix(), header_of(file)
     result = f"[the study]({docs}study/README.md)" if name.startswith(SWEEPS) else result_of(header.result)
-    cells = [f"[{name.removesuffix('.yaml')}]({recipes}{name})", header.title, cost_of(header), result]
+    shows = re.sub(r" \([^()]*\.(py|yaml|sh)\b[^()]*\)", "", header.title)  # files of other projects
+    cells = [f"[{name.removesuffix('.yaml')}]({recipes}{name})", shows, cost_of(header), result]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 
