@@ -239,7 +239,7 @@ def make_tables(results: Results) -> str:
             row = [cells.get((arm, metric)) for metric in metrics]
             seeds = max(len(cell.scores) for cell in row if cell)
             lines.append(f"| {arm} | {seeds} | " + " | ".join(_shown(cell) for cell in row) + " |")
-        lines += ["", "Published → measured [95 %]."] + [""]
+        lines += ["", "Published → measured [95 %].", ""]
     return "\n".join(lines)
 
 
