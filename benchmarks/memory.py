@@ -34,6 +34,7 @@ def pairs(batch_size: int = 8) -> dict[str, Any]:
 def rollouts(**options: Any) -> dict[str, Any]:
     """A source of images drawn by the policy."""
     common = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"brightness": 1.0}, "num_steps": 4}
+    common |= {"graph_memory": 0.0}  # what is kept where there is room is not predicted
     return {**common, "num_prompts": 4, "images_per_prompt": 4, "guidance": 3.0, **options}
 
 

@@ -30,8 +30,8 @@ from agsm_rl.training.sampling import DDIM, noises_of
 from agsm_rl.training.sizes import Resolution
 
 NOT_COUNTED = (
-    "not counted: reward models, the framework's own memory (on a GPU some 0.5 GiB of CUDA context, its kernels' "
-    "workspace and the allocator's gaps), autocast's copies"
+    "not counted: reward models, graphs that rollouts keep where there is room, the framework's own memory (on a GPU "
+    "some 0.5 GiB of CUDA context, its kernels' workspace and the allocator's gaps), autocast's copies"
 )
 STEPS_LOOKED_AT = 10_000
 """Steps of a run that are searched for terms that are due together."""
