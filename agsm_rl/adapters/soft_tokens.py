@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from agsm_rl.adapters.token_places import PUBLISHED_PLACES, UNetPlace, check_places, uncompiled
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Backbone, Bank, Banks
+from agsm_rl.training.compiled import is_compiled
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, check_form
 
 TIME_ROWS = 100
@@ -274,6 +275,5 @@ def _named(base: str) -> str:
 
 def _forget_compiled(denoiser: Any) -> None:
     """torch.compile misses hooks added or removed after the first call, so reset it."""
-    modules = denoiser.modules()
-    if hasattr(denoiser, "_orig_mod") or any(module._compiled_call_impl is not None for module in modules):
+    if is_compiled(denoiser):
         torch.compiler.reset()

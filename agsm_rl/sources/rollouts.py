@@ -31,6 +31,7 @@ from agsm_rl.sources.trajectories import (
     choose_noise,
     draw_trajectories,
 )
+from agsm_rl.training.compiled import is_compiled
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guiding
 from agsm_rl.training.kept_graph import KeptGraph, Room
 from agsm_rl.training.limits import MAX_SAMPLING_STEPS
@@ -292,6 +293,8 @@ class Rollouts(Draws[RewardedBatch]):
             return KeptGraph(rows, steps, detach_uncond=detach)
         is_same = taker is not None and self._has_room and self.updates == 1 and len(rows) <= self.sample_batch_size
         if not (is_same and self.keep_path and steps and self.graph_memory and policy.backbone.device.type != "meta"):
+            return None
+        if is_compiled(policy.backbone.denoiser):  # saved tensors cannot be measured, and CUDA graphs reuse them
             return None
         if self._room is None:
             self._room = Room(self.graph_memory, policy.backbone.denoiser)
