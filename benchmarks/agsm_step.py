@@ -29,6 +29,8 @@ from agsm_rl.sources.latents import fit
 from agsm_rl.sources.pairs import Pairs
 from agsm_rl.training.randomness import Draw
 
+EPOCH = 4
+"""Steps of an epoch; two epochs are read before timing, so that latents are held, as in all epochs but the first."""
 TOLERANCES = {"cpu": 1e-4, "cuda": 1e-3}
 """Relative, for the loss and the gradient's largest entry: float32 results depend on the order of summation."""
 
@@ -106,12 +108,15 @@ class Sides:
             self.disagreement = self._checked(checked, 2 if few else images)
             self.published.group_size = group_size
         if only != "published":
-            source = Pairs("builtin:shapes", images, **({"num_images": 16 * images} | options["pairs"]))
+            source = Pairs("builtin:shapes", images, **({"num_images": EPOCH * images} | options["pairs"]))
             self.trainer = Trainer(self.policy, [Term(objective, source, name="agsm")], steps=1)
         if on_gpu and only != "ours":
             self.published.to_half()
         if only != "published" and (on_gpu or options["half"]):
             self.policy.backbone.pipeline.to(torch.bfloat16)
+        if only != "published" and "num_images" not in options["pairs"]:
+            for _ in range(2 * EPOCH):
+                source.next(self.policy)
 
     def _checked(self, objective: AGSM, count: int) -> dict[str, float]:
         """The differences between the two; RuntimeError unless both learn the same."""
