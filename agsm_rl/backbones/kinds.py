@@ -4,7 +4,6 @@ A kind is declared by its class alone (declaration.py) and one line in registry.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from importlib import import_module
 from inspect import isclass
 from typing import Any
@@ -17,21 +16,24 @@ STABLE_DIFFUSION = "agsm_rl.backbones.stable_diffusion:StableDiffusion"
 """`use: stable_diffusion` takes every kind, as it did before there was `auto`, so the registry does not name it."""
 
 
-@cache
-def _builtin_kinds() -> tuple[type[Declaration], ...]:
-    targets = [STABLE_DIFFUSION, *registry.BUILTIN["backbones"].values()]
-    found: list[Any] = []
-    for module, _, name in (target.partition(":") for target in targets):
-        found.append(getattr(import_module(module), name))
-    classes: list[Any] = [named for named in found if isclass(named)]
-    return tuple(dict.fromkeys(classes))
+def _builtin_kinds() -> Iterator[type[Declaration]]:
+    """One after another: each is imported, with its pipeline, when the caller has not found what it looks for."""
+    for target in dict.fromkeys([STABLE_DIFFUSION, *registry.BUILTIN["backbones"].values()]):
+        module, _, name = target.partition(":")
+        kind: Any = getattr(import_module(module), name)
+        if isclass(kind):
+            yield kind
 
 
-def _kinds() -> list[type[Declaration]]:
+def _kinds() -> Iterator[type[Declaration]]:
     """The builtin kinds first, then those of other packages, then those that a recipe names by `module:Class`."""
+    builtin = []
+    for kind in _builtin_kinds():
+        builtin.append(kind)
+        yield kind
     import_from_packages()
-    imported = [kind for kind in _descendants(Declaration) if hasattr(kind, "wraps")]
-    return list(dict.fromkeys([*_builtin_kinds(), *imported]))
+    imported = dict.fromkeys(kind for kind in _descendants(Declaration) if hasattr(kind, "wraps"))
+    yield from (kind for kind in imported if kind not in builtin)
 
 
 def import_from_packages() -> list[str]:
@@ -54,10 +56,12 @@ def _descendants(kind: type[Declaration]) -> Iterator[type[Declaration]]:
 
 def kind_of(pipeline_class: str) -> type[Declaration] | None:
     """The backbone that wraps a pipeline class of that name."""
-    for kind in _kinds():
-        if pipeline_class in kind.wraps:
-            return kind
-    return None
+    return next((kind for kind in _kinds() if pipeline_class in kind.wraps), None)
+
+
+def is_loadable(pipeline_class: str) -> bool:
+    """Whether a checkpoint may be of the pipeline class of that name."""
+    return any(pipeline_class in (kind.loads or kind.wraps) for kind in _kinds())
 
 
 def loadable() -> list[str]:

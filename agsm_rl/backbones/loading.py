@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from agsm_rl.backbones import kinds
+from agsm_rl.backbones.checkpoint_names import ALLOWED as ALLOWED
+from agsm_rl.backbones.checkpoint_names import BUILTINS as BUILTINS
+from agsm_rl.backbones.checkpoint_names import find_checkpoint as find_checkpoint
 from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.empty_models import on_meta
 from agsm_rl.backbones.fused_lora import fuse_lora, lora_in_folder, lora_of_hub
@@ -35,30 +38,13 @@ from agsm_rl.backbones.parts import (
 )
 from agsm_rl.backbones.quantization import Quantization, check_loadable
 from agsm_rl.backbones.quantized_layers import stored_tensors
-from agsm_rl.errors import UserError, unknown_name
-from agsm_rl.files import cache_where_unreachable, hub_is_forbidden, local_or_hub
+from agsm_rl.errors import UserError
+from agsm_rl.files import cache_where_unreachable, hub_is_forbidden
 
-BUILTINS = Path(__file__).parents[1] / "shapes" / "checkpoints"
 DENOISER = "model.diffusion_model."
 """What the names of a denoiser's tensors begin with in most single files."""
-ALLOWED = "an existing folder, a .safetensors file, a hub id (owner/name), or a builtin such as builtin:shapes-sd15"
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
-
-
-def find_checkpoint(checkpoint: str, where: str = "backbone.checkpoint") -> str:
-    """The folder of a `builtin:` name, a local path with `~` expanded, or a hub id; UserError for anything else.
-
-    `where` is the key that names it.
-    """
-    if not checkpoint.startswith("builtin:"):
-        path = local_or_hub(checkpoint, where=f"{where}:", allowed=ALLOWED)
-        return checkpoint if path is None else str(path)
-    name = checkpoint.removeprefix("builtin:")
-    there = {path.parent.name for path in BUILTINS.glob("*/model_index.json")}
-    if name not in there:
-        raise unknown_name(where, checkpoint, "a builtin base", {f"builtin:{one}" for one in there})
-    return str(BUILTINS / name)
 
 
 def find_kind(
@@ -86,7 +72,7 @@ def find_kind(
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # noqa: BLE001 - a stranger's files make the libraries fail in any way
         raise _unloadable(where, error, source, local_files_only) from error
-    if kind not in kinds.loadable():
+    if not kinds.is_loadable(kind):
         raise unsupported(where, kind)
     return kind
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from agsm_rl.cli.loading import loading_libraries
 from agsm_rl.cli.options import (
     BankOption,
     BaseOption,
@@ -153,10 +154,12 @@ def evaluate(
     """Measure a model, or images that any tool made, on a suite, with 95 % intervals."""
     options.check(suite, allowed.granted())
     output.check()
-    without_loading_bars()
-    from agsm_rl.evaluate.choose import make_suite
-    from agsm_rl.evaluate.draw_folder import DrawingSettings
-    from agsm_rl.evaluate.evaluate_target import EvalOptions, evaluate_target
+    with loading_libraries():
+        from agsm_rl.evaluate.choose import make_suite
+        from agsm_rl.evaluate.draw_folder import DrawingSettings
+        from agsm_rl.evaluate.evaluate_target import EvalOptions, evaluate_target
+
+        without_loading_bars()
 
     granted = allowed.granted()
     usual_batch = (

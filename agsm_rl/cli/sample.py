@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from agsm_rl.cli.loading import loading_libraries
 from agsm_rl.cli.options import (
     BankOption,
     BaseOption,
@@ -105,10 +106,11 @@ def sample(
     texts = prompts.read(prompt)
     if len(texts) * number > MAX_IMAGES:
         raise UserError(f"sample: {len(texts)} prompts with {number} pictures each; at most {MAX_IMAGES:,} are drawn.")
-    from agsm_rl.evaluate.sample import SampleOptions, draw_samples
-    from agsm_rl.evaluate.target import open_target
+    with loading_libraries():
+        from agsm_rl.evaluate.sample import SampleOptions, draw_samples
+        from agsm_rl.evaluate.target import open_target
 
-    without_loading_bars()
+        without_loading_bars()
     options = SampleOptions(
         number=number,
         seed=seed,

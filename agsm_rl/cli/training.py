@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from agsm_rl.cli import launcher
+from agsm_rl.cli.loading import loading_libraries
 from agsm_rl.cli.options import Permissions, RecipeArgument, SetOption, TrainedArgument, grouped
 from agsm_rl.errors import UserError
 from agsm_rl.run.display import saying
@@ -41,13 +42,16 @@ def train(
         run_dir = path.parent
     is_own = resume and run_dir is not None and path.parent.resolve() == run_dir.resolve()  # the run's resolved recipe
     with only_what_matters(quiet):
-        with saying("reading the recipe", enabled=launcher.is_first()):
+        with saying("reading the recipe", enabled=launcher.is_first()), loading_libraries():
             loaded = (read_earlier if is_own else Recipe.from_yaml)(path, overrides or [], allow_imports=granted)
+            from agsm_rl.recipe.places import check_places  # loads torch
+
+            check_places(loaded, fresh=not resume)
         if run_dir is not None and launcher.is_first():  # before diffusers is loaded, which takes seconds
             folder = RunFolder(run_dir)
             folder.check(loaded, resume=resume)
             folder.close()
-        with saying("loading torch and diffusers", enabled=launcher.is_first()):
+        with saying("loading torch and diffusers", enabled=launcher.is_first()), loading_libraries():
             from agsm_rl.run.lifecycle import train as train_recipe
 
             without_loading_bars()
@@ -87,15 +91,20 @@ def check(
     from agsm_rl.recipe.shipped import recipe_path
 
     path, granted = recipe_path(recipe), allowed.granted()
-    loaded = Recipe.from_yaml(path, overrides or [], allow_imports=granted)
-    # Imported after the recipe is read: a misspelt key is reported before torch and diffusers are loaded.
-    from agsm_rl.cli.describe import costs, describe, memory, proposal
-    from agsm_rl.doctor.memory.fit import fit
-    from agsm_rl.doctor.memory.predict import predict
-    from agsm_rl.evaluate.measured import entries_of
-    from agsm_rl.run.sample_grids import grid_prompts
+    with loading_libraries():
+        loaded = Recipe.from_yaml(path, overrides or [], allow_imports=granted)
+        # Imported after the recipe is read: a misspelt key is reported before torch is loaded.
+        from agsm_rl.recipe.places import check_places
 
-    without_loading_bars()
+        check_places(loaded)
+        # And after that: a missing file is reported before diffusers is loaded.
+        from agsm_rl.cli.describe import costs, describe, memory, proposal
+        from agsm_rl.doctor.memory.fit import fit
+        from agsm_rl.doctor.memory.predict import predict
+        from agsm_rl.evaluate.measured import entries_of
+        from agsm_rl.run.sample_grids import grid_prompts
+
+        without_loading_bars()
     grid_prompts(loaded)
     for entry in entries_of(loaded.evaluate, loaded.parts) if loaded.evaluate else []:
         entry.read_prompts()
@@ -128,9 +137,10 @@ def doctor(
     run = Path(target) if (Path(target) / "recipe.yaml").is_file() else None
     path, granted = recipe_path(target) if run is None else run / "recipe.yaml", allowed.granted()
     loaded = (Recipe.from_yaml if run is None else read_earlier)(path, overrides or [], allow_imports=granted)
-    from agsm_rl.doctor.diagnosis import diagnose
+    with loading_libraries():
+        from agsm_rl.doctor.diagnosis import diagnose
 
-    without_loading_bars()
+        without_loading_bars()
     red = 0
     for finding in diagnose(loaded, run=run):
         red += not finding.good

@@ -24,7 +24,8 @@ from agsm_rl.adapters.tensor_files import read_safetensors
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.quantized_layers import quantization_of
 from agsm_rl.errors import UserError
-from agsm_rl.files import check_not_special, local_path, replacing
+from agsm_rl.export.exported_files import find_exports as find_exports
+from agsm_rl.files import local_path, replacing
 from agsm_rl.interfaces import Adapter, Backbone
 from agsm_rl.registry import load
 from agsm_rl.source_code import own_options
@@ -176,21 +177,6 @@ def _guide(
     choose_form(adapters, bank, prompt)
     if any(isinstance(adapter, Guides) for adapter in adapters):
         handle._guidance = GuidanceHook(pipeline, backbone.denoiser, adapters, branches_of(backbone))
-
-
-def find_exports(path: Path) -> list[Path]:
-    """The .safetensors files in a run folder or an adapter folder; a path of a file gives that file."""
-    path = local_path(path)
-    check_not_special(path)
-    if path.is_file():
-        return [path]
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    if not folder.is_dir():
-        raise UserError(f"{path}: there is no such file or folder; give a run folder or an exported adapter.")
-    files = sorted(folder.glob("[!.]*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: there is no .safetensors file in it; has the run exported an adapter yet?")
-    return files
 
 
 def read_exports(path: str | os.PathLike[str]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:

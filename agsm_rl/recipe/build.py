@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from accelerate import Accelerator
 
-from agsm_rl.backbones.loading import find_checkpoint
-from agsm_rl.errors import MistakesSoFar, UserError
-from agsm_rl.export.attach import find_exports, start_from
-from agsm_rl.files import local_or_hub
+from agsm_rl.errors import UserError
+from agsm_rl.export.attach import start_from
 from agsm_rl.interfaces import Backbone
 from agsm_rl.policy import Policy
 from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.places import check_places, located
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.recipe.schema import Block
-from agsm_rl.recipe.teachers import add_teachers, check_teacher
+from agsm_rl.recipe.teachers import add_teachers
 from agsm_rl.term import Term
 from agsm_rl.trainer import Trainer
 from agsm_rl.training.anomalies import AnomalyWatch
@@ -25,9 +20,6 @@ from agsm_rl.training.balance import GradientBalance
 from agsm_rl.training.gradient_map import GradientMap
 from agsm_rl.training.processes import make_accelerator
 from agsm_rl.training.stages import stage
-
-PLACES = ("checkpoint", "unet", "transformer", "lora", "config")
-"""Options of backbones that name a file, a folder or a repository on the hub."""
 
 
 def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fresh: bool = True) -> Trainer:
@@ -41,14 +33,14 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     terms = build_terms(recipe)
     backbone = build_backbone(recipe.backbone, parts=parts, device=str(accelerator.device))
     adapters = parts.adapters(recipe)
-    with _located(parts.where):
+    with located(parts.where):
         ema = recipe.ema
         policy = Policy(backbone, adapters, ema_decay=ema.decay, ema_warm_up=ema.warm_up, ema_every=ema.every)
     add_teachers(policy, recipe, terms)
     if fresh and recipe.start_from is not None:
-        with _located(parts.at("start_from")):
+        with located(parts.at("start_from")):
             _begin(policy, recipe.start_from, trained=recipe.trained)
-    with _located(parts.where), stage("opening the data"):
+    with located(parts.where), stage("opening the data"):
         return Trainer(
             policy,
             terms,
@@ -66,28 +58,6 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
             gradient_map=None if looks.every is None else GradientMap(looks.every, looks.levels),
             watch=AnomalyWatch(**recipe.watch.model_dump(exclude={"held_out_falls"})),
         )
-
-
-def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
-    """UserError for files and folders that are not there: all of them, before any hub is asked for anything."""
-    parts, mistakes = recipe.parts, MistakesSoFar(recipe.parts.where)
-    for key in PLACES:
-        name = recipe.backbone.options.get(key)
-        if isinstance(name, str) and name.startswith("builtin:"):
-            with mistakes.collected():
-                find_checkpoint(name, where=parts.at(f"backbone.{key}"))
-        elif isinstance(name, str):
-            with mistakes.collected():
-                allowed = "another path, or a name on the hub (owner/name)"
-                local_or_hub(name, where=f"{parts.at(f'backbone.{key}')}:", allowed=allowed)
-    if fresh and recipe.start_from is not None:
-        with mistakes.collected(), _located(parts.at("start_from")):
-            find_exports(Path(recipe.start_from))
-    for index, term in enumerate(recipe.objectives):
-        if isinstance(term.options.get("teacher"), str):
-            with mistakes.collected():
-                check_teacher(recipe, term.options["teacher"], f"objectives[{index}].teacher")
-    mistakes.raise_any()
 
 
 def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
@@ -129,12 +99,3 @@ def build_backbone(block: Block, *, parts: Parts, device: str | None = None) -> 
     with stage(f"loading {name}", announce=True):
         backbone: Backbone = parts.construct("backbones", block, "backbone", seed=0)
     return backbone
-
-
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Within the block, UserErrors of modules that do not know the recipe are given its file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error

@@ -72,6 +72,8 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
         return []
     try:
         entries = registry.available(kind)
+        if use not in entries and (kind, use) in registry.OUT_OF_SCOPE:
+            return [f"{where}: {place}.use: '{use}' {registry.OUT_OF_SCOPE[kind, use]}"]
         if use not in entries:
             raise unknown_name(f"{where}: {place}.use", use, registry.NOUNS[kind], entries)
     except UserError as error:

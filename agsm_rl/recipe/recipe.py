@@ -14,7 +14,7 @@ from agsm_rl.files import local_path
 from agsm_rl.recipe.first_look import mistakes_in_blocks
 from agsm_rl.recipe.options import mistakes_in
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.resolve import resolve
+from agsm_rl.recipe.resolve import mistakes_between_blocks, resolve
 from agsm_rl.recipe.schema import RecipeKeys
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
 
@@ -44,12 +44,14 @@ class Recipe(RecipeKeys):
     @classmethod
     def from_data(cls, data: dict[str, Any], *, where: str = "recipe", allow_imports: Collection[str] = ()) -> Recipe:
         """The same from plain data, e.g. a dict written in Python."""
+        in_blocks = mistakes_in_blocks(data, where) if isinstance(data, Mapping) else []
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            others = mistakes_in_blocks(data, where) if isinstance(data, Mapping) else []
-            raise combined(where, [*mistakes_in(error, where=f"{where}: "), *others]) from error
+            raise combined(where, [*mistakes_in(error, where=f"{where}: "), *in_blocks]) from error
         recipe._parts = Parts(where=where, allow_imports=allow_imports)
+        if in_blocks:  # known before what the recipe names is imported, which takes seconds
+            raise combined(where, [*in_blocks, *mistakes_between_blocks(recipe, recipe.parts).messages])
         return resolve(recipe, recipe.parts)
 
     @property

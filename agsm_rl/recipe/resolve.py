@@ -84,12 +84,20 @@ def _completed(recipe: Keys, parts: Parts) -> Keys:
         with mistakes.collected():
             update["evaluate"] = complete_evaluation(recipe.evaluate, parts)
     update["objectives"] = _complete_terms(recipe, parts, mistakes)
-    checks = (_check_adapters_trained, _check_dtype, _check_combiner, _check_rates, _check_trackers, _check_samples)
-    for check in checks:
-        with mistakes.collected():
-            check(recipe, parts)
+    mistakes.messages += mistakes_between_blocks(recipe, parts).messages
+    with mistakes.collected():
+        _check_combiner(recipe, parts)
     mistakes.raise_any()
     return recipe.model_copy(update=update)
+
+
+def mistakes_between_blocks(recipe: RecipeKeys, parts: Parts) -> MistakesSoFar:
+    """The mistakes in what blocks say of each other, and in files and trackers, for which nothing is imported."""
+    mistakes = MistakesSoFar(parts.where)
+    for check in (_check_adapters_trained, _check_dtype, _check_rates, _check_trackers, _check_samples):
+        with mistakes.collected():
+            check(recipe, parts)
+    return mistakes
 
 
 def _check_drawing(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:

@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from agsm_rl.run.records import read_lines
 
 PREFIX = "cosine/"
@@ -57,6 +55,8 @@ def agreements_to_json(agreed: list[Agreement]) -> list[dict[str, Any]]:
 
 
 def _agreement(key: str, values: list[float]) -> Agreement:
+    from scipy import stats  # here: it takes most of a second, and few runs have two terms
+
     first, _, second = key.removeprefix(PREFIX).partition("/")
     mean, error = sum(values) / len(values), float(stats.sem(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor
 
 from agsm_rl.evaluate.intervals import CONFIDENCE
@@ -170,6 +169,8 @@ def sign_of_mean(differences: Tensor) -> int:
     values = differences.double().numpy()
     if len(values) < 2 or not np.ptp(values):
         return int(np.sign(values.mean()))
+    from statsmodels.stats.weightstats import DescrStatsW  # here: it takes seconds, and not every run gets so far
+
     low, high = DescrStatsW(values).tconfint_mean(alpha=1 - CONFIDENCE)
     return int(low > 0) - int(high < 0)
 

@@ -9,8 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from skimage.measure import label, regionprops
-from skimage.segmentation import expand_labels
 from torch import Tensor
 
 from agsm_rl.shapes.look import SHAPES_LOOK, Look, outlines
@@ -67,6 +65,9 @@ class Detection:
 
 def detect(image: Picture, look: Look = SHAPES_LOOK) -> Detection:
     """Clean objects and rejected blobs of one image: PIL, uint8 [H, W, 3], or float [3, H, W] in [0, 1]."""
+    from skimage.measure import label, regionprops  # here and below: who only names the judge need not wait for it
+    from skimage.segmentation import expand_labels
+
     background = np.array(look.background, dtype=np.float32)
     inks = background - np.array(list(look.colors.values()), dtype=np.float32)
     strength = np.linalg.norm(inks, axis=1)
@@ -128,6 +129,9 @@ class _Reader:
 
     def read_blob(self, seed: np.ndarray, mask: np.ndarray) -> list[Found | Rejected]:
         """What one connected blob is: an object, several objects that touch at their tips, or nothing clean."""
+        from skimage.measure import label
+        from skimage.segmentation import expand_labels
+
         whole = self._fit(seed, mask)
         if isinstance(whole, Found):
             return [whole]
@@ -191,7 +195,7 @@ def _overlaps(
 @lru_cache(maxsize=2 * STEPS * STEPS)
 def _templates(column: int, row: int, shapes: tuple[str, ...]) -> np.ndarray:
     """Templates [shape, radius, softness, patch, patch] centred in the given cell of the sub-pixel grid."""
-    from scipy.ndimage import gaussian_filter  # here: who only names the judge need not wait for it
+    from scipy.ndimage import gaussian_filter
 
     scale, width = 8, 2 * HALF + 1
     x, y = HALF + (column + 0.5) / STEPS, HALF + (row + 0.5) / STEPS
@@ -207,6 +211,8 @@ def _templates(column: int, row: int, shapes: tuple[str, ...]) -> np.ndarray:
 
 def _smudges(there: np.ndarray, explained: np.ndarray) -> list[Rejected]:
     """Faint or tiny leavings that belong to no blob but are too much to be noise."""
+    from skimage.measure import label, regionprops
+
     leavings = label((there > 0.25) & ~explained, connectivity=2)
     return [
         Rejected(blob.centroid[1] + 0.5, blob.centroid[0] + 0.5, float(blob.area), "a faint smudge")
