@@ -4,8 +4,9 @@
 
 On a busy machine, look at the CPU time (user + system, over all threads); on an idle one, the wall clock shows about
 the same. Each command is started several times, and the fastest start counts. `imports` is the time to load only torch,
-diffusers, transformers and PEFT, which `check` needs because it builds the network. The figures go to
-benchmarks/results/cli_startup.json.
+diffusers, transformers and PEFT, which `check` needs because it builds the network; `imports, no garbage looked for` is
+the same as commands load them (agsm_rl/cli/loading.py). A missing base is refused when torch is
+loaded, but not diffusers. The figures go to benchmarks/results/cli_startup.json.
 """
 
 import os
@@ -21,12 +22,19 @@ from measure import write_result
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = "import peft; from diffusers import StableDiffusionPipeline, UNet2DConditionModel"
+CHECK = ["-m", "agsm_rl", "check", "recipes/agsm.yaml"]
 COMMANDS = {
     "python": ["-c", "pass"],
     "list": ["-m", "agsm_rl", "list"],
+    "help": ["-m", "agsm_rl", "train", "--help"],
+    "torch": ["-c", "import torch"],
     "imports": ["-c", IMPORTS],
-    "check a recipe with a misspelt key": ["-m", "agsm_rl", "check", "recipes/agsm.yaml", "--set", "stepz=1"],
-    "check": ["-m", "agsm_rl", "check", "recipes/agsm.yaml"],
+    "imports, no garbage looked for": ["-c", f"import gc; gc.disable(); {IMPORTS}"],
+    "check a recipe with a misspelt key": [*CHECK, "--set", "stepz=1"],
+    "check a recipe with a misspelt objective": [*CHECK, "--set", "objectives.0.use=agsn"],
+    "check a recipe with a misspelt option": [*CHECK, "--set", "objectives.0.temprature=1"],
+    "check a recipe of a missing base": [*CHECK, "--set", "backbone.checkpoint=./gone", "--set", "evaluate=null"],
+    "check": CHECK,
     "check, two terms": ["-m", "agsm_rl", "check", "recipes/agsm_plus_ddpo.yaml"],
 }
 

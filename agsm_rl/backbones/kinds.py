@@ -5,7 +5,6 @@ A kind is declared by its class alone (declaration.py) and one line in registry.
 
 from collections.abc import Iterator
 from importlib import import_module
-from inspect import isclass
 from typing import Any
 
 from agsm_rl import registry
@@ -21,7 +20,7 @@ def _builtin_kinds() -> Iterator[type[Declaration]]:
     for target in dict.fromkeys([STABLE_DIFFUSION, *registry.BUILTIN["backbones"].values()]):
         module, _, name = target.partition(":")
         kind: Any = getattr(import_module(module), name)
-        if isclass(kind):
+        if isinstance(kind, type):
             yield kind
 
 

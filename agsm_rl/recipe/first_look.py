@@ -70,12 +70,13 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
     use = block.get("use")
     if not isinstance(use, str) or ":" in use:
         return []
+    named_at = f"{where}: {place}" + ("" if kind == "rewards" and place.endswith(f".{use}") else ".use")
     try:
         entries = registry.available(kind)
         if use not in entries and (kind, use) in registry.OUT_OF_SCOPE:
-            return [f"{where}: {place}.use: '{use}' {registry.OUT_OF_SCOPE[kind, use]}"]
+            raise UserError(f"{named_at}: '{use}' {registry.OUT_OF_SCOPE[kind, use]}")
         if use not in entries:
-            raise unknown_name(f"{where}: {place}.use", use, registry.NOUNS[kind], entries)
+            raise unknown_name(named_at, use, registry.NOUNS[kind], entries)
     except UserError as error:
         return [str(error)]
     model = model_in_source(entries[use].target)

@@ -11,10 +11,11 @@ from pydantic import PrivateAttr, ValidationError
 
 from agsm_rl.errors import UserError, combined
 from agsm_rl.files import local_path
+from agsm_rl.recipe.between_blocks import mistakes_between_blocks
 from agsm_rl.recipe.first_look import mistakes_in_blocks
 from agsm_rl.recipe.options import mistakes_in
 from agsm_rl.recipe.parts import Parts
-from agsm_rl.recipe.resolve import mistakes_between_blocks, resolve
+from agsm_rl.recipe.resolve import resolve
 from agsm_rl.recipe.schema import RecipeKeys
 from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
 
@@ -51,7 +52,7 @@ class Recipe(RecipeKeys):
             raise combined(where, [*mistakes_in(error, where=f"{where}: "), *in_blocks]) from error
         recipe._parts = Parts(where=where, allow_imports=allow_imports)
         if in_blocks:  # known before what the recipe names is imported, which takes seconds
-            raise combined(where, [*in_blocks, *mistakes_between_blocks(recipe, recipe.parts).messages])
+            raise combined(where, [*in_blocks, *mistakes_between_blocks(recipe, recipe.parts)])
         return resolve(recipe, recipe.parts)
 
     @property

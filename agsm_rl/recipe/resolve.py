@@ -6,13 +6,12 @@ of them reads data or weights until it is bound, attached or called.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agsm_rl import registry
-from agsm_rl.errors import MistakesSoFar, UserError, unknown_name
-from agsm_rl.files import local_or_hub
+from agsm_rl.errors import MistakesSoFar, UserError
+from agsm_rl.recipe.between_blocks import check_file, mistakes_between_blocks
 from agsm_rl.recipe.options import validated
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import Block, Evaluate, Optimizer, RecipeKeys, TermBlock
@@ -24,19 +23,6 @@ if TYPE_CHECKING:
     from agsm_rl.policy import Source
 
 Keys = TypeVar("Keys", bound=RecipeKeys)
-
-TRACKERS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "comet_ml": "comet_ml",
-    "aim": "aim",
-    "mlflow": "mlflow",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-}
-"""accelerate's trackers → the package that each needs."""
 
 
 def resolve(recipe: Keys, parts: Parts) -> Keys:
@@ -84,20 +70,11 @@ def _completed(recipe: Keys, parts: Parts) -> Keys:
         with mistakes.collected():
             update["evaluate"] = complete_evaluation(recipe.evaluate, parts)
     update["objectives"] = _complete_terms(recipe, parts, mistakes)
-    mistakes.messages += mistakes_between_blocks(recipe, parts).messages
+    mistakes.messages += mistakes_between_blocks(recipe, parts)
     with mistakes.collected():
         _check_combiner(recipe, parts)
     mistakes.raise_any()
     return recipe.model_copy(update=update)
-
-
-def mistakes_between_blocks(recipe: RecipeKeys, parts: Parts) -> MistakesSoFar:
-    """The mistakes in what blocks say of each other, and in files and trackers, for which nothing is imported."""
-    mistakes = MistakesSoFar(parts.where)
-    for check in (_check_adapters_trained, _check_dtype, _check_rates, _check_trackers, _check_samples):
-        with mistakes.collected():
-            check(recipe, parts)
-    return mistakes
 
 
 def _check_drawing(evaluate: Evaluate, adapters: list[Any], parts: Parts) -> None:
@@ -201,8 +178,6 @@ def _complete_terms(recipe: RecipeKeys, parts: Parts, mistakes: MistakesSoFar) -
             assert isinstance(done, TermBlock)
             if done.name is None:
                 done.name = names[index]
-            elif done.name in {known.name for known in terms}:
-                raise parts.refuse(f"{place}.name", f"'{done.name}' is the name of another term; give each its own")
             terms.append(done)
         for key, complete in (("source", _complete_source), ("view", _complete_view)):
             with mistakes.collected():
@@ -215,15 +190,7 @@ def _complete_terms(recipe: RecipeKeys, parts: Parts, mistakes: MistakesSoFar) -
 def _complete_source(recipe: RecipeKeys, term: TermBlock, place: str, parts: Parts) -> str | Block:
     if isinstance(term.source, Block):
         return parts.complete("sources", term.source, f"{place}.source")
-    if term.source in recipe.sources:
-        return term.source
-    if not recipe.sources:
-        raise parts.refuse(
-            f"{place}.source",
-            f"'{term.source}' is not a source of this recipe, which names none; write the source here, e.g. "
-            "{use: pairs, …}, or name it under `sources:`.",
-        )
-    raise unknown_name(parts.at(f"{place}.source"), term.source, "a source of this recipe", recipe.sources)
+    return term.source
 
 
 def _complete_view(recipe: RecipeKeys, term: TermBlock, place: str, parts: Parts) -> Block | None:
@@ -285,36 +252,10 @@ def _check_term(
             raise parts.refuse(f"{place} on {source_place}", str(error)) from error
 
 
-def _check_adapters_trained(recipe: RecipeKeys, parts: Parts) -> None:
-    """Each term trains adapters of the recipe, and each adapter is trained or continued from another run."""
-    for index, term in enumerate(recipe.objectives):
-        for name in term.trains or []:
-            if name not in recipe.adapters:
-                where = parts.at(f"objectives[{index}].trains")
-                raise unknown_name(where, name, "an adapter of this recipe", recipe.adapters)
-    for name in recipe.adapters:
-        if recipe.start_from is None and name not in recipe.trained:
-            raise parts.refuse(
-                f"adapters.{name}",
-                "no term trains it, and there is no `start_from` that it could come from; name it in a term's "
-                "`trains`, or take it out",
-            )
-
-
 def _check_path(block: Block, place: str, parts: Parts) -> None:
     """A data set or list of prompts that can only be a path must exist; other names are for the hub to find."""
     for key in ("dataset", "prompts"):
-        _check_file(block.options.get(key), f"{place}.{key}", parts)
-
-
-def _check_samples(recipe: RecipeKeys, parts: Parts) -> None:
-    _check_file(recipe.sample.prompts, "sample.prompts", parts)
-
-
-def _check_file(name: Any, place: str, parts: Parts) -> None:
-    if isinstance(name, str) and not name.startswith("builtin:"):
-        allowed = "another path, a name on the hub (owner/name), or a builtin"
-        local_or_hub(name, where=f"{parts.at(place)}:", allowed=allowed)
+        check_file(block.options.get(key), f"{place}.{key}", parts)
 
 
 def _mismatch(use: str, block: Block, consumes: type[Batch], gives: type[Batch], parts: Parts, place: str) -> UserError:
@@ -336,14 +277,6 @@ def _view_of(view: str) -> str:
     return f"{view} of {' or '.join(sources)}" if sources else view
 
 
-def _check_dtype(recipe: RecipeKeys, parts: Parts) -> None:
-    if recipe.backbone.options.get("dtype") == "float16":
-        raise parts.refuse(
-            "backbone.dtype",
-            "'float16' is for drawing: gradients are not scaled here; train in bfloat16 or float32",
-        )
-
-
 def _check_combiner(recipe: RecipeKeys, parts: Parts) -> None:
     from agsm_rl.training.combine import find_combiner
 
@@ -351,27 +284,3 @@ def _check_combiner(recipe: RecipeKeys, parts: Parts) -> None:
         find_combiner(recipe.combine)
     except UserError as error:
         raise UserError(f"{parts.where}: {error}") from error
-
-
-def _check_rates(recipe: RecipeKeys, parts: Parts) -> None:
-    """Rates by name must name every adapter that is trained, and no others."""
-    rates = recipe.optimizer.learning_rate
-    if isinstance(rates, dict):
-        for name in [*rates, *recipe.adapters]:
-            if name not in recipe.adapters:
-                raise unknown_name(
-                    parts.at("optimizer.learning_rate"), name, "an adapter of this recipe", recipe.adapters
-                )
-            if name not in rates and name in recipe.trained:
-                raise parts.refuse("optimizer.learning_rate", f"it names no rate for the adapter '{name}'")
-
-
-def _check_trackers(recipe: RecipeKeys, parts: Parts) -> None:
-    for index, name in enumerate(recipe.track):
-        if name not in TRACKERS:
-            raise unknown_name(parts.at(f"track[{index}]"), name, "a tracker", TRACKERS)
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise parts.refuse(
-                f"track[{index}]",
-                f"'{name}' is not installed; run `pip install {TRACKERS[name]}`, or take it out of the list.",
-            )

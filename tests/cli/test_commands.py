@@ -236,7 +236,7 @@ def loaded_by(arguments, modules, folder):
     return int(exit_code), loaded
 
 
-@pytest.mark.parametrize("arguments", [*LIGHT, ["train", "gone.yaml"], ["init", "-h"]])
+@pytest.mark.parametrize("arguments", [*LIGHT, ["train", "gone.yaml"], ["sweep", "mine.yaml"], ["init", "-h"]])
 def test_listing_names_and_refusing_a_misspelt_key_load_no_heavy_library(recipe, tmp_path, arguments):
     assert loaded_by(arguments, HEAVY, tmp_path)[1] == []
 

@@ -242,7 +242,7 @@ def test_a_missing_file_is_reported_with_the_recipes_beside_it(write):
 
 
 def test_a_tracker_that_is_not_installed_is_reported_with_the_command(write, monkeypatch):
-    monkeypatch.setattr("agsm_rl.recipe.resolve.TRACKERS", {"wandb": "no_such_package_at_all"})
+    monkeypatch.setattr("agsm_rl.recipe.between_blocks.TRACKERS", {"wandb": "no_such_package_at_all"})
     with pytest.raises(UserError, match=r"track\[0\]: 'wandb' is not installed; run `pip install"):
         Recipe.from_yaml(write(), ["track=[wandb]"])
 
