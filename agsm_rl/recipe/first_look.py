@@ -53,8 +53,9 @@ def _with_rewards(
 
 def _rewards(rewards: Any, place: str, keys: set[str]) -> Iterator[tuple[str, str, Mapping[str, Any], set[str]]]:
     """Rewards by name are blocks too, whose key is their `use` unless they have one."""
-    if isinstance(rewards, list):
-        rewards = {name: None for name in rewards if isinstance(name, str)}
+    for index, name in enumerate(rewards if isinstance(rewards, list) else ()):
+        if isinstance(name, str):
+            yield "rewards", f"{place}.rewards[{index}]", {"use": name}, keys
     for name, options in rewards.items() if isinstance(rewards, Mapping) else ():
         given = options if isinstance(options, Mapping) else {}
         yield "rewards", f"{place}.rewards.{name}", {"use": name} | dict(given), keys
@@ -70,7 +71,8 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
     use = block.get("use")
     if not isinstance(use, str) or ":" in use:
         return []
-    named_at = f"{where}: {place}" + ("" if kind == "rewards" and place.endswith(f".{use}") else ".use")
+    is_key = kind == "rewards" and place.endswith((f".{use}", "]"))
+    named_at = f"{where}: {place}" + ("" if is_key else ".use")
     try:
         entries = registry.available(kind)
         if use not in entries and (kind, use) in registry.OUT_OF_SCOPE:
@@ -82,7 +84,9 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
     model = model_in_source(entries[use].target)
     if model is None:
         return []
-    options = {key: block[key] for key in block if key not in keys}
+    # A weight in an evaluation has no effect, which `in_evaluation` says.
+    others = keys | {*RewardOptions.model_fields} if kind == "rewards" else keys
+    options = {key: block[key] for key in block if key not in others}
     if kind == "suites" and "rewards" in model.model_fields:
         options["rewards"] = {"any": 1.0}  # a suite's rewards are a key beside its options
     try:

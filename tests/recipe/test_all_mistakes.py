@@ -49,7 +49,7 @@ def test_wrong_keys_and_wrong_blocks_are_reported_together():
         "adapters.tokens.use: 'soft_tokenz'",
         "evaluate: 'suit'",
         "evaluate.every: got 0",
-        "evaluate.rewards.shapez: 'shapez'",
+        "evaluate.rewards[0]: 'shapez'",
     )
 
 
