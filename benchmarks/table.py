@@ -73,6 +73,8 @@ ROWS = (
     Row("ddpo_step_embedded_cpu_keep_graph", "step", "— with `keep_graph`: times TRL's images per second"),
     Row("ddpo_step_embedded_cpu_keep_graph", "memory", "— with `keep_graph`, its peak memory: share of TRL's"),
     Row("ddpo_step_embedded_cuda", "step", "DDPO, embedded base, GPU: times TRL's images per second"),
+    Row("flow_grpo_step_embedded_cpu", "step", "Flow-GRPO, embedded base, CPU: times its authors' loop", "≥ 1.5"),
+    Row("flow_grpo_step_embedded_cpu", "flops", "— its FLOPs: times fewer"),
     Row("sampling_embedded_cpu", "sampling", "Sampling with soft tokens, embedded base, CPU: times as long", "≤ 1.02"),
     Row("sampling_sd15_cuda", "sampling", "Sampling with soft tokens, SD1.5's size, GPU: times as long", "≤ 1.02"),
     Row("busy_neighbour", "quiet", "Following free cores, quiet machine: times as long as torch by itself", "≤ 1.05"),
