@@ -177,7 +177,7 @@ def main(
     for name in [name for name in PARTS if name in chosen]:
         part = PARTS[name]
         words = [*(part.toy if toy else part.arguments).split(), "--results", str(results)]
-        log, limit = folder / f"{name.replace(' ', '_')}.txt", bound(900 if toy else part.seconds)
+        log, limit = folder / f"{name.replace(' ', '_')}.txt", bound(3000 if toy else part.seconds)
         report(name, *run([sys.executable, str(HERE / part.script), *words], seconds=limit, log=log))
     for name in [name for name in COMMANDS if name in chosen]:
         measure_command(name, folder, results, toy=toy, bound=bound(900))

@@ -66,20 +66,20 @@ parts() {
         local once="--repeats 1 --warmup 1" toy="--toy --device $device --warmup 1 --allocator"
         local agsm="agsm_step.py --size embedded --device $device --images 4"
         [ "$device" = cuda ] && toy="--toy --device $device --warmup 1"
-        echo "agsm 900 $agsm $once"
-        echo "sd3 900 full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $toy"
-        echo "sdxl 900 full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $toy"
-        echo "sd15 900 full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $toy"
-        echo "regional 900 $agsm --compile regional --tag _regional --no-memory" \
+        echo "agsm 3000 $agsm $once"
+        echo "sd3 3000 full_size.py sd3 --terms agsm --terms flow_grpo --terms diffusion_nft $toy"
+        echo "sdxl 3000 full_size.py sdxl --terms agsm --terms ddpo --terms diffusion_nft $toy"
+        echo "sd15 3000 full_size.py sd15 --terms agsm --terms ddpo --terms diffusion_nft $toy"
+        echo "regional 3000 $agsm --compile regional --tag _regional --no-memory" \
             "--half $once"
-        echo "sampling 900 sampling.py --device $device --images 1 --num-steps 2 $once"
-        echo "ddpo 900 ddpo_step.py --device $device --images 2 --num-steps 2 $once"
-        echo "graphs 900 $agsm --compile reduce-overhead --tag _graphs --no-memory" \
+        echo "sampling 3000 sampling.py --device $device --images 1 --num-steps 2 $once"
+        echo "ddpo 3000 ddpo_step.py --device $device --images 2 --num-steps 2 $once"
+        echo "graphs 3000 $agsm --compile reduce-overhead --tag _graphs --no-memory" \
             "$once"
-        echo "negatives 900 $agsm --agsm negatives=1 --tag _negatives_1" \
+        echo "negatives 3000 $agsm --agsm negatives=1 --tag _negatives_1" \
             "--no-memory $once"
-        echo "ceiling 900 ceiling.py --device $device --dtype bfloat16 --repeats 1"
-        echo "newer 900 full_size.py $newer --terms agsm --terms flow_grpo $toy"
+        echo "ceiling 3000 ceiling.py --device $device --dtype bfloat16 --repeats 1"
+        echo "newer 3000 full_size.py $newer --terms agsm --terms flow_grpo $toy"
     fi
 }
 names=" $(parts | cut -d' ' -f1 | tr '\n' ' ')"
