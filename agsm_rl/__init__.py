@@ -45,7 +45,14 @@ if TYPE_CHECKING:
     from agsm_rl.sources.prompts import Prompts
     from agsm_rl.sources.rollouts import Rollouts
     from agsm_rl.sources.step_preferences import StepPreferences
-    from agsm_rl.sources.views import BestAgainstWorst, BestImages, ChosenImages, NonzeroAdvantages
+    from agsm_rl.sources.views import (
+        BestAgainstWorst,
+        BestImages,
+        ChosenImages,
+        ImagesAbove,
+        NonzeroAdvantages,
+        VariedGroups,
+    )
     from agsm_rl.term import Term
     from agsm_rl.trainer import Callback, Trainer
 
@@ -91,7 +98,14 @@ _HOMES = {
     "sources.prompts": ("Prompts",),
     "sources.rollouts": ("Rollouts",),
     "sources.step_preferences": ("StepPreferences",),
-    "sources.views": ("BestAgainstWorst", "BestImages", "ChosenImages", "NonzeroAdvantages"),
+    "sources.views": (
+        "BestAgainstWorst",
+        "BestImages",
+        "ChosenImages",
+        "ImagesAbove",
+        "NonzeroAdvantages",
+        "VariedGroups",
+    ),
     "term": ("Term",),
     "trainer": ("Callback", "Trainer"),
 }
@@ -113,6 +127,7 @@ __all__ = [
     "FlowDPPO",
     "FlowGRPO",
     "GRPOGuard",
+    "ImagesAbove",
     "InPO",
     "LoHa",
     "LoKr",
@@ -137,6 +152,7 @@ __all__ = [
     "Term",
     "Trainer",
     "UserError",
+    "VariedGroups",
     "View",
     "attach",
     "load_backbone",
