@@ -14,7 +14,8 @@ A table:
            the base's; under "" what the base is called, if it is another
     minus: pairs of variants, whose differences are shown below
     tags:  variants whose scores are shown tag by tag
-    gains: rewards; for each, what every variant's seeds gained over the base, with an interval over seeds
+    gains: rewards or scores; for each, what every variant's seeds gained over the base on these very images, with an
+           interval over seeds alone
 """
 
 import re
@@ -201,9 +202,11 @@ def _view(loaded: Loaded, guidance: str) -> GuidanceView:
 
 
 def _gain(evaluation: Any, reward: str) -> float:
-    """How much larger a run's mean reward is than the base's, on the same prompts and noise, at the first guidance."""
-    guidance = evaluation.guidances[0]
-    return float(evaluation.trained[guidance].rewards[reward] - evaluation.base[guidance].rewards[reward])
+    """How much larger a run's mean reward, or score, is than the base's: same prompts and noise, first guidance."""
+    trained, base = (judged[evaluation.guidances[0]] for judged in (evaluation.trained, evaluation.base))
+    if reward in evaluation.scores:
+        return float(evaluation.score(trained, reward) - evaluation.score(base, reward))
+    return float(trained.rewards[reward] - base.rewards[reward])
 
 
 def _with_bounds(by_seed: Sequence[float]) -> str:
