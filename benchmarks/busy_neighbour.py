@@ -5,8 +5,9 @@
 Each side is a process of its own that steps for some seconds when it is its turn. `before` is torch left to itself;
 `passive` and `one thread` are what users can set; `ours` is what `agsm-rl train` does (agsm_rl/threads.py), and its
 time beside a neighbour includes the first seconds, in which it finds out. A neighbour is a Python process that counts.
-Each round is measured on a quiet machine and beside neighbours; `quiet` and `busy` compare ours with `before` when
-quiet. Start it on an otherwise idle machine: `cores_idle_before` in the result says whether it was.
+Each round is measured on a quiet machine, after some uncounted seconds in which threads may come back, and beside
+neighbours; `quiet` and `busy` compare ours with `before` when quiet. Start it on an otherwise idle machine:
+`cores_idle_before` in the result says whether it was.
 """
 
 import contextlib
@@ -37,17 +38,26 @@ SIDES = {
 }
 SETTLING = 0.5
 """Seconds between the start of a neighbour and a turn."""
+UNCOUNTED = 5.0
+"""Seconds of steps before a turn on a quiet machine."""
 
 
 def serve() -> None:
-    """Act as a side: for each number of seconds on stdin, step for that long and answer with the figures."""
+    """Act as a side: for each pair of numbers on stdin, step for that many seconds, and as many that are counted.
+
+    Each is answered with the figures of the counted steps.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr
     source = Pairs("builtin:shapes", 4, num_images=64)
     trainer = Trainer(make_policy("embedded", "cpu"), [Term(AGSM(group_size=4), source, name="agsm")], steps=1)
     for line in sys.stdin:
-        trainer.run_step()  # uncounted: its threads have slept
+        uncounted, counted = map(float, line.split())
+        began = time.perf_counter()
+        trainer.run_step()  # its threads have slept
+        while time.perf_counter() - began < uncounted:
+            trainer.run_step()
         longest, taken, began, began_cpu = 0.0, [], time.perf_counter(), time.process_time()
-        while not taken or time.perf_counter() - began < float(line):
+        while not taken or time.perf_counter() - began < counted:
             started = time.perf_counter()
             trainer.run_step()
             taken.append(time.perf_counter() - started)
@@ -73,9 +83,9 @@ class Side(measure.Worker):
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=rest | environment
         )
 
-    def turn(self, seconds: float) -> dict[str, float]:
-        """Its figures of so many seconds of steps."""
-        return dict(self.ask(str(seconds)))
+    def turn(self, seconds: float, *, uncounted: float = 0.0) -> dict[str, float]:
+        """Its figures of so many seconds of steps, after others that do not count."""
+        return dict(self.ask(f"{uncounted} {seconds}"))
 
 
 @contextlib.contextmanager
@@ -106,7 +116,7 @@ def take_turns(sides: dict[str, Side], count: int, seconds: float, first: int) -
     figures = {}
     for name in names:
         with neighbours(count):
-            figures[name] = sides[name].turn(seconds)
+            figures[name] = sides[name].turn(seconds, uncounted=0.0 if count else UNCOUNTED)
     return figures
 
 
