@@ -157,7 +157,13 @@ def recipe(tiny_checkpoint: Path, tmp_path: Path):
                     "source": {"use": "pairs", "dataset": "builtin:shapes", "num_images": 4, "batch_size": 4},
                 },
             ],
-            "evaluate": {"num_images": 2, "num_steps": 2, "guidance": 2.0, "prompt_suffix": ", sharp"},
+            "evaluate": {
+                "num_images": 2,
+                "num_steps": 2,
+                "guidance": 2.0,
+                "prompt_suffix": ", sharp",
+                "keep_base": False,
+            },
             "sample": {"every": 2, "num_images": 2, "num_steps": 2, "prompts": ["a circle", "a star"]},
             "track": [],
         }
@@ -168,7 +174,7 @@ def recipe(tiny_checkpoint: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_run_learns_and_measures_the_same_and_loads_no_encoder_twice(recipe, tmp_path: Path, caplog) -> None:
-    folders = {keep: train(recipe(keep), tmp_path / keep) for keep in ("load", "cache")}
+    folders = {keep: train(recipe(keep), tmp_path / "runs" / keep) for keep in ("load", "cache")}
     lines = {
         keep: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for keep, folder in folders.items()
