@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -25,21 +23,6 @@ def command(tmp_path, monkeypatch):
     """Run `agsm-rl ...` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def recipe(tiny_checkpoint, tmp_path):
-    pairs = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 4, "num_images": 16}
-    content = {
-        "steps": 2,
-        "backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": "cpu"},
-        "adapters": {"lora": {"use": "lora", "rank": 2, "banks": 2}, "tokens": {"use": "soft_tokens"}},
-        "objectives": [{"use": "agsm", "source": pairs}],
-        "track": [],
-    }
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def assert_told(result, *words):
@@ -211,51 +194,6 @@ def test_quiet_prints_the_run_folder_alone(command, recipe):
 def test_help_has_a_short_name_and_completion_can_be_installed(command):
     assert "Usage: " in command("-h").stdout and "--install-completion" in command("-h").stdout
     assert command("train", "-h").stdout == command("train", "--help").stdout
-
-
-HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "accelerate", "scipy", "numpy")
-
-
-LIGHT = [["--help"], ["list"], ["list", "--json"], ["list", "term"], ["check", "mine.yaml", "--set", "stepz=1"]]
-
-
-MISSPELT = ["objectives.0.use=agsn", "objectives.0.temprature=1", "objectives.0.source.batch_size=many"]
-
-
-def loaded_by(arguments, modules, folder):
-    """Which of the modules `agsm-rl …` loads, started in a process of its own in a folder; and its exit code."""
-    code = "\n".join(
-        [
-            "import sys, agsm_rl.cli.commands",
-            f"try: agsm_rl.cli.commands.app({arguments!r})",
-            f"except SystemExit as end: print(end.code, *sorted(set(sys.modules) & set({modules!r})), file=sys.stderr)",
-        ]
-    )
-    told = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    exit_code, *loaded = told.stderr.strip().splitlines()[-1].split()
-    return int(exit_code), loaded
-
-
-@pytest.mark.parametrize("arguments", [*LIGHT, ["train", "gone.yaml"], ["sweep", "mine.yaml"], ["init", "-h"]])
-def test_listing_names_and_refusing_a_misspelt_key_load_no_heavy_library(recipe, tmp_path, arguments):
-    assert loaded_by(arguments, HEAVY, tmp_path)[1] == []
-
-
-@pytest.mark.parametrize("mistake", MISSPELT)
-def test_a_mistake_within_a_block_is_refused_before_torch_is_loaded(recipe, tmp_path, mistake):
-    assert loaded_by(["check", "mine.yaml", "--set", mistake], HEAVY, tmp_path) == (2, [])
-
-
-def test_a_missing_base_is_refused_before_diffusers_is_loaded(recipe, tmp_path):
-    arguments = ["check", "mine.yaml", "--set", "backbone.checkpoint=./gone"]
-    assert loaded_by(arguments, ("diffusers", "transformers", "peft"), tmp_path) == (2, [])
-
-
-UNUSED = ("skimage", "statsmodels", "agsm_rl.backbones.flux_2", "diffusers.pipelines.flux2", "ray")
-
-
-def test_check_loads_nothing_that_its_recipe_does_not_use(recipe, tmp_path):
-    assert loaded_by(["check", "mine.yaml"], UNUSED, tmp_path) == (0, [])
 
 
 def test_check_proposes_what_fits(command, recipe):
