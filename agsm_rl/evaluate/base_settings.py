@@ -165,7 +165,7 @@ def _texts(options: Any) -> Iterator[str]:
 
 
 def _device(device: torch.device) -> list[str]:
-    """The kind of device: of a GPU its model, of a CPU what it can compute with, and on how many threads."""
+    """The kind of device: of a GPU its model, of a CPU what it can compute with."""
     if device.type == "cuda":
         return [device.type, torch.cuda.get_device_name(device)]
     if device.type == "cpu":

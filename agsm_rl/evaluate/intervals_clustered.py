@@ -98,10 +98,9 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Means:
-    """Several quantities' means: by seed [K, S], by group and seed [K, S, G], and their clustered estimates."""
+    """Several quantities' means: by seed [K, S], and their clustered estimates, overall and by group."""
 
     by_seed: Figures
-    groups_by_seed: Figures
     overall: list[Clustered]
     groups: list[list[Clustered]]
 
@@ -132,7 +131,7 @@ def clustered_means(values: Figures, clusters: Clusters) -> Means:
     share = len(members) ** 2
     overall = _estimates(means.mean(axis=1), overall_seeds, between / share, both / share, degrees, count)
     by_quantity = [list(parts) for parts in zip(*groups, strict=True)]
-    return Means(by_group.mean(axis=2), by_group, overall, by_quantity)
+    return Means(by_group.mean(axis=2), overall, by_quantity)
 
 
 def _estimates(

@@ -66,11 +66,6 @@ def header_of(file: Path) -> Header:
     return Header(title, said.get("Hardware", ""), "" if together else said.get("Time", ""), result)
 
 
-def title_of(file: Path) -> str:
-    """The first sentence of the comment at the top of a recipe or sweep."""
-    return header_of(file).title
-
-
 def _shipped() -> dict[str, Path]:
     spec = find_spec("agsm_rl_recipes")
     # In a clone that is not installed, the recipes are beside the package.
