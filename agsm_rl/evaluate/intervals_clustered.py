@@ -12,7 +12,8 @@ and the interval is Student's t with Satterthwaite's degrees of freedom, Var² /
 Bulletin 1946; Searle, Casella and McCulloch, Variance Components, chapter 4). V_seeds and V_requirements are what the
 two one-way cluster sandwiches of statsmodels give (a test holds them to it). Its two-way sandwich (Cameron, Gelbach and
 Miller, J. Business & Economic Statistics 2011) is not used: it is too small for few seeds, and has no degrees of
-freedom but the smaller number of clusters, which covers 99 to 100 %. `benchmarks/coverage.py` simulates what is used.
+freedom but the smaller number of clusters, which covers 99 to 100 %.
+`benchmarks/interval_coverage.py` simulates what is used.
 """
 
 from collections.abc import Hashable, Sequence
