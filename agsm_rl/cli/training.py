@@ -165,13 +165,9 @@ def sweep(
 ) -> None:
     """Run a recipe over axes and seeds; run again, it continues. Exit code 1 if a cell failed."""
     from agsm_rl.recipe.shipped import recipe_path
-    from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
     from agsm_rl.sweep.spec import read_sweep
 
-    path = recipe_path(sweep_file)
-    data = read_yaml(path, "sweep")
-    apply_overrides(data, overrides or [])
-    read_sweep(data, where=str(path))  # here too: a mistake in the file is reported before torch is loaded
+    read_sweep(recipe_path(sweep_file), overrides or [])  # so that its mistakes are reported before torch is loaded
     from agsm_rl.sweep.executors import open_executor
     from agsm_rl.sweep.plan import make_plan
     from agsm_rl.sweep.run import run_sweep

@@ -21,7 +21,7 @@ from agsm_rl.recipe.resolve import complete_evaluation
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.shipped import PREFIX, recipe_path
 from agsm_rl.recipe.suites import MadeSuite, find_score, make_suites
-from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, remove_value, set_value, split_path
+from agsm_rl.recipe.yaml_file import read_yaml, remove_value, set_value, split_path
 from agsm_rl.run.folder import seed_suffix
 from agsm_rl.sweep.budget import MAX_STEPS, steps_for
 from agsm_rl.sweep.spec import SWEEP_KEYS, Axis, Sweep, read_evaluations, read_sweep, stem, unknown_variant
@@ -114,9 +114,7 @@ def make_plan(
     Without `folder`, a sweep.yaml inside a sweep's folder keeps that folder; any other file gets runs/<name>.
     """
     path = recipe_path(given)
-    data = read_yaml(path, "sweep")
-    apply_overrides(data, overrides)
-    sweep, axes = read_sweep(data, where=str(path))
+    sweep, axes = read_sweep(path, overrides)
     base = _base_recipe(sweep, path)
     evaluations = read_evaluations(_evaluate_block(sweep, base, where=str(path)), where=str(path))
     parts = Parts(where=str(path), allow_imports=allow_imports)

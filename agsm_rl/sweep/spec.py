@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.values import Name
+from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
 
 VALUES = (str, int, float, bool, type(None))
 MAX_CELLS = 10_000
@@ -108,8 +110,10 @@ class Sweep(Section):
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
 
-def read_sweep(data: dict[str, Any], *, where: str) -> tuple[Sweep, list[Axis]]:
-    """The sweep in a file's data, and its axes; a UserError names the first mistake and its place."""
+def read_sweep(path: Path, overrides: Iterable[str] = ()) -> tuple[Sweep, list[Axis]]:
+    """The sweep in a file, and its axes; a UserError names the first mistake and its place. Torch is not loaded."""
+    where, data = str(path), read_yaml(path, "sweep")
+    apply_overrides(data, overrides)
     if "objectives" in data and "recipe" not in data:
         raise UserError(
             f"{where}: is a recipe (it has `objectives`), not a sweep; run it with `agsm-rl train {where}`."
