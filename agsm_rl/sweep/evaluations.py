@@ -112,12 +112,11 @@ class CellEvaluations:
 
     def _made(self, options: Evaluate, entry: Entry, guidance: float, *, adapted: bool) -> Measured:
         """A measurement that the sweep has not; the base's may be in the cache that runs share."""
-        if adapted:
-            return self._measure(options, entry, guidance, adapted=True)
-        measure = partial(self._measure, options, entry, guidance, adapted=False)
-        return self._kept_base.measured(
-            self._model(adapted=False), entry, self._sized(options, entry, guidance), guidance, measure
-        )
+        backbone = self._model(adapted=adapted)
+        size = self._batch_sizes.choose(options, backbone, entry, guidance)
+        options = options.model_copy(update={"batch_size": size})
+        measure = partial(self._measure, options, entry, guidance, adapted=adapted)
+        return measure() if adapted else self._kept_base.measured(backbone, entry, options, guidance, measure)
 
     def _measured_by_earlier_version(
         self, file: Path, now: dict[str, Any], entry: Entry, guidance: float, *, adapted: bool
@@ -152,12 +151,7 @@ class CellEvaluations:
             drawn_as(adapters, options, where=f"{self.folder.recipe}: evaluate."),
             progress(what, total=entry.made.suite.num_images) as advance,
         ):
-            return measure(backbone, entry, self._sized(options, entry, guidance), guidance, advance=advance)
-
-    def _sized(self, options: Evaluate, entry: Entry, guidance: float) -> Evaluate:
-        """The evaluation with the number of images that are drawn at once."""
-        size = self._batch_sizes.choose(options, self._backbone, entry, guidance)
-        return options.model_copy(update={"batch_size": size})
+            return measure(backbone, entry, options, guidance, advance=advance)
 
     def _model(self, *, adapted: bool) -> Any:
         """The backbone with or without the run's adapters; it is loaded when it is first needed."""
