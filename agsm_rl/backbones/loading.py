@@ -21,6 +21,7 @@ from torch import nn
 from agsm_rl.backbones import kinds
 from agsm_rl.backbones.checkpoint_names import ALLOWED as ALLOWED
 from agsm_rl.backbones.checkpoint_names import BUILTINS as BUILTINS
+from agsm_rl.backbones.checkpoint_names import DENOISER
 from agsm_rl.backbones.checkpoint_names import find_checkpoint as find_checkpoint
 from agsm_rl.backbones.declaration import Declaration
 from agsm_rl.backbones.empty_models import on_meta
@@ -41,8 +42,6 @@ from agsm_rl.backbones.quantized_layers import stored_tensors
 from agsm_rl.errors import UserError
 from agsm_rl.files import cache_where_unreachable, hub_is_forbidden
 
-DENOISER = "model.diffusion_model."
-"""What the names of a denoiser's tensors begin with in most single files."""
 _PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 """Errors that say what is wrong already, or that have nothing to do with what a file holds."""
 
@@ -205,16 +204,6 @@ def _use_prediction_type(pipeline: Any, names: list[str]) -> None:
         marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if marks:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **marks)
-
-
-def is_single_file(path: Path) -> bool:
-    """Whether this is a readable .safetensors file that holds a pipeline in the original layout; by its names alone."""
-    if not path.is_file():
-        return False
-    try:
-        return any(name.startswith(DENOISER) for name in _tensor_names(path, str(path)))
-    except UserError:
-        return False
 
 
 def _kind_of_file(file: Path, where: str) -> str:

@@ -26,13 +26,12 @@ from agsm_rl.evaluate.measured import Entry
 from agsm_rl.files import local_path
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.places import PLACES
 from agsm_rl.recipe.rewards import in_evaluation
 from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block, Evaluate, SuiteBlock
 
 FORMAT = 1
 """Raise it when the same settings come to mean other figures."""
-IN_IDENTITY = frozenset({"checkpoint", "unet", "transformer", "lora", "config"})
-"""Options of a backbone that say where its weights come from: the weights themselves are digested."""
 WITHOUT_EFFECT = frozenset({"device", "gradient_checkpointing"})
 """Options of a backbone that do not change the images it draws; nor does `local_files_only`."""
 OUR_ROOMS = ("backbones", "editing", "evaluate", "shapes", "training")
@@ -61,7 +60,7 @@ def base_settings(
     `base` identifies the base, and `block` is its in the recipe.
     """
     suite = options.blocks[entry.name]
-    left_out = IN_IDENTITY | WITHOUT_EFFECT | {"local_files_only"}
+    left_out = WITHOUT_EFFECT | {*PLACES, "local_files_only"}  # the weights themselves are digested
     prompts = {str(number): dict(row) for number, row in entry.made.suite.prompts().items()}
     settings = {
         "format": FORMAT,

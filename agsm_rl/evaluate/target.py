@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from agsm_rl.adapters.tensor_files import read_safetensors
-from agsm_rl.backbones.loading import ALLOWED, is_single_file
+from agsm_rl.backbones.checkpoint_names import ALLOWED, is_single_file
 from agsm_rl.errors import UserError
 from agsm_rl.export.attach import BASE_OPTIONS, Handle, attach_to_backbone, find_exports, read_export
 from agsm_rl.files import check_contained, local_or_hub, local_path, parse_json

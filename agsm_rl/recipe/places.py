@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agsm_rl.backbones.checkpoint_names import find_checkpoint
+from agsm_rl.backbones.checkpoint_names import ALLOWED, find_checkpoint, is_single_file
 from agsm_rl.errors import MistakesSoFar, UserError
 from agsm_rl.export.exported_files import find_exports
-from agsm_rl.files import local_or_hub
+from agsm_rl.files import local_or_hub, local_path
 from agsm_rl.recipe.recipe import Recipe
 
-PLACES = ("checkpoint", "unet", "transformer", "lora", "config")
-"""Options of backbones that name a file, a folder or a repository on the hub."""
+REPLACING = ("unet", "transformer", "lora", "config")
+"""Options of backbones that change what a checkpoint is; each names a file, a folder or a repository on the hub."""
+PLACES = ("checkpoint", *REPLACING)
+"""All options of backbones that do."""
 
 
 def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
@@ -33,11 +35,43 @@ def check_places(recipe: Recipe, *, fresh: bool = True) -> None:
             find_exports(Path(recipe.start_from))
     for index, term in enumerate(recipe.objectives):
         if isinstance(term.options.get("teacher"), str):
-            from agsm_rl.recipe.teachers import check_teacher  # loads diffusers
-
             with mistakes.collected():
-                check_teacher(recipe, term.options["teacher"], f"objectives[{index}].teacher")
+                _check_teacher(recipe, term.options["teacher"], f"objectives[{index}].teacher")
     mistakes.raise_any()
+
+
+def _check_teacher(recipe: Recipe, teacher: str, place: str) -> None:
+    """UserError for a teacher that is not there, or that would teach nothing; no hub is asked."""
+    if not is_checkpoint(teacher, where=recipe.parts.at(place)):
+        with located(recipe.parts.at(place)):
+            find_exports(Path(teacher))
+        return
+    options = recipe.backbone.options
+    if "checkpoint" not in options:
+        raise recipe.parts.refuse(
+            place, f"'{teacher}' is a checkpoint, but the backbone '{recipe.backbone.use}' loads none; give a run"
+        )
+    changed = any(options.get(key) is not None for key in REPLACING)
+    if not changed and _same(teacher, str(options["checkpoint"])):
+        raise recipe.parts.refuse(
+            place, f"'{teacher}' is this run's own base; leave it out, and the teacher is the base at no cost in memory"
+        )
+
+
+def is_checkpoint(teacher: str, *, where: str) -> bool:
+    """Whether a teacher is a checkpoint, and not a run or exported adapters; UserError if it is none of them."""
+    if teacher.startswith("builtin:"):
+        find_checkpoint(teacher, where)
+        return True
+    path = local_path(teacher)
+    if path.exists():
+        return is_single_file(path) or (path / "model_index.json").is_file()
+    local_or_hub(teacher, where=f"{where}:", allowed=f"a run folder, exported adapters, or a checkpoint: {ALLOWED}")
+    return True
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "accelerate", "scipy", "numpy")
 LIGHT = [["--help"], ["list"], ["list", "--json"], ["list", "term"], ["check", "mine.yaml", "--set", "stepz=1"]]
 MISSPELT = ["objectives.0.use=agsn", "objectives.0.temprature=1", "objectives.0.source.batch_size=many"]
+DISTILLING = "use: opd, teacher: ./gone, source: {use: rollouts, prompts: builtin:shapes-prompts}"
 UNUSED = ("skimage", "statsmodels", "agsm_rl.backbones.flux_2", "diffusers.pipelines.flux2", "ray")
 
 
@@ -35,8 +36,9 @@ def test_a_mistake_within_a_block_is_refused_before_torch_is_loaded(recipe, tmp_
     assert loaded_by(["check", "mine.yaml", "--set", mistake], HEAVY, tmp_path) == (2, [])
 
 
-def test_a_missing_base_is_refused_before_diffusers_is_loaded(recipe, tmp_path):
-    arguments = ["check", "mine.yaml", "--set", "backbone.checkpoint=./gone"]
+@pytest.mark.parametrize("missing", ["backbone.checkpoint=./gone", f"objectives=[{{{DISTILLING}}}]"])
+def test_a_missing_base_or_teacher_is_refused_before_diffusers_is_loaded(recipe, tmp_path, missing):
+    arguments = ["check", "mine.yaml", "--set", missing]
     assert loaded_by(arguments, ("diffusers", "transformers", "peft"), tmp_path) == (2, [])
 
 
