@@ -3,6 +3,7 @@
 import json
 import shutil
 from io import StringIO
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from sweep_parts import EVALUATE
 
 from agsm_rl.errors import UserError
+from agsm_rl.evaluate.batch_size import BatchSizes
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.report.load import load
 from agsm_rl.run.folder import RunFolder
 from agsm_rl.run.records import MetricsFile
+from agsm_rl.sources.cache_folder import cache_folder
+from agsm_rl.sweep import evaluations
 from agsm_rl.sweep.cell import TimeLimit
 
 RUN = Path("runs/mine")
@@ -99,6 +103,20 @@ def test_the_base_is_measured_once_for_all_cells_with_the_same_settings(sweep, m
     assert measured == [("validation", True)]  # the base's figures come from the cache
     assert json.loads((another / "sweep.json").read_text())["base"] == summary()["base"][:1]
     assert len([*another.glob("base/*/*.png")]) == 6  # and are in the sweep's own folder too
+
+
+def test_the_base_s_figures_are_kept_under_the_batch_size_that_it_was_drawn_with(sweep, monkeypatch):
+    sizes, drawn, measure = count(1), [], evaluations.measure
+    monkeypatch.setattr(BatchSizes, "choose", lambda *_: next(sizes))  # as a GPU's free memory changes
+
+    def noting(backbone, entry, options, guidance, **more):
+        drawn.append(options.batch_size)
+        return measure(backbone, entry, options, guidance, **more)
+
+    monkeypatch.setattr(evaluations, "measure", noting)
+    sweep(evaluate=EVALUATE[:1])
+    (file,) = cache_folder().glob("figures-*/shapes-*.json")
+    assert json.loads(file.read_text())["settings"]["batch_size"] == drawn[1]  # after the trained model
 
 
 def test_cells_with_another_base_measure_that_base(sweep, measured, recipe, tiny_checkpoint, tmp_path):
