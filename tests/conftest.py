@@ -23,7 +23,7 @@ from agsm_rl.sources.step_preferences import StepPreferences
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_cache_of_the_user_s(tmp_path_factory: pytest.TempPathFactory):
+def session_cache(tmp_path_factory: pytest.TempPathFactory):
     """What runs keep between them stays out of the user's cache, also what fixtures of a module train."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGSM_RL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -31,7 +31,7 @@ def no_cache_of_the_user_s(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def cache_of_its_own(no_cache_of_the_user_s, tmp_path_factory: pytest.TempPathFactory, request, monkeypatch):
+def cache_of_its_own(session_cache, tmp_path_factory: pytest.TempPathFactory, request, monkeypatch):
     """No test reads what another one has kept."""
     monkeypatch.setenv("AGSM_RL_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{id(request.node)}"))
 
