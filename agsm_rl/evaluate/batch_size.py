@@ -30,7 +30,7 @@ class BatchSizes:
 
     def __init__(self, block: Block, parts: Parts) -> None:
         self.block, self.parts = block, parts
-        self._bytes: dict[tuple[Resolution, bool], float] = {}
+        self._bytes: dict[tuple[Resolution, bool], float | None] = {}
 
     def choose(
         self,
@@ -64,11 +64,12 @@ class BatchSizes:
         if key not in self._bytes:
             from agsm_rl.doctor.memory.drawing import bytes_of_one
 
+            each = None
             try:
-                self._bytes[key] = bytes_of_one(self.block, self.parts, resolution, guidance)
+                each = bytes_of_one(self.block, self.parts, resolution, guidance)
             except Exception as error:  # noqa: BLE001 - other people's parts may fail in any way without data
                 log.warning("evaluate.batch_size: %d, because memory cannot be predicted (%s)", UNKNOWN_BATCH, error)
-                return None
+            self._bytes[key] = each
         return self._bytes[key]
 
 

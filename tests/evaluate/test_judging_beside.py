@@ -115,6 +115,14 @@ def test_on_a_cpu_the_batch_is_the_given_or_the_usual_one():
     assert choose() == UNKNOWN_BATCH and choose(batch_size=3) == 3
 
 
+def test_where_memory_cannot_be_predicted_the_usual_batch_is_taken_and_said_once(caplog):
+    parts, options = Parts(where="test"), Evaluate()
+    sizes = BatchSizes(Block.model_validate({"use": "without_a_device"}), parts)
+    backbone, (entry,) = SimpleNamespace(device=torch.device("cuda"), resolution=64), entries_of(options, parts)
+    assert [sizes.choose(options, backbone, entry, 1.0) for _ in range(2)] == [UNKNOWN_BATCH] * 2
+    assert caplog.text.count("memory cannot be predicted") == 1
+
+
 def test_each_picture_s_memory_grows_with_its_size_and_with_guidance(tiny_checkpoint):
     block = Block.model_validate({"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint), "device": None})
     parts = Parts(where="test")
