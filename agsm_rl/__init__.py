@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-# No more than that, which Python has loaded by itself, is imported here: under `python -m agsm_rl` the current folder,
-# which may be a stranger's, is still on the path, and a `typing.py` in it would run. `__main__` takes it off.
+# Nothing is imported here but what Python loads by itself: under `python -m agsm_rl` the current folder, which may be a
+# stranger's, is still on the path, and a `typing.py` in it would run. `__main__` takes it off.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
