@@ -157,6 +157,16 @@ def available(kind: str) -> dict[str, Entry]:
     return dict(sorted(entries.items()))
 
 
+def entry_of(kind: str, name: str, *, where: str) -> Entry:
+    """What is registered under a name, not imported yet; UserError, which names `where`, if nothing is."""
+    entries = available(kind)
+    if name not in entries and (kind, name) in OUT_OF_SCOPE:
+        raise UserError(f"{where}: '{name}' {OUT_OF_SCOPE[kind, name]}")
+    if name not in entries:
+        raise unknown_name(where, name, NOUNS[kind], entries)
+    return entries[name]
+
+
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """The entry points of a group; looked up once for each `sys.path`, since it takes all packages' metadata."""
@@ -172,12 +182,7 @@ def load(kind: str, name: str, *, where: str, allow_imports: Collection[str] = (
         _check_allowed(name, where=where, allow_imports=allow_imports)
         _add_working_folder()
         return _import(name, where=where, source=f"--allow-import {name.partition(':')[0]}")
-    entries = available(kind)
-    if name not in entries and (kind, name) in OUT_OF_SCOPE:
-        raise UserError(f"{where}: '{name}' {OUT_OF_SCOPE[kind, name]}")
-    if name not in entries:
-        raise unknown_name(where, name, NOUNS[kind], entries)
-    entry = entries[name]
+    entry = entry_of(kind, name, where=where)
     return _import(entry.target, where=where, source=f"the package {entry.package}")
 
 

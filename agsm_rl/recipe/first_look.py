@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from agsm_rl import registry
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import BESIDE, RewardOptions, mistakes_in
 from agsm_rl.recipe.schema import SuiteBlock, TermBlock
 from agsm_rl.recipe.signatures import model_in_source
@@ -74,14 +74,10 @@ def _mistakes(kind: str, place: str, block: Mapping[str, Any], keys: set[str], w
     is_key = kind == "rewards" and place.endswith((f".{use}", "]"))
     named_at = f"{where}: {place}" + ("" if is_key else ".use")
     try:
-        entries = registry.available(kind)
-        if use not in entries and (kind, use) in registry.OUT_OF_SCOPE:
-            raise UserError(f"{named_at}: '{use}' {registry.OUT_OF_SCOPE[kind, use]}")
-        if use not in entries:
-            raise unknown_name(named_at, use, registry.NOUNS[kind], entries)
+        entry = registry.entry_of(kind, use, where=named_at)
     except UserError as error:
         return [str(error)]
-    model = model_in_source(entries[use].target)
+    model = model_in_source(entry.target)
     if model is None:
         return []
     # A weight in an evaluation has no effect, which `in_evaluation` says.
