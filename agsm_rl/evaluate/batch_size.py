@@ -15,6 +15,7 @@ from agsm_rl.evaluate.measured import Entry
 from agsm_rl.interfaces import Backbone
 from agsm_rl.recipe.parts import Parts
 from agsm_rl.recipe.schema import UNKNOWN_BATCH, Block, Evaluate
+from agsm_rl.training.free_memory import free_memory
 from agsm_rl.training.processes import Processes
 from agsm_rl.training.sizes import Resolution
 
@@ -53,10 +54,7 @@ class BatchSizes:
 
     def _fitting(self, device: torch.device, resolution: Resolution, guidance: float) -> int:
         each = self._bytes_of_one(resolution, guidance)
-        if each is None:
-            return UNKNOWN_BATCH
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return fitting(each, torch.cuda.mem_get_info(device)[0] + held)
+        return UNKNOWN_BATCH if each is None else fitting(each, free_memory(device))
 
     def _bytes_of_one(self, resolution: Resolution, guidance: float) -> float | None:
         """What each further picture takes; None where it cannot be predicted."""

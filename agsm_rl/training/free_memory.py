@@ -1,4 +1,4 @@
-"""How much memory a device has free now: to hold what would otherwise be computed again."""
+"""How much memory a device has free now: to keep what would otherwise be computed again, or draw more at once."""
 
 import os
 from pathlib import Path
