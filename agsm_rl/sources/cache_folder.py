@@ -1,4 +1,4 @@
-"""Where encodings and unpacked archives are kept between runs."""
+"""Where encodings, unpacked archives and figures of bases are kept between runs."""
 
 import os
 from pathlib import Path
