@@ -1,6 +1,6 @@
 """Our Flow-GRPO against one with its authors' cost model (published_flow_grpo.py): images sampled and trained a second.
 
-    python benchmarks/flow_grpo_step.py [--device cpu]
+    python benchmarks/flow_grpo_step.py
 
 Both learn the same LoRA on the embedded SD3 base, as the authors' configurations do it: 10 steps, guidance 4.5, all but
 the last step learned from, KL to the base, no gradient through the unconditional branch. The script first checks that

@@ -1,11 +1,12 @@
-"""All goals on this CPU in one call: every measurement that has a goal, the main job and `check`, then the table.
+"""The goals on this CPU in one call: every measurement that has one, the main job and `check`, then the table.
 
     python benchmarks/goals.py [--budget 720] [--only check --only stack] [--toy]
 
 Each part is a process of its own with a bound; the parts together stay within the budget. The main job comes last and
 may take ten minutes in any case, so that it has a figure even if it misses its goal. Within a part, ours and the other
 side take turns. Results are written as the parts end, so that a cut leaves what was done. Keep the machine quiet.
-`--toy` runs every part as small as it can be, which measures nothing.
+busy_neighbour.py is not among them: it needs minutes of a machine that is otherwise idle. `--toy` runs every part as
+small as it can be, which measures nothing.
 """
 
 import os
