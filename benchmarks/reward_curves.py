@@ -9,9 +9,11 @@ a panel of its own, with the others in grey.
 """
 
 import json
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -19,12 +21,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 WINDOW = 16
 """Draws averaged in each point of the line."""
 IMAGES_PER_DRAW, UPDATES = 64, 2
 """As in the embedded recipes: `num_prompts` x `images_per_prompt`, and the steps that learn from each draw."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLOURS, GREY, COLUMNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), "#d1d5db", 3
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def rewards_of(run: Path) -> np.ndarray:
@@ -34,13 +39,45 @@ def rewards_of(run: Path) -> np.ndarray:
     return np.array([row[name] for row in rows if name in row])[::UPDATES]
 
 
-def curve_of(runs: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def curve_of(runs: Sequence[Path]) -> Curve:
     """Images drawn, mean reward and the half width of its interval, a number for each place of the window."""
-    drawn = [rewards_of(run) for run in runs]
-    drawn = np.array([one[: min(map(len, drawn))] for one in drawn])  # seeds x draws
-    windows = np.lib.stride_tricks.sliding_window_view(drawn, WINDOW, axis=1)  # seeds x places x WINDOW
+    rewards = [rewards_of(run) for run in runs]
+    by_seed = np.array([of_run[: min(map(len, rewards))] for of_run in rewards])  # seeds x draws
+    windows = np.lib.stride_tricks.sliding_window_view(by_seed, WINDOW, axis=1)  # seeds x places x WINDOW
     spread = np.sqrt(windows.var(axis=2, ddof=1).mean(axis=0) / (WINDOW * len(runs)))
     return IMAGES_PER_DRAW * (np.arange(windows.shape[1]) + WINDOW), windows.mean(axis=(0, 2)), 1.96 * spread
+
+
+def plot(axes: Axes, curve: Curve, colour: str, label: str = "") -> None:
+    """A line with its interval."""
+    images, means, spread = curve
+    axes.plot(images, means, color=colour, label=label)
+    axes.fill_between(images, means - spread, means + spread, color=colour, alpha=0.15)
+
+
+def plot_together(curves: Mapping[str, Curve]) -> Figure:
+    """All lines in one panel, with a legend."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
+        plot(axes, curve, colour, name)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_apart(curves: Mapping[str, Curve]) -> Figure:
+    """A panel for each line, with the others in grey."""
+    rows = math.ceil(len(curves) / COLUMNS)
+    options = {"figsize": (9, 2.1 * rows), "layout": "constrained", "sharex": True, "sharey": True}
+    figure, panels = plt.subplots(rows, COLUMNS, **options)
+    for axes, name in zip_longest(panels.flat, curves):
+        if name is None:
+            axes.axis("off")
+            continue
+        for images, means, _ in (curve for other, curve in curves.items() if other != name):
+            axes.plot(images, means, color=GREY, linewidth=0.8)
+        plot(axes, curves[name], COLOURS[0])
+        axes.set_title(name, fontsize=9, loc="left")
+    return figure
 
 
 def main(out: str, *runs: str) -> None:
@@ -49,29 +86,9 @@ def main(out: str, *runs: str) -> None:
     for run in map(Path, runs):
         variants.setdefault(re.sub(r"-seed\d+$", "", run.name), []).append(run)
     curves = {name.replace("_", " "): curve_of(several) for name, several in variants.items()}
-    apart = len(curves) > len(COLOURS)
-    columns = 3 if apart else 1
-    rows = -(-len(curves) // columns) if apart else 1
-    size = (9, 2.1 * rows) if apart else (7, 3.6)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
-    )
-    for place, (name, (images, means, spread)) in enumerate(curves.items()):
-        axes = panels.flat[place if apart else 0]
-        colour = COLOURS[0] if apart else COLOURS[place]
-        for other, (x, y, _) in curves.items() if apart else ():
-            if other != name:
-                axes.plot(x, y, color="#d1d5db", linewidth=0.8)
-        axes.plot(images, means, color=colour, label=name)
-        axes.fill_between(images, means - spread, means + spread, color=colour, alpha=0.15)
-        if apart:
-            axes.set_title(name, fontsize=9, loc="left")
-    for unused in panels.flat[len(curves) if apart else 1 :]:
-        unused.axis("off")
-    for axes in panels.flat:
+    figure = plot_together(curves) if len(curves) <= len(COLOURS) else plot_apart(curves)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    if not apart:
-        panels[0, 0].legend(frameon=False)
     figure.supxlabel("images sampled", fontsize=9)
     figure.supylabel(f"mean reward, last {WINDOW} draws", fontsize=9)
     figure.savefig(out, dpi=130)
