@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,10 @@ def _fits(part: Part, costs: dict[str, Any], gpu: str) -> bool:
     return gib(part, costs) * 2**30 * 1.15 <= GPUS[gpu].memory * 1e9
 
 
-def count(models: Collection[str] = tuple(MODELS)) -> dict[str, Any]:
-    """The figures of these models, from the configurations."""
+def count() -> dict[str, Any]:
+    """The figures of all models and recipes, from the configurations."""
     costs: dict[str, Any] = {"models": {}, "recipes": {}}
-    for name in models:
+    for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             pipeline, checkpoint = full_size(name, Path(folder) / name)
             costs["models"][name] = _flops_of_model(name, pipeline)
@@ -139,7 +139,7 @@ def full_size(name: str, folder: Path) -> tuple[Any, Path]:
     return pipeline, write_folder(pipeline, folder)
 
 
-def predicted(recipe: str, checkpoint: Path, folder: Path, sets: Collection[str] = ()) -> dict[str, Any]:
+def predicted(recipe: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Memory, rows per step and images drawn of a recipe's run, on a checkpoint of configurations alone.
 
     Every option of the recipe is checked on the way, as `agsm-rl check` does; only where the data and the denoiser come
@@ -153,7 +153,7 @@ def predicted(recipe: str, checkpoint: Path, folder: Path, sets: Collection[str]
     changed = [f"backbone.checkpoint={checkpoint}", "backbone.device=cpu", "track=[]"]
     changed += ["objectives.0.source.dataset=builtin:shapes", "objectives.0.source.num_images=4"]
     changed += [f"evaluate.suites.coco.prompts={prompts}", "evaluate.suites.coco.rewards={brightness: {}}"]
-    changed += ["checkpoint.best=null", *([f"backbone.unet={checkpoint}"] if "_then_" in recipe else []), *sets]
+    changed += ["checkpoint.best=null", *([f"backbone.unet={checkpoint}"] if "_then_" in recipe else [])]
     read = Recipe.from_yaml(HERE / f"{recipe}.yaml", changed)
     trainer, prediction = predict(read)
     if isinstance(prediction, str):
@@ -184,37 +184,34 @@ def _flops(run: Callable[[], Any]) -> float:
 
 
 def _flops_of_model(name: str, pipeline: Any) -> dict[str, Any]:
-    """One row through the denoiser forward, and backward to its text; one image through the VAE; one prompt."""
+    """What an image costs at 512 px and as it is drawn, by resolution, and `text`, what one prompt costs."""
+    import torch
+
+    with torch.device("meta"):
+        sizes = {str(side): _flops_of_image(name, pipeline, side) for side in sorted({512, MODELS[name].resolution})}
+        with torch.no_grad():
+            return sizes | {"text": sum(_flops(run) for run in _encoders(name, pipeline))}
+
+
+def _flops_of_image(name: str, pipeline: Any, resolution: int) -> dict[str, float]:
+    """One row through the denoiser forward, and backward to its text; one image through the VAE and back."""
     import torch
 
     denoiser = pipeline.transformer if name == "sd3" else pipeline.unet
     denoiser.requires_grad_(False)
-    found: dict[str, Any] = {}
-    with torch.device("meta"):
-        for resolution in sorted({512, MODELS[name].resolution}):
-            side = resolution // 8
-            channels, width, length = {"sd15": (4, 768, 77), "sdxl": (4, 2048, 77), "sd3": (16, 4096, 77 + 512)}[name]
-            text = torch.empty(1, length + TOKENS, width, requires_grad=True)
-            latents, more = torch.empty(1, channels, side, side), _conditions(name)
-            predictions: list[Any] = []
-
-            def forward(latents: Any = latents, text: Any = text, more: Any = more, kept: Any = predictions) -> None:
-                kept.append(denoiser(latents, torch.empty(1), text, return_dict=False, **more)[0])
-
-            def forward_of_sd3(latents: Any = latents, text: Any = text, more: Any = more, kept: Any = predictions):
-                given = {"encoder_hidden_states": text, "timestep": torch.empty(1), **more}
-                kept.append(denoiser(latents, return_dict=False, **given)[0])
-
-            size = {"forward": _flops(forward_of_sd3 if name == "sd3" else forward)}
-            size["backward"] = _flops(lambda kept=predictions: kept[0].sum().backward())
-            with torch.no_grad():
-                size["decode"] = _flops(lambda latents=latents: pipeline.vae.decode(latents))
-                pixels = torch.empty(1, 3, resolution, resolution)
-                size["encode"] = _flops(lambda pixels=pixels: pipeline.vae.encode(pixels))
-            found[str(resolution)] = size
-        with torch.no_grad():
-            found["text"] = sum(_flops(lambda run=run: run()) for run in _encoders(name, pipeline))
-    return found
+    channels, width, length = {"sd15": (4, 768, 77), "sdxl": (4, 2048, 77), "sd3": (16, 4096, 77 + 512)}[name]
+    latents = torch.empty(1, channels, resolution // 8, resolution // 8)
+    text = torch.empty(1, length + TOKENS, width, requires_grad=True)
+    given = {"timestep": torch.empty(1), "encoder_hidden_states": text, "return_dict": False, **_conditions(name)}
+    predictions: list[torch.Tensor] = []
+    flops = {
+        "forward": _flops(lambda: predictions.append(denoiser(latents, **given)[0])),
+        "backward": _flops(lambda: predictions[0].sum().backward()),
+    }
+    with torch.no_grad():
+        flops["decode"] = _flops(lambda: pipeline.vae.decode(latents))
+        flops["encode"] = _flops(lambda: pipeline.vae.encode(torch.empty(1, 3, resolution, resolution)))
+    return flops
 
 
 def _conditions(name: str) -> dict[str, Any]:

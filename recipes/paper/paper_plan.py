@@ -33,7 +33,7 @@ TOY_REWARDS = {
     "jpeg_incompressibility": "pick_score",
 }
 """Rewards without weights, and whose column each fills in a toy run."""
-NUM_CAPTIONS, NUM_GENEVAL = 5000, 2212
+NUM_CAPTIONS, NUM_GENEVAL, BATCH_SIZE = 5000, 2212, 4
 TOY_IMAGES, TOY_STEPS = 6, 2
 
 
@@ -48,7 +48,6 @@ class Model:
     resolution: int
     dtype: str = "float32"
     backbone: tuple[str, ...] = ()
-    batch_size: int = 4
 
 
 MODELS = {
@@ -273,7 +272,7 @@ def _measuring(arm: Arm, seed: int, place: Place, suite: str) -> Iterator[Part]:
         measured = ["--suite", "rewards", "--rewards", str(place.rewards), "--prompts", str(prompts[suite])]
         measured += ["--prompt-column", "prompt_en"] if suite == "long_prompts" else []
     drawn = ["--guidance", f"{model.guidance:g}", "--num-steps", str(model.num_steps)]
-    drawn += ["--resolution", str(model.resolution), "--dtype", model.dtype, "--batch-size", str(model.batch_size)]
+    drawn += ["--resolution", str(model.resolution), "--dtype", model.dtype, "--batch-size", str(BATCH_SIZE)]
     if place.toy:
         images = TOY_IMAGES
         measured = ["--suite", "shapes", "--any-base"] if suite == "geneval" else measured[:4]

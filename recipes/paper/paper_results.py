@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
 
 from paper_plan import ARMS, HERE, NUM_CAPTIONS, NUM_GENEVAL, SUITES, TABLES, TOY_REWARDS, Place
@@ -167,10 +167,10 @@ def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     values = [score.value for score in scores]
     if len(values) == 1:
         return {"mean": values[0], "low": scores[0].low, "high": scores[0].high}
-    from scipy.stats import t
+    from statsmodels.stats.weightstats import DescrStatsW
 
-    reach = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return {"mean": mean(values), "low": mean(values) - reach, "high": mean(values) + reach}
+    low, high = DescrStatsW(values).tconfint_mean()
+    return {"mean": mean(values), "low": float(low), "high": float(high)}
 
 
 def problems_of(text: str) -> list[str]:
@@ -189,7 +189,7 @@ def problems_of(text: str) -> list[str]:
     for cell in results.cells:
         where = f"{cell.table}, {cell.arm}, {cell.metric}"
         if (cell.table, cell.arm, cell.metric) in seen:
-            problems.append(f"{where}: stands there twice")
+            problems.append(f"{where}: is listed twice")
         seen.add((cell.table, cell.arm, cell.metric))
         problems += [f"{where}: {problem}" for problem in _problems_of_cell(cell, done, toy=results.toy)]
     return problems

@@ -203,7 +203,7 @@ def test_a_whole_file_passes_the_check():
         (lambda file: file["cells"][0]["scores"][0].update(images=50), "50 images; published with 5000"),
         (lambda file: file["cells"][0]["scores"][0].update(low=40.0), "outside its interval"),
         (lambda file: file["commands"].pop(), "seed 1: the command that measured it is missing"),
-        (lambda file: file["cells"].append(file["cells"][0]), "stands there twice"),
+        (lambda file: file["cells"].append(file["cells"][0]), "is listed twice"),
         (lambda file: file["cells"].clear(), "there is no figure"),
     ],
 )
