@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from agsm_rl.backbones.text_cache import text_cache_of
+from agsm_rl.backbones.text_memory import TextMemory
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch
 from agsm_rl.policy import Objective, Policy, Source
@@ -96,6 +97,7 @@ class Trainer:
         self.sources = bind_sources(self.terms, seed, policy.backbone, self.processes)
         self._unread = check_prompts(self.terms, self.sources, policy.backbone, self.processes)
         """Sources whose prompts are not known before they come."""
+        self._texts = TextMemory(policy.backbone)
         with self.accelerator.autocast():  # as in a step
             encode_prompts(self.sources, policy.backbone, self.processes)
 
@@ -133,6 +135,10 @@ class Trainer:
 
     def run_step(self) -> dict[str, float]:
         """One optimiser step over the terms that are due; returns the step's metrics."""
+        with self._texts.in_use():
+            return self._run_step()
+
+    def _run_step(self) -> dict[str, float]:
         batches: dict[int, Batch] = {}
         gradients: dict[str, Gradient] = {}
         metrics: dict[str, float] = {"loss": 0.0}

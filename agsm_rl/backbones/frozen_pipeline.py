@@ -25,7 +25,6 @@ from agsm_rl.backbones.model_index import BadPart
 from agsm_rl.backbones.options import Options, check_device
 from agsm_rl.backbones.quantization import read_quantization
 from agsm_rl.backbones.text_cache import TextCache
-from agsm_rl.backbones.text_memory import TextMemory
 from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
@@ -165,7 +164,6 @@ class FrozenPipeline(Declaration):
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.denoiser, self.adapters, self._attention)
         remember_signatures(self.denoiser)
-        TextMemory(self)
 
     @cached_property
     def _vae(self) -> Any:

@@ -5,14 +5,15 @@ another than before. What is held counts for calls in which a text is rounded al
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agsm_rl.backbones.text_cache import COMPANIES
+from agsm_rl.backbones.text_cache import COMPANIES, text_cache_of
 from agsm_rl.backbones.text_store import LENGTHS
 from agsm_rl.interfaces import Cond
 
@@ -21,7 +22,8 @@ IN_MEMORY = 256 * 2**20
 
 
 class TextMemory:
-    """Replaces `encode_text` of a backbone, on this instance only; `plain` is the backbone's own.
+    """Takes the place of a backbone's `encode_text` while it is in use: for a trainer's steps, between which the text
+    encoders are whose they were.
 
     Nothing is held while an adapter changes the text encoders, for gradients, or where the rows of a text depend on
     how long the others are.
@@ -33,7 +35,21 @@ class TextMemory:
         self._held: OrderedDict[tuple[Any, ...], Cond] = OrderedDict()
         self._bytes = 0
         self._is_padded: bool | None = None
-        backbone.encode_text = self
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block, the backbone encodes texts from memory, unless it has a store of them (text_cache.py)."""
+        if text_cache_of(self._backbone) is not None:
+            yield
+            return
+        before = vars(self._backbone).get("encode_text")  # None: its class's
+        self._backbone.encode_text = self
+        try:
+            yield
+        finally:
+            del self._backbone.encode_text
+            if before is not None:
+                self._backbone.encode_text = before
 
     def __call__(self, prompts: list[str], *, gradients: bool = False) -> Cond:
         """What the backbone's own `encode_text` returns."""
