@@ -60,7 +60,12 @@ PARTS = {
         60,
     ),
     "ddpo": Part("ddpo_step.py", "--repeats 7", "--repeats 1 --images 2 --num-steps 2", 110),
-    "flow_grpo": Part("flow_grpo_step.py", "--repeats 5", "--repeats 1 --prompts 1 --group-size 2 --num-steps 2", 110),
+    "flow_grpo": Part(
+        "flow_grpo_step.py",
+        "--prompts 2 --num-steps 6 --repeats 5",
+        "--repeats 1 --prompts 1 --group-size 2 --num-steps 2",
+        140,
+    ),
     "stack": Part("stack.py", "--repeats 3", "--repeats 1 --warmup 0 --num-prompts 4", 100),
     "sampling": Part("sampling.py", "--repeats 13 --warmup 1", "--repeats 1 --warmup 0 --images 1 --num-steps 2", 80),
 }

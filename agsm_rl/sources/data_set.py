@@ -21,9 +21,10 @@ from agsm_rl.sources.held_latents import HeldLatents
 from agsm_rl.sources.images import Builtins, column_names, open_dataset
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.pictures import read_picture
+from agsm_rl.sources.read_ahead import ReadAhead, pays_off
 from agsm_rl.sources.reading import Reader
 from agsm_rl.sources.rows import Row, Rows, ShuffledRows, StreamedRows, own_share
-from agsm_rl.training.sizes import Size
+from agsm_rl.training.sizes import Size, size_of
 
 Read = TypeVar("Read")
 
@@ -31,7 +32,8 @@ Read = TypeVar("Read")
 class DataSet(Generic[Read]):
     """A source's data set: `open` it, say how its rows are read (`read_by`), then `take` batches.
 
-    num_rows: only the first so many rows, named `rows_option` in messages. UserError for options out of range.
+    num_rows: only the first so many rows, named `rows_option` in messages. mirrors: whether pictures may be mirrored
+    before they are resized. UserError for options out of range.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DataSet(Generic[Read]):
         streaming: bool,
         shuffle_buffer: int,
         cache: Kept | None,
+        mirrors: bool = False,
         buckets: Sequence[int | tuple[int, int]] | str | None = None,
     ) -> None:
         for option, value in {
@@ -57,7 +60,7 @@ class DataSet(Generic[Read]):
                 raise UserError(f"{option}: got {value}, but it must be 1 or more")
         self.name, self.where, self.batch_size = name, f"dataset '{name}'", batch_size
         self.split, self.config, self.num_rows = split, config, num_rows
-        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.streaming, self.shuffle_buffer, self._mirrors = streaming, shuffle_buffer, mirrors
         self.cache, self.buckets = check_cache(cache, streaming=streaming), check_buckets(buckets)
         if self.buckets and streaming:
             raise UserError(
@@ -118,6 +121,7 @@ class DataSet(Generic[Read]):
             self._rows = self._shuffled(image_columns, caption_column, usable)
         self._read = read
         self._reader = Reader(self._rows, read, shard=self._shard, where=self.where)
+        self._ahead = ReadAhead(lambda number: self.found[number])
 
     def _shuffled(self, image_columns: list[str], caption_column: str, usable: list[int] | None) -> ShuffledRows:
         found = self.found
@@ -176,7 +180,18 @@ class DataSet(Generic[Read]):
             self._encodings.open(policy.backbone, policy.adapters.values(), self._shard)
         rows = self._reader.take(self.batch_size, self._own, device=policy.backbone.device, distinct=distinct)
         self.batches += 1
+        self._begin_next(policy.backbone, distinct)
         return rows, torch.arange(self._own.start, self._own.stop)
+
+    def _begin_next(self, backbone: Backbone, distinct: str | None) -> None:
+        """Have the pictures of the next batch read while this one is learned from."""
+        if self._encodings is not None or not isinstance(self._rows, ShuffledRows) or not pays_off(backbone.device):
+            return
+        numbers = self._rows.upcoming(self.batch_size, self._own, distinct=distinct)
+        places = [(number, column) for number in numbers for column in self._image_columns]
+        new = [place for place in places if self.held is None or self.held.get(place) is None]
+        # How a picture is cut to a bucket depends on its own size, and a mirrored one may be rounded otherwise.
+        self._ahead.begin(new, size_of(backbone.resolution) if self.frames is None and not self._mirrors else None)
 
     def picture(self, row: Row, column: str, where: str) -> Image.Image | Tensor:
         """The picture in a row's column, or its kept or held latents."""
@@ -184,7 +199,10 @@ class DataSet(Generic[Read]):
         if self._encodings is not None:
             return self._encodings.latents(number, column)
         held = None if self.held is None else self.held.get((number, column))
-        return read_picture(values[column], where) if held is None else held
+        if held is not None:
+            return held
+        ahead = self._ahead.take((number, column))
+        return read_picture(values[column], where) if ahead is None else ahead
 
     def crop(self, row: Row, column: str, picture: Image.Image | Tensor) -> Crop | None:
         """How the picture in a row's column is cut; None without buckets."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone, Batch, Shard
 from agsm_rl.policy import Policy, Source
+from agsm_rl.sources.fitting_parts import FittingParts
 from agsm_rl.sources.order import Order
 from agsm_rl.sources.prompt_lists import read_prompts
 from agsm_rl.sources.rows import check_divides
@@ -36,6 +37,9 @@ class Draws(Source, Generic[Share]):
     rewards: Sequence[WeightedReward]
     num_prompts: int
     updates: int
+    sample_batch_size: int
+    drawn_at_once: int = 1
+    """Images that each row draws together, which cannot be drawn one by one."""
     resolution: Resolution | None = None
     """The size of what is drawn; None: the backbone's."""
 
@@ -49,6 +53,7 @@ class Draws(Source, Generic[Share]):
         self._order = Order(len(self._prompts), seed, name)
         self._name, self._seed, self._shard = name, seed, shard
         self._draws, self._pending = 0, deque[Share]()
+        self._parts = FittingParts(self.sample_batch_size, name=name, images=self.drawn_at_once)
         self._metrics: dict[str, float] = {}
 
     def fit_to(self, backbone: Backbone) -> None:
@@ -88,6 +93,7 @@ class Draws(Source, Generic[Share]):
             "processes": self._shard.count,
             "pending": [{item.name: getattr(batch, item.name) for item in fields(batch)} for batch in self._pending],
             "metrics": dict(self._metrics),
+            "sample_batch_size": self._parts.size,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,6 +107,8 @@ class Draws(Source, Generic[Share]):
         self._order.position, self._draws = int(state["position"]), int(state["draws"])
         self._pending = deque(self._restored(kept) for kept in state["pending"])
         self._metrics = dict(state["metrics"])
+        # What was found to fit; checkpoints of earlier versions do not have it.
+        self._parts.size = min(self._parts.size, int(state.get("sample_batch_size", self._parts.size)))
 
 
 def _moved(batch: Share, device: torch.device) -> Share:

@@ -42,9 +42,13 @@ def to_latents(
 
 def fit(picture: Image.Image, resolution: Resolution) -> Tensor:
     """The largest part from the centre that has the shape, at `resolution` (bicubic, antialiased); float [3, H, W]."""
-    size = size_of(resolution)
+    return torch.from_numpy(np.array(resized(picture, size_of(resolution)))).permute(2, 0, 1).float() / 255
+
+
+def resized(picture: Image.Image, size: Size) -> Image.Image:
+    """The largest part from the centre that has the shape, at that size (bicubic, antialiased)."""
     own = Size(picture.height, picture.width)
-    if own != size:
-        # Enlarging that part alone: a strip of pixels enlarged as a whole would take gigabytes.
-        picture = picture.resize((size.width, size.height), Image.Resampling.BICUBIC, box=box(own, size))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    if own == size:
+        return picture
+    # Enlarging that part alone: a strip of pixels enlarged as a whole would take gigabytes.
+    return picture.resize((size.width, size.height), Image.Resampling.BICUBIC, box=box(own, size))

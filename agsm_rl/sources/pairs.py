@@ -100,6 +100,7 @@ class Pairs(Source):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
             cache=cache,
+            mirrors=horizontal_flip,
             buckets=buckets,
         )
         if self.variation.is_fixed and not streaming and cache is None:

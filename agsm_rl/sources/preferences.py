@@ -108,6 +108,7 @@ class Preferences(Source):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
             cache=cache,
+            mirrors=horizontal_flip,
             buckets=buckets,
         )
         self.variation = Variation(

@@ -90,7 +90,8 @@ class Rollouts(Draws[RewardedBatch]):
         history: For `advantages: history`: how many rewards of each prompt are remembered.
         min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
             of all images of the draw are used.
-        sample_batch_size: Images that are drawn at once; it bounds memory.
+        sample_batch_size: Images that are drawn at once, at most. Where so many do not fit the memory, half of them
+            are, from then on, and a warning says so.
         prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
         prompt_split: Split of a data set of prompts; null is its first one.
         prompt_config: Configuration of a data set of prompts that has several.
@@ -162,7 +163,7 @@ class Rollouts(Draws[RewardedBatch]):
                 raise UserError(f"{name}: got {value}, but it must be above 0")
         if num_steps > MAX_SAMPLING_STEPS:
             raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
-        check_noise(noise, noise_level, eta)
+        check_noise(noise, noise_level, eta, same_latent=same_latent)
         check_negative_prompt(negative_prompt, guidance)
         if drawn_by not in ("live", "ema", "old"):
             raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
@@ -171,11 +172,6 @@ class Rollouts(Draws[RewardedBatch]):
         )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
-        if same_latent and eta == 0:
-            raise UserError(
-                "same_latent: true, but with `eta: 0` nothing else is random, and all images of a prompt would be the "
-                "same; set `eta` above 0, or leave same_latent out"
-            )
         if not 0 <= graph_memory < 1:
             raise UserError(f"graph_memory: got {graph_memory}, but it must lie in [0, 1)")
         check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
@@ -226,17 +222,16 @@ class Rollouts(Draws[RewardedBatch]):
         noise = self._step_noise(sampler)
         steps = noise.noisy_steps(sampler, self.num_steps)
         graph = self._graph(policy, rows, steps)
-        parts, means = [], []
         with InParts(self.rewards) as scoring:
             weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
             form = guiding(policy.adapters.values(), self.guidance_bank, self.guidance_prompt)
             what = f"{self._name.removeprefix('sources.')}: drawing"
             with weights(), form, stage(what, total=share, unit="images") as advance:
-                for part in rows.split(self.sample_batch_size):
+
+                def draw_part(part: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
                     asked = [prompts[row] for row in part.tolist()]
-                    columns = [metadata[row] for row in part.tolist()]
-                    kept: list[Tensor] | None = [] if self.keep_means else None
-                    drawn = draw_trajectories(
+                    means: list[Tensor] = []
+                    path, log_probs = draw_trajectories(
                         policy,
                         asked,
                         draw,
@@ -248,15 +243,16 @@ class Rollouts(Draws[RewardedBatch]):
                         starts=part // self.images_per_prompt * self.images_per_prompt if self.same_latent else None,
                         keep_path=self.keep_path,
                         graph=graph,
-                        means=kept,
+                        means=means if self.keep_means else None,
                     )
-                    parts.append(drawn)
-                    means += [torch.stack(kept, dim=1)] if kept else []
                     with stage(f"decoding {len(asked)} images", worth=len(asked)):
-                        images = policy.backbone.decode(drawn[0][:, -1])
-                    scoring.add(images, asked, columns)
+                        images = policy.backbone.decode(path[:, -1])
+                    scoring.add(images, asked, [metadata[row] for row in part.tolist()])
                     advance(len(asked))
-            trajectory, log_probs = (torch.cat(several) for several in zip(*parts, strict=True))
+                    return path, log_probs, [torch.stack(means, dim=1)] if means else []
+
+                parts = self._parts.run(rows, draw_part, halve=graph is None)
+            trajectory, log_probs = (torch.cat([part[number] for part in parts]) for number in (0, 1))
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
             self._metrics["x0_norm"] = check_latents(
                 latents, prompts, self._shard, name=self._name, first=not self._draws
@@ -282,7 +278,7 @@ class Rollouts(Draws[RewardedBatch]):
             eta=noise.level,
             noise=noise.form,
             graph=graph,
-            means=torch.cat(means) if means else None,
+            means=torch.cat([means for *_, kept in parts for means in kept]) if self.keep_means else None,
         )
 
     def _graph(self, policy: Policy, rows: Tensor, steps: tuple[int, ...]) -> KeptGraph | None:
@@ -291,7 +287,7 @@ class Rollouts(Draws[RewardedBatch]):
         detach = taker is not None and taker.detach_unconditional
         if self.keep_graph:
             return KeptGraph(rows, steps, detach_uncond=detach)
-        is_same = taker is not None and self._has_room and self.updates == 1 and len(rows) <= self.sample_batch_size
+        is_same = taker is not None and self._has_room and self.updates == 1 and len(rows) <= self._parts.size
         if not (is_same and self.keep_path and steps and self.graph_memory and policy.backbone.device.type != "meta"):
             return None
         if is_compiled(policy.backbone.denoiser):  # saved tensors cannot be measured, and CUDA graphs reuse them

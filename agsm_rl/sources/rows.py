@@ -74,6 +74,14 @@ class ShuffledRows:
         self.newest = numbers[0]
         return [(number, self.found[number]) for number in numbers]
 
+    def upcoming(self, count: int, own: slice, *, distinct: str | None = None) -> list[int]:
+        """The numbers of the rows that `take` will give next."""
+        state = self.order.state_dict()
+        key = None if distinct is None else self._column(distinct)
+        numbers = [self._number(index) for index in self.order.take(count, key)[own]]
+        self.order.load_state_dict(state)
+        return numbers
+
     def after(self, number: int) -> Row | None:
         """The one that the order has after it."""
         index = self.order.after(number if self._kept is None else self._kept.index(number))

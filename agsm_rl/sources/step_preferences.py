@@ -50,7 +50,8 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         eta: Noise of `ddim` steps, in (0, 1]. Published: 1.
         updates: Steps of the trainer that learn from each draw, each from its own share of every image's steps.
             Published: one per 40 pairs, which is 16 where none is dropped.
-        sample_batch_size: Candidates that are drawn at once; it bounds memory.
+        sample_batch_size: Candidates that are drawn at once, at most. Where so many do not fit the memory, half of them
+            are, from then on, and a warning says so.
         prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
         prompt_split: Split of a data set of prompts; null is its first one.
         prompt_config: Configuration of a data set of prompts that has several.
@@ -116,7 +117,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         self.first_step, self.steps_per_choice, self.threshold = first_step, steps_per_choice, threshold
         self.guidance, self.noise, self.noise_level, self.eta = guidance, noise, noise_level, eta
         self.negative_prompt = negative_prompt
-        self.updates, self.sample_batch_size = updates, sample_batch_size
+        self.updates, self.sample_batch_size, self.drawn_at_once = updates, sample_batch_size, candidates
 
     def images_drawn(self) -> int:
         """Candidates that are finished images, since the run began, over all processes."""
@@ -140,13 +141,15 @@ class StepPreferences(Draws[StepPreferenceBatch]):
             negative_prompt=self.negative_prompt,
             noise=noise,
         )
-        parts = []
         with stage(f"{self._name}: drawing", total=share, unit="images") as advance:
-            for part in rows.split(max(1, self.sample_batch_size // self.candidates)):
+
+            def draw_part(part: Tensor) -> Drawn:
                 asked = [chosen[row] for row in part.tolist()]
-                parts.append(way.run([self._prompts[row] for row in asked], draw, part, self._scorer(asked)))
+                drawn = way.run([self._prompts[row] for row in asked], draw, part, self._scorer(asked))
                 advance(len(part))
-        drawn = Drawn.cat(parts)
+                return drawn
+
+            drawn = Drawn.cat(self._parts.run(rows, draw_part))
         prompts = [self._prompts[row] for row in chosen]
         self._metrics["x0_norm"] = check_latents(
             drawn.latents, prompts, self._shard, name=self._name, first=not self._draws

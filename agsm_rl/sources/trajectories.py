@@ -38,7 +38,7 @@ class StepNoise:
         return tuple(k for k in range(num_steps) if has_noise(sampler, k, eta=self.at(k), noise=self.form))
 
 
-def check_noise(noise: str | None, noise_level: float | None, eta: float) -> None:
+def check_noise(noise: str | None, noise_level: float | None, eta: float, *, same_latent: bool = False) -> None:
     """UserError for options that fit no backbone."""
     forms = ("flow_sde", "cps", DDIM)
     if noise is not None and noise not in forms:
@@ -48,6 +48,11 @@ def check_noise(noise: str | None, noise_level: float | None, eta: float) -> Non
         raise UserError(f"noise_level: got {noise_level}, but it must be {allowed} (published: {PUBLISHED_LEVEL})")
     if not 0 <= eta <= 1:
         raise UserError(f"eta: got {eta}, but it must lie in [0, 1] (published: 1)")
+    if same_latent and eta == 0:
+        raise UserError(
+            "same_latent: true, but with `eta: 0` nothing else is random, and all images of a prompt would be the "
+            "same; set `eta` above 0, or leave same_latent out"
+        )
 
 
 def check_negative_prompt(negative_prompt: str, guidance: float) -> None:
