@@ -184,10 +184,13 @@ def idle_seconds(cores: frozenset[int], stat: Path = Path("/proc/stat")) -> floa
 
 def quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
     """How many cores' time the control groups of this process allow it (containers, Slurm, systemd); else infinity."""
-    return min((share for folder in _groups(root, membership) for share in _quotas(folder)), default=sys.maxsize)
+    groups = control_groups("cpu", root, membership)
+    return min((share for folder in groups for share in _quotas(folder)), default=sys.maxsize)
 
 
-def _groups(root: Path, membership: Path) -> list[Path]:
+def control_groups(
+    controller: str, root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[Path]:
     """The folders of this process's control groups and of those around them; a container may see the root alone."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
@@ -197,8 +200,8 @@ def _groups(root: Path, membership: Path) -> list[Path]:
     for _, controllers, path in (line for line in lines if len(line) == 3):
         if controllers == "":  # version 2
             top = root
-        elif "cpu" in controllers.split(","):
-            top = root / controllers if (root / controllers).is_dir() else root / "cpu"
+        elif controller in controllers.split(","):
+            top = root / controllers if (root / controllers).is_dir() else root / controller
         else:
             continue
         group = top / path.lstrip("/")

@@ -99,7 +99,8 @@ class Trainer:
         """Sources whose prompts are not known before they come."""
         self._texts = TextMemory(policy.backbone)
         with self.accelerator.autocast():  # as in a step
-            encode_prompts(self.sources, policy.backbone, self.processes)
+            for backbone in policy.backbones():
+                encode_prompts(self.sources, backbone, self.processes)
 
     def train(self, *, progress: bool = True, history: bool = True) -> TrainingResult:
         """Run up to `steps`, or until a callback sets `stopping`; the result has the adapters and each step's metrics.
@@ -195,8 +196,9 @@ class Trainer:
                 self.policy.update_old(term.name, old.decay_at(self.step))
         metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
-        if (cache := text_cache_of(self.policy.backbone)) is not None:
-            cache.end_step()
+        for cache in map(text_cache_of, self.policy.backbones()):
+            if cache is not None:
+                cache.end_step()
         return metrics
 
     def _takes_graph(self, source: Source) -> Objective | None:

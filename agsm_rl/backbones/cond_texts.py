@@ -18,7 +18,7 @@ class CondTexts:
 
     def __init__(self, cache: TextCache, backbone: Any) -> None:
         self._cache, self._backbone = cache, backbone
-        self._plain = type(backbone).encode_text.__get__(backbone)  # without what else stands before it
+        self._plain = backbone.encode_text
         self._is_padded: bool | None = None
         backbone.encode_text = self
 

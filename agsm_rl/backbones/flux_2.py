@@ -198,7 +198,7 @@ class Flux2Klein(FlowPipeline):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         height, width = x_t.shape[-2:]
         with self._attention():
             prediction = self.denoiser(

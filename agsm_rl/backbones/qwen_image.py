@@ -122,7 +122,7 @@ class QwenImage(FlowPipeline):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         _, height, width = x_t.shape[1:]
         with self._attention():
             flow = self.denoiser(

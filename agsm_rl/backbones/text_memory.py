@@ -1,7 +1,8 @@
 """The newest prompts that a backbone encoded, held in memory: epochs, draws and losses meet the same ones again.
 
 A call of which a prompt is new is carried out as a whole, as it would be without the memory, so that no batch is
-another than before. What is held counts for calls in which a text is rounded alike (text_cache.py).
+another than before. On a CPU, what is held counts for calls in which a text is rounded alike (text_cache.py); a GPU may
+round it differently in batches of another size, also after a resume, which begins with nothing held.
 """
 
 from collections import OrderedDict
@@ -31,6 +32,7 @@ class TextMemory:
 
     def __init__(self, backbone: Any) -> None:
         self.plain: Callable[..., Cond] = backbone.encode_text
+        """What encodes them: as the backbone does when the memory comes into use."""
         self._backbone = backbone
         self._held: OrderedDict[tuple[Any, ...], Cond] = OrderedDict()
         self._bytes = 0
@@ -42,7 +44,7 @@ class TextMemory:
         if text_cache_of(self._backbone) is not None:
             yield
             return
-        before = vars(self._backbone).get("encode_text")  # None: its class's
+        before, self.plain = vars(self._backbone).get("encode_text"), self._backbone.encode_text  # None: its class's
         self._backbone.encode_text = self
         try:
             yield
@@ -59,7 +61,7 @@ class TextMemory:
         held = [self._held.get((prompt, *settings)) for prompt in prompts]
         if any(cond is None for cond in held):
             cond = self.plain(prompts, gradients=gradients)
-            for row, prompt in enumerate(prompts):
+            for row, prompt in enumerate(prompts if _size(cond) <= IN_MEMORY else ()):
                 if (prompt, *settings) not in self._held:
                     self._hold((prompt, *settings), cond[[row]])
             return cond

@@ -184,7 +184,7 @@ class ZImage(FlowPipeline):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The transformer's flow [B, C, h, w], in x_t's dtype."""
-        dtype = self.pipeline.transformer.dtype
+        dtype = self._dtype
         with self._attention():
             flows = self.denoiser(
                 list(x_t.to(dtype).unsqueeze(2).unbind(0)), _reversed(t), _captions(cond, dtype), return_dict=False

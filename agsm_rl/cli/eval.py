@@ -22,6 +22,7 @@ from agsm_rl.cli.options import (
     resolution_of,
 )
 from agsm_rl.cli.results import check_output_file, check_output_folder
+from agsm_rl.errors import UserError
 from agsm_rl.evaluate.suite_options import SuiteOptions
 from agsm_rl.run.screen import without_loading_bars
 from agsm_rl.training.limits import MAX_SEED
@@ -70,7 +71,11 @@ class Drawing:
 
         options = {"dtype": self.dtype, "resolution": resolution_of(self.resolution)}
         given = {key: value for key, value in options.items() if value is not None}
-        return named_values(self.backbone_option or (), flag="--backbone") | given
+        named = named_values(self.backbone_option or (), flag="--backbone")
+        for key in ("checkpoint", "use"):
+            if key in named:
+                raise UserError(f"--backbone {key}: what is drawn with is TARGET, or --base; leave this option out.")
+        return named | given
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Everything that decides what is measured of a base on a suite, so that its figures can be kept between runs.
 
-A figure that is read must be the one that would be measured: whatever might change it is in the settings, or nothing is
-kept. Our own code counts as it is on the disk, so that a checkout that is worked on never reads figures of other code.
+A figure that is read must be the one that would be measured: whatever is known to change it is in the settings, or
+nothing is kept (what goes unnoticed: docs/cache.md). Our own code counts as it is on the disk, so that a checkout that
+is worked on never reads figures of other code.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ FORMAT = 1
 """Raise it when the same settings come to mean other figures."""
 WITHOUT_EFFECT = frozenset({"device", "gradient_checkpointing"})
 """Options of a backbone that do not change the images it draws; nor does `local_files_only`."""
-OUR_ROOMS = ("backbones", "editing", "evaluate", "shapes", "training")
-"""Rooms of this package that draw and judge."""
-LIBRARIES = ("numpy", "scipy", "scikit-image", "torchvision", "torchmetrics", "accelerate")
-"""What draws and judges beside the libraries that every record names."""
+OUR_ROOMS = ("backbones", "editing", "evaluate", "shapes", "sources", "training")
+"""Rooms of this package that draw, read pictures and judge."""
+LIBRARIES = (
+    *("numpy", "scipy", "pillow", "scikit-image", "torchvision", "torchmetrics", "accelerate", "onnxruntime"),
+    *("rapidocr", "sentencepiece", "hpsv2", "image-reward", "open-clip-torch", "timm", "vllm"),
+)
+"""What draws and judges beside the libraries that every record names, where it is installed."""
 
 
 class NotKept(Exception):
@@ -121,7 +125,7 @@ def _our_code() -> str:
 
 @cache
 def _code(package: str) -> str:
-    """A digest of the Python files of a package, or of a module that is in none."""
+    """A digest of the files of a package, weights aside, or of a module that is in none."""
     found, spec = hashlib.sha256(), find_spec(package)
     places = [] if spec is None else spec.submodule_search_locations or []
     for folder in places:
@@ -132,9 +136,10 @@ def _code(package: str) -> str:
 
 
 def _digest_sources(found: Any, folder: Path) -> None:
-    for file in sorted(folder.rglob("*.py")):
-        found.update(f"{file.relative_to(folder)}".encode())
-        found.update(file.read_bytes())
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".safetensors":
+            found.update(f"{file.relative_to(folder)}".encode())
+            found.update(file.read_bytes())
 
 
 def files_named(options: Any) -> dict[str, Any]:

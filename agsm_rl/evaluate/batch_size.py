@@ -32,6 +32,8 @@ class BatchSizes:
     def __init__(self, block: Block, parts: Parts) -> None:
         self.block, self.parts = block, parts
         self._bytes: dict[tuple[Resolution, bool], float | None] = {}
+        self._chosen: dict[tuple[str, float], int] = {}
+        """By suite and guidance: free memory changes in a run, but base and trained model are drawn alike."""
 
     def choose(
         self,
@@ -44,6 +46,13 @@ class BatchSizes:
         """The size that is given, or the one that fits; all processes of a run must call this, and get the same."""
         if options.batch_size is not None:
             return options.batch_size
+        if (entry.name, guidance) not in self._chosen:
+            self._chosen[entry.name, guidance] = self._choose(options, backbone, entry, guidance, processes)
+        return self._chosen[entry.name, guidance]
+
+    def _choose(
+        self, options: Evaluate, backbone: Backbone, entry: Entry, guidance: float, processes: Processes | None
+    ) -> int:
         size = UNKNOWN_BATCH
         if backbone.device.type == "cuda":
             size = self._fitting(backbone.device, entry.resolution(options) or backbone.resolution, guidance)

@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from agsm_rl import threads
 from agsm_rl.files import replacing
 from agsm_rl.interfaces import Backbone
 from agsm_rl.training.guidance import hooked
@@ -38,6 +39,7 @@ def draw(
         part = slice(start, start + batch_size)
         count = len(prompts[part])
         negative_prompts = None if negative_prompt is None else [negative_prompt] * count
+        threads.adjust()
         with (
             hooked(backbone),
             stage(f"drawing {count} images", total=num_steps, unit="steps", worth=count) as advance,
@@ -58,6 +60,7 @@ def draw(
 def _step_ended(advance: Advance, *about: Any) -> dict[str, Any]:
     """A pipeline's callback after a step, which changes none of its tensors."""
     advance(1)
+    threads.adjust()
     return {}
 
 

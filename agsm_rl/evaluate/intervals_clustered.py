@@ -55,13 +55,17 @@ class Clusters:
     """How images are nested: in clusters (requirements), and these in groups (tags), which weigh alike.
 
     Attributes:
-        images: Each image's share of its group's mean within its cluster [N, C].
+        shares: Each image's share of its group's mean [N].
+        order: The images, cluster by cluster [N].
+        starts: Where each cluster begins in that order [C].
         weights: Each cluster's share of its group's mean [C].
         groups: Each cluster's group [C].
         members: The number of clusters of each group [G].
     """
 
-    images: Figures
+    shares: Figures
+    order: NDArray[np.intp]
+    starts: NDArray[np.intp]
     weights: Figures
     groups: NDArray[np.intp]
     members: NDArray[np.intp]
@@ -91,10 +95,15 @@ class Clusters:
                     break
             cluster_of[rows] = len(cluster_groups) + numbers
             cluster_groups += [group] * (int(numbers.max()) + 1)
-        images = np.zeros((len(group_of), len(cluster_groups)))
-        images[np.arange(len(group_of)), cluster_of] = share
+        order = np.argsort(cluster_of, kind="stable")
+        starts = np.searchsorted(cluster_of[order], np.arange(len(cluster_groups)))
         of_cluster = np.array(cluster_groups)
-        return cls(images, images.sum(axis=0), of_cluster, np.bincount(of_cluster))
+        return cls(share, order, starts, np.bincount(cluster_of, share), of_cluster, np.bincount(of_cluster))
+
+    def sums(self, values: Figures) -> Figures:
+        """Each cluster's part of its group's mean [..., C], of the images' values [..., N]."""
+        parts: Figures = np.add.reduceat((values * self.shares)[..., self.order], self.starts, axis=-1)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def clustered_means(values: Figures, clusters: Clusters) -> Means:
     count, members = values.shape[1], clusters.members
     in_group = np.equal.outer(clusters.groups, np.arange(len(members))).astype(float)
     correction = members / np.maximum(members - 1, 1)
-    cells = values @ clusters.images
+    cells = clusters.sums(values)
     by_group = cells @ in_group  # [K, S, G]
     means = by_group.mean(axis=1)
     apart = cells - (means @ in_group.T * clusters.weights)[:, None]  # sums to 0 over seeds and a group's clusters

@@ -72,9 +72,8 @@ class KeptBase:
         kept = self._read(file, entry, guidance, processes)
         if kept is not None:
             return kept
-        with self._measuring(file, processes) as waited:
-            if waited:
-                kept = self._read(file, entry, guidance, processes)
+        with self._measuring(file, processes):
+            kept = self._read(file, entry, guidance, processes)  # another run may have finished in between
             if kept is None:
                 kept = measure()
                 if _is_main(processes):
@@ -113,15 +112,15 @@ class KeptBase:
         return kept
 
     @contextmanager
-    def _measuring(self, file: Path, processes: Processes | None) -> Iterator[bool]:
-        """Within the block, no other run measures this; yields whether one did until now."""
+    def _measuring(self, file: Path, processes: Processes | None) -> Iterator[None]:
+        """Within the block, no other run measures this."""
         lock, waited = FileLock(file.with_suffix(".lock")), False
         try:
             while not _agreed(lambda: self._take(lock, file, processes), processes):
                 if not waited:
                     self._say(f"waiting for another run, which measures the base on {file.stem.partition('-')[0]}")
                 waited = True
-            yield waited
+            yield
         finally:
             lock.release()
 

@@ -139,10 +139,12 @@ def _open_run(
         given = _DrawingKeys.model_validate(recipe | backbone)
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
-    block = given.backbone.model_dump() | ({"checkpoint": base} if base else {}) | more
+    block = given.backbone.model_dump() | ({"checkpoint": base} if base else {})
     block.pop("compile", None)  # compiling pays off in a training, not for a few pictures
     block.pop("attention", None)  # this machine may not have the kernel of the one that trained
-    target = _load(block, where=where, name=str(path), adapter=path, allow_imports=allow_imports, check_base=check_base)
+    target = _load(
+        block | more, where=where, name=str(path), adapter=path, allow_imports=allow_imports, check_base=check_base
+    )
     if given.sample is not None:
         target.guidance, target.num_steps = given.sample.guidance, given.sample.num_steps
     return target

@@ -15,6 +15,7 @@ from agsm_rl.interfaces import Batch, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.passes import check_at_least_one, in_passes
 from agsm_rl.policy import Objective, Policy, Source
 from agsm_rl.training.guidance import guiding
+from agsm_rl.training.kept_graph import KeptGraph
 from agsm_rl.training.precision import at_least_float32
 from agsm_rl.training.sampling import Predict, log_density, step_distributions
 from agsm_rl.training.sizes import sampler_for
@@ -104,7 +105,8 @@ class PolicyGradient(Objective):
             raise UserError(
                 f"none of the {batch.num_steps} sampling steps has noise; set the rollouts' num_steps to 2 or more"
             )
-        kept = batch.graph is not None and batch.graph.holds(batch.steps)
+        graph = self._graph_of(batch)
+        kept = graph is not None and graph.holds(batch.steps)
         learned = self._learned_steps(batch)
         passes = [learned[first : first + self.steps_per_pass] for first in range(0, len(learned), self.steps_per_pass)]
         return [
@@ -132,15 +134,21 @@ class PolicyGradient(Objective):
 
     def live_steps(self, policy: Policy, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
         """`rollout_steps` under `policy.live`, taken from the draw where it kept their graph."""
+        graph = self._graph_of(batch)
+        kept = None if graph is None else graph.take(batch.steps, batch.rows)
+        return self.steps_under(policy, policy.live, batch) if kept is None else kept
+
+    def _graph_of(self, batch: RolloutBatch) -> KeptGraph | None:
+        """The graph that the rollouts kept, if this learns from it: from one through the same branches of guidance."""
         graph = batch.graph
-        differs = graph is not None and graph.detach_uncond != self.detach_unconditional
-        if graph is not None and differs and graph.is_asked_for and self.detach_unconditional:
+        if graph is None or graph.detach_uncond == self.detach_unconditional:
+            return graph
+        if graph.is_asked_for and self.detach_unconditional:
             raise UserError(
                 "detach_unconditional: true, but the rollouts' `keep_graph` records gradients through both branches; "
                 "leave one of the two out"
             )
-        kept = None if graph is None or differs else graph.take(batch.steps, batch.rows)
-        return self.steps_under(policy, policy.live, batch) if kept is None else kept
+        return None
 
     def steps_under(self, policy: Policy, predict: Predict, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
         """`rollout_steps`; a pass's text is encoded for its first steps and kept for the others."""

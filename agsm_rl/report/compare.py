@@ -112,6 +112,8 @@ def estimate(quantities: Mapping[Any, Quantity], layout: Layout) -> dict[Any, Es
     estimates: dict[Any, Estimate] = {}
     for share in (True, False):
         alike = {key: item for key, item in quantities.items() if item.share is share}
+        if not alike:
+            continue
         by_tag = layout.clusters(share=share, whole=False)
         whole = None if share else layout.clusters(share=False, whole=True)
         for size in sorted({len(item.marks) for item in alike.values()}):
@@ -128,8 +130,8 @@ def _of_seeds(
     of_tags = clustered_means(values, by_tag)
     overalls = of_tags if whole is None else clustered_means(values, whole)
     order = list(dict.fromkeys(layout.tags))
-    # With one seed, a tag of one image says nothing of its spread, and then nor does the mean over tags.
-    lone = values.shape[1] == 1 and (by_tag if whole is None else whole).members.min() == 1
+    # A tag of one image says nothing of its spread, and then nor does the mean over tags.
+    lone = (by_tag if whole is None else whole).members.min() == 1
     estimates = {}
     for place, (key, quantity) in enumerate(quantities.items()):
         parts = dict(zip(order, of_tags.groups[place], strict=True))

@@ -2,7 +2,7 @@
 
     endpoints:
       - question: Does DDPO add to AGSM?
-        variant: agsm_plus_ddpo      # of the sweep below, or sweep/variant of another one
+        variant: agsm_plus_ddpo      # of the sweep below, or sweep/variant of another one, beside a `sweep:`
         minus: agsm                  # default: the base
         sweep: complementarity       # its folder beside this file; default: the sweep that is reported
         guidance: own                # own (as chosen on validation prompts) or a number; default: the first view
@@ -132,17 +132,21 @@ def load_variants(
     """These variants' finished cells together, and what each is called there."""
     cells = {name: cells_of(folder, sweep, name) for name in names}
     loaded = load_runs([run for several in cells.values() for cell in several for run in read(cell)])
-    by_cells = {tuple(run.path for run in one.runs): one.name for one in loaded.variants}
+    by_cells = {frozenset(run.path for run in one.runs): one.name for one in loaded.all_variants}
     for name, several in cells.items():
-        if tuple(several) not in by_cells:
+        if frozenset(several) not in by_cells:
             raise UserError(f"{name}: its cells' recipes differ in more than the seed.")
-    return loaded, {BASE: BASE} | {name: by_cells[tuple(several)] for name, several in cells.items()}
+    return loaded, {BASE: BASE} | {name: by_cells[frozenset(several)] for name, several in cells.items()}
 
 
 def _loaded(
     endpoint: Endpoint, file: Path, reported: Loaded | None, where: str, read: Read
 ) -> tuple[Loaded, Mapping[str, str]]:
     names = [name for name in (endpoint.variant, endpoint.minus) if name != BASE]
+    if endpoint.variant == BASE:
+        raise UserError(f"{where}.variant: is empty, which is the base; name a variant (`minus` may be left out).")
+    if endpoint.sweep is None and any("/" in name for name in names) and not all("/" in name for name in names):
+        raise UserError(f"{where}: names no sweep for {', '.join(n for n in names if '/' not in n)}; add `sweep:`.")
     if endpoint.sweep is not None or any("/" in name for name in names):
         return load_variants(file.parent, endpoint.sweep, names, read)
     if reported is None:
@@ -162,6 +166,8 @@ def _estimated(
     if endpoint.suite is not None:
         _check(endpoint.suite, loaded.suites, f"{where}.suite")
         loaded = loaded.of(endpoint.suite)
+    if not loaded.evaluated:
+        raise UserError(f"{where}: its runs have no evaluation with figures per image; evaluate them first.")
     scores, tags = loaded.evaluation.scores, loaded.evaluation.tag_names
     key = endpoint.score or next(iter(scores))
     _check(key, list(scores), f"{where}.score")
@@ -173,6 +179,9 @@ def _estimated(
     if endpoint.tag is not None:
         _check(endpoint.tag, list(tags), f"{where}.tag")
     one, other = names[endpoint.variant], names[endpoint.minus]
+    for name in (one, other):
+        if name not in view.guidance:
+            raise UserError(f"{where}: {name or 'the base'} has no figures on the suite {loaded.suite} in this view.")
     found = find(loaded, [view]).difference(key, view, one, other)
     if found is None:
         raise UserError(f"{where}: {endpoint.variant} and {endpoint.minus or 'the base'} have no seed in common.")

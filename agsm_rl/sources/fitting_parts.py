@@ -17,27 +17,38 @@ class FittingParts:
     def __init__(self, size: int, *, name: str, images: int = 1) -> None:
         self.size, self._name, self._images = size, name, images
 
-    def run(self, rows: Tensor, work: Callable[[Tensor], Any], *, halve: bool = True) -> list[Any]:
+    def run(
+        self,
+        rows: Tensor,
+        work: Callable[[Tensor], Any],
+        *,
+        halve: bool = True,
+        lighten: Callable[[], bool] = lambda: False,
+    ) -> list[Any]:
         """What `work` makes of each part; it must leave nothing behind when it fails.
 
-        halve: whether `work` may be tried again with fewer rows.
+        halve: whether `work` may be tried again with fewer rows. lighten: asked first; says whether there is now more
+        room for as many.
         """
         made = []
         while len(rows):
             part = rows[: max(1, self.size // self._images)]
             try:
                 made.append(work(part))
-            except RuntimeError as error:
-                if not halve or len(part) == 1 or not should_reduce_batch_size(error):
-                    raise
-            else:
                 rows = rows[len(part) :]
                 continue
-            self._halve(len(part))  # here, because an exception holds what was computed
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                is_lighter = lighten()
+                if not is_lighter and (not halve or len(part) == 1):
+                    raise
+            release_memory()  # not before, because an exception holds what was computed
+            if not is_lighter:
+                self._halve(len(part))
         return made
 
     def _halve(self, count: int) -> None:
-        release_memory()
         self.size = max(1, count // 2) * self._images
         log.warning(
             "%s: %d images at once do not fit the memory; from now on %d are drawn at once. Write sample_batch_size: "

@@ -251,7 +251,14 @@ class Rollouts(Draws[RewardedBatch]):
                     advance(len(asked))
                     return path, log_probs, [torch.stack(means, dim=1)] if means else []
 
-                parts = self._parts.run(rows, draw_part, halve=graph is None)
+                def without_graph() -> bool:
+                    nonlocal graph
+                    if graph is None or graph.is_asked_for:
+                        return False
+                    graph, self._has_room = None, False
+                    return True
+
+                parts = self._parts.run(rows, draw_part, halve=not self.keep_graph, lighten=without_graph)
             trajectory, log_probs = (torch.cat([part[number] for part in parts]) for number in (0, 1))
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
             self._metrics["x0_norm"] = check_latents(
@@ -294,6 +301,8 @@ class Rollouts(Draws[RewardedBatch]):
             return None
         if self._room is None:
             self._room = Room(self.graph_memory, policy.backbone.denoiser)
+        if self._room.fits is False:
+            return None
         return KeptGraph(rows, steps, room=self._room, detach_uncond=detach)
 
     def _step_noise(self, sampler: Sampler) -> StepNoise:

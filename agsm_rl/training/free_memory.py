@@ -1,11 +1,14 @@
 """How much memory a device has free now: to keep what would otherwise be computed again, or draw more at once."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")
+from agsm_rl.threads import control_groups
+
+NO_LIMIT = 2**62
 
 
 def free_memory(device: torch.device) -> int:
@@ -16,7 +19,7 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cpu":
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of a run on several, each asks
-    return min(_available(), _left_in_container()) // processes
+    return min(_available(), _left_in_control_groups()) // processes
 
 
 def _available() -> int:
@@ -27,9 +30,14 @@ def _available() -> int:
         return 0
 
 
-def _left_in_container() -> int:
-    try:
-        limit, current = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(0, int(limit) - int(current))
-    except (OSError, ValueError):  # no limit
-        return 2**62
+def _left_in_control_groups() -> int:
+    """What the limits of this process's control groups leave (containers, Slurm, systemd)."""
+    return min((left for folder in control_groups("memory") for left in _left(folder)), default=NO_LIMIT)
+
+
+def _left(folder: Path) -> list[int]:
+    found = []
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # no such file, or `max`
+            found.append(max(0, int((folder / limit).read_text()) - int((folder / used).read_text())))
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,10 +82,10 @@ class GradientMap:
         policy.draw = Draw(trainer.seed, term.name, trainer.step, t_range=term.t)
         policy.acting_for = term.name
         seen, whole = False, True
-        for part, weight in term.objective.split(item.batch) if len(item.batch) else ():
-            if getattr(part, "graph", None) is not None:
-                whole = False  # it was drawn with the gradients that the step has used up
-                break
+        batch = item.batch
+        if getattr(batch, "graph", None) is not None:  # the step has used it up
+            batch = replace(batch, graph=None)
+        for part, weight in term.objective.split(batch) if len(batch) else ():
             with policy.recording() as recorded, trainer.accelerator.autocast():
                 loss, _ = term.objective.loss(policy, part)
             rows = [row for row in recorded if row.prediction.requires_grad]

@@ -141,11 +141,12 @@ def predict_in_form(backbone: Backbone, adapters: Collection[Adapter], x_t: Tens
     threads.adjust()
     if not cond.unconditional_first:
         return backbone.predict(x_t, t, cond)
+    is_detached = cond.unconditional_detached and torch.is_grad_enabled()
     if guidance_form(adapters)[1] == "same":
         conditional = torch.arange(len(cond) // 2, len(cond))
         cond = cond[torch.cat([conditional, conditional])]
     half = len(x_t) // 2
-    if cond.unconditional_detached and torch.is_grad_enabled():
+    if is_detached:
         with torch.no_grad(), unconditional(adapters, [True] * half):
             without = backbone.predict(x_t[:half], t[:half], cond[:half])
         return torch.cat([without, backbone.predict(x_t[half:], t[half:], cond[half:])])

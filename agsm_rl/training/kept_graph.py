@@ -30,7 +30,8 @@ class Room:
             storage = tensor.untyped_storage()
             if tensor.device == device and storage.data_ptr() not in self._weights:
                 sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: an operator that saves its own output would never be freed without a backward pass.
+            return tensor.detach().requires_grad_(tensor.requires_grad)
 
         free = free_memory(device)
         with saved_tensors_hooks(note, lambda tensor: tensor):

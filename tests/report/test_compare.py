@@ -177,6 +177,15 @@ def test_what_else_is_estimated_does_not_alter_an_interval():
     assert bounds(alone.overall) == pytest.approx(bounds(among.overall))
 
 
+def test_a_tag_with_one_image_leaves_the_mean_over_tags_its_doubt_whatever_the_seeds():
+    tags = ["a"] * 40 + ["b"]
+    right = np.array([[number % 2 == 0 for number in range(40)] + [True]])
+    one, three = (
+        estimates({"one": Quantity(np.repeat(right, seeds, axis=0))}, tags, ["a", "b"])["one"] for seeds in (1, 3)
+    )
+    assert three.overall.low <= one.overall.low + 1e-9 and three.overall.high >= one.overall.high - 1e-9
+
+
 def test_a_tag_with_one_image_has_an_interval_over_the_seeds():
     # As small an evaluation as there is: one image of each tag.
     found = estimates({"score": Quantity(np.array([[1, 0], [1, 1]]) > 0)}, list(NAMES), NAMES)["score"]
@@ -190,6 +199,12 @@ def test_a_tag_with_one_image_has_an_interval_over_the_seeds():
 def test_wordings_of_one_requirement_are_one_and_prompts_of_ones_own_stay_apart():
     one, other, third = requirements_of("shapes", ("a photo of two red stars", "two red stars", "three red stars"))
     assert one == other != third
+    pairs = ("a red star and a blue circle", "a blue circle and a red star", "a red circle and a blue star")
+    one_way, other_way, another = requirements_of("shapes", pairs)
+    assert one_way == other_way != another
+    places = ("a star right of a circle", "a circle left of a star", "a star above a circle", "a circle below a star")
+    right, left, above, below = requirements_of("shapes", places)
+    assert right == left != above == below
     left, right = requirements_of("scenes", ("a star left of a circle", "a circle right of a star"))
     assert left == right
     assert requirements_of("rewards", ("a photo of two red stars", "two red stars"))[0] == one

@@ -85,11 +85,27 @@ def test_the_command_writes_a_row_for_each_question(sweep, study, tmp_path):
         ("endpoints: [{question: A, variant: strong, tag: color}]", "got 'color'; there are"),
         ("endpoints: [{question: A, variant: strong, guidance: 7}]", "got '7'; there are 1, 2"),
         ("endpoints: [{question: A, variants: strong}]", "variants"),
+        ("endpoints: [{question: A, variant: '', sweep: study}]", "is empty, which is the base"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(sweep, study, text, message):
     study.write_text(text)
     with pytest.raises(UserError, match=message):
+        answers(study, load([sweep]))
+
+
+def test_seeds_of_two_digits_are_one_variant(tmp_path):
+    for seed in (2, 10):
+        write_run(tmp_path / "study" / "cells" / f"strong-seed{seed}", seed=seed)
+        (tmp_path / "study" / "cells" / f"strong-seed{seed}" / "cell.json").write_text("{}")
+    file = tmp_path / "primary.yaml"
+    file.write_text("endpoints: [{question: 'Better?', variant: strong, sweep: study}]")
+    assert answers(file)[0].seeds == 2
+
+
+def test_a_bare_variant_beside_one_of_another_sweep_needs_its_sweep(sweep, study):
+    study.write_text("endpoints: [{question: A, variant: strong, minus: other/weak}]")
+    with pytest.raises(UserError, match="names no sweep for strong"):
         answers(study, load([sweep]))
 
 

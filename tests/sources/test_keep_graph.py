@@ -1,5 +1,7 @@
 """Rollouts that keep the graph of their draw: the gradient is that of predictions computed anew, and none are."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -139,7 +141,46 @@ def test_no_graph_is_kept_where_there_is_no_room_and_that_is_measured_once(polic
     source = with_room(policy, make_rollouts, monkeypatch, 2**10)
     assert not source.next(policy).graph.holds((0,))
     monkeypatch.setattr(kept_graph, "free_memory", None)
-    assert not source.next(policy).graph.holds((0,))
+    assert source.next(policy).graph is None
+
+
+def test_what_was_measured_without_room_is_freed(make_backbone, monkeypatch):
+    monkeypatch.setattr(kept_graph, "free_memory", lambda device: 2**10)
+    room = kept_graph.Room(0.5, make_backbone().denoiser)
+    kept = kept_graph.KeptGraph(torch.arange(2), (0,), room=room)
+    weight = torch.ones(2, 4, requires_grad=True)
+    with kept.recording(0, torch.device("cpu")):
+        scores = (2 * weight).softmax(dim=1)  # which saves its own output
+    kept.add(0, scores, torch.ones(()))
+    assert room.fits is False
+    alive = weakref.ref(scores)
+    del scores
+    assert alive() is None
+
+
+def test_a_draw_that_does_not_fit_beside_its_graph_is_drawn_without_it(policy, make_rollouts, monkeypatch):
+    decode, sizes = policy.backbone.decode, []
+
+    def scarce(latents):
+        sizes.append(len(latents))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(latents)
+
+    monkeypatch.setattr(policy.backbone, "decode", scarce)
+    source = with_room(policy, make_rollouts, monkeypatch, 2**40)
+    batch = source.next(policy)
+    assert sizes == [4, 4] and batch.graph is None and len(batch) == 4
+    assert source.next(policy).graph is None
+    assert source.state_dict()["sample_batch_size"] == 64 and source.state_dict()["keeps_no_graph"]
+
+
+def test_images_go_in_passes_where_the_graph_is_of_other_branches(policy, make_rollouts, monkeypatch):
+    kept = with_room(policy, make_rollouts, monkeypatch, 2**40, objective=DDPO()).next(policy)
+    assert kept.graph.holds(kept.steps)
+    of_one_branch = FlowGRPO(kl_weight=0.0, detach_unconditional=True, images_per_pass=2)
+    assert {len(part) for part, _ in of_one_branch.split(kept)} == {2}
+    assert {len(part) for part, _ in DDPO(images_per_pass=2).split(kept)} == {4}
 
 
 def test_what_a_graph_takes_grows_with_the_steps_that_have_noise(policy, make_rollouts, monkeypatch):

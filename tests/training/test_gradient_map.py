@@ -45,6 +45,17 @@ def test_a_term_is_left_out_whose_predictions_follow_from_one_another(make_polic
     assert trainer.gradient_map.newest["left_out"] == ["path"] and trainer.gradient_map.newest["cosines"] == {}
 
 
+def test_a_term_whose_rollouts_kept_their_graph_is_taken_apart_too(make_policy, make_rollouts):
+    source = make_rollouts(keep_graph=True)
+    term = Term(DDPO(), source, name="ddpo")
+    trainer = Trainer(make_policy(), [term, Term(DiffusionNFT(), source, name="nft")], steps=1)
+    batch = source.next(trainer.policy)
+    whole, _ = trainer._learn(term, batch, RowShare(len(batch)))
+    parts = GradientMap(1, levels=4)._by_level(trainer, Learned(term, batch, RowShare(len(batch))))
+    for key, value in whole.items():
+        torch.testing.assert_close(sum(part[key] for part in parts), value, rtol=1e-4, atol=1e-7)
+
+
 def test_looking_changes_nothing_of_the_training(make_policy, make_pairs):
     def run(gradient_map):
         pairs = make_pairs()
