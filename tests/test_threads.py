@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from agsm_rl import threads
 from agsm_rl.errors import UserError
-from agsm_rl.threads import FreeCores, Reading, idle_seconds, is_followed, quota, wanted
+from agsm_rl.threads import FreeCores, Reading, control_groups, idle_seconds, is_followed, quota, wanted
+from agsm_rl.training import free_memory as free_memory_module
 
 STAT = """cpu  300 0 0 5000 50 0 0 0 0 0
 cpu0 100 0 0 2000 20 0 0 0 0 0
@@ -110,6 +112,30 @@ def test_the_quota_of_the_first_version_of_control_groups_is_read(tmp_path: Path
     (box.parent / "cpu.cfs_quota_us").write_text("-1\n")
     (box.parent / "cpu.cfs_period_us").write_text("100000\n")
     assert quota(tmp_path / "cgroup", tmp_path / "membership") == 4.0
+
+
+@pytest.mark.parametrize(
+    ("membership", "files"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "1000", "job/memory.current": "400", "job/step/memory.max": "max"}),
+        (
+            "5:memory:/job\n4:cpu:/other\n",
+            {"memory/job/memory.limit_in_bytes": "900", "memory/job/memory.usage_in_bytes": "300"},
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_what_the_groups_around_a_process_leave_of_memory_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, files: dict[str, str]
+) -> None:
+    (tmp_path / "membership").write_text(membership)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    groups = partial(control_groups, root=tmp_path, membership=tmp_path / "membership")
+    monkeypatch.setattr(free_memory_module, "control_groups", groups)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory_module.free_memory(torch.device("cpu")) == 600
 
 
 def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:

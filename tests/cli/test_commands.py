@@ -223,6 +223,15 @@ def test_check_refuses_prompts_that_train_would_refuse(command, recipe, tmp_path
     assert command("check", recipe, "--set", f"{place}.prompt_column=words").exit_code == 0
 
 
+def test_options_of_the_base_count_for_a_run_too_but_not_which_base_it_is(command, recipe):
+    assert command("train", recipe, "--run-dir", "run").exit_code == 0
+    small = ("--suite", "shapes", "--num-images", 2, "--num-steps", 2)
+    wrong = command("eval", "run", *small, "--backbone", "attention=nonsense")
+    assert wrong.exit_code == 2 and "nonsense" in wrong.stderr
+    for key in ("checkpoint", "use"):
+        assert_told(command("eval", "run", *small, "--backbone", f"{key}=x"), f"--backbone {key}", "--base")
+
+
 def test_world_writes_an_image_folder(command, tmp_path):
     assert command("world", "out", "--num-images", 3).exit_code == 0
     assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == 3

@@ -169,6 +169,13 @@ def test_parts_that_wait_on_the_cpu_are_counted_only_while_they_work(make_recipe
         assert found.peaks["encoding texts"] > sum(found.resident.values()) + texts
 
 
+def test_texts_are_encoded_in_a_step_also_where_nothing_else_encodes_any(make_recipe, tiny_sd3_checkpoint):
+    backbone = {"use": "auto", "t5_length": 20, "text": {"keep": "offload"}}
+    recipe = make_recipe("score_matching", PAIRS, checkpoint=tiny_sd3_checkpoint, backbone=backbone)
+    _, found = predict(recipe.model_copy(update={"sample": None, "evaluate": None}))
+    assert found.peaks["encoding texts"] > sum(found.resident.values())
+
+
 def test_caches_and_few_bits_are_proposed_where_nothing_gentler_suffices(make_recipe, tiny_sd3_checkpoint):
     backbone = {"use": "auto", "t5_length": 20, "dtype": "bfloat16", "gradient_checkpointing": True}
     recipe = make_recipe("score_matching", PAIRS, checkpoint=tiny_sd3_checkpoint, backbone=backbone, rows_per_pass=1)
