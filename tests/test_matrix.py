@@ -70,6 +70,9 @@ OPTIONS = {
 }
 """Objective → options that it cannot do without, or would be slow without."""
 
+VIEW_OPTIONS = {"images_above": {"advantage": 0.0}}
+"""View → options that it cannot do without."""
+
 ADAPTERS = {
     "soft tokens": {"tokens": {"use": "soft_tokens", "num_tokens": 2}},
     "LoRA": {"lora": {"use": "lora", "rank": 2}},
@@ -159,7 +162,7 @@ def test_a_recipe_is_read_where_the_batches_fit_and_refused_with_the_reason_wher
         "steps": 1,
         "backbone": {"use": "stable_diffusion", "checkpoint": "builtin:shapes-sd15"},
         "adapters": {"lora": {"use": "lora"}},
-        "objectives": [term if view is None else term | {"view": {"use": view}}],
+        "objectives": [term if view is None else term | {"view": {"use": view, **VIEW_OPTIONS.get(view, {})}}],
     }
     gives, giver = load("sources", source).gives, source
     refusals = []

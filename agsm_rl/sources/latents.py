@@ -31,9 +31,10 @@ def to_latents(
     fitted = [fit(picture, size) for picture in pictures if not isinstance(picture, Tensor)]
     # As many as without latents: an encoder may round batches of another size otherwise.
     pixels = torch.stack([*fitted, *fitted[:1] * len(kept)]).to(backbone.device)
+    # In one layout, as kept ones are: what is computed of them may be rounded otherwise in another.
     if noise is not None:
-        return backbone.encode_images(pixels, noise=noise)
-    encoded = backbone.encode_images(pixels)
+        return backbone.encode_images(pixels, noise=noise).contiguous()
+    encoded = backbone.encode_images(pixels).contiguous()
     if not kept:
         return encoded
     rest = iter(encoded)
