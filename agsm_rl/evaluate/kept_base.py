@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,13 @@ class KeptBase:
         if place is None:
             return measure()
         file, settings = place
+        before = _written_at(file)
         kept = self._read(file, entry, guidance, processes)
         if kept is not None:
             return kept
         with self._measuring(file, processes):
-            kept = self._read(file, entry, guidance, processes)  # another run may have finished in between
+            if _agreed(lambda: _written_at(file) != before, processes):  # another run has measured it in between
+                kept = self._read(file, entry, guidance, processes)
             if kept is None:
                 kept = measure()
                 if _is_main(processes):
@@ -163,6 +165,13 @@ class KeptBase:
 
 def _is_main(processes: Processes | None) -> bool:
     return processes is None or processes.index == 0
+
+
+def _written_at(file: Path) -> int | None:
+    """When the file was written, in nanoseconds; None where there is none."""
+    with suppress(OSError):
+        return file.stat().st_mtime_ns
+    return None
 
 
 def _agreed(call: Callable[[], bool], processes: Processes | None) -> bool:
