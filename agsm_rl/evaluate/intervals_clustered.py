@@ -95,10 +95,11 @@ class Clusters:
                     break
             cluster_of[rows] = len(cluster_groups) + numbers
             cluster_groups += [group] * (int(numbers.max()) + 1)
-        order = np.argsort(cluster_of, kind="stable")
-        starts = np.searchsorted(cluster_of[order], np.arange(len(cluster_groups)))
+        images = np.argsort(cluster_of, kind="stable")
+        starts = np.searchsorted(cluster_of[images], np.arange(len(cluster_groups)))
         of_cluster = np.array(cluster_groups)
-        return cls(share, order, starts, np.bincount(cluster_of, share), of_cluster, np.bincount(of_cluster))
+        weights_of_clusters: Figures = np.add.reduceat(share[images], starts)
+        return cls(share, images, starts, weights_of_clusters, of_cluster, np.bincount(of_cluster))
 
     def sums(self, values: Figures) -> Figures:
         """Each cluster's part of its group's mean [..., C], of the images' values [..., N]."""

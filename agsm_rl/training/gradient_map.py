@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agsm_rl.interfaces import Batch
+from agsm_rl.interfaces import Batch, RolloutBatch
 from agsm_rl.term import Term
 from agsm_rl.training.combine import Gradient
 from agsm_rl.training.gradients import cosines, norm
@@ -83,8 +83,8 @@ class GradientMap:
         policy.acting_for = term.name
         seen, whole = False, True
         batch = item.batch
-        if getattr(batch, "graph", None) is not None:  # the step has used it up
-            batch = replace(batch, graph=None)
+        if isinstance(batch, RolloutBatch):
+            batch = replace(batch, graph=None)  # which the step has used up
         for part, weight in term.objective.split(batch) if len(batch) else ():
             with policy.recording() as recorded, trainer.accelerator.autocast():
                 loss, _ = term.objective.loss(policy, part)
