@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -97,10 +98,9 @@ class Trainer:
         self.sources = bind_sources(self.terms, seed, policy.backbone, self.processes)
         self._unread = check_prompts(self.terms, self.sources, policy.backbone, self.processes)
         """Sources whose prompts are not known before they come."""
-        self._texts = TextMemory(policy.backbone)
+        self._texts = [TextMemory(backbone) for backbone in policy.backbones()]
         with self.accelerator.autocast():  # as in a step
-            for backbone in policy.backbones():
-                encode_prompts(self.sources, backbone, self.processes)
+            encode_prompts(self.sources, policy.backbone, self.processes)
 
     def train(self, *, progress: bool = True, history: bool = True) -> TrainingResult:
         """Run up to `steps`, or until a callback sets `stopping`; the result has the adapters and each step's metrics.
@@ -136,7 +136,9 @@ class Trainer:
 
     def run_step(self) -> dict[str, float]:
         """One optimiser step over the terms that are due; returns the step's metrics."""
-        with self._texts.in_use():
+        with ExitStack() as stack:
+            for texts in self._texts:
+                stack.enter_context(texts.in_use())
             return self._run_step()
 
     def _run_step(self) -> dict[str, float]:

@@ -117,7 +117,15 @@ def test_the_quota_of_the_first_version_of_control_groups_is_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("membership", "files"),
     [
-        ("0::/job/step\n", {"job/memory.max": "1000", "job/memory.current": "400", "job/step/memory.max": "max"}),
+        (
+            "0::/job/step\n",
+            {
+                "job/memory.max": "1000",
+                "job/memory.current": "900",
+                "job/memory.stat": "anon 300\ninactive_file 500\n",
+                "job/step/memory.max": "max",
+            },
+        ),
         (
             "5:memory:/job\n4:cpu:/other\n",
             {"memory/job/memory.limit_in_bytes": "900", "memory/job/memory.usage_in_bytes": "300"},

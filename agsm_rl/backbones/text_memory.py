@@ -23,8 +23,8 @@ IN_MEMORY = 256 * 2**20
 
 
 class TextMemory:
-    """Takes the place of a backbone's `encode_text` while it is in use: for a trainer's steps, between which the text
-    encoders are whose they were.
+    """Takes the place of a backbone's `encode_text` while it is in use, which is in a trainer's steps. Between them
+    `encode_text` is the backbone's own, because anybody may change the text encoders.
 
     Nothing is held while an adapter changes the text encoders, for gradients, or where the rows of a text depend on
     how long the others are.

@@ -32,8 +32,8 @@ class BatchSizes:
     def __init__(self, block: Block, parts: Parts) -> None:
         self.block, self.parts = block, parts
         self._bytes: dict[tuple[Resolution, bool], float | None] = {}
-        self._chosen: dict[tuple[str, float], int] = {}
-        """By suite and guidance: free memory changes in a run, but base and trained model are drawn alike."""
+        self._chosen: dict[tuple[str, float, Resolution, int], int] = {}
+        """By suite, guidance, size and number: free memory changes in a run, but base and trained are drawn alike."""
 
     def choose(
         self,
@@ -46,9 +46,11 @@ class BatchSizes:
         """The size that is given, or the one that fits; all processes of a run must call this, and get the same."""
         if options.batch_size is not None:
             return options.batch_size
-        if (entry.name, guidance) not in self._chosen:
-            self._chosen[entry.name, guidance] = self._choose(options, backbone, entry, guidance, processes)
-        return self._chosen[entry.name, guidance]
+        size = entry.resolution(options) or backbone.resolution
+        key = (entry.name, guidance, size, entry.made.suite.num_images)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(options, backbone, entry, guidance, processes)
+        return self._chosen[key]
 
     def _choose(
         self, options: Evaluate, backbone: Backbone, entry: Entry, guidance: float, processes: Processes | None

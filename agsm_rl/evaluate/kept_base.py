@@ -69,12 +69,13 @@ class KeptBase:
         if place is None:
             return measure()
         file, settings = place
-        before = _written_at(file)
+        before, is_main = _written_at(file), _is_main(processes)
         kept = self._read(file, entry, guidance, processes)
         if kept is not None:
             return kept
         with self._measuring(file, processes):
-            if _agreed(lambda: _written_at(file) != before, processes):  # another run has measured it in between
+            # Only the first process reads and writes it; has another run measured it in between?
+            if _agreed(lambda: not is_main or _written_at(file) != before, processes):
                 kept = self._read(file, entry, guidance, processes)
             if kept is None:
                 kept = measure()

@@ -142,10 +142,18 @@ def _of_seeds(
         over_images: Callable[[], Interval] = partial(mean_of, list(tags.values()))
         if whole is not None:
             over_images = partial(quantity.over_images, layout.rows(WHOLE), layout.prompts)
-        part = replace(overalls.overall[place], error=0.0) if lone else overalls.overall[place]
-        overall = _interval(quantity, part, over_images)
+        overall = _interval(quantity, overalls.overall[place], over_images)
+        if lone:
+            of_tags = _interval(quantity, replace(overall, error=0.0), over_images)
+            overall = of_tags if values.shape[1] == 1 else _wider(overall, of_tags)
         estimates[key] = Estimate(overall, tags, tuple(float(score) for score in overalls.by_seed[place]))
     return estimates
+
+
+def _wider(of_seeds: Clustered, of_tags: Clustered) -> Clustered:
+    """Both intervals' bounds: one knows nothing of a single image's spread, the other nothing of what seeds share."""
+    low, high = min(of_seeds.low, of_tags.low), max(of_seeds.high, of_tags.high)
+    return Clustered(of_seeds.value, low, high, max(of_seeds.error, of_tags.error), of_seeds.df)
 
 
 def _interval(quantity: Quantity, part: Clustered, over_images: Callable[[], Interval]) -> Clustered:

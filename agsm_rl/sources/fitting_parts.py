@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class FittingParts:
-    """Parts of at most `size` images, each row being `images` of them. `size` falls where a part does not fit."""
+    """Parts of at most `size` images; a row counts as `images` images. `size` falls where a part does not fit."""
 
     def __init__(self, size: int, *, name: str, images: int = 1) -> None:
         self.size, self._name, self._images = size, name, images
@@ -27,8 +27,8 @@ class FittingParts:
     ) -> list[Any]:
         """What `work` makes of each part; it must leave nothing behind when it fails.
 
-        halve: whether `work` may be tried again with fewer rows. lighten: asked first; says whether there is now more
-        room for as many.
+        halve: whether `work` may be tried again with fewer rows. lighten: called first; True if it freed memory, so
+        that the same part is tried again.
         """
         made = []
         while len(rows):

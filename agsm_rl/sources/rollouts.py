@@ -90,8 +90,8 @@ class Rollouts(Draws[RewardedBatch]):
         history: For `advantages: history`: how many rewards of each prompt are remembered.
         min_history: For `advantages: history`: as long as a prompt has fewer rewards, the mean and standard deviation
             of all images of the draw are used.
-        sample_batch_size: Images that are drawn at once, at most. Where so many do not fit the memory, half of them
-            are, from then on, and a warning says so.
+        sample_batch_size: Images that are drawn at once, at most. Where so many do not fit the memory, the number is
+            halved from then on, with a warning.
         prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
         prompt_split: Split of a data set of prompts; null is its first one.
         prompt_config: Configuration of a data set of prompts that has several.

@@ -50,8 +50,8 @@ class StepPreferences(Draws[StepPreferenceBatch]):
         eta: Noise of `ddim` steps, in (0, 1]. Published: 1.
         updates: Steps of the trainer that learn from each draw, each from its own share of every image's steps.
             Published: one per 40 pairs, which is 16 where none is dropped.
-        sample_batch_size: Candidates that are drawn at once, at most. Where so many do not fit the memory, half of them
-            are, from then on, and a warning says so.
+        sample_batch_size: Candidates that are drawn at once, at most. Where so many do not fit the memory, the number
+            is halved from then on, with a warning.
         prompt_column: Name of the column that holds the prompts. Null looks for a usual one.
         prompt_split: Split of a data set of prompts; null is its first one.
         prompt_config: Configuration of a data set of prompts that has several.

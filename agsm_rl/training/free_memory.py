@@ -39,5 +39,14 @@ def _left(folder: Path) -> list[int]:
     found = []
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         with suppress(OSError, ValueError):  # no such file, or `max`
-            found.append(max(0, int((folder / limit).read_text()) - int((folder / used).read_text())))
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            found.append(max(0, left + _reclaimable(folder)))
     return found
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files that were read and can be dropped, which count as used."""
+    with suppress(OSError, ValueError):
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        return max(int(value) for name, value in lines if name in ("inactive_file", "total_inactive_file"))
+    return 0

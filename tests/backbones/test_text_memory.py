@@ -89,7 +89,7 @@ def test_a_trainer_has_a_memory_in_its_steps_only(make_policy, make_pairs):
     trainer = Trainer(policy, [Term(AGSM(group_size=2), make_pairs())], steps=4)
     for _ in range(4):
         trainer.run_step()
-    held = trainer._texts._held
+    held = trainer._texts[0]._held
     before = backbone.encode_text(PROMPTS[:1]).embeds
     assert held
     assert all(prompt != PROMPTS[0] for prompt, *_ in held)

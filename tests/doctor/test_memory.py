@@ -62,7 +62,7 @@ def measured(recipe):
     """Bytes at the peak of a step: what lies there, and what the CPU's allocator was asked for in torch's profile."""
     trainer = build_trainer(recipe)
     trainer.run_step()
-    trainer._texts = TextMemory(trainer.policy.backbone)  # a step whose prompts are new
+    trainer._texts = [TextMemory(trainer.policy.backbone)]  # a step whose prompts are new
     kept = {id(tensor.untyped_storage()): tensor for tensor in _kept(trainer)}
     return allocator_peak(trainer.run_step) + sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
