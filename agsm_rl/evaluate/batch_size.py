@@ -32,7 +32,7 @@ class BatchSizes:
     def __init__(self, block: Block, parts: Parts) -> None:
         self.block, self.parts = block, parts
         self._bytes: dict[tuple[Resolution, bool], float | None] = {}
-        self._chosen: dict[tuple[str, float, Resolution, int], int] = {}
+        self._chosen: dict[tuple[str, float, Resolution | None, int], int] = {}
         """By suite, guidance, size and number: free memory changes in a run, but base and trained are drawn alike."""
 
     def choose(
@@ -46,8 +46,7 @@ class BatchSizes:
         """The size that is given, or the one that fits; all processes of a run must call this, and get the same."""
         if options.batch_size is not None:
             return options.batch_size
-        size = entry.resolution(options) or backbone.resolution
-        key = (entry.name, guidance, size, entry.made.suite.num_images)
+        key = (entry.name, guidance, entry.resolution(options), entry.made.suite.num_images)
         if key not in self._chosen:
             self._chosen[key] = self._choose(options, backbone, entry, guidance, processes)
         return self._chosen[key]

@@ -144,8 +144,8 @@ def _of_seeds(
             over_images = partial(quantity.over_images, layout.rows(WHOLE), layout.prompts)
         overall = _interval(quantity, overalls.overall[place], over_images)
         if lone:
-            of_tags = _interval(quantity, replace(overall, error=0.0), over_images)
-            overall = of_tags if values.shape[1] == 1 else _wider(overall, of_tags)
+            alone = _interval(quantity, replace(overall, error=0.0), over_images)
+            overall = alone if values.shape[1] == 1 else _wider(overall, alone)
         estimates[key] = Estimate(overall, tags, tuple(float(score) for score in overalls.by_seed[place]))
     return estimates
 
