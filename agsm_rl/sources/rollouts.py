@@ -1,7 +1,7 @@
 """On-policy sampling as a source: images drawn from the live policy, the path that led to them, and their rewards."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Literal, cast
@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from agsm_rl.errors import UserError, unknown_name
+from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Batch, Reward, RewardedBatch, RolloutBatch, Sampler, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.sources.advantages import (
@@ -34,7 +34,6 @@ from agsm_rl.sources.trajectories import (
 from agsm_rl.training.compiled import is_compiled
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guiding
 from agsm_rl.training.kept_graph import KeptGraph, Room
-from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw
 from agsm_rl.training.scoring import InParts, WeightedReward, check_rewards, weighted_sum
 from agsm_rl.training.sizes import PictureSize
@@ -161,25 +160,20 @@ class Rollouts(Draws[RewardedBatch]):
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: got {value}, but it must be above 0")
-        if num_steps > MAX_SAMPLING_STEPS:
-            raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
-        check_noise(noise, noise_level, eta, same_latent=same_latent)
+        check_noise(noise, noise_level, eta, num_steps, same_latent=same_latent)
         check_negative_prompt(negative_prompt, guidance)
-        if drawn_by not in ("live", "ema", "old"):
-            raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
         self.advantages = check_advantages(
             advantages, images_per_prompt=images_per_prompt, history=history, min_history=min_history
         )
         if (num_prompts * images_per_prompt) % updates:
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
-        if not 0 <= graph_memory < 1:
-            raise UserError(f"graph_memory: got {graph_memory}, but it must lie in [0, 1)")
-        check_keeps(keep_graph=keep_graph, keep_means=keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
+        check_keeps(keep_graph, graph_memory, keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
         self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
         self.prompt_split, self.prompt_config = prompt_split, prompt_config
-        self.rewards, self.keep_graph, self.keep_means = check_rewards(rewards), keep_graph, keep_means
-        self.num_prompts, self.images_per_prompt = num_prompts, images_per_prompt
-        self.num_steps, self.guidance, self.eta, self.updates = num_steps, guidance, eta, updates
+        self.rewards = check_rewards(rewards)
+        self.keep_graph, self.graph_memory, self.keep_means = keep_graph, graph_memory, keep_means
+        self.num_prompts, self.images_per_prompt, self.num_steps = num_prompts, images_per_prompt, num_steps
+        self.guidance, self.eta, self.updates = guidance, eta, updates
         self.guidance_bank, self.guidance_prompt = guidance_bank, guidance_prompt
         self.negative_prompt, self.noise, self.noise_level = negative_prompt, noise, noise_level
         self.sde_window = None if sde_window is None else SDEWindow(sde_window, num_steps)
@@ -187,7 +181,6 @@ class Rollouts(Draws[RewardedBatch]):
         self.sample_batch_size, self.drawn_by, self.same_latent = sample_batch_size, drawn_by, same_latent
         self.batch_size = num_prompts * images_per_prompt // updates
         """Images that a step of the trainer learns from."""
-        self.graph_memory = graph_memory
         self.keep_path = eta > 0 and drawn_by == "live"
         if not self.keep_path:
             self.gives = RewardedBatch
@@ -223,43 +216,11 @@ class Rollouts(Draws[RewardedBatch]):
         steps = noise.noisy_steps(sampler, self.num_steps)
         graph = self._graph(policy, rows, steps)
         with InParts(self.rewards) as scoring:
-            weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
-            form = guiding(policy.adapters.values(), self.guidance_bank, self.guidance_prompt)
-            what = f"{self._name.removeprefix('sources.')}: drawing"
-            with weights(), form, stage(what, total=share, unit="images") as advance:
 
-                def draw_part(part: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-                    asked = [prompts[row] for row in part.tolist()]
-                    means: list[Tensor] = []
-                    path, log_probs = draw_trajectories(
-                        policy,
-                        asked,
-                        draw,
-                        part,
-                        num_steps=self.num_steps,
-                        guidance=self.guidance,
-                        noise=noise,
-                        negative_prompt=self.negative_prompt,
-                        starts=part // self.images_per_prompt * self.images_per_prompt if self.same_latent else None,
-                        keep_path=self.keep_path,
-                        graph=graph,
-                        means=means if self.keep_means else None,
-                    )
-                    with stage(f"decoding {len(asked)} images", worth=len(asked)):
-                        images = policy.backbone.decode(path[:, -1])
-                    scoring.add(images, asked, [metadata[row] for row in part.tolist()])
-                    advance(len(asked))
-                    return path, log_probs, [torch.stack(means, dim=1)] if means else []
+            def add(images: Tensor, part: list[int]) -> None:
+                scoring.add(images, [prompts[row] for row in part], [metadata[row] for row in part])
 
-                def without_graph() -> bool:
-                    nonlocal graph
-                    if graph is None or graph.is_asked_for:
-                        return False
-                    graph, self._has_room = None, False
-                    return True
-
-                parts = self._parts.run(rows, draw_part, halve=not self.keep_graph, lighten=without_graph)
-            trajectory, log_probs = (torch.cat([part[number] for part in parts]) for number in (0, 1))
+            trajectory, log_probs, means, graph = self._paths(policy, prompts, draw, rows, noise, graph, add)
             own, latents = [prompts[row] for row in rows.tolist()], trajectory[:, -1]
             self._metrics["x0_norm"] = check_latents(
                 latents, prompts, self._shard, name=self._name, first=not self._draws
@@ -285,8 +246,62 @@ class Rollouts(Draws[RewardedBatch]):
             eta=noise.level,
             noise=noise.form,
             graph=graph,
-            means=torch.cat([means for *_, kept in parts for means in kept]) if self.keep_means else None,
+            means=means,
         )
+
+    def _paths(
+        self,
+        policy: Policy,
+        prompts: list[str],
+        draw: Draw,
+        rows: Tensor,
+        noise: StepNoise,
+        graph: KeptGraph | None,
+        add: Callable[[Tensor, list[int]], None],
+    ) -> tuple[Tensor, Tensor, Tensor | None, KeptGraph | None]:
+        """The rows' paths, log-probabilities and means, drawn in parts that fit, and the graph if that was kept.
+
+        `add` is given each part's images and rows.
+        """
+
+        def draw_part(part: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+            asked = [prompts[row] for row in part.tolist()]
+            means: list[Tensor] = []
+            path, log_probs = draw_trajectories(
+                policy,
+                asked,
+                draw,
+                part,
+                num_steps=self.num_steps,
+                guidance=self.guidance,
+                noise=noise,
+                negative_prompt=self.negative_prompt,
+                starts=part // self.images_per_prompt * self.images_per_prompt if self.same_latent else None,
+                keep_path=self.keep_path,
+                graph=graph,
+                means=means if self.keep_means else None,
+            )
+            with stage(f"decoding {len(asked)} images", worth=len(asked)):
+                images = policy.backbone.decode(path[:, -1])
+            add(images, part.tolist())
+            advance(len(asked))
+            return path, log_probs, [torch.stack(means, dim=1)] if means else []
+
+        def without_graph() -> bool:
+            nonlocal graph
+            if graph is None or graph.is_asked_for:
+                return False
+            graph, self._has_room = None, False
+            return True
+
+        weights = {"live": nullcontext, "ema": policy.ema_weights, "old": policy.old_weights}[self.drawn_by]
+        form = guiding(policy.adapters.values(), self.guidance_bank, self.guidance_prompt)
+        what = f"{self._name.removeprefix('sources.')}: drawing"
+        with weights(), form, stage(what, total=len(rows), unit="images") as advance:
+            parts = self._parts.run(rows, draw_part, halve=not self.keep_graph, lighten=without_graph)
+        path, log_probs = (torch.cat([part[number] for part in parts]) for number in (0, 1))
+        means = [one for *_, kept in parts for one in kept]
+        return path, log_probs, torch.cat(means) if means else None, graph
 
     def _graph(self, policy: Policy, rows: Tensor, steps: tuple[int, ...]) -> KeptGraph | None:
         """What keeps the draw's graph: if it is asked for, or, where it changes no number, as long as there is room."""
@@ -308,12 +323,7 @@ class Rollouts(Draws[RewardedBatch]):
     def _step_noise(self, sampler: Sampler) -> StepNoise:
         window = None if self.sde_window is None else self.sde_window.at(self._seed, self._name, self._draws)
         return choose_noise(
-            sampler,
-            self.num_steps,
-            noise=self.noise,
-            eta=self.eta,
-            noise_level=self.noise_level,
-            window=window,
+            sampler, self.num_steps, noise=self.noise, eta=self.eta, noise_level=self.noise_level, window=window
         )
 
     def _worth(self, scores: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:

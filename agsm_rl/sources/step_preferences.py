@@ -13,7 +13,6 @@ from agsm_rl.policy import Policy
 from agsm_rl.sources.candidates import CandidateDraw, Drawn
 from agsm_rl.sources.draws import Draws
 from agsm_rl.sources.trajectories import StepNoise, check_latents, check_negative_prompt, check_noise, choose_noise
-from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_sum
 from agsm_rl.training.sizes import PictureSize
@@ -95,13 +94,11 @@ class StepPreferences(Draws[StepPreferenceBatch]):
                 raise UserError(f"{name}: got {value}, but it must be 1 or more")
         if candidates < 2:
             raise UserError(f"candidates: got {candidates}, but a pair needs 2 or more (published: 4)")
-        if num_steps > MAX_SAMPLING_STEPS:
-            raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
+        check_noise(noise, noise_level, eta, num_steps)
         if not 0 <= first_step < num_steps:
             raise UserError(f"first_step: got {first_step}, but it must be one of the {num_steps} steps, from 0 on")
         if not 0 <= threshold < 1:
             raise UserError(f"threshold: got {threshold}, but it must lie in [0, 1) (published: 0.3, SDXL 0.4)")
-        check_noise(noise, noise_level, eta)
         check_negative_prompt(negative_prompt, guidance)
         if eta == 0:
             raise UserError("eta: got 0, but without noise all candidates are the same; set it above 0 (published: 1)")

@@ -12,6 +12,7 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Sampler, Shard
 from agsm_rl.policy import Policy
 from agsm_rl.training.kept_graph import KeptGraph
+from agsm_rl.training.limits import MAX_SAMPLING_STEPS
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.sampling import DDIM, has_noise, log_density, noises_of, step_distribution
 from agsm_rl.training.stages import stage
@@ -38,8 +39,12 @@ class StepNoise:
         return tuple(k for k in range(num_steps) if has_noise(sampler, k, eta=self.at(k), noise=self.form))
 
 
-def check_noise(noise: str | None, noise_level: float | None, eta: float, *, same_latent: bool = False) -> None:
+def check_noise(
+    noise: str | None, noise_level: float | None, eta: float, num_steps: int, *, same_latent: bool = False
+) -> None:
     """UserError for options that fit no backbone."""
+    if num_steps > MAX_SAMPLING_STEPS:
+        raise UserError(f"num_steps: got {num_steps}, but a sampler has {MAX_SAMPLING_STEPS} steps at most")
     forms = ("flow_sde", "cps", DDIM)
     if noise is not None and noise not in forms:
         raise unknown_name("noise", noise, "a form of noise", forms)
@@ -145,8 +150,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_keeps(*, keep_graph: bool, keep_means: bool, updates: int, drawn_by: str, eta: float) -> None:
+def check_keeps(
+    keep_graph: bool, graph_memory: float, keep_means: bool, *, updates: int, drawn_by: str, eta: float
+) -> None:
     """UserError if a draw's graph or means are to be kept, but there are none, or none that are learned from."""
+    if drawn_by not in ("live", "ema", "old"):
+        raise unknown_name("drawn_by", drawn_by, "a set of parameters", ("live", "ema", "old"))
+    if not 0 <= graph_memory < 1:
+        raise UserError(f"graph_memory: got {graph_memory}, but it must lie in [0, 1)")
     if keep_graph:
         _check_keeps_graph(updates=updates, drawn_by=drawn_by, eta=eta)
     if keep_means and (drawn_by != "live" or eta == 0):
