@@ -38,8 +38,8 @@ WITHOUT_EFFECT = frozenset({"device", "gradient_checkpointing"})
 OUR_ROOMS = ("backbones", "editing", "evaluate", "shapes", "sources", "training")
 """Rooms of this package that draw, read pictures and judge."""
 LIBRARIES = (
-    *("numpy", "scipy", "pillow", "scikit-image", "torchvision", "torchmetrics", "accelerate", "onnxruntime"),
-    *("rapidocr", "sentencepiece", "hpsv2", "image-reward", "open-clip-torch", "timm", "vllm"),
+    *("numpy", "scipy", "pillow", "scikit-image", "torchvision", "torchmetrics", "accelerate"),
+    *("rapidocr", "onnxruntime"),
 )
 """What draws and judges beside the libraries that every record names, where it is installed."""
 
