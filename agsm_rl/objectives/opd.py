@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from agsm_rl.errors import UserError
-from agsm_rl.interfaces import Cond, Metrics, RolloutBatch
+from agsm_rl.interfaces import Backbone, Cond, Metrics, RolloutBatch
 from agsm_rl.objectives.flow_grpo import step_kl
-from agsm_rl.objectives.policy_gradient import PolicyGradient, rollout_steps
+from agsm_rl.objectives.policy_gradient import PolicyGradient, TextsOfPass, rollout_steps
 from agsm_rl.policy import Policy
 
 
@@ -57,8 +57,7 @@ class OPD(PolicyGradient):
                 "to it"
             )
         self.teacher, self.prompt_suffix, self.guidance = teacher, prompt_suffix, guidance
-        self._read_for: tuple[object, ...] = ()
-        self._read: tuple[Cond, Cond] | None = None
+        self._texts_of_teacher = TextsOfPass()
 
     def loss(self, policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         """The mean divergence of the batch's steps from the teacher's.
@@ -76,18 +75,13 @@ class OPD(PolicyGradient):
         """The teacher's means [B, C, h, w] of the batch's steps."""
         guidance = batch.guidance if self.guidance is None else self.guidance
         predict = policy.reference if self.teacher is None else partial(policy.teacher, self.teacher)
-        encoded = self._encoded_for_teacher(policy, batch)
-        return [mean for mean, _ in rollout_steps(policy, predict, replace(batch, guidance=guidance), encoded)]
-
-    def _encoded_for_teacher(self, policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
-        """The prompts [B rows] and the negative prompt [1 row] as the teacher reads them.
-
-        They are encoded for a pass's first steps and kept for the others: parts of the same images share `prompts`.
-        """
         backbone = policy.backbone if self.teacher is None else policy.backbone_of_teacher(self.teacher)
         of = (backbone, batch.prompts, batch.negative_prompt)
-        if self._read is None or any(one is not other for one, other in zip(of, self._read_for, strict=True)):
-            prompts = [prompt + self.prompt_suffix for prompt in batch.prompts]
-            texts = replace(batch, prompts=prompts, cond=None).encode_text(backbone)
-            self._read, self._read_for = (texts, backbone.encode_negative(batch.negative_prompt)), of
-        return self._read
+        encoded = self._texts_of_teacher.get(of, lambda: self._encoded_for(backbone, batch))
+        return [mean for mean, _ in rollout_steps(policy, predict, replace(batch, guidance=guidance), encoded)]
+
+    def _encoded_for(self, backbone: Backbone, batch: RolloutBatch) -> tuple[Cond, Cond]:
+        """The prompts [B rows] and the negative prompt [1 row] as the teacher reads them."""
+        prompts = [prompt + self.prompt_suffix for prompt in batch.prompts]
+        texts = replace(batch, prompts=prompts, cond=None).encode_text(backbone)
+        return texts, backbone.encode_negative(batch.negative_prompt)

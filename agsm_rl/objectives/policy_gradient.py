@@ -4,6 +4,7 @@ PPO's clipped loss on log-probabilities, the distribution of a rollout's steps u
 the split of a batch by steps. Nothing here asks which backbone's sampler made the steps.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -92,8 +93,7 @@ class PolicyGradient(Objective):
             raise unknown_name("timesteps", timesteps, "a choice of steps", ("first", "even"))
         self.timestep_fraction, self.timesteps, self.images_per_pass = timestep_fraction, timesteps, images_per_pass
         self.steps_per_pass = steps_per_pass
-        self._encoded_of: tuple[object, ...] = ()
-        self._encoded: tuple[Cond, Cond] | None = None
+        self._texts = TextsOfPass()
 
     def split(self, batch: RolloutBatch) -> list[tuple[RolloutBatch, float]]:
         """One part per `steps_per_pass` denoising steps of `images_per_pass` images: a part's activations are held.
@@ -151,12 +151,24 @@ class PolicyGradient(Objective):
         return None
 
     def steps_under(self, policy: Policy, predict: Predict, batch: RolloutBatch) -> list[tuple[Tensor, Tensor]]:
-        """`rollout_steps`; a pass's text is encoded for its first steps and kept for the others."""
-        # Parts of the same images share these objects, so that what is kept is never of another batch.
+        """`rollout_steps`, with texts that are encoded once a pass."""
         of = (policy.backbone, batch.prompts, batch.cond, batch.negative_prompt)
-        if self._encoded is None or any(one is not other for one, other in zip(of, self._encoded_of, strict=True)):
-            self._encoded, self._encoded_of = _encode(policy, batch), of
-        return rollout_steps(policy, predict, batch, self._encoded, detach_uncond=self.detach_unconditional)
+        encoded = self._texts.get(of, lambda: _encode(policy, batch))
+        return rollout_steps(policy, predict, batch, encoded, detach_uncond=self.detach_unconditional)
+
+
+class TextsOfPass:
+    """A pass's prompts [B rows] and negative prompt [1 row], encoded for its first steps and kept for the others."""
+
+    def __init__(self) -> None:
+        self._of: tuple[object, ...] = ()
+        self._encoded: tuple[Cond, Cond] | None = None
+
+    def get(self, of: tuple[object, ...], encode: Callable[[], tuple[Cond, Cond]]) -> tuple[Cond, Cond]:
+        """What `encode` gives. Parts of the same images share the objects `of`, so that no other batch gets it."""
+        if self._encoded is None or any(one is not other for one, other in zip(of, self._of, strict=True)):
+            self._encoded, self._of = encode(), of
+        return self._encoded
 
 
 def _encode(policy: Policy, batch: RolloutBatch) -> tuple[Cond, Cond]:
