@@ -123,6 +123,8 @@ class AGSM(Objective):
         group_size: Images per group, 2 or more; `batch_size` must be a multiple of it. Published: 4.
         groups_per_pass: Groups that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
+        images_per_pass: Images that go through the denoiser at once, each under all prompts of its group; null is all
+            of the pass. Less memory still, the same gradient.
         noise: What has a noise of its own: each `image`, as in the paper, or each `group`, whose images share one, as
             in the released AGSM code.
     """
@@ -139,6 +141,7 @@ class AGSM(Objective):
         negatives: int | None = None,
         group_size: int = 4,
         groups_per_pass: int | None = None,
+        images_per_pass: int | None = None,
         noise: NoisePer = "image",
     ) -> None:
         if preference not in PREFERENCES:
@@ -155,7 +158,7 @@ class AGSM(Objective):
         self.gamma_positive = gamma_positive
         self.gamma_negative = gamma_negative
         self.preference, self.negatives = preference, negatives
-        self.groups = Groups(group_size, groups_per_pass, noise)
+        self.groups = Groups(group_size, groups_per_pass, noise, images_per_pass)
 
     def check(self, batch_size: int) -> None:
         """The batch must be whole groups."""
@@ -166,7 +169,10 @@ class AGSM(Objective):
         self.groups.check_prompts(prompts, backbone)
 
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
-        """Parts of `groups_per_pass` groups; all at once by default. Images of one prompt go to different groups."""
+        """Parts of `groups_per_pass` groups or `images_per_pass` images; all at once by default.
+
+        Images of one prompt go to different groups.
+        """
         return self.groups.split(batch)
 
     def loss(self, policy: Policy, batch: PairBatch) -> tuple[Tensor, Metrics]:

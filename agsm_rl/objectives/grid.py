@@ -5,7 +5,7 @@ images of a group), shared by all its prompts, and one noise level per step, sha
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -25,16 +25,32 @@ TOKENIZED_AT_ONCE = 256
 PROMPTS_HELD = 100_000
 
 
-class Groups:
-    """How a batch is cut: groups of `size` images, `per_pass` groups at once (None: all), one noise per `noise`."""
+@dataclass(frozen=True)
+class SomeImages(PairBatch):
+    """Whole groups of pairs, of which only `images` [k], row numbers, are learned from: under all prompts of a group."""
 
-    def __init__(self, size: int, per_pass: int | None, noise: NoisePer = "image") -> None:
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Groups:
+    """How a batch is cut: groups of `size` images, `per_pass` groups and of these `images_per_pass` images at once.
+
+    None is all. Each of `noise`, image or group, has a noise of its own.
+    """
+
+    def __init__(
+        self, size: int, per_pass: int | None = None, noise: NoisePer = "image", images_per_pass: int | None = None
+    ) -> None:
         if noise not in get_args(NoisePer):
             raise unknown_name("noise", noise, "what has a noise of its own", get_args(NoisePer))
         if size < 2:
             raise UserError(f"group_size: got {size}, but a group needs 2 or more images to have negatives")
         check_at_least_one("groups_per_pass", per_pass)
-        self.size, self.per_pass, self.noise = size, per_pass, noise
+        check_at_least_one("images_per_pass", images_per_pass)
+        self.size, self.per_pass, self.noise, self.images_per_pass = size, per_pass, noise, images_per_pass
         self._warned = False
         self._read_by: Backbone | None = None
         self._read: dict[str, tuple[int, ...]] = {}
@@ -90,41 +106,59 @@ class Groups:
         return negatives if int(negatives.sum()) < len(prompts) * (self.size - 1) else None
 
     def split(self, batch: PairBatch) -> list[tuple[PairBatch, float]]:
-        """Parts of `per_pass` groups with their shares. Images of one prompt go to different groups."""
+        """Parts of `per_pass` groups, or of some of their images, with their shares of the batch.
+
+        Images of one prompt go to different groups.
+        """
         self.check(len(batch))
         order = apart(batch.prompts, self.size)
         batch = batch if order == sorted(order) else batch.select(torch.tensor(order))
-        return in_passes(batch, None if self.per_pass is None else self.per_pass * self.size)
+        whole = in_passes(batch, None if self.per_pass is None else self.per_pass * self.size)
+        if self.images_per_pass is None:
+            return whole
+        return [(part, share * of) for groups, share in whole for part, of in _some_images(groups, self.images_per_pass)]
 
     def grid(self, policy: Policy, batch: PairBatch) -> "Grid":
-        """The batch's noised latents, their targets, and the prompts that each is held against."""
-        self.check(len(batch))
-        x0 = batch.latents
+        """The noised latents of the batch's images, their targets, and the prompts that each is held against."""
+        count, x0 = len(batch.prompts), batch.latents
+        self.check(count)
+        images = batch.images if isinstance(batch, SomeImages) else torch.arange(count)
         if self.noise == "group":  # that of the group's first image
             first = slice(None, None, self.size)
             noise = policy.draw.noise_like(x0[first], batch.rows[first]).repeat_interleave(self.size, dim=0)
         else:
             noise = policy.draw.noise_like(x0, batch.rows)
-        t = policy.draw.shared_t(len(batch), x0.device)
-        columns, own = group_columns(len(batch), self.size, x0.device)
-        negatives = self._negatives(batch.prompts, group_columns(len(batch), self.size)[0], policy.backbone)
+        here = images.to(x0.device)
+        x0, noise, t = x0[here], noise[here], policy.draw.shared_t(len(batch), x0.device)
+        columns, own = group_columns(count, self.size)
+        negatives = self._negatives(batch.prompts, columns, policy.backbone)
         return Grid(
             x_t=policy.backbone.add_noise(x0, noise, t),
             t=t,
             target=policy.backbone.target(x0, noise, t),
             cond=batch.encode_text(policy.backbone),
-            columns=columns,
-            own=own,
-            negatives=None if negatives is None else negatives.to(x0.device),
-            is_own=tuple((columns == torch.arange(len(batch), device=x0.device)[:, None]).flatten().tolist()),
+            images=here,
+            columns=columns[images].to(x0.device),
+            own=own[images].to(x0.device),
+            negatives=None if negatives is None else negatives[images].to(x0.device),
+            is_own=tuple((columns == torch.arange(count)[:, None])[images].flatten().tolist()),
         )
+
+
+def _some_images(batch: PairBatch, count: int) -> list[tuple[PairBatch, float]]:
+    """Parts of `count` images with all prompts of their groups, each with its share of the batch."""
+    if count >= len(batch):
+        return [(batch, 1.0)]
+    known = {item.name: getattr(batch, item.name) for item in fields(PairBatch)}
+    parts = torch.arange(len(batch)).split(count)
+    return [(SomeImages(**known, images=images), len(images) / len(batch)) for images in parts]
 
 
 @dataclass(frozen=True)
 class Grid:
     """Noised images x_t [B, C, h, w] at levels `t` [B], `target` [B, C, h, w], and the prompts of each: cond[columns].
 
-    `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt; `is_own` says of
+    `images` [B] and `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt; `is_own` says of
     each of the B·P predictions whether it is under that one, without waiting for a device.
     """
 
@@ -132,6 +166,7 @@ class Grid:
     t: Tensor
     target: Tensor
     cond: Cond
+    images: Tensor
     columns: Tensor
     own: Tensor
     is_own: tuple[bool, ...]
@@ -170,11 +205,15 @@ class Grid:
         """x_t, t and prompts of places of the flattened grid."""
         places = places.to(self.x_t.device)
         image = places // self.columns.shape[1]
-        cond = self.cond[self.columns.flatten()[places]].of_pictures(self.cond[image])
+        cond = self.cond[self.columns.flatten()[places]].of_pictures(self.cond[self.images[image]])
         return self.x_t[image], self.t[image], cond
 
     def some_negatives(self, draw: Draw, rows: Tensor, count: int) -> Tensor:
-        """`count` of each image's negatives (all, if it has fewer) at random, [B, P] on the CPU."""
+        """`count` of each image's negatives (all, if it has fewer) at random, [B, P] on the CPU.
+
+        `rows` are those of the whole batch, as the draw numbers them.
+        """
+        rows = rows[self.images.to(rows.device)]
         is_own = torch.tensor(self.is_own).reshape(self.columns.shape)
         allowed = ~is_own if self.negatives is None else self.negatives.cpu() & ~is_own
         keys = torch.stack(

@@ -119,6 +119,7 @@ def test_each_optimizers_run_is_predicted_with_its_state(make_recipe, use):
 def test_the_peak_of_contrast_is_predicted_for_any_number_of_groups_a_pass(make_recipe, use):
     peaks = [assert_close(make_recipe(use, PAIRS, group_size=2, groups_per_pass=count)) for count in (None, 2, 1)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[-1]
+    assert assert_close(make_recipe(use, PAIRS, group_size=2, images_per_pass=1)) < peaks[-1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -215,7 +216,7 @@ def test_the_proposal_fits_and_halves_passes_before_it_changes_the_base(make_rec
     own = predict(recipe)[1]
     assert fit(recipe, own, own.peak * 2).changes == {}
     smaller = fit(recipe, own, own.peak)  # which leaves nothing to spare
-    assert smaller.fits and set(smaller.changes) == {"objectives.0.groups_per_pass"}
+    assert smaller.fits and set(smaller.changes) == {"objectives.0.images_per_pass"}
     again = predict(changed(recipe, smaller.changes))[1]
     assert again.peak == smaller.prediction.peak <= own.peak / (1 + MARGIN)
 

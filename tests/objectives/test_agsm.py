@@ -146,6 +146,7 @@ def test_fewer_groups_at_once_give_the_same_gradient(policy):
         {"preference": "bt"},
         {"group_size": 1},
         {"groups_per_pass": 0},
+        {"images_per_pass": 0},
         {"negatives": 0},
         {"negatives": 4},
     ],

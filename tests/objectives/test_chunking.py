@@ -61,6 +61,11 @@ def test_contrast_in_passes_of_few_groups_trains_as_all_groups_at_once(make_poli
     )
 
 
+@pytest.mark.parametrize("objective", [AGSM, partial(AGSM, negatives=2), SoftREPA])
+def test_contrast_in_passes_of_few_images_trains_as_all_groups_at_once(make_policy, make_pairs, objective):
+    check(make_policy, partial(objective, group_size=3), lambda: make_pairs(batch_size=6), (1, 2, 4), "images_per_pass")
+
+
 @pytest.mark.parametrize("objective", [ScoreMatching, Anchor])
 def test_pairs_in_passes_of_few_rows_train_as_all_at_once(make_policy, make_pairs, objective):
     check(make_policy, objective, make_pairs, (1, 3), "rows_per_pass")

@@ -87,16 +87,17 @@ def test_equal_captions_keep_the_gradient_the_same_in_passes(policy, make):
     for _, parameter in policy.parameters().items():
         parameter.requires_grad_(True)
     gradients = []
-    for per_pass in (None, 1):
-        objective = make(group_size=2, groups_per_pass=per_pass)
+    for options in ({}, {"groups_per_pass": 1}, {"images_per_pass": 1}):
+        objective = make(group_size=2, **options)
         total = 0
         for part, share in objective.split(batch):
             total = total + share * objective.loss(policy, part)[0]
         parameters = list(policy.parameters().values())
         gradients.append(torch.autograd.grad(total, parameters, allow_unused=True))
-    for whole, parts in zip(*gradients, strict=True):
+    for whole, groups, images in zip(*gradients, strict=True):
         if whole is not None:
-            torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(whole, groups, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(whole, images, rtol=1e-3, atol=1e-6)
 
 
 def folder(path, captions):
