@@ -181,7 +181,10 @@ def main(
             side.compile(compile)
         for _ in range(2):
             side.run(memory_of)
-        print(json.dumps(peak_memory.bytes()))
+        found = {"resident": peak_memory.bytes()}
+        if not device.startswith("cuda"):
+            found["allocated"] = measure.allocator_peak(lambda: side.run(memory_of))
+        print(json.dumps(found))
         return
     names = ("ours", "published")
     peaks = {name: measure.in_fresh_process("--memory-of", name) for name in names if memory}
@@ -199,8 +202,9 @@ def main(
         "step": step,
         "flops": measure.compare_amounts(flops["ours"], flops["published"], unit="FLOPs", of="other/ours"),
     }
-    if memory:
-        comparisons["memory"] = measure.compare_amounts(peaks["ours"], peaks["published"], unit="bytes")
+    for key, name in {"resident": "memory", "allocated": "allocated"}.items():
+        if memory and key in peaks["ours"]:
+            comparisons[name] = measure.compare_amounts(peaks["ours"][key], peaks["published"][key], unit="bytes")
     achieved = flops["ours"] / step["ours"]
     peak = measure.peak_flops(device)
     if peak is not None:

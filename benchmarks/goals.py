@@ -52,6 +52,18 @@ PARTS = {
         "--agsm negatives=1 --tag _negatives_1 --repeats 1 --warmup 0 --no-memory",
         90,
     ),
+    "agsm compiled": Part(
+        "agsm_step.py",
+        "--compile default --tag _compiled --warmup 6 --repeats 15 --no-memory",
+        "--compile default --tag _compiled --repeats 1 --warmup 0 --no-memory",
+        180,
+    ),
+    "agsm in passes": Part(
+        "agsm_step.py",
+        "--agsm images_per_pass=2 --tag _images_per_pass_2 --repeats 15",
+        "--agsm images_per_pass=2 --tag _images_per_pass_2 --repeats 1 --warmup 0",
+        90,
+    ),
     "ceiling": Part("ceiling.py", "--threads 1 --threads 2 --repeats 5", "--threads 1 --repeats 1", 90),
     "ceiling negatives 1": Part(
         "ceiling.py",
