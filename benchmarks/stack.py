@@ -4,7 +4,7 @@
 
 `rollouts`: both learn from one batch of the model's images (DDPO from all, AGSM from the best quarter), drawn and
 scored once; alone, each draws its own. `pairs`: AGSM learns from captioned images instead, so only the step is shared.
-Options are those of recipes/best_of_own_images.yaml and recipes/agsm_plus_ddpo.yaml.
+Options are those of recipes/best_of_own_images.yaml and recipes/stacking/one_lora.yaml.
 """
 
 from pathlib import Path

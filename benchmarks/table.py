@@ -33,7 +33,9 @@ ROWS = (
     Row("agsm_step_embedded_cpu_compiled", "step", "— with `compile: default`: times faster", "≥ 1.3"),
     Row("agsm_step_embedded_cpu_images_per_pass_2", "step", "— with `images_per_pass: 2`: times faster"),
     Row("agsm_step_embedded_cpu_images_per_pass_2", "memory", "— with `images_per_pass: 2`, its peak memory: share"),
-    Row("agsm_step_embedded_cpu_images_per_pass_2", "allocated", "— with `images_per_pass: 2`, what its step allocates"),
+    Row(
+        "agsm_step_embedded_cpu_images_per_pass_2", "allocated", "— with `images_per_pass: 2`, what its step allocates"
+    ),
     Row("agsm_step_embedded_cpu_negatives_1", "step", "— with `negatives: 1`: times faster", "≥ 2"),
     Row("agsm_step_embedded_cpu_negatives_1", "memory", "— with `negatives: 1`, its peak memory: share"),
     Row("ceiling_embedded_cpu", "float32, 2 threads", "— its products: share of this machine's ceiling", "≥ 0.8"),

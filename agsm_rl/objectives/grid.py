@@ -27,7 +27,7 @@ PROMPTS_HELD = 100_000
 
 @dataclass(frozen=True)
 class SomeImages(PairBatch):
-    """Whole groups of pairs, of which only `images` [k], row numbers, are learned from: under all prompts of a group."""
+    """Whole groups of pairs, of which `images` [k], row numbers, are learned from, each under its group's prompts."""
 
     images: Tensor
 
@@ -116,7 +116,8 @@ class Groups:
         whole = in_passes(batch, None if self.per_pass is None else self.per_pass * self.size)
         if self.images_per_pass is None:
             return whole
-        return [(part, share * of) for groups, share in whole for part, of in _some_images(groups, self.images_per_pass)]
+        of_groups = [(_some_images(groups, self.images_per_pass, self.size), share) for groups, share in whole]
+        return [(part, share * of) for parts, share in of_groups for part, of in parts]
 
     def grid(self, policy: Policy, batch: PairBatch) -> "Grid":
         """The noised latents of the batch's images, their targets, and the prompts that each is held against."""
@@ -145,21 +146,25 @@ class Groups:
         )
 
 
-def _some_images(batch: PairBatch, count: int) -> list[tuple[PairBatch, float]]:
-    """Parts of `count` images with all prompts of their groups, each with its share of the batch."""
+def _some_images(batch: PairBatch, count: int, size: int) -> list[tuple[PairBatch, float]]:
+    """Parts of `count` images with the prompts of their groups of `size`, each with its share of the batch."""
     if count >= len(batch):
         return [(batch, 1.0)]
-    known = {item.name: getattr(batch, item.name) for item in fields(PairBatch)}
-    parts = torch.arange(len(batch)).split(count)
-    return [(SomeImages(**known, images=images), len(images) / len(batch)) for images in parts]
+    parts: list[tuple[PairBatch, float]] = []
+    for images in torch.arange(len(batch)).split(count):
+        first, end = int(images[0]) // size * size, (int(images[-1]) // size + 1) * size
+        groups = batch.select(torch.arange(first, end))
+        known = {item.name: getattr(groups, item.name) for item in fields(PairBatch)}
+        parts.append((SomeImages(**known, images=images - first), len(images) / len(batch)))
+    return parts
 
 
 @dataclass(frozen=True)
 class Grid:
     """Noised images x_t [B, C, h, w] at levels `t` [B], `target` [B, C, h, w], and the prompts of each: cond[columns].
 
-    `images` [B] and `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt; `is_own` says of
-    each of the B·P predictions whether it is under that one, without waiting for a device.
+    `images` [B] and `columns` [B, P] are row numbers of `cond`; `own` [B] is the column of each image's own prompt;
+    `is_own` says of each of the B·P predictions whether it is under that one, without waiting for a device.
     """
 
     x_t: Tensor

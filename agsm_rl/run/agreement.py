@@ -1,10 +1,8 @@
 """Did a run's terms help or fight each other? The cosines between their gradients, from metrics.jsonl, in words."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-from agsm_rl.run.records import read_lines
 
 PREFIX = "cosine/"
 SMALL = 0.1
@@ -35,14 +33,14 @@ class Agreement:
         return f"the gradients of {self.first} and {self.second} {verdict} ({figures})"
 
 
-def agreements(metrics: Path) -> list[Agreement]:
-    """The agreement of every two terms that both ran in at least two steps of a run's metrics.jsonl.
+def agreements(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
+    """The agreement of every two terms that both ran in at least two of the rows of a run's metrics.jsonl.
 
     The interval is Student's over steps, which are taken as independent: it says how certain the mean is, not what
     another seed would give.
     """
     cosines: dict[str, list[float]] = {}
-    for row in read_lines(metrics):
+    for row in rows:
         for key, value in row.items():
             if key.startswith(PREFIX) and isinstance(value, int | float):
                 cosines.setdefault(key, []).append(float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,8 +33,8 @@ from agsm_rl.run.agreement import Agreement, agreements_to_json
 from agsm_rl.run.checkpoint_writer import CheckpointWriter
 from agsm_rl.run.evaluation_output import Suites, print_tables, summary, write_pictures
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.records import EventsFile, MetricsFile
-from agsm_rl.run.score_history import ScoreHistory
+from agsm_rl.run.records import EventsFile, MetricsFile, read_lines
+from agsm_rl.run.score_history import START, ScoreHistory
 from agsm_rl.run.screen import make_console, tell
 from agsm_rl.run.stop import Interrupted
 from agsm_rl.trainer import Callback, Trainer
@@ -78,6 +79,8 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._kept_base = KeptBase(recipe.backbone, recipe.parts, tell=self._tell, check=check)
         self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
+        self._comparable_after = START
+        """The last step whose evaluations had other settings."""
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
     def prepare(self, backbone: Backbone) -> None:
@@ -103,6 +106,7 @@ class Evaluator(Callback):
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
         if state is not None and not self.scores.load_state_dict(state):
+            self._comparable_after = trainer.step
             message = "evaluate: its settings have changed, so the search for the best score starts over"
             self._tell(message, important=True)
         if self.is_main:
@@ -168,6 +172,27 @@ class Evaluator(Callback):
             self._write(self.options, trainer.step, suites, agreed)
             print_tables(suites, self.options, self.roles, make_console())
             write_pictures(suites, self.folder.samples)
+
+    def scores_by_step(self) -> dict[int, dict[str, float]]:
+        """All comparable evaluations' finite figures at the first guidance, by their steps; 0: the base's.
+
+        A run that did not start as the base has none for 0.
+        """
+        if self.options is None or self._newest is None:
+            return {}
+        found: dict[int, dict[str, float]] = {}
+        for (base, _), *_others in self._newest[1].values() if self.scores.starts_as_base else ():
+            place = "" if base.entry.made.alone else f"{base.entry.name}/"
+            found.setdefault(START, {}).update({place + key: value for key, value in base.figures().items()})
+        for row in read_lines(self.folder.evaluations):
+            if row.get("guidance") == self.options.guidance[0] and row["step"] > self._comparable_after:
+                place = f"{row['suite']}/" if "suite" in row else ""
+                figures = {key: value for key, value in row.items() if key not in ("step", "guidance", "suite")}
+                found.setdefault(row["step"], {}).update({place + key: value for key, value in figures.items()})
+        return {
+            step: {key: value for key, value in figures.items() if value is not None and math.isfinite(value)}
+            for step, figures in found.items()
+        }
 
     def measure(self, trainer: Trainer, *, final: bool = False) -> dict[str, list[Compared]]:
         """Base and trained on each suite at each guidance; recorded in the folder and by the trackers.

@@ -27,7 +27,8 @@ from agsm_rl.run.display import RunDisplay
 from agsm_rl.run.evaluation import Evaluator, prepare_suites
 from agsm_rl.run.failures import ended_when_stuck, failures_named
 from agsm_rl.run.folder import RunFolder
-from agsm_rl.run.records import MetricsFile
+from agsm_rl.run.phases import phases, story
+from agsm_rl.run.records import MetricsFile, read_lines
 from agsm_rl.run.sample_grids import SampleGrids
 from agsm_rl.run.screen import make_console, tell
 from agsm_rl.run.stop import Interrupted, Lost, Stopped
@@ -185,8 +186,9 @@ class _Run:
                 raise
 
     def _finish(self, *, evaluate: bool) -> bool:
-        """Base against trained, whether the terms agreed, and the report; False when a signal interrupted it."""
-        agreed = agreements(self.folder.metrics) if self.is_main else []
+        """Base against trained, what the terms did, and the report; False when a signal interrupted it."""
+        rows = read_lines(self.folder.metrics) if self.is_main else []
+        agreed = agreements(rows)
         if evaluate and self.recipe.evaluate is not None:
             try:
                 self.evaluator.finish(self.trainer, agreed)
@@ -199,6 +201,8 @@ class _Run:
         out = make_console()
         for agreement in agreed:
             tell(out, str(agreement))
+        if told := story(phases(rows), self.evaluator.scores_by_step()):
+            tell(out, told, prose=True)
         if evaluate:
             _write_last(self.folder, self.display.console)
         return True

@@ -37,7 +37,7 @@ class ScoreHistory:
         self.on_fall = recipe.watch.held_out_falls
         self.directions = directions(recipe)
         self._settings = _settings(recipe)
-        self._starts_as_base = recipe.start_from is None
+        self.starts_as_base = recipe.start_from is None
         self._means: dict[int, dict[str, float]] = {}
         self._scores: dict[int, dict[str, Tensor]] = {}
         self._best: dict[str, int] = {}
@@ -54,7 +54,7 @@ class ScoreHistory:
     def note_base(self, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> None:
         """Record the base's scores as those of step 0, unless they are known or the run started from other adapters."""
         known = self._means.get(START, {})
-        if self._starts_as_base and any(name not in known for name in means):
+        if self.starts_as_base and any(name not in known for name in means):
             self._note(START, {**means, **known}, {**scores, **self._scores.get(START, {})})
 
     def note(self, step: int, means: Mapping[str, float], scores: Mapping[str, Tensor]) -> list[Event]:

@@ -39,6 +39,7 @@ from agsm_rl.recipe.schema import Block, Evaluate
 from agsm_rl.run.agreement import agreements, agreements_to_json
 from agsm_rl.run.evaluation_output import write_pictures
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.records import read_lines
 
 
 class CellEvaluations:
@@ -73,7 +74,7 @@ class CellEvaluations:
         }
         suites = {suite: list(zip(base[suite], trained[suite], strict=True)) for suite in trained}
         content = to_json(suites, options, step=step)
-        agreed = agreements(self.folder.metrics)
+        agreed = agreements(read_lines(self.folder.metrics))
         content |= {"agreement": agreements_to_json(agreed)} if agreed else {}
         write_text(self.folder.path / name, json.dumps(content, indent=1) + "\n")
         if pictures:

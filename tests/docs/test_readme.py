@@ -26,7 +26,8 @@ TESTS = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt tox &
 SMALL = {
     "train": (
         *("--set", "steps=2", "--set", "evaluate.num_images=6", "--set", "evaluate.guidance=[1.0]"),
-        *("--set", "sources.own_images.num_prompts=2", "--set", "sources.own_images.num_steps=2"),
+        *("--set", "sources.own_images.num_prompts=2", "--set", "sources.own_images.images_per_prompt=2"),
+        *("--set", "objectives.0.weight={0: 1, 1: 0}", "--set", "objectives.1.weight={0: 0, 1: 1}"),
     ),
     "sample": ("--num-steps", "2"),
     "eval": ("--num-images", "6", "--num-steps", "2"),

@@ -17,6 +17,7 @@ from agsm_rl.sweep.plan import make_plan
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 PAGES = ["docs/study/tables.py", "docs/study/figures.yaml", "docs/study/questions.yaml"]
+PAGES += ["docs/study/two_axes_questions.yaml"]
 PAGES += ["docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md"]
 ROWS = re.compile(r"(<!-- (?:table|endpoints)\s.*?-->\n).*?(?=<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure \S+ -->).*?(<!-- / -->)")

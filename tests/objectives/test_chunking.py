@@ -61,7 +61,10 @@ def test_contrast_in_passes_of_few_groups_trains_as_all_groups_at_once(make_poli
     )
 
 
-@pytest.mark.parametrize("objective", [AGSM, partial(AGSM, negatives=2), SoftREPA])
+@pytest.mark.parametrize(
+    "objective",
+    [AGSM, partial(AGSM, negatives=2), partial(AGSM, noise="group"), partial(AGSM, groups_per_pass=1), SoftREPA],
+)
 def test_contrast_in_passes_of_few_images_trains_as_all_groups_at_once(make_policy, make_pairs, objective):
     check(make_policy, partial(objective, group_size=3), lambda: make_pairs(batch_size=6), (1, 2, 4), "images_per_pass")
 

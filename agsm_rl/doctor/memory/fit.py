@@ -31,7 +31,7 @@ STEPS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("quantize", "nf4", (None, "int8", "fp8")),
 )
 """Options of the backbone, what they are set to, and instead of what; the gentlest first."""
-PASSES = ("groups_per_pass", "images_per_pass", "rows_per_pass")
+PASSES = ("images_per_pass", "rows_per_pass")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _knobs(recipe: Recipe, parts: Parts) -> dict[str, dict[str, int]]:
         rows = _rows(block, term.view, parts, place)
         for name in PASSES:
             if name in term.options and rows is not None:
-                most = rows // int(term.options["group_size"]) if name == "groups_per_pass" else rows
+                groups = term.options.get("groups_per_pass")
+                most = rows if groups is None else min(rows, groups * int(term.options["group_size"]))
                 size = min(most, term.options[name] or most)
                 knobs[f"learning {term.name}"] = {f"objectives.{index}.{name}": size}
         if "steps_per_pass" in term.options:
