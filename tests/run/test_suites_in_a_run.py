@@ -111,6 +111,27 @@ def test_a_run_is_measured_on_own_prompts_by_own_rewards_and_keeps_the_best_by_a
     assert "reward/dark (trained)" in screen.getvalue() and "evaluation of mine after step 1" in screen.getvalue()
 
 
+def test_the_end_of_a_run_says_what_each_part_did_by_the_evaluations_at_its_ends(make_recipe, own, capsys):
+    first, source = (
+        make_recipe().to_data()["objectives"][0],
+        {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 2},
+    )
+    second = {"use": "score_matching", "source": source, "weight": {0: 0, 1: 1}}
+    recipe = make_recipe(objectives=[first | {"weight": {0: 1, 1: 0}}, second])
+    folder = train(recipe, own / "run", console=Console(file=StringIO()))
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    sharp = [row["reward/sharpness"] for row in rows if row["guidance"] == 1.0 and row["suite"] == "mine"]
+    base = json.loads((folder / "eval.json").read_text())["base"]["tags"]["sharpness"]["score"]
+    told = " ".join(capsys.readouterr().out.split())
+    learned = "reward_backprop learned in steps 1 to 1, with "
+    assert learned in told and f"mine/reward/sharpness {base:.4g} -> {sharp[0]:.4g}" in told.split(learned)[1]
+    assert "; score_matching learned in steps 2 to 2, with " in told
+    assert f"mine/reward/sharpness {sharp[0]:.4g} -> {sharp[1]:.4g}" in told.split("score_matching learned")[1]
+    recipe = make_recipe(start_from=str(folder), steps=1)
+    train(recipe, own / "more", console=Console(file=StringIO()))
+    assert "learned in steps" not in capsys.readouterr().out  # one term, without draws: nothing to tell apart
+
+
 def test_the_pictures_of_a_suite_are_those_that_were_judged(make_recipe, own):
     folder = train(make_recipe(), own / "run", console=Console(file=StringIO()))
     content = json.loads((folder / "eval.json").read_text())
