@@ -95,7 +95,8 @@ def page(rows: dict[str, list[Path]], *, recipes: str, docs: str) -> str:
 def row(file: Path, recipes: str, docs: str) -> str:
     """A recipe's row."""
     name, header = file.relative_to(RECIPES).as_posix(), header_of(file)
-    result = f"[the study]({docs}study/README.md)" if name.startswith(SWEEPS) else result_of(header.result)
+    in_study = name.startswith(SWEEPS) and "plan.md" not in header.result
+    result = f"[the study]({docs}study/README.md)" if in_study else result_of(header.result)
     shows = re.sub(r" \([^()]*\.(py|yaml|sh)\b[^()]*\)", "", header.title)  # files of other projects
     cells = [f"[{name.removesuffix('.yaml')}]({recipes}{name})", shows, cost_of(header), result]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"

@@ -79,8 +79,6 @@ class Evaluator(Callback):
         self._base: dict[tuple[str, float], Measured] = {}
         self._kept_base = KeptBase(recipe.backbone, recipe.parts, tell=self._tell, check=check)
         self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
-        self._comparable_after = START
-        """The last step whose evaluations had other settings."""
         self._newest: tuple[int, dict[str, list[Compared]]] | None = None
 
     def prepare(self, backbone: Backbone) -> None:
@@ -106,7 +104,8 @@ class Evaluator(Callback):
     def resume(self, trainer: Trainer, state: Mapping[str, Any] | None) -> None:
         """Restore the score history (None: the checkpoint has none), and repeat an interrupted evaluation."""
         if state is not None and not self.scores.load_state_dict(state):
-            self._comparable_after = trainer.step
+            measured_again = self._due(trainer.step) or trainer.step >= trainer.steps
+            self.scores.comparable_from = trainer.step + (not measured_again)
             message = "evaluate: its settings have changed, so the search for the best score starts over"
             self._tell(message, important=True)
         if self.is_main:
@@ -185,7 +184,7 @@ class Evaluator(Callback):
             place = "" if base.entry.made.alone else f"{base.entry.name}/"
             found.setdefault(START, {}).update({place + key: value for key, value in base.figures().items()})
         for row in read_lines(self.folder.evaluations):
-            if row.get("guidance") == self.options.guidance[0] and row["step"] > self._comparable_after:
+            if row.get("guidance") == self.options.guidance[0] and row["step"] >= self.scores.comparable_from:
                 place = f"{row['suite']}/" if "suite" in row else ""
                 figures = {key: value for key, value in row.items() if key not in ("step", "guidance", "suite")}
                 found.setdefault(row["step"], {}).update({place + key: value for key, value in figures.items()})

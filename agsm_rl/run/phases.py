@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 LOSS, REWARD, SKIPPED = "/loss", "/reward", "skipped"
+NORM = "/x0_norm"
+"""Of the images drawn: it tells draws apart whose rewards are the same."""
 FEWEST_DRAWS = 6
 """With fewer, a third of them is one draw, and nothing can be said of chance."""
 
@@ -52,7 +54,7 @@ class Phase:
 
 @dataclass
 class _Term:
-    """The steps in which a term learned, and its draws: the step, and all figures of their rewards."""
+    """The steps in which a term learned, and its draws: the step, the reward, and what else is known of them."""
 
     first: int
     last: int
@@ -60,7 +62,7 @@ class _Term:
 
     def note(self, step: int, name: str, row: Mapping[str, Any]) -> None:
         self.last = step
-        figures = tuple(value for key, value in row.items() if key.startswith(f"{name}{REWARD}"))
+        figures = tuple(value for key, value in row.items() if key.startswith((name + REWARD, name + NORM)))
         reward = row.get(name + REWARD)
         # A draw that several steps learn from stands in each of their rows.
         if isinstance(reward, int | float) and not (self.drawn and self.drawn[-1][2] == figures):

@@ -41,6 +41,8 @@ class ScoreHistory:
         self._means: dict[int, dict[str, float]] = {}
         self._scores: dict[int, dict[str, Tensor]] = {}
         self._best: dict[str, int] = {}
+        self.comparable_from = START
+        """The first step whose evaluation has the settings of today."""
         self.newest: int | None = None
         """The step of the newest evaluation."""
         self.best_step: int | None = None
@@ -150,6 +152,7 @@ class ScoreHistory:
             "newest": self.newest,
             "best_by": self.best_by,
             "best_step": self.best_step,
+            "comparable_from": self.comparable_from,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
@@ -159,6 +162,7 @@ class ScoreHistory:
         self._means = {at: dict(means) for at, means in state["means"].items()}
         self._scores = {at: dict(scores) for at, scores in state["scores"].items()}
         self._best, self.newest = dict(state["best"]), state["newest"]
+        self.comparable_from = state.get("comparable_from", START)  # earlier versions' checkpoints have none
         if state["best_by"] == self.best_by:
             self.best_step = state["best_step"]
         return True

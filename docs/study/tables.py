@@ -143,9 +143,12 @@ class Table:
         return found
 
     def _reward(self, name: str, guidance: float, reward: str) -> str:
-        runs = self.variants[name or next(iter(self.variants))].runs
-        judged = [run.evaluation.trained if name else run.evaluation.base for run in runs]
-        return f"{np.mean([one[guidance].rewards[reward] for one in judged]):.4f}"
+        means = []
+        for run in self.variants[name or next(iter(self.variants))].runs:
+            judged = (run.evaluation.trained if name else run.evaluation.base)[guidance]
+            is_score = reward in run.evaluation.scores
+            means.append(run.evaluation.score(judged, reward) if is_score else judged.rewards[reward])
+        return f"{np.mean(means):.4f}"
 
 
 def figure(asked: Mapping[str, Any]) -> str:

@@ -51,9 +51,9 @@ def points(loaded: Loaded) -> dict[str, np.ndarray]:
         rows = []
         for run in variant.runs:
             judged = run.evaluation.trained[GUIDANCE]
-            rows.append((judged.rewards[REWARD], 100 * run.evaluation.score(judged, VERDICT)))
+            rows.append((run.evaluation.score(judged, REWARD), 100 * run.evaluation.score(judged, VERDICT)))
             base = run.evaluation.base[GUIDANCE]
-            found[BASE] = np.array([(base.rewards[REWARD], 100 * run.evaluation.score(base, VERDICT))])
+            found[BASE] = np.array([(run.evaluation.score(base, REWARD), 100 * run.evaluation.score(base, VERDICT))])
         found[variant.name] = np.array(rows)
     return found
 

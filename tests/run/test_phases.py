@@ -77,8 +77,9 @@ def test_a_run_of_one_term_without_rewards_needs_no_words():
 def drawn(*names, rewards, updates=1, **more):
     """Rows of terms that learn from one source, each draw for so many steps."""
     rows = []
-    for value in rewards:
-        figures = {f"{name}/{key}": of for name in names for key, of in (("loss", 0.1), ("reward", value))}
+    for place, value in enumerate(rewards):
+        known = (("loss", 0.1), ("reward", value), ("x0_norm", 1.0 + place))
+        figures = {f"{name}/{key}": of for name in names for key, of in known}
         rows += [figures | more] * updates
     return metrics(rows)
 
@@ -86,6 +87,12 @@ def drawn(*names, rewards, updates=1, **more):
 def test_a_draw_that_several_steps_learn_from_counts_once():
     (phase,) = phases(drawn("ddpo", rewards=range(8), updates=3))
     assert phase.draws[0].rewards == tuple(range(8))
+
+
+def test_draws_of_one_worth_are_several():
+    assert (
+        phases(drawn("ddpo", rewards=[0.5] * 4 + [0.0] * 8, updates=2))[0].draws[0].rewards == (0.5,) * 4 + (0.0,) * 8
+    )
 
 
 def test_terms_that_share_their_draws_are_named_together():
