@@ -78,7 +78,7 @@ class Records:
     def add(self, part: Part, seconds: float) -> None:
         """Record that a command has ended."""
         record = {"name": part.name, "command": list(part.command), "seconds": round(seconds, 1)}
-        record |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        record |= {"finished": datetime.now(UTC).isoformat(timespec="milliseconds")}
         record |= {"device": device(), "revision": revision()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file(part).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

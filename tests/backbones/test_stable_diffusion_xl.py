@@ -72,6 +72,7 @@ def test_a_picture_under_others_prompts_keeps_its_crop() -> None:
         t=torch.zeros(2),
         target=torch.zeros(2, 4, 2, 2),
         cond=Cond(torch.zeros(2, 3, 5), prompts=("a", "b"), crops=crops),
+        images=torch.arange(2),
         columns=columns,
         own=own,
         is_own=(True, False, False, True),
