@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from agsm_rl.recipe.shipped import NOT_MEASURED, SWEEPS, Header, header_of
+from agsm_rl.recipe.shipped import NOT_MEASURED, Header, header_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -95,7 +95,7 @@ def page(rows: dict[str, list[Path]], *, recipes: str, docs: str) -> str:
 def row(file: Path, recipes: str, docs: str) -> str:
     """A recipe's row."""
     name, header = file.relative_to(RECIPES).as_posix(), header_of(file)
-    in_study = name.startswith(SWEEPS) and "plan.md" not in header.result
+    in_study = header.result.startswith("docs/study/README.md")
     result = f"[the study]({docs}study/README.md)" if in_study else result_of(header.result)
     shows = re.sub(r" \([^()]*\.(py|yaml|sh)\b[^()]*\)", "", header.title)  # files of other projects
     cells = [f"[{name.removesuffix('.yaml')}]({recipes}{name})", shows, cost_of(header), result]

@@ -124,13 +124,12 @@ class Groups:
         count, x0 = len(batch.prompts), batch.latents
         self.check(count)
         images = batch.images if isinstance(batch, SomeImages) else torch.arange(count)
-        if self.noise == "group":  # that of the group's first image
-            first = slice(None, None, self.size)
-            noise = policy.draw.noise_like(x0[first], batch.rows[first]).repeat_interleave(self.size, dim=0)
-        else:
-            noise = policy.draw.noise_like(x0, batch.rows)
         here = images.to(x0.device)
-        x0, noise, t = x0[here], noise[here], policy.draw.shared_t(len(batch), x0.device)
+        x0, t = x0[here], policy.draw.shared_t(len(batch), x0.device)
+        # A group's noise is that of its first image.
+        noise = policy.draw.noise_like(
+            x0, batch.rows[images // self.size * self.size if self.noise == "group" else images]
+        )
         columns, own = group_columns(count, self.size)
         negatives = self._negatives(batch.prompts, columns, policy.backbone)
         return Grid(

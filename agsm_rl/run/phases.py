@@ -54,19 +54,19 @@ class Phase:
 
 @dataclass
 class _Term:
-    """The steps in which a term learned, and its draws: the step, the reward, and what else is known of them."""
+    """The steps in which a term learned, and its draws: the reward, and all that is known of it."""
 
     first: int
     last: int
-    drawn: list[tuple[int, float, tuple[Any, ...]]] = field(default_factory=list)
+    drawn: list[tuple[float, tuple[Any, ...]]] = field(default_factory=list)
 
     def note(self, step: int, name: str, row: Mapping[str, Any]) -> None:
         self.last = step
         figures = tuple(value for key, value in row.items() if key.startswith((name + REWARD, name + NORM)))
         reward = row.get(name + REWARD)
         # A draw that several steps learn from stands in each of their rows.
-        if isinstance(reward, int | float) and not (self.drawn and self.drawn[-1][2] == figures):
-            self.drawn.append((step, float(reward), figures))
+        if isinstance(reward, int | float) and not (self.drawn and self.drawn[-1][1] == figures):
+            self.drawn.append((float(reward), figures))
 
 
 def phases(rows: Sequence[Mapping[str, Any]]) -> list[Phase]:
@@ -84,15 +84,17 @@ def phases(rows: Sequence[Mapping[str, Any]]) -> list[Phase]:
             found[-1] = replace(found[-1], terms=(*found[-1].terms, name), last=last, end=last)
         else:
             found.append(Phase((name,), term.first, term.last, term.last))
-    ends = [after.first - 1 for after in found[1:]] + [row["step"] for row in rows[-1:]]
-    return [replace(phase, end=end, draws=_draws(phase, terms)) for phase, end in zip(found, ends, strict=bool(found))]
+    if not found:
+        return []
+    ends = [*(after.first - 1 for after in found[1:]), rows[-1]["step"]]
+    return [replace(phase, end=end, draws=_draws(phase, terms)) for phase, end in zip(found, ends, strict=True)]
 
 
 def _draws(phase: Phase, terms: Mapping[str, _Term]) -> tuple[Draws, ...]:
     """The draws of a phase; terms that learn from one source have the same."""
     by_rewards: dict[tuple[float, ...], tuple[str, ...]] = {}
     for name in phase.terms:
-        rewards = tuple(reward for _, reward, _ in terms[name].drawn)
+        rewards = tuple(reward for reward, _ in terms[name].drawn)
         if len(rewards) >= FEWEST_DRAWS:
             by_rewards[rewards] = (*by_rewards.get(rewards, ()), name)
     return tuple(Draws(names, rewards) for rewards, names in by_rewards.items())

@@ -18,27 +18,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from picture import CURVES
 from torch import Tensor
 
 from agsm_rl import load_backbone
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.export.attach import attach_to_backbone
 from agsm_rl.report.load import Loaded, load
+from agsm_rl.report.views import BASE
 from agsm_rl.shapes.judge import judge
 from agsm_rl.shapes.world import parse
 
 VERDICT, REWARD, GUIDANCE, STEPS = "strict", "sharpness", 2.0, 20
-BASE = ""
-MODELS = {
-    BASE: ("base", "#6b7280", "o"),
-    "ddpo": ("DDPO", "#0072b2", "v"),
-    "agsm": ("AGSM", "#009e73", "s"),
-    "agsm_then_ddpo": ("AGSM, then DDPO", "#d55e00", "^"),
-    "score_matching": ("score matching", "#e69f00", "X"),
-    "score_matching_then_ddpo": ("score matching, then DDPO", "#cc79a7", "P"),
-}
-ARROWS = ((BASE, "ddpo"), (BASE, "agsm"), ("agsm", "agsm_then_ddpo"))
-STACK = "agsm_then_ddpo"
+STACK, CONTROL = "agsm_then_ddpo", "score_matching_then_ddpo"
+MODELS = {name: CURVES[name] for name in (BASE, "ddpo", "agsm", "score_matching")}
+MODELS |= {STACK: ("AGSM, then DDPO", "#d55e00", "^"), CONTROL: ("score matching, then DDPO", "#cc79a7", "P")}
+ARROWS = ((BASE, "ddpo"), (BASE, "agsm"), ("agsm", STACK))
 DRAWN = (BASE, "ddpo", "agsm", STACK)
 TAGS = ("counting", "colors", "two_object", "position", "color_attr")
 """Of each, a held-out prompt is drawn, with the noise that its place in the suite gives."""
