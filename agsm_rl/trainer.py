@@ -23,6 +23,7 @@ from agsm_rl.training.defaults import with_defaults
 from agsm_rl.training.gradient_map import GradientMap, Learned
 from agsm_rl.training.gradients import as_numbers, cosines, largest_share, norm
 from agsm_rl.training.optimizers import OPTIMIZERS, NamedOptimizer, chosen, floating_state
+from agsm_rl.training.precision import warn_if_slow
 from agsm_rl.training.processes import Processes, make_accelerator
 from agsm_rl.training.prompt_lengths import warn_of_cut_prompts
 from agsm_rl.training.randomness import Draw
@@ -79,6 +80,8 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("mixed precision 'fp16' is not supported: gradients are not scaled; use bf16, or no")
+        if self.accelerator.mixed_precision == "bf16":
+            warn_if_slow("mixed precision: bf16", torch.bfloat16, self.accelerator.device)
         self.callbacks = [with_defaults(callback, Callback) for callback in callbacks]
         self.watch, self.balance, self.gradient_map = watch or AnomalyWatch(), balance, gradient_map
         self.step, self.stopping = 0, False

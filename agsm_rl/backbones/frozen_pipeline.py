@@ -29,7 +29,7 @@ from agsm_rl.backbones.tf32 import allow_tf32, is_tf32_allowed
 from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Adapter, Tokens
 from agsm_rl.source_code import takes
-from agsm_rl.training.precision import own_precision, widest_float
+from agsm_rl.training.precision import own_precision, warn_if_slow, widest_float
 from agsm_rl.training.sizes import Resolution, check_resolution
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class FrozenPipeline(Declaration):
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         empty = torch.device(check_device(device)).type == "meta"
         dtype = DTYPES[options.dtype]
+        warn_if_slow(f"backbone.dtype: {options.dtype}", dtype, torch.device(device))
         load = partial(
             load_pipeline,
             checkpoint,

@@ -1,9 +1,13 @@
-"""Losses and scores in at least single precision, whatever a run predicts in."""
+"""Losses and scores in at least single precision, whatever a run predicts in; what a CPU can predict in."""
 
+import logging
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -21,3 +25,25 @@ def own_precision(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products of that dtype are made in software there: half precision on an x86 CPU without AVX-512.
+
+    On an AMD EPYC of the third generation, 6144 x 128 times 128 x 512 took 58 times as long in bfloat16 as in float32.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return half and device.type == "cpu" and x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def warn_if_slow(where: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Say so where a run is about to compute in software what another dtype would do in hardware."""
+    if is_slow(dtype, device):
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            "%s: this CPU has no instructions for %s, so that a step can take dozens of times as long as in float32; "
+            "use float32 here",
+            where,
+            name,
+        )

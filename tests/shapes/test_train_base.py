@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from agsm_rl.backbones import backbone_of, load_backbone
 from agsm_rl.backbones.loading import find_checkpoint
 from agsm_rl.shapes.train_base.autoencoder import rescale
-from agsm_rl.shapes.train_base.inheritance import begin_as
+from agsm_rl.shapes.train_base.inheritance import begin_as, begin_finer
 from agsm_rl.shapes.train_base.layouts import LAYOUTS
 from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_t5_tokenizer, make_tokenizer, tokenize
 from agsm_rl.shapes.world import careful_caption, draw_requirement, vocabulary
@@ -109,6 +109,48 @@ def test_a_unet_that_inherits_draws_as_its_teacher_though_other_encoders_read_th
     assert distance() < 0.02 * before
 
 
+def transformer(patch_size):
+    torch.manual_seed(patch_size)
+    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+    made = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=patch_size,
+        in_channels=4,
+        out_channels=4,
+        joint_attention_dim=12,
+        pooled_projection_dim=6,
+        pos_embed_max_size=16,
+        **sizes,
+    )
+    return made.eval().requires_grad_(False)
+
+
+def test_a_transformer_with_finer_tokens_begins_by_predicting_what_the_coarse_one_does():
+    coarse, fine = transformer(2), transformer(1)
+    generator = torch.Generator().manual_seed(0)
+    # Patches of equal latents, and a coarse output that is equal within a patch: there the two must agree but for the
+    # places within a patch, which lie an eighth of the picture or less from its own.
+    coarse.proj_out.weight.copy_(coarse.proj_out.weight[:4].repeat(4, 1))
+    coarse.proj_out.bias.copy_(coarse.proj_out.bias[:4].repeat(4))
+    x = torch.randn(3, 4, 4, 4, generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    text = torch.randn(3, 5, 12, generator=generator), torch.randn(3, 6, generator=generator)
+    asked = {
+        "encoder_hidden_states": text[0],
+        "pooled_projections": text[1],
+        "timestep": torch.tensor([10.0, 500, 900]),
+    }
+
+    def distance():
+        one, other = (model(hidden_states=x, **asked).sample for model in (coarse, fine))
+        return float((one - other).square().mean() / one.square().mean())
+
+    before = distance()
+    begin_finer(coarse, fine)
+    assert distance() < 0.01 < 0.5 < before
+    fine.pos_embed.pos_embed.copy_(transformer(1).pos_embed.pos_embed)
+    assert distance() > 0.01  # PatchEmbed's own places are not those of the coarse tokens
+
+
 @pytest.mark.slow
 def test_a_base_with_a_teacher_is_trained_on_what_that_predicts_and_stored_in_half_precision(tmp_path):
     shipped = [find_checkpoint(f"builtin:shapes-{kind}") for kind in ("sd15", "sdxl")]
@@ -142,7 +184,7 @@ def test_another_scale_and_shift_change_neither_latents_nor_pictures(tiny_checkp
     torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", ["--vae", "--text", "--teacher"])
+@pytest.mark.parametrize("part", ["--vae", "--text", "--teacher", "--coarser"])
 def test_parts_of_others_are_refused_beside_a_base_to_go_on_from_before_anything_is_made(part, tmp_path):
     options = ["--begin", "one", part, "other"]
     command = [sys.executable, "-m", "agsm_rl.shapes.train_base", "sdxl", tmp_path / "work", tmp_path / "out", *options]

@@ -18,8 +18,9 @@ from agsm_rl.backbones.loading import load_pipeline
 from agsm_rl.interfaces import Backbone
 from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
+from agsm_rl.shapes.train_base.decoder import train_decoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
-from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as
+from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as, begin_finer
 from agsm_rl.shapes.train_base.layouts import Layout, layouts_of, make_text_tokenizer
 from agsm_rl.shapes.train_base.stages import Settings, draw_data
 from agsm_rl.shapes.train_base.text import train_text_encoder
@@ -36,6 +37,9 @@ def main(
     vae_steps: int = Settings.vae_steps,
     text_steps: int = Settings.text_steps,
     denoiser_steps: int = Settings.denoiser_steps,
+    decoder_steps: Annotated[
+        int, typer.Option(help="of SD3's layout: the decoder's, on what the trained denoiser makes", min=0)
+    ] = Settings.decoder_steps,
     batch_size: Annotated[int, typer.Option(help="images a step", min=1)] = Settings.batch_size,
     judge_every: Annotated[
         int,
@@ -62,18 +66,24 @@ def main(
         Path | None,
         typer.Option(help="a base with a U-Net of the same blocks, latents and schedule: begins as it, learns from it"),
     ] = None,
+    coarser: Annotated[
+        Path | None, typer.Option(help="a base of SD3's layout with a token per patch, whose transformer is begun with")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="the denoiser's; its layout's when left out")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of a drawn world and write its pipeline folder."""
-    if begin is not None and any(part is not None for part in (vae, text, teacher)):
-        raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text and --teacher")
+    if begin is not None and any(part is not None for part in (vae, text, teacher, coarser)):
+        raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text, --teacher and --coarser")
+    if decoder_steps and kind != "sd3":
+        raise typer.BadParameter("--decoder-steps: only for sd3, whose denoiser predicts what the decoder learns from")
     torch.set_num_threads(threads)
     settings = Settings(
         scenes,
         vae_steps,
         text_steps,
         denoiser_steps,
+        decoder_steps,
         batch_size,
         judge_every=judge_every,
         judge_prompts=judge_prompts,
@@ -84,15 +94,19 @@ def main(
     )
     layout = _layout(settings, kind, learning_rate)
     work.mkdir(parents=True, exist_ok=True)
-    requirements, images = draw_data(settings, work)
+    drawn, images = draw_data(settings, work)
     if begin is None:
         pipeline = _assemble(settings, layout, work, images, vae=vae, begin_vae=begin_vae, text=text)
     else:
         pipeline = load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
-    taught_by = None if teacher is None else _begin_as(teacher, backbone, requirements)
+    taught_by = None if teacher is None else _begin_as(teacher, backbone, [scene.requirement for scene in drawn])
+    if coarser is not None:
+        begin_finer(load_pipeline(str(coarser), dtype=torch.float32).transformer, pipeline.transformer)
     name, keep = f"denoiser_{kind}", partial(_write, pipeline, backbone, layout.stored, work, out)
-    train_denoiser(settings, work, name, layout, backbone, requirements, images, teacher=taught_by, keep=keep)
+    train_denoiser(settings, work, name, layout, backbone, drawn, images, teacher=taught_by, keep=keep)
+    if decoder_steps:
+        train_decoder(settings, work, pipeline.vae, backbone, drawn, images)
     keep()
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from agsm_rl.evaluate.drawing import draw
 from agsm_rl.interfaces import Backbone, Cond
-from agsm_rl.shapes.scenes import Requirement
+from agsm_rl.shapes.scenes import Scene
 from agsm_rl.shapes.train_base.layouts import Layout
 from agsm_rl.shapes.train_base.optimization import Optimization
+from agsm_rl.shapes.train_base.representation import WEIGHT, Representation, drawn_at
 from agsm_rl.shapes.train_base.stages import Settings, run_stage, write_log
 
 CAPTION_DROPOUT = 0.1
@@ -28,7 +29,7 @@ def train_denoiser(
     name: str,
     layout: Layout,
     backbone: Backbone,
-    requirements: list[Requirement],
+    scenes: list[Scene],
     images: Tensor,
     teacher: Backbone | None = None,
     keep: Callable[[], None] = lambda: None,
@@ -43,11 +44,19 @@ def train_denoiser(
     if layout.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
-    optimization = Optimization(
-        denoiser, settings.denoiser_steps, learning_rate=layout.learning_rate, muon_rate=layout.muon_rate
+    world, told = settings.world, None
+    state: dict[str, Any] = {"model": denoiser}
+    if layout.told_what_is_drawn:
+        told = state["representation"] = Representation(denoiser, world.look)
+        drawn = drawn_at(scenes, world.look, latents.shape[-1] // denoiser.config.patch_size)  # type: ignore[union-attr]
+    optimization = state["optimization"] = Optimization(
+        denoiser,
+        settings.denoiser_steps,
+        learning_rate=layout.learning_rate,
+        muon_rate=layout.muon_rate,
+        beside=told.parameters() if told else (),
     )
-    ema = EMAModel(denoiser.parameters(), decay=0.999)
-    world = settings.world
+    ema = state["ema"] = EMAModel(denoiser.parameters(), decay=0.999)
     up_text = UpBlocksText(denoiser, backbone.encode_text([""]).embeds)
 
     def step(number: int) -> dict[str, float]:
@@ -56,7 +65,7 @@ def train_denoiser(
         chosen = rng.integers(0, len(latents), batch_size)
         empty = rng.random(len(chosen)) < CAPTION_DROPOUT
         captions = [
-            "" if none else world.base_caption(requirements[index], rng, settings.careless_plain)
+            "" if none else world.base_caption(scenes[index].requirement, rng, settings.careless_plain)
             for index, none in zip(chosen, empty, strict=True)
         ]
         cond = backbone.encode_text(captions)
@@ -73,11 +82,16 @@ def train_denoiser(
             prediction = backbone.predict(x_t, t, cond)
         error = (prediction - target).square().mean(dim=(1, 2, 3))
         loss = (weight * error).mean()
+        figures = {"loss": loss.item()}
+        if told:
+            reading = told.loss(drawn[chosen])
+            loss = loss + WEIGHT * reading
+            figures["reading"] = reading.item()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimization.step()
         ema.step(denoiser.parameters())
-        return {"loss": loss.item()}
+        return figures
 
     def after(steps: int) -> None:
         if settings.judge_every and steps % settings.judge_every == 0:
@@ -85,9 +99,10 @@ def train_denoiser(
                 write_log(work, {"stage": f"{name}_judged", "step": steps, **judged(settings, backbone)})
                 keep()
 
-    state = {"model": denoiser, "optimization": optimization, "ema": ema}
     run_stage(name, work, settings.denoiser_steps, state, step, after=after)
     up_text.remove()
+    if told:
+        told.remove()
     ema.copy_to(denoiser.parameters())
     denoiser.requires_grad_(False).eval()
 

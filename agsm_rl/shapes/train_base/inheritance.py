@@ -1,11 +1,15 @@
-"""A U-Net that begins with another base's weights, though it reads another text.
+"""A denoiser that begins with another base's weights: a U-Net that reads another text, a transformer with finer tokens.
 
 A small SDXL that is trained from nothing takes longer than shapes-sd15 to heed what single words say of a caption's
 reliability (docs/experiments.md). What a teacher knows of drawing does not depend on who reads it the prompt.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 from torch import Tensor
 
 from agsm_rl.interfaces import Backbone
@@ -46,3 +50,34 @@ def _states(backbone: Backbone, captions: list[str]) -> Tensor:
     """Text states of all tokens, [N·S, D], in double precision."""
     parts = [backbone.encode_text(captions[first : first + 200]).embeds for first in range(0, len(captions), 200)]
     return torch.cat(parts).flatten(0, 1).double()
+
+
+@torch.no_grad()
+def begin_finer(coarse: SD3Transformer2DModel, fine: SD3Transformer2DModel) -> None:
+    """Give a transformer with a token per latent the weights of one with a token per patch, which is as wide and deep.
+
+    A fine token begins as a patch would whose latents all are like its own, at its own place within the patch.
+    """
+    patch, own = coarse.config.patch_size, fine.state_dict()
+    for name, value in coarse.state_dict().items():
+        if name == "pos_embed.proj.weight":
+            value = value.sum(dim=(2, 3), keepdim=True)
+        elif name.startswith("proj_out."):
+            value = value.unflatten(0, (patch**2, -1)).mean(0)
+        elif name == "pos_embed.pos_embed":
+            value = _places_between(coarse.config, fine.config)
+        own[name] = value
+    fine.load_state_dict(own)
+
+
+def _places_between(coarse: Any, fine: Any) -> Tensor:
+    """The sine and cosine embeddings, [1, size², width], of the places of fine tokens among the coarse ones."""
+    patch, size = coarse.patch_size, fine.pos_embed_max_size
+    base = coarse.sample_size // patch
+    first = (coarse.pos_embed_max_size - base) // 2  # the middle is cropped, as PatchEmbed does
+    begin = (size - fine.sample_size) // 2
+    places = (first + (torch.arange(size) - begin + 0.5) / patch - 0.5) * base / coarse.pos_embed_max_size
+    width = coarse.num_attention_heads * coarse.attention_head_dim
+    across, down = torch.meshgrid(places, places, indexing="xy")
+    embedded = get_2d_sincos_pos_embed_from_grid(width, torch.stack([across, down]), output_type="pt")
+    return embedded[None].float()

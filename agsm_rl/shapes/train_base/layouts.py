@@ -6,7 +6,6 @@ All read captions of TEXT_LENGTH tokens and draw 8 x 8 latents. A part that two 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from agsm_rl.shapes.train_base.text import (
     without_projection,
 )
 from agsm_rl.shapes.worlds import SCENES, SHAPES, World
+from agsm_rl.training.precision import is_slow
 
 # The squared noise error is weighted by 1 / alpha_bar up to this, as v-prediction weights it: composition is settled at
 # high noise, where the plain error hardly counts.
@@ -69,6 +69,8 @@ class Layout:
     """The context of the predictions in training."""
     channels_last: bool = False
     """Whether the denoiser's convolutions are laid out for bfloat16, which takes a third off a U-Net's step."""
+    told_what_is_drawn: bool = False
+    """Whether a transformer's middle block is told what is drawn where (representation.py)."""
     prepare: Callable[[Any, int, int], int] = lambda backbone, step, batch_size: batch_size
     """What is set on the backbone before each step, given its usual batch size; returns the step's."""
 
@@ -152,13 +154,13 @@ def assemble_sdxl(vae: AutoencoderKL, first: Any, second: Any, *, world: World =
 
 
 def assemble_sd3(
-    vae: AutoencoderKL, first: Any, second: Any, t5: Any, *, patch_size: int = 1, world: World = SHAPES
+    vae: AutoencoderKL, first: Any, second: Any, t5: Any, *, world: World = SHAPES
 ) -> StableDiffusion3Pipeline:
-    """SD3's layout with its VAE's scaling and shift factors: six joint blocks, 128 wide, a token a latent or patch."""
+    """SD3's layout with its VAE's scaling and shift factors: six joint blocks, 128 wide, a token for each latent."""
     rescale(vae, scaling_factor=1.5305, shift_factor=0.0609)
     transformer = SD3Transformer2DModel(
         sample_size=SHAPES.look.image_size // DOWNSAMPLING,
-        patch_size=patch_size,
+        patch_size=1,
         in_channels=4,
         out_channels=4,
         num_layers=6,
@@ -203,18 +205,19 @@ def _shifted(uniform: Tensor) -> Tensor:
 
 
 def _mostly_between(uniform: Tensor) -> Tensor:
-    """Logit-normal noise levels, as SD3 was trained with: five sixths between 0.1 and 0.8, where shapes are settled.
+    """A quarter as SD3 samples; the rest logit-normal, mostly between 0.18 and 0.57, where shapes are settled.
 
     Where the objects go, at nearly pure noise, a transformer learns in a few thousand steps; to draw a clean shape
-    wherever it goes takes most of the training.
+    wherever it goes takes most of the training (docs/scenes.md).
     """
-    return torch.sigmoid(1.2 * torch.special.ndtri(uniform) - 0.1)
+    rest = ((uniform - 0.25) / 0.75).clamp(min=1e-4)
+    return torch.where(uniform < 0.25, _shifted(uniform / 0.25), torch.sigmoid(0.9 * torch.special.ndtri(rest) - 0.6))
 
 
 @contextmanager
 def _matrix_products_in_bfloat16() -> Iterator[None]:
-    """Five times as fast for a transformer's products on a CPU that has them."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Five times as fast for a transformer's products on a CPU that has them; float32 on one that has not."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=not is_slow(torch.bfloat16, torch.device("cpu"))):
         yield
 
 
@@ -251,14 +254,13 @@ LAYOUTS_OF_SCENES = {
     "sd15": replace(LAYOUTS["sd15"], precision=_matrix_products_in_bfloat16, channels_last=True, stored=torch.float16),
     "sd3": replace(
         LAYOUTS["sd3"],
-        assemble=partial(assemble_sd3, patch_size=2),
         noise_levels=_mostly_between,
+        told_what_is_drawn=True,
         prepare=_alternate_text_length_of_scenes,
         muon_rate=4e-3,
         stored=torch.float16,
     ),
 }
-"""The scenes world's bases are trained in an hour on one core: a token for four latents halves the time of a step."""
 
 
 def layouts_of(world: World) -> Mapping[str, Layout]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.files import replacing
-from agsm_rl.shapes.scenes import Requirement, Scene
+from agsm_rl.shapes.scenes import Scene
 from agsm_rl.shapes.worlds import SHAPES, World
 
 
@@ -24,6 +24,8 @@ class Settings:
     vae_steps: int = 2_500
     text_steps: int = 2_500
     denoiser_steps: int = 20_500
+    decoder_steps: int = 0
+    """Of the autoencoder's decoder, after the denoiser: on what that makes (decoder.py). 0 leaves it as it was."""
     batch_size: int = 32
     up_text_dropout: float = 0.8
     """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
@@ -39,19 +41,18 @@ class Settings:
     world: World = SHAPES
 
 
-def draw_data(settings: Settings, work: Path) -> tuple[list[Requirement], Tensor]:
-    """The training scenes' requirements and their images, uint8 [N, 3, 32, 32]; kept in WORK_DIR."""
+def draw_data(settings: Settings, work: Path) -> tuple[list[Scene], Tensor]:
+    """The training scenes and their images, uint8 [N, 3, 32, 32]; kept in WORK_DIR."""
     path = work / "scenes.pt"
     if path.exists():
         kept = torch.load(path, weights_only=False)  # our own file, written a few lines below
-        return kept["requirements"], kept["images"]
+        return kept["scenes"], kept["images"]
     rng = np.random.default_rng(settings.seed)
     world = settings.world
     scenes = [world.draw_scene(rng, world.draw_requirement(rng)) for _ in range(settings.scenes)]
     images = render(scenes, world)
-    requirements = [scene.requirement for scene in scenes]
-    torch.save({"requirements": requirements, "images": images}, path)
-    return requirements, images
+    torch.save({"scenes": scenes, "images": images}, path)
+    return scenes, images
 
 
 def render(scenes: list[Scene], world: World = SHAPES) -> Tensor:
