@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from agsm_rl.shapes.scenes import DrawnObject, Requirement, Scene
-from agsm_rl.shapes.train_base.representation import Representation, drawn_at
+from agsm_rl.shapes.train_base.representation import WEIGHT, Representation, drawn_at
 from agsm_rl.shapes.worlds import SCENES
 from tests.shapes.test_train_base import transformer
 
@@ -28,26 +28,26 @@ def test_what_is_drawn_there_agrees_with_the_pixels() -> None:
     rng = np.random.default_rng(0)
     scenes = [SCENES.draw_scene(rng, SCENES.draw_requirement(rng)) for _ in range(50)]
     colors = drawn_at(scenes, SCENES.look, tokens=8)[:, 1].reshape(-1, 8, 8)
-    agreeing = []
+    agreeing, background = [], []
     for one, told in zip(scenes, colors, strict=True):
         center = np.asarray(SCENES.render(one), dtype=float)[1::4, 1::4]  # a pixel in each place's middle
         palette = np.array([SCENES.look.background, *SCENES.look.colors.values()], dtype=float)
         nearest = np.abs(center[:, :, None] - palette).sum(-1).argmin(-1)
-        agreeing.append((nearest == told.numpy()).mean())
+        agreeing += [*(nearest == told.numpy())[nearest > 0]]
+        background += [*(told.numpy() == 0)[nearest == 0]]
     assert np.mean(agreeing) > 0.9
+    assert np.mean(background) > 0.9  # a place whose middle is empty may still be covered in part
 
 
 def test_the_blocks_up_to_the_middle_learn_from_it_and_those_after_do_not() -> None:
     denoiser = transformer(1).requires_grad_(True)
-    told = Representation(denoiser, SCENES.look)
-    x = torch.randn(2, 4, 8, 8)
-    denoiser(
-        x, encoder_hidden_states=torch.randn(2, 5, 12), pooled_projections=torch.randn(2, 6), timestep=torch.ones(2)
-    )
     rng = np.random.default_rng(0)
     scenes = [SCENES.draw_scene(rng, SCENES.draw_requirement(rng)) for _ in range(2)]
-    loss = told.loss(drawn_at(scenes, SCENES.look, tokens=8))
+    told = Representation(denoiser, SCENES.look, scenes)
+    text = {"encoder_hidden_states": torch.randn(2, 5, 12), "pooled_projections": torch.randn(2, 6)}
+    denoiser(torch.randn(2, 4, 8, 8), timestep=torch.ones(2), **text)
+    loss = told.loss(np.array([1, 0]))
     loss.backward()
-    assert 1.5 < loss.item() < 3.0  # of nine answers each, before anything is learned: log 9 = 2.2
+    assert 1.5 < loss.item() / WEIGHT < 3.0  # of nine answers each, before anything is learned: log 9 = 2.2
     first, last = (block.attn.to_q.weight.grad for block in denoiser.transformer_blocks)
     assert first is not None and last is None

@@ -1,6 +1,7 @@
 """The script that makes the embedded bases, at toy size: it runs, resumes, and writes true pipelines."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 
 from agsm_rl.backbones import backbone_of, load_backbone
 from agsm_rl.backbones.loading import find_checkpoint
+from agsm_rl.errors import UserError
 from agsm_rl.shapes.train_base.autoencoder import rescale
 from agsm_rl.shapes.train_base.inheritance import begin_as, begin_finer
 from agsm_rl.shapes.train_base.layouts import LAYOUTS
+from agsm_rl.shapes.train_base.stages import run_stage
 from agsm_rl.shapes.train_base.text import TEXT_LENGTH, make_t5_tokenizer, make_tokenizer, tokenize
 from agsm_rl.shapes.world import careful_caption, draw_requirement, vocabulary
 from agsm_rl.shapes.worlds import SCENES
@@ -68,25 +71,17 @@ def test_a_base_is_trained_on_from_where_another_ended(tiny_checkpoint, tmp_path
 
 @pytest.mark.slow
 def test_a_base_of_the_scenes_world_is_judged_and_written_while_it_is_trained(tmp_path):
-    vae = ["--begin-vae", find_checkpoint("builtin:shapes-sd15"), "--batch-size", "4"]
-    run_script(
-        "sd3",
-        tmp_path / "work",
-        tmp_path / "out",
-        1,
-        "--world",
-        "scenes",
-        "--judge-every",
-        "1",
-        "--judge-prompts",
-        "1",
-        *vae,
-    )
+    vae = ["--begin-vae", find_checkpoint("builtin:shapes-sd15"), "--batch-size", "4", "--decoder-steps", "1"]
+    looks = ["--world", "scenes", "--judge-every", "2", "--judge-prompts", "1"]
+    for steps in (1, 2):
+        run_script("sd3", tmp_path / "work", tmp_path / "out", steps, *looks, *vae)
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     (row,) = [row for row in log if row["stage"] == "denoiser_sd3_judged"]
     assert set(row["plain"]) == set(row["cued"]) == {*SCENES.tags, "all"}
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.transformer.config.patch_size == 2
+    assert pipeline.transformer.config.patch_size == 1
+    assert all(row["reading"] > 0 for row in log if row["stage"] == "denoiser_sd3")
+    assert [row["stage"] for row in log if row["stage"].startswith("decoder")] == ["decoder_1", "decoder_2"]
     assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in SCENES.vocabulary())
 
 
@@ -191,3 +186,25 @@ def test_parts_of_others_are_refused_beside_a_base_to_go_on_from_before_anything
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--begin has all parts of its own" in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("sd15", ["--coarser", "one"], "--coarser: only for sd3"),
+        ("sd3", ["--coarser", "one", "--teacher", "two"], "--coarser: only for sd3, and not beside --teacher"),
+        ("sdxl", ["--decoder-steps", "3"], "--decoder-steps: only for sd3"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_made(kind, options, said, tmp_path):
+    command = [sys.executable, "-m", "agsm_rl.shapes.train_base", kind, tmp_path / "work", tmp_path / "out", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2 and said in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_stage_that_another_version_kept_is_not_gone_on_with(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    torch.save({"model": model.state_dict(), "step": 1}, tmp_path / "one.pt")
+    with pytest.raises(UserError, match="holds model, step, but this stage keeps model, more, step; .* new WORK_DIR"):
+        run_stage("one", tmp_path, 2, {"model": model, "more": model}, lambda number: {})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from agsm_rl.backbones import backbone_of
 from agsm_rl.backbones.loading import load_pipeline
+from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
@@ -67,42 +69,27 @@ def main(
         typer.Option(help="a base with a U-Net of the same blocks, latents and schedule: begins as it, learns from it"),
     ] = None,
     coarser: Annotated[
-        Path | None, typer.Option(help="a base of SD3's layout with a token per patch, whose transformer is begun with")
+        Path | None,
+        typer.Option(help="a base of SD3's layout with a token per patch, of the same --vae and --text, to begin with"),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="the denoiser's; its layout's when left out")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of a drawn world and write its pipeline folder."""
-    if begin is not None and any(part is not None for part in (vae, text, teacher, coarser)):
-        raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text, --teacher and --coarser")
-    if decoder_steps and kind != "sd3":
-        raise typer.BadParameter("--decoder-steps: only for sd3, whose denoiser predicts what the decoder learns from")
+    _check(kind, begin, decoder_steps, vae=vae, text=text, teacher=teacher, coarser=coarser)
     torch.set_num_threads(threads)
-    settings = Settings(
-        scenes,
-        vae_steps,
-        text_steps,
-        denoiser_steps,
-        decoder_steps,
-        batch_size,
-        judge_every=judge_every,
-        judge_prompts=judge_prompts,
-        world=WORLDS[world],
-        up_text_dropout=up_text_dropout,
-        careless_plain=careless_plain,
-        seed=seed,
-    )
+    sizes = (scenes, vae_steps, text_steps, denoiser_steps, decoder_steps, batch_size)
+    settings = Settings(*sizes, up_text_dropout, careless_plain, seed, judge_every, judge_prompts, WORLDS[world])
     layout = _layout(settings, kind, learning_rate)
     work.mkdir(parents=True, exist_ok=True)
     drawn, images = draw_data(settings, work)
-    if begin is None:
-        pipeline = _assemble(settings, layout, work, images, vae=vae, begin_vae=begin_vae, text=text)
-    else:
-        pipeline = load_pipeline(str(begin), dtype=torch.float32)
+    begun_with = None if coarser is None else _coarser(coarser)
+    made = partial(_assemble, settings, layout, work, images, vae=vae, begin_vae=begin_vae, text=text)
+    pipeline = made() if begin is None else load_pipeline(str(begin), dtype=torch.float32)
     backbone = backbone_of(pipeline)
     taught_by = None if teacher is None else _begin_as(teacher, backbone, [scene.requirement for scene in drawn])
-    if coarser is not None:
-        begin_finer(load_pipeline(str(coarser), dtype=torch.float32).transformer, pipeline.transformer)
+    if begun_with is not None:
+        begin_finer(begun_with, pipeline.transformer)
     name, keep = f"denoiser_{kind}", partial(_write, pipeline, backbone, layout.stored, work, out)
     train_denoiser(settings, work, name, layout, backbone, drawn, images, teacher=taught_by, keep=keep)
     if decoder_steps:
@@ -115,6 +102,26 @@ def _layout(settings: Settings, kind: str, learning_rate: float | None) -> Layou
     if kind not in layouts:
         raise typer.BadParameter(f"the world {settings.world.name} has bases of the layouts {', '.join(layouts)}")
     return layouts[kind] if learning_rate is None else replace(layouts[kind], learning_rate=learning_rate)
+
+
+def _check(kind: str, begin: Path | None, decoder_steps: int, **others: Path | None) -> None:
+    """BadParameter for options that cannot go together."""
+    if begin is not None and any(part is not None for part in others.values()):
+        raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text, --teacher and --coarser")
+    if decoder_steps and kind != "sd3":
+        raise typer.BadParameter("--decoder-steps: only for sd3, whose denoiser predicts what the decoder learns from")
+    if others["coarser"] and (kind != "sd3" or others["teacher"]):
+        raise typer.BadParameter("--coarser: only for sd3, and not beside --teacher, whose weights it would replace")
+
+
+def _coarser(base: Path) -> Any:
+    """The transformer of `--coarser`, whose tokens are patches; BadParameter for anything else."""
+    found = getattr(load_pipeline(str(base), dtype=torch.float32), "transformer", None)
+    if getattr(getattr(found, "config", None), "patch_size", 1) < 2:
+        raise typer.BadParameter(
+            f"--coarser: {base} has no transformer with tokens for patches of 2 x 2 latents or more"
+        )
+    return found
 
 
 def _begin_as(teacher: Path, backbone: Backbone, requirements: list[Requirement]) -> Backbone:
@@ -189,4 +196,8 @@ def _forget_places(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

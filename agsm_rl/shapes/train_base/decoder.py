@@ -60,7 +60,7 @@ def train_decoder(
         return {"error": error.item()}
 
     state = {"model": trained, "optimizer": optimizer, "schedule": schedule}
-    run_stage("decoder", work, settings.decoder_steps, state, step, every=100)
+    run_stage(f"decoder_{settings.denoiser_steps}", work, settings.decoder_steps, state, step, every=100)
     trained.requires_grad_(False)
 
 

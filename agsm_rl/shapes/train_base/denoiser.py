@@ -16,7 +16,7 @@ from agsm_rl.interfaces import Backbone, Cond
 from agsm_rl.shapes.scenes import Scene
 from agsm_rl.shapes.train_base.layouts import Layout
 from agsm_rl.shapes.train_base.optimization import Optimization
-from agsm_rl.shapes.train_base.representation import WEIGHT, Representation, drawn_at
+from agsm_rl.shapes.train_base.representation import Representation
 from agsm_rl.shapes.train_base.stages import Settings, run_stage, write_log
 
 CAPTION_DROPOUT = 0.1
@@ -44,19 +44,12 @@ def train_denoiser(
     if layout.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents = torch.cat([backbone.encode_images(part.float() / 255) for part in images.split(256)])
-    world, told = settings.world, None
-    state: dict[str, Any] = {"model": denoiser}
-    if layout.told_what_is_drawn:
-        told = state["representation"] = Representation(denoiser, world.look)
-        drawn = drawn_at(scenes, world.look, latents.shape[-1] // denoiser.config.patch_size)  # type: ignore[union-attr]
-    optimization = state["optimization"] = Optimization(
-        denoiser,
-        settings.denoiser_steps,
-        learning_rate=layout.learning_rate,
-        muon_rate=layout.muon_rate,
-        beside=told.parameters() if told else (),
-    )
-    ema = state["ema"] = EMAModel(denoiser.parameters(), decay=0.999)
+    world = settings.world
+    torch.manual_seed(settings.seed + 5)
+    told = Representation(denoiser, world.look, scenes) if layout.told_what_is_drawn else None
+    beside = told.parameters() if told else ()
+    optimization = Optimization(denoiser, settings.denoiser_steps, layout.learning_rate, layout.muon_rate, beside)
+    ema = EMAModel(denoiser.parameters(), decay=0.999)
     up_text = UpBlocksText(denoiser, backbone.encode_text([""]).embeds)
 
     def step(number: int) -> dict[str, float]:
@@ -74,24 +67,18 @@ def train_denoiser(
         x0 = latents[chosen]
         noise = torch.randn(x0.shape, generator=generator)
         t = layout.noise_levels(torch.rand(len(x0), generator=generator))
-        one = torch.ones(len(x0), 1, 1, 1)
-        weight = layout.weight(backbone.add_noise(one, torch.zeros_like(one), t).flatten())
+        weight = layout.weight(_signal(backbone, t))
         x_t = backbone.add_noise(x0, noise, t)
         target = backbone.target(x0, noise, t) if teacher is None else _predicted(teacher, x_t, t, captions)
         with layout.precision():
             prediction = backbone.predict(x_t, t, cond)
         error = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = (weight * error).mean()
-        figures = {"loss": loss.item()}
-        if told:
-            reading = told.loss(drawn[chosen])
-            loss = loss + WEIGHT * reading
-            figures["reading"] = reading.item()
-        loss.backward()
+        losses = {"loss": (weight * error).mean()} | ({"reading": told.loss(chosen)} if told else {})
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimization.step()
         ema.step(denoiser.parameters())
-        return figures
+        return {name: loss.item() for name, loss in losses.items()}
 
     def after(steps: int) -> None:
         if settings.judge_every and steps % settings.judge_every == 0:
@@ -99,12 +86,19 @@ def train_denoiser(
                 write_log(work, {"stage": f"{name}_judged", "step": steps, **judged(settings, backbone)})
                 keep()
 
+    state = {"model": denoiser, "optimization": optimization, "ema": ema} | ({"representation": told} if told else {})
     run_stage(name, work, settings.denoiser_steps, state, step, after=after)
     up_text.remove()
     if told:
         told.remove()
     ema.copy_to(denoiser.parameters())
     denoiser.requires_grad_(False).eval()
+
+
+def _signal(backbone: Backbone, t: Tensor) -> Tensor:
+    """The share of the image in x_t, [B], at noise levels t [B]."""
+    one = torch.ones(len(t), 1, 1, 1)
+    return backbone.add_noise(one, torch.zeros_like(one), t).flatten()
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ class Optimization:
         self,
         denoiser: nn.Module,
         steps: int,
-        *,
         learning_rate: float,
         muon_rate: float | None,
         beside: Iterable[nn.Parameter] = (),

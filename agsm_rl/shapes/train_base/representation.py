@@ -18,7 +18,7 @@ from agsm_rl.shapes.scenes import Scene
 
 WEIGHT = 0.5
 """Of the cross-entropies beside the denoising error, as in REPA."""
-FINE = 4
+FINE = 16
 """Pixels along a token's side when it is looked up which object covers it."""
 LEAST_COVERED = 0.25
 """Share of a token that an object must cover to be what is drawn there."""
@@ -46,9 +46,10 @@ def drawn_at(scenes: list[Scene], look: Look, tokens: int) -> Tensor:
 class Representation(nn.Module):
     """Reads the image tokens after the middle block of an SD3 transformer; thrown away afterwards."""
 
-    def __init__(self, denoiser: Any, look: Look) -> None:
+    def __init__(self, denoiser: Any, look: Look, scenes: list[Scene]) -> None:
         super().__init__()
         width = denoiser.inner_dim
+        self.drawn = drawn_at(scenes, look, denoiser.config.sample_size // denoiser.config.patch_size)
         self.sizes = [len(look.shapes) + 1, len(look.colors) + 1]
         self.read = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, sum(self.sizes)))
         middle = denoiser.transformer_blocks[len(denoiser.transformer_blocks) // 2 - 1]
@@ -58,12 +59,13 @@ class Representation(nn.Module):
     def _keep(self, block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         self.tokens = output[1]
 
-    def loss(self, drawn: Tensor) -> Tensor:
-        """The mean cross-entropy of shape and colour, after a prediction for pictures of which `drawn` [B, 2, S]."""
+    def loss(self, chosen: np.ndarray) -> Tensor:
+        """WEIGHT times the mean cross-entropy of shape and colour, after a prediction for the chosen scenes [B]."""
         assert self.tokens is not None
+        drawn = self.drawn[torch.from_numpy(chosen)]
         told = self.read(self.tokens.float()).flatten(0, 1).split(self.sizes, dim=1)
         parts = [F.cross_entropy(part, drawn[:, index].long().flatten()) for index, part in enumerate(told)]
-        return (parts[0] + parts[1]) / 2
+        return WEIGHT * (parts[0] + parts[1]) / 2
 
     def remove(self) -> None:
         """Take the hook off."""

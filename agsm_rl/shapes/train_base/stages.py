@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agsm_rl.errors import UserError
 from agsm_rl.files import replacing
 from agsm_rl.shapes.scenes import Scene
 from agsm_rl.shapes.worlds import SHAPES, World
@@ -46,7 +47,8 @@ def draw_data(settings: Settings, work: Path) -> tuple[list[Scene], Tensor]:
     path = work / "scenes.pt"
     if path.exists():
         kept = torch.load(path, weights_only=False)  # our own file, written a few lines below
-        return kept["scenes"], kept["images"]
+        if "scenes" in kept:  # a file of before kept less, and is drawn again
+            return kept["scenes"], kept["images"]
     rng = np.random.default_rng(settings.seed)
     world = settings.world
     scenes = [world.draw_scene(rng, world.draw_requirement(rng)) for _ in range(settings.scenes)]
@@ -77,6 +79,11 @@ def run_stage(
     path, start = work / f"{name}.pt", 0
     if path.exists():
         kept = torch.load(path, weights_only=True)
+        if kept.keys() != {*state, "step"}:
+            raise UserError(
+                f"{path}: holds {', '.join(kept)}, but this stage keeps {', '.join([*state, 'step'])}; another version "
+                "wrote it: use a new WORK_DIR"
+            )
         for key, part in state.items():
             part.load_state_dict(kept[key])
         start = int(kept["step"])
