@@ -18,6 +18,7 @@ A table:
            interval over seeds alone
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from agsm_rl.report.load import Loaded
 from agsm_rl.report.runs import read_runs
 from agsm_rl.report.texts import signed
 from agsm_rl.report.views import BASE, OWN, GuidanceView, base_values, make_views
+from agsm_rl.run.phases import phases
 
 HERE = Path(__file__).parent
 PAGES = ("docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md")
@@ -156,12 +158,15 @@ def figure(asked: Mapping[str, Any]) -> str:
 
     `variant` and `minus` (the base, if not given) of `sweep`, at `guidance`, in a `tag`, if given; `score: true` is
     what the variant reaches. `gain: REWARD` is the difference of its means, over seeds. `bases: [one, other]` is the
-    base beside one variant minus that beside another.
+    base beside one variant minus that beside another. `own_draws: true` is the reward that the variant drew in the
+    last third of its draws minus the first, over seeds.
     """
     if "bases" in asked:
         return _points_of(bases_differ(asked["bases"], asked["sweep"], str(asked["guidance"])))
     names = [name for name in (asked["variant"], asked.get("minus", BASE)) if name != BASE]
     loaded, called = load_cells(asked["sweep"], names)
+    if asked.get("own_draws"):
+        return drawn_later(loaded, called[asked["variant"]])
     if "gain" in asked:
         return gained_more(loaded, [called[name] for name in names], asked["gain"])
     view = _view(loaded, str(asked["guidance"]))
@@ -178,6 +183,17 @@ def gained_more(loaded: Loaded, names: Sequence[str], reward: str) -> str:
     by_seed = {one.name: {run.seed: _gain(run.evaluation, reward) for run in one.runs} for one in loaded.variants}
     one, other = (by_seed[name] for name in names)
     changes = [one[seed] - other[seed] for seed in one if seed in other]
+    return _with_bounds(changes)
+
+
+def drawn_later(loaded: Loaded, variant: str) -> str:
+    """The mean reward of a variant's last third of draws minus its first, with Student's interval over seeds."""
+    changes = []
+    for run in next(one for one in loaded.variants if one.name == variant).runs:
+        rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        (draws,) = [draws for phase in phases(rows) for draws in phase.draws]
+        third = len(draws.rewards) // 3
+        changes.append(float(np.mean(draws.rewards[-third:]) - np.mean(draws.rewards[:third])))
     return _with_bounds(changes)
 
 
