@@ -182,6 +182,12 @@ def problems_of(text: str) -> list[str]:
     problems = ["toy: figures of a toy run say nothing about the paper"] if results.toy else []
     if results.revision is None or results.revision.endswith("+"):
         problems.append(f"revision: {results.revision}; results need a commit without changes")
+    problems += [
+        f"commands: {command.name} ran at {command.revision}, the file was made at {results.revision}; make it "
+        "there, or run the command again"
+        for command in results.commands
+        if command.revision != results.revision
+    ]
     changed = [name for name, sha in hashes().items() if results.recipes.get(name) != sha]
     problems += [f"recipes: {name} is not that of this checkout" for name in changed]
     problems += [] if results.cells else ["cells: there is no figure"]

@@ -195,6 +195,7 @@ def test_a_whole_file_passes_the_check():
     [
         (lambda file: file.update(toy=True), "toy: "),
         (lambda file: file.update(revision="abc+"), "a commit without changes"),
+        (lambda file: file["commands"][0].update(revision="abc+"), "ran at abc+, the file was made at abc;"),
         (lambda file: file.update(surprise=1), "surprise: Extra inputs"),
         (lambda file: file["recipes"].update(sd15_agsm="0"), "sd15_agsm is not that of this checkout"),
         (lambda file: file["cells"][0].update(published=20.0), "published.json does not have"),
