@@ -20,7 +20,6 @@ from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.train_base.autoencoder import train_autoencoder
-from agsm_rl.shapes.train_base.decoder import train_decoder
 from agsm_rl.shapes.train_base.denoiser import train_denoiser
 from agsm_rl.shapes.train_base.inheritance import CAPTIONS, begin_as, begin_finer
 from agsm_rl.shapes.train_base.layouts import Layout, layouts_of, make_text_tokenizer
@@ -39,9 +38,6 @@ def main(
     vae_steps: int = Settings.vae_steps,
     text_steps: int = Settings.text_steps,
     denoiser_steps: int = Settings.denoiser_steps,
-    decoder_steps: Annotated[
-        int, typer.Option(help="of SD3's layout: the decoder's, on what the trained denoiser makes", min=0)
-    ] = Settings.decoder_steps,
     batch_size: Annotated[int, typer.Option(help="images a step", min=1)] = Settings.batch_size,
     judge_every: Annotated[
         int,
@@ -76,9 +72,9 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; fixed, because sums depend on their order")] = 2,
 ) -> None:
     """Train a base of a drawn world and write its pipeline folder."""
-    _check(kind, begin, decoder_steps, vae=vae, text=text, teacher=teacher, coarser=coarser)
+    _check(kind, begin, vae=vae, text=text, teacher=teacher, coarser=coarser)
     torch.set_num_threads(threads)
-    sizes = (scenes, vae_steps, text_steps, denoiser_steps, decoder_steps, batch_size)
+    sizes = (scenes, vae_steps, text_steps, denoiser_steps, batch_size)
     settings = Settings(*sizes, up_text_dropout, careless_plain, seed, judge_every, judge_prompts, WORLDS[world])
     layout = _layout(settings, kind, learning_rate)
     work.mkdir(parents=True, exist_ok=True)
@@ -92,8 +88,6 @@ def main(
         begin_finer(begun_with, pipeline.transformer)
     name, keep = f"denoiser_{kind}", partial(_write, pipeline, backbone, layout.stored, work, out)
     train_denoiser(settings, work, name, layout, backbone, drawn, images, teacher=taught_by, keep=keep)
-    if decoder_steps:
-        train_decoder(settings, work, pipeline.vae, backbone, drawn, images)
     keep()
 
 
@@ -104,12 +98,10 @@ def _layout(settings: Settings, kind: str, learning_rate: float | None) -> Layou
     return layouts[kind] if learning_rate is None else replace(layouts[kind], learning_rate=learning_rate)
 
 
-def _check(kind: str, begin: Path | None, decoder_steps: int, **others: Path | None) -> None:
+def _check(kind: str, begin: Path | None, **others: Path | None) -> None:
     """BadParameter for options that cannot go together."""
     if begin is not None and any(part is not None for part in others.values()):
         raise typer.BadParameter("--begin has all parts of its own: leave out --vae, --text, --teacher and --coarser")
-    if decoder_steps and kind != "sd3":
-        raise typer.BadParameter("--decoder-steps: only for sd3, whose denoiser predicts what the decoder learns from")
     if others["coarser"] and (kind != "sd3" or others["teacher"]):
         raise typer.BadParameter("--coarser: only for sd3, and not beside --teacher, whose weights it would replace")
 

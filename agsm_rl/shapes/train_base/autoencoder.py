@@ -71,9 +71,11 @@ def _whiten(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 def rescale(vae: AutoencoderKL, *, scaling_factor: float, shift_factor: float | None = None) -> None:
-    """Give the whitened autoencoder a published one's factors: (latents - shift) * scaling stays white."""
+    """Give an autoencoder a published one's factors: (latents - shift) * scaling, white by now, stays what it is."""
+    before = vae.config.shift_factor or 0.0
+    std = scaling_factor / vae.config.scaling_factor
     ones = torch.ones(vae.config.latent_channels)
-    _refold(vae, -(shift_factor or 0.0) * scaling_factor * ones, scaling_factor * ones)
+    _refold(vae, (before - (shift_factor or 0.0) * std) * ones, std * ones)
     vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
 
 

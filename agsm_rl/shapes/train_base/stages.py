@@ -25,8 +25,6 @@ class Settings:
     vae_steps: int = 2_500
     text_steps: int = 2_500
     denoiser_steps: int = 20_500
-    decoder_steps: int = 0
-    """Of the autoencoder's decoder, after the denoiser: on what that makes (decoder.py). 0 leaves it as it was."""
     batch_size: int = 32
     up_text_dropout: float = 0.8
     """The share of images for which a U-Net's up blocks get the empty prompt, so that the down and mid blocks, where
