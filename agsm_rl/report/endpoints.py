@@ -73,9 +73,14 @@ class Answer:
         return change_text(self.score, self.change), p_text(self.change.p_value), p_text(self.holm)
 
     @property
-    def verdict(self) -> str:
+    def told_apart(self) -> bool:
         """Whether the study tells the two apart."""
-        if not self.holm < LEVEL:
+        return self.holm < LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """Which way the study tells the two apart, if it does."""
+        if not self.told_apart:
             return "not told apart"
         return "more" if self.change.value > 0 else "less"
 

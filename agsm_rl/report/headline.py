@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agsm_rl.report.compare import Estimate
+from agsm_rl.report.endpoints import Answer
 from agsm_rl.report.eval_file import EvalFile
 from agsm_rl.report.eval_rows import Score
 from agsm_rl.report.findings import Findings
@@ -43,6 +46,20 @@ def headline(loaded: Loaded, views: list[GuidanceView], findings: Findings) -> s
         return f"Against the base, {unit} {what}: {'; '.join(parts)}."
     parts = [f"at {view.label}: {_counted(findings, view, names, name, score)}" for view in views]
     return f"Of {len(names)} variants trained to raise {what}, {'; '.join(parts)}."
+
+
+def answered_headline(answers: Sequence[Answer]) -> str:
+    """The sentence where primary endpoints were named: only these are findings."""
+    told = [answer for answer in answers if answer.told_apart]
+    start = f"Of {len(answers)} question{'s' if len(answers) > 1 else ''} that were named, "
+    if not told:
+        return f"{start}none is answered: no two models are told apart after Holm's correction."
+    listed = "; ".join(
+        f"{answer.endpoint.question.rstrip('?')}: {answer.verdict}, {answer.figures[0]}" for answer in told
+    )
+    return (
+        f"{start}{len(told)} tell{'s' if len(told) == 1 else ''} two models apart after Holm's correction ({listed})."
+    )
 
 
 def reach(loaded: Loaded) -> str:

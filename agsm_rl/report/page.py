@@ -26,7 +26,7 @@ from agsm_rl.report.compare import Estimate
 from agsm_rl.report.endpoints import Answer, answers
 from agsm_rl.report.findings import Findings, find
 from agsm_rl.report.gradient_maps import gradient_maps
-from agsm_rl.report.headline import headline, reach
+from agsm_rl.report.headline import answered_headline, headline, reach
 from agsm_rl.report.load import Loaded, load
 from agsm_rl.report.overview import Suites, overview
 from agsm_rl.report.pictures import pictures, sheets
@@ -74,7 +74,7 @@ def render(loaded: Loaded, answered: Sequence[Answer] = ()) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tags and scores are in their own order
     return environment.from_string(_own_file("page.html.jinja")).render(
         title=loaded.title,
-        headline=headline(first, views, found),
+        headline=answered_headline(answered) if answered else headline(first, views, found),
         reach=reach(first),
         notes=_notes(loaded),
         answers=answered,
