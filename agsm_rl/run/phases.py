@@ -18,11 +18,16 @@ class Draws:
     terms: tuple[str, ...]
     rewards: tuple[float, ...]
 
+    @property
+    def thirds(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The rewards of the first third of the draws, and of the last."""
+        count = len(self.rewards) // 3
+        return self.rewards[:count], self.rewards[-count:]
+
     def __str__(self) -> str:
         """The last third against the first, with Welch's 95 % interval; the draws are taken as independent."""
-        count = len(self.rewards) // 3
-        first, last = self.rewards[:count], self.rewards[-count:]
-        before, after = sum(first) / count, sum(last) / count
+        first, last = self.thirds
+        before, after = sum(first) / len(first), sum(last) / len(last)
         low, high = _welch(first, last)
         verb = "rose" if low > 0 else "fell" if high < 0 else "did not clearly move"
         return (

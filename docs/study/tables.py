@@ -192,8 +192,8 @@ def drawn_later(loaded: Loaded, variant: str) -> str:
     for run in next(one for one in loaded.variants if one.name == variant).runs:
         rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         (draws,) = [draws for phase in phases(rows) for draws in phase.draws]
-        third = len(draws.rewards) // 3
-        changes.append(float(np.mean(draws.rewards[-third:]) - np.mean(draws.rewards[:third])))
+        first, last = draws.thirds
+        changes.append(float(np.mean(last) - np.mean(first)))
     return _with_bounds(changes)
 
 

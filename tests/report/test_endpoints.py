@@ -78,7 +78,9 @@ def test_the_command_writes_a_row_for_each_question(sweep, study, tmp_path):
     assert "strong minus weak, counting, guidance 1" in text
     headline = re.search("<h1>(.*?)</h1>", text)[1]
     told = [answer for answer in answers(study, load([sweep])) if answer.told_apart]
-    assert headline.startswith(f"Of {len(answers(study, load([sweep])))} questions that were named, {len(told) or 'none'}")
+    assert headline.startswith(
+        f"Of {len(answers(study, load([sweep])))} questions that were named, {len(told) or 'none'}"
+    )
     assert all(answer.figures[0] in headline for answer in told)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from tiny_pipelines import SD3_POOLED, tiny_transformer
 
 from agsm_rl.backbones import backbone_of, load_backbone
 from agsm_rl.backbones.loading import find_checkpoint
@@ -103,34 +104,19 @@ def test_a_unet_that_inherits_draws_as_its_teacher_though_other_encoders_read_th
     assert distance() < 0.02 * before
 
 
-def transformer(patch_size):
-    torch.manual_seed(patch_size)
-    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
-    made = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=patch_size,
-        in_channels=4,
-        out_channels=4,
-        joint_attention_dim=12,
-        pooled_projection_dim=6,
-        pos_embed_max_size=16,
-        **sizes,
-    )
-    return made.eval().requires_grad_(False)
-
-
 def test_a_transformer_with_finer_tokens_begins_by_predicting_what_the_coarse_one_does():
-    coarse, fine = transformer(2), transformer(1)
+    torch.manual_seed(0)
+    coarse, fine = (tiny_transformer(patch_size=size).eval().requires_grad_(False) for size in (2, 1))
+    own_places = fine.pos_embed.pos_embed.clone()
     generator = torch.Generator().manual_seed(0)
     # Patches of equal latents, and a coarse output that is equal within a patch: there the two must agree but for the
     # places within a patch, which lie an eighth of the picture or less from its own.
-    coarse.proj_out.weight.copy_(coarse.proj_out.weight[:4].repeat(4, 1))
-    coarse.proj_out.bias.copy_(coarse.proj_out.bias[:4].repeat(4))
-    x = torch.randn(3, 4, 4, 4, generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    text = torch.randn(3, 5, 12, generator=generator), torch.randn(3, 6, generator=generator)
+    coarse.proj_out.weight.copy_(coarse.proj_out.weight[:16].repeat(4, 1))
+    coarse.proj_out.bias.copy_(coarse.proj_out.bias[:16].repeat(4))
+    x = torch.randn(3, 16, 4, 4, generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3)
     asked = {
-        "encoder_hidden_states": text[0],
-        "pooled_projections": text[1],
+        "encoder_hidden_states": torch.randn(3, 5, coarse.config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(3, SD3_POOLED, generator=generator),
         "timestep": torch.tensor([10.0, 500, 900]),
     }
 
@@ -141,8 +127,13 @@ def test_a_transformer_with_finer_tokens_begins_by_predicting_what_the_coarse_on
     before = distance()
     begin_finer(coarse, fine)
     assert distance() < 0.01 < 0.5 < before
-    fine.pos_embed.pos_embed.copy_(transformer(1).pos_embed.pos_embed)
+    fine.pos_embed.pos_embed.copy_(own_places)
     assert distance() > 0.01  # PatchEmbed's own places are not those of the coarse tokens
+
+
+def test_a_transformer_of_another_size_is_not_begun_with():
+    with pytest.raises(UserError, match="is 32 wide and 4 blocks deep, .* 32 wide and 3 blocks deep"):
+        begin_finer(tiny_transformer(), tiny_transformer(patch_size=1, num_layers=3))
 
 
 @pytest.mark.slow

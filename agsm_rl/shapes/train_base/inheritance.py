@@ -12,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 from torch import Tensor
 
+from agsm_rl.errors import UserError
 from agsm_rl.interfaces import Backbone
 from agsm_rl.shapes.scenes import Requirement
 from agsm_rl.shapes.world import web_caption
@@ -57,7 +58,11 @@ def begin_finer(coarse: SD3Transformer2DModel, fine: SD3Transformer2DModel) -> N
     """Give a transformer with a token per latent the weights of one with a token per patch, which is as wide and deep.
 
     A fine token begins as a patch would whose latents all are like its own, at its own place within the patch.
+    UserError for one of another width or depth.
     """
+    sizes = [f"{one.inner_dim} wide and {len(one.transformer_blocks)} blocks deep" for one in (coarse, fine)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"--coarser: its transformer is {sizes[0]}, and the one to be trained {sizes[1]}")
     patch, own = coarse.config.patch_size, fine.state_dict()
     for name, value in coarse.state_dict().items():
         if name == "pos_embed.proj.weight":
