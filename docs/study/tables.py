@@ -106,7 +106,7 @@ class Table:
         rows = []
         for name in names:
             tags = self.found.score(VERDICT, self.views[0], self.names[name]).tags
-            rows.append([self.labels[name], *(f"{100 * tags[tag].value:.0f}" for tag in self.tag_names)])
+            rows.append([self.labels[name], *(_percent(tags[tag].value, 0) for tag in self.tag_names)])
         return _markdown([f"{_at(self.views[0])}, %", *self.tag_names], rows)
 
     def differences(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -245,8 +245,8 @@ def _share(part: Interval) -> str:
     return f"{_percent(part.value)} [{_percent(part.low)}, {_percent(part.high)}]"
 
 
-def _percent(share: float) -> str:
-    return f"{round(100 * share, 9):.1f}"  # a tie falls alike on every machine
+def _percent(share: float, decimals: int = 1) -> str:
+    return f"{round(100 * share, 9):.{decimals}f}"  # a tie falls alike on every machine
 
 
 def _points(change: Estimate) -> list[str]:
