@@ -12,6 +12,7 @@ from torch import Tensor
 PROMPTS = ["a red star", "two blue circles"]
 NUM_STEPS = 4
 GUIDANCE = 5.0
+CLIP_RANGE = 0.1
 NEGATIVE = "a green square"
 
 REWARDS = [

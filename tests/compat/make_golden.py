@@ -82,8 +82,9 @@ def sample_of(trainer: DDPOTrainer, states: torch.Tensor) -> dict[str, torch.Ten
     for k in range(inputs.NUM_STEPS):
         output = guided_step(trainer, sample, k)
         sample["log_probs"][:, k] = output.detach()
-    # Ratios on both sides of 1, some beyond the clip range.
-    sample["log_probs"] += 1.5e-4 * inputs.normal((2, inputs.NUM_STEPS), "offset")
+    # Ratios on both sides of 1, some beyond the clip range, and all far from it by what machines differ in: a
+    # log-probability of -1000 is exact to 1e-4 in float32.
+    sample["log_probs"] += 0.15 * inputs.normal((2, inputs.NUM_STEPS), "offset")
     return sample
 
 
@@ -118,7 +119,7 @@ def latent_shape(trainer: DDPOTrainer) -> tuple[int, ...]:
 
 def losses(states: torch.Tensor, **options: Any) -> dict[str, Any]:
     """Log-probabilities, losses and gradients of every step."""
-    trainer = make_trainer(train_clip_range=1e-4, **options)
+    trainer = make_trainer(train_clip_range=inputs.CLIP_RANGE, **options)
     sample = sample_of(trainer, states)
     found: dict[str, Any] = {"old_log_probs": sample["log_probs"].tolist(), "log_probs": [], "steps": []}
     for k in range(inputs.NUM_STEPS):
@@ -136,7 +137,8 @@ def losses(states: torch.Tensor, **options: Any) -> dict[str, Any]:
 
 def update(states: torch.Tensor) -> dict[str, Any]:
     """One optimiser step over two images, one at a time, accumulated over all denoising steps."""
-    trainer = make_trainer(train_gradient_accumulation_steps=2, train_learning_rate=1e-2)
+    options = {"train_gradient_accumulation_steps": 2, "train_learning_rate": 1e-2}
+    trainer = make_trainer(train_clip_range=inputs.CLIP_RANGE, **options)
     sample = sample_of(trainer, states)
     before = {name: value.detach().clone() for name, value in lora(trainer).items()}
     logged: list[dict[str, float]] = []

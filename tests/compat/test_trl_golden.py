@@ -129,20 +129,19 @@ def test_the_same_noise_draws_trl_s_images_with_its_log_probabilities(make_train
 
 @pytest.mark.parametrize(("name", "options"), LOSSES.items())
 def test_log_probabilities_losses_and_gradients_of_each_step_are_trl_s(make_trainer, name, options):
-    trainer, expected = make_trainer(**options), GOLDEN[name]
+    trainer, expected = make_trainer(train_clip_range=inputs.CLIP_RANGE, **options), GOLDEN[name]
     objective, _ = trainer._term()
     parameters = lora(trainer)
     batch = batch_of(trainer, expected["old_log_probs"])
     for k, figures in enumerate(expected["steps"]):
         with torch.no_grad():
             log_prob = step_log_prob(trainer.policy, batch, k)
-        assert log_prob.tolist() == pytest.approx(expected["log_probs"][k], rel=1e-5, abs=1e-5)
+        # Machines and thread counts differ by 4e-5, and by 1e-6 of a log-probability of -1500.
+        exact = 1e-4 + 2e-6 * float(log_prob.abs().max())
+        assert log_prob.tolist() == pytest.approx(expected["log_probs"][k], rel=0, abs=exact)
         loss, metrics = objective.loss(trainer.policy, replace(batch, steps=(k,)))
-        # A ratio is exp(a difference of log-probabilities): machines and thread counts differ by a few 1e-5.
-        assert loss.item() == pytest.approx(figures["loss"], rel=1e-4)
-        if name == "losses":
-            # Half a mean square of differences of about 1e-4, themselves exact to a few 1e-5: a wrong factor shows.
-            assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0.02, abs=2e-9)
+        assert loss.item() == pytest.approx(figures["loss"], rel=0, abs=5 * exact)  # advantages reach 5
+        assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0, abs=0.2 * exact)
         assert float(metrics["clip_fraction"]) == figures["clipfrac"]
         gradient = torch.autograd.grad(loss, list(parameters.values()))
         norms = {key: float(value.norm()) for key, value in zip(parameters, gradient, strict=True)}
@@ -153,15 +152,16 @@ def test_log_probabilities_losses_and_gradients_of_each_step_are_trl_s(make_trai
 
 
 def test_an_update_over_accumulated_images_and_steps_is_trl_s(make_trainer):
-    trainer = make_trainer(train_gradient_accumulation_steps=2, train_learning_rate=1e-2)
+    options = {"train_gradient_accumulation_steps": 2, "train_learning_rate": 1e-2}
+    trainer = make_trainer(train_clip_range=inputs.CLIP_RANGE, **options)
     expected = GOLDEN["update"]
     before = {name: value.detach().clone() for name, value in lora(trainer).items()}
     logged = []
     trainer.accelerator.log = lambda values, step: logged.append(values)
     assert trainer._learn(batch_of(trainer, expected["old_log_probs"]), 0, 0, 0) == 1
     (figures,) = logged
-    assert figures["loss"] == pytest.approx(expected["logged"][0]["loss"], rel=1e-5)
-    assert figures["approx_kl"] == pytest.approx(expected["logged"][0]["approx_kl"], rel=0.02, abs=2e-9)
+    assert figures["loss"] == pytest.approx(expected["logged"][0]["loss"], rel=1e-4)
+    assert figures["approx_kl"] == pytest.approx(expected["logged"][0]["approx_kl"], rel=0.01)
     assert figures["clipfrac"] == expected["logged"][0]["clipfrac"]
     moved = {name: float((value.detach() - before[name]).norm()) for name, value in lora(trainer).items()}
     assert math.sqrt(sum(norm**2 for norm in moved.values())) == pytest.approx(expected["moved"], rel=1e-4)

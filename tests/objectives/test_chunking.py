@@ -22,14 +22,15 @@ from agsm_rl.sources.preferences import Preferences
 from agsm_rl.trainer import Term, Trainer
 
 STEPS = 3
-# DDPO's published rate. AdamW divides a gradient by its own size, so that an element whose gradient is rounding noise
-# may move by a share of the rate: at 1e-3, single elements differ by up to 2e-5.
-RATE = 3e-4
+RATE = 3e-4  # DDPO's published one
+# AdamW divides a gradient by its own size: with the default `eps`, an element whose gradient is rounding noise may move
+# by a share of the rate, another one on each machine.
+OPTIMIZER = {"use": "adamw", "eps": 1e-4}
 
 
 def trained(policy, objective, source):
     """The parameters after a few steps of AdamW."""
-    trainer = Trainer(policy, [Term(objective, source)], steps=STEPS, learning_rate=RATE)
+    trainer = Trainer(policy, [Term(objective, source)], steps=STEPS, learning_rate=RATE, optimizer=OPTIMIZER)
     trainer.train()
     return {name: parameter.detach().clone() for name, parameter in policy.parameters().items()}
 
