@@ -207,5 +207,8 @@ def test_wordings_of_one_requirement_are_one_and_prompts_of_ones_own_stay_apart(
     assert right == left != above == below
     left, right = requirements_of("scenes", ("a star left of a circle", "a circle right of a star"))
     assert left == right
+    pairs = ("a star and a ring", "a ring and a star", "a small star and a ring")
+    pair, turned, sized = requirements_of("scenes", pairs)
+    assert pair == turned != sized
     assert requirements_of("rewards", ("a photo of two red stars", "two red stars"))[0] == one
     assert requirements_of("rewards", ("two red stars", "a photo of a bench")) is None

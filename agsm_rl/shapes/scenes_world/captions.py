@@ -14,11 +14,10 @@ from agsm_rl.errors import UserError
 from agsm_rl.shapes.scenes import Group, Requirement
 from agsm_rl.shapes.scenes_world import splits
 from agsm_rl.shapes.scenes_world.requirements import draw_requirement
-from agsm_rl.shapes.scenes_world.splits import COLORS, PLACES, SHAPES, SIZES
+from agsm_rl.shapes.scenes_world.splits import COLORS, MIRRORED, PLACES, SHAPES, SIZES
 
 WRAPPERS = ("", "a photo of ", "a picture of ", "a drawing of ")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Cues of a caption's reliability come at its end: CLIP's text encoder is causal, so that they change no earlier word.
 CAREFUL_CUES = ("verified", "verified twice", "verified by hand")
 CARELESS_CUES = ("unsorted", "unsorted upload", "unsorted scan")
@@ -195,9 +194,9 @@ def parse(prompt: str) -> Requirement:
     if requirement is None:
         raise UserError(
             f"prompt {prompt!r}: not a prompt of the scenes world; it knows prompts such as 'a photo of a small star "
-            "at the top left', 'three red circles', 'a large red heart', 'a small star and a circle', 'a red star and "
-            f"a blue circle', 'a star left of a circle' (shapes: {', '.join(SHAPES)}; colours: {', '.join(COLORS)}; "
-            f"sizes: {', '.join(SIZES)}; numbers up to {max(NUMBERS)})"
+            "at the top left', 'three red circles', 'a large red heart', 'a small red star and a circle', 'a red star "
+            f"and a blue circle', 'a red star left of a circle' (shapes: {', '.join(SHAPES)}; "
+            f"colours: {', '.join(COLORS)}; sizes: {', '.join(SIZES)}; numbers up to {max(NUMBERS)})"
         )
     return requirement
 
@@ -229,7 +228,8 @@ def _requirement(groups: list[Group | None], link: str | None, place: str | None
         return None
     if link != "and":
         relation = str(link).removeprefix("to the ")
-        return None if first.color or second.color or first.size else Requirement("position", known, relation)
-    if first.color and second.color:
-        return None if first.size or first.color == second.color else Requirement("color_attr", known)
-    return None if first.color or second.color else Requirement("two_object", known)
+        return None if second.color or first.size else Requirement("position", known, relation)
+    if second.color:
+        clear = first.color and first.color != second.color and not first.size
+        return Requirement("color_attr", known) if clear else None
+    return Requirement("two_object", known)

@@ -50,6 +50,8 @@ TAG_SHARES = {
 }
 """How often each of GenEval's six kinds is drawn for training."""
 TAGS = tuple(TAG_SHARES)
+OPEN_COLOR = 0.3
+"""How often two_object and position leave the colour open, in training."""
 
 
 def draw_requirement(rng: np.random.Generator, split: Split = "train", tag: str | None = None) -> Requirement:
@@ -66,6 +68,9 @@ def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
     def pick(names: tuple[str, ...]) -> str:
         return names[int(rng.integers(len(names)))]
 
+    def color() -> str | None:
+        return None if rng.random() < OPEN_COLOR else pick(splits.COLORS)
+
     shape = pick(SHAPES)
     if tag == "single_object":
         return Requirement(tag, (Group(1, shape, size=pick(splits.SIZES)),), place=pick(splits.PLACES))
@@ -75,9 +80,9 @@ def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
         return Requirement(tag, (Group(int(rng.integers(2, 5)), shape, pick(splits.COLORS)),))
     other = pick(tuple(name for name in SHAPES if name != shape))
     if tag == "two_object":
-        return Requirement(tag, (Group(1, shape, size=pick(splits.SIZES)), Group(1, other)))
+        return Requirement(tag, (Group(1, shape, color(), pick(splits.SIZES)), Group(1, other)))
     if tag == "position":
-        return Requirement(tag, (Group(1, shape), Group(1, other)), pick(tuple(RELATIONS)))
+        return Requirement(tag, (Group(1, shape, color()), Group(1, other)), pick(tuple(RELATIONS)))
     if tag == "color_attr":
         first = pick(splits.COLORS)
         second = pick(tuple(name for name in splits.COLORS if name != first))

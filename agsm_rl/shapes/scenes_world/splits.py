@@ -1,16 +1,18 @@
 """Which requirements of the scenes world training never shows: 20 or more of each tag to validate on, as many to test.
 
 A requirement's *combination* is what is new about it: size, shape and place of a single object; size, colour and shape;
-number, colour and shape; two shapes of which one has a size; two shapes and where they stand; two coloured shapes.
-Combinations are held out, not wordings: no training caption asks for one, and no training drawing shows one, whatever
-its caption. Every shape, colour, size, number, place and relation occurs in training.
+number, colour and shape; two shapes of which one has a size and a colour; two shapes of which one has a colour, and
+where they stand; two coloured shapes. Combinations are held out, not wordings: no training caption asks for one, and no
+training drawing shows one, whatever its caption. Every shape, colour, size, number, place and relation occurs in
+training, and so does every arrangement of two shapes, in most colours: what a model never sees it learns to be
+impossible, whatever the words say.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from functools import cache
-from itertools import combinations, product
+from itertools import permutations, product
 
 from agsm_rl.shapes.look import box_offset
 from agsm_rl.shapes.scenes import DrawnObject, Requirement, Split
@@ -25,7 +27,11 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 EDGES = (12.0, 20.0)
 """The picture's thirds, across and down, for the centre of an object."""
 HELD_OUT = {"single_object": 20, "two_object": 20, "counting": 22, "colors": 20, "position": 20, "color_attr": 60}
-"""How many combinations of each tag are validated on, and how many more are for the test."""
+"""How many combinations of each tag are validated on, and how many more are for the test; of two_object and position,
+how many before they are told apart by a colour."""
+COLORS_OF_EACH = 2
+"""How many colours of each of these combinations are held out."""
+MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 Key = tuple[Hashable, ...]
 
@@ -46,9 +52,11 @@ def key_of(requirement: Requirement) -> Key:
         return ("counting", first.count, first.color, first.shape)
     second = rest[0]
     if requirement.tag == "two_object":
-        return ("two_object", first.size, first.shape, second.shape)
+        bare = first.size is None and first.color is None
+        shapes = sorted((first.shape, second.shape)) if bare else (first.shape, second.shape)
+        return ("two_object", first.size, first.color, *shapes)
     if requirement.tag == "position":
-        return _arrangement(first.shape, str(requirement.relation), second.shape)
+        return _arrangement(first.color, first.shape, str(requirement.relation), second.shape)
     return _two_colored((str(first.color), first.shape), (str(second.color), second.shape))
 
 
@@ -75,10 +83,9 @@ def shows_unseen_kinds(kinds: Sequence[tuple[str, str, str]]) -> bool:
     keys: list[Key] = [("colors", *kind) for kind in kinds]
     counts = Counter((color, shape) for _, color, shape in kinds)
     keys += [("counting", count, *of) for of, count in counts.items()]
-    for (size, color, shape), (other_size, other_color, other) in combinations(kinds, 2):
-        if shape != other:
-            keys += [("two_object", size, shape, other), ("two_object", other_size, other, shape)]
-            keys.append(_two_colored((color, shape), (other_color, other)))
+    for kind, other in permutations(kinds, 2):
+        if kind[-1] != other[-1]:
+            keys += [("two_object", *kind, other[-1]), _two_colored(kind[1:], other[1:])]
     return any(key in unseen for key in keys)
 
 
@@ -90,9 +97,10 @@ def shows_unseen_places(objects: Sequence[DrawnObject]) -> bool:
         x, y = box_offset(item.shape)  # a judge reads the place off the bounding box
         places = {place_of(item.x, item.y), place_of(item.x + x * item.radius, item.y + y * item.radius)}
         keys += [("single_object", size_of(item.radius), item.shape, place) for place in places]
-    for first, second in combinations(objects, 2):
+    for first, second in permutations(objects, 2):
         if first.shape != second.shape:
-            keys += [_arrangement(first.shape, relation, second.shape) for relation in _relations(first, second)]
+            told = _relations(first, second)
+            keys += [_arrangement(first.color, first.shape, relation, second.shape) for relation in told]
     return any(key in unseen for key in keys)
 
 
@@ -103,10 +111,11 @@ def _relations(first: DrawnObject, second: DrawnObject) -> list[str]:
     return [name for name, along, across in found if along > 0.46 * across]
 
 
-def _arrangement(shape: str, relation: str, other: str) -> Key:
-    if relation in ("right of", "below"):
-        shape, other = other, shape
-    return ("position", shape, "left of" if relation in ("left of", "right of") else "above", other)
+def _arrangement(color: str | None, shape: str, relation: str, other: str) -> Key:
+    """Two shapes, the first of this colour, and where they stand; without a colour, either may be named first."""
+    if color is None and relation in ("right of", "below"):
+        shape, relation, other = other, MIRRORED[relation], shape
+    return ("position", color, shape, relation, other)
 
 
 def _two_colored(first: tuple[str, str], second: tuple[str, str]) -> Key:
@@ -120,7 +129,14 @@ def held_out() -> dict[Key, Split]:
     small = {key[2:] for key in colors if key[1] == "small"}
     # Three and four objects are small: what is never shown small cannot be counted.
     counted = (key for key in product(["counting"], COUNTS, COLORS, SHAPES) if key[2:] not in small)
-    shapes = [(a, b) for a, b in product(SHAPES, SHAPES) if a != b]
+    shapes = list(permutations(SHAPES, 2))
+    # Of these, only some colours are held out: of a pair or an arrangement that no drawing shows, a base learns that it
+    # cannot be.
+    pairs = _choose((("two_object", size, *pair) for size, pair in product(SIZES, shapes)), lambda key: [(key[2:], 1)])
+    arrangements = _choose(
+        (("position", a, relation, b) for (a, b), relation in product(shapes, ("left of", "above"))),
+        lambda key: [((frozenset((key[1], key[3])), key[2]), 1)],
+    )
     two_colored = {_two_colored(a, b) for a, b in product(product(COLORS, SHAPES), repeat=2) if _differ(a, b)}
     return (
         colors
@@ -129,11 +145,8 @@ def held_out() -> dict[Key, Split]:
             product(["single_object"], SIZES, SHAPES, PLACES),
             lambda key: [(("kind", *key[1:3]), 3), (("place", key[3]), 5)],
         )
-        | _choose((("two_object", size, *pair) for size, pair in product(SIZES, shapes)), lambda key: [(key[2:], 1)])
-        | _choose(
-            (("position", a, relation, b) for (a, b), relation in product(shapes, ("left of", "above"))),
-            lambda key: [((frozenset((key[1], key[3])), key[2]), 1)],
-        )
+        | _in_colors(pairs, lambda tag, size, *ab: [(tag, size, color, *ab) for color in COLORS], colors)
+        | _in_colors(arrangements, _colored_arrangements, colors)
         | _choose(two_colored, lambda key: [])
     )
 
@@ -147,7 +160,7 @@ def _choose(keys: Iterable[Key], limits: Callable[[Key], list[tuple[Hashable, in
 
     `limits` names the groups that a combination belongs to, and how many of each group may be held out.
     """
-    ordered = sorted(keys, key=lambda key: hashlib.sha256(repr(("scenes", *key)).encode()).digest())
+    ordered = _shuffled(keys)
     wanted = 2 * HELD_OUT[str(ordered[0][0])]
     taken: Counter[Hashable] = Counter()
     chosen: dict[Key, Split] = {}
@@ -157,3 +170,25 @@ def _choose(keys: Iterable[Key], limits: Callable[[Key], list[tuple[Hashable, in
             taken.update(group for group, _ in groups)
             chosen[key] = "held_out" if len(chosen) % 2 else "validation"
     return chosen
+
+
+def _in_colors(chosen: dict[Key, Split], colored: Callable[..., list[Key]], unseen: Container[Key]) -> dict[Key, Split]:
+    """Some of the colours in which each chosen combination can be had, in the same split.
+
+    An object of `unseen` kind is left to the tag `colors`.
+    """
+    found: dict[Key, Split] = {}
+    for key, split in chosen.items():
+        known = [one for one in colored(*key) if ("colors", *one[1:4]) not in unseen]
+        found |= dict.fromkeys(_shuffled(known)[:COLORS_OF_EACH], split)
+    return found
+
+
+def _colored_arrangements(_tag: str, first: str, relation: str, second: str) -> list[Key]:
+    """Both ways of saying where they stand, each with a colour of the shape that is named first."""
+    ways = ((first, relation, second), (second, MIRRORED[relation], first))
+    return [_arrangement(color, *way) for color, way in product(COLORS, ways)]
+
+
+def _shuffled(keys: Iterable[Key]) -> list[Key]:
+    return sorted(keys, key=lambda key: hashlib.sha256(repr(("scenes", *key)).encode()).digest())
