@@ -58,7 +58,7 @@ DESIGNS = {
     "130": Design((22, 22, 22, 22, 21, 21), (5,) * 6),
     "121, as in the shapes world": Design((4, 2, 16, 2, 56, 41), (20, 40, 12, 40, 1, 2)),
     "its 16 of counting": Design((16,), (12,), COUNTING),
-    "202, as in the scenes world": Design((20, 40, 22, 20, 40, 60), (4, 2, 9, 4, 2, 1)),
+    "162, as in the scenes world": Design((20, 20, 22, 20, 20, 60), (4, 4, 9, 4, 4, 1)),
     "its 22 of counting": Design((22,), (9,), COUNTING),
 }
 """By how many requirements there are in all."""

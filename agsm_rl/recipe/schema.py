@@ -144,8 +144,8 @@ class Evaluate(Section):
             weight.
         guidance: Guidance scale, or a list of several.
         num_steps: Denoising steps per image.
-        split: The split to take the prompts of `shapes` from. In a sweep, it also names the evaluation: scores on
-            `validation` may choose, those on `held_out` are reported.
+        split: The split to take the drawn worlds' prompts from, in `shapes`, `scenes` and lists `builtin:…-prompts`. In
+            a sweep, it also names the evaluation: scores on `validation` may choose, those on `held_out` are reported.
         bank: Bank that the trained model draws with. `negative` uses ψ⁻ for both branches of guidance, the paper's
             ablation.
         guidance_bank: Bank of the trained model's unconditional branch, `positive` or `negative`; the conditional

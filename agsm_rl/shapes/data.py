@@ -5,6 +5,7 @@ the same as those of 100, and two splits never share a drawing.
 """
 
 import json
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -49,12 +50,21 @@ def pairs(split: str, num: int, seed: int, captions: str = "plain", world: World
 def prompts(split: str, num: int, seed: int, counting_share: float | None = None, world: World = SHAPES) -> list[str]:
     """`num` plain prompts, shared evenly over the six tags; of another share for counting, if given.
 
-    The tags are interleaved, so that any stretch of the list is balanced as the whole is.
+    The tags are interleaved, so that any stretch of the list is balanced as the whole is. Where a split's requirements
+    are few and known, as in the scenes world but for training, each is asked for equally often.
     """
-    worded = []
+    worded, so_far = [], Counter[str]()
     for index, tag in enumerate(_spread(world, num, counting_share)):
         rng = _generator(split, seed, index, "prompts")
-        worded.append(world.describe(world.draw_requirement(rng, _split(split), tag), rng))
+        listed = world.requirements_of(_split(split), tag)
+        if listed:
+            again, place = divmod(so_far[tag], len(listed))
+            order = np.random.default_rng([seed, again, world.tags.index(tag)]).permutation(len(listed))
+            requirement = listed[order[place]]
+        else:
+            requirement = world.draw_requirement(rng, _split(split), tag)
+        so_far[tag] += 1
+        worded.append(world.describe(requirement, rng))
     return worded
 
 

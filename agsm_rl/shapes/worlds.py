@@ -46,6 +46,7 @@ class World:
         cues: Phrases after a caption that tell careful from careless ones, the careful ones first.
         wordings: How captions may be written, by name.
         draw_requirement: Draws what a prompt asks for.
+        requirements_of: Every requirement of a split and tag; none where they are drawn freely.
         draw_scene: Draws objects that fulfil it.
         can_be_seen: Whether a requirement and a drawing of it may occur in training.
         splits_seen: The splits whose requirements training shows.
@@ -62,6 +63,7 @@ class World:
     cues: tuple[str, ...]
     wordings: Mapping[str, Wording]
     draw_requirement: DrawRequirement
+    requirements_of: Callable[[Split, str], tuple[Requirement, ...]]
     draw_scene: DrawScene
     can_be_seen: Callable[[Requirement], bool]
     splits_seen: tuple[Split, ...]
@@ -106,6 +108,7 @@ SHAPES = World(
         "web": shapes_world.web_caption,
     },
     draw_requirement=shapes_world.draw_requirement,
+    requirements_of=lambda split, tag: (),
     draw_scene=shapes_world.draw_scene,
     can_be_seen=lambda requirement: not shapes_world.is_held_out(requirement),
     splits_seen=("train", "validation"),
@@ -122,6 +125,7 @@ SCENES = World(
     cues=(*scenes_captions.CAREFUL_CUES, *scenes_captions.CARELESS_CUES),
     wordings=scenes_captions.WORDINGS,
     draw_requirement=scenes_requirements.draw_requirement,
+    requirements_of=scenes_requirements.requirements_of,
     draw_scene=scenes_requirements.draw_scene,
     can_be_seen=scenes_requirements.can_be_seen,
     splits_seen=("train",),

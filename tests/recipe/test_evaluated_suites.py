@@ -40,6 +40,14 @@ def test_the_long_form_is_completed_and_read_back_the_same():
     assert mine.full_names() == ["mine/sharpness"]
     assert toy.full_names() == ["toy/overall", "toy/strict", "toy/light"]
     assert (toy.suite.split, toy.suite.seed) == ("validation", 3)  # those of the evaluation
+    assert mine.suite.list.split == "validation"  # what is chosen on validation never looks at held-out prompts
+
+
+def test_a_builtin_list_may_have_a_split_of_its_own_and_a_file_has_none(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    suites = {"own": MINE | {"prompt_split": "train"}, "file": MINE | {"prompts": str(tmp_path / "prompts.txt")}}
+    own, file = make_suites(recipe({"suites": suites, "split": "validation"}).evaluate, PARTS)
+    assert (own.suite.list.split, file.suite.list.split) == ("train", None)
 
 
 def test_a_suite_that_is_null_is_left_out():

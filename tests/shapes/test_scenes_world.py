@@ -10,7 +10,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.shapes import data
 from agsm_rl.shapes.scenes import DrawnObject, Group, Requirement
 from agsm_rl.shapes.scenes_world import captions, splits
-from agsm_rl.shapes.scenes_world.requirements import draw_requirement, draw_scene
+from agsm_rl.shapes.scenes_world.requirements import TAG_SHARES, draw_requirement, draw_scene
 from agsm_rl.shapes.worlds import SCENES, SHAPES
 
 SPLITS = ("train", "validation", "held_out")
@@ -79,33 +79,62 @@ def test_training_neither_asks_for_nor_shows_a_held_out_combination(rng) -> None
         kinds = [(splits.size_of(item.radius), item.color, item.shape) for item in objects]
         assert splits.key_of(requirement) not in unseen
         assert not splits.shows_unseen_kinds(kinds) and not splits.shows_unseen_places(objects)
-        for kind in ("misdescribe", "careful_caption", "leave_out", "mixed_caption"):
+        for kind in ("misdescribe", "careful_caption", "careless_caption", "leave_out", "mixed_caption"):
             caption = getattr(captions, kind)(requirement, rng)
             try:
-                assert splits.key_of(SCENES.parse(caption)) not in unseen, caption
+                asked = SCENES.parse(caption)
             except UserError:
                 continue
+            of_each = [("colors", group.size, group.color, group.shape) for group in asked.groups]
+            assert not {splits.key_of(asked), *of_each} & set(unseen), caption
         seen.update({requirement.tag, *(part for kind in kinds for part in kind)})
     assert {*SCENES.tags, *splits.SIZES, *splits.COLORS, *splits.SHAPES} <= set(seen)
 
 
-def test_training_shows_every_pair_and_every_arrangement_in_most_colors() -> None:
+def test_training_shows_every_pair_and_every_arrangement_in_several_colors() -> None:
     """A base learns that what it never sees is impossible, whatever the words say (docs/scenes.md)."""
     unseen, shapes = splits.held_out(), list(permutations(splits.SHAPES, 2))
-    pairs = product(["two_object"], splits.SIZES, shapes)
-    shown = {(tag, size, *pair): [(tag, size, color, *pair) for color in splits.COLORS] for tag, size, pair in pairs}
+    known = {}
+    for size, (a, b) in product(splits.SIZES, shapes):
+        colors = [color for color in splits.COLORS if ("colors", size, color, a) not in unseen]
+        known["two_object", size, a, b] = [("two_object", size, color, a, b) for color in colors]
     for (a, b), relation in product(shapes, splits.MIRRORED):
-        shown["position", a, relation, b] = [("position", color, a, relation, b) for color in splits.COLORS]
-    assert {len(key) for key in unseen if key[0] in ("two_object", "position")} == {5}  # as these are
-    assert all(sum(key in unseen for key in keys) <= splits.COLORS_OF_EACH for keys in shown.values())
-    assert sum(any(key in unseen for key in keys) for keys in shown.values()) >= 80  # nor is the sum above empty
+        known["position", a, relation, b] = [("position", color, a, relation, b) for color in splits.COLORS]
+    shown = {of: sum(key not in unseen for key in keys) for of, keys in known.items()}
+    assert min(number for of, number in shown.items() if of[0] == "two_object") >= 3
+    assert min(number for of, number in shown.items() if of[0] == "position") >= 7
+    assert sum(len(keys) - shown[of] for of, keys in known.items()) == 80  # each held-out one is found among these
 
 
 def test_training_also_asks_for_pairs_and_arrangements_without_a_color(rng) -> None:
     for tag in ("two_object", "position"):
-        asked = Counter(draw_requirement(rng, "train", tag).groups[0].color is None for _ in range(300))
-        assert 60 < asked[True] < 120
+        asked = Counter(draw_requirement(rng, "train", tag).groups[0].color is None for _ in range(400))
+        assert 0.25 < asked[True] / 400 < 0.35
         assert all(draw_requirement(rng, "validation", tag).groups[0].color for _ in range(50))
+
+
+def test_each_tag_has_its_share_of_what_is_drawn_for_training(rng) -> None:
+    tags = Counter(draw_requirement(rng).tag for _ in range(2000))
+    assert {tag: tags[tag] / 2000 for tag in SCENES.tags} == pytest.approx(TAG_SHARES, abs=0.03)
+
+
+@pytest.mark.parametrize("split", ["validation", "held_out"])
+def test_prompts_ask_for_each_requirement_equally_often(split) -> None:
+    asked = data.prompts(split, 150, 0, 1 / 3, world=SCENES)
+    times = Counter(splits.key_of(SCENES.parse(prompt)) for prompt in asked)
+    unseen = [key for key, of in splits.held_out().items() if of == split]
+    assert set(times) <= set(unseen)
+    for tag in SCENES.tags:
+        of_tag = [times[key] for key in unseen if key[0] == tag]
+        assert max(of_tag) - min(of_tag) <= 1, tag
+    assert data.prompts(split, 150, 1, 1 / 3, world=SCENES) != asked
+
+
+def test_the_requirements_of_a_split_are_those_of_its_combinations() -> None:
+    listed = [one for split in SPLITS for tag in SCENES.tags for one in SCENES.requirements_of(split, tag)]
+    assert {splits.key_of(one): splits.split_of(one) for one in listed} == splits.held_out()
+    with pytest.raises(ValueError, match="'places' is not a tag"):
+        SCENES.requirements_of("validation", "places")
 
 
 @pytest.mark.parametrize("prompt", ["a star left of a circle", "a red star and a circle", "a star and a circle"])

@@ -103,7 +103,7 @@ class FID(Suite):
         prompts: The prompts to draw, usually the reference's captions: a text file, a table (.jsonl, .csv, …), a
             `datasets` name or `builtin:shapes-prompts`.
         prompt_column: The column that holds the prompts.
-        prompt_split: The data set's split.
+        prompt_split: The data set's split; of a list `builtin:…-prompts`, by default the evaluation's.
         num_images: How many images to draw. Null: one of each prompt.
         inception: The Inception network's file. Null: the one in torch.hub's cache.
     """

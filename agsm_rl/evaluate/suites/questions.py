@@ -39,7 +39,7 @@ class Questions(Suite):
         form: `geneval2`, `dpg_bench` or `unigenbench`: the file is as that benchmark's authors publish it. Null: it has
             a column `questions`.
         prompt_column: The column that holds the prompts.
-        prompt_split: The data set's split.
+        prompt_split: The data set's split; of a list `builtin:…-prompts`, by default the evaluation's.
         num_images: How many images to draw: of the first so many prompts, or several of each. Null: one of each.
         url: Base URL of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1. Null runs the model here.
         aggregate: How an image's answers are joined: their `mean`, or their `geometric` mean. Null: geometric for

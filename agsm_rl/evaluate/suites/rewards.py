@@ -168,7 +168,7 @@ class Rewards(Suite):
             folder or a name on the hub that holds one, or `builtin:shapes-prompts`. Their other columns reach rewards
             that take `metadata`.
         prompt_column: The column that holds the prompts.
-        prompt_split: The data set's split.
+        prompt_split: The data set's split; of a list `builtin:…-prompts`, by default the evaluation's.
         num_images: How many images to draw: of the first so many prompts, or several of each. Null: one of each.
     """
 

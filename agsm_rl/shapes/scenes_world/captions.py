@@ -13,7 +13,7 @@ import numpy as np
 from agsm_rl.errors import UserError
 from agsm_rl.shapes.scenes import Group, Requirement
 from agsm_rl.shapes.scenes_world import splits
-from agsm_rl.shapes.scenes_world.requirements import draw_requirement
+from agsm_rl.shapes.scenes_world.requirements import can_be_seen, draw_requirement
 from agsm_rl.shapes.scenes_world.splits import COLORS, MIRRORED, PLACES, SHAPES, SIZES
 
 WRAPPERS = ("", "a photo of ", "a picture of ", "a drawing of ")
@@ -89,7 +89,7 @@ def misdescribe(requirement: Requirement, rng: np.random.Generator) -> str:
     if wrong.tag in ("counting", "color_attr"):
         groups = tuple(replace(group, color=MISTAKEN_COLOR[str(group.color)]) for group in wrong.groups)
         wrong = replace(wrong, groups=groups)
-    unseen = splits.split_of(wrong) != "train" and splits.split_of(requirement) == "train"
+    unseen = splits.split_of(requirement) == "train" and not can_be_seen(wrong)
     return str(rng.choice(VAGUE)) if unseen else describe(wrong, rng)
 
 

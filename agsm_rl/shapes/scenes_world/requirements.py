@@ -1,7 +1,8 @@
 """What a prompt of the scenes world can ask for, and objects that fulfil it."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -56,20 +57,50 @@ OPEN_COLOR = 0.3
 
 def draw_requirement(rng: np.random.Generator, split: Split = "train", tag: str | None = None) -> Requirement:
     """Draw a requirement of the given split; no requirement belongs to two."""
-    for _ in range(100_000):
-        chosen = tag or str(rng.choice(TAGS, p=list(TAG_SHARES.values())))
-        requirement = _any_requirement(rng, chosen)
-        if can_be_seen(requirement) if split == "train" else splits.split_of(requirement) == split:
-            return requirement
-    raise ValueError(f"no {split} requirement of tag {tag!r} exists")
+    tag = tag or str(rng.choice(TAGS, p=list(TAG_SHARES.values())))
+    if split != "train":
+        listed = requirements_of(split, tag)
+        return listed[int(rng.integers(len(listed)))]
+    open_color = bool(rng.random() < OPEN_COLOR)
+    while not can_be_seen(requirement := _any_requirement(rng, tag, open_color)):
+        pass
+    return requirement
 
 
-def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
+@cache
+def requirements_of(split: Split, tag: str) -> tuple[Requirement, ...]:
+    """Every requirement of a split that training never shows, in a fixed order; of the training split, none.
+
+    Raises ValueError for a tag that is not one of `TAGS`.
+    """
+    if tag not in TAGS:
+        raise _not_a_tag(tag)
+    return tuple(_asks_for(*key) for key, of in splits.held_out().items() if of == split and key[0] == tag)
+
+
+def _asks_for(tag: Any, *rest: Any) -> Requirement:
+    """The requirement of a combination; of two coloured shapes, either may be named first."""
+    if tag == "single_object":
+        size, shape, place = rest
+        return Requirement(tag, (Group(1, shape, size=size),), place=place)
+    if tag == "colors":
+        size, color, shape = rest
+        return Requirement(tag, (Group(1, shape, color, size),))
+    if tag == "counting":
+        count, color, shape = rest
+        return Requirement(tag, (Group(count, shape, color),))
+    if tag == "two_object":
+        size, color, shape, other = rest
+        return Requirement(tag, (Group(1, shape, color, size), Group(1, other)))
+    if tag == "position":
+        color, shape, relation, other = rest
+        return Requirement(tag, (Group(1, shape, color), Group(1, other)), relation)
+    return Requirement(tag, tuple(Group(1, str(shape), str(color)) for color, shape in splits.shuffled(rest)))
+
+
+def _any_requirement(rng: np.random.Generator, tag: str, open_color: bool) -> Requirement:
     def pick(names: tuple[str, ...]) -> str:
         return names[int(rng.integers(len(names)))]
-
-    def color() -> str | None:
-        return None if rng.random() < OPEN_COLOR else pick(splits.COLORS)
 
     shape = pick(SHAPES)
     if tag == "single_object":
@@ -79,15 +110,20 @@ def _any_requirement(rng: np.random.Generator, tag: str) -> Requirement:
     if tag == "counting":
         return Requirement(tag, (Group(int(rng.integers(2, 5)), shape, pick(splits.COLORS)),))
     other = pick(tuple(name for name in SHAPES if name != shape))
+    color = None if open_color else pick(splits.COLORS)
     if tag == "two_object":
-        return Requirement(tag, (Group(1, shape, color(), pick(splits.SIZES)), Group(1, other)))
+        return Requirement(tag, (Group(1, shape, color, pick(splits.SIZES)), Group(1, other)))
     if tag == "position":
-        return Requirement(tag, (Group(1, shape, color()), Group(1, other)), pick(tuple(RELATIONS)))
+        return Requirement(tag, (Group(1, shape, color), Group(1, other)), pick(tuple(RELATIONS)))
     if tag == "color_attr":
         first = pick(splits.COLORS)
         second = pick(tuple(name for name in splits.COLORS if name != first))
         return Requirement(tag, (Group(1, shape, first), Group(1, other, second)))
-    raise ValueError(f"{tag!r} is not a tag of the scenes world; it has {', '.join(TAGS)}")
+    raise _not_a_tag(tag)
+
+
+def _not_a_tag(tag: str) -> ValueError:
+    return ValueError(f"{tag!r} is not a tag of the scenes world; it has {', '.join(TAGS)}")
 
 
 def draw_scene(rng: np.random.Generator, requirement: Requirement, *, allow_unseen: bool = False) -> Scene:

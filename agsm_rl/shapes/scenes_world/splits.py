@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from functools import cache
 from itertools import permutations, product
+from typing import Any
 
 from agsm_rl.shapes.look import box_offset
 from agsm_rl.shapes.scenes import DrawnObject, Requirement, Split
@@ -27,17 +28,14 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 EDGES = (12.0, 20.0)
 """The picture's thirds, across and down, for the centre of an object."""
 HELD_OUT = {"single_object": 20, "two_object": 20, "counting": 22, "colors": 20, "position": 20, "color_attr": 60}
-"""How many combinations of each tag are validated on, and how many more are for the test; of two_object and position,
-how many before they are told apart by a colour."""
-COLORS_OF_EACH = 2
-"""How many colours of each of these combinations are held out."""
+"""How many combinations of each tag are validated on, and how many more are for the test."""
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 Key = tuple[Hashable, ...]
 
 
 def split_of(requirement: Requirement) -> Split:
-    """The split of a requirement; one that leaves size or place open is in training."""
+    """The split of a requirement; one that leaves size, colour or place open is in training."""
     return held_out().get(key_of(requirement), "train")
 
 
@@ -130,8 +128,7 @@ def held_out() -> dict[Key, Split]:
     # Three and four objects are small: what is never shown small cannot be counted.
     counted = (key for key in product(["counting"], COUNTS, COLORS, SHAPES) if key[2:] not in small)
     shapes = list(permutations(SHAPES, 2))
-    # Of these, only some colours are held out: of a pair or an arrangement that no drawing shows, a base learns that it
-    # cannot be.
+    # One colour of each is held out: what no drawing shows, in any colour, a base learns to be impossible.
     pairs = _choose((("two_object", size, *pair) for size, pair in product(SIZES, shapes)), lambda key: [(key[2:], 1)])
     arrangements = _choose(
         (("position", a, relation, b) for (a, b), relation in product(shapes, ("left of", "above"))),
@@ -145,8 +142,8 @@ def held_out() -> dict[Key, Split]:
             product(["single_object"], SIZES, SHAPES, PLACES),
             lambda key: [(("kind", *key[1:3]), 3), (("place", key[3]), 5)],
         )
-        | _in_colors(pairs, lambda tag, size, *ab: [(tag, size, color, *ab) for color in COLORS], colors)
-        | _in_colors(arrangements, _colored_arrangements, colors)
+        | {_in_a_color(key, colors): split for key, split in pairs.items()}
+        | {shuffled(_colored_arrangements(*key))[0]: split for key, split in arrangements.items()}
         | _choose(two_colored, lambda key: [])
     )
 
@@ -156,11 +153,11 @@ def _differ(first: tuple[str, str], second: tuple[str, str]) -> bool:
 
 
 def _choose(keys: Iterable[Key], limits: Callable[[Key], list[tuple[Hashable, int]]]) -> dict[Key, Split]:
-    """The held-out ones of a tag's combinations, in an order that no version of Python changes.
+    """The held-out ones of a tag's combinations.
 
     `limits` names the groups that a combination belongs to, and how many of each group may be held out.
     """
-    ordered = _shuffled(keys)
+    ordered = shuffled(keys)
     wanted = 2 * HELD_OUT[str(ordered[0][0])]
     taken: Counter[Hashable] = Counter()
     chosen: dict[Key, Split] = {}
@@ -172,23 +169,19 @@ def _choose(keys: Iterable[Key], limits: Callable[[Key], list[tuple[Hashable, in
     return chosen
 
 
-def _in_colors(chosen: dict[Key, Split], colored: Callable[..., list[Key]], unseen: Container[Key]) -> dict[Key, Split]:
-    """Some of the colours in which each chosen combination can be had, in the same split.
-
-    An object of `unseen` kind is left to the tag `colors`.
-    """
-    found: dict[Key, Split] = {}
-    for key, split in chosen.items():
-        known = [one for one in colored(*key) if ("colors", *one[1:4]) not in unseen]
-        found |= dict.fromkeys(_shuffled(known)[:COLORS_OF_EACH], split)
-    return found
+def _in_a_color(pair: Key, unseen: Container[Key]) -> Key:
+    """A pair of shapes, the first in one of the colours that are not held out for it anyway."""
+    tag, size, first, second = pair
+    known = [color for color in COLORS if ("colors", size, color, first) not in unseen]
+    return shuffled((tag, size, color, first, second) for color in known)[0]
 
 
-def _colored_arrangements(_tag: str, first: str, relation: str, second: str) -> list[Key]:
+def _colored_arrangements(_: Any, first: Any, relation: Any, second: Any) -> list[Key]:
     """Both ways of saying where they stand, each with a colour of the shape that is named first."""
     ways = ((first, relation, second), (second, MIRRORED[relation], first))
     return [_arrangement(color, *way) for color, way in product(COLORS, ways)]
 
 
-def _shuffled(keys: Iterable[Key]) -> list[Key]:
+def shuffled(keys: Iterable[Key]) -> list[Key]:
+    """Combinations in an order by chance that no version of Python changes."""
     return sorted(keys, key=lambda key: hashlib.sha256(repr(("scenes", *key)).encode()).digest())
