@@ -9,8 +9,11 @@
         suite: shapes                # default: the first
         score: strict                # default: the suite's first
         tag: counting                # default: the mean over tags (of numbers: over prompts)
+        seeds: 5                     # refuse fewer seeds that both have; default: as many as there are
+    questions: 6                     # how many were asked; default: as many as have an endpoint
 
-All p-values of a file are adjusted together (Holm, Scandinavian Journal of Statistics 1979, by statsmodels).
+All p-values of a file are adjusted together (Holm, Scandinavian Journal of Statistics 1979, by statsmodels). A question
+that was asked and can have no endpoint, say because its arm did not learn, counts with a p-value of 1.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class Endpoint(Section):
     suite: str | None = None
     score: str | None = None
     tag: str | None = None
+    seeds: int = 1
 
 
 class Study(Section):
     """A study's endpoints."""
 
     endpoints: list[Endpoint]
+    questions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,27 +90,30 @@ class Answer:
         return "more" if self.change.value > 0 else "less"
 
 
-def read_study(file: Path) -> list[Endpoint]:
-    """The endpoints in a file; UserError says what is wrong with it."""
+def read_study(file: Path) -> Study:
+    """What a file asks; UserError says what is wrong with it."""
     try:
         study = Study.model_validate(read_yaml(file, "study"))
     except ValidationError as error:
         raise explain(error, where=f"{file}: ") from error
     if not study.endpoints:
         raise UserError(f"{file}: endpoints: is empty; give at least one, or leave the file out.")
-    return study.endpoints
+    if study.questions is not None and study.questions < len(study.endpoints):
+        raise UserError(f"{file}: questions: got {study.questions}, but there are {len(study.endpoints)} endpoints.")
+    return study
 
 
 def answers(file: Path, reported: Loaded | None = None, read: Read = read_runs) -> list[Answer]:
     """The answers to a file's questions. `reported`: what a bare variant means where no sweep is named."""
-    found, endpoints = [], read_study(file)
-    for place, endpoint in enumerate(endpoints):
+    found, study = [], read_study(file)
+    for place, endpoint in enumerate(study.endpoints):
         where = f"{file}: endpoints[{place}]"
         found.append(_estimated(endpoint, _loaded(endpoint, file, reported, where, read), where))
-    adjusted = holm([change.p_value for _, _, _, change in found])
+    without = (study.questions or len(found)) - len(found)
+    adjusted = holm([*(change.p_value for _, _, _, change in found), *[1.0] * without])
     return [
         Answer(endpoint, what, score, seeds, change, p)
-        for endpoint, (what, score, seeds, change), p in zip(endpoints, found, adjusted, strict=True)
+        for endpoint, (what, score, seeds, change), p in zip(study.endpoints, found, adjusted, strict=False)
     ]
 
 
@@ -190,6 +198,8 @@ def _estimated(
     found = find(loaded, [view]).difference(key, view, one, other)
     if found is None:
         raise UserError(f"{where}: {endpoint.variant} and {endpoint.minus or 'the base'} have no seed in common.")
+    if len(found.by_seed) < endpoint.seeds:
+        raise UserError(f"{where}.seeds: wants {endpoint.seeds}; {len(found.by_seed)} are there for both.")
     at = "each at its own guidance" if view.key == OWN else f"guidance {view.key}"
     what = f"{endpoint.variant} minus {endpoint.minus or 'the base'}, {endpoint.tag or scores[key].label}, {at}"
     return what, scores[key], len(found.by_seed), found.tags[endpoint.tag] if endpoint.tag else found.overall

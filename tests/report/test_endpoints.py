@@ -54,6 +54,24 @@ def test_each_answer_is_the_reports_own_difference(sweep, study):
     assert all(one.verdict == "not told apart" for one in found if one.holm >= 0.05)
 
 
+def test_a_question_without_an_endpoint_is_corrected_for_all_the_same(sweep, study):
+    asked = [one.holm for one in answers(study, load([sweep]))]
+    study.write_text(STUDY + "questions: 5\n")
+    with_two_more = answers(study, load([sweep]))
+    p_values = [one.change.p_value for one in with_two_more]
+    assert [one.holm for one in with_two_more] == pytest.approx(holm([*p_values, 1.0, 1.0])[:3])
+    smallest = p_values.index(min(p_values))
+    assert with_two_more[smallest].holm > asked[smallest]
+
+
+def test_fewer_seeds_than_an_endpoint_wants_are_refused(sweep, study):
+    study.write_text(STUDY.replace("variant: strong}", "variant: strong, seeds: 2}"))
+    assert answers(study, load([sweep]))[0].seeds == 2
+    study.write_text(STUDY.replace("variant: strong}", "variant: strong, seeds: 5}"))
+    with pytest.raises(UserError, match=r"endpoints\[0\].seeds: wants 5; 2 are there for both"):
+        answers(study, load([sweep]))
+
+
 def test_a_sweep_beside_the_file_is_read_where_it_is_named(sweep, tmp_path):
     shutil.copytree(sweep, tmp_path / "study")
     for seed in (0, 1):
@@ -93,6 +111,7 @@ def test_the_command_writes_a_row_for_each_question(sweep, study, tmp_path):
         ("endpoints: [{question: A, variant: strong, guidance: 7}]", "got '7'; there are 1, 2"),
         ("endpoints: [{question: A, variants: strong}]", "variants"),
         ("endpoints: [{question: A, variant: '', sweep: study}]", "is empty, which is the base"),
+        ("{questions: 0, endpoints: [{question: A, variant: strong}]}", "questions: got 0, but there are 1 endpoints"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(sweep, study, text, message):
