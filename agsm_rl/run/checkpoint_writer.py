@@ -51,7 +51,8 @@ class CheckpointWriter(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of the trainer's step, and the adapters."""
         trainer.check_finite()
-        for file in (self.folder.metrics, self.folder.evaluations, self.folder.events):
+        folder = self.folder
+        for file in (folder.metrics, folder.evaluations, folder.image_scores, folder.events):
             flush(file)  # no checkpoint is ahead of what was recorded
         best = self.scores.best_step
         state = trainer.state_dict() | {"standing": self.scores.state_dict()}

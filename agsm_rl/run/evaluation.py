@@ -12,6 +12,7 @@ from rich.console import Console
 
 from agsm_rl.backbones.text_cache import text_cache_of
 from agsm_rl.evaluate.batch_size import BatchSizes
+from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.kept_base import KeptBase
 from agsm_rl.evaluate.measure import encode_prompts
 from agsm_rl.evaluate.measured import (
@@ -33,6 +34,7 @@ from agsm_rl.run.agreement import Agreement, agreements_to_json
 from agsm_rl.run.checkpoint_writer import CheckpointWriter
 from agsm_rl.run.evaluation_output import Suites, print_tables, summary, write_pictures
 from agsm_rl.run.folder import RunFolder
+from agsm_rl.run.image_scores import ImageScoresFile, changes, image_scores
 from agsm_rl.run.records import EventsFile, MetricsFile, read_lines
 from agsm_rl.run.score_history import START, ScoreHistory
 from agsm_rl.run.screen import make_console, tell
@@ -76,6 +78,7 @@ class Evaluator(Callback):
         """The rule that ended the run, if one did."""
         self.checkpoints = CheckpointWriter(folder, recipe, self.scores)
         self.file = MetricsFile(folder.evaluations)
+        self.images = ImageScoresFile(folder.image_scores, kept=len(recipe.objectives) > 1)
         self._base: dict[tuple[str, float], Measured] = {}
         self._kept_base = KeptBase(recipe.backbone, recipe.parts, tell=self._tell, check=check)
         self._batch_sizes = BatchSizes(recipe.backbone, recipe.parts)
@@ -193,6 +196,17 @@ class Evaluator(Callback):
             for step, figures in found.items()
         }
 
+    def changes(self, begin: int, end: int) -> dict[str, Interval]:
+        """How much scores changed between two of these steps, paired; only those whose images' are known at both."""
+        newest, suites = self._newest or (START, {})
+        found: dict[str, Interval] = {}
+        for name, ((base, trained), *_others) in suites.items():
+            known = self.images.of(name) | {START: image_scores(base), newest: image_scores(trained)}
+            place = "" if base.entry.made.alone else f"{name}/"
+            moved = changes(trained, known.get(begin, {}), known.get(end, {}))
+            found |= {place + key: change for key, change in moved.items()}
+        return found
+
     def measure(self, trainer: Trainer, *, final: bool = False) -> dict[str, list[Compared]]:
         """Base and trained on each suite at each guidance; recorded in the folder and by the trackers.
 
@@ -202,7 +216,9 @@ class Evaluator(Callback):
         known = self._newest[1] if final and self._newest and self._newest[0] == trainer.step else {}
         if self.is_main:
             # With several guidances or suites, some lines may have been written already.
-            self.file.cut(trainer.step if known else trainer.step - 1)
+            last = trainer.step if known else trainer.step - 1
+            self.file.cut(last)
+            self.images.cut(last)
         suites: dict[str, list[Compared]] = {}
         for entry in self.entries:
             if entry.name in known:
@@ -226,6 +242,8 @@ class Evaluator(Callback):
         if self.is_main:
             name = {} if entry.made.alone else {"suite": entry.name}
             self.file.add(trainer.step, {"guidance": guidance, **name, **figures})
+            if guidance == options.guidance[0]:
+                self.images.add(trainer.step, trained)
         if not entry.made.alone:
             place = f"eval/{entry.name}/guidance_{guidance:g}"
         logged = {f"{place}/{self._logged(entry, key)}": value for key, value in figures.items()}

@@ -23,7 +23,7 @@ from agsm_rl.run import checkpoints
 MAY_CHANGE = {"steps", "evaluate", "sample", "checkpoint", "export", "stop_when", "watch", "gradient_map", "track"}
 """Keys of a recipe that may be changed when a run is resumed: none of them alters the steps already made."""
 _OURS = re.compile(
-    r"recipe\.yaml|(metrics|evaluations|events|gradient_map)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
+    r"recipe\.yaml|(metrics|evaluations|image_scores|events|gradient_map)\.jsonl|eval(-\w+)?\.json|(cell|trained)\.json|report\.html|"
     r"(?P<folder>checkpoints|adapter|adapter-best|\.adapter-best\.(new|old)|samples|evals|logs)|\.lock"
 )
 """Names that we give in a run folder; all else in it is the user's."""
@@ -51,6 +51,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.image_scores = self.path / "image_scores.jsonl"
         self.gradient_map = self.path / "gradient_map.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.events = self.path / "events.jsonl"

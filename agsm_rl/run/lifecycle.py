@@ -201,7 +201,7 @@ class _Run:
         out = make_console()
         for agreement in agreed:
             tell(out, str(agreement))
-        if told := story(phases(rows), self.evaluator.scores_by_step()):
+        for told in story(phases(rows), self.evaluator.scores_by_step(), self.evaluator.changes):
             tell(out, told, prose=True)
         if evaluate:
             _write_last(self.folder, self.display.console)
@@ -247,7 +247,8 @@ def _load_newest(trainer: Trainer, folder: RunFolder, console: Console) -> dict[
             ) from error
     _check_same_step(trainer, folder)
     if trainer.accelerator.is_main_process:
-        for file in (folder.metrics, folder.evaluations, folder.events, folder.gradient_map):
+        lines = (folder.metrics, folder.evaluations, folder.image_scores, folder.events, folder.gradient_map)
+        for file in lines:
             MetricsFile(file).cut(step)
         tell(
             console,

@@ -1,14 +1,20 @@
-"""What each part of a run did, in a sentence: when its terms learned, how scores moved meanwhile, its own rewards."""
+"""A sentence on each part of a run: when its terms learned, how scores moved meanwhile, and its own rewards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from agsm_rl.evaluate.intervals import Interval
+from agsm_rl.report.eval_rows import Score
+from agsm_rl.report.texts import change_text
 
 LOSS, REWARD, SKIPPED = "/loss", "/reward", "skipped"
 NORM = "/x0_norm"
 """Of the images drawn: it tells draws apart whose rewards are the same."""
 FEWEST_DRAWS = 6
 """With fewer, a third of them is one draw, and nothing can be said of chance."""
+ROUNDING = 1e-6
+"""Two ways to the same mean differ by less than this share of it."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +111,42 @@ def _draws(phase: Phase, terms: Mapping[str, _Term]) -> tuple[Draws, ...]:
     return tuple(Draws(names, rewards) for rewards, names in by_rewards.items())
 
 
-def story(found: Sequence[Phase], scores: Mapping[int, Mapping[str, float]]) -> str | None:
-    """A sentence on a run of several terms, or of one with rewards; None for others.
+def story(
+    found: Sequence[Phase],
+    scores: Mapping[int, Mapping[str, float]],
+    changes: Callable[[int, int], Mapping[str, Interval]] = lambda begin, end: {},
+) -> list[str]:
+    """A sentence per part of a run of several terms, or of one with rewards; none of others.
 
-    `scores` are those of evaluations by their step, with 0 for the base; a phase has some if both its ends do.
+    Args:
+        found: The parts.
+        scores: Those of evaluations by their step, with 0 for the base; a phase has some if both its ends do.
+        changes: The paired intervals of what scores changed by between two of these steps, as far as they are known.
     """
     if len({name for phase in found for name in phase.terms}) < 2 and not any(phase.draws for phase in found):
-        return None
-    parts, begin = [], 0
+        return []
+    sentences, begin = [], 0
     for phase in found:
         before, after = scores.get(begin, {}), scores.get(phase.end, {})
-        moved = [f"{name} {before[name]:.4g} -> {value:.4g}" for name, value in after.items() if name in before]
+        names = [name for name in after if name in before]
+        known = changes(begin, phase.end) if names else {}
+        moved = [_moved(name, before[name], after[name], known.get(name)) for name in names]
         learned = f"{_listed(phase.terms)} learned in steps {phase.first} to {phase.last}"
-        parts.append(
+        sentences.append(
             " and ".join([f"{learned}, with {', '.join(moved)}" if moved else learned, *map(str, phase.draws)])
         )
         begin = phase.end
-    return "; ".join(parts)
+    return sentences
+
+
+def _moved(name: str, before: float, after: float, change: Interval | None) -> str:
+    """A score at both ends, and its change with the interval."""
+    ends, rounding = f"{name} {before:.4g} -> {after:.4g}", ROUNDING * max(abs(before), abs(after))
+    # A score that is no mean of its images' figures changes by something else than they do.
+    if change is None or abs(change.value - (after - before)) > rounding:
+        return f"{ends} (no interval)"
+    verdict = "" if change.excludes_zero else ", not told apart"
+    return f"{ends} ({change_text(Score(name, share=False), change)}{verdict})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""What each part of a run did, in a sentence: from metrics and scores that are known."""
+"""A sentence on each part of a run: from metrics and scores that are known."""
 
 import pytest
 
+from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.run.phases import FEWEST_DRAWS, phases, story
 
 
@@ -18,16 +19,33 @@ def rows_of(*terms):
 def test_terms_that_follow_each_other_are_told_apart_with_the_scores_at_their_ends():
     found = phases(metrics([*rows_of(["agsm"], ["agsm"]), *rows_of(["ddpo"], ["ddpo"])]))
     assert [(phase.terms, phase.first, phase.last) for phase in found] == [(("agsm",), 1, 2), (("ddpo",), 3, 4)]
-    told = story(found, {0: {"strict": 0.3, "look": 1.0}, 2: {"strict": 0.5}, 4: {"strict": 0.45}})
-    assert told == (
-        "agsm learned in steps 1 to 2, with strict 0.3 -> 0.5; ddpo learned in steps 3 to 4, with strict 0.5 -> 0.45"
+    changes = {(0, 2): {"strict": Interval(0.2, 0.12, 0.27)}, (2, 4): {"strict": Interval(-0.05, -0.11, 0.02)}}
+    scores = {0: {"strict": 0.3, "look": 1.0}, 2: {"strict": 0.5}, 4: {"strict": 0.45}}
+    assert story(found, scores, lambda *ends: changes[ends]) == [
+        "agsm learned in steps 1 to 2, with strict 0.3 -> 0.5 (+0.20 [+0.12, +0.27])",
+        "ddpo learned in steps 3 to 4, with strict 0.5 -> 0.45 (−0.05 [−0.11, +0.02], not told apart)",
+    ]
+
+
+@pytest.mark.parametrize("change", [None, Interval(0.1, 0.05, 0.15)])
+def test_a_score_whose_change_is_not_its_images_says_that_it_has_no_interval(change):
+    found = phases(metrics([*rows_of(["agsm"]), *rows_of(["ddpo"])]))
+    told = story(
+        found, {0: {"fid": 30.0, "x": 1.0}, 1: {"fid": 20.0, "x": 1.5}}, lambda *ends: {"fid": change} if change else {}
     )
+    assert told[0] == "agsm learned in steps 1 to 1, with fid 30 -> 20 (no interval), x 1 -> 1.5 (no interval)"
+
+
+def test_a_change_may_differ_from_the_scores_by_rounding():
+    found = phases(metrics([*rows_of(["agsm"]), *rows_of(["ddpo"])]))
+    told = story(found, {0: {"x": 0.3}, 1: {"x": 0.4}}, lambda *ends: {"x": Interval(0.1 + 1e-9, 0.05, 0.15)})
+    assert told[0].endswith("with x 0.3 -> 0.4 (+0.10 [+0.05, +0.15])")
 
 
 def test_scores_are_left_out_where_one_end_was_not_measured():
     found = phases(metrics([*rows_of(["agsm"], ["agsm"]), *rows_of(["ddpo"], ["ddpo"])]))
     told = story(found, {0: {"strict": 0.3}, 4: {"strict": 0.45}})
-    assert told == "agsm learned in steps 1 to 2; ddpo learned in steps 3 to 4"
+    assert told == ["agsm learned in steps 1 to 2", "ddpo learned in steps 3 to 4"]
 
 
 def test_terms_that_learn_in_turn_are_one_part():
@@ -71,7 +89,7 @@ def test_draws_count_for_the_part_in_which_they_were_made():
 
 
 def test_a_run_of_one_term_without_rewards_needs_no_words():
-    assert story(phases(metrics(rows_of(["agsm"], ["agsm"]))), {0: {"strict": 0.3}, 2: {"strict": 0.5}}) is None
+    assert story(phases(metrics(rows_of(["agsm"], ["agsm"]))), {0: {"strict": 0.3}, 2: {"strict": 0.5}}) == []
 
 
 def drawn(*names, rewards, updates=1, **more):
@@ -109,8 +127,12 @@ def test_a_part_lasts_until_the_next_one_begins_or_the_run_ends():
     rows = metrics([*rows_of(["a"], [], []), *rows_of(["b"], [])])
     found = phases(rows)
     assert [(phase.first, phase.last, phase.end) for phase in found] == [(1, 1, 3), (4, 4, 5)]
-    told = story(found, {0: {"x": 1.0}, 3: {"x": 2.0}, 5: {"x": 3.0}})
-    assert told == "a learned in steps 1 to 1, with x 1 -> 2; b learned in steps 4 to 4, with x 2 -> 3"
+    scores = {0: {"x": 1.0}, 3: {"x": 2.0}, 5: {"x": 3.0}}
+    told = story(found, scores, lambda begin, end: {"x": Interval(1.0, 0.5 + begin / 10, 1.2)})
+    assert told == [
+        "a learned in steps 1 to 1, with x 1 -> 2 (+1.00 [+0.50, +1.20])",
+        "b learned in steps 4 to 4, with x 2 -> 3 (+1.00 [+0.80, +1.20])",
+    ]
 
 
 def test_other_figures_that_end_alike_are_no_rewards():

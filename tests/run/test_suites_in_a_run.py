@@ -1,6 +1,7 @@
 """Runs that are measured on their user's own prompts and rewards: rules, records, pictures, and shares of processes."""
 
 import json
+import shutil
 import sys
 from io import StringIO
 
@@ -111,25 +112,54 @@ def test_a_run_is_measured_on_own_prompts_by_own_rewards_and_keeps_the_best_by_a
     assert "reward/dark (trained)" in screen.getvalue() and "evaluation of mine after step 1" in screen.getvalue()
 
 
-def test_the_end_of_a_run_says_what_each_part_did_by_the_evaluations_at_its_ends(make_recipe, own, capsys):
-    first, source = (
-        make_recipe().to_data()["objectives"][0],
-        {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 2},
-    )
+@pytest.fixture
+def in_two_parts(make_recipe):
+    """In its first step it learns from a reward, in its second from pairs."""
+    first = make_recipe().to_data()["objectives"][0] | {"weight": {0: 1, 1: 0}}
+    source = {"use": "pairs", "dataset": "builtin:shapes", "batch_size": 2}
     second = {"use": "score_matching", "source": source, "weight": {0: 0, 1: 1}}
-    recipe = make_recipe(objectives=[first | {"weight": {0: 1, 1: 0}}, second])
-    folder = train(recipe, own / "run", console=Console(file=StringIO()))
+    return make_recipe(objectives=[first, second], checkpoint={"every": 1, "keep": 2})
+
+
+def test_the_end_of_a_run_says_what_each_part_did_by_the_evaluations_at_its_ends(
+    make_recipe, in_two_parts, own, capsys
+):
+    folder = train(in_two_parts, own / "run", console=Console(file=StringIO()))
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     sharp = [row["reward/sharpness"] for row in rows if row["guidance"] == 1.0 and row["suite"] == "mine"]
     base = json.loads((folder / "eval.json").read_text())["base"]["tags"]["sharpness"]["score"]
-    told = " ".join(capsys.readouterr().out.split())
-    learned = "reward_backprop learned in steps 1 to 1, with "
-    assert learned in told and f"mine/reward/sharpness {base:.4g} -> {sharp[0]:.4g}" in told.split(learned)[1]
-    assert "; score_matching learned in steps 2 to 2, with " in told
-    assert f"mine/reward/sharpness {sharp[0]:.4g} -> {sharp[1]:.4g}" in told.split("score_matching learned")[1]
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "learned in steps" in line)
+    assert first.startswith("reward_backprop learned in steps 1 to 1, with ")
+    assert f"mine/reward/sharpness {base:.4g} -> {sharp[0]:.4g} (" in first
+    assert second.startswith("score_matching learned in steps 2 to 2, with ")
+    assert f"mine/reward/sharpness {sharp[0]:.4g} -> {sharp[1]:.4g} (" in second
+    for line in (first, second):
+        assert line.count(" -> ") == 3 == line.count("]") and "no interval" not in line
     recipe = make_recipe(start_from=str(folder), steps=1)
     train(recipe, own / "more", console=Console(file=StringIO()))
     assert "learned in steps" not in capsys.readouterr().out  # one term, without draws: nothing to tell apart
+
+
+def test_a_resumed_run_says_the_same_of_its_parts_and_without_images_scores_no_interval(in_two_parts, own, capsys):
+    def told() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if "learned in steps" in line]
+
+    whole = train(in_two_parts, own / "whole", console=Console(file=StringIO()))
+    expected, kept = told(), (whole / "image_scores.jsonl").read_text()
+    assert [(row["step"], row["suite"]) for row in map(json.loads, kept.splitlines())] == [
+        (1, "mine"),
+        (2, "mine"),
+        (2, "toy"),
+    ]
+    half = shutil.copytree(whole, own / "half")
+    (half / "checkpoints" / "step-00000002.pt").unlink()
+    train(in_two_parts, half, resume=True, console=Console(file=StringIO()))
+    assert told() == expected and (half / "image_scores.jsonl").read_text() == kept
+    # As an earlier version would have left it.
+    (whole / "image_scores.jsonl").unlink()
+    train(in_two_parts, whole, resume=True, console=Console(file=StringIO()))
+    assert [line.partition(" (")[0] for line in told()] == [line.partition(" (")[0] for line in expected]
+    assert not any("]" in line for line in told())
 
 
 def test_the_pictures_of_a_suite_are_those_that_were_judged(make_recipe, own):
