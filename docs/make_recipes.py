@@ -42,8 +42,8 @@ memory that it needs, `agsm-rl sweep builtin:NAME` runs a sweep. To write your o
 recipe]({docs}guides/first-recipe.md). On the other shipped models: `--set backbone.checkpoint=builtin:shapes-sd3`.
 
 Results are of the base and the trained model, with 95 % intervals of the difference in brackets; the header of a
-recipe has all of its figures, and [the results]({docs}results.md) explain them. Where it says *{not_measured}*,
-nobody has run the recipe to its end with this code."""
+recipe has all of its figures, or names the study's section that has them, and [the results]({docs}results.md)
+explain them. Where it says *{not_measured}*, nobody has run the recipe to its end with this code."""
 
 
 def pages() -> dict[Path, str]:
@@ -95,8 +95,7 @@ def page(rows: dict[str, list[Path]], *, recipes: str, docs: str) -> str:
 def row(file: Path, recipes: str, docs: str) -> str:
     """A recipe's row."""
     name, header = file.relative_to(RECIPES).as_posix(), header_of(file)
-    in_study = header.result.startswith("docs/study/README.md")
-    result = f"[the study]({docs}study/README.md)" if in_study else result_of(header.result)
+    result = result_of(header.result).replace("docs/study/README.md", f"[the study]({docs}study/README.md)")
     shows = re.sub(r" \([^()]*\.(py|yaml|sh)\b[^()]*\)", "", header.title)  # files of other projects
     cells = [f"[{name.removesuffix('.yaml')}]({recipes}{name})", shows, cost_of(header), result]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"

@@ -36,7 +36,7 @@ from agsm_rl.report.compare import Estimate, Quantity, estimate
 from agsm_rl.report.endpoints import answers, load_variants
 from agsm_rl.report.findings import find
 from agsm_rl.report.load import Loaded
-from agsm_rl.report.runs import read_runs
+from agsm_rl.report.runs import Run, read_runs
 from agsm_rl.report.texts import signed
 from agsm_rl.report.views import BASE, OWN, GuidanceView, base_values, make_views
 from agsm_rl.run.phases import phases
@@ -157,20 +157,23 @@ def figure(asked: Mapping[str, Any]) -> str:
     """One figure in points with its interval, or a score in percent.
 
     `variant` and `minus` (the base, if not given) of `sweep`, at `guidance`, in a `tag`, if given; `score: true` is
-    what the variant reaches. `gain: REWARD` is the difference of its means, over seeds. `bases: [one, other]` is the
-    base beside one variant minus that beside another. `own_draws: true` is the reward that the variant drew in the
-    last third of its draws minus the first, over seeds.
+    what the variant reaches, or with `base: true` the base beside it. `gain: REWARD` is the difference of its means,
+    over seeds. `bases: [one, other]` is the base beside one variant minus that beside another. `own_draws: true` is
+    the reward that the variant drew in the last third of its draws minus the first, over seeds. `metric: NAME` is a
+    metric of the variant's typical step; with `over: VARIANT`, divided by that other's.
     """
     if "bases" in asked:
         return _points_of(bases_differ(asked["bases"], asked["sweep"], str(asked["guidance"])))
-    names = [name for name in (asked["variant"], asked.get("minus", BASE)) if name != BASE]
+    names = [asked[key] for key in ("variant", "minus", "over") if key in asked]
     loaded, called = load_cells(asked["sweep"], names)
     if asked.get("own_draws"):
         return drawn_later(loaded, called[asked["variant"]])
     if "gain" in asked:
         return gained_more(loaded, [called[name] for name in names], asked["gain"])
+    if "metric" in asked:
+        return typical_step(loaded, [called[name] for name in names], asked["metric"])
     view = _view(loaded, str(asked["guidance"]))
-    found, one = find(loaded, [view]), called[asked["variant"]]
+    found, one = find(loaded, [view]), called[BASE if asked.get("base") else asked["variant"]]
     if asked.get("score"):
         return _percent(found.score(VERDICT, view, one).overall.value)
     change = found.difference(VERDICT, view, one, called[asked.get("minus", BASE)])
@@ -190,11 +193,21 @@ def drawn_later(loaded: Loaded, variant: str) -> str:
     """The mean reward of a variant's last third of draws minus its first, with Student's interval over seeds."""
     changes = []
     for run in next(one for one in loaded.variants if one.name == variant).runs:
-        rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        (draws,) = [draws for phase in phases(rows) for draws in phase.draws]
+        (draws,) = [draws for phase in phases(_steps(run)) for draws in phase.draws]
         first, last = draws.thirds
         changes.append(float(np.mean(last) - np.mean(first)))
     return _with_bounds(changes)
+
+
+def typical_step(loaded: Loaded, names: Sequence[str], metric: str) -> str:
+    """A metric's median over a variant's steps, and of two variants their ratio, seed by seed; the seeds' median."""
+    medians = {
+        one.name: {run.seed: np.median([row[metric] for row in _steps(run)]) for run in one.runs}
+        for one in loaded.variants
+    }
+    one, *others = (medians[name] for name in names)
+    other = others[0] if others else dict.fromkeys(one, 1.0)
+    return f"{np.median([one[seed] / other[seed] for seed in one if seed in other]):.2f}"
 
 
 def bases_differ(variants: Sequence[str], sweep: str, guidance: str) -> Interval:
@@ -218,6 +231,11 @@ def endpoints(file: Path) -> list[str]:
 
 def _view(loaded: Loaded, guidance: str) -> GuidanceView:
     return next(view for view in make_views(loaded)[0] if view.key == guidance)
+
+
+def _steps(run: Run) -> list[dict[str, Any]]:
+    """The metrics of a run's training steps."""
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _gain(evaluation: Any, reward: str) -> float:

@@ -8,8 +8,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from newer_versions import change_options
 
+from agsm_rl.recipe.shipped import header_of, shipped_recipes, shipped_sweeps
 from agsm_rl.sweep.first_version import add_settings
 from agsm_rl.sweep.job import job_of, read_result
 from agsm_rl.sweep.plan import make_plan
@@ -55,6 +57,21 @@ def test_the_pages_figures_are_what_the_archives_cells_give(tmp_path):
         (tmp_path / name).write_text(without, encoding="utf-8")
     subprocess.run([sys.executable, str(study / "tables.py")], check=True)
     assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in written} == written
+
+
+def test_tables_py_writes_every_figure_that_a_page_quotes():
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")]
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    quoted = {name: set(re.findall(r"<!-- figure (\S+) -->", text)) for name, text in texts.items()}
+    assert [name for name, figures in quoted.items() if figures and name not in PAGES] == []
+    assert set().union(*quoted.values()) == set(yaml.safe_load((STUDY / "figures.yaml").read_text(encoding="utf-8")))
+
+
+def test_the_headers_of_recipes_leave_the_figures_to_the_page():
+    results = [header_of(file).result for file in (shipped_recipes() | shipped_sweeps()).values()]
+    of_the_study = [result for result in results if "docs/study/README.md" in result or " seeds" in result]
+    assert len(of_the_study) > 10
+    assert [result for result in of_the_study if re.search(r"\d\.\d", result)] == []
 
 
 def test_a_figure_of_a_sweep_that_was_not_unpacked_is_named(tmp_path):
