@@ -13,6 +13,9 @@ PROMPTS = ["a red star", "two blue circles"]
 NUM_STEPS = 4
 GUIDANCE = 5.0
 CLIP_RANGE = 0.1
+UPDATE = {"train_clip_range": CLIP_RANGE, "train_gradient_accumulation_steps": 2, "train_learning_rate": 1e-2}
+# An epsilon that AdamW's first step is not the gradient's sign for, and no clipping: a wrong factor is seen.
+UPDATE |= {"train_adam_epsilon": 1.0, "train_max_grad_norm": 1e6}
 NEGATIVE = "a green square"
 
 REWARDS = [
@@ -47,3 +50,8 @@ def unpack(packed: dict[str, Any]) -> Tensor:
     """What `pack` wrote, in float32."""
     content = np.frombuffer(base64.b64decode(packed["half"]), dtype="<f2").astype(np.float32)
     return torch.from_numpy(content).reshape(packed["shape"])
+
+
+def projections(values: dict[str, Tensor]) -> dict[str, float]:
+    """Each of these along a direction fixed by its name: unlike a norm, it tells a sign or another order of rows."""
+    return {name: float((value.detach() * normal(tuple(value.shape), name)).sum()) for name, value in values.items()}

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
@@ -133,27 +132,39 @@ def test_log_probabilities_losses_and_gradients_of_each_step_are_trl_s(make_trai
     objective, _ = trainer._term()
     parameters = lora(trainer)
     batch = batch_of(trainer, expected["old_log_probs"])
+    assert sum(any(figures["gradient"].values()) for figures in expected["steps"]) == 3  # in one, both are clipped
     for k, figures in enumerate(expected["steps"]):
         with torch.no_grad():
             log_prob = step_log_prob(trainer.policy, batch, k)
         # Machines and thread counts differ by 4e-5, and by 1e-6 of a log-probability of -1500.
-        exact = 1e-4 + 2e-6 * float(log_prob.abs().max())
+        exact = 1e-4 + 2e-6 * max(map(abs, expected["log_probs"][k]))
         assert log_prob.tolist() == pytest.approx(expected["log_probs"][k], rel=0, abs=exact)
         loss, metrics = objective.loss(trainer.policy, replace(batch, steps=(k,)))
         assert loss.item() == pytest.approx(figures["loss"], rel=0, abs=5 * exact)  # advantages reach 5
         assert float(metrics["approximate_kl"]) == pytest.approx(figures["approx_kl"], rel=0, abs=0.2 * exact)
         assert float(metrics["clip_fraction"]) == figures["clipfrac"]
         gradient = torch.autograd.grad(loss, list(parameters.values()))
-        norms = {key: float(value.norm()) for key, value in zip(parameters, gradient, strict=True)}
-        total = math.sqrt(sum(norm**2 for norm in norms.values()))
-        assert total == pytest.approx(figures["gradient_norm"], rel=1e-3)
-        for key, norm in figures["gradient_norms"].items():
-            assert norms[key] == pytest.approx(norm, rel=1e-3, abs=1e-6), key
+        assert_along(dict(zip(parameters, gradient, strict=True)), figures["gradient"], rel=5e-3)
+
+
+def assert_along(found, expected, *, rel):
+    """Each layer's value has the expected projection, but for a share of its own size."""
+    assert found.keys() == expected.keys()
+    largest = max(float(value.norm()) for value in found.values())
+    for name, along in inputs.projections(found).items():
+        assert along == pytest.approx(expected[name], abs=rel * (float(found[name].norm()) + 0.01 * largest)), name
+
+
+def test_the_ratios_lie_on_both_sides_of_the_clip_range_for_either_sign_of_the_advantage():
+    figures = GOLDEN["losses"]
+    ratio = (torch.tensor(figures["log_probs"]).T - torch.tensor(figures["old_log_probs"])).exp()
+    low, high = 1 - inputs.CLIP_RANGE, 1 + inputs.CLIP_RANGE
+    assert [bool((one < low).any() and (one > high).any()) for one in ratio] == [True, True]
+    assert (ratio - 1).abs().sub(inputs.CLIP_RANGE).abs().min() > 5e-3  # none so near that machines could disagree
 
 
 def test_an_update_over_accumulated_images_and_steps_is_trl_s(make_trainer):
-    options = {"train_gradient_accumulation_steps": 2, "train_learning_rate": 1e-2}
-    trainer = make_trainer(train_clip_range=inputs.CLIP_RANGE, **options)
+    trainer = make_trainer(**inputs.UPDATE)
     expected = GOLDEN["update"]
     before = {name: value.detach().clone() for name, value in lora(trainer).items()}
     logged = []
@@ -163,7 +174,5 @@ def test_an_update_over_accumulated_images_and_steps_is_trl_s(make_trainer):
     assert figures["loss"] == pytest.approx(expected["logged"][0]["loss"], rel=1e-4)
     assert figures["approx_kl"] == pytest.approx(expected["logged"][0]["approx_kl"], rel=0.01)
     assert figures["clipfrac"] == expected["logged"][0]["clipfrac"]
-    moved = {name: float((value.detach() - before[name]).norm()) for name, value in lora(trainer).items()}
-    assert math.sqrt(sum(norm**2 for norm in moved.values())) == pytest.approx(expected["moved"], rel=1e-4)
-    for name, norm in expected["moved_by_layer"].items():
-        assert moved[name] == pytest.approx(norm, rel=1e-3), name
+    moved = {name: value.detach() - before[name] for name, value in lora(trainer).items()}
+    assert_along(moved, expected["moved"], rel=5e-3)
