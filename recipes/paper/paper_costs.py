@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ SHARE = 0.35
 REWARD_MODELS_GIB = 11.0
 """ImageReward, CLIP L, and twice CLIP H (HPSv2, PickScore), in float32, beside the base."""
 TOKENS = 4
+CHANGED = [arm for arm in ARMS.values() if arm.sets and not any("unet=" in text for text in arm.sets)]
+"""Arms whose --set may change what a step costs; another U-Net is of the same size."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def flops_of(part: Part, costs: dict[str, Any]) -> float:
         return part.images * drawing_flops(arm.model, model)
     if arm.recipe is None:
         return 0.0
-    recipe = costs["recipes"][arm.recipe]
+    recipe = costs["arms"].get(arm.key) or costs["recipes"][arm.recipe]
     step = recipe["forward"] * model["512"]["forward"] + recipe["backward"] * 2 * model["512"]["backward"]
     step += recipe["images"] * (model["512"]["encode"] + model["text"])
     return float(recipe["steps"] * step + recipe["drawn"] * drawing_flops(arm.model, model))
@@ -79,7 +81,7 @@ def seconds(part: Part, costs: dict[str, Any], gpu: str) -> float:
 def gib(part: Part, costs: dict[str, Any]) -> float:
     """Memory on the GPU: the predicted peak, with the reward models where they score; 0 where there is no base."""
     arm = ARMS[part.arm]
-    recipe = costs["recipes"][arm.recipe or f"{arm.model}_agsm"]
+    recipe = costs["arms"].get(arm.key) or costs["recipes"][arm.recipe or f"{arm.model}_agsm"]
     if part.name.endswith("/convert") or part.suite == "fid":
         return 0.0
     if part.suite is not None:
@@ -112,8 +114,8 @@ def _fits(part: Part, costs: dict[str, Any], gpu: str) -> bool:
 
 
 def count() -> dict[str, Any]:
-    """The figures of all models and recipes, from the configurations."""
-    costs: dict[str, Any] = {"models": {}, "recipes": {}}
+    """The figures of all models, recipes and changed arms, from the configurations."""
+    costs: dict[str, Any] = {"models": {}, "recipes": {}, "arms": {}}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             pipeline, checkpoint = full_size(name, Path(folder) / name)
@@ -121,6 +123,9 @@ def count() -> dict[str, Any]:
             for recipe in sorted({arm.recipe for arm in ARMS.values() if arm.recipe and arm.model == name}):
                 costs["recipes"][recipe] = predicted(recipe, checkpoint, Path(folder))
                 print(recipe, costs["recipes"][recipe], flush=True)
+            for arm in (arm for arm in CHANGED if arm.model == name):
+                costs["arms"][arm.key] = predicted(str(arm.recipe), checkpoint, Path(folder), arm.sets)
+                print(arm.key, costs["arms"][arm.key], flush=True)
     return costs
 
 
@@ -139,11 +144,11 @@ def full_size(name: str, folder: Path) -> tuple[Any, Path]:
     return pipeline, write_folder(pipeline, folder)
 
 
-def predicted(recipe: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
+def predicted(recipe: str, checkpoint: Path, folder: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
     """Memory, rows per step and images drawn of a recipe's run, on a checkpoint of configurations alone.
 
-    Every option of the recipe is checked on the way, as `agsm-rl check` does; only where the data and the denoiser come
-    from is changed, and what is measured in between, whose weights and prompts are the user's.
+    Every option of the recipe and of `sets`, its --set, is checked on the way, as `agsm-rl check` does; only where data
+    and denoiser come from is changed, and what is measured in between, whose weights and prompts are the user's.
     """
     from agsm_rl.doctor.memory.predict import predict
     from agsm_rl.recipe.recipe import Recipe
@@ -154,7 +159,7 @@ def predicted(recipe: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     changed += ["objectives.0.source.dataset=builtin:shapes", "objectives.0.source.num_images=4"]
     changed += [f"evaluate.suites.coco.prompts={prompts}", "evaluate.suites.coco.rewards={brightness: {}}"]
     changed += ["checkpoint.best=null", *([f"backbone.unet={checkpoint}"] if "_then_" in recipe else [])]
-    read = Recipe.from_yaml(HERE / f"{recipe}.yaml", changed)
+    read = Recipe.from_yaml(HERE / f"{recipe}.yaml", [*sets, *changed])
     trainer, prediction = predict(read)
     if isinstance(prediction, str):
         raise RuntimeError(f"{recipe}: {prediction}")

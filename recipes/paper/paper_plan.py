@@ -35,6 +35,8 @@ TOY_REWARDS = {
 """Rewards without weights, and whose column each fills in a toy run."""
 NUM_CAPTIONS, NUM_GENEVAL, BATCH_SIZE = 5000, 2212, 4
 TOY_IMAGES, TOY_STEPS = 6, 2
+TRAINING, CAPTIONS, PICTURES, LONG = "coco_train2017", "coco_val_captions.txt", "coco_val", "long_prompts.csv"
+"""The data, by their names below the data's folder."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,13 @@ class Place:
         """The converted file of released tokens."""
         return self.out / arm.model / arm.name / "tokens.safetensors"
 
+    def weights(self, arm: Arm, seed: int) -> Path | None:
+        """What an arm adds to its base; None for a base."""
+        if arm.released:
+            return self.tokens(arm)
+        best = arm.best and not self.toy
+        return self.run(arm, seed) / ("adapter-best" if best else "adapter") if arm.is_trained else None
+
     @property
     def rewards(self) -> Path:
         """The file that names the rewards."""
@@ -197,7 +206,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """One command. `makes` is what it writes; `suite` is what it measures, `images` how many it draws for that."""
+    """One command.
+
+    Attributes:
+        makes: What it writes.
+        suite: What it measures; `images` is how many it draws for that.
+        data: Files and folders that it reads, by their names below the data's folder.
+        weights: The trained or released weights that it makes or measures: a file, or the folder of an adapter.
+    """
 
     name: str
     arm: str
@@ -206,6 +222,8 @@ class Part:
     makes: Path
     suite: str | None = None
     images: int = 0
+    data: tuple[str, ...] = ()
+    weights: Path | None = None
 
 
 def parts_of(arm: Arm, seed: int, place: Place, tables: Sequence[str]) -> list[Part]:
@@ -215,18 +233,21 @@ def parts_of(arm: Arm, seed: int, place: Place, tables: Sequence[str]) -> list[P
     if arm.released:
         tokens = place.tokens(arm)
         command = ("agsm-rl", "convert", str(place.data / arm.released), str(tokens))
-        made.append(Part(f"{name}/convert", arm.key, seed, command, tokens))
+        part = Part(f"{name}/convert", arm.key, seed, command, tokens, data=(arm.released,), weights=tokens)
+        made.append(part)
     if arm.recipe:
         command = ("agsm-rl", "train", *_training(arm, seed, place))
-        made.append(Part(f"{name}/train", arm.key, seed, command, place.run(arm, seed)))
+        data, weights = () if place.toy else (TRAINING, CAPTIONS), place.weights(arm, seed)
+        part = Part(f"{name}/train", arm.key, seed, command, place.run(arm, seed), data=data, weights=weights)
+        made.append(part)
     suites = dict.fromkeys(suite for table in arm.tables if table in tables for suite in SUITES[table])
     return made + [part for suite in suites for part in _measuring(arm, seed, place, suite)]
 
 
 def _training(arm: Arm, seed: int, place: Place) -> list[str]:
     sets = [f"seed={seed}", f"adapters.tokens.seed={seed}", *arm.sets]
-    sets += [f"objectives.0.source.dataset={place.data / 'coco_train2017'}"]
-    sets += [f"evaluate.suites.coco.prompts={place.data / 'coco_val_captions.txt'}"]
+    sets += [f"objectives.0.source.dataset={place.data / TRAINING}"]
+    sets += [f"evaluate.suites.coco.prompts={place.data / CAPTIONS}"]
     if place.toy:
         sets = [text for text in sets if not text.startswith(("objectives.0.source", "evaluate", "backbone"))]
         sets += [f"backbone.checkpoint={place.base(arm.model)}", f"steps={TOY_STEPS}"]
@@ -257,31 +278,31 @@ def _target(arm: Arm, seed: int, place: Place) -> list[str]:
 
 def _measuring(arm: Arm, seed: int, place: Place, suite: str) -> Iterator[Part]:
     folder, name = place.folder(arm, seed), f"{arm.key}/seed{seed}"
-    scores = folder / f"{suite}.json"
+    scores, weights = folder / f"{suite}.json", place.weights(arm, seed)
     if suite == "fid":
         if not place.toy:  # needs Inception's weights
             command = ["agsm-rl", "eval", str(folder / "coco"), "--suite", "fid"]
-            command += ["--reference", str(place.data / "coco_val"), "--json", str(scores)]
-            yield Part(f"{name}/fid", arm.key, seed, tuple(command), scores, suite)
+            command += ["--reference", str(place.data / PICTURES), "--json", str(scores)]
+            yield Part(f"{name}/fid", arm.key, seed, tuple(command), scores, suite, data=(PICTURES,), weights=weights)
         return
     model = MODELS[arm.model]
     images = {"coco": NUM_CAPTIONS, "geneval": NUM_GENEVAL, "long_prompts": 0}[suite]
-    prompts = {"coco": place.data / "coco_val_captions.txt", "long_prompts": place.data / "long_prompts.csv"}
+    data: tuple[str, ...] = {"coco": (CAPTIONS,), "long_prompts": (LONG,)}.get(suite, ())
     measured = ["--suite", "geneval"]
-    if suite != "geneval":
-        measured = ["--suite", "rewards", "--rewards", str(place.rewards), "--prompts", str(prompts[suite])]
+    if data:
+        measured = ["--suite", "rewards", "--rewards", str(place.rewards), "--prompts", str(place.data / data[0])]
         measured += ["--prompt-column", "prompt_en"] if suite == "long_prompts" else []
     drawn = ["--guidance", f"{model.guidance:g}", "--num-steps", str(model.num_steps)]
     drawn += ["--resolution", str(model.resolution), "--dtype", model.dtype, "--batch-size", str(BATCH_SIZE)]
     if place.toy:
-        images = TOY_IMAGES
+        images, data = TOY_IMAGES, ()
         measured = ["--suite", "shapes", "--any-base"] if suite == "geneval" else measured[:4]
         measured += [] if suite == "geneval" else ["--prompts", "builtin:shapes-prompts"]
         drawn = ["--guidance", "2", "--num-steps", str(TOY_STEPS)]
     drawn += ["--num-images", str(images)] if images else []
     kept = ["--images", str(folder / suite), "--json", str(scores)]
     command = ["agsm-rl", "eval", *_target(arm, seed, place), *measured, *drawn, *arm.drawn, *kept]
-    yield Part(f"{name}/{suite}", arm.key, seed, tuple(command), scores, suite, images or 600)
+    yield Part(f"{name}/{suite}", arm.key, seed, tuple(command), scores, suite, images or 600, data, weights)
 
 
 def all_parts(place: Place, *, tables: Sequence[str], arms: Sequence[str], seeds: int) -> list[Part]:

@@ -10,17 +10,21 @@ import hashlib
 import json
 import math
 import platform
+import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from paper_plan import ARMS, HERE, NUM_CAPTIONS, NUM_GENEVAL, SUITES, TABLES, TOY_REWARDS, Place
+from paper_hashes import disagreements, missing
+from paper_plan import ARMS, HERE, NUM_CAPTIONS, NUM_GENEVAL, SUITES, TABLES, TOY_REWARDS, Place, parts_of
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agsm_rl import __version__
+from agsm_rl.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 SCALES = {"image_reward": 100.0, "hpsv2": 100.0}
@@ -57,7 +61,7 @@ class Cell(_Strict):
 
 
 class Command(_Strict):
-    """A command that was run to its end, and where."""
+    """A command that was run to its end, where, and the SHA-256 of its data and weights (paper_hashes.py)."""
 
     name: str
     command: list[str]
@@ -65,6 +69,7 @@ class Command(_Strict):
     finished: str
     device: str
     revision: str | None
+    sha256: dict[str, str] = {}
 
 
 class Results(_Strict):
@@ -173,12 +178,27 @@ def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     return {"mean": mean(values), "low": float(low), "high": float(high)}
 
 
+def read(text: str, *, where: str) -> Results:
+    """A results file whose figures belong together; UserError for any other."""
+    try:
+        results = Results.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{where}: {'; '.join(_mistakes(error))}") from error
+    for problem in disagreements((command.name, command.sha256) for command in results.commands):
+        raise UserError(f"{where}: {problem}; such figures do not belong in one table, so run one of the two again.")
+    return results
+
+
+def _mistakes(error: ValidationError) -> list[str]:
+    return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+
+
 def problems_of(text: str) -> list[str]:
     """What keeps a file from standing beside the published figures; none if it may."""
     try:
         results = Results.model_validate_json(text)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        return _mistakes(error)
     problems = ["toy: figures of a toy run say nothing about the paper"] if results.toy else []
     if results.revision is None or results.revision.endswith("+"):
         problems.append(f"revision: {results.revision}; results need a commit without changes")
@@ -188,6 +208,7 @@ def problems_of(text: str) -> list[str]:
         for command in results.commands
         if command.revision != results.revision
     ]
+    problems += _problems_of_hashes(results)
     changed = [name for name, sha in hashes().items() if results.recipes.get(name) != sha]
     problems += [f"recipes: {name} is not that of this checkout" for name in changed]
     problems += [] if results.cells else ["cells: there is no figure"]
@@ -199,6 +220,32 @@ def problems_of(text: str) -> list[str]:
         seen.add((cell.table, cell.arm, cell.metric))
         problems += [f"{where}: {problem}" for problem in _problems_of_cell(cell, done, toy=results.toy)]
     return problems
+
+
+def _problems_of_hashes(results: Results) -> Iterator[str]:
+    place = Place(out=Path("out"), data=Path("data"), toy=results.toy)
+    for command in results.commands:
+        name = re.fullmatch(r"(.+)/seed(\d{1,9})/\w+", command.name)
+        arm = ARMS.get(name[1]) if name else None
+        parts = parts_of(arm, int(name[2]), place, list(TABLES)) if name and arm else []
+        part = next((part for part in parts if part.name == command.name), None)
+        if part is None:
+            yield f"commands: {command.name} is not one that reproduce.py runs"
+            continue
+        lacking = missing(part, place, command.sha256)
+        yield from (f"commands: {command.name} lacks the SHA-256 of {what}" for what in lacking)
+    yield from disagreements((command.name, command.sha256) for command in results.commands)
+
+
+def other_data(files: Mapping[str, str]) -> list[str]:
+    """Where results files, given by name, rest on different data; a file that cannot be read is passed over."""
+    named: list[tuple[str, dict[str, str]]] = []
+    for file, text in files.items():
+        with suppress(ValidationError):
+            for command in Results.model_validate_json(text).commands:
+                data = {name: sha256 for name, sha256 in command.sha256.items() if name.startswith("data/")}
+                named.append((f"{command.name} of {file}", data))
+    return list(disagreements(named))
 
 
 def _problems_of_cell(cell: Cell, done: set[str], *, toy: bool) -> Iterator[str]:

@@ -26,8 +26,9 @@ from typing import Annotated, Any
 import paper_costs
 import typer
 from paper_data import prepare
+from paper_hashes import hashes_of
 from paper_plan import ARMS, MODELS, TABLES, Part, Place, all_parts, write_rewards
-from paper_results import Results, collect, device, make_tables, problems_of, revision
+from paper_results import collect, device, make_tables, other_data, problems_of, read, revision
 
 from agsm_rl.errors import UserError, unknown_name
 
@@ -56,14 +57,15 @@ def here(command: tuple[str, ...]) -> int:
 class Records:
     """Which commands were run to their end: a file for each, so that a cut run loses the one it was in."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: Place) -> None:
+        self.place, self.folder = place, place.out / "done"
+        self.known: dict[Path, str] = {}
 
     def _file(self, part: Part) -> Path:
         return self.folder / f"{part.name.replace('/', '--')}.json"
 
     def of(self, part: Part) -> dict[str, Any] | None:
-        """The record of a finished command; UserError where another command wrote it."""
+        """The record of a finished command; UserError where another command, data or weights made it."""
         file = self._file(part)
         if not file.is_file() or not part.makes.exists():
             return None
@@ -73,6 +75,12 @@ class Records:
                 f"{file}: {part.name} was made by another command ({shlex.join(record['command'])}); give another "
                 f"--out, or delete {part.makes} and this file."
             )
+        for name, sha256 in hashes_of(part, self.place, self.known).items():
+            if record.get("sha256", {}).get(name) != sha256:
+                raise UserError(
+                    f"{file}: {part.name} was made with another {name} than is there now; put that back, or give "
+                    "another --out."
+                )
         return record
 
     def add(self, part: Part, seconds: float) -> None:
@@ -80,6 +88,7 @@ class Records:
         record = {"name": part.name, "command": list(part.command), "seconds": round(seconds, 1)}
         record |= {"finished": datetime.now(UTC).isoformat(timespec="milliseconds")}
         record |= {"device": device(), "revision": revision()}
+        record |= {"sha256": hashes_of(part, self.place, self.known)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file(part).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -98,7 +107,7 @@ def continued(part: Part) -> tuple[str, ...]:
 
 def run_all(parts: list[Part], place: Place, run: Run) -> Path:
     """Run what is not finished, and write the results after each; the results' file. UserError if a command fails."""
-    records, results = Records(place.out / "done"), place.out / "results.json"
+    records, results = Records(place), place.out / "results.json"
     write_rewards(place)
     for number, part in enumerate(parts, start=1):
         if records.of(part) is not None:
@@ -193,17 +202,19 @@ def make_data(
 
 
 @app.command()
-def check(file: Path) -> None:
-    """Check a results file; exit code 1 if its figures may not stand beside the published ones."""
-    problems = problems_of(_text(file))
-    print("\n".join(problems) or f"{file}: may stand beside the published figures")
+def check(files: list[Path]) -> None:
+    """Check results files; exit code 1 if figures may not stand beside the published ones, or beside each other."""
+    texts = {str(file): _text(file) for file in files}
+    problems = [f"{file}: {problem}" for file, text in texts.items() for problem in problems_of(text)]
+    problems += other_data(texts) if len(texts) > 1 else []
+    print("\n".join(problems or [f"{file}: may stand beside the published figures" for file in texts]))
     raise typer.Exit(1 if problems else 0)
 
 
 @app.command("table")
 def print_table(file: Path) -> None:
     """Print a results file as Markdown tables."""
-    print(make_tables(Results.model_validate_json(_text(file))))
+    print(make_tables(read(_text(file), where=str(file))))
 
 
 @app.command()

@@ -1,15 +1,18 @@
 """The AGSM paper's recipes and the script that redoes its tables: checked at full size, run at toy size."""
 
+import hashlib
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import paper_costs
 import pytest
 import reproduce
 from paper_data import prepare
-from paper_plan import ARMS, HERE, MODELS, TABLES, Place, all_parts
+from paper_hashes import digest
+from paper_plan import ARMS, HERE, MODELS, TABLES, Arm, Place, all_parts, parts_of
 from paper_results import Results, Score, hashes, make_tables, problems_of, summary
 from PIL import Image
 
@@ -18,6 +21,10 @@ from agsm_rl.recipe.yaml_file import read_yaml
 
 RECIPES = sorted(file.stem for file in HERE.glob("*.yaml"))
 PLACE = Place(out=Path("out"), data=Path("data"))
+
+
+CHECKED = [arm for arm in ARMS.values() if arm.recipe and (not arm.sets or arm in paper_costs.CHANGED)]
+"""One arm of each recipe, and the ablations; an arm of another U-Net is at full size what its recipe is."""
 
 
 def model_of(recipe: str) -> str:
@@ -35,13 +42,22 @@ def full_size(tmp_path_factory):
     return make
 
 
+def sets_of(arm: Arm) -> list[str]:
+    """The --set of the command that trains an arm."""
+    (command,) = (part.command for part in parts_of(arm, 1, PLACE, list(TABLES)) if part.name.endswith("/train"))
+    return [value for word, value in pairwise(command) if word == "--set"]
+
+
 @pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(name, marks=() if name == "sd15_agsm" else pytest.mark.slow, id=name) for name in RECIPES],
+    "arm",
+    [pytest.param(arm, marks=() if arm.key == "sd15/agsm" else pytest.mark.slow, id=arm.key) for arm in CHECKED],
 )
-def test_a_recipe_holds_to_its_last_option_on_a_full_size_model_and_costs_what_is_recorded(recipe, full_size, tmp_path):
-    predicted = paper_costs.predicted(recipe, full_size(model_of(recipe)), tmp_path)
-    recorded = paper_costs.read()["recipes"][recipe]
+def test_a_recipe_holds_to_its_last_option_on_a_full_size_model_and_costs_what_is_recorded(arm, full_size, tmp_path):
+    sets = sets_of(arm)
+    assert set(arm.sets) <= set(sets)
+    predicted = paper_costs.predicted(arm.recipe, full_size(arm.model), tmp_path, sets)
+    costs = paper_costs.read()
+    recorded = costs["arms"][arm.key] if arm in paper_costs.CHANGED else costs["recipes"][arm.recipe]
     exact = ("steps", "forward", "backward", "images", "drawn")
     assert {key: predicted[key] for key in exact} == {key: recorded[key] for key in exact}
     for key in ("peak_gib", "evaluating_gib"):
@@ -53,6 +69,7 @@ def test_every_row_of_the_published_tables_has_an_arm_and_every_recipe_is_used()
     assert rows == {arm.published for arm in ARMS.values()}
     assert {arm.recipe for arm in ARMS.values() if arm.recipe} == set(RECIPES)
     assert set(paper_costs.read()["recipes"]) == set(RECIPES)
+    assert {arm.recipe for arm in CHECKED} == set(RECIPES)
 
 
 def test_the_page_has_the_table_of_the_recorded_costs_and_its_links_lead_to_files():
@@ -141,6 +158,8 @@ def test_the_toy_run_trains_measures_and_collects_and_a_second_one_finds_all_don
     assert figures["sd15/agsm", "image_reward"].published == 34.5
     assert problems_of(file.read_text())[0].startswith("toy:")
     assert "34.50 → " in make_tables(results) and "A toy run" in make_tables(results)
+    weights = "sd15/agsm/seed0/run/adapter/tokens.safetensors"
+    assert [command.sha256 for command in results.commands] == [{}, *[{weights: digest(tmp_path / weights)}] * 2]
     capsys.readouterr()
     run_reproduce(arguments)
     assert "agsm-rl" not in capsys.readouterr().out
@@ -174,6 +193,39 @@ def test_a_command_that_fails_is_not_recorded_and_a_cut_training_is_resumed(tmp_
     assert not list(tmp_path.glob("done/*"))
 
 
+def test_a_measurement_is_recorded_with_its_data_and_not_taken_for_one_of_other_data(tmp_path):
+    place = Place(out=tmp_path / "out", data=tmp_path)
+    parts = all_parts(place, tables=["coco"], arms=["sd15/base"], seeds=1)[:1]
+    captions = tmp_path / "coco_val_captions.txt"
+    captions.write_text("a red circle\n")
+
+    def measure(command):
+        parts[0].makes.write_text(json.dumps({"num_images": 5000, "tags": {}}))
+        return 0
+
+    for _ in range(2):
+        file = reproduce.run_all(parts, place, measure)
+        (command,) = Results.model_validate_json(file.read_text()).commands
+        assert command.sha256 == {"data/coco_val_captions.txt": hashlib.sha256(b"a red circle\n").hexdigest()}
+    captions.write_text("a blue circle\n")
+    with pytest.raises(UserError, match="was made with another data/coco_val_captions.txt than is there now"):
+        reproduce.run_all(parts, place, measure)
+
+
+def test_a_folder_s_hash_is_of_names_of_pictures_sizes_and_of_captions_every_letter(tmp_path):
+    hashes = set()
+    for name, size, captions in (("a", 3, "red"), ("a", 3, "red"), ("b", 3, "red"), ("a", 4, "red"), ("a", 3, "tan")):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / f"{name}.jpg").write_bytes(b"x" * size)
+        (folder / "metadata.jsonl").write_text(captions)
+        hashes.add(digest(folder))
+    assert len(hashes) == 4
+
+
+CAPTIONS = "data/coco_val_captions.txt"
+
+
 def a_file(**changes) -> dict:
     """A results file without a fault, of one figure of two seeds."""
     scores = [{"seed": seed, "value": 30.0 + seed, "low": 29.0, "high": 32.0, "images": 5000} for seed in (0, 1)]
@@ -183,6 +235,9 @@ def a_file(**changes) -> dict:
     content = {"format": 1, "toy": False, "agsm_rl": "0", "revision": "abc", "platform": "x", "versions": {}}
     content |= {"recipes": hashes(), "cells": [cell]}
     content |= {"commands": [{"name": f"sd15/agsm/seed{seed}/coco", **ran} for seed in (0, 1)]}
+    for command in content["commands"]:
+        weights = command["name"].replace("coco", "run/adapter/tokens.safetensors")
+        command["sha256"] = {CAPTIONS: "c" * 64, weights: command["name"]}
     return content | changes
 
 
@@ -206,12 +261,42 @@ def test_a_whole_file_passes_the_check():
         (lambda file: file["commands"].pop(), "seed 1: the command that measured it is missing"),
         (lambda file: file["cells"].append(file["cells"][0]), "is listed twice"),
         (lambda file: file["cells"].clear(), "there is no figure"),
+        (lambda file: file["commands"][0].update(name="sd15/agsm/seed0/beauty"), "not one that reproduce.py runs"),
+        (lambda file: file["commands"][0]["sha256"].pop(CAPTIONS), "seed0/coco lacks the SHA-256 of coco_val_captions"),
+        (
+            lambda file: file["commands"][1].update(sha256={CAPTIONS: "c" * 64}),
+            "SHA-256 of sd15/agsm/seed1/run/adapter",
+        ),
+        (
+            lambda file: file["commands"][1]["sha256"].update({CAPTIONS: "d" * 64}),
+            "seed1/coco has another (dddddddddddd",
+        ),
     ],
 )
 def test_a_file_with_a_fault_does_not_pass(spoil, problem):
     content = a_file()
     spoil(content)
     assert any(problem in line for line in problems_of(json.dumps(content)))
+
+
+def test_files_of_other_data_do_not_pass_together_and_one_of_mixed_data_gives_no_table(tmp_path, capsys):
+    mine, yours = (tmp_path / name for name in ("mine.json", "yours.json"))
+    mine.write_text(json.dumps(a_file()))
+    yours.write_text(json.dumps(a_file()))
+    run_reproduce(["check", str(mine), str(yours)])
+    yours.write_text(json.dumps(a_file()).replace("c" * 64, "d" * 64))
+    run_reproduce(["check", str(yours)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["check", str(mine), str(yours)])
+    assert ended.value.code == 1
+    assert f"{CAPTIONS}: sd15/agsm/seed0/coco of {yours} has another (dddddddddddd…)" in capsys.readouterr().out
+    yours.write_text(json.dumps(a_file()).replace("c" * 64, "d" * 64, 1))
+    for text, words in ((yours.read_text(), "do not belong in one table"), ("{}", "format: Field required")):
+        yours.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            reproduce.main(["table", str(yours)])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_coco_is_brought_into_the_form_that_the_recipes_read(tmp_path):
