@@ -232,7 +232,7 @@ def parts_of(arm: Arm, seed: int, place: Place, tables: Sequence[str]) -> list[P
     made = []
     if arm.released:
         tokens = place.tokens(arm)
-        command = ("agsm-rl", "convert", str(place.data / arm.released), str(tokens))
+        command: tuple[str, ...] = ("agsm-rl", "convert", str(place.data / arm.released), str(tokens))
         part = Part(f"{name}/convert", arm.key, seed, command, tokens, data=(arm.released,), weights=tokens)
         made.append(part)
     if arm.recipe:
