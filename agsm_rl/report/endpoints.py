@@ -9,8 +9,8 @@
         suite: shapes                # default: the first
         score: strict                # default: the suite's first
         tag: counting                # default: the mean over tags (of numbers: over prompts)
-        seeds: 5                     # refuse fewer seeds that both have; default: as many as there are
-    questions: 6                     # how many were asked; default: as many as have an endpoint
+        seeds: 5                     # refuse to answer with fewer common seeds; default: take what there is
+    questions: 6                     # how many were asked, also those left without an endpoint; default: as many as above
 
 All p-values of a file are adjusted together (Holm, Scandinavian Journal of Statistics 1979, by statsmodels). A question
 that was asked and can have no endpoint, say because its arm did not learn, counts with a p-value of 1.
