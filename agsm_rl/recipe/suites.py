@@ -91,7 +91,7 @@ def make_suites(evaluate: Evaluate, parts: Parts, place: str = "evaluate") -> li
         specs = [spec_of(entry, parts, f"{at}.rewards.{entry.key}") for entry in in_evaluation(block.rewards)]
         options = block.options
         inherited = {"seed": evaluate.seed, "split": evaluate.split}
-        if str(options.get("prompts")).startswith("builtin:"):
+        if str(options.get("prompts")).startswith("builtin:") and not options.get("form"):
             inherited["prompt_split"] = evaluate.split
         options |= {key: value for key, value in inherited.items() if options.get(key, 0) is None}
         registered = parts.load("suites", block.use, f"{at}.use")

@@ -10,7 +10,7 @@
         score: strict                # default: the suite's first
         tag: counting                # default: the mean over tags (of numbers: over prompts)
         seeds: 5                     # refuse to answer with fewer common seeds; default: take what there is
-    questions: 6                     # how many were asked, also those left without an endpoint; default: as many as above
+    questions: 6                     # how many were asked, also without an endpoint; default: as many as above
 
 All p-values of a file are adjusted together (Holm, Scandinavian Journal of Statistics 1979, by statsmodels). A question
 that was asked and can have no endpoint, say because its arm did not learn, counts with a p-value of 1.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.intervals_clustered import Clustered
@@ -51,7 +51,7 @@ class Endpoint(Section):
     suite: str | None = None
     score: str | None = None
     tag: str | None = None
-    seeds: int = 1
+    seeds: int = Field(1, ge=1)
 
 
 class Study(Section):
@@ -110,10 +110,10 @@ def answers(file: Path, reported: Loaded | None = None, read: Read = read_runs) 
         where = f"{file}: endpoints[{place}]"
         found.append(_estimated(endpoint, _loaded(endpoint, file, reported, where, read), where))
     without = (study.questions or len(found)) - len(found)
-    adjusted = holm([*(change.p_value for _, _, _, change in found), *[1.0] * without])
+    adjusted = holm([*(change.p_value for _, _, _, change in found), *[1.0] * without])[: len(found)]
     return [
         Answer(endpoint, what, score, seeds, change, p)
-        for endpoint, (what, score, seeds, change), p in zip(study.endpoints, found, adjusted, strict=False)
+        for endpoint, (what, score, seeds, change), p in zip(study.endpoints, found, adjusted, strict=True)
     ]
 
 

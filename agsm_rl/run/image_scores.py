@@ -19,6 +19,8 @@ from agsm_rl.report.eval_rows import images_of, judged_of
 from agsm_rl.report.requirements import requirements_of
 from agsm_rl.run.records import MetricsFile, append_line, read_lines
 
+FAULTS = (LookupError, TypeError, ValueError, AttributeError)
+"""What reading the rows of a user's suite may raise, which may have another form."""
 ImageScores = Mapping[str, list[Any]]
 """A figure per image, true or false or a number, by the score's name in evaluations.jsonl."""
 
@@ -34,7 +36,8 @@ class ImageScoresFile:
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`."""
-        MetricsFile(self.path).cut(step)
+        if self.kept:
+            MetricsFile(self.path).cut(step)
 
     def add(self, step: int, trained: Measured) -> None:
         """Append an evaluation."""
@@ -51,7 +54,7 @@ def image_scores(measured: Measured) -> dict[str, list[Any]]:
     """What is known of each image; nothing where the suite's rows hold no figures."""
     try:
         values = judged_of(measured.to_json()).values
-    except (LookupError, TypeError, ValueError, AttributeError):  # a user's suite may have rows of another form
+    except FAULTS:
         return {}
     # The lenient verdict is the drawn worlds' overall score.
     keys = {name: name.removeprefix("reward/") for name in measured.figures()}
@@ -61,12 +64,17 @@ def image_scores(measured: Measured) -> dict[str, list[Any]]:
 
 def changes(measured: Measured, before: ImageScores, after: ImageScores) -> dict[str, Interval]:
     """After minus before, paired, of each score that all images have at both ends; `measured` says what they are of."""
+    if not after.keys() & before.keys():
+        return {}
     from agsm_rl.report.compare import Layout, Quantity, estimate  # here: scipy takes most of a second
 
     content = measured.to_json()
-    images = images_of(content)
+    try:
+        images = images_of(content)
+    except FAULTS:
+        return {}
     prompts, tags = [image.prompt for image in images], [image.tag for image in images]
-    requirements = requirements_of(str(content["suite"]), prompts) or prompts
+    requirements = requirements_of(str(content.get("suite")), prompts) or prompts
     # A row counts as often as in the score: a prompt that is listed twice counts twice.
     layout = Layout(tags, list(dict.fromkeys(tags)), [str(image.row) for image in images], requirements)
     quantities = {}

@@ -1,7 +1,7 @@
 """A drawn world as `datasets`: image-caption pairs, prompts, preference pairs, and an image folder on disk.
 
-Each row has its own generator, seeded by (seed, split, kind of data, row number): the first 100 of 2000 rows are
-the same as those of 100, and two splits never share a drawing.
+Each row has its own generator, seeded by (seed, split, kind of data, row number): the first 100 of 2000 pairs are
+the same as those of 100, and two splits never share a drawing. What a prompt asks for depends on how many there are.
 """
 
 import json

@@ -164,14 +164,15 @@ def figure(asked: Mapping[str, Any]) -> str:
     """
     if "bases" in asked:
         return _points_of(bases_differ(asked["bases"], asked["sweep"], str(asked["guidance"])))
-    names = [asked[key] for key in ("variant", "minus", "over") if key in asked]
+    names = [asked[key] for key in ("variant", "minus", "over") if asked.get(key, BASE) != BASE]
     loaded, called = load_cells(asked["sweep"], names)
     if asked.get("own_draws"):
         return drawn_later(loaded, called[asked["variant"]])
     if "gain" in asked:
         return gained_more(loaded, [called[name] for name in names], asked["gain"])
     if "metric" in asked:
-        return typical_step(loaded, [called[name] for name in names], asked["metric"])
+        wanted = [asked[key] for key in ("variant", "over") if key in asked]
+        return typical_step(loaded, [called[name] for name in wanted], asked["metric"])
     view = _view(loaded, str(asked["guidance"]))
     found, one = find(loaded, [view]), called[BASE if asked.get("base") else asked["variant"]]
     if asked.get("score"):

@@ -1,7 +1,8 @@
 """SHA-256 of what a figure depends on and nobody can look up: the data that were read, the weights that were trained.
 
 A file is hashed as `sha256sum` does it. A folder's hash is of the sorted list of its files, a line each: the name, and
-the file's hash, or for a picture its size in bytes. A data set's captions lie in a file and so count to the letter.
+the file's hash; for a photograph its size in bytes; for a PNG, which is cropped here and whose bytes depend on Pillow,
+nothing more. A data set's captions lie in a file and so count to the letter. Hidden files do not count.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 
 from paper_plan import Part, Place
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PHOTOGRAPHS, CROPPED = (".jpg", ".jpeg", ".webp"), ".png"
 
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file or a folder."""
     if path.is_dir():
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
         rows = (f"{name} {_content(path / name)}\n" for name in names)
         return hashlib.sha256("".join(rows).encode()).hexdigest()
     with path.open("rb") as opened:
@@ -27,7 +29,8 @@ def digest(path: Path) -> str:
 
 
 def _content(file: Path) -> str:
-    return str(os.stat(file).st_size) if file.suffix.lower() in PICTURES else digest(file)
+    kind = file.suffix.lower()
+    return "" if kind == CROPPED else str(os.stat(file).st_size) if kind in PHOTOGRAPHS else digest(file)
 
 
 def hashes_of(part: Part, place: Place, known: dict[Path, str]) -> dict[str, str]:

@@ -75,8 +75,13 @@ class Records:
                 f"{file}: {part.name} was made by another command ({shlex.join(record['command'])}); give another "
                 f"--out, or delete {part.makes} and this file."
             )
+        if "sha256" not in record:
+            raise UserError(
+                f"{file}: does not say which data {part.name} was made with, as records do now; give another --out, or "
+                f"delete {part.makes} and this file."
+            )
         for name, sha256 in hashes_of(part, self.place, self.known).items():
-            if record.get("sha256", {}).get(name) != sha256:
+            if record["sha256"].get(name) != sha256:
                 raise UserError(
                     f"{file}: {part.name} was made with another {name} than is there now; put that back, or give "
                     "another --out."

@@ -106,10 +106,11 @@ def test_what_is_not_known_of_all_images_at_both_ends_has_no_interval(of_shapes)
 
 def test_rows_of_another_form_are_passed_over(of_shapes, monkeypatch):
     measured = of_shapes([1] * 8)
-    content = measured.to_json()
-    for rows in ([{"prompt": "a star", "strict": "yes"}], [{"prompt": "a star", "scores": [0.5]}], [None]):
+    content, scores = measured.to_json(), image_scores(measured)
+    for rows in ([{"prompt": "a star", "strict": "yes"}], [{"prompt": "a star", "scores": [0.5]}], [{"strict": True}]):
         monkeypatch.setattr(type(measured), "to_json", lambda self, rows=rows: content | {"images": rows})
-        assert image_scores(measured) == {}
+        assert changes(measured, scores, scores) == {}
+        assert image_scores(measured) == {} or "prompt" not in rows[0]
 
 
 def test_the_file_holds_what_was_measured_suite_by_suite(of_shapes, tmp_path):

@@ -122,8 +122,9 @@ def in_two_parts(make_recipe):
 
 
 def test_the_end_of_a_run_says_what_each_part_did_by_the_evaluations_at_its_ends(
-    make_recipe, in_two_parts, own, capsys
+    make_recipe, in_two_parts, own, capsys, monkeypatch
 ):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)  # with which lines are broken as on a terminal
     folder = train(in_two_parts, own / "run", console=Console(file=StringIO()))
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     sharp = [row["reward/sharpness"] for row in rows if row["guidance"] == 1.0 and row["suite"] == "mine"]
@@ -140,7 +141,11 @@ def test_the_end_of_a_run_says_what_each_part_did_by_the_evaluations_at_its_ends
     assert "learned in steps" not in capsys.readouterr().out  # one term, without draws: nothing to tell apart
 
 
-def test_a_resumed_run_says_the_same_of_its_parts_and_without_images_scores_no_interval(in_two_parts, own, capsys):
+def test_a_resumed_run_says_the_same_of_its_parts_and_without_images_scores_no_interval(
+    in_two_parts, own, capsys, monkeypatch
+):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
     def told() -> list[str]:
         return [line for line in capsys.readouterr().out.splitlines() if "learned in steps" in line]
 

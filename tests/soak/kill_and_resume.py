@@ -195,7 +195,7 @@ def compare(whole: Path, resumed: Path) -> dict[str, float]:
     def lines(name: str) -> float:
         return difference(*(rows(run / name) for run in runs), name)
 
-    found = {name: lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")}
+    found = {name: lines(name) for name in ("metrics.jsonl", "evaluations.jsonl", "image_scores.jsonl")}
     found["eval.json"] = difference(*(json.loads((run / "eval.json").read_text()) for run in runs), "eval.json")
     for file in sorted((whole / "adapter").glob("*.safetensors")):
         found[f"adapter/{file.name}"] = difference(*(load_file(run / "adapter" / file.name) for run in runs), file.name)
