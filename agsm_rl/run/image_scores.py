@@ -15,12 +15,11 @@ import numpy as np
 
 from agsm_rl.evaluate.intervals import Interval
 from agsm_rl.evaluate.measured import Measured
+from agsm_rl.report.eval_file import FAULTS
 from agsm_rl.report.eval_rows import images_of, judged_of
 from agsm_rl.report.requirements import requirements_of
 from agsm_rl.run.records import MetricsFile, append_line, read_lines
 
-FAULTS = (LookupError, TypeError, ValueError, AttributeError)
-"""What reading the rows of a user's suite may raise, which may have another form."""
 ImageScores = Mapping[str, list[Any]]
 """A figure per image, true or false or a number, by the score's name in evaluations.jsonl."""
 
@@ -54,7 +53,7 @@ def image_scores(measured: Measured) -> dict[str, list[Any]]:
     """What is known of each image; nothing where the suite's rows hold no figures."""
     try:
         values = judged_of(measured.to_json()).values
-    except FAULTS:
+    except FAULTS:  # a user's suite may have rows of another form
         return {}
     # The lenient verdict is the drawn worlds' overall score.
     keys = {name: name.removeprefix("reward/") for name in measured.figures()}

@@ -4,7 +4,7 @@ A requirement's *combination* is what is new about it: size, shape and place of 
 number, colour and shape; two shapes of which one has a size and a colour; two shapes of which one has a colour, and
 where they stand; two coloured shapes. Combinations are held out, not wordings: no training caption asks for one, and no
 training drawing shows one, whatever its caption. Every shape, colour, size, number, place and relation occurs in
-training, and so does every arrangement of two shapes, in most colours: what a model never sees it learns to be
+training, and so does every arrangement of two shapes, in several colours: what a model never sees it learns to be
 impossible, whatever the words say.
 """
 
