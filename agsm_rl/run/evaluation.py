@@ -201,7 +201,8 @@ class Evaluator(Callback):
         newest, suites = self._newest or (START, {})
         found: dict[str, Interval] = {}
         for name, ((base, trained), *_others) in suites.items():
-            known = self.images.of(name) | {START: image_scores(base), newest: image_scores(trained)}
+            names = trained.figures()
+            known = self.images.of(name) | {START: image_scores(base, names), newest: image_scores(trained, names)}
             place = "" if base.entry.made.alone else f"{name}/"
             moved = changes(trained, known.get(begin, {}), known.get(end, {}))
             found |= {place + key: change for key, change in moved.items()}
@@ -243,7 +244,7 @@ class Evaluator(Callback):
             name = {} if entry.made.alone else {"suite": entry.name}
             self.file.add(trainer.step, {"guidance": guidance, **name, **figures})
             if guidance == options.guidance[0]:
-                self.images.add(trainer.step, trained)
+                self.images.add(trainer.step, trained, figures)
         if not entry.made.alone:
             place = f"eval/{entry.name}/guidance_{guidance:g}"
         logged = {f"{place}/{self._logged(entry, key)}": value for key, value in figures.items()}

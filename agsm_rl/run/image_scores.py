@@ -7,7 +7,7 @@ each other. With prompts outside the drawn worlds they are over prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,25 @@ class ImageScoresFile:
         if self.kept:
             MetricsFile(self.path).cut(step)
 
-    def add(self, step: int, trained: Measured) -> None:
-        """Append an evaluation."""
+    def add(self, step: int, trained: Measured, names: Iterable[str]) -> None:
+        """Append an evaluation; `names` are its scores'."""
         if self.kept:
-            content = {"guidance": trained.guidance, "suite": trained.entry.name, "scores": image_scores(trained)}
-            append_line(self.path, {"step": step} | content)
+            content = {"guidance": trained.guidance, "suite": trained.entry.name}
+            append_line(self.path, {"step": step} | content | {"scores": image_scores(trained, names)})
 
     def of(self, suite: str) -> dict[int, ImageScores]:
         """A suite's lines by their steps."""
         return {row["step"]: row["scores"] for row in read_lines(self.path) if row["suite"] == suite}
 
 
-def image_scores(measured: Measured) -> dict[str, list[Any]]:
-    """What is known of each image; nothing where the suite's rows hold no figures."""
+def image_scores(measured: Measured, names: Iterable[str]) -> dict[str, list[Any]]:
+    """What is known of each image of these scores; nothing where the suite's rows hold no figures."""
     try:
         values = judged_of(measured.to_json()).values
     except FAULTS:  # a user's suite may have rows of another form
         return {}
     # The lenient verdict is the drawn worlds' overall score.
-    keys = {name: name.removeprefix("reward/") for name in measured.figures()}
+    keys = {name: name.removeprefix("reward/") for name in names}
     keys = {name: "correct" if key == "overall" and key not in values else key for name, key in keys.items()}
     return {name: values[key].tolist() for name, key in keys.items() if key in values}
 

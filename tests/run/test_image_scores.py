@@ -45,8 +45,15 @@ def of_shapes():
     return measured
 
 
+NAMES = ("overall", "strict", "reward/sharpness")
+
+
+def scores_of(measured):
+    return image_scores(measured, measured.figures())
+
+
 def change_of(before, after):
-    return changes(after, image_scores(before), image_scores(after))
+    return changes(after, scores_of(before), scores_of(after))
 
 
 def test_two_wordings_of_a_requirement_count_as_one(of_shapes):
@@ -97,27 +104,27 @@ def test_several_images_of_a_prompt_are_averaged_first():
 @pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # of the reward that is not finite
 def test_what_is_not_known_of_all_images_at_both_ends_has_no_interval(of_shapes):
     whole = of_shapes([1, 0] * 4)
-    scores = image_scores(whole)
+    scores = scores_of(whole)
     assert changes(whole, {}, scores) == {}
     shorter = {name: values[:5] for name, values in scores.items()}
     assert changes(whole, shorter | {"strict": scores["strict"]}, scores).keys() == {"strict"}
-    assert "reward/sharpness" not in image_scores(of_shapes([1] * 8, sharp=[float("nan"), *[0.5] * 7]))
+    assert "reward/sharpness" not in scores_of(of_shapes([1] * 8, sharp=[float("nan"), *[0.5] * 7]))
 
 
 def test_rows_of_another_form_are_passed_over(of_shapes, monkeypatch):
     measured = of_shapes([1] * 8)
-    content, scores = measured.to_json(), image_scores(measured)
+    content, scores = measured.to_json(), scores_of(measured)
     for rows in ([{"prompt": "a star", "strict": "yes"}], [{"prompt": "a star", "scores": [0.5]}], [{"strict": True}]):
         monkeypatch.setattr(type(measured), "to_json", lambda self, rows=rows: content | {"images": rows})
         assert changes(measured, scores, scores) == {}
-        assert image_scores(measured) == {} or "prompt" not in rows[0]
+        assert scores_of(measured) == {} or "prompt" not in rows[0]
 
 
 def test_the_file_holds_what_was_measured_suite_by_suite(of_shapes, tmp_path):
     file, measured = ImageScoresFile(tmp_path / "image_scores.jsonl", kept=True), of_shapes([1, 0] * 4)
-    file.add(2, measured)
-    file.add(4, of_shapes([1] * 8))
-    assert file.of("shapes") == {2: image_scores(measured), 4: image_scores(of_shapes([1] * 8))}
+    file.add(2, measured, NAMES)
+    file.add(4, of_shapes([1] * 8), NAMES)
+    assert file.of("shapes") == {2: scores_of(measured), 4: scores_of(of_shapes([1] * 8))}
     assert file.of("mine") == {}
     file.cut(3)
     assert list(file.of("shapes")) == [2]
@@ -125,6 +132,6 @@ def test_the_file_holds_what_was_measured_suite_by_suite(of_shapes, tmp_path):
 
 def test_a_run_that_needs_no_image_scores_writes_none(of_shapes, tmp_path):
     file = ImageScoresFile(tmp_path / "image_scores.jsonl", kept=False)
-    file.add(2, of_shapes([1] * 8))
+    file.add(2, of_shapes([1] * 8), NAMES)
     file.cut(1)
     assert file.of("shapes") == {} and not file.path.exists()
