@@ -73,6 +73,7 @@ def test_the_reference_is_the_plain_quantised_pipeline_and_adapters_learn_on_it(
     save_adapters(policy.adapters, tmp_path, metadata={"backbone_options": options})
     trained = draw(backbone.pipeline)
     assert not torch.equal(trained, base)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         handle = attach(plain, tmp_path)
     assert not [record for record in caplog.records if record.name.startswith("agsm_rl")]
