@@ -142,11 +142,35 @@ def test_every_objective_trains_every_kind_of_adapter(train_one_step, objective,
     assert metrics["loss"] == metrics[f"{objective}/loss"] and metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("first", "second"), combinations(OBJECTIVES, 2))
-def test_every_two_objectives_train_as_a_stack(train_one_step, first, second):
-    metrics = train_one_step([first, second], ADAPTERS["both"])
-    assert -1 <= metrics[f"cosine/{first}/{second}"] <= 1
-    assert metrics["loss"] == pytest.approx(metrics[f"{first}/loss"] + metrics[f"{second}/loss"], rel=1e-6, abs=1e-6)
+def stacks_with_every_two(size=4):
+    """Stacks of up to `size` objectives; every two objectives are together in at least one of them."""
+    left, stacks = dict.fromkeys(combinations(OBJECTIVES, 2)), []
+    while left:
+        stack = list(next(iter(left)))
+        while len(stack) < size:
+            others = [one for one in OBJECTIVES if one not in stack]
+            news = {one: sum(tuple(sorted((one, other))) in left for other in stack) for one in others}
+            best = max(news, key=news.get)
+            if not news[best]:
+                break
+            stack.append(best)
+        stacks.append(sorted(stack))
+        for pair in combinations(stacks[-1], 2):
+            left.pop(pair, None)
+    return stacks
+
+
+@pytest.mark.parametrize("stack", stacks_with_every_two(), ids="-".join)
+def test_every_two_objectives_train_as_a_stack(train_one_step, stack):
+    metrics = train_one_step(stack, ADAPTERS["both"])
+    for first, second in combinations(stack, 2):
+        assert -1 <= metrics[f"cosine/{first}/{second}"] <= 1
+    assert metrics["loss"] == pytest.approx(sum(metrics[f"{name}/loss"] for name in stack), rel=1e-6, abs=1e-6)
+
+
+def test_every_two_objectives_are_in_a_stack():
+    together = {pair for stack in stacks_with_every_two() for pair in combinations(stack, 2)}
+    assert together == set(combinations(OBJECTIVES, 2))
 
 
 def load(kind, name):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from agsm_rl import attach
 from agsm_rl.cli.commands import app
+from agsm_rl.doctor.memory import fit
 from agsm_rl.evaluate import suite
 from agsm_rl.evaluate.drawing import to_picture, write_picture
 from agsm_rl.registry import BUILTIN
@@ -196,7 +197,8 @@ def test_help_has_a_short_name_and_completion_can_be_installed(command):
     assert command("train", "-h").stdout == command("train", "--help").stdout
 
 
-def test_check_proposes_what_fits(command, recipe):
+def test_check_proposes_what_fits(command, recipe, monkeypatch):
+    monkeypatch.setattr(fit, "STEPS", fit.STEPS[:1])
     small = command("check", recipe, "--fit-vram", 0.001)
     assert small.exit_code == 1 and "does not fit 1.024 MiB" in small.stdout
     large = command("check", recipe, "--fit-vram", 4)

@@ -117,16 +117,16 @@ def test_each_optimizers_run_is_predicted_with_its_state(make_recipe, use):
 
 @pytest.mark.parametrize("use", ["agsm", "softrepa"])
 def test_the_peak_of_contrast_is_predicted_for_any_number_of_groups_a_pass(make_recipe, use):
-    peaks = [assert_close(make_recipe(use, PAIRS, group_size=2, groups_per_pass=count)) for count in (None, 2, 1)]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[-1]
-    assert assert_close(make_recipe(use, PAIRS, group_size=2, images_per_pass=1)) < peaks[-1]
+    passes = [{}, {"groups_per_pass": 1}, {"images_per_pass": 1}]
+    peaks = [assert_close(make_recipe(use, PAIRS, group_size=2, **options)) for options in passes]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_ddpo_is_predicted_for_any_number_of_images_a_pass(make_recipe, checkpointing):
-    backbone = {"gradient_checkpointing": checkpointing}
+    backbone, rollouts = {"gradient_checkpointing": checkpointing}, ROLLOUTS | {"sample_batch_size": 4, "num_steps": 2}
     for count in (None, 1):
-        assert_close(make_recipe("ddpo", ROLLOUTS | {"sample_batch_size": 4}, backbone=backbone, images_per_pass=count))
+        assert_close(make_recipe("ddpo", rollouts, backbone=backbone, images_per_pass=count))
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
@@ -174,7 +174,8 @@ def test_parts_that_wait_on_the_cpu_are_counted_only_while_they_work(make_recipe
 
 def test_caches_and_few_bits_are_proposed_where_nothing_gentler_suffices(make_recipe, tiny_sd3_checkpoint):
     backbone = {"use": "auto", "t5_length": 20, "dtype": "bfloat16", "gradient_checkpointing": True}
-    recipe = make_recipe("score_matching", PAIRS, checkpoint=tiny_sd3_checkpoint, backbone=backbone, rows_per_pass=1)
+    pairs = PAIRS | {"batch_size": 2}
+    recipe = make_recipe("score_matching", pairs, checkpoint=tiny_sd3_checkpoint, backbone=backbone, rows_per_pass=1)
     now = predict(recipe)[1]
     least = fit(recipe, now, 1000)
     assert not least.fits and least.changes["backbone.text"] == {"keep": "cache"}
@@ -243,7 +244,7 @@ def test_checkpointing_is_not_proposed_beside_compile(make_recipe, monkeypatch):
 
 
 def test_a_kept_graph_is_predicted_and_given_up_before_the_base_is_changed(make_recipe):
-    recipe = make_recipe("ddpo", ROLLOUTS | {"keep_graph": True, "sample_batch_size": 4})
+    recipe = make_recipe("ddpo", ROLLOUTS | {"keep_graph": True, "sample_batch_size": 4, "num_steps": 2})
     assert_close(recipe)
     own = predict(recipe)[1]
     found = fit(recipe, own, own.peak)
@@ -259,7 +260,7 @@ def test_of_a_flow_s_kept_graph_the_step_without_noise_is_no_part(make_recipe, t
 def test_what_fits_nowhere_is_told_with_the_least_that_was_found(make_recipe, monkeypatch):
     some = [step for step in fitting.STEPS if step[0] in ("gradient_checkpointing", "dtype")]
     monkeypatch.setattr(fitting, "STEPS", tuple(some))
-    recipe = make_recipe("agsm", PAIRS, group_size=2)
+    recipe = make_recipe("score_matching", PAIRS)
     own = predict(recipe)[1]
     found = fit(recipe, own, 1000)
     assert not found.fits and found.prediction.peak < own.peak

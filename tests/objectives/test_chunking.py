@@ -21,7 +21,7 @@ from agsm_rl.policy import Policy
 from agsm_rl.sources.preferences import Preferences
 from agsm_rl.trainer import Term, Trainer
 
-STEPS = 3
+STEPS = 2
 RATE = 3e-4  # DDPO's published one
 # AdamW divides a gradient by its own size: with the default `eps`, an element whose gradient is rounding noise may move
 # by a share of the rate, another one on each machine.
@@ -67,7 +67,7 @@ def test_contrast_in_passes_of_few_groups_trains_as_all_groups_at_once(make_poli
     [AGSM, partial(AGSM, negatives=2), partial(AGSM, noise="group"), partial(AGSM, groups_per_pass=1), SoftREPA],
 )
 def test_contrast_in_passes_of_few_images_trains_as_all_groups_at_once(make_policy, make_pairs, objective):
-    check(make_policy, partial(objective, group_size=3), lambda: make_pairs(batch_size=6), (1, 2, 4), "images_per_pass")
+    check(make_policy, partial(objective, group_size=3), lambda: make_pairs(batch_size=6), (1, 4), "images_per_pass")
 
 
 @pytest.mark.parametrize("objective", [ScoreMatching, Anchor])

@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from agsm_rl.cli.commands import app
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run import checkpoints
 from agsm_rl.run.lifecycle import train
@@ -73,7 +75,7 @@ def assert_same_run(first, second, tolerance):
 
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(recipe, tmp_path):
-    subprocess.run(command(recipe, tmp_path / "whole"), check=True, capture_output=True)
+    whole = train(Recipe.from_yaml(recipe), tmp_path / "whole")
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(recipe, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -82,8 +84,9 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(recipe, tmp_path)
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(recipe, killed, "--resume"), check=True, capture_output=True)
-    assert_same_run(tmp_path / "whole", killed, 1e-6)
+    resumed = CliRunner().invoke(app, command(recipe, killed, "--resume")[3:])
+    assert resumed.exit_code == 0, resumed.output
+    assert_same_run(whole, killed, 1e-6)
 
 
 def metrics_of_partial(folder):

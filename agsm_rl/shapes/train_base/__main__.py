@@ -28,7 +28,10 @@ from agsm_rl.shapes.train_base.text import train_text_encoder
 from agsm_rl.shapes.train_base.words import train_by_words
 from agsm_rl.shapes.worlds import SCENES, WORLDS
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(
     kind: Annotated[Literal["sd15", "sdxl", "sd3"], typer.Argument(help="the pipeline's layout")],
     work: Annotated[Path, typer.Argument(help="where data, checkpoints and the log are kept")],
@@ -189,7 +192,7 @@ def _forget_places(folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
