@@ -142,12 +142,12 @@ def test_every_objective_trains_every_kind_of_adapter(train_one_step, objective,
     assert metrics["loss"] == metrics[f"{objective}/loss"] and metrics["grad_norm"] > 0
 
 
-def stacks_with_every_two(size=4):
-    """Stacks of up to `size` objectives; every two objectives are together in at least one of them."""
+def stacks_with_every_two():
+    """Stacks of up to four objectives; every two objectives are together in at least one of them."""
     left, stacks = dict.fromkeys(combinations(OBJECTIVES, 2)), []
     while left:
         stack = list(next(iter(left)))
-        while len(stack) < size:
+        while len(stack) < 4:
             others = [one for one in OBJECTIVES if one not in stack]
             news = {one: sum(tuple(sorted((one, other))) in left for other in stack) for one in others}
             best = max(news, key=news.get)

@@ -119,7 +119,7 @@ def test_each_optimizers_run_is_predicted_with_its_state(make_recipe, use):
 def test_the_peak_of_contrast_is_predicted_for_any_number_of_groups_a_pass(make_recipe, use):
     passes = [{}, {"groups_per_pass": 1}, {"images_per_pass": 1}]
     peaks = [assert_close(make_recipe(use, PAIRS, group_size=2, **options)) for options in passes]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[1]
+    assert peaks[0] > 1.5 * peaks[1] and peaks[1] > peaks[2]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -35,7 +35,8 @@ PARTS = ("--vae", "--text", "--teacher", "--coarser")
 
 def invoke(kind, *arguments):
     """The command in this process: importing what it needs takes longer than a toy's training."""
-    return CliRunner().invoke(app, [kind, *map(str, arguments)], env={"COLUMNS": "200"})
+    arguments = [kind, *map(str, arguments)]
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
 
 
 def run_script(kind, work, out, steps, *more):
