@@ -102,6 +102,10 @@ class Policy:
         self._old: dict[str, dict[str, Tensor]] = {}
         """The old policies, by the names of the terms that have one."""
         self._recorded: list[Recorded] | None = None
+        self.reference_parameters: dict[str, Tensor] = {}
+        """The parameters of the adapters that the reference has, as `keep_reference` found them."""
+        self.referred = False
+        """Whether anything has asked for the reference."""
         self._teachers: dict[str, list[Adapter] | Backbone] = {}
         self._always_off = ExitStack()
         self.acting_for: str | None = None
@@ -163,10 +167,19 @@ class Policy:
         with self.old_weights():
             return self._predict(x_t, t, cond, "positive")
 
+    def keep_reference(self, adapters: Collection[str]) -> None:
+        """From now on `reference` is the model with the named adapters as they are now (a copy), all others off."""
+        named = self.parameters(list(adapters))
+        self.reference_parameters = {name: parameter.detach().clone() for name, parameter in named.items()}
+
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The base model's prediction, all adapters off; no gradient."""
-        with self.switched_off():
+        """The base model's prediction, all adapters off, or that of what `keep_reference` kept; no gradient."""
+        self.referred = True
+        kept = {name.partition(".")[0] for name in self.reference_parameters}
+        adapters = [adapter for name, adapter in self.adapters.items() if name in kept]
+        weights = self._holding(self.reference_parameters) if kept else nullcontext()
+        with self.switched_off(), using(adapters, "positive"), weights:
             return self._predict_as_now(x_t, t, cond)
 
     def add_teacher(self, name: str, adapters: Collection[Adapter]) -> None:
@@ -283,8 +296,9 @@ class Policy:
     def _swap(self, shadow: dict[str, Tensor]) -> None:
         # Autocast keeps low-precision copies by parameter object; they would outlive the swap.
         torch.clear_autocast_cache()
-        for name, parameter in self.parameters().items():
-            parameter.data, shadow[name] = shadow[name], parameter.data
+        parameters = self.parameters()
+        for name in shadow:
+            parameters[name].data, shadow[name] = shadow[name], parameters[name].data
 
     @torch.no_grad()
     def restart_ema(self) -> None:
@@ -309,11 +323,14 @@ class Policy:
             for term, shadow in self._old.items()
             for name, tensor in shadow.items()
         }
-        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()} | old
+        reference = {f"the reference's '{name}'": tensor for name, tensor in self.reference_parameters.items()}
+        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()} | old | reference
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and shadow, by name."""
+        """Parameters and shadow, by name, and where there are any the reference's and the old policies'."""
         state = {"live": self._copy(), "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
+        if self.reference_parameters:
+            state["reference"] = {name: tensor.clone() for name, tensor in self.reference_parameters.items()}
         if not self._old:
             return state
         old = {term: {name: value.clone() for name, value in shadow.items()} for term, shadow in self._old.items()}
@@ -335,6 +352,8 @@ class Policy:
                 raise UserError(f"checkpoint: {name} is not finite; delete that checkpoint to resume from an older one")
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
+        if "reference" in state:
+            self.reference_parameters = {n: one.to(parameters[n], copy=True) for n, one in state["reference"].items()}
         for term, shadow in self._old.items():
             for name, tensor in shadow.items():
                 tensor.copy_(state["old"][term][name])

@@ -315,7 +315,10 @@ class PeftAdapter:
         if selected != self._active:
             for layer in self._layers.values():
                 others = [name for name in layer.active_adapters if name not in self._names]
-                set_active(layer, [*others, *(selected if hasattr(layer, "lora_A") else selected[:1])])
+                ours = selected if hasattr(layer, "lora_A") else selected[:1]
+                # They are added up in this order, which must not depend on what was switched before: a resumed run
+                # would round differently.
+                set_active(layer, sorted([*others, *ours], reverse=True))
         self._row_hooks = [hook for layer in self._layers.values() if mixed for hook in apply_by_row(layer, by_row)]
         self._active, self.bank = selected, bank
 

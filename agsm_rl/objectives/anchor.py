@@ -1,6 +1,6 @@
 """An anchor to the base model in score space: L = mean (p(x_t, t, prompt) - p_ref(x_t, t, prompt))².
 
-Stacked with any reward objective, it is the price of leaving the reference (all adapters off). For Gaussian steps of
+Stacked with any reward objective, it is the price of leaving the reference (by default: all adapters off). For Gaussian steps of
 one variance, the KL divergence between two policies is this distance up to a factor per step (as in DPOK, arXiv
 2305.16381).
 """

@@ -2,7 +2,7 @@
 
 With m = mean (p(x_t, t, prompt) - v)² of the chosen (w) and the rejected (l) image, at the same noise and level t,
     L = mean of  -log σ( -(β/2)·[(m_w - m_w^ref) - (m_l - m_l^ref)] ),
-where the reference is the base model, all adapters off.
+where the reference is by default the base model, all adapters off.
 """
 
 from typing import ClassVar

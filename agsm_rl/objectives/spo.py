@@ -2,7 +2,7 @@
 
 With ρ = exp(log π(x_{k+1} | x_k) - log π_ref(x_{k+1} | x_k)) of the better (w) and the worse (l) candidate of a step,
     L = mean of  -log σ( β·[log clip(ρ_w, 1 - c, 1 + c) - log clip(ρ_l, 1 - c, 1 + c)] ),
-where π is the Gaussian step, log π averaged over latent elements, and the reference is the base, all adapters off. The
+where π is the Gaussian step, log π averaged over latent elements, and the reference is by default the base. The
 candidates share the state x_k, so that a pair differs in what this one step did, not in its layout.
 """
 

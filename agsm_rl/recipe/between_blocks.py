@@ -30,7 +30,10 @@ TRACKERS = {
 def mistakes_between_blocks(recipe: RecipeKeys, parts: Parts) -> list[str]:
     """The message of each."""
     mistakes = MistakesSoFar(parts.where)
-    checks = (_check_names, _check_adapters_trained, _check_dtype, _check_rates, _check_trackers, _check_samples)
+    checks = (
+        *(_check_names, _check_adapters_trained, _check_reference),
+        *(_check_dtype, _check_rates, _check_trackers, _check_samples),
+    )
     for check in checks:
         with mistakes.collected():
             check(recipe, parts)
@@ -73,6 +76,14 @@ def _check_adapters_trained(recipe: RecipeKeys, parts: Parts) -> None:
                 "no term trains it, and there is no `start_from` that it could come from; name it in a term's "
                 "`trains`, or take it out",
             )
+
+
+def _check_reference(recipe: RecipeKeys, parts: Parts) -> None:
+    if recipe.reference == "start_from" and recipe.start_from is None:
+        raise parts.refuse(
+            "reference",
+            "'start_from', but this recipe starts from nothing; add `start_from: RUN`, or leave `reference` out: the base",
+        )
 
 
 def _check_dtype(recipe: RecipeKeys, parts: Parts) -> None:

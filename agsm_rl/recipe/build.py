@@ -39,7 +39,9 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
     add_teachers(policy, recipe, terms)
     if fresh and recipe.start_from is not None:
         with located(parts.at("start_from")):
-            _begin(policy, recipe.start_from, trained=recipe.trained)
+            continued = _begin(policy, recipe.start_from, trained=recipe.trained)
+        if recipe.reference == "start_from":
+            policy.keep_reference(continued)  # a resumed run has it in its checkpoint
     with located(parts.where), stage("opening the data"):
         return Trainer(
             policy,
@@ -60,8 +62,8 @@ def build_trainer(recipe: Recipe, *, accelerator: Accelerator | None = None, fre
         )
 
 
-def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
-    """With the adapters of `start_from`; one that it lacks must be trained."""
+def _begin(policy: Policy, start: str, *, trained: list[str]) -> list[str]:
+    """With the adapters of `start_from`, whose names are returned; one that it lacks must be trained."""
     continued = start_from(policy.adapters, start)
     for name in policy.adapters:
         if name not in continued and name not in trained:
@@ -70,6 +72,7 @@ def _begin(policy: Policy, start: str, *, trained: list[str]) -> None:
                 "`trains`, or take it out"
             )
     policy.restart_ema()
+    return continued
 
 
 def build_terms(recipe: Recipe) -> list[Term]:

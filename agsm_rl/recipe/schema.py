@@ -278,6 +278,8 @@ class RecipeKeys(Section):
         backbone: The frozen base model, a block.
         adapters: The adapters to train: {name: block}.
         start_from: A run folder, or a folder of exported adapters, to start from. Adapters that it lacks start fresh.
+        reference: The model that terms hold to (an anchor, a KL, preferences): the `base` without adapters, or the one
+            that `start_from` gives, with its adapters as training begins.
         ema: The moving average of the adapters.
         sources: Sources that several terms can share: {name: block}.
         objectives: The terms: what to learn, from which source, with which weight.
@@ -300,6 +302,7 @@ class RecipeKeys(Section):
     backbone: Block
     adapters: dict[Name, Block]
     start_from: str | None = None
+    reference: Literal["base", "start_from"] = "base"
     ema: Ema = Ema()
     sources: dict[Name, Block] = {}
     objectives: list[TermBlock]

@@ -112,6 +112,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
     base, *teachers = (_weights_here(backbone) for backbone in trainer.policy.backbones())
     frozen = {key: tensor for key, tensor in base.items() if key not in adapter_tensors}
     old_policies = sum(term.objective.old is not None for term in trainer.terms)
+    reference = trainer.policy.reference_parameters.values()
     adapters, trained = size_of(adapter_tensors.values()), size_of(trainer.parameters.values())
     return {
         "frozen weights": size_of(frozen.values()),
@@ -121,6 +122,7 @@ def always_in_use(trainer: Trainer) -> dict[str, int]:
         type(trainer.optimizer_kind).__name__: trainer.optimizer_kind.state_bytes(list(trainer.parameters.values())),
         "EMA": adapters,
         **({"old policies": adapters * old_policies} if old_policies else {}),
+        **({"reference": size_of(reference)} if reference else {}),
     }
 
 
