@@ -102,6 +102,7 @@ class Policy:
         self._old: dict[str, dict[str, Tensor]] = {}
         """The old policies, by the names of the terms that have one."""
         self._recorded: list[Recorded] | None = None
+        self._in_reference: list[str] = []
         self.reference_parameters: dict[str, Tensor] = {}
         """The parameters of the adapters that the reference has, as `keep_reference` found them."""
         self.referred = False
@@ -167,20 +168,28 @@ class Policy:
         with self.old_weights():
             return self._predict(x_t, t, cond, "positive")
 
-    def keep_reference(self, adapters: Collection[str]) -> None:
-        """From now on `reference` is the model with the named adapters as they are now (a copy), all others off."""
-        named = self.parameters(list(adapters))
-        self.reference_parameters = {name: parameter.detach().clone() for name, parameter in named.items()}
+    @torch.no_grad()
+    def base(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The base model's prediction, all adapters off; no gradient."""
+        with self.switched_off():
+            return self._predict_as_now(x_t, t, cond)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The base model's prediction, all adapters off, or that of what `keep_reference` kept; no gradient."""
+        """The prediction that terms measure from: the base's, or that of what `keep_reference` kept; no gradient."""
         self.referred = True
-        kept = {name.partition(".")[0] for name in self.reference_parameters}
-        adapters = [adapter for name, adapter in self.adapters.items() if name in kept]
-        weights = self._holding(self.reference_parameters) if kept else nullcontext()
-        with self.switched_off(), using(adapters, "positive"), weights:
+        if not self._in_reference:
+            return self.base(x_t, t, cond)
+        kept = [self.adapters[name] for name in self._in_reference]
+        others = [adapter for adapter in self.adapters.values() if adapter not in kept]
+        with using(others, None), using(kept, "positive"), self._holding(self.reference_parameters):
             return self._predict_as_now(x_t, t, cond)
+
+    def keep_reference(self, adapters: Collection[str]) -> None:
+        """From now on `reference` is the model with the named adapters as they are now (a copy), all others off."""
+        self._in_reference = list(adapters)
+        named = self.parameters(self._in_reference)
+        self.reference_parameters = {name: parameter.detach().clone() for name, parameter in named.items()}
 
     def add_teacher(self, name: str, adapters: Collection[Adapter]) -> None:
         """Keep attached adapters for `teacher` alone: everywhere else they are off, and they are not trained."""
@@ -323,14 +332,15 @@ class Policy:
             for term, shadow in self._old.items()
             for name, tensor in shadow.items()
         }
-        reference = {f"the reference's '{name}'": tensor for name, tensor in self.reference_parameters.items()}
-        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()} | old | reference
+        return live | {f"the EMA of '{name}'": shadow for name, shadow in self._shadow.items()} | old
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and shadow, by name, and where there are any the reference's and the old policies'."""
-        state = {"live": self._copy(), "ema": {name: shadow.clone() for name, shadow in self._shadow.items()}}
-        if self.reference_parameters:
-            state["reference"] = {name: tensor.clone() for name, tensor in self.reference_parameters.items()}
+        shadow = {name: tensor.clone() for name, tensor in self._shadow.items()}
+        state: dict[str, Any] = {"live": self._copy(), "ema": shadow}
+        if self._in_reference:
+            kept = {name: tensor.clone() for name, tensor in self.reference_parameters.items()}
+            state |= {"reference": kept, "in_reference": list(self._in_reference), "referred": self.referred}
         if not self._old:
             return state
         old = {term: {name: value.clone() for name, value in shadow.items()} for term, shadow in self._old.items()}
@@ -353,6 +363,7 @@ class Policy:
             parameter.data.copy_(state["live"][name])
             self._shadow[name].copy_(state["ema"][name])
         if "reference" in state:
+            self._in_reference, self.referred = list(state["in_reference"]), state["referred"]
             self.reference_parameters = {n: one.to(parameters[n], copy=True) for n, one in state["reference"].items()}
         for term, shadow in self._old.items():
             for name, tensor in shadow.items():

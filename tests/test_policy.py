@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from agsm_rl.adapters.lora import LoRA
+from agsm_rl.adapters.peft_layers import tuner_layers
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones import load_backbone
 from agsm_rl.backbones.checkpointing import enable_gradient_checkpointing
@@ -138,3 +139,66 @@ def test_a_lora_on_text_encoders_cannot_be_asked_for_a_bank_per_row(backbone: Ba
     lora.attach(backbone)
     with pytest.raises(ValueError, match="cannot use one bank per row"), lora.using(BANKS):
         pass
+
+
+def adapters_of(kept: str) -> dict[str, Any]:
+    kinds = {
+        "tokens": SoftTokens(),
+        "lora": LoRA(rank=2, banks=2),
+        "text": LoRA(rank=2, text_encoders=True),
+        "guides": LoRA(rank=2, banks=2, guidance_bank="negative"),
+    }
+    return {"kept": kinds[kept], "other": LoRA(rank=2)}
+
+
+@pytest.mark.parametrize("kept", ["tokens", "lora", "text", "guides"])
+def test_a_kept_reference_stays_and_touches_nothing_else(backbone: Backbone, kept: str) -> None:
+    policy, given = Policy(backbone, adapters_of(kept)), inputs(backbone)
+    scatter(policy, "kept")
+    with torch.no_grad():
+        start, base = policy.live(*given), policy.base(*given)
+    assert torch.equal(policy.reference(*given), base) and not torch.allclose(start, base, rtol=1e-3)
+    policy.keep_reference(["kept"])
+    scatter(policy, "kept", "other")
+    policy.restart_ema()
+    live, before = policy.live(*given), policy.state_dict()
+    found = policy.reference(*given)
+    assert torch.equal(found, start) and not torch.allclose(live, start, rtol=1e-3)
+    with policy.ema_weights():
+        assert torch.equal(policy.reference(*given), start)
+    assert torch.equal(policy.base(*given), base)
+    assert all(adapter.bank == "positive" for adapter in policy.adapters.values())
+    for which in ("live", "ema"):
+        assert all(torch.equal(policy.state_dict()[which][name], value) for name, value in before[which].items())
+    expected = gradients(policy, policy.live(*given))
+    assert all(torch.equal(one, two) for one, two in zip(gradients(policy, live), expected, strict=True))
+
+
+def scatter(policy: Policy, *names: str) -> None:
+    generator = torch.Generator().manual_seed(len(names))
+    for parameter in policy.parameters(list(names)).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_kept_reference_is_in_the_state(backbone: Backbone) -> None:
+    policy = make_policy(backbone)
+    assert "reference" not in policy.state_dict()
+    policy.keep_reference(["lora"])
+    expected, state = policy.reference(*inputs(backbone)), policy.state_dict()
+    scatter(policy, "lora")
+    policy.keep_reference(["tokens"])
+    policy.load_state_dict(state)
+    assert torch.equal(policy.reference(*inputs(backbone)), expected)
+
+
+def test_what_is_added_up_first_does_not_depend_on_what_was_switched(backbone: Backbone) -> None:
+    policy = Policy(backbone, {"one": LoRA(rank=2, banks=2), "two": LoRA(rank=2, banks=2)})
+    layers = [layer for _, layer in tuner_layers(backbone.denoiser)]
+    at_first = [list(layer.active_adapters) for layer in layers]
+    for names in (["one", "two"], ["two", "one"], ["one"], ["two"]):
+        for name in names:
+            with policy.adapters[name].using("negative"), policy.switched_off():
+                policy.base(*inputs(backbone))
+        policy.live(*inputs(backbone), bank=BANKS)
+        assert [list(layer.active_adapters) for layer in layers] == at_first
+    assert layers and all(len(active) == 2 for active in at_first)

@@ -316,8 +316,8 @@ class PeftAdapter:
             for layer in self._layers.values():
                 others = [name for name in layer.active_adapters if name not in self._names]
                 ours = selected if hasattr(layer, "lora_A") else selected[:1]
-                # They are added up in this order, which must not depend on what was switched before: a resumed run
-                # would round differently.
+                # They are added up in this order, which must not depend on what was switched before, or a resumed run
+                # would round differently. The newest first, as it was after the first switch when this was not fixed.
                 set_active(layer, sorted([*others, *ours], reverse=True))
         self._row_hooks = [hook for layer in self._layers.values() if mixed for hook in apply_by_row(layer, by_row)]
         self._active, self.bank = selected, bank

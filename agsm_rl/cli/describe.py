@@ -37,6 +37,8 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
         new = [name for name in recipe.adapters if name not in exports]
         suffix = f"; new: {', '.join(new)}" if new else ""
         lines.append(f"start       from the adapters of {recipe.start_from}{suffix}")
+        if recipe.reference == "start_from":
+            lines.append("reference   the model with the adapters that it starts from, as loaded")
     for term in recipe.objectives:
         source = f"source '{term.source}'" if not isinstance(term.source, Block) else _source(term.source)
         source += f" through {term.view.use}" if term.view else ""
@@ -64,6 +66,13 @@ def memory(trainer: Trainer, prediction: Prediction | str) -> list[str]:
         f"            peaks, that included: {listed(prediction.peaks)}",
         f"            {NOT_COUNTED}",
     ]
+
+
+def unused(recipe: Recipe, trainer: Trainer, prediction: Prediction | str) -> list[str]:
+    """What the recipe says and no term heeds, as the rehearsal of its steps has shown."""
+    if recipe.reference == "base" or isinstance(prediction, str) or trainer.policy.referred:
+        return []
+    return [f"reference   {recipe.reference} changes nothing: no term uses a reference"]
 
 
 def costs(recipe: Recipe, prediction: Prediction | str) -> list[str]:

@@ -98,7 +98,7 @@ def check(
 
         check_places(loaded)
         # And after that: a missing file is reported before diffusers is loaded.
-        from agsm_rl.cli.describe import costs, describe, memory, proposal
+        from agsm_rl.cli.describe import costs, describe, memory, proposal, unused
         from agsm_rl.doctor.memory.fit import fit
         from agsm_rl.doctor.memory.predict import predict
         from agsm_rl.evaluate.measured import entries_of
@@ -109,7 +109,8 @@ def check(
     for entry in entries_of(loaded.evaluate, loaded.parts) if loaded.evaluate else []:
         entry.read_prompts()
     trainer, prediction = predict(loaded)
-    say("\n".join([describe(loaded, trainer), *costs(loaded, prediction), *memory(trainer, prediction)]))
+    rows = [*unused(loaded, trainer, prediction), *costs(loaded, prediction), *memory(trainer, prediction)]
+    say("\n".join([describe(loaded, trainer), *rows]))
     fits = True
     if fit_vram is not None:
         if isinstance(prediction, str):

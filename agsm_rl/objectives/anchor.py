@@ -1,8 +1,8 @@
-"""An anchor to the base model in score space: L = mean (p(x_t, t, prompt) - p_ref(x_t, t, prompt))².
+"""An anchor to the reference in score space: L = mean (p(x_t, t, prompt) - p_ref(x_t, t, prompt))².
 
-Stacked with any reward objective, it is the price of leaving the reference (by default: all adapters off). For Gaussian steps of
-one variance, the KL divergence between two policies is this distance up to a factor per step (as in DPOK, arXiv
-2305.16381).
+Stacked with any reward objective, it is the price of leaving the reference (by default the base, all adapters off).
+For Gaussian steps of one variance, the KL divergence between two policies is this distance up to a factor per step (as
+in DPOK, arXiv 2305.16381).
 """
 
 from typing import ClassVar

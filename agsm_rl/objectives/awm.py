@@ -3,7 +3,7 @@
 For an image of advantage A under one noise and noise level, with the matching error ℓ of its prediction,
     log π = −w(ℓ, t),   ratio = exp(log π − log π_old),   L = mean of  max(−A·ratio, −A·clip(ratio, 1 ± clip_range)).
 A good image lowers its matching error, a bad one raises it; no sampling path is kept. Two KLs, mean squared distances
-of predictions, hold the policy to the base and to its EMA.
+of predictions, hold the policy to the reference and to its EMA.
 """
 
 from typing import Literal
@@ -15,10 +15,10 @@ from agsm_rl.errors import UserError, unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
     ForwardProcess,
-    base_prediction,
     check_above_zero,
     check_weights,
     matching_error,
+    reference_prediction,
 )
 from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
@@ -75,8 +75,8 @@ class AWM(ForwardProcess):
         weighting: How the matching error becomes a likelihood: `uniform`, `t`, `t_squared` or `ghuber`. Released:
             `ghuber`; the paper's text: `uniform`.
         huber_power: Power of `ghuber`, in (0, 1]. Released: 0.25.
-        kl_weight: Weight of the mean squared distance from the base's prediction. Released: 0.003 (GenEval, OCR), 1e-4
-            (PickScore). 0 saves its forward pass.
+        kl_weight: Weight of the mean squared distance from the reference's prediction. Released: 0.003 (GenEval, OCR),
+            1e-4 (PickScore). 0 saves its forward pass.
         ema_kl_weight: Weight of the mean squared distance from the prediction of the run's EMA. Released: 1. 0 saves
             its forward pass.
         old: The policy that the ratio compares with, {decay, every}, as in `diffusion_nft`; {decay: 0.0, every: draw}
@@ -127,7 +127,7 @@ class AWM(ForwardProcess):
         old = log_prob.detach() if before is None else before
         loss, metrics = awm_loss(log_prob, old, advantages, clip_range=self.clip_range)
         if self.kl_weight:
-            gap = matching_error(live, base_prediction(policy, seen)).mean()
+            gap = matching_error(live, reference_prediction(policy, seen)).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}
         if self.ema_kl_weight:
             gap = matching_error(live, policy.ema(x_t, t, cond)).mean()

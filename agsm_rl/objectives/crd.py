@@ -3,7 +3,7 @@
 For the images of a prompt under one noise and noise level, with rewards r in [0, 1] and matching errors ℓ and ℓ_old,
     L = mean of  (β·(ρ − ρ̄) − (r − r̄))²,   ρ = ℓ_old − ℓ.
 Centring within the prompt cancels the unknown normaliser of the optimal policy, so that ρ and r can be compared at all.
-A KL to the base, which may be guided and may grow with the reward, holds the policy in place.
+A KL to the reference, which may be guided and may grow with the reward, holds the policy in place.
 """
 
 from typing import ClassVar, Literal
@@ -16,12 +16,12 @@ from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
     ForwardProcess,
-    base_prediction,
     check_above_zero,
     check_weights,
     groups_of,
     matching_error,
     optimality,
+    reference_prediction,
     sums_by_group,
 )
 from agsm_rl.policy import Noised, Policy
@@ -102,10 +102,10 @@ class CRD(ForwardProcess):
             sharper the smaller it is.
         form: `mse` or `bce`.
         adaptive: Divide each image's squared error by its own mean absolute error, in ℓ and ℓ_old.
-        reference: What ℓ_old is of: the `old` policy, or the `base`.
+        reference: What ℓ_old is of: the `old` policy, or the `base` (the recipe's `reference`).
         scaled: Multiply the loss by `advantage_scale` / β.
-        kl_weight: Weight of the mean squared distance from the base's prediction. Published: 0.1.
-        kl_guidance: Guidance scale of the base's prediction in that distance. Published: 4.5. 1 is none and costs half.
+        kl_weight: Weight of the mean squared distance from the reference's prediction. Published: 0.1.
+        kl_guidance: Guidance scale of the reference's prediction there. Published: 4.5. 1 is none and costs half.
         kl_adaptive: The weight grows with an image's r, from 1e-4 at 0 to `kl_weight` at 1.
         old: How the old policy follows the trained parameters, {decay, every}, as in `diffusion_nft`. Null: it is the
             run's EMA.
@@ -163,7 +163,7 @@ class CRD(ForwardProcess):
         if self.scaled:
             loss = loss * (self.advantage_scale / self.beta)
         if self.kl_weight:
-            gap = matching_error(live, base_prediction(policy, seen, guidance=self.kl_guidance))
+            gap = matching_error(live, reference_prediction(policy, seen, guidance=self.kl_guidance))
             weight = torch.full_like(gap, self.kl_weight)
             if self.kl_adaptive:
                 weight = LEAST_KL + reward.to(gap) * (self.kl_weight - LEAST_KL)

@@ -16,11 +16,11 @@ from agsm_rl.errors import unknown_name
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
     ForwardProcess,
-    base_prediction,
     check_above_zero,
     check_weights,
     groups_of,
     matching_error,
+    reference_prediction,
     sums_by_group,
 )
 from agsm_rl.policy import Noised, Policy
@@ -60,10 +60,10 @@ class DGPO(ForwardProcess):
         beta: β, above 0. Released: 100.
         clip_range: An image stops learning where exp(ℓ_old − ℓ), the ratio to the old policy, has gone more than this
             beyond 1 in its advantage's direction. Released: 0.01. Null: no clipping, which saves a forward pass.
-        reference: What ℓ_ref is of: the `base`, as released, or the `old` policy.
+        reference: What ℓ_ref is of: the `base` (the recipe's `reference`), as released, or the `old` policy.
         advantage_clip: Advantages are clipped to ± this, above 0. Released: 5.
-        kl_weight: Weight of the mean squared distance from the base's prediction. Released: 0.02.
-        kl_guidance: Guidance scale of the base's prediction, in that distance and in ℓ_ref; 1 is none.
+        kl_weight: Weight of the mean squared distance from the reference's prediction. Released: 0.02.
+        kl_guidance: Guidance scale of the reference's prediction, in that distance and in ℓ_ref; 1 is none.
         old: How the old policy follows the trained parameters, {decay, every}, as in `diffusion_nft`; with `drawn_by:
             old` it draws too. Released: {decay: {0: 0.0, 300: 0.3}, every: 1}. Null: it is the run's EMA.
         sampler_steps: Take the noise levels from the sampler's schedule of so many steps (released: 10) within the
@@ -103,7 +103,7 @@ class DGPO(ForwardProcess):
         """The loss of a batch of whole groups, each with one noise and one noise level."""
         x_t, t, target, cond = seen
         needs_base = self.reference == "base" or self.kl_weight > 0
-        base = base_prediction(policy, seen, guidance=self.kl_guidance) if needs_base else None
+        base = reference_prediction(policy, seen, guidance=self.kl_guidance) if needs_base else None
         needs_old = self.reference == "old" or self.clip_range is not None
         old_error = matching_error(policy.old(x_t, t, cond), target) if needs_old else None
         live = policy.live(x_t, t, cond)

@@ -11,11 +11,11 @@ from torch import Tensor
 from agsm_rl.interfaces import Metrics, RewardedBatch
 from agsm_rl.objectives.forward_process import (
     ForwardProcess,
-    base_prediction,
     check_above_zero,
     check_weights,
     matching_error,
     optimality,
+    reference_prediction,
 )
 from agsm_rl.policy import Noised, Policy
 from agsm_rl.training.old_policy import OldPolicy
@@ -82,8 +82,8 @@ class DiffusionNFT(ForwardProcess):
             term's `t`. Null: uniform.
         levels_per_image: Noise levels per image and step, each with new noise; of a sampler's, all different.
             Released: 9.
-        kl_weight: Weight of the mean squared distance from the base's prediction, beside the loss. Released: 1e-4. 0
-            saves its forward pass.
+        kl_weight: Weight of the mean squared distance from the reference's prediction, beside the loss. Released: 1e-4.
+            0 saves its forward pass.
         rows_per_pass: Images that go through the denoiser at once; null is all. Fewer need less memory and give the
             same gradient.
     """
@@ -119,6 +119,6 @@ class DiffusionNFT(ForwardProcess):
         if self.scaled:
             loss = loss * (self.advantage_scale / self.beta)
         if self.kl_weight:
-            gap = matching_error(live, base_prediction(policy, seen)).mean()
+            gap = matching_error(live, reference_prediction(policy, seen)).mean()
             loss, metrics = loss + self.kl_weight * gap, metrics | {"reference_gap": gap.detach()}
         return loss, metrics

@@ -52,7 +52,7 @@ class FlowDPPO(FlowGRPO):
     Args:
         threshold: Divergence per latent element, above 0, from which on steps that lead away are not followed. UniRL
             and verl-omni: 1e-5; Flow-Factory: 1e-6.
-        kl_weight: w ≥ 0 of the KL divergence from the base model. Published: 0, which needs no prediction of the base.
+        kl_weight: w ≥ 0 of the KL divergence from the reference. Published: 0, which needs no prediction of it.
         kl: `exact` or `published`, as in `flow_grpo`.
         detach_unconditional: With guidance, gradients flow through the conditional branch alone.
         timestep_fraction: Share f of each image's steps in (0, 1] that is learned from.

@@ -1,4 +1,4 @@
-"""Flow-GRPO (arXiv 2505.05470): group-relative policy optimisation of the denoising steps, held to the base by a KL.
+"""Flow-GRPO (arXiv 2505.05470): group-relative policy optimisation of the denoising steps, with a KL to the reference.
 
     L = mean over images and steps of  max( -A·ρ, -A·clip(ρ, 1 - c, 1 + c) ) + w·KL,
     ρ = exp(log π(x_{k+1} | x_k) - log π_old(x_{k+1} | x_k)),   KL = ‖μ - μ_ref‖² / (2σ²),
@@ -51,7 +51,7 @@ class FlowGRPO(PolicyGradient):
     Args:
         clip_range: c > 0 of PPO's clipped loss: a step is not followed further once its ratio leaves 1 ± c. Published:
             1e-4, and 1e-5 without guidance.
-        kl_weight: w ≥ 0 of the KL divergence from the base model. 0 needs no prediction of the base. Published: 0.04
+        kl_weight: w ≥ 0 of the KL divergence from the reference. 0 needs no prediction of it. Published: 0.04
             for GenEval and text rendering, 0.01 for PickScore.
         kl: `exact`: the divergence of the step's Gaussians. `published`: as the authors' code computes it for its SDE,
             with σ_t² in place of the step's variance σ_t²·|Δt|: |Δt| times the exact one, so that the published weights

@@ -162,8 +162,8 @@ def matching_error(prediction: Tensor, target: Tensor, *, adaptive: bool = False
     return squared / difference.detach().abs().flatten(1).mean(1).clamp(min=1e-5) if adaptive else squared
 
 
-def base_prediction(policy: Policy, seen: Noised, *, guidance: float = 1.0) -> Tensor:
-    """The base's prediction [B, C, h, w] for noised images, under classifier-free guidance; no gradient."""
+def reference_prediction(policy: Policy, seen: Noised, *, guidance: float = 1.0) -> Tensor:
+    """The reference's prediction [B, C, h, w] for noised images, under classifier-free guidance; no gradient."""
     uncond = seen.cond if guidance == 1 else policy.backbone.encode_text([""])
     return guided(policy.reference, seen.x_t, seen.t, seen.cond, uncond, guidance)
 

@@ -42,7 +42,7 @@ class GRPOGuard(FlowGRPO):
     Args:
         clip_range: c > 0 of the clipped loss. Ratios are nearer to 1 than Flow-GRPO's, by the factor σ.
         reweight: Divide a step's loss by |Δt|, as released.
-        kl_weight: w ≥ 0 of the KL divergence from the base model. 0 needs no prediction of the base.
+        kl_weight: w ≥ 0 of the KL divergence from the reference. 0 needs no prediction of it.
         kl: `exact` or `published`, as in `flow_grpo`.
         detach_unconditional: With guidance, gradients flow through the conditional branch alone.
         timestep_fraction: Share f of each image's steps in (0, 1] that is learned from.

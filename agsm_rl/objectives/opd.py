@@ -74,7 +74,7 @@ class OPD(PolicyGradient):
     def _teacher_means(self, policy: Policy, batch: RolloutBatch) -> list[Tensor]:
         """The teacher's means [B, C, h, w] of the batch's steps."""
         guidance = batch.guidance if self.guidance is None else self.guidance
-        predict = policy.reference if self.teacher is None else partial(policy.teacher, self.teacher)
+        predict = policy.base if self.teacher is None else partial(policy.teacher, self.teacher)
         backbone = policy.backbone if self.teacher is None else policy.backbone_of_teacher(self.teacher)
         of = (backbone, batch.prompts, batch.negative_prompt)
         encoded = self._texts_of_teacher.get(of, lambda: self._encoded_for(backbone, batch))

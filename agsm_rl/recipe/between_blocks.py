@@ -31,8 +31,13 @@ def mistakes_between_blocks(recipe: RecipeKeys, parts: Parts) -> list[str]:
     """The message of each."""
     mistakes = MistakesSoFar(parts.where)
     checks = (
-        *(_check_names, _check_adapters_trained, _check_reference),
-        *(_check_dtype, _check_rates, _check_trackers, _check_samples),
+        _check_names,
+        _check_adapters_trained,
+        _check_reference,
+        _check_dtype,
+        _check_rates,
+        _check_trackers,
+        _check_samples,
     )
     for check in checks:
         with mistakes.collected():
@@ -82,7 +87,7 @@ def _check_reference(recipe: RecipeKeys, parts: Parts) -> None:
     if recipe.reference == "start_from" and recipe.start_from is None:
         raise parts.refuse(
             "reference",
-            "'start_from', but this recipe starts from nothing; add `start_from: RUN`, or leave `reference` out: the base",
+            "'start_from', but this recipe starts from nothing; add `start_from: RUN`, or leave `reference` out",
         )
 
 

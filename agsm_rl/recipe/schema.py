@@ -278,8 +278,8 @@ class RecipeKeys(Section):
         backbone: The frozen base model, a block.
         adapters: The adapters to train: {name: block}.
         start_from: A run folder, or a folder of exported adapters, to start from. Adapters that it lacks start fresh.
-        reference: The model that terms hold to (an anchor, a KL, preferences): the `base` without adapters, or the one
-            that `start_from` gives, with its adapters as training begins.
+        reference: What an anchor, a KL or preferences measure from: the `base`, all adapters off; or `start_from`, its
+            adapters as loaded and new ones off.
         ema: The moving average of the adapters.
         sources: Sources that several terms can share: {name: block}.
         objectives: The terms: what to learn, from which source, with which weight.

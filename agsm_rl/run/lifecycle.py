@@ -168,7 +168,7 @@ class _Run:
         return Stopped(self.folder.resume_command, self.trainer.step, number, during=during, prints=self.is_main)
 
     def _train(self) -> None:
-        trainer, evaluator, grids, begun = self.trainer, self.evaluator, self.grids, self.trainer.step
+        trainer, evaluator, grids = self.trainer, self.evaluator, self.grids
         trainer.callbacks = [self.stop, *trainer.callbacks]
         with ProgressBar(self.display, steps=self.recipe.steps, done=trainer.step) as bar:
             if self.is_main:
@@ -184,12 +184,10 @@ class _Run:
                 if self.is_main:
                     evaluator.events.write(error.event)
                 raise
-        if self.recipe.reference != "base" and trainer.step > begun and not trainer.policy.referred and self.is_main:
-            tell(
-                self.display.console,
-                f"reference: {self.recipe.reference} changed nothing: no term has looked at a reference",
-                important=True,
-            )
+        is_done = trainer.step >= self.recipe.steps
+        if self.recipe.reference != "base" and is_done and not trainer.policy.referred and self.is_main:
+            told = f"reference: {self.recipe.reference} changed nothing: no term uses a reference"
+            tell(self.display.console, told, important=True)
 
     def _finish(self, *, evaluate: bool) -> bool:
         """Base against trained, what the terms did, and the report; False when a signal interrupted it."""

@@ -25,13 +25,14 @@ def drawn(policy, make_rollouts):
 
 @pytest.mark.parametrize("options", [{"prompt_suffix": ", best quality"}, {"guidance": 3.0}])
 def test_the_loss_is_the_divergence_from_the_teachers_steps(policy, drawn, options):
+    policy.keep_reference(list(policy.adapters))  # the teacher is the base all the same
     loss, metrics = OPD(**options).loss(policy, drawn)
     asked = replace(
         drawn,
         prompts=[prompt + options.get("prompt_suffix", "") for prompt in drawn.prompts],
         guidance=options.get("guidance", drawn.guidance),
     )
-    live, teacher = rollout_steps(policy, policy.live, drawn), rollout_steps(policy, policy.reference, asked)
+    live, teacher = rollout_steps(policy, policy.live, drawn), rollout_steps(policy, policy.base, asked)
     divergences = [
         ((mean - other) ** 2).mean() / (2 * std**2) for (mean, std), (other, _) in zip(live, teacher, strict=True)
     ]

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from agsm_rl.cli.describe import describe, unused
 from agsm_rl.doctor.memory.predict import predict
 from agsm_rl.recipe.build import build_trainer
 from agsm_rl.recipe.recipe import Recipe
@@ -117,6 +118,19 @@ def test_a_run_in_which_no_term_looks_at_it_says_so(make_recipe, first, tmp_path
         train(recipe, tmp_path / use, console=console, evaluate=False)
         heard[use] = "reference: start_from changed nothing" in console.file.getvalue()
     assert heard == {"score_matching": True, "anchor": False}
+
+
+def test_check_says_what_it_is_and_whether_a_term_uses_it(make_recipe, first):
+    heard = {}
+    for use in ("score_matching", "anchor"):
+        recipe = make_recipe([{"use": use, "source": PAIRS}], start_from=str(first), reference="start_from")
+        trainer, prediction = predict(recipe)
+        assert "reference   the model with the adapters that it starts from" in describe(recipe, trainer)
+        heard[use] = unused(recipe, trainer, prediction)
+    assert heard == {
+        "score_matching": ["reference   start_from changes nothing: no term uses a reference"],
+        "anchor": [],
+    }
 
 
 def test_its_memory_is_predicted(then):
