@@ -40,8 +40,8 @@ INTRODUCTIONS = {
     "suites": "What is measured: blocks of `evaluate.suites:` in a [recipe](recipe.md#suites), each with the keys of "
     "every suite, and what `agsm-rl eval --suite` takes. On the command line, an option without a flag of its own is "
     "given as `--option name=value`. How to use them: [Evaluation](../evaluation.md).",
-    "backbones": "The frozen base model: the `backbone:` of a [recipe](recipe.md#backbone). The same recipe runs on "
-    "another base with another `checkpoint:`.",
+    "backbones": "The frozen base model: the `backbone:` of a [recipe](recipe.md#backbone). Another `checkpoint:` is "
+    "another base ([your own](../guides/your-model.md)).",
 }
 SECTIONS: list[tuple[str, type[Section], str]] = [
     ("The run", schema.RecipeKeys, "The keys at the top."),

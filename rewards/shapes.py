@@ -38,6 +38,11 @@ class ShapesReward:
             raise unknown_name(f"reward '{self.name}': verdict", verdict, "a verdict", get_args(Kind))
         self.verdict = verdict
 
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """UserError for a prompt outside the world, before anything is drawn."""
+        for prompt in prompts:
+            self.world.parse(prompt)
+
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         scores = [self._score(image, self.world.parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
@@ -63,11 +68,6 @@ class ScenesReward(ShapesReward):
 
     name = "scenes"
     world: ClassVar[World] = SCENES
-
-    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """UserError for a prompt outside the world, before anything is drawn."""
-        for prompt in prompts:
-            self.world.parse(prompt)
 
 
 def graded_score(verdict: Verdict, requirement: Requirement) -> float:

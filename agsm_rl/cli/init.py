@@ -36,7 +36,7 @@ def init(
     ] = None,
     objective: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Default: ddpo (SD3: flow_grpo) for prompts, agsm for images. Repeatable."),
+        typer.Option(metavar="NAME", help="Default: ddpo or, on flow models, flow_grpo for prompts; agsm for images."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; what is not given gets a default.")] = False,
 ) -> None:

@@ -27,7 +27,16 @@ REWARD_OPTIONS: dict[str, dict[str, Any]] = {"hpsv2": {"version": "2.1"}, "hpsv2
 """Options that a reward cannot do without, as most papers set them."""
 PER_DRAW = 8
 """Prompts of a draw, where the list has as many."""
-RATES = {"lora": "1.0e-4", "soft_tokens": "1.0e-3"}
+GUIDANCE = 5.0
+"""Of a user's own model, in draws, grids and evaluation."""
+PASSES = {
+    "agsm": "groups_per_pass: 1",
+    "softrepa": "groups_per_pass: 1",
+    "ddpo": "images_per_pass: 4",
+    "flow_grpo": "images_per_pass: 4",
+}
+PASSES |= dict.fromkeys(("score_matching", "diffusion_nft", "diffusion_dpo"), "rows_per_pass: 4")
+"""What keeps a step of a large model small; the gradient is the same."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ def starter_recipe(wishes: Wishes, file: Path) -> str:
     parts = [
         f"# Written by `agsm-rl init`. Change what you like; `agsm-rl list recipe` explains every key.\n"
         f"#   agsm-rl check {named}     is it right, and how much memory does it need?\n"
+        f"#   agsm-rl check {named} --fit-vram 24     what fits a GPU of 24 GB?\n"
         f"#   agsm-rl train {named} --set steps=2     a first look: two steps\n"
         f"#   agsm-rl train {named}",
         "seed: 0          # the same seed gives the same run\nsteps: 500       # steps of the optimizer",
@@ -117,8 +127,9 @@ def starter_recipe(wishes: Wishes, file: Path) -> str:
     ]
     if wishes.prompts is not None:
         parts.append(_own_images(wishes, small=small))
-    parts.append(_objectives(objectives, wishes))
-    parts.append(f"optimizer:\n  learning_rate: {RATES['lora']}")
+    parts.append(_objectives(objectives, wishes, small=small))
+    rate = "3.0e-4" if set(objectives) <= set(FROM_REWARDS) else "1.0e-4"  # as published, for a LoRA of SD1.5 and SD3
+    parts.append(f"optimizer:\n  learning_rate: {rate}")
     parts.append(_evaluation(wishes, small=small))
     parts.append(
         "# Checkpoints, from which a stopped run goes on: agsm-rl train RUN --resume\ncheckpoint: {every: 100, keep: 2}"
@@ -131,8 +142,10 @@ def _backbone(checkpoint: str, *, small: bool) -> str:
     lines = ["# The base; its kind is found by itself.", "backbone:", "  use: auto"]
     lines.append(f"  checkpoint: {_plain(checkpoint)}")
     if not small:
-        lines.append("  # dtype: bfloat16               # half the memory, on a GPU")
-        lines.append("  # gradient_checkpointing: true  # less memory, slower")
+        lines.append("  dtype: bfloat16                # half the memory of float32; on a CPU, take float32")
+        lines.append(
+            "  gradient_checkpointing: true   # the same gradient in far less memory, for one more forward pass"
+        )
     return "\n".join(lines)
 
 
@@ -145,12 +158,14 @@ def _own_images(wishes: Wishes, *, small: bool) -> str:
         f"    num_prompts: {wishes.num_prompts}         # prompts per draw",
         "    images_per_prompt: 8   # advantages compare these",
     ]
-    steps, guidance = (20, 3.0) if small else (20, 5.0)
-    lines += [f"    num_steps: {steps}          # fewer are faster, and worse", f"    guidance: {guidance}"]
+    guidance = 3.0 if small else GUIDANCE
+    lines += ["    num_steps: 20          # fewer are faster, and worse", f"    guidance: {guidance}"]
+    if not small:
+        lines.append("    sample_batch_size: 4   # drawn at once: as many as learn at once, so that both round alike")
     return "\n".join(lines)
 
 
-def _objectives(names: Sequence[str], wishes: Wishes) -> str:
+def _objectives(names: Sequence[str], wishes: Wishes, *, small: bool) -> str:
     lines = ["# What is learned: one term or several, each with its own `weight` and `every`.", "objectives:"]
     for name in names:
         lines.append(f"  # {name}: {shorten(summary_of(available('objectives')[name].target), 100)}")
@@ -161,6 +176,8 @@ def _objectives(names: Sequence[str], wishes: Wishes) -> str:
             lines += [f"  - use: {name}", "    source: own_images"]
             if name in VIEWS:
                 lines.append(f"    view: {{use: {VIEWS[name]}}}")
+        if not small:
+            lines.append(f"    {PASSES[name]}     # smaller passes, the same gradient")
     return "\n".join(lines)
 
 
@@ -168,6 +185,8 @@ def _evaluation(wishes: Wishes, *, small: bool) -> str:
     """Grids of pictures, and what is measured: base against trained, on the same prompts and noise."""
     lines = ["# A grid of pictures every so many steps, the base's first, always from the same noise."]
     lines += ["sample:", "  every: 50", "  num_images: 8"]
+    own = [] if small else [f"  guidance: {GUIDANCE}"]
+    lines += own
     if wishes.prompts is not None:
         lines.append(f"  prompts: {_plain(wishes.prompts)}")
     measured = dict.fromkeys([*wishes.rewards, *wishes.held_out])
@@ -187,8 +206,9 @@ def _evaluation(wishes: Wishes, *, small: bool) -> str:
         else:
             lines.append(f"evaluate: {{every: 250, suites: {{scenes: {{use: scenes, {block}}}}}}}")
     elif measured:
-        lines += ["evaluate:", "  every: 250", "  suites:", "    mine:", "      use: rewards"]
-        lines += [f"      prompts: {_plain(prompts)}", "      num_images: 64", "      rewards:"]
+        lines += ["evaluate:", "  every: 250", *own, "  suites:", "    mine:", "      use: rewards"]
+        lines += [f"      prompts: {_plain(prompts)}     # better: others than those it trains on"]
+        lines += ["      num_images: 64", "      rewards:"]
         lines += [f"        {_plain(name)}: {_measured(name)}" for name in measured]
     else:
         lines += ["# evaluate:", "#   every: 250", "#   suites:"]

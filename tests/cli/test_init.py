@@ -103,6 +103,16 @@ def test_a_reward_that_needs_an_option_is_measured_with_it_too(tmp_path):
     assert data["evaluate"]["rewards"] == {"hpsv2": {"version": "2.1"}}
 
 
+def test_a_recipe_for_a_model_of_ones_own_is_made_for_a_gpu_and_draws_alike_everywhere(tmp_path):
+    wishes = Wishes("owner/sdxl", prompts="prompts.txt", rewards=("sharpness",))
+    recipe = yaml.safe_load(starter_recipe(wishes, tmp_path / "x.yaml"))
+    assert (recipe["backbone"]["dtype"], recipe["backbone"]["gradient_checkpointing"]) == ("bfloat16", True)
+    draws = recipe["sources"]["own_images"]
+    assert draws["guidance"] == recipe["sample"]["guidance"] == recipe["evaluate"]["guidance"]
+    assert draws["sample_batch_size"] == recipe["objectives"][0]["images_per_pass"]
+    assert recipe["optimizer"]["learning_rate"] == 3e-4
+
+
 def test_a_held_out_reward_is_measured_where_the_model_learns_from_images_too(tmp_path):
     wishes = Wishes("owner/base", images="owner/photos", held_out=("sharpness",))
     recipe = Recipe.from_data(yaml.safe_load(starter_recipe(wishes, tmp_path / "x.yaml")))
