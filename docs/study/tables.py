@@ -14,6 +14,7 @@ A table:
            the base's; under "" what the base is called, if it is another
     minus: pairs of variants, whose differences are shown below
     tags:  variants whose scores are shown tag by tag
+    curves: in place of the scores, some at every guidance: each with the tag that it is taken of, or "" for the mean
     gains: rewards or scores; for each, what every variant's seeds gained over the base on these very images, with an
            interval over seeds alone
 """
@@ -68,7 +69,7 @@ class Table:
 
     def lines(self, asked: Mapping[str, Any]) -> list[str]:
         """All that is asked for, as Markdown."""
-        parts = [self.scores()]
+        parts = [self.curves(asked["curves"]) if "curves" in asked else self.scores()]
         if "tags" in asked:
             parts.append(self.by_tag([BASE, *asked["tags"]]))
         if "gains" in asked:
@@ -100,6 +101,19 @@ class Table:
         return _markdown(
             [*head, *(_at(view) for view in others), *(f"{one} at {first.guidances[0]:g}" for one in rewards)], rows
         )
+
+    def curves(self, asked: Mapping[str, str]) -> list[str]:
+        """A row a variant and a column a guidance, the scores asked for in each."""
+        views = [view for view in self.views if view.key != OWN]
+        rows = []
+        for name, label in self.labels.items():
+            row = [label, str(len(self.variants[name].runs)) if name else ""]
+            for view in views:
+                found = {score: self.found.score(score, view, self.names[name]) for score in asked}
+                parts = [found[score].tags[tag] if tag else found[score].overall for score, tag in asked.items()]
+                row.append(" / ".join(_percent(part.value) for part in parts))
+            rows.append(row)
+        return _markdown(["", "seeds", *(_at(view) for view in views)], rows)
 
     def by_tag(self, names: Sequence[str]) -> list[str]:
         """Each variant's score in each tag, in the first view."""
