@@ -43,7 +43,14 @@ from agsm_rl.report.views import BASE, OWN, GuidanceView, base_values, make_view
 from agsm_rl.run.phases import phases
 
 HERE = Path(__file__).parent
-PAGES = ("docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md", "docs/objectives/agsm.md")
+PAGES = (
+    "docs/study/README.md",
+    "docs/study/scenes.md",
+    "README.md",
+    "docs/results.md",
+    "docs/limits.md",
+    "docs/objectives/agsm.md",
+)
 """Where the figures are quoted, from the project's folder."""
 BLOCK = re.compile(r"(<!-- (table|endpoints)\s(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure (\S+) -->).*?(<!-- / -->)", re.DOTALL)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 PAGES = ["docs/study/tables.py", "docs/study/figures.yaml", "docs/study/questions.yaml"]
 PAGES += ["docs/study/two_axes_questions.yaml"]
-PAGES += ["docs/study/README.md", "README.md", "docs/results.md", "docs/limits.md", "docs/objectives/agsm.md"]
+PAGES += ["docs/study/README.md", "docs/study/scenes.md"]
+PAGES += ["README.md", "docs/results.md", "docs/limits.md", "docs/objectives/agsm.md"]
 ROWS = re.compile(r"(<!-- (?:table|endpoints)\s.*?-->\n).*?(?=<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure \S+ -->).*?(<!-- / -->)")
 SWEEPS = sorted({file.name.removesuffix(".tar.xz") for file in STUDY.glob("*.tar.xz")} - {"negative_bank"})
