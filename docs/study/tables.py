@@ -17,6 +17,8 @@ A table:
     curves: in place of the scores, some at every guidance: each with the tag that it is taken of, or "" for the mean
     gains: rewards or scores; for each, what every variant's seeds gained over the base on these very images, with an
            interval over seeds alone
+    learned: in place of the scores, by reward: arms, each with what it began from ("" for the base). How much larger
+           the mean reward of the validation prompts' images is at guidance 1, with an interval over seeds alone
 """
 
 import json
@@ -76,7 +78,10 @@ class Table:
 
     def lines(self, asked: Mapping[str, Any]) -> list[str]:
         """All that is asked for, as Markdown."""
-        parts = [self.curves(asked["curves"]) if "curves" in asked else self.scores()]
+        if "learned" in asked:
+            parts = [self.learned(asked["learned"])]
+        else:
+            parts = [self.curves(asked["curves"]) if "curves" in asked else self.scores()]
         if "tags" in asked:
             parts.append(self.by_tag([BASE, *asked["tags"]]))
         if "gains" in asked:
@@ -152,6 +157,22 @@ class Table:
                 row.append(_with_bounds(found))
                 row.append(", ".join(_signed(one) for one in found))
             rows.append(row)
+        return _markdown(head, rows)
+
+    def learned(self, rewards: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """A row an arm: how much it raised its own reward above what it began from, and whether clear of zero."""
+        head = ["", "began from", "its reward", "seeds", "mean gain", "seed by seed", "learned"]
+        rows = []
+        for reward, began_from in rewards.items():
+            for name, first in began_from.items():
+                before = {run.seed: _mean_reward(run, reward) for run in self.variants[first].runs} if first else {}
+                changes = [
+                    _mean_reward(run, reward) - (before[run.seed] if first else _mean_reward(run, reward, base=True))
+                    for run in self.variants[name].runs
+                ]
+                learned = "yes" if DescrStatsW(changes).tconfint_mean()[0] > 0 else "no"
+                row = [self.labels[name], self.labels[first], reward, str(len(changes)), _with_bounds(changes)]
+                rows.append([*row, ", ".join(_signed(one) for one in changes), learned])
         return _markdown(head, rows)
 
     def _shown(self) -> tuple[list[GuidanceView], list[GuidanceView]]:
@@ -266,6 +287,14 @@ def _gain(evaluation: Any, reward: str) -> float:
     if reward in evaluation.scores:
         return float(evaluation.score(trained, reward) - evaluation.score(base, reward))
     return float(trained.rewards[reward] - base.rewards[reward])
+
+
+def _mean_reward(run: Run, reward: str, *, base: bool = False) -> float:
+    """The mean over the images of the validation prompts at guidance 1."""
+    evaluation = run.validation or run.evaluation
+    assert evaluation.split == "validation", f"{run.path} has no evaluation of validation prompts"
+    judged = (evaluation.base if base else evaluation.trained)[1.0]
+    return float(np.mean(judged.values[reward])) if reward in evaluation.scores else judged.rewards[reward]
 
 
 def _with_bounds(by_seed: Sequence[float]) -> str:
