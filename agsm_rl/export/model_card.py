@@ -151,7 +151,9 @@ def _training(recipe: Mapping[str, Any]) -> Iterator[str]:
         f"{recipe['steps']} steps, seed {recipe.get('seed', 0)}, {optimizer.get('use', 'adamw')} with learning rate "
         f"{optimizer.get('learning_rate')}, weight decay {optimizer.get('weight_decay')}."
     )
-    rows = ["| objective | learns from | rewards | weight | options |", "|---|---|---|---|---|"]
+    if recipe.get("start_from"):
+        yield _beginning(recipe)
+    rows = ["| objective | trains | learns from | rewards | weight | options |", "|---|---|---|---|---|---|"]
     beside = {"use", "name", "source", "view", "weight", "every", "offset", "t", "trains", "rewards"}
     for term in recipe["objectives"]:
         source = term["source"]
@@ -161,9 +163,26 @@ def _training(recipe: Mapping[str, Any]) -> Iterator[str]:
         paper = PAPERS.get(term["use"])
         name = f"[{term['use']}](https://arxiv.org/abs/{paper})" if paper else term["use"]
         options = ", ".join(f"{key}: {value}" for key, value in term.items() if key not in beside and value is not None)
-        cells = [name, f"{block.get('use')} of {_shown(str(data))}", ", ".join(rewards), term.get("weight"), options]
+        from_ = f"{block.get('use')} of {_shown(str(data))}"
+        cells = [name, ", ".join(_trains(term, recipe)), from_, ", ".join(rewards), term.get("weight"), options]
         rows.append(f"| {' | '.join(_cell(str(cell)) for cell in cells)} |")
     yield "\n".join(rows)
+
+
+def _trains(term: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    return list(term.get("trains") or recipe["adapters"])
+
+
+def _beginning(recipe: Mapping[str, Any]) -> str:
+    """What the training began from, what of it stayed as it was, and what a distance was measured from."""
+    trained = {name for term in recipe["objectives"] for name in _trains(term, recipe)}
+    frozen = [name for name in recipe["adapters"] if name not in trained]
+    words = f"The training began from the adapters of {_shown(recipe['start_from'])}"
+    if frozen:
+        words += f"; {' and '.join(frozen)} stayed as {'it was' if len(frozen) == 1 else 'they were'} there"
+    if recipe.get("reference") == "start_from":
+        words += ". An anchor, a KL and preferences measure from the model with those adapters, not from the base"
+    return words + "."
 
 
 def _figures(file: Path) -> Iterator[str]:

@@ -70,6 +70,22 @@ def test_a_card_says_what_the_hub_and_a_reader_want_to_know(run):
     assert "prompts.txt" in card.text and "/home/me" not in card.text
 
 
+def test_a_card_says_what_a_second_stage_began_from_and_what_it_left_alone(run):
+    ddpo = RECIPE["objectives"][0] | {"trains": ["lora"]}
+    stage = {
+        "start_from": "/home/me/runs/agsm",
+        "reference": "start_from",
+        "adapters": {"tokens": {"use": "soft_tokens", "num_tokens": 4}, "lora": {"use": "lora", "rank": 2}},
+        "objectives": [ddpo, ddpo | {"use": "anchor"}],
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | stage))
+    text = ModelCard.load(write_card(run)).text
+    assert "began from the adapters of agsm; tokens stayed as it was there. An anchor" in text
+    assert "| [ddpo](https://arxiv.org/abs/2305.13301) | lora | rollouts of prompts.txt |" in text
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert "began from" not in ModelCard.load(write_card(run)).text
+
+
 def test_a_base_on_this_machine_is_named_without_its_path_and_not_as_one_of_the_hub(run, tiny_checkpoint):
     content = RECIPE | {"backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint)}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(content))
