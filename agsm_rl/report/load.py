@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from agsm_rl.errors import UserError
+from agsm_rl.recipe.earlier import with_first_defaults
 from agsm_rl.report.eval_file import NOT_EVALUATED, EvalFile
 from agsm_rl.report.figures import Figure
 from agsm_rl.report.runs import Run, SweepCell, is_sweep, read_runs, read_sweep
@@ -175,7 +176,8 @@ def _named(runs: list[Run]) -> list[Run]:
 
 def _but_for_seed(run: Run) -> dict[str, Any]:
     """What is measured. In a sweep, a cell that continues from another one continues from that of its own seed."""
-    kept = {key: value for key, value in run.recipe.items() if key not in ("seed", *WATCHING)}
+    recipe = with_first_defaults(run.recipe)  # an option that came in later divides no runs
+    kept = {key: value for key, value in recipe.items() if key not in ("seed", *WATCHING)}
     kept["bank"] = run.evaluation.bank
     kept["guidance_form"] = run.evaluation.guidance_form
     if kept.get("start_from"):

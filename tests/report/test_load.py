@@ -23,6 +23,14 @@ def test_a_chains_runs_are_one_variant_where_each_goes_on_from_its_own_seed(tmp_
     assert named == [("then", (0, 1)), ("then (2)", (2,))]
 
 
+def test_a_run_from_before_an_option_existed_is_of_the_same_variant_as_one_with_its_first_default(tmp_path):
+    runs = [write_run(tmp_path / f"agsm-seed{seed}", seed=seed) for seed in (0, 1, 2)]
+    for run, later in zip(runs, ({}, {"reference": "base"}, {"reference": "start_from"}), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | later))
+    assert [(one.name, one.seeds) for one in load(runs).variants] == [("agsm", (0, 1)), ("agsm (2)", (2,))]
+
+
 def test_a_run_that_was_drawn_with_the_negative_bank_is_another_variant(tmp_path):
     runs = [write_run(tmp_path / name / "agsm-seed0") for name in ("plain", "negative")]
     content = json.loads((runs[1] / "eval.json").read_text())
