@@ -202,6 +202,8 @@ def _estimated(
         raise UserError(f"{where}.seeds: wants {endpoint.seeds}; {len(found.by_seed)} are there for both.")
     at = "each at its own guidance" if view.key == OWN else f"guidance {view.key}"
     what = f"{endpoint.variant} minus {endpoint.minus or 'the base'}, {endpoint.tag or scores[key].label}, {at}"
+    if loaded.evaluation.split == "validation":
+        what += ", on validation prompts"
     return what, scores[key], len(found.by_seed), found.tags[endpoint.tag] if endpoint.tag else found.overall
 
 

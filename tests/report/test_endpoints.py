@@ -1,5 +1,6 @@
 """A study's primary endpoints: read strictly, estimated as the report does, adjusted for their number."""
 
+import json
 import re
 import shutil
 
@@ -52,6 +53,16 @@ def test_each_answer_is_the_reports_own_difference(sweep, study):
     assert [one.seeds for one in found] == [2, 2, 2]
     assert [one.holm for one in found] == pytest.approx(holm([one.change.p_value for one in found]))
     assert all(one.verdict == "not told apart" for one in found if one.holm >= 0.05)
+
+
+@pytest.mark.parametrize("split", ["held_out", "validation"])
+def test_an_answer_from_validation_prompts_says_so(split, tmp_path, study):
+    for seed in (0, 1):
+        file = write_run(tmp_path / f"strong-seed{seed}", seed=seed) / "eval.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"split": split}))
+    study.write_text('endpoints: [{question: "Is it better?", variant: strong}]')
+    (found,) = answers(study, load([tmp_path / f"strong-seed{seed}" for seed in (0, 1)]))
+    assert found.what.endswith(", on validation prompts") == (split == "validation")
 
 
 def test_a_question_without_an_endpoint_is_corrected_for_all_the_same(sweep, study):
