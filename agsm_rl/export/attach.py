@@ -180,11 +180,21 @@ def _guide(
 
 
 def read_exports(path: str | os.PathLike[str]) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-    """Tensors and metadata of each adapter in a run folder or a folder of exported adapters, by name."""
-    exports = {}
+    """Tensors and metadata of each adapter in a run folder or a folder of exported adapters, by name.
+
+    UserError if two files hold adapters of one name.
+    """
+    exports: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
+    files: dict[str, Path] = {}
     for file in find_exports(Path(path)):
         tensors, metadata = read_export(file)
-        exports[metadata.get("name", file.stem)] = (tensors, metadata)
+        name = metadata.get("name", file.stem)
+        if name in exports:
+            raise UserError(
+                f"{path}: {files[name].name} and {file.name} are both an adapter named '{name}', of which one run can "
+                "have one. Move one of the two files away."
+            )
+        exports[name], files[name] = (tensors, metadata), file
     return exports
 
 
@@ -245,7 +255,10 @@ def names_continued(adapters: Mapping[str, str], exported: Mapping[str, str], *,
 def save_adapters(
     adapters: Mapping[str, Adapter], folder: str | os.PathLike[str], *, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write each adapter to `<name>.safetensors` (a single LoRA to `pytorch_lora_weights.safetensors`)."""
+    """Write each adapter to `<name>.safetensors` (a single LoRA to `pytorch_lora_weights.safetensors`).
+
+    A LoRA's file under its other name, from an earlier save, is removed; files of other adapters stay.
+    """
     target = local_path(folder)
     target.mkdir(parents=True, exist_ok=True)
     loras = [name for name, adapter in adapters.items() if adapter.kind == "lora"]
@@ -255,7 +268,17 @@ def save_adapters(
         tensors, described = adapter.export()
         write_export(file, tensors, {**metadata, **described, "name": name})
         files.append(file)
+    for file in {target / LORA_FILE, *(target / f"{name}.safetensors" for name in loras)} - {*files}:
+        if _is_export_of(file, loras):
+            file.unlink()
     return files
+
+
+def _is_export_of(file: Path, names: Collection[str]) -> bool:
+    try:
+        return file.is_file() and read_safetensors(file)[1].get("name") in names
+    except UserError:  # damaged: not ours to judge here, and whoever loads the folder is told
+        return False
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

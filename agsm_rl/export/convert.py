@@ -100,8 +100,14 @@ def convert(
     form = form or ("agsm" if banks == 2 else "softrepa")
     if form == "softrepa" and banks == 2:
         tell(POSITIVE_ALONE.format(source))
+    authors = _as_their_authors(tensors, form)
+    defaults = {"guidance_bank": "positive", "guidance_prompt": "empty"}
+    for key, default in defaults.items():
+        ours, theirs = metadata.get(key, default), authors.get(key, default)
+        if ours != theirs:
+            tell(f"OUT {out}: these tokens are for `{key}: {ours}`, but the authors' code draws with {theirs}.")
     if "layers" not in metadata:
-        theirs = _as_their_authors(tensors, form).get("places", ",".join(PUBLISHED_PLACES))
+        theirs = authors.get("places", ",".join(PUBLISHED_PLACES))
         ours = metadata.get("places", ",".join(PUBLISHED_PLACES))
         if ours != theirs:
             tell(f"OUT {out}: these tokens belong in the {ours} blocks, but the authors' code puts them in {theirs}.")

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from agsm_rl import __version__
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import LORA_FILE, find_exports, read_export
+from agsm_rl.export.attach import BASE_OPTIONS, LORA_FILE, find_exports, read_export
 from agsm_rl.files import HUB_NAME, local_path, read_json, read_text, write_text
 
 MARK = "<!-- Written by agsm-rl. Delete this line, and your changes are kept. -->"
@@ -95,6 +95,7 @@ def card_text(run: Path, files: list[Path], *, licence: str | None = None, pictu
         *([f"![Pictures during the training]({picture})"] if picture else []),
         "## How to load",
         _how_to_load(checkpoint, only_lora=only_lora),
+        *_on_the_base(recipe["backbone"]),
         "## Training",
         *_training(recipe),
         *_figures(run / "eval.json"),
@@ -145,11 +146,19 @@ def _how_to_load(checkpoint: str, *, only_lora: bool) -> str:
     return "\n".join(["```python", *lines, 'image = pipe("a prompt").images[0]', "```"])
 
 
+def _on_the_base(block: Mapping[str, Any]) -> Iterator[str]:
+    options = {name: block[name] for name in BASE_OPTIONS if name != "dtype" and block.get(name) is not None}
+    if options:
+        shown = ", ".join(f"`{name}: {_shown(str(value))}`" for name, value in options.items())
+        yield f"It was trained on that base with {shown}. Load and set the same, or the pictures differ."
+
+
 def _training(recipe: Mapping[str, Any]) -> Iterator[str]:
     optimizer = recipe.get("optimizer", {})
     yield (
         f"{recipe['steps']} steps, seed {recipe.get('seed', 0)}, {optimizer.get('use', 'adamw')} with learning rate "
         f"{optimizer.get('learning_rate')}, weight decay {optimizer.get('weight_decay')}."
+        f"{' The files hold the moving average (EMA) of the weights.' if recipe.get('export') == 'ema' else ''}"
     )
     if recipe.get("start_from"):
         yield _beginning(recipe)
@@ -195,6 +204,8 @@ def _figures(file: Path) -> Iterator[str]:
         yield "Base and trained on the same prompts and noise, with 95 % intervals."
         head = "| suite | guidance | score | base | trained |\n|---|---|---|---|---|"
         yield "\n".join([head, *rows[:MAX_ROWS]])
+        if len(rows) > MAX_ROWS:
+            yield f"{len(rows) - MAX_ROWS} more rows are left out."
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

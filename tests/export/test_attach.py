@@ -1,5 +1,6 @@
 """Exported adapters on plain pipelines: the same images, and nothing left behind."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from agsm_rl.adapters.lora import LoRA
 from agsm_rl.adapters.soft_tokens import SoftTokens
 from agsm_rl.backbones.stable_diffusion import StableDiffusion
 from agsm_rl.errors import UserError
-from agsm_rl.export.attach import attach, read_export, save_adapters
+from agsm_rl.export.attach import attach, find_exports, read_export, read_exports, save_adapters
 from agsm_rl.interfaces import Adapter, Backbone
 
 
@@ -124,6 +125,24 @@ def test_several_loras_are_told_apart_by_their_names(backbone: StableDiffusion, 
         adapter.attach(backbone)
     files = save_adapters(adapters, tmp_path, metadata={})
     assert [file.name for file in files] == ["first.safetensors", "second.safetensors"]
+
+
+def test_two_files_of_one_name_are_refused_where_a_run_would_start_from_them(exported: Path) -> None:
+    folder = exported / "adapter"
+    shutil.copy(folder / "tokens.safetensors", folder / "older.safetensors")
+    with pytest.raises(UserError, match="older.safetensors and tokens.safetensors are both an adapter named 'tokens'"):
+        read_exports(exported)
+
+
+def test_a_lora_saved_again_under_its_other_name_is_there_once(backbone: StableDiffusion, tmp_path: Path) -> None:
+    adapters = {name: LoRA(rank=2) for name in ("lora", "second")}
+    for adapter in adapters.values():
+        adapter.attach(backbone)
+    save_adapters({"lora": adapters["lora"]}, tmp_path, metadata={})
+    save_adapters(adapters, tmp_path, metadata={})
+    assert [file.name for file in find_exports(tmp_path)] == ["lora.safetensors", "second.safetensors"]
+    save_adapters({"second": adapters["second"]}, tmp_path, metadata={})
+    assert [file.name for file in find_exports(tmp_path)] == ["lora.safetensors", "pytorch_lora_weights.safetensors"]
 
 
 @pytest.mark.parametrize("path", ["", "adapter", "adapter/tokens.safetensors"])

@@ -273,3 +273,16 @@ def test_tokens_that_belong_elsewhere_than_the_authors_put_them_are_reported(tmp
         write_export(tmp_path / f"{places}.safetensors", {"soft_tokens": torch.ones(1, 4, width)}, metadata)
         convert(tmp_path / f"{places}.safetensors", tmp_path / places, "softrepa", tell=notes.append)
     assert len(notes) == 1 and "belong in the down,mid blocks, but the authors' code puts them in down" in notes[0]
+
+
+def test_tokens_whose_guidance_the_authors_do_not_use_are_reported(tmp_path):
+    notes: list[str] = []
+    for number, more in enumerate(
+        ({}, {"guidance_bank": "negative"}, {"guidance_bank": "negative", "guidance_prompt": "same"})
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        write_export(file, {"soft_tokens": torch.ones(2, 4, 2048)}, {"kind": "soft_tokens"} | more)
+        convert(file, tmp_path / str(number), "agsm", tell=notes.append)
+    assert len(notes) == 2
+    assert "for `guidance_bank: positive`, but the authors' code draws with negative" in notes[0]
+    assert "for `guidance_prompt: same`, but the authors' code draws with empty" in notes[1]

@@ -86,6 +86,19 @@ def test_a_card_says_what_a_second_stage_began_from_and_what_it_left_alone(run):
     assert "began from" not in ModelCard.load(write_card(run)).text
 
 
+def test_a_card_says_what_else_the_base_was_trained_with_and_what_it_leaves_out(run):
+    block = RECIPE["backbone"] | {"unet": "mhdang/dpo-sd1.5-text2image-v1", "lora": "/home/me/style", "quantize": None}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"backbone": block, "export": "ema"}))
+    tags = {f"tag {number}": {"score": 0.5} for number in range(41)}
+    (run / "eval.json").write_text(json.dumps(ENTRY | {"tags": tags, "base": {"tags": {}}}))
+    text = ModelCard.load(write_card(run)).text
+    assert "with `unet: mhdang/dpo-sd1.5-text2image-v1`, `lora: style`. Load and set the same" in text
+    assert "moving average (EMA)" in text and "2 more rows are left out." in text
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    text = ModelCard.load(write_card(run)).text
+    assert "Load and set the same" not in text and "EMA" not in text
+
+
 def test_a_base_on_this_machine_is_named_without_its_path_and_not_as_one_of_the_hub(run, tiny_checkpoint):
     content = RECIPE | {"backbone": {"use": "stable_diffusion", "checkpoint": str(tiny_checkpoint)}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(content))
