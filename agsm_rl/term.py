@@ -71,6 +71,10 @@ class Term:
         """Whether it learns in a step (counted from 0)."""
         return step >= self.offset and (step - self.offset) % self.every == 0 and self.weight_at(step) != 0
 
+    def turn(self, step: int) -> int:
+        """How often it would have learned before a step (counted from 0), were its weight never 0."""
+        return max(0, -((self.offset - step) // self.every))
+
 
 def check_range(t: tuple[float, float], objective: Objective, *, where: str) -> None:
     """UserError for a range of noise levels if the objective draws none."""

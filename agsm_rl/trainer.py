@@ -155,8 +155,7 @@ class Trainer:
                 continue
             weight = term.weight_at(self.step)
             if id(term.source) not in batches:
-                owners = (other for other in self.terms if other.source is term.source and other.objective.old)
-                self.policy.acting_for = next((owner.name for owner in owners), None)
+                self.policy.acting_for = self._drawn_for(term.source)
                 self.policy.graph_for = self._takes_graph(term.source)
                 # As the losses are computed: log-probabilities are compared across the two.
                 with self.accelerator.autocast():
@@ -197,7 +196,7 @@ class Trainer:
         self._apply(combined, metrics)
         for term in self.terms:
             old = term.objective.old
-            if old and term.is_due(self.step) and old.is_due(self.step, unlearned=term.source.unlearned()):
+            if old and term.is_due(self.step) and old.is_due(term.turn(self.step), unlearned=term.source.unlearned()):
                 self.policy.update_old(term.name, old.decay_at(self.step))
         metrics |= self.rates.metrics(self.optimizer)
         self.step += 1
@@ -205,6 +204,12 @@ class Trainer:
             if cache is not None:
                 cache.end_step()
         return metrics
+
+    def _drawn_for(self, source: Source) -> str | None:
+        """The term whose old policy a source means: the first that has one, before others one that learns now."""
+        owners = [term for term in self.terms if term.source is source and term.objective.old]
+        learning = [term for term in owners if term.is_due(self.step)]
+        return next((term.name for term in [*learning, *owners]), None)
 
     def _takes_graph(self, source: Source) -> Objective | None:
         """The first objective that is due and learns from the graph of the whole of a draw, if there is one."""

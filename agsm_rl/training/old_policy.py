@@ -18,7 +18,7 @@ class OldPolicy:
     Args:
         decay: Share of the old policy that stays at an update, in [0, 1]: a number, or a schedule {step: decay} with
             linear pieces between. 0 copies the trained parameters.
-        every: `draw`: after the last step that learns from a draw; or a number of steps.
+        every: `draw`: after the last step that learns from a draw; or a number of steps in which the term learns.
     """
 
     decay: float | Mapping[int, float] = 0.0
@@ -43,6 +43,6 @@ class OldPolicy:
         points = sorted((int(at), value) for at, value in self.decay.items())
         return float(np.interp(step, [at for at, _ in points], [value for _, value in points]))
 
-    def is_due(self, step: int, *, unlearned: int) -> bool:
-        """Whether it is updated after a step (counted from 0), with so many shares of the draw not learned from yet."""
-        return unlearned == 0 if self.every == "draw" else (step + 1) % int(self.every) == 0
+    def is_due(self, turn: int, *, unlearned: int) -> bool:
+        """Whether it is updated after a turn of its term (counted from 0), with so many shares of the draw left."""
+        return unlearned == 0 if self.every == "draw" else (turn + 1) % int(self.every) == 0

@@ -51,6 +51,37 @@ def test_its_decay_follows_the_schedule_of_steps(make_trainer):
             torch.testing.assert_close(trainer.policy._old["nft"][name], decay * before[name] + (1 - decay) * live)
 
 
+def test_it_counts_the_steps_in_which_its_term_learns(make_policy, make_rollouts, make_pairs):
+    nft = Term(DiffusionNFT(old=OldPolicy(every=2)), make_rollouts(eta=0.0), name="nft", every=3, offset=1)
+    trainer = Trainer(make_policy(), [nft, Term(AGSM(group_size=2), make_pairs(), name="agsm")], steps=8)
+    updated = []
+    for step in range(8):
+        trainer.run_step()
+        if same(trainer.policy._old["nft"], copies(trainer.policy)):
+            updated.append(step)
+    assert updated == [4]  # it learns in steps 1, 4 and 7; every second time is 4
+
+
+def test_of_two_terms_on_a_source_the_one_that_learns_now_draws(make_policy, make_rollouts):
+    source = make_rollouts(eta=0.0, drawn_by="old")
+    weights = {"first": {0: 1.0, 1: 0.0}, "second": {0: 0.0, 1: 1.0}}
+    terms = [
+        Term(DiffusionNFT(old=OldPolicy()), source, name=name, weight=weight, source_name="shared")
+        for name, weight in weights.items()
+    ]
+    trainer, drawn_for = Trainer(make_policy(), terms, steps=3), []
+    draw = source.next
+
+    def watched(policy):
+        drawn_for.append(policy.acting_for)
+        return draw(policy)
+
+    source.next = watched
+    for _ in range(3):
+        trainer.run_step()
+    assert drawn_for == ["first", "second", "second"]
+
+
 def test_the_ema_is_not_touched_by_it(make_trainer, make_policy, make_rollouts, make_pairs):
     trainer = make_trainer()
     start = copies(trainer.policy)
