@@ -67,6 +67,11 @@ class Declaration:
     denoiser: nn.Module
     resolution: Resolution
 
+    @classmethod
+    def drawing_by_name(cls, checkpoint: str) -> tuple[float, int]:
+        """`drawing` as far as the checkpoint's name tells, before it is loaded."""
+        return cls.drawing
+
     @property
     def call_options(self) -> dict[str, Any]:
         """Arguments, besides prompts, with which the pipeline draws what this backbone predicts."""

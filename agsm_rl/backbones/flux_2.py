@@ -109,6 +109,11 @@ class Flux2Klein(FlowPipeline):
         outputs = [f"single_transformer_blocks.{block}.attn.to_out" for block in single]
         self.lora_targets = (*type(self).lora_targets, "to_qkv_mlp_proj", *outputs)
 
+    @classmethod
+    def drawing_by_name(cls, checkpoint: str) -> tuple[float, int]:
+        """That of a base where it is called so, else that of a distilled checkpoint."""
+        return (4.0, 50) if "base" in checkpoint.lower() else (1.0, 4)
+
     @property
     def drawing(self) -> tuple[float, int]:  # type: ignore[override]
         """As in the model cards: guidance 4 and 50 steps; distilled, 4 steps without guidance."""

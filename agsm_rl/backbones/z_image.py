@@ -92,6 +92,11 @@ class ZImage(FlowPipeline):
         self.cfg_truncation = cfg_truncation
         super().__init__(checkpoint, **options)
 
+    @classmethod
+    def drawing_by_name(cls, checkpoint: str) -> tuple[float, int]:
+        """That of Turbo where it is called so."""
+        return (1.0, 8) if "turbo" in checkpoint.lower() else (5.0, 50)
+
     @property
     def drawing(self) -> tuple[float, int]:  # type: ignore[override]
         """As published: 8 steps without guidance for Turbo; 50 steps at the pipeline's guidance 4 for the base."""

@@ -27,8 +27,16 @@ REWARD_OPTIONS: dict[str, dict[str, Any]] = {"hpsv2": {"version": "2.1"}, "hpsv2
 """Options that a reward cannot do without, as most papers set them."""
 PER_DRAW = 8
 """Prompts of a draw, where the list has as many."""
-GUIDANCE = 5.0
-"""Of a user's own model, in draws, grids and evaluation."""
+OF_UNETS = (5.0, 30)
+"""Guidance, as DDPO's authors draw (arXiv 2305.13301), and steps of grids and evaluation; a flow model has its own."""
+DRAWN_IN = {True: 10, False: 20}
+"""Most steps of a draw that is learned from, of a flow model (as Flow-GRPO, arXiv 2505.05470) and of a U-Net."""
+OPTIONS = {
+    "flow_grpo": "kl: published     # Flow-GRPO's own distance from the base, which kl_weight belongs to",
+    "diffusion_nft": "old: {decay: {0: 0.0, 500: 0.5}, every: draw}     # the old policy follows, as released",
+}
+"""What an objective should not leave at its default, as published."""
+OF_SD3 = "gamma_negative: 0.1     # as published for SD3"
 PASSES = {
     "agsm": "groups_per_pass: 1",
     "softrepa": "groups_per_pass: 1",
@@ -95,17 +103,29 @@ def default_objectives(wishes: Wishes) -> tuple[str, ...]:
     return from_rewards + (("agsm",) if wishes.images is not None else ())
 
 
-def is_flow(checkpoint: str) -> bool:
-    """Whether it is a flow model, by its model_index.json or by its name; no hub is asked."""
-    from agsm_rl.backbones import FlowPipeline, kinds  # diffusers takes seconds to load
+def kind_of(checkpoint: str) -> Any:
+    """Its kind of backbone, by its model_index.json or by its name, None if unknown; no hub is asked."""
+    from agsm_rl.backbones import kinds  # diffusers takes seconds to load
 
     index = Path(checkpoint) / "model_index.json"
     if index.is_file():
         content = parse_json(read_text(index), where=str(index))
-        kind = kinds.kind_of(str(content.get("_class_name"))) if isinstance(content, dict) else None
-    else:
-        kind = kinds.kind_by_name(checkpoint)
+        return kinds.kind_of(str(content.get("_class_name"))) if isinstance(content, dict) else None
+    return kinds.kind_by_name(checkpoint)
+
+
+def is_flow(checkpoint: str) -> bool:
+    """Whether it is a flow model."""
+    from agsm_rl.backbones import FlowPipeline
+
+    kind = kind_of(checkpoint)
     return kind is not None and issubclass(kind, FlowPipeline)
+
+
+def drawing_of(checkpoint: str) -> tuple[float, int]:
+    """Guidance and steps of its pictures, as published."""
+    drawing: tuple[float, int] = kind_of(checkpoint).drawing_by_name(checkpoint) if is_flow(checkpoint) else OF_UNETS
+    return drawing
 
 
 def starter_recipe(wishes: Wishes, file: Path) -> str:
@@ -122,11 +142,10 @@ def starter_recipe(wishes: Wishes, file: Path) -> str:
         f"#   agsm-rl train {named}",
         "seed: 0          # the same seed gives the same run\nsteps: 500       # steps of the optimizer",
         _backbone(wishes.checkpoint, small=small),
-        "# What is trained; the base itself stays frozen. `banks: 2` would give negative prompts a LoRA of their own.\n"
-        "adapters:\n  lora: {use: lora, rank: 16}",
+        _adapters(objectives),
     ]
     if wishes.prompts is not None:
-        parts.append(_own_images(wishes, small=small))
+        parts.append(_own_images(wishes, objectives, small=small))
     parts.append(_objectives(objectives, wishes, small=small))
     rate = "3.0e-4" if set(objectives) <= set(FROM_REWARDS) else "1.0e-4"  # as published, for a LoRA of SD1.5 and SD3
     parts.append(f"optimizer:\n  learning_rate: {rate}")
@@ -149,17 +168,32 @@ def _backbone(checkpoint: str, *, small: bool) -> str:
     return "\n".join(lines)
 
 
-def _own_images(wishes: Wishes, *, small: bool) -> str:
+def _adapters(objectives: Sequence[str]) -> str:
+    lines = ["# What is trained; the base itself stays frozen.", "adapters:"]
+    if "agsm" not in objectives:
+        return "\n".join([*lines, "  lora: {use: lora, rank: 16}"])
+    lines.append("  lora: {use: lora, rank: 16, banks: 2}     # AGSM keeps the second for captions that do not match")
+    return "\n".join([*lines, "ema: {decay: 0.99}     # AGSM compares with this moving average; 0.9999 for long runs"])
+
+
+def _own_images(wishes: Wishes, objectives: Sequence[str], *, small: bool) -> str:
     lines = ["# The model draws images from these prompts, and the rewards say how good they are.", "sources:"]
     lines += ["  own_images:", "    use: rollouts", f"    prompts: {_plain(wishes.prompts)}", "    rewards:"]
     for name in wishes.rewards:
         lines.append(f"      {_reward(name)}")
     lines += [
         f"    num_prompts: {wishes.num_prompts}         # prompts per draw",
-        "    images_per_prompt: 8   # advantages compare these",
+        "    images_per_prompt: 8",
     ]
-    guidance = 3.0 if small else GUIDANCE
-    lines += ["    num_steps: 20          # fewer are faster, and worse", f"    guidance: {guidance}"]
+    if set(objectives) & {"flow_grpo", "diffusion_nft"}:
+        lines.append("    advantages: {by: group, std: global}     # the images of a prompt are compared, as published")
+    guidance, steps = drawing_of(wishes.checkpoint)
+    steps = min(steps, DRAWN_IN[is_flow(wishes.checkpoint)])
+    if set(objectives) & set(FROM_REWARDS) == {"diffusion_nft"}:  # which needs no noise on the way, nor guidance
+        lines += ["    drawn_by: old", "    eta: 0.0", "    guidance: 1.0"]
+    else:
+        lines.append(f"    guidance: {3.0 if small else guidance}")
+    lines.append(f"    num_steps: {steps}          # fewer are faster, and worse")
     if not small:
         lines.append("    sample_batch_size: 4   # drawn at once: as many as learn at once, so that both round alike")
     return "\n".join(lines)
@@ -176,6 +210,10 @@ def _objectives(names: Sequence[str], wishes: Wishes, *, small: bool) -> str:
             lines += [f"  - use: {name}", "    source: own_images"]
             if name in VIEWS:
                 lines.append(f"    view: {{use: {VIEWS[name]}}}")
+        if name in OPTIONS:
+            lines.append(f"    {OPTIONS[name]}")
+        if name == "agsm" and getattr(kind_of(wishes.checkpoint), "name", "") == "stable_diffusion_3":
+            lines.append(f"    {OF_SD3}")
         if not small:
             lines.append(f"    {PASSES[name]}     # smaller passes, the same gradient")
     return "\n".join(lines)
@@ -185,7 +223,8 @@ def _evaluation(wishes: Wishes, *, small: bool) -> str:
     """Grids of pictures, and what is measured: base against trained, on the same prompts and noise."""
     lines = ["# A grid of pictures every so many steps, the base's first, always from the same noise."]
     lines += ["sample:", "  every: 50", "  num_images: 8"]
-    own = [] if small else [f"  guidance: {GUIDANCE}"]
+    guidance, steps = drawing_of(wishes.checkpoint)
+    own = [] if small else [f"  guidance: {guidance}", f"  num_steps: {steps}"]
     lines += own
     if wishes.prompts is not None:
         lines.append(f"  prompts: {_plain(wishes.prompts)}")

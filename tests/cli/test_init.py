@@ -137,3 +137,46 @@ def test_what_cannot_be_made_into_a_recipe_is_refused_and_writes_nothing(command
     assert gone.exit_code == 2 and gone.stderr.count("taste_of_mine has no 'gone'") == 2
     assert_refused(command("init", "--yes", "-o", "no/such/x.yaml"), "there is no folder")
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def written(checkpoint, tmp_path, **wishes):
+    return Recipe.from_data(yaml.safe_load(starter_recipe(Wishes(checkpoint, **wishes), tmp_path / "x.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "guidance", "num_steps"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 5.0, 30),
+        ("stabilityai/stable-diffusion-3.5-medium", 4.0, 28),
+        ("black-forest-labs/FLUX.1-dev", 1.0, 28),
+        ("black-forest-labs/FLUX.1-schnell", 1.0, 4),
+        ("black-forest-labs/FLUX.2-klein-4B", 1.0, 4),
+        ("black-forest-labs/FLUX.2-klein-base-4B", 4.0, 50),
+        ("Tongyi-MAI/Z-Image-Turbo", 1.0, 8),
+        ("Tongyi-MAI/Z-Image", 5.0, 50),
+    ],
+)
+def test_a_model_is_drawn_with_its_own_guidance_and_steps(checkpoint, guidance, num_steps, tmp_path):
+    recipe = written(checkpoint, tmp_path, prompts="builtin:shapes-prompts", rewards=("sharpness",))
+    drawn = recipe.sources["own_images"].options
+    assert (recipe.evaluate.guidance, recipe.sample.guidance, drawn["guidance"]) == ([guidance], [guidance], guidance)
+    assert recipe.evaluate.num_steps == recipe.sample.num_steps == num_steps
+    assert drawn["num_steps"] == min(num_steps, 10 if recipe.objectives[0].use == "flow_grpo" else 20)
+
+
+def test_agsm_has_a_second_bank_and_an_ema_that_a_short_run_moves(tmp_path):
+    for checkpoint, gamma in {"builtin:shapes-sd15": 1.0, "builtin:shapes-sd3": 0.1}.items():
+        recipe = written(checkpoint, tmp_path, images="builtin:shapes")
+        assert recipe.adapters["lora"].options["banks"] == 2 and recipe.ema.decay == 0.99
+        assert recipe.objectives[0].options["gamma_negative"] == gamma
+
+
+def test_flow_grpo_and_nft_are_as_their_authors_train_them(tmp_path):
+    how = {"prompts": "builtin:shapes-prompts", "rewards": ("sharpness",)}
+    recipe = written("builtin:shapes-sd3", tmp_path, **how)
+    assert recipe.objectives[0].use == "flow_grpo" and recipe.objectives[0].options["kl"] == "published"
+    assert recipe.sources["own_images"].options["advantages"] == {"by": "group", "std": "global"}
+    recipe = written("builtin:shapes-sd3", tmp_path, **how, objectives=("diffusion_nft",))
+    drawn = recipe.sources["own_images"].options
+    assert (drawn["drawn_by"], drawn["eta"], drawn["guidance"]) == ("old", 0.0, 1.0)
+    assert recipe.objectives[0].options["old"] == {"decay": {"0": 0.0, "500": 0.5}, "every": "draw"}
