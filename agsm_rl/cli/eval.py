@@ -155,6 +155,7 @@ def evaluate(
     output: Output,
     options: SuiteFlags,
     allowed: Permissions,
+    context: typer.Context,
 ) -> None:
     """Measure a model, or images that any tool made, on a suite, with 95 % intervals."""
     options.check(suite, allowed.granted())
@@ -171,11 +172,11 @@ def evaluate(
         SHAPES_BATCH if suite in ("shapes", "scenes") and output.images is None else DrawingSettings.batch_size
     )
     settings = DrawingSettings(
-        seed=drawing.seed,
+        seed=drawing.seed if _is_given(context, "seed") else None,
         guidance=drawing.guidance,
         num_steps=drawing.num_steps,
         batch_size=drawing.batch_size or usual_batch,
-        prompt_suffix=drawing.prompt_suffix,
+        prompt_suffix=drawing.prompt_suffix if _is_given(context, "prompt_suffix") else None,
         bank=drawing.bank,
         guidance_bank=drawing.guidance_bank,
         guidance_prompt=drawing.guidance_prompt,
@@ -189,9 +190,16 @@ def evaluate(
         compare=comparison.compare,
         base=drawing.base,
         backbone=drawing.backbone(),
+        suite_flags=options.flags(),
         allow_imports=granted,
     )
     chosen = make_suite(
         suite, options, target=target, num_images=drawing.num_images, seed=drawing.seed, allow_imports=granted
     )
     evaluate_target(target, chosen, what, json_file=output.json_file)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, be it with its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

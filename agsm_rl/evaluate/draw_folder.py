@@ -41,13 +41,16 @@ ELSEWHERE = ("device", "dtype", "resolution", "gradient_checkpointing", "local_f
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How images are drawn; None leaves the choice to the target. `prompt_suffix` is added to each prompt."""
+    """How images are drawn; None leaves the choice to the target, or to the images that it is compared with.
 
-    seed: int = 0
+    Where neither has one, the seed is 0, and `prompt_suffix`, which is added to each prompt, is empty.
+    """
+
+    seed: int | None = None
     guidance: float | None = None
     num_steps: int | None = None
     batch_size: int = 8
-    prompt_suffix: str = ""
+    prompt_suffix: str | None = None
     bank: Bank = "positive"
     guidance_bank: GuidanceBank | None = None
     guidance_prompt: GuidancePrompt | None = None
@@ -102,11 +105,11 @@ def pinned(target: Target, settings: DrawingSettings) -> dict[str, Any]:
                 "target": target.name,
                 "backbone": {key: value for key, value in target.block.items() if key not in ELSEWHERE},
                 "adapters": {file.name: sha256(file) for file in target.files},
-                "seed": settings.seed,
+                "seed": settings.seed or 0,
                 "guidance": target.guidance if settings.guidance is None else settings.guidance,
                 "num_steps": settings.num_steps or target.num_steps,
                 **target.guidance_form(),
-                "prompt_suffix": settings.prompt_suffix,
+                "prompt_suffix": settings.prompt_suffix or "",
                 "bank": settings.bank,
                 "resolution": target.backbone.resolution,
                 "call_options": target.backbone.call_options,
@@ -181,8 +184,8 @@ def draw_batch(suite: Suite, backbone: Backbone, asked: Sequence[Asked | Drawn],
     assert how.guidance is not None and how.num_steps is not None
     return suite.draw(
         backbone,
-        [item.prompt + how.prompt_suffix for item in asked],
-        [seed_of(how.seed, item.prompt_index, item.number) for item in asked],
+        [item.prompt + (how.prompt_suffix or "") for item in asked],
+        [seed_of(how.seed or 0, item.prompt_index, item.number) for item in asked],
         [item.metadata for item in asked],
         guidance=how.guidance,
         num_steps=how.num_steps,

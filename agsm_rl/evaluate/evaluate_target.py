@@ -9,21 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
-from agsm_rl.errors import UserError
-from agsm_rl.evaluate.draw_folder import DrawingSettings, versions
+from agsm_rl.evaluate.draw_folder import versions
+from agsm_rl.evaluate.eval_checks import check_options
 from agsm_rl.evaluate.image_folder import is_image_folder
 from agsm_rl.evaluate.measured import without_files
 from agsm_rl.evaluate.suite import Result, Suite
-from agsm_rl.evaluate.suite_process import EvalOptions, SuiteProcess, TargetImages, is_drawn, is_plain_folder
+from agsm_rl.evaluate.suite_process import EvalOptions, SuiteProcess, TargetImages, is_drawn
 from agsm_rl.files import write_text
 from agsm_rl.run.screen import make_console, tell
 
 __all__ = ["EvalOptions", "evaluate_target"]
 
-OF_TARGET = ("bank", "guidance_bank", "guidance_prompt")
-"""Settings that a target to compare with is not drawn by."""
-OWN_FLAGS = ("dtype", "resolution")
-"""Options of the backbone that have flags of their own; the others are given by --backbone."""
 SETTINGS = ("seed", "guidance", "num_steps", "prompt_suffix", "bank", "resolution")
 """What decided the images, of what is also under `drawing`."""
 
@@ -36,15 +32,15 @@ def evaluate_target(
     With `share`, draw and measure only that share of the work and return {}; the same command without it gathers what
     all shares left in `images`. Under `accelerate launch`, the first process gathers.
     """
-    _check_options(target, suite, options)
+    check_options(target, suite, options)
     process = SuiteProcess.begin(suite, options)
     folder, other = options.images, None
     if options.against and is_image_folder(Path(options.against)) and not is_drawn(target):
-        other = process.images_of(options.against, folder)  # draw the target with the settings of these
+        other = process.images_of(options.against, folder, is_other=True)  # draw the target with the settings of these
     images = process.images_of(target, folder, like=other)
     if other is None and (options.against or options.compare):
         subfolder = None if folder is None else folder / ("against" if options.against else "base")
-        other = process.images_of(options.against, subfolder, like=images)
+        other = process.images_of(options.against, subfolder, like=images, is_other=True)
     process.wait()
     if not process.gathers:
         if options.share is not None:
@@ -118,37 +114,3 @@ def _description(images: TargetImages) -> dict[str, Any]:
     drawing = images.drawing or {}
     settings = {key: drawing.get(key) for key in SETTINGS}
     return {"target": images.name, **settings, "drawing": images.drawing}
-
-
-def _without_effect(options: EvalOptions, *, exists: bool, draws: bool) -> list[str]:
-    """The options given of how to draw that nothing is drawn by: a target to compare with has no bank and no base."""
-    drawing, usual = options.drawing, DrawingSettings()
-    of_target = {name: getattr(drawing, name) != getattr(usual, name) for name in OF_TARGET}
-    of_target |= {"base": options.base is not None}
-    of_any = {name: getattr(drawing, name) is not None for name in ("guidance", "num_steps")}
-    of_any |= {name if name in OWN_FLAGS else "backbone": True for name in options.backbone}
-    unused = (of_target if exists else {}) | (of_any if not draws else {})
-    return [name for name, is_given in unused.items() if is_given]
-
-
-def _exists(target: str, suite: Suite) -> bool:
-    return is_drawn(target) or is_plain_folder(target, suite)
-
-
-def _check_options(target: str, suite: Suite, options: EvalOptions) -> None:
-    if options.against and options.compare:
-        raise UserError("--against and --compare: give one, not both; --compare compares with the target's own base.")
-    exists = _exists(target, suite)
-    draws = not exists or not (options.against is None or _exists(options.against, suite))
-    if options.compare and exists:
-        raise UserError(f"--compare: {target} has no base; give a target to compare with as --against.")
-    if options.drawing.prompt_suffix and exists:
-        raise UserError(f"--prompt-suffix: {target} is already drawn; leave the option out.")
-    for name in _without_effect(options, exists=exists, draws=draws):
-        raise UserError(f"--{name.replace('_', '-')}: has no effect, {target} is already drawn; leave the option out.")
-    if options.images is not None and exists and not options.against:
-        raise UserError(f"--images {options.images}: {target} is already drawn; leave --images out.")
-    if options.share is not None and options.images is None and draws:
-        raise UserError("--shard: the shares need a shared folder; give one as --images.")
-    if options.images is not None and options.images.exists() and not options.images.is_dir():
-        raise UserError(f"--images {options.images}: this is a file; give a folder.")

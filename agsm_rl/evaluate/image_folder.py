@@ -24,6 +24,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Accepted whatever the file's name: Pillow would pass others, such as PostScript, to external programs."""
 METADATA, SAMPLES = "metadata.jsonl", "samples"
+ASKED = "asked_sha256"
+"""A measurement's key for the prompt that it was made for."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def is_whole(path: Path) -> bool:
 class Measurements:
     """Measurements of images, one JSON file each in the folder `kind` beside `samples`.
 
-    A measurement does not count if the image has changed since, or if it was made with another `how`.
+    A measurement does not count if the image has changed since, if it was made with another `how`, or if it was made
+    for another prompt: its text and every other column, where the judge sees them (`asked`).
 
     Args:
         kind: The folder's name.
@@ -123,29 +126,55 @@ class Measurements:
         """Where the measurement of an image is stored."""
         return image.parents[1] / self.kind / f"{image.name}.json"
 
-    def read(self, image: Path) -> Any | None:
-        """The measurement; None if there is no valid one."""
+    def read(self, image: Path, asked: Mapping[str, Any] | None = None) -> Any | None:
+        """The measurement; None if there is no valid one.
+
+        Args:
+            image: The image's file.
+            asked: The prompt's row, as the judge sees it; None if it judges by the image alone.
+        """
         try:
             content = read_json(self.file(image))
             holds = content["image_sha256"] == self._digest(image)
             holds = holds and (content["how"] == self.how or self._of_today(content["how"]) == self.how)
+            holds = holds and (asked is None or self._is_of(content, image, asked))
             return content["found"] if holds else None
         except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def write(self, image: Path, measured: Any) -> None:
-        """Store a measurement; a kill leaves the old one, the new one or none."""
+    def write(self, image: Path, measured: Any, asked: Mapping[str, Any] | None = None) -> None:
+        """Store a measurement; a kill leaves the old one, the new one or none. `asked` is as for `read`."""
         file = self.file(image)
+        content = {"how": self.how, "image_sha256": self._digest(image)}
+        content |= {} if asked is None else {ASKED: _digest_of(asked)}
         try:
             file.parent.mkdir(exist_ok=True)
-            write_text(
-                file, json.dumps({"how": self.how, "image_sha256": self._digest(image), "found": measured}) + "\n"
-            )
+            write_text(file, json.dumps(content | {"found": measured}) + "\n")
         except OSError as error:
             raise UserError(
                 f"{file}: cannot be written ({error.strerror}). Measurements are stored beside the images, so give a "
                 "writable copy of the folder."
             ) from error
+
+    def _is_of(self, content: Mapping[str, Any], image: Path, asked: Mapping[str, Any]) -> bool:
+        """Whether a measurement was made for this prompt.
+
+        Earlier versions did not store what they were asked. Theirs count if they name this prompt themselves, as
+        verdicts do; or else as long as the prompt beside the image is this one, and was not written after them.
+        """
+        if ASKED in content:
+            return bool(content[ASKED] == _digest_of(asked))
+        if isinstance(content["found"], dict) and "prompt" in content["found"]:
+            return bool(content["found"]["prompt"] == asked["prompt"])
+        prompt = image.parents[1] / METADATA
+        written, measured = prompt.stat().st_mtime_ns, self.file(image).stat().st_mtime_ns
+        return written <= measured and _digest_of(_read_metadata(prompt)) == _digest_of(asked)
+
+
+def _digest_of(asked: Mapping[str, Any]) -> str:
+    """The hash of a prompt's row, the same before it is written to metadata.jsonl and after it is read from there."""
+    plain = json.dumps(json.loads(json.dumps(asked)), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.image_folder import Drawn, Measurements, open_picture, sha256
-from agsm_rl.evaluate.suite import Judged, Suite
+from agsm_rl.evaluate.suite import Judged, Metadata, Row, Suite
 
 
 class KeptRows:
@@ -27,13 +27,13 @@ class KeptRows:
 
     def pending(self, images: Sequence[Drawn]) -> list[Drawn]:
         """The images that lack a row of some part."""
-        return [item for item in images if any(kept.read(item.path) is None for _, kept in self._parts)]
+        return [item for item in images if any(self._row(kept, item) is None for _, kept in self._parts)]
 
     def judge(self, images: Sequence[Drawn]) -> None:
         """Judge a few images by the parts that have no row of them yet."""
         pictures: dict[Path, Image] = {}
         for part, kept in self._parts:
-            missing = [item for item in images if kept.read(item.path) is None]
+            missing = [item for item in images if self._row(kept, item) is None]
             for item in missing:
                 if item.path not in pictures:
                     pictures[item.path] = open_picture(item.path)
@@ -42,18 +42,25 @@ class KeptRows:
             seen = [pictures[item.path] for item in missing]
             rows = part.judge(seen, [item.prompt for item in missing], [item.metadata for item in missing])
             for item, row in zip(missing, rows, strict=True):
-                kept.write(item.path, row)
+                kept.write(item.path, row, self._asked(item))
 
     def read(self, images: Sequence[Drawn]) -> list[Judged]:
         """The rows of all images; UserError if one has none."""
         judged = []
         for item in images:
-            rows = [kept.read(item.path) for _, kept in self._parts]
+            rows = [self._row(kept, item) for _, kept in self._parts]
             if any(row is None for row in rows):
                 raise UserError(f"{item.path}: is not measured yet; run the evaluation again to the end.")
             row = self.suite.join(rows)
             judged.append(Judged(item.prompt_index, item.number, item.metadata, row, str(item.path)))
         return judged
+
+    def _row(self, kept: Measurements, item: Drawn) -> Row | None:
+        return kept.read(item.path, self._asked(item))
+
+    def _asked(self, item: Drawn) -> Metadata | None:
+        """What a row depends on of the prompt: all of it, or nothing."""
+        return item.metadata if self.suite.needs_prompts else None
 
 
 def judged_in_memory(suite: Suite, images: Sequence[Drawn], *, at_once: int) -> list[Judged]:

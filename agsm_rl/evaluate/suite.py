@@ -125,6 +125,8 @@ class Suite(ABC):
         folder: Name of the folder that keeps the rows beside pictures; by default the suite's name.
         smaller_is_better: The scores, of `score_names()`, of which less is better.
         needs_prompts: Whether a row depends on the prompt; if not, a folder of pictures without prompts can be judged.
+        only_draws: The options that decide which images are drawn, and nothing of how they are judged or reported:
+            `agsm-rl eval` refuses them for images that exist.
         keeps_size: Whether its pictures are always drawn at the base's own resolution, whatever `evaluate` says.
 
     A class that runs a command, or sends pictures or keys to a host, has a static method `permissions(options)`
@@ -136,6 +138,7 @@ class Suite(ABC):
     folder: str = ""
     smaller_is_better: frozenset[str] = frozenset()
     needs_prompts: bool = True
+    only_draws: frozenset[str] = frozenset({"seed"})
     keeps_size: bool = False
 
     @abstractmethod

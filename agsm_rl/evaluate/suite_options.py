@@ -41,6 +41,13 @@ class SuiteOptions:
         """The options that are given, except `option`."""
         return {name: getattr(self, name) for name in NAMES if getattr(self, name)}
 
+    def flags(self) -> dict[str, str]:
+        """How each given option is written on the command line, by the name of the suite's argument."""
+        named = [text.partition("=")[0] for text in self.option or ()]
+        return {name: f"--option {name}" for name in named} | {
+            ARGUMENTS.get(name, name): entered(name) for name in self.given()
+        }
+
     def names_rewards(self) -> bool:
         """Whether a reward is named."""
         return bool(self.reward or self.rewards_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class EvalOptions:
         compare: Compare with the target's own base.
         base: The base to use the target on.
         backbone: Options of the backbone, which take precedence over the target's.
+        suite_flags: The options given to the suite: how the user wrote each, by its name in the suite's constructor.
         allow_imports: Modules whose code a target may name.
     """
 
@@ -47,6 +49,7 @@ class EvalOptions:
     compare: bool = False
     base: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
+    suite_flags: Mapping[str, str] = field(default_factory=dict)
     allow_imports: frozenset[str] = frozenset()
 
 
@@ -61,6 +64,7 @@ class TargetImages:
         judged: The rows of images that are not kept in a folder of ours.
         results: The result that was read from a .jsonl file.
         folder: The folder that keeps the images.
+        has_prompts: Whether it is known what the images were drawn for.
     """
 
     name: str
@@ -69,10 +73,13 @@ class TargetImages:
     judged: list[Judged] = field(default_factory=list)
     results: Result | None = None
     folder: Path | None = None
+    has_prompts: bool = True
 
     @property
     def asked(self) -> list[Asked]:
-        """What was drawn."""
+        """What was drawn, if that is known."""
+        if not self.has_prompts:
+            return []
         return [Asked(item.prompt_index, item.number, item.metadata) for item in self.files or self.judged]
 
 
@@ -119,18 +126,22 @@ class SuiteProcess:
             self.suite.write_results(result, images.folder)
         return result
 
-    def images_of(self, target: str | None, folder: Path | None, like: TargetImages | None = None) -> TargetImages:
+    def images_of(
+        self, target: str | None, folder: Path | None, like: TargetImages | None = None, *, is_other: bool = False
+    ) -> TargetImages:
         """The target's images, taken or drawn, with this process's share judged.
 
         Args:
             target: The target; None is the base of the previous one.
             folder: Where drawn images are kept; None keeps none.
             like: Images to compare with, whose prompts, noise, guidance and steps are used.
+            is_other: Whether it is what TARGET is compared with: drawn with its own base and bank, even if it is the
+                same model.
         """
         if target is not None and target.endswith(".jsonl"):
             return TargetImages(target, results=self.suite.read_results(Path(target)))
         images = self._existing(target) if target is not None else None
-        return images or self._drawn(target, folder, like)
+        return images or self._drawn(target, folder, like, is_other)
 
     def _existing(self, target: str) -> TargetImages | None:
         """Images that exist already; None if the target is a model."""
@@ -152,7 +163,8 @@ class SuiteProcess:
         if is_plain_folder(target, self.suite):
             files = [Drawn(picture, 0, k, {"prompt": ""}) for k, picture in enumerate(pictures_in(path))]
             self.suite.prepare()
-            return TargetImages(target, judged=judged_in_memory(self.suite, files, at_once=JUDGED_AT_ONCE))
+            judged = judged_in_memory(self.suite, files, at_once=JUDGED_AT_ONCE)
+            return TargetImages(target, judged=judged, has_prompts=False)
         return None
 
     def _check(self, item: Drawn) -> None:
@@ -161,10 +173,11 @@ class SuiteProcess:
         except UserError as error:
             raise UserError(f"{item.path.parents[1] / METADATA}: {error}") from error
 
-    def _drawn(self, target: str | None, folder: Path | None, like: TargetImages | None) -> TargetImages:
+    def _drawn(
+        self, target: str | None, folder: Path | None, like: TargetImages | None, is_other: bool
+    ) -> TargetImages:
         settings = self.options.drawing
-        if target is None or target == self.options.against:
-            # The other target is drawn by its own settings; a base has no banks.
+        if is_other:  # drawn by its own settings; a base has no banks
             settings = replace(settings, bank="positive", guidance_bank=None, guidance_prompt=None)
         asked = [] if like is None else like.asked
         if like is not None and asked:
@@ -174,7 +187,7 @@ class SuiteProcess:
             for item in {item.prompt_index: item for item in asked}.values():
                 self.suite.check(item.metadata)
         self.suite.prepare()
-        opened = self._open(target, like)
+        opened = self._open(target, like, None if is_other else self.options.base)
         if folder is None:
             return self._in_memory(opened, asked, settings)
         files = [image_of(folder, item) for item in asked]
@@ -182,7 +195,7 @@ class SuiteProcess:
         self._judge(files)
         return TargetImages(opened.name, drawing, files, folder=folder)
 
-    def _open(self, target: str | None, like: TargetImages | None) -> Target:
+    def _open(self, target: str | None, like: TargetImages | None, base: str | None) -> Target:
         """The target, or the base of the one that is open."""
         if target is None:
             assert self.target is not None and self.target.handle is not None
@@ -193,7 +206,7 @@ class SuiteProcess:
         resolution = (like.drawing or {}).get("resolution") if like is not None else None
         self.target = open_target(
             target,
-            base=self.options.base if target != self.options.against else None,
+            base=base,
             options=self._backbone(resolution),
             allow_imports=self.options.allow_imports,
             check_base=self.suite.check_base,

@@ -22,6 +22,7 @@ from agsm_rl.recipe.build import build_backbone
 from agsm_rl.recipe.earlier import with_first_defaults
 from agsm_rl.recipe.options import Section, explain
 from agsm_rl.recipe.parts import Parts
+from agsm_rl.recipe.places import REPLACING
 from agsm_rl.recipe.schema import Block, Samples
 from agsm_rl.recipe.yaml_file import read_yaml
 from agsm_rl.training.guidance import GuidanceBank, GuidancePrompt, guidance_form, guiding
@@ -139,7 +140,9 @@ def _open_run(
         given = _DrawingKeys.model_validate(recipe | backbone)
     except ValidationError as error:
         raise explain(error, where=f"{where}: ") from error
-    block = given.backbone.model_dump() | ({"checkpoint": base} if base else {})
+    block = given.backbone.model_dump()
+    if base is not None:  # what changes the run's own base is not the other's
+        block = {key: value for key, value in block.items() if key not in REPLACING} | {"checkpoint": base}
     block.pop("compile", None)  # compiling pays off in a training, not for a few pictures
     block.pop("attention", None)  # this machine may not have the kernel of the one that trained
     target = _load(

@@ -62,6 +62,7 @@ class Editing(Suite):
     """
 
     name = "editing"
+    only_draws = frozenset({"seed", "method", "strength", "source_guidance", "n_min", "n_avg", "any_base"})
 
     def __init__(
         self,

@@ -114,6 +114,7 @@ class FID(Suite):
     """Another feature extractor, uint8 [B, 3, H, W] → [B, D]. The figure is then labelled with its name."""
     smaller_is_better = frozenset({"fid"})
     needs_prompts = False
+    only_draws = frozenset({"seed", "prompts", "prompt_column", "prompt_split"})
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class Questions(Suite):
     """
 
     name = "questions"
+    only_draws = frozenset({"seed", "prompts", "prompt_column", "prompt_split"})
 
     def __init__(
         self,

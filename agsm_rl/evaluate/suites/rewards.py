@@ -173,6 +173,7 @@ class Rewards(Suite):
     """
 
     name = "rewards"
+    only_draws = frozenset({"seed", "prompts", "prompt_column", "prompt_split"})
 
     def __init__(
         self,

@@ -136,6 +136,7 @@ class Shapes(Suite):
 
     name = SUITE
     folder = "verdicts"
+    only_draws = frozenset({"any_base"})  # the result names the split, if the prompts are those of split and seed
     SCORES: tuple[str, ...] = ("overall", "strict")
     WORLD: ClassVar[World] = SHAPES
     keeps_size = True

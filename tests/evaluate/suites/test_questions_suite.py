@@ -87,6 +87,17 @@ def test_images_of_any_tool_are_asked_about_once(command, endpoint, tmp_path):
     assert len(endpoint.asked) == 2
 
 
+def test_questions_that_were_edited_are_asked(command, endpoint, tmp_path):
+    folder_of(tmp_path / "ours", [{"prompt": "a cup", "questions": ["Is it red?", "Is it left?"]}])
+    arguments = ("ours", "--suite", "questions", "--option", "model=m", "--option", f"url={endpoint.url}")
+    assert command(*arguments, "--json", "e.json").exit_code == 0
+    row = {"prompt": "a cup", "questions": ["Is it left?"]}
+    (tmp_path / "ours/00000/metadata.jsonl").write_text(json.dumps(row))
+    assert command(*arguments, "--json", "e.json").exit_code == 0
+    assert json.loads((tmp_path / "e.json").read_text())["overall"] == pytest.approx(0.2)
+    assert len(endpoint.asked) == 3
+
+
 def test_another_machine_needs_leave(command, tmp_path):
     folder_of(tmp_path / "ours", [{"prompt": "a cup", "questions": ["Is it red?"]}])
     result = command("ours", "--suite", "questions", "--option", "model=m", "--option", "url=https://judge.example/v1")
