@@ -48,7 +48,8 @@ def describe(recipe: Recipe, trainer: Trainer) -> str:
         often += f" from step {term.offset}" if term.offset else ""
         lines.append(f"term        {term.name}: {term.use} on {source}, weight {weight}, {often}, trains {which}")
     for name, block in recipe.sources.items():
-        lines.append(f"source      {name}: {_source(block)}")
+        unused = "" if any(term.source == name for term in recipe.objectives) else "; no term learns from it"
+        lines.append(f"source      {name}: {_source(block)}{unused}")
     lines.append(f"steps       {recipe.steps}, combined by {recipe.combine}, seed {recipe.seed}")
     return "\n".join(lines)
 

@@ -57,10 +57,13 @@ def read_prompts(
     there are none, or one is not a text.
     """
     named = f"{where} '{prompts}'"
+    options = CLI_OPTIONS if where.startswith("-") else RECIPE_OPTIONS
     if prompts.startswith("builtin:"):
+        _check_no_column(column, named, options["column"])
+        if config is not None:
+            raise UserError(f"{named}: '{config}' is asked for, but it has no configuration; leave that option out")
         return _builtin(prompts, split or "train", limit or 2000, where)
     path = local_or_hub(prompts, where=where, allowed=ALLOWED)
-    options = CLI_OPTIONS if where.startswith("-") else RECIPE_OPTIONS
     if path is not None and not path.is_dir():
         check_regular(path)
     if path is None or path.is_dir():
@@ -70,8 +73,8 @@ def read_prompts(
         _check_no_split(split, config, named)
     else:
         _check_no_split(split, config, named)
+        _check_no_column(column, named, options["column"])
         rows = [(f"line {number}", {"prompt": line}) for number, line in enumerate(_text_lines(path, named), 1)]
-        column = None
     if not rows:
         raise UserError(f"{named}: it has no prompts; give one or more")
     key = _column(columns_of(rows), column, named, options["column"])
@@ -127,6 +130,11 @@ def _check_no_split(split: str | None, config: str | None, where: str) -> None:
     for name, value in {"split": split, "configuration": config}.items():
         if value is not None:
             raise UserError(f"{where}: '{value}' is asked for, but a single file has no {name}; leave that option out")
+
+
+def _check_no_column(column: str | None, where: str, option: str) -> None:
+    if column is not None:
+        raise UserError(f"{where}: {option} '{column}' has no effect: it is a list, without columns; leave it out")
 
 
 def _column(columns: list[str], column: str | None, where: str, option: str) -> str:

@@ -24,6 +24,7 @@ from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import (
     SDEWindow,
     StepNoise,
+    check_has_noise,
     check_keeps,
     check_latents,
     check_negative_prompt,
@@ -161,7 +162,8 @@ class Rollouts(Draws[RewardedBatch]):
             if value <= 0:
                 raise UserError(f"{name}: got {value}, but it must be above 0")
         check_noise(noise, noise_level, eta, num_steps, same_latent=same_latent)
-        check_negative_prompt(negative_prompt, guidance)
+        check_has_noise(eta, noise_level=noise_level, sde_window=sde_window)
+        check_negative_prompt(negative_prompt, guidance, bank=guidance_bank)
         self.advantages = check_advantages(
             advantages, images_per_prompt=images_per_prompt, history=history, min_history=min_history
         )

@@ -60,13 +60,24 @@ def check_noise(
         )
 
 
-def check_negative_prompt(negative_prompt: str, guidance: float) -> None:
-    """UserError where guidance does not use it."""
-    if negative_prompt and guidance == 1:
-        raise UserError(
-            f"negative_prompt: '{negative_prompt:.60}' has no effect with `guidance: 1`, which is none; raise "
-            "guidance, or leave negative_prompt out"
-        )
+def check_has_noise(eta: float, **noise: Any) -> None:
+    """UserError where an option of the noise between steps is given, and there is none."""
+    for name, value in noise.items():
+        if value is not None and eta == 0:
+            raise UserError(
+                f"{name}: {value} has no effect with `eta: 0`, which draws without noise between steps; set `eta` "
+                f"above 0, or leave {name} out"
+            )
+
+
+def check_negative_prompt(negative_prompt: str, guidance: float, *, bank: str | None = None) -> None:
+    """UserError where guidance does not use it, or the bank of the unconditional branch."""
+    for name, value in {"negative_prompt": negative_prompt, "guidance_bank": bank}.items():
+        if value and guidance == 1:
+            raise UserError(
+                f"{name}: '{value:.60}' has no effect with `guidance: 1`, which is none; raise guidance, or leave "
+                f"{name} out"
+            )
 
 
 def choose_noise(

@@ -50,14 +50,17 @@ def test_check_tells_what_would_be_trained_and_the_memory(command, recipe, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
-def test_check_names_the_view_that_a_term_sees_its_source_through(command, recipe):
+def test_check_names_the_view_that_a_term_sees_its_source_through_and_a_source_that_none_learns_from(command, recipe):
     own = {"use": "rollouts", "prompts": "builtin:shapes-prompts", "rewards": {"shapes": 1.0}}
     term = {"use": "diffusion_dpo", "source": "own", "view": {"use": "best_against_worst"}}
-    content = yaml.safe_load(recipe.read_text()) | {"sources": {"own": own}, "objectives": [term]}
+    sources = {"own": own, "spare": own}
+    content = yaml.safe_load(recipe.read_text()) | {"sources": sources, "objectives": [term]}
     recipe.write_text(yaml.safe_dump(content))
     result = command("check", recipe)
     assert result.exit_code == 0, result.output
     assert "diffusion_dpo on source 'own' through best_against_worst" in result.stdout
+    said = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("source ")}
+    assert "no term learns from it" in said["spare:"] and "no term" not in said["own:"]
 
 
 def test_train_then_sample_and_evaluate_the_run_and_its_adapter(command, recipe, tmp_path):

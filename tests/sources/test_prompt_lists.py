@@ -90,6 +90,15 @@ def test_a_data_set_is_read_by_split_and_column_without_its_images(tmp_path):
     assert texts(tmp_path, column="words") == ["x"]
 
 
+def test_a_column_of_what_has_none_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a star\n")
+    for prompts in (tmp_path / "a.txt", "builtin:shapes-prompts"):
+        with pytest.raises(UserError, match="prompt_column 'words' has no effect: it is a list, without columns"):
+            texts(prompts, column="words")
+    with pytest.raises(UserError, match="it has no configuration"):
+        texts("builtin:shapes-prompts", config="x")
+
+
 REFUSED = {
     "no.txt": (None, "there is no such file or folder in .*; give a text file"),
     "a.jsonl": (b'{"words": "x", "id": 1}', "none of its columns \\(words, id\\) .*prompt_column"),

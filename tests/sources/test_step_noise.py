@@ -91,6 +91,17 @@ def test_images_that_begin_alike_need_noise_on_their_way(make_rollouts):
         make_rollouts(same_latent=True, eta=0.0)
 
 
+@pytest.mark.parametrize(("name", "value"), [("noise_level", 0.7), ("sde_window", {"size": 2})])
+def test_an_option_of_the_noise_is_refused_where_there_is_none(make_rollouts, name, value):
+    with pytest.raises(UserError, match=f"{name}: .* has no effect with `eta: 0`"):
+        make_rollouts(eta=0.0, **{name: value})
+
+
+def test_a_bank_for_guidance_is_refused_where_there_is_no_guidance(make_rollouts):
+    with pytest.raises(UserError, match="guidance_bank: 'negative' has no effect with `guidance: 1`"):
+        make_rollouts(guidance=1.0, guidance_bank="negative")
+
+
 def test_a_random_window_reaches_every_place_in_its_range_and_is_fixed_by_the_seed():
     window = SDEWindow({"size": 2, "range": [1, 5]}, 10)
     drawn = [window.at(0, "own", draws) for draws in range(40)]
