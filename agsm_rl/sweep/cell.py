@@ -109,6 +109,7 @@ def _train(job: Job, recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     steps = max(checkpoints.steps_in(folder.checkpoints))
     trained = {
         "settings": job.settings.to_json(),
+        "starts": {name: settings.to_json() for name, settings in job.starts.items()},
         "recipe": job.settings.fingerprint,
         "steps": steps,
         "images": _images(recipe, steps),

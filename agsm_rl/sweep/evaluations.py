@@ -29,7 +29,7 @@ from agsm_rl.evaluate.kept_measurements import (
 )
 from agsm_rl.evaluate.measured import Compared, Entry, Measured, drawn_as, entries_of, measure, to_json
 from agsm_rl.evaluate.progress import progress
-from agsm_rl.export.attach import Handle, attach
+from agsm_rl.export.attach import Handle, attach_to_backbone
 from agsm_rl.files import write_text
 from agsm_rl.policy import check_bank
 from agsm_rl.recipe.build import build_backbone
@@ -159,7 +159,8 @@ class CellEvaluations:
         if self._backbone is None:
             self._backbone = build_backbone(self.recipe.backbone, parts=self.recipe.parts)
         if adapted and self._handle is None:
-            self._handle = attach(self._backbone.pipeline, self.folder.path)
+            allowed = self.recipe.parts.allow_imports
+            self._handle = attach_to_backbone(self._backbone, self.folder.path, allow_imports=allowed)
         elif not adapted and self._handle is not None:
             self._handle.detach()
             self._handle = None

@@ -13,9 +13,13 @@ from agsm_rl.evaluate.kept_files import KeptFile
 
 
 class Trained(KeptFile):
-    """trained.json: the result of a cell's training. The first version had no `settings`."""
+    """trained.json: the result of a cell's training. The first version had no `settings`, earlier ones no `starts`.
+
+    `starts` are the settings that the cells which this one descends from were trained with, by name.
+    """
 
     settings: dict[str, Any] | None = None
+    starts: dict[str, dict[str, Any]] | None = None
     recipe: str
     steps: int = Field(ge=0)
     images: int | None

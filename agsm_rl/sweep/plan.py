@@ -97,6 +97,18 @@ class Plan:
         """A cell's run folder."""
         return self.folder / "cells" / cell
 
+    def starts(self, cell: Cell) -> list[Cell]:
+        """The cells that a cell descends from by `start_from`, the nearest first."""
+        starts = []
+        while cell.after is not None:
+            cell = self._by_name[cell.after]
+            starts.append(cell)
+        return starts
+
+    @cached_property
+    def _by_name(self) -> dict[str, Cell]:
+        return {cell.name: cell for cell in self.cells}
+
     def to_data(self) -> dict[str, Any]:
         """The resolved sweep: it contains the base recipe, and the evaluations with all their defaults."""
         data = self.sweep.model_dump(mode="json", exclude_defaults=True)

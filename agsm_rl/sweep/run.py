@@ -19,7 +19,7 @@ from rich.live import Live
 from agsm_rl.errors import UserError
 from agsm_rl.evaluate.kept_files import warn_damaged
 from agsm_rl.files import check_contained, check_kinds, write_text
-from agsm_rl.recipe.earlier import read_earlier
+from agsm_rl.recipe.earlier import read_earlier, recipe_of_today
 from agsm_rl.recipe.recipe import Recipe
 from agsm_rl.run.folder import check_same
 from agsm_rl.run.screen import make_console
@@ -27,7 +27,7 @@ from agsm_rl.run.stop import Stopped
 from agsm_rl.sweep.board import Board
 from agsm_rl.sweep.executors import Executor
 from agsm_rl.sweep.first_version import add_settings
-from agsm_rl.sweep.job import Job
+from agsm_rl.sweep.job import Job, job_of, kept_starts
 from agsm_rl.sweep.plan import Cell, Plan
 from agsm_rl.sweep.runner import Runner
 
@@ -101,6 +101,8 @@ def _check_folder(plan: Plan) -> None:
     wanted = {cell.name: _Length(cell.recipe.steps, cell.seconds) for cell in plan.cells}
     kept = {cell.name: _kept_length(plan, cell) for cell in plan.cells}
     for cell in plan.cells:
+        if cell.after is not None:
+            _check_starts(plan, cell)
         length = kept[cell.name]
         if length is None:
             continue
@@ -110,6 +112,40 @@ def _check_folder(plan: Plan) -> None:
         start = kept[cell.after] if cell.after else None
         if cell.after and start is not None and start != wanted[cell.after]:
             raise _other_length(plan, cell, cell.after, wanted[cell.after])
+
+
+def _check_starts(plan: Plan, cell: Cell) -> None:
+    """Raise a UserError if a cell was trained from one that the sweep now trains differently.
+
+    The start's own folder does not tell: it may have been removed, or trained anew.
+    """
+    kept, wanted = kept_starts(plan, cell), job_of(plan, cell).starts
+    for start in plan.starts(cell):
+        then, now, run = kept.get(start.name), wanted[start.name], plan.run(start.name)
+        if then is None or then == now:
+            continue
+        try:
+            recipe = recipe_of_today(then.recipe, where=str(run), allow_imports=plan.allow_imports)
+            check_same(start.recipe, recipe, run)
+        except UserError as error:
+            raise UserError(
+                f"{_difference(error)} Cell '{cell.name}' was trained from the adapters that this gave then: "
+                f"{_way_out(plan, start)}"
+            ) from error
+        if then.limit != now.limit:
+            raise _other_length(plan, cell, start.name, _Length(start.recipe.steps, start.seconds))
+
+
+def _difference(error: UserError) -> str:
+    """What `check_same` found, without its advice, which is for runs."""
+    return str(error).split(" Resume with")[0]
+
+
+def _way_out(plan: Plan, cell: Cell) -> str:
+    """What to do when a cell has changed. Those that start from it must go too."""
+    names = [cell.name] + [other.name for other in plan.cells if cell.name in [c.name for c in plan.starts(other)]]
+    there = [name for name in names if plan.run(name).exists()]
+    return f"choose another --dir, or remove from {plan.folder / 'cells'}: {', '.join(there)}."
 
 
 class _Length(NamedTuple):
@@ -157,8 +193,7 @@ def _kept_recipe(plan: Plan, cell: Cell) -> Recipe | None:
     try:
         check_same(cell.recipe, kept, file)
     except UserError as error:
-        message = str(error).split(" Resume with")[0]
-        raise UserError(f"{message} The sweep has changed: choose another --dir, or remove that cell.") from error
+        raise UserError(f"{_difference(error)} The sweep has changed: {_way_out(plan, cell)}") from error
     return kept
 
 

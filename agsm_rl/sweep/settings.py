@@ -52,6 +52,11 @@ class Settings:
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
 
 
+def limit_of(recipe: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+    """The limit of a training."""
+    return {"steps": recipe["steps"], "seconds": seconds}
+
+
 def same_settings(now: Settings, then: Settings, *, allow_imports: Collection[str] = ()) -> bool:
     """Whether a cell that was finished with the settings `then` counts as finished with `now`."""
     if now == then:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ from agsm_rl.errors import UserError
 from agsm_rl.recipe.options import Section, Seed, explain, unknown_key
 from agsm_rl.recipe.schema import Evaluate
 from agsm_rl.recipe.values import Name
-from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml
+from agsm_rl.recipe.yaml_file import apply_overrides, read_yaml, split_path
 
 VALUES = (str, int, float, bool, type(None))
 MAX_CELLS = 10_000
@@ -126,6 +126,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> tuple[Sweep, list[A
         raise UserError(f"{where}: seeds: {sweep.seed_list} lists a seed twice.")
     axes = [_axis(key, value, where=where) for key, value in sweep.axes.items()]
     _check_search(sweep, axes, where=where)
+    _check_effect(sweep, axes, where=where)
     _check_number(sweep, axes, where=where)
     return sweep, axes
 
@@ -187,6 +188,36 @@ def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
         raise UserError(
             f"{where}: search: variants with `start_from` cannot be searched; list the values instead of a range."
         )
+
+
+def _check_effect(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
+    """UserError for a change that would not come about, because the sweep itself decides: its cell would lie."""
+    for place, key, value in _changes(sweep, axes):
+        got, changed = f"{where}: {place}: got {value!r}", split_path(key)[0]
+        if changed == "seed":
+            raise UserError(f"{got}, but the seeds of all cells are the sweep's own `seeds`; list them there.")
+        if changed == "steps" and sweep.budget is not None:
+            [(unit, amount)] = sweep.budget.model_dump(exclude_none=True).items()
+            raise UserError(
+                f"{got}, but `budget: {{{unit}: {amount}}}` decides how long each cell trains; leave one of the two "
+                "out. (A named variant may have a part of the budget: `budget_share: 0.5`.)"
+            )
+        if changed == "budget_share" and sweep.budget is None:
+            raise UserError(
+                f"{got}, but there is no budget to share; add `budget: {{steps: …}}`, or set the variant's `steps`."
+            )
+
+
+def _changes(sweep: Sweep, axes: list[Axis]) -> Iterator[tuple[str, str, Any]]:
+    """All changes to the recipe: the place in the sweep's file, the dotted key, and the value or values."""
+    for key, value in sweep.set.items():
+        yield f"set.{key}", key, value
+    for axis in axes:
+        if not axis.variants:
+            yield f"axes.{axis.key}", axis.key, sweep.axes[axis.key]
+        for name, changes in axis.variants.items():
+            for key, value in changes.items():
+                yield f"axes.{axis.key}.{name}.{key}", key, value
 
 
 def _check_number(sweep: Sweep, axes: list[Axis], *, where: str) -> None:

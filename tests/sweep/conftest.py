@@ -69,7 +69,7 @@ def write(recipe, tmp_path, monkeypatch):
 @pytest.fixture
 def plan(write):
     """The plan of such a sweep."""
-    return lambda **changes: make_plan(write(**changes))
+    return lambda allow_imports=(), **changes: make_plan(write(**changes), allow_imports=allow_imports)
 
 
 @pytest.fixture

@@ -127,6 +127,12 @@ def test_a_variant_may_have_a_share_of_the_budget(plan):
     assert [cell.seconds for cell in plan(axes=axes, budget={"seconds": 10}).cells] == [5.0, 10.0]
 
 
+def test_an_axis_may_be_called_like_a_key_that_the_sweep_decides(plan):
+    axes = {"seed": {"of_the_lora": {"adapters.lora.seed": 3}}, "steps": {"usual": {}}}
+    [cell] = plan(axes=axes, budget={"steps": 10}).cells
+    assert (cell.recipe.seed, cell.recipe.adapters["lora"].options["seed"], cell.recipe.steps) == (0, 3, 10)
+
+
 def test_the_held_out_evaluation_is_the_one_that_is_reported(plan):
     made = plan()
     assert made.reported.split == "held_out"
@@ -178,6 +184,29 @@ LIST_OF_BLOCKS = {"objectives.0": [{"use": "agsm"}]}
         (
             {"axes": {"a": {"b": {}, "c": {"start_from": "b", "adapters": {"lroa": {"use": "lora", "rank": 2}}}}}},
             r"cell 'c-seed0': start_from: b-seed0: holds no adapter 'lroa'; it holds: lora",
+        ),
+        ({"axes": {"seed": [1, 2]}}, r"mine.yaml: axes.seed: got \[1, 2\], but the seeds of .*the sweep's own `seeds`"),
+        ({"axes": {"a": {"b": {"seed": 7}}}}, r"axes.a.b.seed: got 7, but the seeds of all cells are .*`seeds`"),
+        ({"set": {"seed": 7}}, r"mine.yaml: set.seed: got 7, but the seeds of all cells are the sweep's own `seeds`"),
+        (
+            {"axes": {"seed": {"low": 1, "high": 5}}, "search": {"trials": 1}},
+            r"axes.seed: got \{'low': 1, 'high': 5\}, but the seeds",
+        ),
+        (
+            {"axes": {"steps": [100, 200]}, "budget": {"steps": 50}},
+            r"axes.steps: got \[100, 200\], but `budget: \{steps: 50\}` decides.*leave one of the two out",
+        ),
+        (
+            {"axes": {"a": {"b": {"steps": 100}}}, "budget": {"images": 50}},
+            r"axes.a.b.steps: got 100, but `budget: \{images: 50\}` decides",
+        ),
+        (
+            {"set": {"steps": 9}, "budget": {"seconds": 1.5}},
+            r"set.steps: got 9, but `budget: \{seconds: 1.5\}` decides",
+        ),
+        (
+            {"axes": {"a": {"b": {"budget_share": 0.5}}}},
+            r"axes.a.b.budget_share: got 0.5, but there is no budget to share; add `budget: ",
         ),
         ({"seeds": 0}, r"seeds: got 0"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] lists a seed twice"),
