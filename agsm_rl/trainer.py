@@ -206,7 +206,7 @@ class Trainer:
         return metrics
 
     def _drawn_for(self, source: Source) -> str | None:
-        """The term whose old policy a source means: the first that has one, before others one that learns now."""
+        """The term whose old policy draws: of those that have one, the first that learns now, else the first."""
         owners = [term for term in self.terms if term.source is source and term.objective.old]
         learning = [term for term in owners if term.is_due(self.step)]
         return next((term.name for term in [*learning, *owners]), None)

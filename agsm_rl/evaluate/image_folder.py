@@ -137,7 +137,7 @@ class Measurements:
             content = read_json(self.file(image))
             holds = content["image_sha256"] == self._digest(image)
             holds = holds and (content["how"] == self.how or self._of_today(content["how"]) == self.how)
-            holds = holds and (asked is None or self._is_of(content, image, asked))
+            holds = holds and (asked is None or self._is_of(content, image, _as_kept(asked, image)))
             return content["found"] if holds else None
         except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
@@ -146,7 +146,7 @@ class Measurements:
         """Store a measurement; a kill leaves the old one, the new one or none. `asked` is as for `read`."""
         file = self.file(image)
         content = {"how": self.how, "image_sha256": self._digest(image)}
-        content |= {} if asked is None else {ASKED: _digest_of(asked)}
+        content |= {} if asked is None else {ASKED: _digest_of(_as_kept(asked, image))}
         try:
             file.parent.mkdir(exist_ok=True)
             write_text(file, json.dumps(content | {"found": measured}) + "\n")
@@ -169,6 +169,15 @@ class Measurements:
         prompt = image.parents[1] / METADATA
         written, measured = prompt.stat().st_mtime_ns, self.file(image).stat().st_mtime_ns
         return written <= measured and _digest_of(_read_metadata(prompt)) == _digest_of(asked)
+
+
+def _as_kept(asked: Mapping[str, Any], image: Path) -> Mapping[str, Any]:
+    """The columns of a prompt's row that metadata.jsonl beside its images has: earlier versions kept fewer there."""
+    file = image.parents[1] / METADATA
+    if not file.is_file():
+        return asked
+    kept = _read_metadata(file)
+    return {name: value for name, value in asked.items() if name in kept}
 
 
 def _digest_of(asked: Mapping[str, Any]) -> str:

@@ -183,12 +183,12 @@ def _trains(term: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _beginning(recipe: Mapping[str, Any]) -> str:
-    """What the training began from, what of it stayed as it was, and what a distance was measured from."""
+    """What the training began from, what was not trained, and what a distance was measured from."""
     trained = {name for term in recipe["objectives"] for name in _trains(term, recipe)}
     frozen = [name for name in recipe["adapters"] if name not in trained]
     words = f"The training began from the adapters of {_shown(recipe['start_from'])}"
     if frozen:
-        words += f"; {' and '.join(frozen)} stayed as {'it was' if len(frozen) == 1 else 'they were'} there"
+        words += f"; {' and '.join(frozen)} {'was' if len(frozen) == 1 else 'were'} not trained further"
     if recipe.get("reference") == "start_from":
         words += ". An anchor, a KL and preferences measure from the model with those adapters, not from the base"
     return words + "."

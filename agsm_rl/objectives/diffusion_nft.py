@@ -76,7 +76,7 @@ class DiffusionNFT(ForwardProcess):
         scaled: Multiply the loss by `advantage_scale` / β, as released.
         old: How the old policy follows the trained parameters, {decay, every}: `decay` is the share that stays at an
             update, a number or a schedule {step: decay}; `every` is `draw`, after the last step that learns from a
-            draw, or a number of steps in which the term learns. Released: {decay: {0: 0.0, 500: 0.5}, every: draw},
+            draw, or a number of the term's turns. Released: {decay: {0: 0.0, 500: 0.5}, every: draw},
             with `drawn_by: old` in the rollouts. Null: the old policy is the EMA, shared with all terms.
         sampler_steps: Take the noise levels from the sampler's schedule of so many steps (released: 10) within the
             term's `t`. Null: uniform.

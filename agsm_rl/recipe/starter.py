@@ -32,10 +32,10 @@ OF_UNETS = (5.0, 30)
 DRAWN_IN = {True: 10, False: 20}
 """Most steps of a draw that is learned from, of a flow model (as Flow-GRPO, arXiv 2505.05470) and of a U-Net."""
 OPTIONS = {
-    "flow_grpo": "kl: published     # Flow-GRPO's own distance from the base, which kl_weight belongs to",
+    "flow_grpo": "kl: published     # the KL as in Flow-GRPO's code, which its kl_weight is meant for",
     "diffusion_nft": "old: {decay: {0: 0.0, 500: 0.5}, every: draw}     # the old policy follows, as released",
 }
-"""What an objective should not leave at its default, as published."""
+"""What an objective should not leave at its default; Flow-GRPO's is for flow models, whose noise it is defined for."""
 OF_SD3 = "gamma_negative: 0.1     # as published for SD3"
 PASSES = {
     "agsm": "groups_per_pass: 1",
@@ -124,8 +124,10 @@ def is_flow(checkpoint: str) -> bool:
 
 def drawing_of(checkpoint: str) -> tuple[float, int]:
     """Guidance and steps of its pictures, as published."""
-    drawing: tuple[float, int] = kind_of(checkpoint).drawing_by_name(checkpoint) if is_flow(checkpoint) else OF_UNETS
-    return drawing
+    if not is_flow(checkpoint):
+        return OF_UNETS
+    drawing: Any = kind_of(checkpoint).drawing_by_name(Path(checkpoint).name)
+    return drawing if isinstance(drawing, tuple) else OF_UNETS  # of another package, known only once it is loaded
 
 
 def starter_recipe(wishes: Wishes, file: Path) -> str:
@@ -192,7 +194,8 @@ def _own_images(wishes: Wishes, objectives: Sequence[str], *, small: bool) -> st
     if set(objectives) & set(FROM_REWARDS) == {"diffusion_nft"}:  # which needs no noise on the way, nor guidance
         lines += ["    drawn_by: old", "    eta: 0.0", "    guidance: 1.0"]
     else:
-        lines.append(f"    guidance: {3.0 if small else guidance}")
+        check = "     # as published for a model of this name" if is_flow(wishes.checkpoint) and not small else ""
+        lines.append(f"    guidance: {3.0 if small else guidance}{check}")
     lines.append(f"    num_steps: {steps}          # fewer are faster, and worse")
     if not small:
         lines.append("    sample_batch_size: 4   # drawn at once: as many as learn at once, so that both round alike")
@@ -210,7 +213,7 @@ def _objectives(names: Sequence[str], wishes: Wishes, *, small: bool) -> str:
             lines += [f"  - use: {name}", "    source: own_images"]
             if name in VIEWS:
                 lines.append(f"    view: {{use: {VIEWS[name]}}}")
-        if name in OPTIONS:
+        if name in OPTIONS and (name != "flow_grpo" or is_flow(wishes.checkpoint)):
             lines.append(f"    {OPTIONS[name]}")
         if name == "agsm" and getattr(kind_of(wishes.checkpoint), "name", "") == "stable_diffusion_3":
             lines.append(f"    {OF_SD3}")

@@ -80,7 +80,7 @@ class Rollouts(Draws[RewardedBatch]):
             differences in reward. It needs `eta` above 0.
         drawn_by: `live`, the parameters being trained, or `ema`, whose path is not kept: a policy gradient's ratios to
             it would leave the clip range at once, and nothing would be learned. `old`: the old policy of the first
-            term that learns from them and has one (`old` of `diffusion_nft`); of none, the EMA.
+            term that has one (`old` of `diffusion_nft`), first of those that learn now; of none, the EMA.
         updates: Steps of the trainer that learn from each draw, each from its own share of the images.
         advantages: What a reward is compared with. `history`: the newest rewards of its prompt, as DDPO does; `group`:
             the rewards of the prompt's images of this draw alone, as GRPO does. `{by: group, std: global}` divides by

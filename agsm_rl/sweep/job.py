@@ -97,8 +97,9 @@ def kept_starts(plan: Plan, cell: Cell) -> dict[str, Settings]:
     """
     run, job = plan.run(cell.name), plan.folder / "jobs" / f"{cell.name}.yaml"
     for name, shape in (("cell.json", Result), ("trained.json", Trained)):
-        starts = read_kept(run / name, shape, warn=False).get("starts")
-        if starts is not None:
+        kept = read_kept(run / name, shape, warn=False)
+        if kept:
+            starts = kept.get("starts") or {}
             try:
                 return {start: Settings.from_json(settings) for start, settings in starts.items()}
             except UserError as error:

@@ -191,7 +191,7 @@ def _check_search(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
 
 
 def _check_effect(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
-    """UserError for a change that would not come about, because the sweep itself decides: its cell would lie."""
+    """UserError for a change that the sweep itself would overwrite, so that the cell's name would be wrong."""
     for place, key, value in _changes(sweep, axes):
         got, changed = f"{where}: {place}: got {value!r}", split_path(key)[0]
         if changed == "seed":
@@ -200,7 +200,8 @@ def _check_effect(sweep: Sweep, axes: list[Axis], *, where: str) -> None:
             [(unit, amount)] = sweep.budget.model_dump(exclude_none=True).items()
             raise UserError(
                 f"{got}, but `budget: {{{unit}: {amount}}}` decides how long each cell trains; leave one of the two "
-                "out. (A named variant may have a part of the budget: `budget_share: 0.5`.)"
+                "out; without the `steps`, what has been trained stays as it is. (A named variant may have a part of "
+                "the budget: `budget_share: 0.5`.)"
             )
         if changed == "budget_share" and sweep.budget is None:
             raise UserError(

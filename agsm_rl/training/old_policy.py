@@ -16,9 +16,10 @@ class OldPolicy:
     """When a term's old policy follows the trained parameters, and how far: old ← decay · old + (1 − decay) · live.
 
     Args:
-        decay: Share of the old policy that stays at an update, in [0, 1]: a number, or a schedule {step: decay} with
-            linear pieces between. 0 copies the trained parameters.
-        every: `draw`: after the last step that learns from a draw; or a number of steps in which the term learns.
+        decay: Share of the old policy that stays at an update, in [0, 1]: a number, or a schedule {step: decay} of the
+            run's steps, with linear pieces between. 0 copies the trained parameters.
+        every: `draw`: after the last step that learns from a draw; or a number of the term's turns (its `every` and
+            `offset`), also those of weight 0.
     """
 
     decay: float | Mapping[int, float] = 0.0

@@ -72,7 +72,8 @@ def main(sweep: str, out: str) -> None:
     for start, arm in STARTS.items():
         line(left, [found[start], *numbered(found, arm)], curves[start])
     for guard, arm in GUARDS.items():
-        line(right, numbered(found, arm), curves[guard])
+        first = [found[LONGEST]] if guard == "anchor" else []  # the reward as on the left: beside an anchor of 0.1
+        line(right, [*first, *numbered(found, arm)], curves[guard])
     right.scatter(*found["unguarded"].mean(axis=0), color="black", marker="*", s=70, label="no guard")
     right.scatter(*found[BASE][0], color=curves[BASE][1], marker=curves[BASE][2], label=curves[BASE][0])
     left.set_ylabel("exactly what was asked (validation), %")

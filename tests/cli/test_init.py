@@ -171,11 +171,13 @@ def test_agsm_has_a_second_bank_and_an_ema_that_a_short_run_moves(tmp_path):
         assert recipe.objectives[0].options["gamma_negative"] == gamma
 
 
-def test_flow_grpo_and_nft_are_as_their_authors_train_them(tmp_path):
+def test_flow_grpo_and_nft_have_their_authors_advantages_kl_and_old_policy(tmp_path):
     how = {"prompts": "builtin:shapes-prompts", "rewards": ("sharpness",)}
     recipe = written("builtin:shapes-sd3", tmp_path, **how)
     assert recipe.objectives[0].use == "flow_grpo" and recipe.objectives[0].options["kl"] == "published"
     assert recipe.sources["own_images"].options["advantages"] == {"by": "group", "std": "global"}
+    of_unet = written("builtin:shapes-sd15", tmp_path, **how, objectives=("flow_grpo",))
+    assert of_unet.objectives[0].options["kl"] == "exact"  # the published one is for flow models' noise
     recipe = written("builtin:shapes-sd3", tmp_path, **how, objectives=("diffusion_nft",))
     drawn = recipe.sources["own_images"].options
     assert (drawn["drawn_by"], drawn["eta"], drawn["guidance"]) == ("old", 0.0, 1.0)

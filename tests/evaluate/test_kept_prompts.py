@@ -135,3 +135,10 @@ def test_a_judge_that_sees_no_prompt_measures_once_whatever_the_prompt(folder):
     assert judged(folder, Blind())[0] == ["a dog", "a cat"]
     change(folder, 1, SECOND | {"prompt": "a kitten"})
     assert judged(folder, Blind())[0] == []
+
+
+def test_a_column_that_the_images_metadata_lacks_is_no_change(folder):
+    kept, image = Measurements("letters", {}), folder / "00000/samples/0000.png"
+    kept.write(image, 5, FIRST | {"note": "of a later list of prompts"})
+    assert kept.read(image, FIRST) == kept.read(image, FIRST | {"note": "another"}) == 5
+    assert kept.read(image, FIRST | {"colour": "blue"}) is None

@@ -80,7 +80,7 @@ def test_a_card_says_what_a_second_stage_began_from_and_what_it_left_alone(run):
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | stage))
     text = ModelCard.load(write_card(run)).text
-    assert "began from the adapters of agsm; tokens stayed as it was there. An anchor" in text
+    assert "began from the adapters of agsm; tokens was not trained further. An anchor" in text
     assert "| [ddpo](https://arxiv.org/abs/2305.13301) | lora | rollouts of prompts.txt |" in text
     (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     assert "began from" not in ModelCard.load(write_card(run)).text
