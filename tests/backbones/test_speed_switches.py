@@ -106,6 +106,7 @@ def test_check_tries_the_switches_and_predicts_the_memory_with_all_of_them(tiny_
 
 
 def test_tf32_says_that_it_has_no_effect_on_a_cpu(tiny_checkpoint: Path, caplog) -> None:
+    torch.set_float32_matmul_precision("highest")  # whatever ran before in this process
     load_backbone(str(tiny_checkpoint), device="cpu", allow_tf32=True)
     assert "backbone.allow_tf32: without effect, because a CPU has no TF32" in caplog.text
     assert torch.get_float32_matmul_precision() == "highest"
