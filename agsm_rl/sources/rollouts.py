@@ -24,10 +24,10 @@ from agsm_rl.sources.rows import check_divides
 from agsm_rl.sources.trajectories import (
     SDEWindow,
     StepNoise,
+    check_has_guidance,
     check_has_noise,
     check_keeps,
     check_latents,
-    check_negative_prompt,
     check_noise,
     choose_noise,
     draw_trajectories,
@@ -163,7 +163,8 @@ class Rollouts(Draws[RewardedBatch]):
                 raise UserError(f"{name}: got {value}, but it must be above 0")
         check_noise(noise, noise_level, eta, num_steps, same_latent=same_latent)
         check_has_noise(eta, noise_level=noise_level, sde_window=sde_window)
-        check_negative_prompt(negative_prompt, guidance, bank=guidance_bank)
+        branch = {"guidance_bank": guidance_bank, "guidance_prompt": guidance_prompt}
+        check_has_guidance(guidance, negative_prompt=negative_prompt, **branch)
         self.advantages = check_advantages(
             advantages, images_per_prompt=images_per_prompt, history=history, min_history=min_history
         )
@@ -171,8 +172,7 @@ class Rollouts(Draws[RewardedBatch]):
             raise UserError(f"updates {updates} does not divide the {num_prompts} x {images_per_prompt} images")
         check_keeps(keep_graph, graph_memory, keep_means, updates=updates, drawn_by=drawn_by, eta=eta)
         self.prompts, self.prompt_column, self.resolution = prompts, prompt_column, resolution
-        self.prompt_split, self.prompt_config = prompt_split, prompt_config
-        self.rewards = check_rewards(rewards)
+        self.prompt_split, self.prompt_config, self.rewards = prompt_split, prompt_config, check_rewards(rewards)
         self.keep_graph, self.graph_memory, self.keep_means = keep_graph, graph_memory, keep_means
         self.num_prompts, self.images_per_prompt, self.num_steps = num_prompts, images_per_prompt, num_steps
         self.guidance, self.eta, self.updates = guidance, eta, updates

@@ -12,7 +12,7 @@ from agsm_rl.interfaces import Batch, Reward, StepPreferenceBatch
 from agsm_rl.policy import Policy
 from agsm_rl.sources.candidates import CandidateDraw, Drawn
 from agsm_rl.sources.draws import Draws
-from agsm_rl.sources.trajectories import StepNoise, check_latents, check_negative_prompt, check_noise, choose_noise
+from agsm_rl.sources.trajectories import StepNoise, check_has_guidance, check_latents, check_noise, choose_noise
 from agsm_rl.training.randomness import Draw, stream
 from agsm_rl.training.scoring import WeightedReward, check_rewards, weighted_sum
 from agsm_rl.training.sizes import PictureSize
@@ -99,7 +99,7 @@ class StepPreferences(Draws[StepPreferenceBatch]):
             raise UserError(f"first_step: got {first_step}, but it must be one of the {num_steps} steps, from 0 on")
         if not 0 <= threshold < 1:
             raise UserError(f"threshold: got {threshold}, but it must lie in [0, 1) (published: 0.3, SDXL 0.4)")
-        check_negative_prompt(negative_prompt, guidance)
+        check_has_guidance(guidance, negative_prompt=negative_prompt)
         if eta == 0:
             raise UserError("eta: got 0, but without noise all candidates are the same; set it above 0 (published: 1)")
         self.rewards = check_rewards(rewards)

@@ -70,9 +70,9 @@ def check_has_noise(eta: float, **noise: Any) -> None:
             )
 
 
-def check_negative_prompt(negative_prompt: str, guidance: float, *, bank: str | None = None) -> None:
-    """UserError where guidance does not use it, or the bank of the unconditional branch."""
-    for name, value in {"negative_prompt": negative_prompt, "guidance_bank": bank}.items():
+def check_has_guidance(guidance: float, **unconditional: Any) -> None:
+    """UserError where an option of guidance's unconditional branch is given, and there is no guidance."""
+    for name, value in unconditional.items():
         if value and guidance == 1:
             raise UserError(
                 f"{name}: '{value:.60}' has no effect with `guidance: 1`, which is none; raise guidance, or leave "

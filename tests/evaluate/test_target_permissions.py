@@ -7,24 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from own_classes import MODULE
 from typer.testing import CliRunner
 
 from agsm_rl.cli.commands import app
-
-MODULE = """
-from agsm_rl.adapters.lora import LoRA
-from agsm_rl.backbones import StableDiffusion
-
-class MyBase(StableDiffusion):
-    wraps = ("StableDiffusionPipeline",)
-
-class MyLoRA(LoRA):
-    kind = "{module}:MyLoRA"
-
-    def export(self):
-        tensors, metadata = super().export()
-        return tensors, metadata | {{"kind": self.kind}}
-"""
 
 
 @pytest.fixture

@@ -97,9 +97,10 @@ def test_an_option_of_the_noise_is_refused_where_there_is_none(make_rollouts, na
         make_rollouts(eta=0.0, **{name: value})
 
 
-def test_a_bank_for_guidance_is_refused_where_there_is_no_guidance(make_rollouts):
-    with pytest.raises(UserError, match="guidance_bank: 'negative' has no effect with `guidance: 1`"):
-        make_rollouts(guidance=1.0, guidance_bank="negative")
+@pytest.mark.parametrize(("name", "value"), [("guidance_bank", "negative"), ("guidance_prompt", "same")])
+def test_an_option_of_guidance_is_refused_where_there_is_none(make_rollouts, name, value):
+    with pytest.raises(UserError, match=f"{name}: '{value}' has no effect with `guidance: 1`"):
+        make_rollouts(guidance=1.0, **{name: value})
 
 
 def test_a_random_window_reaches_every_place_in_its_range_and_is_fixed_by_the_seed():

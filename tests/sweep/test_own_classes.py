@@ -1,24 +1,10 @@
 """A sweep over the user's own adapter or backbone, `module:Class`, with --allow-import."""
 
 import pytest
+from own_classes import MODULE
 from sweep_parts import EVALUATE
 
 from agsm_rl.sweep import evaluations
-
-MODULE = """
-from agsm_rl.adapters.lora import LoRA
-from agsm_rl.backbones import StableDiffusion
-
-class MyBase(StableDiffusion):
-    wraps = ("StableDiffusionPipeline",)
-
-class MyLoRA(LoRA):
-    kind = "{module}:MyLoRA"
-
-    def export(self):
-        tensors, metadata = super().export()
-        return tensors, metadata | {{"kind": self.kind}}
-"""
 
 
 @pytest.mark.parametrize(("part", "name"), [("adapter", "MyLoRA"), ("backbone", "MyBase")])
